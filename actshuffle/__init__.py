@@ -1,0 +1,12 @@
+"""Exactly uniform, out-of-core shuffling of Zarr activation stores.
+
+>>> import actshuffle
+>>> actshuffle.shuffle("activations.zarr", "shuffled.zarr", workers=4)     # doctest: +SKIP
+>>> print(actshuffle.verify("activations.zarr", "shuffled.zarr"))          # doctest: +SKIP
+"""
+
+from actshuffle._version import __version__
+from actshuffle.keys import order
+from actshuffle.run import Result, shuffle
+
+__all__ = ["Result", "__version__", "order", "shuffle"]

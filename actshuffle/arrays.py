@@ -1,0 +1,324 @@
+"""Zarr arrays in, Zarr arrays out: what the source holds, how its rows are read, how output is written.
+
+Where chunk files are nothing but the bytes of their rows (no compression, no sharding, rows not cut),
+rows go between file and our buffers directly: one copy, by the kernel.  Everything else goes through
+zarr, one source chunk or one output object at a time, so that memory stays what the plan says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import ByteRequest, Store
+from zarr.buffer import cpu
+from zarr.codecs import Crc32cCodec
+from zarr.dtype import data_type_registry
+from zarr.errors import ZarrUserWarning
+from zarr.storage import MemoryStore, WrapperStore
+
+from actshuffle.bfloat16 import BFloat16
+from actshuffle.digest import U8
+from actshuffle.errors import FormatError, MissingChunkError, RequestError, SourceError
+from actshuffle.objects import Extent, Objects, open_objects, open_store, wait
+from actshuffle.types import Field, Job, Place
+
+data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed
+
+OUR_GROUP = "_actshuffle"  # receipts while running; the completion marker when done
+SOURCE_ROW = "source_row"
+CODECS = ("none", "crc32c", "zstd")
+
+
+def open_node(place: Place) -> zarr.Array[Any] | zarr.Group:
+    """The array or group at a place, read-only, or a `SourceError` that says what is there instead."""
+    try:
+        return zarr.open(open_store(place, read_only=True), mode="r")
+    except (FileNotFoundError, NotADirectoryError) as err:
+        if open_objects(place).size("") is None and "://" not in place.url:
+            raise SourceError(f"no such source: {place.url}") from err
+        raise SourceError(f"not a Zarr array or group (no zarr.json, .zarray or .zgroup): {place.url}") from err
+    except Exception as err:  # whatever zarr makes of damaged metadata
+        raise SourceError(f"cannot read Zarr metadata of {place.url}: {type(err).__name__}: {err}") from err
+
+
+def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str, zarr.Array[Any]]:
+    """The arrays to shuffle together, by output name; checked to be fixed-width and of equal length."""
+    node = open_node(place)
+    if isinstance(node, zarr.Array):
+        if names not in (None, ["data"], ("data",)):
+            raise RequestError(f"{place.url} is one array; fields {names} cannot be chosen from it")
+        arrays = {"data": node}
+    else:
+        members = _members(place, node)
+        groups = sorted(k for k, v in members.items() if isinstance(v, zarr.Group) and k != OUR_GROUP)
+        arrays = {k: v for k, v in sorted(members.items()) if isinstance(v, zarr.Array)}
+        if names is not None:
+            absent = sorted(set(names) - set(arrays))
+            if absent:
+                raise RequestError(f"no array named {absent[0]!r} in {place.url}; it has {sorted(arrays)}")
+            arrays = {k: arrays[k] for k in sorted(set(names))}
+        elif groups:
+            raise SourceError(
+                f"{place.url} holds groups {groups} beside its arrays, which would be left out: "
+                "give the path of one group, or choose arrays with --fields"
+            )
+        if not arrays:
+            raise SourceError(f"no arrays in {place.url}")
+    for name, array in arrays.items():
+        _check_array(place, name, array)
+    lengths = {name: array.shape[0] for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{k}: {v:,}" for k, v in lengths.items())
+        raise SourceError(f"arrays of unequal length in {place.url} ({listed}); choose some with --fields")
+    return arrays
+
+
+def _members(place: Place, group: zarr.Group) -> dict[str, zarr.Array[Any] | zarr.Group]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZarrUserWarning)  # stray files beside arrays are not ours to judge
+        try:
+            return dict(group.members())
+        except Exception as err:
+            raise SourceError(
+                f"cannot read Zarr metadata inside {place.url}: {type(err).__name__}: {err}"
+            ) from err
+
+
+def _check_array(place: Place, name: str, array: zarr.Array[Any]) -> None:
+    where = f"array {name!r} of {place.url}"
+    if array.ndim == 0:
+        raise SourceError(f"{where} is a scalar, it has no rows; choose arrays with --fields")
+    dtype = array.dtype
+    if dtype.hasobject or dtype.kind in "OT" or dtype.itemsize == 0:
+        raise SourceError(f"{where} has dtype {dtype}, whose items have no fixed width; it cannot be shuffled")
+    if 0 in array.shape[1:]:
+        raise SourceError(f"{where} has shape {array.shape}: its rows are empty")
+
+
+def source_field(name: str, array: zarr.Array[Any]) -> Field:
+    """A source array as the engine sees it."""
+    row_shape = tuple(array.shape[1:])
+    grid = object_grid(array)
+    raw = is_raw(array)
+    key = array.metadata.encode_chunk_key((_MARK, *(0 for _ in row_shape))).replace(str(_MARK), "{}")
+    return Field(
+        name=name, source=array.path, row_bytes=array.dtype.itemsize * math.prod(row_shape),
+        row_shape=row_shape, source_chunk_rows=grid[0],
+        source_key=(f"{array.path}/{key}" if array.path else key) if raw else "",
+    )  # fmt: skip
+
+
+_MARK = 987654321  # a chunk number that no other part of a key can hold
+
+
+def object_grid(array: zarr.Array[Any]) -> tuple[int, ...]:
+    """Shape of one stored object: a shard where there are shards, else a chunk."""
+    return tuple(array.shards or array.chunks)
+
+
+def is_raw(array: zarr.Array[Any]) -> bool:
+    """Are chunk files the plain little-endian bytes of whole rows, in order?"""
+    grid = object_grid(array)
+    if grid[1:] != tuple(array.shape[1:]) or array.dtype != array.dtype.newbyteorder("<"):
+        return False
+    meta = array.metadata.to_dict()
+    if array.metadata.zarr_format == 2:
+        plain = not meta.get("compressor") and not meta.get("filters")
+        return plain and (meta.get("order") == "C" or array.ndim == 1)
+    codecs = [c if isinstance(c, dict) else c.to_dict() for c in meta["codecs"]]  # type: ignore[union-attr]
+    endian = (codecs[0].get("configuration") or {}).get("endian", "little")
+    return len(codecs) == 1 and codecs[0]["name"] == "bytes" and str(endian) in ("little", "Endian.little")
+
+
+def source_buffer(arrays: Sequence[zarr.Array[Any]]) -> int:
+    """Bytes held while the largest source chunk is decoded through zarr: encoded, decoded, converted."""
+    through_zarr = [math.prod(object_grid(a)) * a.dtype.itemsize for a in arrays if not is_raw(a)]
+    return 3 * max(through_zarr, default=0)
+
+
+def output_field(
+    field: Field, array: zarr.Array[Any] | None, rows: int, chunk_rows: int, object_rows: int, codec: str
+) -> Field:
+    """The field with its output array's metadata; ``array`` None makes the ``source_row`` array."""
+    if array is None:
+        dtype, fill, attributes, dims = np.dtype("<u8"), 0, {}, None
+    else:
+        bf16 = array.metadata.to_dict().get("data_type") == "bfloat16"
+        dtype = BFloat16() if bf16 else array.dtype.newbyteorder("<")  # type: ignore[assignment]
+        fill, attributes, dims = array.fill_value, dict(array.attrs), _dimension_names(array)
+        attributes.pop("_ARRAY_DIMENSIONS", None)
+    if dims is None:
+        dims = ["row", *(f"{field.name}_{i + 1}" for i in range(len(field.row_shape)))]
+    memory = MemoryStore()
+    zarr.create_array(
+        memory, name=field.name, shape=(rows, *field.row_shape), dtype=dtype,  # type: ignore[arg-type]
+        chunks=(chunk_rows, *field.row_shape), fill_value=fill, attributes=attributes,
+        shards=None if object_rows == chunk_rows else (object_rows, *field.row_shape),
+        compressors={"none": None, "crc32c": [Crc32cCodec()], "zstd": "auto"}[codec], filters=None,
+        dimension_names=dims,
+        # A flat key: with "/" every chunk of a matrix would be a directory of its own.
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )  # fmt: skip
+    text = wait(memory.get(f"{field.name}/zarr.json", cpu.buffer_prototype))
+    assert text is not None
+    return Field(
+        **{**vars(field), "metadata": text.to_bytes().decode(), "chunk_rows": chunk_rows,
+           "object_rows": object_rows, "raw_output": codec == "none" and object_rows == chunk_rows,
+           "object_key": f"{field.name}/c.{{}}" + ".0" * len(field.row_shape)},
+    )  # fmt: skip
+
+
+def _dimension_names(array: zarr.Array[Any]) -> list[str | None] | None:
+    if array.metadata.zarr_format == 2:
+        names = array.attrs.get("_ARRAY_DIMENSIONS")
+        return list(names) if isinstance(names, list) and len(names) == array.ndim else None
+    names = array.metadata.dimension_names  # type: ignore[union-attr]
+    return None if names is None or None in names else list(names)
+
+
+class Source:
+    """Reads rows of a job's source."""
+
+    def __init__(self, place: Place, fill_missing: bool = False) -> None:
+        self.place = place
+        self.objects = open_objects(place)
+        store = open_store(place, read_only=True)
+        self._store = store if fill_missing else _Strict(store)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    def read(self, field: Field, start: int, out: U8) -> None:
+        """Rows ``[start, start + len(out))`` into ``out``, uint8 ``(m, row_bytes)``, contiguous."""
+        stop, step = start + len(out), field.source_chunk_rows
+        for number in range(start // step, -(-stop // step)):
+            a, b = max(start, number * step), min(stop, (number + 1) * step)
+            into = out[a - start : b - start]
+            if field.source_key:
+                offset = (a - number * step) * field.row_bytes
+                key = field.source_key.format(number)
+                self.objects.read([Extent(key, offset, [memoryview(into).cast("B")])])
+            else:
+                into[:] = self._decode(field, a, b)
+
+    def _decode(self, field: Field, start: int, stop: int) -> U8:
+        try:
+            if field.source not in self._arrays:
+                node = zarr.open(self._store, path=field.source, mode="r")
+                assert isinstance(node, zarr.Array)
+                self._arrays[field.source] = node
+            rows = np.asarray(self._arrays[field.source][start:stop])
+        except MissingChunkError:
+            raise
+        except Exception as err:  # any codec's own complaint
+            raise SourceError(
+                f"cannot decode rows {start:,} to {stop:,} of {field.source or 'the array'} in "
+                f"{self.place.url}: {type(err).__name__}: {err}"
+            ) from err
+        return row_bytes_of(rows)
+
+
+def row_bytes_of(rows: NDArray[Any]) -> U8:
+    """An array's rows as little-endian bytes, uint8 ``(m, row_bytes)``."""
+    little = np.ascontiguousarray(rows, dtype=rows.dtype.newbyteorder("<"))
+    width = little.dtype.itemsize * math.prod(little.shape[1:])
+    return np.frombuffer(little.data if len(little) else b"", np.uint8).reshape(len(little), width)
+
+
+class Output:
+    """Writes whole output objects of a job, each with one writer."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.objects: Objects = open_objects(job.destination, fsync=job.fsync)
+
+    def write(self, field: Field, number: int, rows: U8, count: int) -> None:
+        """Object ``number`` from ``rows``, a whole object's buffer of which ``count`` rows are in use."""
+        if field.raw_output:
+            rows[count:] = 0  # beyond the end of the array; every chunk file has full size
+            self.objects.put(field.object_key.format(number), memoryview(rows).cast("B"))
+            return
+        array = _coded_array(self.job, field)
+        start = number * field.object_rows
+        typed = rows[:count].reshape(-1).view(array.dtype.newbyteorder("<"))
+        array[start : start + count] = typed.reshape(count, *field.row_shape)
+
+
+@lru_cache(maxsize=16)
+def _coded_array(job: Job, field: Field) -> zarr.Array[Any]:
+    objects = open_objects(job.destination, fsync=job.fsync)
+    store = _Staged(open_store(job.destination), objects, field)
+    array = zarr.open_array(store, path=field.name, mode="r+", config={"write_empty_chunks": True})
+    return array
+
+
+class _Strict(WrapperStore[Store]):
+    """A store in which an absent chunk is an error and not a fill value."""
+
+    async def get(self, key: str, prototype: Any, byte_range: ByteRequest | None = None) -> Any:
+        found = await self._store.get(key, prototype, byte_range)
+        if found is None and key.rsplit("/", 1)[-1] not in _METADATA_NAMES:
+            raise MissingChunkError(f"chunk {key} is missing from {self._store}")
+        return found
+
+
+_METADATA_NAMES = {"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"}
+
+
+class _Staged(WrapperStore[Store]):
+    """The destination as it will be: metadata that is not published yet, and writes made our way."""
+
+    def __init__(self, store: Store, objects: Objects, field: Field) -> None:
+        super().__init__(store)
+        self._objects = objects
+        self._field = field
+
+    async def get(self, key: str, prototype: Any, byte_range: ByteRequest | None = None) -> Any:
+        if key == f"{self._field.name}/zarr.json":
+            return prototype.buffer.from_bytes(self._field.metadata.encode())
+        return await self._store.get(key, prototype, byte_range)
+
+    async def set(self, key: str, value: Any) -> None:
+        self._objects.put(key, memoryview(value.as_numpy_array()).cast("B"))
+
+
+def group_metadata(attributes: dict[str, Any]) -> bytes:
+    """Text of a Zarr v3 group's ``zarr.json``."""
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return json.dumps(document, indent=2).encode()
+
+
+def put_array(objects: Objects, name: str, array: NDArray[Any]) -> None:
+    """Store a small array of our own as a Zarr v3 array in one chunk."""
+    memory = MemoryStore()
+    zarr.create_array(
+        memory, name=name, data=array, chunks=tuple(max(1, s) for s in array.shape),
+        compressors=None, filters=None, chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )  # fmt: skip
+    for key in [f"{name}/c." + ".".join("0" * array.ndim), f"{name}/zarr.json"]:
+        data = wait(memory.get(key, cpu.buffer_prototype))
+        if data is not None:
+            objects.put(key, data.to_bytes())
+
+
+def get_array(objects: Objects, name: str) -> NDArray[Any] | None:
+    """What `put_array` stored, or None; `FormatError` when it is damaged."""
+    text, data = objects.get(f"{name}/zarr.json"), None
+    if text is None:
+        return None
+    try:
+        meta = json.loads(text)
+        shape, dtype = tuple(meta["shape"]), np.dtype(meta["data_type"]).newbyteorder("<")
+        data = objects.get(f"{name}/c." + ".".join("0" * len(shape)))
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.frombuffer(data or b"", dtype).reshape(shape)
+    except (ValueError, KeyError, TypeError) as err:
+        raise FormatError(f"{name} is damaged ({err}); delete it and run again") from err

@@ -1,0 +1,175 @@
+"""How tasks are run.  The serial executor is the specification; any other must do exactly as it does.
+
+An executor maps a function over the argument tuples of many calls and yields results in any order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+from actshuffle import buffers
+from actshuffle.errors import ActshuffleError, ClusterError
+
+T = TypeVar("T")
+SHARE = 0.6  # of a worker's memory that a task may use if nobody says otherwise
+log = logging.getLogger("actshuffle")
+
+
+class Executor(Protocol):
+    """Runs ``fn(*call)`` for every call; yields results as they come."""
+
+    name: str
+    workers: int
+    dashboard: str | None
+
+    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]: ...
+    def task_memory(self) -> int: ...
+    def close(self) -> None: ...
+
+
+class Serial:
+    """One after the other, here."""
+
+    name, workers, dashboard = "serial", 1, None
+
+    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        for call in calls:
+            yield fn(*call)
+
+    def task_memory(self) -> int:
+        return int(SHARE * _machine_memory())
+
+    def close(self) -> None:
+        buffers.release()
+
+
+class Dask:
+    """On the workers of a Dask cluster, with a bounded window of futures.
+
+    At most ``window`` calls per worker thread are in the scheduler at once, so a million tasks cost
+    it no more than a few hundred do.  A call that fails with an error of ours is final; one that fails
+    otherwise is tried ``retries`` times more.  A worker that dies is Dask's to replace.
+    """
+
+    name = "dask"
+
+    def __init__(self, client: Any, *, window: int = 4, retries: int = 2) -> None:
+        self.client = client
+        self.window = window
+        self.retries = retries
+        has_page = find_spec("bokeh") is not None
+        self.dashboard = client.dashboard_link if has_page else None
+
+    @property
+    def workers(self) -> int:
+        return max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
+
+    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        from distributed import CancelledError, KilledWorker, as_completed
+        from distributed.comm import CommClosedError
+
+        calls = iter(calls)
+        running: dict[Any, tuple[tuple[Any, ...], int]] = {}  # future: its call, failures so far
+        done = as_completed()
+
+        def submit(call: tuple[Any, ...], failures: int) -> None:
+            future = self.client.submit(fn, *call, pure=False)
+            running[future] = call, failures
+            done.add(future)
+
+        try:
+            for call in islice(calls, self.window * self._threads()):
+                submit(call, 0)
+            while running:
+                future = next(done)
+                call, failures = running.pop(future)
+                if future.status == "finished":
+                    result = future.result()
+                    future.release()
+                    for more in islice(calls, 1):
+                        submit(more, 0)
+                    yield result
+                    continue
+                if future.status != "error":
+                    raise CancelledError(str(future.key))
+                error = future.exception()
+                if isinstance(error, ActshuffleError):
+                    raise error
+                if failures >= self.retries:
+                    if isinstance(error, KilledWorker):
+                        raise ClusterError(
+                            f"a task killed its worker again and again ({error}); if memory ran out, "
+                            "lower --memory; run again to resume"
+                        ) from error
+                    raise error
+                log.warning("a task failed (%s: %s), trying again", type(error).__name__, error)
+                submit(call, failures + 1)
+        except (CommClosedError, CancelledError, TimeoutError) as err:
+            raise ClusterError(
+                f"the Dask cluster went away ({type(err).__name__}: {err}); what was finished is "
+                "kept, run again to resume"
+            ) from err
+        finally:
+            if running and self.client.status == "running":
+                self.client.cancel(list(running))
+
+    def _threads(self) -> int:
+        deadline = time.monotonic() + 60
+        while True:
+            threads = sum(self.client.nthreads().values())
+            if threads or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        if not threads:
+            raise ClusterError("the Dask cluster has no workers (waited 60 s)")
+        return int(threads)
+
+    def task_memory(self) -> int:
+        """The least that any worker has for one task; workers without a limit share the machine."""
+        found = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        threads = sum(w["nthreads"] for w in found) or 1
+        limits = [(w["memory_limit"] or _machine_memory() * w["nthreads"] / threads) / w["nthreads"] for w in found]
+        return int(SHARE * min(limits, default=_machine_memory()))
+
+    def close(self) -> None:
+        if self.client.status == "running":
+            self.client.run(buffers.release)
+
+
+@contextmanager
+def local_cluster(workers: int) -> Iterator[Dask]:
+    """A Dask cluster of our own: one process per worker, one thread each, loopback only."""
+    from dask import config
+    from distributed import Client, LocalCluster
+
+    with (
+        tempfile.TemporaryDirectory(prefix="actshuffle-dask-") as folder,
+        config.set({"distributed.admin.low-level-log-length": 100}),
+        LocalCluster(
+            n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1",
+            dashboard_address="127.0.0.1:0", silence_logs=logging.ERROR, local_directory=folder,
+            memory_limit=None,  # the plan bounds memory; Dask need not pause or kill
+        ) as cluster,
+        Client(cluster) as client,
+    ):  # fmt: skip
+        yield Dask(client)
+
+
+def _machine_memory() -> int:
+    """Memory of this machine or of the container that we are in, bytes."""
+    from distributed.system import MEMORY_LIMIT
+
+    return int(MEMORY_LIMIT)
+
+
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0))

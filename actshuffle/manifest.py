@@ -1,0 +1,174 @@
+"""What is known to be done: receipts while a run goes on, one marker when it is over.
+
+::
+
+    dst/_actshuffle/run.json            the job, while it is not finished
+    dst/_actshuffle/receipts/7.json     leaf 7 is written: digests of its objects
+    dst/_actshuffle/digests/NAME        uint64 (objects, 2), at the end: digest of every output object
+    dst/_actshuffle/zarr.json           the completion marker, last of all
+    scratch/run.json                    whose scratch this is
+    scratch/bounds, bounds.json         keys at the boundaries between leaves, and their checksum
+    scratch/level1/receipts/7.json      block 7 is split: rows and digests of its runs
+    scratch/level1/index/0.json         the blocks of bucket 0 are all there and add up
+
+A receipt is written after its data.  It names the job and carries its own checksum, so one that is
+torn, stale or of another run counts as absent and the task runs again; and the objects it speaks of
+must be there with their sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from actshuffle._version import __version__
+from actshuffle.arrays import OUR_GROUP, get_array, group_metadata, put_array
+from actshuffle.errors import FormatError
+from actshuffle.keys import U64
+from actshuffle.objects import Objects, open_objects
+from actshuffle.types import Job, Task
+
+FORMAT = 1  # of everything named above
+RUN_KEY = f"{OUR_GROUP}/run.json"
+MARKER_KEY = f"{OUR_GROUP}/zarr.json"
+RECEIPTS = f"{OUR_GROUP}/receipts"
+DIGESTS = f"{OUR_GROUP}/digests"
+ORDER_NAME = "lexsort(lo, hi) of Philox4x64-10 words, SeedSequence(seed, spawn_key=(0,) and (1,))"
+
+
+def receipt_place(job: Job, task: Task) -> tuple[Objects, str]:
+    """Where a task's receipt lives: beside what it speaks of."""
+    if task.kind == "leaf":
+        return open_objects(job.destination, fsync=job.fsync), f"{RECEIPTS}/{task.index}.json"
+    folder = "receipts" if task.kind == "split" else "index"
+    key = f"level{task.level}/{folder}/{task.index}.json"
+    return open_objects(job.scratch, fsync=job.fsync), key
+
+
+def write_receipt(job: Job, task: Task, body: dict[str, Any]) -> None:
+    objects, key = receipt_place(job, task)
+    objects.put(key, _sealed({"job": job.identity, "task": list(task), **body}))
+
+
+def read_receipt(job: Job, task: Task) -> dict[str, Any] | None:
+    """The receipt's content, or None if there is no valid one of this job and task."""
+    objects, key = receipt_place(job, task)
+    data = objects.get(key)
+    body = None if data is None else _unsealed(data)
+    if body is None or body.get("job") != job.identity or body.get("task") != list(task):
+        return None
+    return body
+
+
+def withdraw(job: Job, task: Task) -> None:
+    """Remove a receipt, so that the next run does the task again."""
+    objects, key = receipt_place(job, task)
+    objects.delete(key)
+
+
+def write_run(job: Job) -> None:
+    """Claim destination and scratch for this job."""
+    text = _sealed({"job": job.identity, "request": json.loads(job.request), "plan": job.to_json()})
+    open_objects(job.scratch, fsync=job.fsync).put("run.json", text)
+    open_objects(job.destination, fsync=job.fsync).put(RUN_KEY, text)
+
+
+def read_run(objects: Objects, key: str = RUN_KEY) -> dict[str, Any] | None:
+    """The job a half-done destination belongs to, or None."""
+    data = objects.get(key)
+    if data is None:
+        return None
+    body = _unsealed(data)
+    if body is None:
+        raise FormatError(
+            f"{key} is damaged, so this half-done run cannot be resumed; delete the destination "
+            "(or give --overwrite) and start again"
+        )
+    return body
+
+
+def write_bounds(job: Job, bounds: U64) -> None:
+    """Keep the boundaries between leaves, uint64 ``(leaves - 1, 3)``: array first, checksum last."""
+    objects = open_objects(job.scratch, fsync=job.fsync)
+    put_array(objects, "bounds", bounds)
+    check = hashlib.sha256(bounds.astype("<u8").tobytes()).hexdigest()
+    objects.put("bounds.json", _sealed({"job": job.identity, "bounds": check}))
+
+
+def read_bounds(job: Job) -> U64 | None:
+    """The boundaries, or None if they are absent, damaged or another job's."""
+    objects = open_objects(job.scratch)
+    data = objects.get("bounds.json")
+    body = None if data is None else _unsealed(data)
+    if body is None or body.get("job") != job.identity:
+        return None
+    try:
+        bounds = get_array(objects, "bounds")
+    except FormatError:
+        return None
+    if bounds is None or hashlib.sha256(bounds.tobytes()).hexdigest() != body["bounds"]:
+        return None
+    return bounds
+
+
+def write_marker(job: Job, sums: dict[str, str]) -> None:
+    """The last write of a run: from here on the store is complete."""
+    plan = job.plan
+    body = {
+        "format": FORMAT, "version": __version__, "rows": plan.rows, "seed": job.keys.seed,
+        "order": ORDER_NAME, "levels": plan.levels, "source": public_url(job.source.url),
+        "source_identity": job.source_identity, "source_row": job.source_row is not None,
+        "fields": {f.name: {"sum": sums[f.name], "object_rows": f.object_rows} for f in job.fields},
+    }  # fmt: skip
+    if (job.keys.hi_bits, job.keys.lo_bits) != (64, 64):
+        body["key_bits"] = [job.keys.hi_bits, job.keys.lo_bits]
+    objects = open_objects(job.destination, fsync=job.fsync)
+    objects.put(MARKER_KEY, group_metadata({"actshuffle": body}))
+
+
+def read_marker(objects: Objects) -> dict[str, Any] | None:
+    """The completion marker, None if there is none, `FormatError` if it is not one we can read."""
+    data = objects.get(MARKER_KEY)
+    if data is None:
+        return None
+    try:
+        body = json.loads(data)["attributes"]["actshuffle"]
+        if body["format"] != FORMAT:
+            raise FormatError(
+                f"{MARKER_KEY} has format {body['format']}, this actshuffle {__version__} reads {FORMAT}"
+            )
+        expected = {"rows": int, "seed": int, "fields": dict, "source_row": bool, "levels": int}
+        if any(not isinstance(body[k], t) for k, t in expected.items()):
+            raise TypeError("a value has the wrong type")
+    except (ValueError, KeyError, TypeError) as err:
+        raise FormatError(f"{MARKER_KEY} is damaged: {err}") from err
+    found: dict[str, Any] = body
+    return found
+
+
+def public_url(url: str) -> str:
+    """A URL without user, password or query, fit to be written down."""
+    if "://" not in url:
+        return url
+    scheme, rest = url.split("://", 1)
+    head, slash, tail = rest.partition("/")
+    return f"{scheme}://{head.rsplit('@', 1)[-1]}{slash}{tail.split('?', 1)[0]}"
+
+
+def _sealed(body: dict[str, Any]) -> bytes:
+    text = json.dumps({"format": FORMAT, **body}, sort_keys=True)
+    check = hashlib.sha256(text.encode()).hexdigest()
+    return f'{{"sha256": "{check}", "body": {text}}}'.encode()
+
+
+def _unsealed(data: bytes) -> dict[str, Any] | None:
+    try:
+        document = json.loads(data)
+        body: dict[str, Any] = document["body"]
+        text = json.dumps(body, sort_keys=True)
+        if hashlib.sha256(text.encode()).hexdigest() != document["sha256"] or body["format"] != FORMAT:
+            return None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return body

@@ -1,0 +1,266 @@
+"""From a request to a job: look at the source, plan, and refuse what cannot work before the first byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from actshuffle import manifest
+from actshuffle.arrays import (
+    CODECS,
+    SOURCE_ROW,
+    open_node,
+    output_field,
+    source_arrays,
+    source_buffer,
+    source_field,
+)
+from actshuffle.errors import DestinationExistsError, InfeasibleError, RequestError, ResumeMismatchError
+from actshuffle.inventory import take_inventory
+from actshuffle.keys import Keys
+from actshuffle.memory import MemoryModel
+from actshuffle.objects import local_path, open_objects
+from actshuffle.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan
+from actshuffle.types import Field, Job, Place, Plan
+from actshuffle.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of a run.  None means: as a half-done run recorded it, else the default."""
+
+    seed: int | None = None
+    levels: Levels | None = None
+    memory: int | None = None
+    block_bytes: int | None = None
+    run_bytes: int | None = None
+    chunk_rows: int | None = None
+    chunks_per_shard: int | None = None
+    codec: str | None = None
+    fields: tuple[str, ...] | None = None
+    source_row: bool | None = None
+    fill_missing: bool | None = None
+    scratch: str | None = None
+    tasks_wanted: int | None = None
+    key_bits: tuple[int, int] | None = None  # for tests: see keys.Keys
+
+    def given(self) -> dict[str, Any]:
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        result: dict[str, Any] = json.loads(json.dumps(values))  # tuples as they come back from disk
+        return result
+
+
+PREFERRED_MEMORY = 2 << 30  # more than this a worker takes only if it saves a level
+
+# Derived from the machine or the cluster, not from what the user typed: never a reason to refuse.
+_SOFT = {"tasks_wanted"}
+
+
+def prepare(
+    src: Place, dst: Place, request: Request, *, most_memory: int, overwrite: bool = False, fsync: bool = True
+) -> Job:
+    """The job to run, with the destination checked to be free or half done by the same job.
+
+    Nothing is written; with ``overwrite``, what is at the destination goes once all else is in order.
+    """
+    _check_places(src, dst, request.scratch)
+    arrays = source_arrays(src, request.fields)
+    given = request.given()
+    recorded = _recorded(dst, overwrite)
+    if recorded is not None:
+        before = recorded["request"]
+        differing = {k for k, v in given.items() if k not in _SOFT and before.get(k) != v}
+        if differing:
+            raise ResumeMismatchError(
+                f"{dst.url} is half done with other arguments: "
+                + "; ".join(f"{k} was {before.get(k)!r}, now {given[k]!r}" for k in sorted(differing))
+                + ". Give the same to resume, or --overwrite to start again"
+            )
+        given = before
+    else:
+        given.setdefault("seed", secrets.randbits(63))
+        if "memory" not in given and "block_bytes" not in given:
+            given["memory"] = _default_memory(arrays, given, most_memory, remote=local_path(dst) is None)
+    job = make_job(src, dst, arrays, given, fsync=fsync)
+    if recorded is not None:
+        if recorded["job"] != job.identity:
+            was, now = recorded["plan"], json.loads(json.dumps(job.to_json()))
+            changed = sorted(k for k in now if was.get(k) != now[k])
+            raise ResumeMismatchError(
+                f"{dst.url} is half done, and since then {', '.join(changed)} changed"
+                f"{' (the source is not what it was)' if 'source_identity' in changed else ''}; "
+                "--overwrite starts again"
+            )
+    else:
+        _check_space(job)
+    if overwrite:
+        open_objects(dst).delete_prefix("")
+    return job
+
+
+def make_job(
+    src: Place, dst: Place, arrays: dict[str, zarr.Array[Any]], given: dict[str, Any], *, fsync: bool = True
+) -> Job:
+    """Plan a request whose values are all settled.  Reads metadata and lists the source's objects."""
+    fill_missing = bool(given.get("fill_missing", False))
+    identity, gappy = take_inventory(src, arrays, fill_missing=fill_missing)
+    fields = [source_field(name, array) for name, array in arrays.items()]
+    # A missing chunk has no file to read: leave that array to zarr, which makes up fill values.
+    fields = [dataclasses.replace(f, source_key="") if f.name in gappy else f for f in fields]
+    with_rows = bool(given.get("source_row", True))
+    if with_rows and SOURCE_ROW in arrays:
+        raise RequestError(
+            f"{src.url} has an array named {SOURCE_ROW!r} already (is it shuffled?), the name of the "
+            "output's provenance: leave it out with --fields, or give --no-source-row"
+        )
+    codec = given.get("codec", "none")
+    if codec not in CODECS:
+        raise RequestError(f"unknown codec {codec!r}; choose from {', '.join(CODECS)}")
+    plan = plan_for(arrays, fields, given, remote=local_path(dst) is None)
+    rows = plan.rows
+    scratch = scratch_place(dst, given.get("scratch"))
+    outputs = []
+    for field in fields:
+        spans = _spans(field.row_bytes, plan)
+        outputs.append(output_field(field, arrays[field.name], rows, spans * plan.chunk_rows,
+                                    spans * plan.object_rows, codec))  # fmt: skip
+    provenance = None
+    if with_rows:
+        bare = Field(SOURCE_ROW, "", 8, (), 1, "")
+        spans = _spans(8, plan)
+        provenance = output_field(bare, None, rows, spans * plan.chunk_rows, spans * plan.object_rows, codec)
+    node = open_node(src)
+    attributes = dict(node.attrs) if isinstance(node, zarr.Group) else {}
+    hi_bits, lo_bits = given.get("key_bits", (64, 64))
+    return Job(
+        plan=plan, keys=Keys(given["seed"], hi_bits, lo_bits), source=src, destination=dst, scratch=scratch,
+        fields=tuple(outputs), source_row=provenance, attributes=json.dumps(attributes, sort_keys=True),
+        source_identity=identity, request=json.dumps(given, sort_keys=True), fill_missing=fill_missing,
+        fsync=fsync,
+    )  # fmt: skip
+
+
+def plan_for(
+    arrays: dict[str, zarr.Array[Any]], fields: Sequence[Field], given: dict[str, Any], *, remote: bool
+) -> Plan:
+    """The plan for some source arrays under settled arguments."""
+    coded = given.get("codec", "none") != "none" or (given.get("chunks_per_shard") or 1) > 1
+    model = MemoryModel(
+        row_bytes=sum(f.row_bytes for f in fields),
+        source_buffer=source_buffer(list(arrays.values())),
+        whole_block_writes=remote,
+        output_copies=3 if coded or remote else 1,
+    )
+    widest = max(fields, key=lambda f: f.row_bytes)
+    return make_plan(
+        next(iter(arrays.values())).shape[0], model.row_bytes,
+        levels=given.get("levels", "auto"), memory=given.get("memory"),
+        block_bytes=given.get("block_bytes"),
+        run_bytes=given.get("run_bytes") or (REMOTE_RUN_BYTES if remote else LOCAL_RUN_BYTES),
+        chunk_rows=given.get("chunk_rows"), chunks_per_shard=given.get("chunks_per_shard"),
+        widest_row=widest.row_bytes, source_chunk_rows=widest.source_chunk_rows,
+        tasks_wanted=given.get("tasks_wanted", 1), model=model,
+    )  # fmt: skip
+
+
+def _default_memory(
+    arrays: dict[str, zarr.Array[Any]], given: dict[str, Any], most: int, *, remote: bool
+) -> int:
+    """A moderate share of the machine, unless all of it saves a level."""
+    fields = [source_field(name, array) for name, array in arrays.items()]
+    some = min(PREFERRED_MEMORY, most)
+    try:
+        wide = plan_for(arrays, fields, {**given, "memory": most}, remote=remote)
+        return some if plan_for(arrays, fields, {**given, "memory": some}, remote=remote).levels <= wide.levels else most
+    except InfeasibleError:
+        return most
+
+
+def scratch_place(dst: Place, folder: str | None) -> Place:
+    """A place for the spill that belongs to this destination alone: beside it, or in a given folder."""
+    name = dst.url.rstrip("/").rsplit("/", 1)[-1]
+    tag = hashlib.sha256(dst.url.rstrip("/").encode()).hexdigest()[:8]
+    if folder is None:
+        return Place(f"{dst.url.rstrip('/')}.scratch-{tag}", dst.options)
+    return Place(folder, dst.options if "://" in folder else "{}").child(f"{name}.scratch-{tag}")
+
+
+def _spans(row_bytes: int, plan: Plan) -> int:
+    """How many of the widest field's chunks one chunk of this field spans: narrow rows, longer chunks.
+
+    A divisor of the leaf, so that every leaf still holds a whole number of this field's objects.
+    """
+    objects = plan.leaf_rows // plan.object_rows
+    fits = max(1, 32 * 1024 * 1024 // (row_bytes * plan.object_rows))
+    return max(d for d in range(1, min(objects, fits) + 1) if objects % d == 0)
+
+
+def _check_places(src: Place, dst: Place, scratch: str | None) -> None:
+    source, target = local_path(src), local_path(dst)
+    if source is None or target is None:
+        if src.url.rstrip("/") == dst.url.rstrip("/"):
+            raise RequestError(f"source and destination are the same: {src.url}")
+        return
+    source, target = source.resolve(), target.resolve()
+    if _inside(target, source) or _inside(source, target):
+        raise RequestError(f"destination {target} and source {source} must not lie inside each other")
+    spill = None if scratch is None or "://" in scratch else Path(scratch).resolve()
+    if spill is not None and (_inside(spill, source) or _inside(spill, target)):
+        raise RequestError(f"scratch {spill} must lie outside source and destination")
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return path == folder or folder in path.parents
+
+
+def _recorded(dst: Place, overwrite: bool) -> dict[str, Any] | None:
+    """What a half-done run left at the destination; refuses what may not be touched."""
+    objects = open_objects(dst)
+    path = local_path(dst)
+    if path is not None and path.exists() and not path.is_dir():
+        raise DestinationExistsError(f"{path} is a file")
+    stored = [k for k in ("zarr.json", ".zgroup", ".zarray") if objects.size(k) is not None]
+    half_done = objects.size(manifest.RUN_KEY) is not None
+    if overwrite:
+        if not stored and not half_done and next(iter(objects.list("")), None) is not None:
+            raise DestinationExistsError(f"{dst.url} is no Zarr store; it is not overwritten, remove it by hand")
+        return None
+    if manifest.read_marker(objects) is not None:
+        raise DestinationExistsError(f"{dst.url} is a finished shuffle; --overwrite replaces it")
+    if half_done:
+        return manifest.read_run(objects)
+    if stored or next(iter(objects.list("")), None) is not None:
+        raise DestinationExistsError(
+            f"{dst.url} exists and is not a half-done shuffle; choose another path"
+            + (", or --overwrite to replace it" if stored else "")
+        )
+    return None
+
+
+def _check_space(job: Job) -> None:
+    plan = job.plan
+    out, spill = open_objects(job.destination), open_objects(job.scratch)
+    needs = [(job.destination, out.free_bytes(), plan.output_bytes), (job.scratch, spill.free_bytes(), plan.scratch_bytes)]
+    places = [local_path(job.destination), local_path(job.scratch)]
+    if all(places) and _device(places[0]) == _device(places[1]):
+        needs = [(job.destination, out.free_bytes(), plan.disk_bytes)]
+    for place, free, need in needs:
+        if free is not None and need > free:
+            raise InfeasibleError(
+                f"{place.url} needs {format_bytes(need)} and its disk has {format_bytes(free)} free "
+                f"(output {format_bytes(plan.output_bytes)}, scratch up to {format_bytes(plan.scratch_bytes)}); "
+                "free some, or give --scratch on another disk"
+            )
+
+
+def _device(path: Path | None) -> int:
+    assert path is not None
+    return next(p for p in (path, *path.absolute().parents) if p.exists()).stat().st_dev

@@ -1,0 +1,287 @@
+"""A run, from first to last: claim, boundaries, one level after the other, publish.
+
+::
+
+    prepare     look, plan, refuse                               (prepare.py; nothing is written)
+    claim       run.json in dst and scratch
+    boundaries  keys at the edges of the leaves                  (bounds.py)
+    level 1     split source blocks   -> scratch/level1, index
+    ...
+    level L     sort leaves           -> dst, whole objects
+    publish     digests, zarr.json of arrays and group, marker; then scratch and receipts go
+
+Array metadata is published last, so a half-done destination is not a Zarr store to anybody.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actshuffle import bounds, executors, manifest, tasks
+from actshuffle.arrays import group_metadata, put_array
+from actshuffle.digest import from_hex, to_hex
+from actshuffle.errors import FormatError, RequestError
+from actshuffle.executors import Dask, Executor, Serial
+from actshuffle.keys import U64
+from actshuffle.objects import local_path, open_objects
+from actshuffle.planner import Levels
+from actshuffle.prepare import Request, make_job, prepare
+from actshuffle.progress import Progress, Silent
+from actshuffle.spill import Spill
+from actshuffle.types import Job, Place, Plan, Task
+from actshuffle.units import format_bytes, format_seconds, parse_bytes
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did.  ``seconds`` is this run's; ``resumed`` tasks were found done."""
+
+    plan: Plan
+    seed: int
+    destination: str
+    seconds: float
+    tasks: int
+    resumed: int
+    workers: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.plan.rows * self.plan.row_bytes
+
+    def __str__(self) -> str:
+        rate = f"{format_bytes(self.nbytes / self.seconds)}/s" if self.seconds else "-"
+        text = (
+            f"{self.plan.rows:,} rows, {format_bytes(self.nbytes)}, {self.plan.levels} "
+            f"level{'s' * (self.plan.levels != 1)}, seed {self.seed}: "
+            f"{format_seconds(self.seconds)}, {rate} end to end on {self.workers} "
+            f"worker{'s' * (self.workers != 1)}"
+        )
+        return text + (f"; {self.resumed} of {self.tasks} tasks were done before" if self.resumed else "")
+
+
+def shuffle(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    seed: int | None = None,
+    levels: Levels | None = None,
+    memory: str | int | None = None,
+    block_bytes: str | int | None = None,
+    run_bytes: str | int | None = None,
+    chunk_rows: int | None = None,
+    chunks_per_shard: int | None = None,
+    codec: str | None = None,
+    fields: Iterable[str] | None = None,
+    source_row: bool | None = None,
+    missing_chunks: str | None = None,
+    scratch: str | Path | None = None,
+    workers: int | None = None,
+    client: Any = None,
+    overwrite: bool = False,
+    fsync: bool = True,
+    storage_options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Write ``src`` to ``dst`` in exactly uniform random order.
+
+    The order is a pure function of ``seed`` and the number of rows (see `actshuffle.order`); levels,
+    memory, workers and retries change nothing in the output.  Called again with the same arguments on
+    a half-done ``dst``, it resumes.
+
+    Parameters
+    ----------
+    src, dst : paths or URLs.  ``src`` is a Zarr v2 or v3 array, or a group of arrays of equal length;
+        ``dst`` becomes a Zarr v3 group.
+    seed : non-negative int; drawn and recorded if not given.
+    levels : passes over the data, or "auto" (default) for the fewest that fit.
+    memory : the most that one worker uses beyond its idle footprint ("2GB").
+    block_bytes, run_bytes : M and P of the arithmetic of passes; derived if not given.
+    chunk_rows, chunks_per_shard : chunking of the widest output array; chosen if not given.
+    codec : "none" (default), "crc32c" or "zstd" for the output.
+    fields : names of the arrays to take; all if not given.
+    source_row : also write the provenance array (default True).
+    missing_chunks : "refuse" (default) or "fill": what an absent source chunk means.
+    scratch : folder or URL for the intermediate; beside ``dst`` if not given.
+    workers : processes of an own local Dask cluster; 0 or None runs here, without Dask.
+    client : a `distributed.Client` to run on instead.
+    fsync : make every object durable before its receipt.
+    storage_options : for URLs, as fsspec takes them; never stored.
+
+    Raises
+    ------
+    RequestError, SourceError : nothing was written.
+    ActshuffleError : see `actshuffle.errors`; what was finished is kept.
+    """
+    if missing_chunks not in (None, "refuse", "fill"):
+        raise RequestError(f"missing_chunks must be refuse or fill, got {missing_chunks!r}")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise RequestError(f"seed must be a non-negative whole number, got {seed!r}")
+    options = _options(storage_options)
+    with executor_for(workers, client) as executor:
+        request = Request(
+            seed=seed, levels=levels,
+            memory=None if memory is None else parse_bytes(memory),
+            block_bytes=None if block_bytes is None else parse_bytes(block_bytes),
+            run_bytes=None if run_bytes is None else parse_bytes(run_bytes),
+            chunk_rows=chunk_rows, chunks_per_shard=chunks_per_shard, codec=codec,
+            fields=None if fields is None else tuple(fields), source_row=source_row,
+            fill_missing=None if missing_chunks is None else missing_chunks == "fill",
+            scratch=None if scratch is None else str(scratch),
+            tasks_wanted=3 * executor.workers if executor.workers > 1 else None,
+        )  # fmt: skip
+        job = prepare(
+            Place(_absolute(src), options), Place(_absolute(dst), options), request,
+            most_memory=executor.task_memory(), overwrite=overwrite, fsync=fsync,
+        )  # fmt: skip
+        return execute(job, executor, progress or Silent())
+
+
+def execute(job: Job, executor: Executor, progress: Progress) -> Result:
+    """Run or resume a prepared job to its completion marker."""
+    started = time.perf_counter()
+    plan, done, total = job.plan, 0, 0
+    _claim(job)
+    _find_boundaries(job, executor, progress)
+    for level in range(first_level(job), plan.levels + 1):
+        progress.begin(f"level {level} of {plan.levels}", plan.task_count(level), plan.rows * plan.row_bytes)
+        if level < plan.levels:
+            Spill(job, level).write_metadata()
+        for result in executor.map(tasks.run_task, ((job, task) for task in plan.tasks(level))):
+            total, done = total + 1, done + (not result.fresh)
+            progress.advance(result.nbytes, result.fresh)
+        if level < plan.levels:
+            parents = (Task("index", level, parent) for parent in range(plan.buckets(level - 1)))
+            for _ in executor.map(tasks.run_task, ((job, task) for task in parents)):
+                pass
+        if 1 < level < plan.levels:
+            Spill(job, level - 1).delete()  # what it held is in the next one
+        progress.end()
+    _publish(job)
+    return Result(
+        plan, job.keys.seed, manifest.public_url(job.destination.url),
+        time.perf_counter() - started, total, done, executor.workers,
+    )  # fmt: skip
+
+
+def first_level(job: Job) -> int:
+    """Where to go on: after the last level whose results are all there; past the end if leaves are."""
+    levels = job.plan.levels
+    if _complete(job, levels):
+        return levels + 1
+    return next((level for level in range(levels, 1, -1) if _complete(job, level - 1)), 1)
+
+
+def _complete(job: Job, level: int) -> bool:
+    plan = job.plan
+    index = [Task("index", level, b) for b in range(plan.buckets(level - 1))] if level < plan.levels else []
+    # Index receipts come last, so an unfinished level is usually told by the first look.
+    return all(tasks.is_done(job, task) for task in (*index, *plan.tasks(level)))
+
+
+def _claim(job: Job) -> None:
+    scratch = open_objects(job.scratch, fsync=job.fsync)
+    try:
+        body = manifest.read_run(scratch, "run.json")
+    except FormatError:
+        body = None
+    if body is None or body["job"] != job.identity:
+        scratch.delete_prefix("")  # of an earlier run to this destination, which is gone
+    scratch.settle([""])
+    open_objects(job.destination, fsync=job.fsync).settle([""])
+    manifest.write_run(job)
+
+
+def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
+    plan = job.plan
+    if manifest.read_bounds(job) is not None:
+        return
+    step = bounds.COUNT_ROWS
+    starts = range(0, plan.rows, step)
+    # One task's worth of keys is quicker made here than sent for.
+    where: Executor = executor if len(starts) > 1 else Serial()
+
+    def ask(query: bounds.Query) -> Iterator[NDArray[Any]]:
+        calls = ((job, start, start + step, query) for start in starts)
+        for part in where.map(tasks.count, calls):
+            progress.advance(0, True)
+            yield part
+
+    progress.begin("boundaries", len(starts), 0)
+    ranks = np.arange(1, plan.leaves, dtype=np.int64) * plan.leaf_rows
+    manifest.write_bounds(job, bounds.find(job.keys, ranks, ask))
+    progress.end()
+
+
+def _publish(job: Job) -> None:
+    """Digests, metadata, marker; then clear away.  Every step can be done again."""
+    plan, objects = job.plan, open_objects(job.destination, fsync=job.fsync)
+    digests: dict[str, list[U64]] = {f.name: [] for f in job.fields}
+    for task in plan.tasks(plan.levels):
+        receipt = manifest.read_receipt(job, task)
+        if receipt is None:
+            raise FormatError(f"receipt of leaf {task.index} vanished from {job.destination.url}; run again")
+        for name, texts in receipt["digests"].items():
+            digests[name] += [from_hex(text) for text in texts]
+    sums = {}
+    for name, found in digests.items():
+        table = np.array(found, np.uint64).reshape(-1, 2)
+        put_array(objects, f"{manifest.DIGESTS}/{name}", table)
+        sums[name] = to_hex(table.sum(axis=0, dtype=np.uint64))
+    objects.put(f"{manifest.DIGESTS}/zarr.json", group_metadata({}))
+    for field in tasks.output_fields(job):
+        objects.put(f"{field.name}/zarr.json", field.metadata.encode())
+    objects.put("zarr.json", group_metadata(json.loads(job.attributes)))
+    objects.settle([""])
+    manifest.write_marker(job, sums)
+    objects.delete(manifest.RUN_KEY)
+    objects.delete_prefix(manifest.RECEIPTS)
+    open_objects(job.scratch).delete_prefix("")
+
+
+@contextmanager
+def executor_for(workers: int | None, client: Any = None) -> Iterator[Executor]:
+    """The executor a user asked for: their client, an own local cluster, or none."""
+    if workers is not None and workers < 0:
+        raise RequestError(f"workers must be 0 (no cluster) or more, got {workers}")
+    if client is not None:
+        executor: Executor = Dask(client)
+        try:
+            yield executor
+        finally:
+            executor.close()
+    elif workers:
+        with executors.local_cluster(workers) as executor:
+            yield executor
+    else:
+        executor = Serial()
+        try:
+            yield executor
+        finally:
+            executor.close()
+
+
+def _options(options: dict[str, Any] | None) -> str:
+    try:
+        return json.dumps(options or {}, sort_keys=True)
+    except TypeError as err:
+        raise RequestError(f"storage_options must be plain JSON values: {err}") from err
+
+
+def _absolute(path: str | Path) -> str:
+    text = str(path)
+    if "://" in text:
+        return text
+    absolute = local_path(Place(text))
+    assert absolute is not None
+    return str(absolute.absolute())
+
+
+__all__ = ["Result", "execute", "make_job", "shuffle"]

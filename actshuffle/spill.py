@@ -1,0 +1,195 @@
+"""The intermediate of a split level: one object per block, its rows grouped by bucket.
+
+In scratch, each split level is a Zarr v3 group::
+
+    level1/blocks    uint8  (blocks, block_bytes)              chunk: one block
+    level1/runs      uint64 (buckets, blocks_per_parent, 2)    chunk: one bucket
+    level1/sums      uint64 (buckets, 1 + fields, 2)           chunk: one bucket
+
+A block holds one *run* per child bucket, in bucket order; a run is one byte range, and inside it the
+columns follow each other: hi words, source rows, then each field's rows::
+
+    block  | run of bucket 0                          | run of bucket 1      | ...
+           | hi hi hi | row row row | field 0 | field 1 | hi hi | row row | ...
+
+``runs[bucket, b]`` is (byte offset, rows) of the bucket's run in block b of its parent, and a bucket's
+rows are its runs in block order.  ``sums[bucket]`` are the conservation digests (digest.py) of the hi
+words and of each field.
+
+Copies: a row is copied once in memory on its way out (gathered into the staging buffer, then written
+by the kernel) and not at all on its way in (the kernel scatters a run into its columns).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actshuffle.buffers import Arena
+from actshuffle.digest import U8, RowHash
+from actshuffle.errors import FormatError
+from actshuffle.keys import I64, U64
+from actshuffle.objects import Extent, Objects, Writer, open_objects
+from actshuffle.types import Job
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Rows in memory: hi words uint64 ``(m,)``, source rows uint64 ``(m,)``, and per field uint8 ``(m, w)``."""
+
+    hi: U64
+    source_row: U64
+    fields: tuple[U8, ...]
+
+    @classmethod
+    def allocate(cls, job: Job, arena: Arena, rows: int) -> Columns:
+        hi, source_row = arena.take((rows,), np.uint64), arena.take((rows,), np.uint64)
+        return cls(hi, source_row, tuple(arena.take((rows, f.row_bytes)) for f in job.fields))
+
+    def parts(self) -> list[U8]:
+        """All columns as uint8 ``(m, width)``, in spill order."""
+        return [self.hi.view(np.uint8).reshape(-1, 8), self.source_row.view(np.uint8).reshape(-1, 8), *self.fields]
+
+    def hashes(self, job: Job) -> Iterator[U64]:
+        """Row hashes, uint64 ``(m, 2)``, of the hi words and then of each field."""
+        for number, part in enumerate([self.parts()[0], *self.fields]):
+            yield RowHash(job.keys.seed, number, part.shape[1]).hashes(part, self.source_row)
+
+
+class Spill:
+    """One split level's part of the scratch."""
+
+    def __init__(self, job: Job, level: int) -> None:
+        self.job, self.level = job, level
+        self.objects: Objects = open_objects(job.scratch, fsync=job.fsync)
+        self.prefix = f"level{level}"
+        self.row_bytes = job.plan.model.spill_row_bytes
+        self.block_bytes = job.plan.block_rows[level - 1] * self.row_bytes
+
+    def block_key(self, block: int) -> str:
+        return f"{self.prefix}/blocks/c.{block}.0"
+
+    def write_block(self, block: int, columns: Columns, order: I64, cuts: I64, staging: U8) -> None:
+        """Gather rows run by run through ``staging`` into the block's object."""
+        with self.objects.writer(self.block_key(block), self.block_bytes) as out:
+            gather = _Gather(out, staging)
+            for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+                for part in columns.parts():
+                    gather.append(part, order[start:stop])
+            gather.flush()
+
+    def runs(self, bucket: int) -> U64:
+        """Byte offset and rows of the bucket's run in each block of its parent, uint64 ``(blocks, 2)``."""
+        return self._table(f"{self.prefix}/runs/c.{bucket}.0.0", (-1, 2))
+
+    def sums(self, bucket: int) -> U64:
+        """Conservation digests of the bucket, uint64 ``(1 + fields, 2)``."""
+        return self._table(f"{self.prefix}/sums/c.{bucket}.0.0", (1 + len(self.job.fields), 2))
+
+    def _table(self, key: str, shape: tuple[int, ...]) -> U64:
+        data = self.objects.get(key)
+        try:
+            return np.frombuffer(data or b"", "<u8").reshape(shape)
+        except ValueError as err:
+            raise FormatError(f"{key} in {self.job.scratch.url} is damaged: {err}") from err
+
+    def has_tables(self, bucket: int) -> bool:
+        names = (f"{self.prefix}/{name}/c.{bucket}.0.0" for name in ("runs", "sums"))
+        return all(self.objects.size(name) is not None for name in names)
+
+    def put_tables(self, bucket: int, runs: U64, sums: U64) -> None:
+        self.objects.put(f"{self.prefix}/runs/c.{bucket}.0.0", runs.astype("<u8").tobytes())
+        self.objects.put(f"{self.prefix}/sums/c.{bucket}.0.0", sums.astype("<u8").tobytes())
+
+    def read(self, bucket: int, start: int, columns: Columns) -> None:
+        """Rows ``[start, start + m)`` of a bucket, in run order, into columns of m rows."""
+        runs = self.runs(bucket)
+        stop = start + len(columns.hi)
+        parent = _parent(self.job, self.level, bucket)
+        first_block = parent * self.job.plan.blocks_per_parent(self.level)
+        ends = np.cumsum(runs[:, 1].astype(np.int64))
+        extents = []
+        for number in range(int(np.searchsorted(ends, start, side="right")), len(runs)):
+            offset, rows = int(runs[number, 0]), int(runs[number, 1])
+            begins = int(ends[number]) - rows
+            if begins >= stop:
+                break
+            if rows:
+                a, b = max(start - begins, 0), min(stop - begins, rows)
+                key = self.block_key(first_block + number)
+                at = begins + a - start
+                extents += _extents(key, offset, rows, a, b, columns.parts(), at)
+        self.objects.read(extents)
+
+    def delete(self) -> None:
+        """Remove the level: what it held is in the next one."""
+        self.objects.delete_prefix(self.prefix)
+
+    def write_metadata(self) -> None:
+        """``zarr.json`` of the level's arrays, so that a spill opens as Zarr when one must look."""
+        plan, fields = self.job.plan, 1 + len(self.job.fields)
+        blocks, buckets = plan.blocks(self.level), plan.buckets(self.level)
+        per_parent = plan.blocks_per_parent(self.level)
+        for name, dtype, shape in (
+            ("blocks", "uint8", (blocks, self.block_bytes)),
+            ("runs", "uint64", (buckets, per_parent, 2)),
+            ("sums", "uint64", (buckets, fields, 2)),
+        ):
+            self.objects.put(f"{self.prefix}/{name}/zarr.json", _one_row_per_chunk(dtype, shape))
+
+
+def _parent(job: Job, level: int, bucket: int) -> int:
+    plan = job.plan
+    return bucket * plan.widths[level] // plan.widths[level - 1]
+
+
+def _extents(
+    key: str, offset: int, rows: int, a: int, b: int, parts: list[U8], at: int
+) -> Iterator[Extent]:
+    """Byte ranges of rows ``[a, b)`` of a run, one for a whole run, else one per column."""
+    views = [memoryview(part[at : at + b - a]).cast("B") for part in parts]
+    if b - a == rows:
+        yield Extent(key, offset, views)
+        return
+    for part, view in zip(parts, views, strict=True):
+        width = part.shape[1]
+        yield Extent(key, offset + a * width, [view])
+        offset += rows * width
+
+
+class _Gather:
+    """Packs gathered rows into a staging buffer, written out whenever it is full."""
+
+    def __init__(self, out: Writer, staging: U8) -> None:
+        self._out, self._staging, self._at = out, staging, 0
+
+    def append(self, part: U8, order: NDArray[np.int64]) -> None:
+        width = part.shape[1]
+        while len(order):
+            count = min(len(order), (len(self._staging) - self._at) // width)
+            if count == 0:
+                self.flush()
+                continue
+            into = self._staging[self._at : self._at + count * width].reshape(count, width)
+            # mode="clip" skips the bounds check and its buffering: 2 to 3 times faster, same result.
+            np.take(part, order[:count], axis=0, out=into, mode="clip")
+            self._at += count * width
+            order = order[count:]
+
+    def flush(self) -> None:
+        self._out.write(memoryview(self._staging[: self._at]))
+        self._at = 0
+
+
+def _one_row_per_chunk(dtype: str, shape: tuple[int, ...]) -> bytes:
+    return json.dumps({
+        "zarr_format": 3, "node_type": "array", "shape": shape, "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": (1, *shape[1:])}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": 0, "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "attributes": {},
+    }).encode()  # fmt: skip

@@ -1,0 +1,270 @@
+"""The tasks: plain functions of (job, task), idempotent, safe to run twice, anywhere, at the same time.
+
+::
+
+    count    keys of a row range            -> counts for the boundaries (returned, nothing stored)
+    split    one block of rows              -> one spill object, grouped by bucket, and a receipt
+    index    receipts of a bucket's blocks  -> where each child's runs are, and their digests
+    leaf     all runs of one leaf           -> its objects in the output, and a receipt
+
+Each checks what it is given against what the step before it said (rows per bucket, conservation
+digests), writes data first and its receipt last, and does nothing if a valid receipt is there.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actshuffle import bounds, manifest
+from actshuffle.arrays import Output, Source
+from actshuffle.buffers import arena, padded
+from actshuffle.digest import U8, RowHash, add_up, add_up_groups, from_hex, to_hex
+from actshuffle.errors import ConservationError, FormatError
+from actshuffle.keys import I64, U64
+from actshuffle.objects import open_objects
+from actshuffle.partition import group, key_order
+from actshuffle.spill import Columns, Spill
+from actshuffle.types import Field, Job, Task
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a task tells the driver: small, since the result itself is in the store."""
+
+    task: Task
+    nbytes: int  # row bytes moved
+    seconds: float
+    fresh: bool = True  # False if a receipt said that it was done before
+
+
+def run_task(job: Job, task: Task) -> Done:
+    """Do one task, unless its receipt says that it is done."""
+    started = time.perf_counter()
+    work = {"split": split, "index": index, "leaf": leaf}[task.kind]
+    fresh = not is_done(job, task)
+    rows = work(job, task) if fresh else 0
+    return Done(task, rows * job.plan.row_bytes, time.perf_counter() - started, fresh)
+
+
+def is_done(job: Job, task: Task) -> bool:
+    """Is there a valid receipt, and are the objects it speaks of there with their sizes?"""
+    receipt = manifest.read_receipt(job, task)
+    if receipt is None:
+        return False
+    if task.kind == "split":
+        spill = Spill(job, task.level)
+        return spill.objects.size(spill.block_key(task.index)) == spill.block_bytes
+    if task.kind == "index":
+        spill = Spill(job, task.level)
+        children = job.plan.children(task.level - 1, task.index)
+        return all(spill.has_tables(child) for child in children)
+    if task.kind == "leaf":
+        objects = open_objects(job.destination)
+        for field in output_fields(job):
+            for number in _leaf_objects(job, field, task.index):
+                size = objects.size(field.object_key.format(number))
+                if size is None or (field.raw_output and size != field.object_rows * field.row_bytes):
+                    return False
+    return True
+
+
+def count(job: Job, start: int, stop: int, query: bounds.Query) -> NDArray[Any]:
+    """One row range's part of the search for bucket boundaries."""
+    return bounds.answer(job.keys, start, min(stop, job.plan.rows), query)
+
+
+def split(job: Job, task: Task) -> int:
+    """Read one block, group its rows by child bucket, write it as one spill object."""
+    plan, level = job.plan, task.level
+    block = plan.block(level, task.index)
+    rows = block.stop - block.start
+    staging_bytes = min(plan.model.staging_bytes(rows), rows * plan.model.spill_row_bytes)
+    memory = arena().reset(_columns_bytes(job, rows) + padded(staging_bytes))
+    columns = Columns.allocate(job, memory, rows)
+    if level == 1:
+        _read_source(job, block.start, columns)
+    else:
+        Spill(job, level - 1).read(block.parent, block.start, columns)
+    children = plan.children(level - 1, block.parent)
+    width = plan.widths[level]
+    cutting = boundaries(job)[np.array(children[1:], np.int64) * width - 1]
+    order, cuts = group(job.keys, columns.hi, columns.source_row, cutting)
+    sums = [add_up_groups(h, order, cuts) for h in columns.hashes(job)]
+    Spill(job, level).write_block(task.index, columns, order, cuts, memory.take((staging_bytes,)))
+    manifest.write_receipt(job, task, {
+        "rows": np.diff(cuts).tolist(),
+        "sums": ["".join(to_hex(s) for s in per_child) for per_child in sums],
+    })  # fmt: skip
+    return rows
+
+
+def index(job: Job, task: Task) -> int:
+    """Gather the receipts of a parent bucket's blocks into one table per child; check that all adds up."""
+    plan, level, parent = job.plan, task.level, task.index
+    children = plan.children(level - 1, parent)
+    blocks = [Task("split", level, block) for block in plan.blocks_of(level, parent)]
+    rows = np.zeros((len(blocks), len(children)), np.uint64)
+    sums = np.zeros((len(children), 1 + len(job.fields), 2), np.uint64)
+    for number, block in enumerate(blocks):
+        receipt = manifest.read_receipt(job, block)
+        if receipt is None:
+            raise FormatError(f"receipt of block {block.index} of level {level} vanished; run again")
+        rows[number] = receipt["rows"]
+        for field, text in enumerate(receipt["sums"]):
+            sums[:, field] += _unpack(text)
+    for at, child in enumerate(children):
+        start, stop = plan.bucket_ranks(level, child)
+        if int(rows[:, at].sum()) != stop - start:
+            blame(job, level, parent, blocks, f"bucket {child} of level {level} got "
+                  f"{int(rows[:, at].sum()):,} rows, the plan says {stop - start:,}")  # fmt: skip
+    if level > 1:
+        expected = Spill(job, level - 1).sums(parent)
+        _check_conserved(job, level, parent, expected, add_up(sums), blocks)
+    spill = Spill(job, level)
+    width = np.uint64(plan.model.spill_row_bytes)
+    offsets = (np.cumsum(rows, axis=1) - rows) * width
+    for at, child in enumerate(children):
+        spill.put_tables(child, np.stack([offsets[:, at], rows[:, at]], axis=1), sums[at])
+    manifest.write_receipt(job, task, {"blocks": len(blocks)})
+    return 0
+
+
+def leaf(job: Job, task: Task) -> int:
+    """Read one leaf, sort it by key, write its output objects."""
+    plan = job.plan
+    first, stop = plan.bucket_ranks(plan.levels - 1, task.index)
+    rows = stop - first
+    out_bytes = max(f.object_rows * f.row_bytes for f in output_fields(job))
+    memory = arena().reset(_columns_bytes(job, rows) + padded(out_bytes))
+    columns = Columns.allocate(job, memory, rows)
+    if plan.levels == 1:
+        _read_source(job, 0, columns)
+        expected = np.array([add_up(h) for h in columns.hashes(job)])
+    else:
+        before = Spill(job, plan.levels - 1)
+        before.read(task.index, 0, columns)
+        expected = before.sums(task.index)
+    order = key_order(job.keys, columns.hi, columns.source_row)
+    source_row = columns.source_row[order]
+    found = np.zeros_like(expected)
+    found[0] = RowHash(job.keys.seed, 0, 8).total(columns.parts()[0], columns.source_row)
+    output, staging = Output(job), memory.take((out_bytes,))
+    digests: dict[str, list[str]] = {}
+    for number, field in enumerate(job.fields):
+        row_hash = RowHash(job.keys.seed, 1 + number, field.row_bytes)
+        digests[field.name] = []
+        for at, part, buffer, used in _objects(job, field, task.index, order, columns.fields[number], staging):
+            digest = row_hash.total(buffer[:used], source_row[part])
+            found[1 + number] += digest
+            digests[field.name].append(to_hex(digest))
+            output.write(field, at, buffer, used)
+    if job.source_row is not None:
+        numbers = columns.parts()[1]
+        for at, _, buffer, used in _objects(job, job.source_row, task.index, order, numbers, staging):
+            output.write(job.source_row, at, buffer, used)
+    _check_conserved(job, plan.levels, task.index, expected, found, [])
+    manifest.write_receipt(job, task, {"rows": rows, "digests": digests})
+    return rows
+
+
+def output_fields(job: Job) -> tuple[Field, ...]:
+    """All arrays of the output."""
+    return job.fields if job.source_row is None else (*job.fields, job.source_row)
+
+
+@lru_cache(maxsize=2)
+def boundaries(job: Job) -> U64:
+    """Full keys at the first rank of leaves 1, 2, ...; uint64 ``(leaves - 1, 3)``."""
+    found = manifest.read_bounds(job)
+    if found is None:
+        raise FormatError(f"the bucket boundaries in {job.scratch.url} are damaged; run again to remake them")
+    return found
+
+
+def blame(job: Job, level: int, parent: int, blocks: list[Task], what: str) -> None:
+    """Find which spilled runs of a bucket differ from their receipts, have them redone next time, and raise.
+
+    ``level`` is the one that noticed: its input is bucket ``parent`` as level - 1 wrote it.
+    """
+    guilty: list[str] = []
+    if level > 1:
+        spill, plan = Spill(job, level - 1), job.plan
+        grand = parent * plan.widths[level - 1] // plan.widths[level - 2]
+        child = parent - plan.children(level - 2, grand)[0]
+        position = 0
+        for number, (_, rows) in enumerate(spill.runs(parent)):
+            source = Task("split", level - 1, grand * plan.blocks_per_parent(level - 1) + number)
+            receipt = manifest.read_receipt(job, source)
+            memory = arena().reset(_columns_bytes(job, int(rows)))
+            columns = Columns.allocate(job, memory, int(rows))
+            spill.read(parent, position, columns)
+            position += int(rows)
+            sums = [add_up(h) for h in columns.hashes(job)]
+            if receipt is None or any(
+                not np.array_equal(_unpack(text)[child], total)
+                for text, total in zip(receipt["sums"], sums, strict=True)
+            ):
+                guilty.append(spill.block_key(source.index))
+                manifest.withdraw(job, source)
+                manifest.withdraw(job, Task("index", level - 1, grand))
+    if not guilty:  # the damage is in what this level made of it
+        for task in blocks:
+            manifest.withdraw(job, task)
+    where = f"; damaged in scratch: {', '.join(guilty[:5])}" if guilty else ""
+    raise ConservationError(f"{what}{where}; nothing of it was published; run again to redo those rows")
+
+
+def _check_conserved(
+    job: Job, level: int, bucket: int, expected: U64, found: U64, blocks: list[Task]
+) -> None:
+    wrong = np.flatnonzero((expected != found).any(axis=1))
+    if len(wrong):
+        names = ["keys", *(f.name for f in job.fields)]
+        blame(job, level, bucket, blocks, f"rows of {', '.join(names[i] for i in wrong)} in bucket {bucket} "
+              f"read by level {level} are not the rows that were put into it")  # fmt: skip
+
+
+def _read_source(job: Job, start: int, columns: Columns) -> None:
+    stop = start + len(columns.hi)
+    columns.source_row[:] = np.arange(start, stop, dtype=np.uint64)
+    columns.hi[:] = job.keys.hi(start, stop)
+    source = Source(job.source, job.fill_missing)
+    for field, rows in zip(job.fields, columns.fields, strict=True):
+        source.read(field, start, rows)
+
+
+def _leaf_objects(job: Job, field: Field, leaf: int) -> range:
+    start, stop = job.plan.bucket_ranks(job.plan.levels - 1, leaf)
+    return range(start // field.object_rows, -(-stop // field.object_rows))
+
+
+def _objects(job: Job, field: Field, leaf: int, order: I64, rows: U8, staging: U8) -> Any:
+    """Gather the leaf's output objects of a field one after the other into the same buffer.
+
+    Yields (object number, slice of the leaf's rows, uint8 ``(object_rows, row_bytes)``, rows in use).
+    """
+    start, stop = job.plan.bucket_ranks(job.plan.levels - 1, leaf)
+    for number in _leaf_objects(job, field, leaf):
+        part = slice(number * field.object_rows - start, min((number + 1) * field.object_rows, stop) - start)
+        used = part.stop - part.start
+        buffer = staging[: field.object_rows * field.row_bytes].reshape(-1, field.row_bytes)
+        np.take(rows, order[part], axis=0, out=buffer[:used], mode="clip")
+        yield number, part, buffer, used
+
+
+def _columns_bytes(job: Job, rows: int) -> int:
+    widths = [8, 8, *(f.row_bytes for f in job.fields)]
+    return sum(padded(rows * w) for w in widths)
+
+
+def _unpack(text: str) -> U64:
+    """Digests of all children of a block, uint64 ``(children, 2)``."""
+    return np.array([from_hex(text[i : i + 32]) for i in range(0, len(text), 32)], np.uint64).reshape(-1, 2)
+
+

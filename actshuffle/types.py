@@ -1,0 +1,223 @@
+"""The immutable data that planning makes and tasks read.
+
+A `Plan` is arithmetic alone: how many rows, cut how, in how many passes.  A `Job` is a plan bound to
+places: source, destination, scratch, fields and seed.  A `Task` names one piece of work in a job, and
+a task is run by a plain function of (job, task).
+
+The rows of a job form a tree of *buckets*.  Depth 0 has one bucket, all rows; depth ``levels - 1``
+has the leaves.  Bucket ``b`` at depth ``d`` is a range of ranks in the shuffled order, known before any
+data is read, because boundaries are exact rank quantiles::
+
+    depth 0   [----------------------------- all rows -----------------------------]   widths[0] leaves
+    depth 1   [------- bucket 0 ------][------- bucket 1 ------][---- bucket 2 ----]   widths[1] leaves each
+    depth 2   [ leaf 0][ leaf 1][ leaf 2][ leaf 3][ leaf 4][ leaf 5][ leaf 6][ l. 7]   1 leaf each
+
+Level ``l`` (1 .. levels - 1) splits every bucket of depth ``l - 1`` into its children of depth ``l``,
+one *block* of rows at a time; the last level sorts each leaf and writes it to its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from actshuffle.keys import Keys
+from actshuffle.memory import MemoryModel
+
+
+class Task(NamedTuple):
+    """One unit of work: ``kind`` is "count", "split", "index" or "leaf"; ``level`` counts from 1."""
+
+    kind: str
+    level: int
+    index: int
+
+
+class Block(NamedTuple):
+    """What one split task reads: rows ``[start, stop)`` of its parent bucket, in spill order."""
+
+    parent: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How ``rows`` rows are cut into blocks, buckets and leaves.  See `actshuffle.planner.make_plan`.
+
+    Attributes
+    ----------
+    rows, row_bytes : the data; row_bytes counts all fields, without keys.
+    levels : passes over the data.
+    leaf_rows : rows of a leaf, a whole number of output objects (the last leaf has what is left).
+    object_rows : rows of one output object of the widest field (a chunk, or a shard).
+    chunk_rows : rows of one output chunk of the widest field.
+    widths : leaves per bucket at depth 0 .. levels - 1.
+    block_rows : rows of a full block at split levels 1 .. levels - 1.
+    block_bytes, run_bytes : M and P of the arithmetic of passes.
+    memory : bytes one worker uses at most beyond its idle footprint.
+    """
+
+    rows: int
+    row_bytes: int
+    levels: int
+    leaf_rows: int
+    object_rows: int
+    chunk_rows: int
+    widths: tuple[int, ...]
+    block_rows: tuple[int, ...]
+    block_bytes: int
+    run_bytes: int
+    memory: int
+    model: MemoryModel
+
+    @property
+    def leaves(self) -> int:
+        return -(-self.rows // self.leaf_rows) if self.rows else 0
+
+    def buckets(self, depth: int) -> int:
+        """Number of buckets at a depth."""
+        return -(-self.leaves // self.widths[depth]) if self.rows else 0
+
+    def bucket_ranks(self, depth: int, bucket: int) -> tuple[int, int]:
+        """The output rows ``[start, stop)`` that a bucket becomes."""
+        size = self.widths[depth] * self.leaf_rows
+        return bucket * size, min((bucket + 1) * size, self.rows)
+
+    def children(self, depth: int, bucket: int) -> range:
+        """The buckets of ``depth + 1`` inside a bucket of ``depth``."""
+        fan_out = -(-self.widths[depth] // self.widths[depth + 1])
+        return range(bucket * fan_out, min((bucket + 1) * fan_out, self.buckets(depth + 1)))
+
+    def blocks_per_parent(self, level: int) -> int:
+        """Blocks of a full parent bucket at a split level."""
+        full = min(self.widths[level - 1] * self.leaf_rows, self.rows)
+        return -(-full // self.block_rows[level - 1])
+
+    def blocks(self, level: int) -> int:
+        """Number of blocks, which is the number of split tasks, at a level."""
+        parents = self.buckets(level - 1)
+        if not parents:
+            return 0
+        start, stop = self.bucket_ranks(level - 1, parents - 1)
+        last = -(-(stop - start) // self.block_rows[level - 1])
+        return (parents - 1) * self.blocks_per_parent(level) + last
+
+    def block(self, level: int, index: int) -> Block:
+        """What block ``index`` of a split level reads."""
+        parent, at = divmod(index, self.blocks_per_parent(level))
+        start, stop = self.bucket_ranks(level - 1, parent)
+        step = self.block_rows[level - 1]
+        return Block(parent, at * step, min((at + 1) * step, stop - start))
+
+    def blocks_of(self, level: int, parent: int) -> range:
+        """The blocks of one parent bucket."""
+        start, stop = self.bucket_ranks(level - 1, parent)
+        first = parent * self.blocks_per_parent(level)
+        return range(first, first + -(-(stop - start) // self.block_rows[level - 1]))
+
+    def tasks(self, level: int) -> Iterator[Task]:
+        """The row-moving tasks of a level, in order."""
+        kind, count = ("split", self.blocks(level)) if level < self.levels else ("leaf", self.leaves)
+        return (Task(kind, level, i) for i in range(count))
+
+    def task_count(self, level: int) -> int:
+        return self.blocks(level) if level < self.levels else self.leaves
+
+    def level_bytes(self, level: int) -> tuple[int, int]:
+        """Bytes read and written by a level: rows plus the key and source row that spills carry."""
+        bare, spilled = self.rows * self.row_bytes, self.rows * self.model.spill_row_bytes
+        return (bare if level == 1 else spilled), (spilled if level < self.levels else bare)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Most bytes in scratch at once: one spill, or two while one is split into the next."""
+        return min(2, self.levels - 1) * self.rows * self.model.spill_row_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Most bytes in scratch and output together."""
+        spill = min(1, self.levels - 1) * self.rows * self.model.spill_row_bytes
+        return max(self.scratch_bytes, spill + self.output_bytes)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the output before any codec, source rows included."""
+        return self.rows * (self.row_bytes + 8)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of the store.  Rows are opaque: ``row_bytes`` little-endian bytes each.
+
+    Attributes
+    ----------
+    name, source : its name in the output, its path in the source ("" for a bare array).
+    source_chunk_rows : rows of a source object's chunk.
+    source_key : where chunk files are the plain bytes of rows, their key with ``{}`` for the number;
+        empty where zarr must decode them.
+    metadata : text of the output array's ``zarr.json``.
+    object_key : key of an output object, with ``{}`` for its number.
+    chunk_rows, object_rows : rows of an output chunk and of an output object (chunk or shard).
+    raw_output : output objects are the plain bytes of their rows.
+    """
+
+    name: str
+    source: str
+    row_bytes: int
+    row_shape: tuple[int, ...]
+    source_chunk_rows: int
+    source_key: str
+    metadata: str = ""
+    object_key: str = ""
+    chunk_rows: int = 0
+    object_rows: int = 0
+    raw_output: bool = True
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a store is: a local path or a URL.  Options are credentials and the like; never written."""
+
+    url: str
+    options: str = dataclasses.field(default="{}", repr=False)  # JSON, as fsspec takes it
+
+    def child(self, name: str) -> Place:
+        return Place(self.url.rstrip("/") + "/" + name, self.options)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan bound to its places: all that a task needs to know."""
+
+    plan: Plan
+    keys: Keys
+    source: Place
+    destination: Place
+    scratch: Place
+    fields: tuple[Field, ...]
+    source_row: Field | None  # provenance: which source row each output row is
+    attributes: str  # JSON text of the output group's attributes
+    source_identity: str  # digest of the source's metadata and object sizes
+    request: str  # JSON text of the settled arguments, for a run that resumes
+    fill_missing: bool = False  # absent source chunks are fill values, because the user said so
+    fsync: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the places' options."""
+        document = dataclasses.asdict(self)
+        for place in ("source", "destination", "scratch"):
+            document[place] = document[place]["url"]
+        return document
+
+    @property
+    def identity(self) -> str:
+        """Digest of everything that decides what tasks read and write; receipts carry it."""
+        document = self.to_json()
+        del document["fsync"]
+        text = json.dumps(document, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,63 @@
+"""Sizes, counts and durations, as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from actshuffle.errors import RequestError
+
+_FACTOR = {
+    "": 1,
+    **{u: 1000**i for i, u in enumerate(["", "k", "m", "g", "t", "p", "e"]) if u},
+    **{u + "b": 1000**i for i, u in enumerate(["", "k", "m", "g", "t", "p", "e"])},
+    **{u + "ib": 1024**i for i, u in enumerate(["", "k", "m", "g", "t", "p", "e"]) if u},
+}
+
+
+def parse_bytes(text: str | int | float) -> int:
+    """Bytes from ``"8GB"`` (10^9), ``"8GiB"`` (2^30), ``"1.5 MB"`` or a plain number.
+
+    >>> parse_bytes("8GB"), parse_bytes("64KiB"), parse_bytes(512)
+    (8000000000, 65536, 512)
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(text).lower())
+    if not match or match[2] not in _FACTOR:
+        raise RequestError(f"cannot read {text!r} as a size; write it like 512MB, 8GB or 64KiB")
+    return round(float(match[1]) * _FACTOR[match[2]])
+
+
+def parse_count(text: str | int | float) -> int:
+    """A whole number from ``"100e9"``, ``"1_000"`` or an int; exact below 2^53.
+
+    >>> parse_count("100e9"), parse_count("1_000")
+    (100000000000, 1000)
+    """
+    try:
+        value = int(text) if not isinstance(text, float) else text
+    except ValueError:
+        try:
+            value = float(text)
+        except ValueError:
+            raise RequestError(f"cannot read {text!r} as a whole number") from None
+    if value != value or value in (float("inf"), float("-inf")) or value != int(value):
+        raise RequestError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+def format_bytes(n: float) -> str:
+    """Decimal units, three digits: ``1.23 GB``."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:,.3g} PB" if n < 1000 else f"{n:,.0f} PB"
+
+
+def format_seconds(s: float) -> str:
+    """``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if s < 60:
+        return f"{s:.1f} s"
+    minutes, seconds = divmod(round(s), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
