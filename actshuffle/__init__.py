@@ -8,5 +8,6 @@
 from actshuffle._version import __version__
 from actshuffle.keys import order
 from actshuffle.run import Result, shuffle
+from actshuffle.verify import VerifyReport, verify
 
-__all__ = ["Result", "__version__", "order", "shuffle"]
+__all__ = ["Result", "VerifyReport", "__version__", "order", "shuffle", "verify"]

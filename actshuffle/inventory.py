@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -33,30 +33,50 @@ def take_inventory(
     The identity is a digest of the metadata and of the keys and sizes of all objects.  Without
     ``fill_missing``, the first missing or damaged object raises `MissingChunkError` with its key.
     """
-    objects, seal, gappy = open_objects(place), hashlib.sha256(), set()
+    seal, gappy = hashlib.sha256(), set()
     for name, array in arrays.items():
         seal.update(json.dumps([name, array.metadata.to_dict()], default=str, sort_keys=True).encode())
-        sizes = _sizes(objects, array.path)
-        raw, shard = is_raw(array), _shard_codec(array)
-        full = math.prod(object_grid(array)) * array.dtype.itemsize
-        for where, key in _expected_keys(array):
-            size = sizes.get(key)
-            if size is None:
-                if not fill_missing:
-                    raise MissingChunkError(
-                        f"chunk {key} of {place.url} is missing. Zarr would read it as fill values; if it "
-                        "was left out because it holds nothing else, give --missing-chunks fill"
-                    )
+        for found in look(place, array, fill_missing=fill_missing):
+            if found.problem:
+                hint = (
+                    ". Zarr reads absent chunks as fill values; if they were left out because they hold "
+                    "nothing else, give --missing-chunks fill"
+                )
+                raise MissingChunkError(found.problem + hint * found.absent)
+            if found.size is None:
                 gappy.add(name)
-                continue
-            if raw and size not in (full, -1):
-                raise MissingChunkError(f"chunk {key} of {place.url} has {size:,} bytes instead of {full:,}")
-            if size == 0:
-                raise MissingChunkError(f"chunk {key} of {place.url} is empty")
-            if shard is not None and size > 0:
-                _check_shard(objects, place, array, shard, where, key, size, fill_missing)
-            seal.update(f"{key} {size}\n".encode())
+            seal.update(f"{found.key} {found.size}\n".encode())
     return seal.hexdigest()[:32], gappy
+
+
+class Found(NamedTuple):
+    """One expected object: its size (None: absent, -1: unknown) and what is wrong with it, if anything."""
+
+    key: str
+    size: int | None
+    problem: str = ""
+    absent: bool = False
+
+
+def look(place: Place, array: zarr.Array[Any], *, fill_missing: bool = False) -> Iterator[Found]:
+    """Every object that an array's metadata promises, with what can be said without reading its data."""
+    objects = open_objects(place)
+    sizes = _sizes(objects, array.path)
+    raw, shard = is_raw(array), _shard_codec(array)
+    full = math.prod(object_grid(array)) * array.dtype.itemsize
+    for where, key in _expected_keys(array):
+        size, here = sizes.get(key), f"{key} of {place.url}"
+        problem, absent = "", False
+        if size is None:
+            absent = not fill_missing
+            problem = f"chunk {here} is missing" if absent else ""
+        elif size == 0:
+            problem = f"chunk {here} is empty"
+        elif raw and size not in (full, -1):
+            problem = f"chunk {here} has {size:,} bytes instead of {full:,}"
+        elif shard is not None and size > 0:
+            problem, absent = _shard_problem(objects, here, array, shard, where, key, size, fill_missing)
+        yield Found(key, size, problem, absent)
 
 
 def _sizes(objects: Objects, path: str) -> dict[str, int]:
@@ -89,17 +109,16 @@ def _plain(value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else str(value)
 
 
-def _check_shard(
-    objects: Objects, place: Place, array: zarr.Array[Any], settings: dict[str, Any],
+def _shard_problem(
+    objects: Objects, here: str, array: zarr.Array[Any], settings: dict[str, Any],
     where: tuple[int, ...], key: str, size: int, fill_missing: bool,
-) -> None:  # fmt: skip
+) -> tuple[str, bool]:  # fmt: skip
+    """What a shard's index says is wrong with it, and whether that is inner chunks left out."""
     inner = settings["chunk_shape"]
     per = [s // c for s, c in zip(object_grid(array), inner, strict=True)]
     length = 16 * math.prod(per) + 4
     if size < length:
-        raise MissingChunkError(
-            f"shard {key} of {place.url} has {size:,} bytes, less than its index of {length:,}: truncated"
-        )
+        return f"shard {here} has {size:,} bytes, less than its index of {length:,}: truncated", False
     raw = bytearray(length)
     objects.read([Extent(key, size - length, [memoryview(raw)])])
     table = np.frombuffer(raw[:-4], "<u8").reshape(*per, 2)
@@ -111,11 +130,7 @@ def _check_shard(
     absent = (table[..., 0] == _EMPTY) & inside
     if absent.any() and not fill_missing:
         first = tuple(int(x) for x in np.argwhere(absent)[0])
-        raise MissingChunkError(
-            f"shard {key} of {place.url} lacks inner chunk {first} ({int(absent.sum()):,} in all); if "
-            "chunks were left out because they hold only fill values, give --missing-chunks fill"
-        )
+        return f"shard {here} lacks inner chunk {first} ({int(absent.sum()):,} in all)", True
     present = table[inside & ~absent]
     beyond = present[:, 0] + present[:, 1] > np.uint64(size - length)
-    if beyond.any():
-        raise MissingChunkError(f"shard {key} of {place.url} is truncated: its index points past its end")
+    return (f"shard {here} is truncated: its index points past its end" if beyond.any() else ""), False

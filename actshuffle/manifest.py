@@ -119,6 +119,7 @@ def write_marker(job: Job, sums: dict[str, str]) -> None:
         "format": FORMAT, "version": __version__, "rows": plan.rows, "seed": job.keys.seed,
         "order": ORDER_NAME, "levels": plan.levels, "source": public_url(job.source.url),
         "source_identity": job.source_identity, "source_row": job.source_row is not None,
+        "fill_missing": job.fill_missing,
         "fields": {f.name: {"sum": sums[f.name], "object_rows": f.object_rows} for f in job.fields},
     }  # fmt: skip
     if (job.keys.hi_bits, job.keys.lo_bits) != (64, 64):

@@ -68,6 +68,16 @@ def open_objects(place: Place, *, fsync: bool = True) -> Objects:
     return LocalObjects(path, fsync) if path is not None else StoreObjects(open_store(place))
 
 
+def as_place(path: str | Path, storage_options: dict[str, Any] | None = None) -> Place:
+    """A user's path or URL; local ones absolute, since workers may run elsewhere in the tree."""
+    try:
+        options = json.dumps(storage_options or {}, sort_keys=True)
+    except TypeError as err:
+        raise RequestError(f"storage options must be plain JSON values: {err}") from err
+    text = str(path)
+    return Place(text if "://" in text else str(Path(text).absolute()), options)
+
+
 def local_path(place: Place) -> Path | None:
     """The directory of a local place, or None for a URL."""
     if place.url.startswith("file://"):

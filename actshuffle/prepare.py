@@ -127,15 +127,15 @@ def make_job(
     plan = plan_for(arrays, fields, given, remote=local_path(dst) is None)
     rows = plan.rows
     scratch = scratch_place(dst, given.get("scratch"))
-    outputs = []
+    outputs, widest = [], max(f.row_bytes for f in fields)
     for field in fields:
-        spans = _spans(field.row_bytes, plan)
+        spans = _spans(field.row_bytes, widest, plan)
         outputs.append(output_field(field, arrays[field.name], rows, spans * plan.chunk_rows,
                                     spans * plan.object_rows, codec))  # fmt: skip
     provenance = None
     if with_rows:
         bare = Field(SOURCE_ROW, "", 8, (), 1, "")
-        spans = _spans(8, plan)
+        spans = _spans(8, widest, plan)
         provenance = output_field(bare, None, rows, spans * plan.chunk_rows, spans * plan.object_rows, codec)
     node = open_node(src)
     attributes = dict(node.attrs) if isinstance(node, zarr.Group) else {}
@@ -193,13 +193,14 @@ def scratch_place(dst: Place, folder: str | None) -> Place:
     return Place(folder, dst.options if "://" in folder else "{}").child(f"{name}.scratch-{tag}")
 
 
-def _spans(row_bytes: int, plan: Plan) -> int:
+def _spans(row_bytes: int, widest: int, plan: Plan) -> int:
     """How many of the widest field's chunks one chunk of this field spans: narrow rows, longer chunks.
 
-    A divisor of the leaf, so that every leaf still holds a whole number of this field's objects.
+    A divisor of the leaf, so that every leaf still holds a whole number of this field's objects; and
+    no more bytes than a chunk of the widest field, which is what the plan has memory for.
     """
     objects = plan.leaf_rows // plan.object_rows
-    fits = max(1, 32 * 1024 * 1024 // (row_bytes * plan.object_rows))
+    fits = max(1, widest // row_bytes)
     return max(d for d in range(1, min(objects, fits) + 1) if objects % d == 0)
 
 

@@ -32,12 +32,12 @@ from actshuffle.digest import from_hex, to_hex
 from actshuffle.errors import FormatError, RequestError
 from actshuffle.executors import Dask, Executor, Serial
 from actshuffle.keys import U64
-from actshuffle.objects import local_path, open_objects
+from actshuffle.objects import as_place, open_objects
 from actshuffle.planner import Levels
-from actshuffle.prepare import Request, make_job, prepare
+from actshuffle.prepare import Request, prepare
 from actshuffle.progress import Progress, Silent
 from actshuffle.spill import Spill
-from actshuffle.types import Job, Place, Plan, Task
+from actshuffle.types import Job, Plan, Task
 from actshuffle.units import format_bytes, format_seconds, parse_bytes
 
 @dataclass(frozen=True)
@@ -124,7 +124,6 @@ def shuffle(
         raise RequestError(f"missing_chunks must be refuse or fill, got {missing_chunks!r}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise RequestError(f"seed must be a non-negative whole number, got {seed!r}")
-    options = _options(storage_options)
     with executor_for(workers, client) as executor:
         request = Request(
             seed=seed, levels=levels,
@@ -138,7 +137,7 @@ def shuffle(
             tasks_wanted=3 * executor.workers if executor.workers > 1 else None,
         )  # fmt: skip
         job = prepare(
-            Place(_absolute(src), options), Place(_absolute(dst), options), request,
+            as_place(src, storage_options), as_place(dst, storage_options), request,
             most_memory=executor.task_memory(), overwrite=overwrite, fsync=fsync,
         )  # fmt: skip
         return execute(job, executor, progress or Silent())
@@ -266,22 +265,3 @@ def executor_for(workers: int | None, client: Any = None) -> Iterator[Executor]:
             yield executor
         finally:
             executor.close()
-
-
-def _options(options: dict[str, Any] | None) -> str:
-    try:
-        return json.dumps(options or {}, sort_keys=True)
-    except TypeError as err:
-        raise RequestError(f"storage_options must be plain JSON values: {err}") from err
-
-
-def _absolute(path: str | Path) -> str:
-    text = str(path)
-    if "://" in text:
-        return text
-    absolute = local_path(Place(text))
-    assert absolute is not None
-    return str(absolute.absolute())
-
-
-__all__ = ["Result", "execute", "make_job", "shuffle"]
