@@ -6,8 +6,9 @@
 """
 
 from actshuffle._version import __version__
+from actshuffle.inspect import info, plan, status
 from actshuffle.keys import order
 from actshuffle.run import Result, shuffle
 from actshuffle.verify import VerifyReport, verify
 
-__all__ = ["Result", "VerifyReport", "__version__", "order", "shuffle", "verify"]
+__all__ = ["Result", "VerifyReport", "__version__", "info", "order", "plan", "shuffle", "status", "verify"]

@@ -45,7 +45,7 @@ class Serial:
             yield fn(*call)
 
     def task_memory(self) -> int:
-        return int(SHARE * _machine_memory())
+        return int(SHARE * machine_memory())
 
     def close(self) -> None:
         buffers.release()
@@ -136,8 +136,8 @@ class Dask:
         """The least that any worker has for one task; workers without a limit share the machine."""
         found = self.client.scheduler_info(n_workers=-1)["workers"].values()
         threads = sum(w["nthreads"] for w in found) or 1
-        limits = [(w["memory_limit"] or _machine_memory() * w["nthreads"] / threads) / w["nthreads"] for w in found]
-        return int(SHARE * min(limits, default=_machine_memory()))
+        limits = [(w["memory_limit"] or machine_memory() * w["nthreads"] / threads) / w["nthreads"] for w in found]
+        return int(SHARE * min(limits, default=machine_memory()))
 
     def close(self) -> None:
         if self.client.status == "running":
@@ -163,7 +163,7 @@ def local_cluster(workers: int) -> Iterator[Dask]:
         yield Dask(client)
 
 
-def _machine_memory() -> int:
+def machine_memory() -> int:
     """Memory of this machine or of the container that we are in, bytes."""
     from distributed.system import MEMORY_LIMIT
 

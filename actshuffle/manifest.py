@@ -25,9 +25,10 @@ from typing import Any
 from actshuffle._version import __version__
 from actshuffle.arrays import OUR_GROUP, get_array, group_metadata, put_array
 from actshuffle.errors import FormatError
-from actshuffle.keys import U64
+from actshuffle.keys import U64, Keys
+from actshuffle.memory import MemoryModel
 from actshuffle.objects import Objects, open_objects
-from actshuffle.types import Job, Task
+from actshuffle.types import Field, Job, Place, Plan, Task
 
 FORMAT = 1  # of everything named above
 RUN_KEY = f"{OUR_GROUP}/run.json"
@@ -88,6 +89,24 @@ def read_run(objects: Objects, key: str = RUN_KEY) -> dict[str, Any] | None:
     return body
 
 
+def job_from(body: dict[str, Any], options: str = "{}") -> Job:
+    """The job that `write_run` wrote down."""
+    d = dict(body["plan"])
+    try:
+        plan = d.pop("plan")
+        tupled = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.items()}
+        fields = [None if f is None else Field(**{**f, "row_shape": tuple(f["row_shape"])})
+                  for f in (*d.pop("fields"), d.pop("source_row"))]  # fmt: skip
+        return Job(
+            plan=Plan(**{**tupled, "model": MemoryModel(**plan["model"])}), keys=Keys(**d.pop("keys")),
+            source=Place(d.pop("source"), options), destination=Place(d.pop("destination"), options),
+            scratch=Place(d.pop("scratch"), options),
+            fields=tuple(f for f in fields[:-1] if f is not None), source_row=fields[-1], **d,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as err:
+        raise FormatError(f"{RUN_KEY} is damaged: {type(err).__name__}: {err}") from err
+
+
 def write_bounds(job: Job, bounds: U64) -> None:
     """Keep the boundaries between leaves, uint64 ``(leaves - 1, 3)``: array first, checksum last."""
     objects = open_objects(job.scratch, fsync=job.fsync)
@@ -116,7 +135,7 @@ def write_marker(job: Job, sums: dict[str, str]) -> None:
     """The last write of a run: from here on the store is complete."""
     plan = job.plan
     body = {
-        "format": FORMAT, "version": __version__, "rows": plan.rows, "seed": job.keys.seed,
+        "format": FORMAT, "kind": "shuffle", "version": __version__, "rows": plan.rows, "seed": job.keys.seed,
         "order": ORDER_NAME, "levels": plan.levels, "source": public_url(job.source.url),
         "source_identity": job.source_identity, "source_row": job.source_row is not None,
         "fill_missing": job.fill_missing,

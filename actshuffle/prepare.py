@@ -24,6 +24,7 @@ from actshuffle.arrays import (
     source_field,
 )
 from actshuffle.errors import DestinationExistsError, InfeasibleError, RequestError, ResumeMismatchError
+from actshuffle.executors import SHARE, machine_memory
 from actshuffle.inventory import take_inventory
 from actshuffle.keys import Keys
 from actshuffle.memory import MemoryModel
@@ -88,7 +89,7 @@ def prepare(
     else:
         given.setdefault("seed", secrets.randbits(63))
         if "memory" not in given and "block_bytes" not in given:
-            given["memory"] = _default_memory(arrays, given, most_memory, remote=local_path(dst) is None)
+            given["memory"] = _settle_memory(arrays, given, most_memory, remote=local_path(dst) is None)
     job = make_job(src, dst, arrays, given, fsync=fsync)
     if recorded is not None:
         if recorded["job"] != job.identity:
@@ -166,22 +167,29 @@ def plan_for(
         block_bytes=given.get("block_bytes"),
         run_bytes=given.get("run_bytes") or (REMOTE_RUN_BYTES if remote else LOCAL_RUN_BYTES),
         chunk_rows=given.get("chunk_rows"), chunks_per_shard=given.get("chunks_per_shard"),
-        widest_row=widest.row_bytes, source_chunk_rows=widest.source_chunk_rows,
+        widest_row=max(widest.row_bytes, 8 if given.get("source_row", True) else 0),
+        source_chunk_rows=widest.source_chunk_rows,
         tasks_wanted=given.get("tasks_wanted", 1), model=model,
     )  # fmt: skip
 
 
-def _default_memory(
+def default_memory(workers: int) -> int:
+    """A moderate share of this machine for each of some workers, bytes."""
+    return min(PREFERRED_MEMORY, int(SHARE * machine_memory() / workers))
+
+
+def _settle_memory(
     arrays: dict[str, zarr.Array[Any]], given: dict[str, Any], most: int, *, remote: bool
 ) -> int:
-    """A moderate share of the machine, unless all of it saves a level."""
+    """A moderate share of the worker, unless all of it saves a level."""
     fields = [source_field(name, array) for name, array in arrays.items()]
     some = min(PREFERRED_MEMORY, most)
     try:
         wide = plan_for(arrays, fields, {**given, "memory": most}, remote=remote)
-        return some if plan_for(arrays, fields, {**given, "memory": some}, remote=remote).levels <= wide.levels else most
+        lean = plan_for(arrays, fields, {**given, "memory": some}, remote=remote)
     except InfeasibleError:
         return most
+    return some if lean.levels <= wide.levels else most
 
 
 def scratch_place(dst: Place, folder: str | None) -> Place:

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,12 @@ def shuffle(
     scratch: str | Path | None = None,
     workers: int | None = None,
     client: Any = None,
+    executor: Executor | None = None,
     overwrite: bool = False,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    planned: Callable[[Job], None] | None = None,
 ) -> Result:
     """Write ``src`` to ``dst`` in exactly uniform random order.
 
@@ -112,8 +114,11 @@ def shuffle(
     scratch : folder or URL for the intermediate; beside ``dst`` if not given.
     workers : processes of an own local Dask cluster; 0 or None runs here, without Dask.
     client : a `distributed.Client` to run on instead.
+    executor : what to run on instead of either; it stays open.
     fsync : make every object durable before its receipt.
     storage_options : for URLs, as fsspec takes them; never stored.
+    progress : is told of the stages.
+    planned : is called with the settled job before it starts.
 
     Raises
     ------
@@ -124,7 +129,7 @@ def shuffle(
         raise RequestError(f"missing_chunks must be refuse or fill, got {missing_chunks!r}")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise RequestError(f"seed must be a non-negative whole number, got {seed!r}")
-    with executor_for(workers, client) as executor:
+    with executor_for(workers, client) if executor is None else nullcontext(executor) as crew:
         request = Request(
             seed=seed, levels=levels,
             memory=None if memory is None else parse_bytes(memory),
@@ -134,13 +139,15 @@ def shuffle(
             fields=None if fields is None else tuple(fields), source_row=source_row,
             fill_missing=None if missing_chunks is None else missing_chunks == "fill",
             scratch=None if scratch is None else str(scratch),
-            tasks_wanted=3 * executor.workers if executor.workers > 1 else None,
+            tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
         )  # fmt: skip
         job = prepare(
             as_place(src, storage_options), as_place(dst, storage_options), request,
-            most_memory=executor.task_memory(), overwrite=overwrite, fsync=fsync,
+            most_memory=crew.task_memory(), overwrite=overwrite, fsync=fsync,
         )  # fmt: skip
-        return execute(job, executor, progress or Silent())
+        if planned is not None:
+            planned(job)
+        return execute(job, crew, progress or Silent())
 
 
 def execute(job: Job, executor: Executor, progress: Progress) -> Result:
@@ -149,7 +156,7 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
     plan, done, total = job.plan, 0, 0
     _claim(job)
     _find_boundaries(job, executor, progress)
-    for level in range(first_level(job), plan.levels + 1):
+    for level in range(tasks.first_level(job), plan.levels + 1):
         progress.begin(f"level {level} of {plan.levels}", plan.task_count(level), plan.rows * plan.row_bytes)
         if level < plan.levels:
             Spill(job, level).write_metadata()
@@ -168,21 +175,6 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
         plan, job.keys.seed, manifest.public_url(job.destination.url),
         time.perf_counter() - started, total, done, executor.workers,
     )  # fmt: skip
-
-
-def first_level(job: Job) -> int:
-    """Where to go on: after the last level whose results are all there; past the end if leaves are."""
-    levels = job.plan.levels
-    if _complete(job, levels):
-        return levels + 1
-    return next((level for level in range(levels, 1, -1) if _complete(job, level - 1)), 1)
-
-
-def _complete(job: Job, level: int) -> bool:
-    plan = job.plan
-    index = [Task("index", level, b) for b in range(plan.buckets(level - 1))] if level < plan.levels else []
-    # Index receipts come last, so an unfinished level is usually told by the first look.
-    return all(tasks.is_done(job, task) for task in (*index, *plan.tasks(level)))
 
 
 def _claim(job: Job) -> None:

@@ -74,6 +74,22 @@ def is_done(job: Job, task: Task) -> bool:
     return True
 
 
+def first_level(job: Job) -> int:
+    """Where to go on: after the last level whose results are all there; past the end if leaves are."""
+    levels = job.plan.levels
+    if complete(job, levels):
+        return levels + 1
+    return next((level for level in range(levels, 1, -1) if complete(job, level - 1)), 1)
+
+
+def complete(job: Job, level: int) -> bool:
+    """Are all results of a level there?"""
+    plan = job.plan
+    index = [Task("index", level, b) for b in range(plan.buckets(level - 1))] if level < plan.levels else []
+    # Index receipts come last, so an unfinished level is usually told by the first look.
+    return all(is_done(job, task) for task in (*index, *plan.tasks(level)))
+
+
 def count(job: Job, start: int, stop: int, query: bounds.Query) -> NDArray[Any]:
     """One row range's part of the search for bucket boundaries."""
     return bounds.answer(job.keys, start, min(stop, job.plan.rows), query)
