@@ -11,4 +11,14 @@ from actshuffle.keys import order
 from actshuffle.run import Result, shuffle
 from actshuffle.verify import VerifyReport, verify
 
-__all__ = ["Result", "VerifyReport", "__version__", "info", "order", "plan", "shuffle", "status", "verify"]
+__all__ = [
+    "Result",
+    "VerifyReport",
+    "__version__",
+    "info",
+    "order",
+    "plan",
+    "shuffle",
+    "status",
+    "verify",
+]

@@ -44,9 +44,13 @@ def open_node(place: Place) -> zarr.Array[Any] | zarr.Group:
     except (FileNotFoundError, NotADirectoryError) as err:
         if open_objects(place).size("") is None and "://" not in place.url:
             raise SourceError(f"no such source: {place.url}") from err
-        raise SourceError(f"not a Zarr array or group (no zarr.json, .zarray or .zgroup): {place.url}") from err
+        raise SourceError(
+            f"not a Zarr array or group (no zarr.json, .zarray or .zgroup): {place.url}"
+        ) from err
     except Exception as err:  # whatever zarr makes of damaged metadata
-        raise SourceError(f"cannot read Zarr metadata of {place.url}: {type(err).__name__}: {err}") from err
+        raise SourceError(
+            f"cannot read Zarr metadata of {place.url}: {type(err).__name__}: {err}"
+        ) from err
 
 
 def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str, zarr.Array[Any]]:
@@ -58,12 +62,16 @@ def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str,
         arrays = {"data": node}
     else:
         members = _members(place, node)
-        groups = sorted(k for k, v in members.items() if isinstance(v, zarr.Group) and k != OUR_GROUP)
+        groups = sorted(
+            k for k, v in members.items() if isinstance(v, zarr.Group) and k != OUR_GROUP
+        )
         arrays = {k: v for k, v in sorted(members.items()) if isinstance(v, zarr.Array)}
         if names is not None:
             absent = sorted(set(names) - set(arrays))
             if absent:
-                raise RequestError(f"no array named {absent[0]!r} in {place.url}; it has {sorted(arrays)}")
+                raise RequestError(
+                    f"no array named {absent[0]!r} in {place.url}; it has {sorted(arrays)}"
+                )
             arrays = {k: arrays[k] for k in sorted(set(names))}
         elif groups:
             raise SourceError(
@@ -77,13 +85,17 @@ def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str,
     lengths = {name: array.shape[0] for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{k}: {v:,}" for k, v in lengths.items())
-        raise SourceError(f"arrays of unequal length in {place.url} ({listed}); choose some with --fields")
+        raise SourceError(
+            f"arrays of unequal length in {place.url} ({listed}); choose some with --fields"
+        )
     return arrays
 
 
 def _members(place: Place, group: zarr.Group) -> dict[str, zarr.Array[Any] | zarr.Group]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ZarrUserWarning)  # stray files beside arrays are not ours to judge
+        warnings.simplefilter(
+            "ignore", ZarrUserWarning
+        )  # stray files beside arrays are not ours to judge
         try:
             return dict(group.members())
         except Exception as err:
@@ -98,7 +110,9 @@ def _check_array(place: Place, name: str, array: zarr.Array[Any]) -> None:
         raise SourceError(f"{where} is a scalar, it has no rows; choose arrays with --fields")
     dtype = array.dtype
     if dtype.hasobject or dtype.kind in "OT" or dtype.itemsize == 0:
-        raise SourceError(f"{where} has dtype {dtype}, whose items have no fixed width; it cannot be shuffled")
+        raise SourceError(
+            f"{where} has dtype {dtype}, whose items have no fixed width; it cannot be shuffled"
+        )
     if 0 in array.shape[1:]:
         raise SourceError(f"{where} has shape {array.shape}: its rows are empty")
 
@@ -108,7 +122,9 @@ def source_field(name: str, array: zarr.Array[Any]) -> Field:
     row_shape = tuple(array.shape[1:])
     grid = object_grid(array)
     raw = is_raw(array)
-    key = array.metadata.encode_chunk_key((_MARK, *(0 for _ in row_shape))).replace(str(_MARK), "{}")
+    key = array.metadata.encode_chunk_key((_MARK, *(0 for _ in row_shape))).replace(
+        str(_MARK), "{}"
+    )
     return Field(
         name=name, source=array.path, row_bytes=array.dtype.itemsize * math.prod(row_shape),
         row_shape=row_shape, source_chunk_rows=grid[0],
@@ -129,13 +145,19 @@ def is_raw(array: zarr.Array[Any]) -> bool:
     grid = object_grid(array)
     if grid[1:] != tuple(array.shape[1:]) or array.dtype != array.dtype.newbyteorder("<"):
         return False
-    meta = array.metadata.to_dict()
+    meta: dict[str, Any] = dict(array.metadata.to_dict())
     if array.metadata.zarr_format == 2:
         plain = not meta.get("compressor") and not meta.get("filters")
         return plain and (meta.get("order") == "C" or array.ndim == 1)
-    codecs = [c if isinstance(c, dict) else c.to_dict() for c in meta["codecs"]]  # type: ignore[union-attr]
+    codecs: list[dict[str, Any]] = [
+        c if isinstance(c, dict) else c.to_dict() for c in meta["codecs"]
+    ]
     endian = (codecs[0].get("configuration") or {}).get("endian", "little")
-    return len(codecs) == 1 and codecs[0]["name"] == "bytes" and str(endian) in ("little", "Endian.little")
+    return (
+        len(codecs) == 1
+        and codecs[0]["name"] == "bytes"
+        and str(endian) in ("little", "Endian.little")
+    )
 
 
 def source_buffer(arrays: Sequence[zarr.Array[Any]]) -> int:
@@ -145,7 +167,12 @@ def source_buffer(arrays: Sequence[zarr.Array[Any]]) -> int:
 
 
 def output_field(
-    field: Field, array: zarr.Array[Any] | None, rows: int, chunk_rows: int, object_rows: int, codec: str
+    field: Field,
+    array: zarr.Array[Any] | None,
+    rows: int,
+    chunk_rows: int,
+    object_rows: int,
+    codec: str,
 ) -> Field:
     """The field with its output array's metadata; ``array`` None makes the ``source_row`` array."""
     if array is None:
@@ -159,7 +186,7 @@ def output_field(
         dims = ["row", *(f"{field.name}_{i + 1}" for i in range(len(field.row_shape)))]
     memory = MemoryStore()
     zarr.create_array(
-        memory, name=field.name, shape=(rows, *field.row_shape), dtype=dtype,  # type: ignore[arg-type]
+        memory, name=field.name, shape=(rows, *field.row_shape), dtype=dtype,
         chunks=(chunk_rows, *field.row_shape), fill_value=fill, attributes=attributes,
         shards=None if object_rows == chunk_rows else (object_rows, *field.row_shape),
         compressors={"none": None, "crc32c": [Crc32cCodec()], "zstd": "auto"}[codec], filters=None,
@@ -180,7 +207,7 @@ def _dimension_names(array: zarr.Array[Any]) -> list[str | None] | None:
     if array.metadata.zarr_format == 2:
         names = array.attrs.get("_ARRAY_DIMENSIONS")
         return list(names) if isinstance(names, list) and len(names) == array.ndim else None
-    names = array.metadata.dimension_names  # type: ignore[union-attr]
+    names = array.metadata.dimension_names
     return None if names is None or None in names else list(names)
 
 
@@ -203,7 +230,7 @@ class Source:
             if field.source_key:
                 offset = (a - number * step) * field.row_bytes
                 key = field.source_key.format(number)
-                self.objects.read([Extent(key, offset, [memoryview(into).cast("B")])])
+                self.objects.read([Extent(key, offset, [into.data.cast("B")])])
             else:
                 into[:] = self._decode(field, a, b)
 
@@ -242,7 +269,7 @@ class Output:
         """Object ``number`` from ``rows``, a whole object's buffer of which ``count`` rows are in use."""
         if field.raw_output:
             rows[count:] = 0  # beyond the end of the array; every chunk file has full size
-            self.objects.put(field.object_key.format(number), memoryview(rows).cast("B"))
+            self.objects.put(field.object_key.format(number), rows.data.cast("B"))
             return
         array = _coded_array(self.job, field)
         start = number * field.object_rows
@@ -254,8 +281,7 @@ class Output:
 def _coded_array(job: Job, field: Field) -> zarr.Array[Any]:
     objects = open_objects(job.destination, fsync=job.fsync)
     store = _Staged(open_store(job.destination), objects, field)
-    array = zarr.open_array(store, path=field.name, mode="r+", config={"write_empty_chunks": True})
-    return array
+    return zarr.open_array(store, path=field.name, mode="r+", config={"write_empty_chunks": True})
 
 
 class _Strict(WrapperStore[Store]):

@@ -68,7 +68,8 @@ class RowHash:
 
 def add_up(hashes: U64) -> U64:
     """Sum over rows, modulo 2^64 in each word."""
-    return np.add.reduce(hashes, axis=0, dtype=np.uint64)
+    total: U64 = np.add.reduce(hashes, axis=0, dtype=np.uint64)
+    return total
 
 
 def add_up_groups(hashes: U64, order: NDArray[np.int64], cuts: NDArray[np.int64]) -> U64:
@@ -101,7 +102,8 @@ def _words(rows: U8) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _dot(words: NDArray[Any], weights: U64) -> U64:
-    return np.einsum("ij,j->i", words, weights, dtype=np.uint64, casting="unsafe")
+    dots: U64 = np.einsum("ij,j->i", words, weights, dtype=np.uint64, casting="unsafe")
+    return dots
 
 
 def _mix(x: U64) -> U64:

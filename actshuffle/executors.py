@@ -26,9 +26,12 @@ log = logging.getLogger("actshuffle")
 class Executor(Protocol):
     """Runs ``fn(*call)`` for every call; yields results as they come."""
 
-    name: str
-    workers: int
-    dashboard: str | None
+    @property
+    def name(self) -> str: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def dashboard(self) -> str | None: ...
 
     def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]: ...
     def task_memory(self) -> int: ...
@@ -38,7 +41,9 @@ class Executor(Protocol):
 class Serial:
     """One after the other, here."""
 
-    name, workers, dashboard = "serial", 1, None
+    name: str = "serial"
+    workers: int = 1
+    dashboard: str | None = None
 
     def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         for call in calls:
@@ -59,7 +64,7 @@ class Dask:
     otherwise is tried ``retries`` times more.  A worker that dies is Dask's to replace.
     """
 
-    name = "dask"
+    name: str = "dask"
 
     def __init__(self, client: Any, *, window: int = 4, retries: int = 2) -> None:
         self.client = client
@@ -74,7 +79,7 @@ class Dask:
 
     def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         from distributed import CancelledError, KilledWorker, as_completed
-        from distributed.comm import CommClosedError
+        from distributed.comm.core import CommClosedError
 
         calls = iter(calls)
         running: dict[Any, tuple[tuple[Any, ...], int]] = {}  # future: its call, failures so far
@@ -136,7 +141,10 @@ class Dask:
         """The least that any worker has for one task; workers without a limit share the machine."""
         found = self.client.scheduler_info(n_workers=-1)["workers"].values()
         threads = sum(w["nthreads"] for w in found) or 1
-        limits = [(w["memory_limit"] or machine_memory() * w["nthreads"] / threads) / w["nthreads"] for w in found]
+        limits = [
+            (w["memory_limit"] or machine_memory() * w["nthreads"] / threads) / w["nthreads"]
+            for w in found
+        ]
         return int(SHARE * min(limits, default=machine_memory()))
 
     def close(self) -> None:

@@ -98,14 +98,19 @@ def plan_text(made: Plan) -> str:
         f"levels       {made.levels}   ({format_bytes(r['io_bytes'])} read and written)",
         f"blocks       M = {format_bytes(made.block_bytes)}, runs P >= {format_bytes(made.run_bytes)}"
         + (f", fan-out {' x '.join(map(str, r['fan_out']))}" if r["fan_out"] else ""),
-        f"leaves       {made.leaves:,} of {made.leaf_rows:,} rows ({format_bytes(made.leaf_rows * made.row_bytes)})",
+        f"leaves       {made.leaves:,} of {made.leaf_rows:,} rows "
+        f"({format_bytes(made.leaf_rows * made.row_bytes)})",
         f"output       {r['objects']['output']:,} objects of {made.object_rows:,} rows in the widest array",
         f"tasks        {' + '.join(f'{t:,}' for t in r['tasks'])}",
         f"memory       {format_bytes(made.memory)} per worker at most",
-        f"disk         scratch up to {format_bytes(r['scratch_bytes'])}, with the output up to {format_bytes(r['disk_bytes'])}",
+        f"disk         scratch up to {format_bytes(r['scratch_bytes'])}, "
+        f"with the output up to {format_bytes(r['disk_bytes'])}",
         "",
         "reach at this M and P: "
-        + ",  ".join(f"{x['levels']} level{'s' * (x['levels'] > 1)} {format_bytes(x['bytes'])}" for x in r["reach"]),
+        + ",  ".join(
+            f"{x['levels']} level{'s' * (x['levels'] > 1)} {format_bytes(x['bytes'])}"
+            for x in r["reach"]
+        ),
     ]
     return "\n".join(lines)
 
@@ -119,7 +124,9 @@ def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dic
     if half_done:
         raise IncompleteStoreError(f"{path} is a half-done shuffle: see `actshuffle status {path}`")
     node = open_node(place)
-    arrays = source_arrays(place, None if isinstance(node, zarr.Array) or marker is None else _names(marker))
+    arrays = source_arrays(
+        place, None if isinstance(node, zarr.Array) or marker is None else _names(marker)
+    )
     described = {
         name: {
             "shape": list(a.shape), "dtype": _dtype_name(a), "chunks": list(a.chunks),
@@ -144,12 +151,24 @@ def info_text(found: dict[str, Any]) -> str:
     lines = [f"{found['path']}: {found['rows']:,} rows, {format_bytes(found['bytes'])}"]
     table = [("array", "shape", "dtype", "chunk", "objects", "codecs")]
     for name, a in found["arrays"].items():
-        chunk = "x".join(map(str, a["chunks"])) + (f" in {'x'.join(map(str, a['shards']))}" if a["shards"] else "")
+        chunk = "x".join(map(str, a["chunks"])) + (
+            f" in {'x'.join(map(str, a['shards']))}" if a["shards"] else ""
+        )
         table.append(
-            (name, "x".join(map(str, a["shape"])), a["dtype"], chunk, f"{a['objects']:,}", " ".join(a["codecs"]))
+            (
+                name,
+                "x".join(map(str, a["shape"])),
+                a["dtype"],
+                chunk,
+                f"{a['objects']:,}",
+                " ".join(a["codecs"]),
+            )
         )
     widths = [max(len(row[i]) for row in table) for i in range(6)]
-    lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines += [
+        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
     m = found["shuffled"]
     if m is None:
         lines.append("not an actshuffle output")
@@ -188,8 +207,13 @@ def status_text(found: dict[str, Any]) -> str:
     lines = [f"{found['path']}: half done; run it again with the same arguments to go on"]
     for x in found["levels"]:
         share = x["done"] / x["tasks"] if x["tasks"] else 1.0
-        lines.append(f"  level {x['level']} of {len(found['levels'])}   {x['done']:,} of {x['tasks']:,} tasks ({share:.0%})")
-    lines.append("  arguments: " + ", ".join(f"{k}={v}" for k, v in sorted(found["request"].items())))
+        lines.append(
+            f"  level {x['level']} of {len(found['levels'])}   "
+            f"{x['done']:,} of {x['tasks']:,} tasks ({share:.0%})"
+        )
+    lines.append(
+        "  arguments: " + ", ".join(f"{k}={v}" for k, v in sorted(found["request"].items()))
+    )
     lines.append(f"  scratch: {found['scratch']}")
     return "\n".join(lines)
 
@@ -204,7 +228,9 @@ def _dtype_name(array: zarr.Array[Any]) -> str:
 
 
 def _codecs(array: zarr.Array[Any]) -> list[str]:
-    names = [type(c).__name__.removesuffix("Codec").lower() for c in (*array.filters, *array.compressors)]
+    names = [
+        type(c).__name__.removesuffix("Codec").lower() for c in (*array.filters, *array.compressors)
+    ]
     return names or ["none"]
 
 

@@ -35,7 +35,9 @@ def take_inventory(
     """
     seal, gappy = hashlib.sha256(), set()
     for name, array in arrays.items():
-        seal.update(json.dumps([name, array.metadata.to_dict()], default=str, sort_keys=True).encode())
+        seal.update(
+            json.dumps([name, array.metadata.to_dict()], default=str, sort_keys=True).encode()
+        )
         for found in look(place, array, fill_missing=fill_missing):
             if found.problem:
                 hint = (
@@ -75,7 +77,9 @@ def look(place: Place, array: zarr.Array[Any], *, fill_missing: bool = False) ->
         elif raw and size not in (full, -1):
             problem = f"chunk {here} has {size:,} bytes instead of {full:,}"
         elif shard is not None and size > 0:
-            problem, absent = _shard_problem(objects, here, array, shard, where, key, size, fill_missing)
+            problem, absent = _shard_problem(
+                objects, here, array, shard, where, key, size, fill_missing
+            )
         yield Found(key, size, problem, absent)
 
 
@@ -118,7 +122,10 @@ def _shard_problem(
     per = [s // c for s, c in zip(object_grid(array), inner, strict=True)]
     length = 16 * math.prod(per) + 4
     if size < length:
-        return f"shard {here} has {size:,} bytes, less than its index of {length:,}: truncated", False
+        return (
+            f"shard {here} has {size:,} bytes, less than its index of {length:,}: truncated",
+            False,
+        )
     raw = bytearray(length)
     objects.read([Extent(key, size - length, [memoryview(raw)])])
     table = np.frombuffer(raw[:-4], "<u8").reshape(*per, 2)
@@ -133,4 +140,6 @@ def _shard_problem(
         return f"shard {here} lacks inner chunk {first} ({int(absent.sum()):,} in all)", True
     present = table[inside & ~absent]
     beyond = present[:, 0] + present[:, 1] > np.uint64(size - length)
-    return (f"shard {here} is truncated: its index points past its end" if beyond.any() else ""), False
+    return (
+        f"shard {here} is truncated: its index points past its end" if beyond.any() else ""
+    ), False

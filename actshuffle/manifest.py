@@ -41,9 +41,9 @@ ORDER_NAME = "lexsort(lo, hi) of Philox4x64-10 words, SeedSequence(seed, spawn_k
 def receipt_place(job: Job, task: Task) -> tuple[Objects, str]:
     """Where a task's receipt lives: beside what it speaks of."""
     if task.kind == "leaf":
-        return open_objects(job.destination, fsync=job.fsync), f"{RECEIPTS}/{task.index}.json"
+        return open_objects(job.destination, fsync=job.fsync), f"{RECEIPTS}/{task.number}.json"
     folder = "receipts" if task.kind == "split" else "index"
-    key = f"level{task.level}/{folder}/{task.index}.json"
+    key = f"level{task.level}/{folder}/{task.number}.json"
     return open_objects(job.scratch, fsync=job.fsync), key
 
 
@@ -94,11 +94,13 @@ def job_from(body: dict[str, Any], options: str = "{}") -> Job:
     d = dict(body["plan"])
     try:
         plan = d.pop("plan")
-        tupled = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.items()}
+        tupled: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in plan.items() if k != "model"
+        }
         fields = [None if f is None else Field(**{**f, "row_shape": tuple(f["row_shape"])})
                   for f in (*d.pop("fields"), d.pop("source_row"))]  # fmt: skip
         return Job(
-            plan=Plan(**{**tupled, "model": MemoryModel(**plan["model"])}), keys=Keys(**d.pop("keys")),
+            plan=Plan(**tupled, model=MemoryModel(**plan["model"])), keys=Keys(**d.pop("keys")),
             source=Place(d.pop("source"), options), destination=Place(d.pop("destination"), options),
             scratch=Place(d.pop("scratch"), options),
             fields=tuple(f for f in fields[:-1] if f is not None), source_row=fields[-1], **d,
@@ -187,7 +189,10 @@ def _unsealed(data: bytes) -> dict[str, Any] | None:
         document = json.loads(data)
         body: dict[str, Any] = document["body"]
         text = json.dumps(body, sort_keys=True)
-        if hashlib.sha256(text.encode()).hexdigest() != document["sha256"] or body["format"] != FORMAT:
+        if (
+            hashlib.sha256(text.encode()).hexdigest() != document["sha256"]
+            or body["format"] != FORMAT
+        ):
             return None
     except (ValueError, KeyError, TypeError):
         return None

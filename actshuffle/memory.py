@@ -18,7 +18,9 @@ from dataclasses import dataclass
 BASE = 16 << 20  # zarr metadata, receipts, run tables, hash slices, allocator slack
 SPILL_ROW = 16  # bytes that travel with each spilled row: its key's hi word and its source row
 AUX_SPLIT = 64  # per row: hi 8, source row 8, bucket 8 + 2, order 8, hashes 16, temporaries
-AUX_LEAF = 64  # per row: hi 8, source row 8, order 8, radix digits and their argsorts 28, temporaries
+AUX_LEAF = (
+    64  # per row: hi 8, source row 8, order 8, radix digits and their argsorts 28, temporaries
+)
 STAGING = 4 << 20  # the most that a split stages before it writes; less when memory is small
 
 

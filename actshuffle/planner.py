@@ -53,7 +53,9 @@ def make_plan(
     all workers are busy, where that costs no extra level.
     """
     if rows < 0 or row_bytes <= 0:
-        raise RequestError(f"need rows >= 0 and row bytes > 0, got {rows} rows of {row_bytes} bytes")
+        raise RequestError(
+            f"need rows >= 0 and row bytes > 0, got {rows} rows of {row_bytes} bytes"
+        )
     if levels != "auto" and not 1 <= levels <= MAX_LEVELS:
         raise RequestError(f"levels must be auto or 1 to {MAX_LEVELS}, got {levels}")
     if memory is None and block_bytes is None:
@@ -130,7 +132,9 @@ def _fit(
         elif block_bytes is not None:
             chunk_rows = _dividing(block_bytes // row_bytes, target) or chunk_rows
     if chunk_rows < 1 or (per_shard is not None and per_shard < 1):
-        raise RequestError(f"chunk rows and chunks per shard must be positive, got {chunk_rows}, {per_shard}")
+        raise RequestError(
+            f"chunk rows and chunks per shard must be positive, got {chunk_rows}, {per_shard}"
+        )
     if per_shard is None:
         wanted = max(1, -(-rows // (chunk_rows * MAX_OBJECTS)))
         allowed = max(1, room // (8 * model.output_copies * chunk_rows * widest))
@@ -174,7 +178,8 @@ def _dividing(rows: int, target: int) -> int | None:
 
 
 def _reach(leaf_rows: int, fan_out: int, levels: int) -> int:
-    return leaf_rows * max(fan_out, 1) ** (levels - 1)
+    reach: int = leaf_rows * max(fan_out, 1) ** (levels - 1)
+    return reach
 
 
 def _levels_needed(
@@ -184,11 +189,14 @@ def _levels_needed(
         return 1
     if fan_out < 2:
         raise InfeasibleError(
-            f"{format_bytes(rows * row_bytes)} do not fit in one block of {format_bytes(most_rows * row_bytes)}, "
+            f"{format_bytes(rows * row_bytes)} do not fit in one block of "
+            f"{format_bytes(most_rows * row_bytes)}, "
             f"and blocks of that size cannot be split into runs of {format_bytes(run)} (M/P < 2); "
             "raise --memory or lower --run-bytes"
         )
-    levels = next((n for n in range(2, MAX_LEVELS + 1) if _reach(leaf_rows, fan_out, n) >= rows), None)
+    levels = next(
+        (n for n in range(2, MAX_LEVELS + 1) if _reach(leaf_rows, fan_out, n) >= rows), None
+    )
     if levels is None:
         raise InfeasibleError(
             f"{format_bytes(rows * row_bytes)} need more than {MAX_LEVELS} levels at M/P = {fan_out}; "
@@ -212,7 +220,7 @@ def _root(leaves: int, power: int) -> int:
     """The smallest k with k^power >= leaves; the even fan-out of ``power`` splits."""
     if power < 1:
         return 1
-    k = max(1, round(leaves ** (1 / power)))
+    k: int = max(1, round(leaves ** (1 / power)))
     while k > 1 and (k - 1) ** power >= leaves:
         k -= 1
     while k**power < leaves:

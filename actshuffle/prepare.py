@@ -23,7 +23,12 @@ from actshuffle.arrays import (
     source_buffer,
     source_field,
 )
-from actshuffle.errors import DestinationExistsError, InfeasibleError, RequestError, ResumeMismatchError
+from actshuffle.errors import (
+    DestinationExistsError,
+    InfeasibleError,
+    RequestError,
+    ResumeMismatchError,
+)
 from actshuffle.executors import SHARE, machine_memory
 from actshuffle.inventory import take_inventory
 from actshuffle.keys import Keys
@@ -55,7 +60,9 @@ class Request:
 
     def given(self) -> dict[str, Any]:
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        result: dict[str, Any] = json.loads(json.dumps(values))  # tuples as they come back from disk
+        result: dict[str, Any] = json.loads(
+            json.dumps(values)
+        )  # tuples as they come back from disk
         return result
 
 
@@ -66,7 +73,13 @@ _SOFT = {"tasks_wanted"}
 
 
 def prepare(
-    src: Place, dst: Place, request: Request, *, most_memory: int, overwrite: bool = False, fsync: bool = True
+    src: Place,
+    dst: Place,
+    request: Request,
+    *,
+    most_memory: int,
+    overwrite: bool = False,
+    fsync: bool = True,
 ) -> Job:
     """The job to run, with the destination checked to be free or half done by the same job.
 
@@ -82,14 +95,18 @@ def prepare(
         if differing:
             raise ResumeMismatchError(
                 f"{dst.url} is half done with other arguments: "
-                + "; ".join(f"{k} was {before.get(k)!r}, now {given[k]!r}" for k in sorted(differing))
+                + "; ".join(
+                    f"{k} was {before.get(k)!r}, now {given[k]!r}" for k in sorted(differing)
+                )
                 + ". Give the same to resume, or --overwrite to start again"
             )
         given = before
     else:
         given.setdefault("seed", secrets.randbits(63))
         if "memory" not in given and "block_bytes" not in given:
-            given["memory"] = _settle_memory(arrays, given, most_memory, remote=local_path(dst) is None)
+            given["memory"] = _settle_memory(
+                arrays, given, most_memory, remote=local_path(dst) is None
+            )
     job = make_job(src, dst, arrays, given, fsync=fsync)
     if recorded is not None:
         if recorded["job"] != job.identity:
@@ -108,7 +125,12 @@ def prepare(
 
 
 def make_job(
-    src: Place, dst: Place, arrays: dict[str, zarr.Array[Any]], given: dict[str, Any], *, fsync: bool = True
+    src: Place,
+    dst: Place,
+    arrays: dict[str, zarr.Array[Any]],
+    given: dict[str, Any],
+    *,
+    fsync: bool = True,
 ) -> Job:
     """Plan a request whose values are all settled.  Reads metadata and lists the source's objects."""
     fill_missing = bool(given.get("fill_missing", False))
@@ -137,7 +159,9 @@ def make_job(
     if with_rows:
         bare = Field(SOURCE_ROW, "", 8, (), 1, "")
         spans = _spans(8, widest, plan)
-        provenance = output_field(bare, None, rows, spans * plan.chunk_rows, spans * plan.object_rows, codec)
+        provenance = output_field(
+            bare, None, rows, spans * plan.chunk_rows, spans * plan.object_rows, codec
+        )
     node = open_node(src)
     attributes = dict(node.attrs) if isinstance(node, zarr.Group) else {}
     hi_bits, lo_bits = given.get("key_bits", (64, 64))
@@ -150,7 +174,11 @@ def make_job(
 
 
 def plan_for(
-    arrays: dict[str, zarr.Array[Any]], fields: Sequence[Field], given: dict[str, Any], *, remote: bool
+    arrays: dict[str, zarr.Array[Any]],
+    fields: Sequence[Field],
+    given: dict[str, Any],
+    *,
+    remote: bool,
 ) -> Plan:
     """The plan for some source arrays under settled arguments."""
     coded = given.get("codec", "none") != "none" or (given.get("chunks_per_shard") or 1) > 1
@@ -220,7 +248,9 @@ def _check_places(src: Place, dst: Place, scratch: str | None) -> None:
         return
     source, target = source.resolve(), target.resolve()
     if _inside(target, source) or _inside(source, target):
-        raise RequestError(f"destination {target} and source {source} must not lie inside each other")
+        raise RequestError(
+            f"destination {target} and source {source} must not lie inside each other"
+        )
     spill = None if scratch is None or "://" in scratch else Path(scratch).resolve()
     if spill is not None and (_inside(spill, source) or _inside(spill, target)):
         raise RequestError(f"scratch {spill} must lie outside source and destination")
@@ -240,7 +270,9 @@ def _recorded(dst: Place, overwrite: bool) -> dict[str, Any] | None:
     half_done = objects.size(manifest.RUN_KEY) is not None
     if overwrite:
         if not stored and not half_done and next(iter(objects.list("")), None) is not None:
-            raise DestinationExistsError(f"{dst.url} is no Zarr store; it is not overwritten, remove it by hand")
+            raise DestinationExistsError(
+                f"{dst.url} is no Zarr store; it is not overwritten, remove it by hand"
+            )
         return None
     if manifest.read_marker(objects) is not None:
         raise DestinationExistsError(f"{dst.url} is a finished shuffle; --overwrite replaces it")
@@ -257,7 +289,10 @@ def _recorded(dst: Place, overwrite: bool) -> dict[str, Any] | None:
 def _check_space(job: Job) -> None:
     plan = job.plan
     out, spill = open_objects(job.destination), open_objects(job.scratch)
-    needs = [(job.destination, out.free_bytes(), plan.output_bytes), (job.scratch, spill.free_bytes(), plan.scratch_bytes)]
+    needs = [
+        (job.destination, out.free_bytes(), plan.output_bytes),
+        (job.scratch, spill.free_bytes(), plan.scratch_bytes),
+    ]
     places = [local_path(job.destination), local_path(job.scratch)]
     if all(places) and _device(places[0]) == _device(places[1]):
         needs = [(job.destination, out.free_bytes(), plan.disk_bytes)]
@@ -265,7 +300,8 @@ def _check_space(job: Job) -> None:
         if free is not None and need > free:
             raise InfeasibleError(
                 f"{place.url} needs {format_bytes(need)} and its disk has {format_bytes(free)} free "
-                f"(output {format_bytes(plan.output_bytes)}, scratch up to {format_bytes(plan.scratch_bytes)}); "
+                f"(output {format_bytes(plan.output_bytes)}, "
+                f"scratch up to {format_bytes(plan.scratch_bytes)}); "
                 "free some, or give --scratch on another disk"
             )
 

@@ -40,6 +40,7 @@ from actshuffle.spill import Spill
 from actshuffle.types import Job, Plan, Task
 from actshuffle.units import format_bytes, format_seconds, parse_bytes
 
+
 @dataclass(frozen=True)
 class Result:
     """What a run did.  ``seconds`` is this run's; ``resumed`` tasks were found done."""
@@ -64,7 +65,9 @@ class Result:
             f"{format_seconds(self.seconds)}, {rate} end to end on {self.workers} "
             f"worker{'s' * (self.workers != 1)}"
         )
-        return text + (f"; {self.resumed} of {self.tasks} tasks were done before" if self.resumed else "")
+        return text + (
+            f"; {self.resumed} of {self.tasks} tasks were done before" if self.resumed else ""
+        )
 
 
 def shuffle(
@@ -157,7 +160,9 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
     _claim(job)
     _find_boundaries(job, executor, progress)
     for level in range(tasks.first_level(job), plan.levels + 1):
-        progress.begin(f"level {level} of {plan.levels}", plan.task_count(level), plan.rows * plan.row_bytes)
+        progress.begin(
+            f"level {level} of {plan.levels}", plan.task_count(level), plan.rows * plan.row_bytes
+        )
         if level < plan.levels:
             Spill(job, level).write_metadata()
         for result in executor.map(tasks.run_task, ((job, task) for task in plan.tasks(level))):
@@ -218,7 +223,9 @@ def _publish(job: Job) -> None:
     for task in plan.tasks(plan.levels):
         receipt = manifest.read_receipt(job, task)
         if receipt is None:
-            raise FormatError(f"receipt of leaf {task.index} vanished from {job.destination.url}; run again")
+            raise FormatError(
+                f"receipt of leaf {task.number} vanished from {job.destination.url}; run again"
+            )
         for name, texts in receipt["digests"].items():
             digests[name] += [from_hex(text) for text in texts]
     sums = {}

@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ from actshuffle.types import Job
 
 @dataclass(frozen=True)
 class Columns:
-    """Rows in memory: hi words uint64 ``(m,)``, source rows uint64 ``(m,)``, and per field uint8 ``(m, w)``."""
+    """m rows: hi words and source rows, each uint64 ``(m,)``, and per field uint8 ``(m, row_bytes)``."""
 
     hi: U64
     source_row: U64
@@ -52,7 +53,11 @@ class Columns:
 
     def parts(self) -> list[U8]:
         """All columns as uint8 ``(m, width)``, in spill order."""
-        return [self.hi.view(np.uint8).reshape(-1, 8), self.source_row.view(np.uint8).reshape(-1, 8), *self.fields]
+        return [
+            self.hi.view(np.uint8).reshape(-1, 8),
+            self.source_row.view(np.uint8).reshape(-1, 8),
+            *self.fields,
+        ]
 
     def hashes(self, job: Job) -> Iterator[U64]:
         """Row hashes, uint64 ``(m, 2)``, of the hi words and then of each field."""
@@ -77,7 +82,7 @@ class Spill:
         """Gather rows run by run through ``staging`` into the block's object."""
         with self.objects.writer(self.block_key(block), self.block_bytes) as out:
             gather = _Gather(out, staging)
-            for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+            for start, stop in pairwise(cuts.tolist()):
                 for part in columns.parts():
                     gather.append(part, order[start:stop])
             gather.flush()
@@ -112,7 +117,7 @@ class Spill:
         parent = _parent(self.job, self.level, bucket)
         first_block = parent * self.job.plan.blocks_per_parent(self.level)
         ends = np.cumsum(runs[:, 1].astype(np.int64))
-        extents = []
+        extents: list[Extent] = []
         for number in range(int(np.searchsorted(ends, start, side="right")), len(runs)):
             offset, rows = int(runs[number, 0]), int(runs[number, 1])
             begins = int(ends[number]) - rows
@@ -151,7 +156,7 @@ def _extents(
     key: str, offset: int, rows: int, a: int, b: int, parts: list[U8], at: int
 ) -> Iterator[Extent]:
     """Byte ranges of rows ``[a, b)`` of a run, one for a whole run, else one per column."""
-    views = [memoryview(part[at : at + b - a]).cast("B") for part in parts]
+    views = [part[at : at + b - a].data.cast("B") for part in parts]
     if b - a == rows:
         yield Extent(key, offset, views)
         return
@@ -181,7 +186,7 @@ class _Gather:
             order = order[count:]
 
     def flush(self) -> None:
-        self._out.write(memoryview(self._staging[: self._at]))
+        self._out.write(self._staging[: self._at].data)
         self._at = 0
 
 

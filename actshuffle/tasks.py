@@ -59,17 +59,19 @@ def is_done(job: Job, task: Task) -> bool:
         return False
     if task.kind == "split":
         spill = Spill(job, task.level)
-        return spill.objects.size(spill.block_key(task.index)) == spill.block_bytes
+        return spill.objects.size(spill.block_key(task.number)) == spill.block_bytes
     if task.kind == "index":
         spill = Spill(job, task.level)
-        children = job.plan.children(task.level - 1, task.index)
+        children = job.plan.children(task.level - 1, task.number)
         return all(spill.has_tables(child) for child in children)
     if task.kind == "leaf":
         objects = open_objects(job.destination)
         for field in output_fields(job):
-            for number in _leaf_objects(job, field, task.index):
+            for number in _leaf_objects(job, field, task.number):
                 size = objects.size(field.object_key.format(number))
-                if size is None or (field.raw_output and size != field.object_rows * field.row_bytes):
+                if size is None or (
+                    field.raw_output and size != field.object_rows * field.row_bytes
+                ):
                     return False
     return True
 
@@ -85,7 +87,11 @@ def first_level(job: Job) -> int:
 def complete(job: Job, level: int) -> bool:
     """Are all results of a level there?"""
     plan = job.plan
-    index = [Task("index", level, b) for b in range(plan.buckets(level - 1))] if level < plan.levels else []
+    index = (
+        [Task("index", level, b) for b in range(plan.buckets(level - 1))]
+        if level < plan.levels
+        else []
+    )
     # Index receipts come last, so an unfinished level is usually told by the first look.
     return all(is_done(job, task) for task in (*index, *plan.tasks(level)))
 
@@ -98,7 +104,7 @@ def count(job: Job, start: int, stop: int, query: bounds.Query) -> NDArray[Any]:
 def split(job: Job, task: Task) -> int:
     """Read one block, group its rows by child bucket, write it as one spill object."""
     plan, level = job.plan, task.level
-    block = plan.block(level, task.index)
+    block = plan.block(level, task.number)
     rows = block.stop - block.start
     staging_bytes = min(plan.model.staging_bytes(rows), rows * plan.model.spill_row_bytes)
     memory = arena().reset(_columns_bytes(job, rows) + padded(staging_bytes))
@@ -112,7 +118,7 @@ def split(job: Job, task: Task) -> int:
     cutting = boundaries(job)[np.array(children[1:], np.int64) * width - 1]
     order, cuts = group(job.keys, columns.hi, columns.source_row, cutting)
     sums = [add_up_groups(h, order, cuts) for h in columns.hashes(job)]
-    Spill(job, level).write_block(task.index, columns, order, cuts, memory.take((staging_bytes,)))
+    Spill(job, level).write_block(task.number, columns, order, cuts, memory.take((staging_bytes,)))
     manifest.write_receipt(job, task, {
         "rows": np.diff(cuts).tolist(),
         "sums": ["".join(to_hex(s) for s in per_child) for per_child in sums],
@@ -122,7 +128,7 @@ def split(job: Job, task: Task) -> int:
 
 def index(job: Job, task: Task) -> int:
     """Gather the receipts of a parent bucket's blocks into one table per child; check that all adds up."""
-    plan, level, parent = job.plan, task.level, task.index
+    plan, level, parent = job.plan, task.level, task.number
     children = plan.children(level - 1, parent)
     blocks = [Task("split", level, block) for block in plan.blocks_of(level, parent)]
     rows = np.zeros((len(blocks), len(children)), np.uint64)
@@ -130,7 +136,9 @@ def index(job: Job, task: Task) -> int:
     for number, block in enumerate(blocks):
         receipt = manifest.read_receipt(job, block)
         if receipt is None:
-            raise FormatError(f"receipt of block {block.index} of level {level} vanished; run again")
+            raise FormatError(
+                f"receipt of block {block.number} of level {level} vanished; run again"
+            )
         rows[number] = receipt["rows"]
         for field, text in enumerate(receipt["sums"]):
             sums[:, field] += _unpack(text)
@@ -154,7 +162,7 @@ def index(job: Job, task: Task) -> int:
 def leaf(job: Job, task: Task) -> int:
     """Read one leaf, sort it by key, write its output objects."""
     plan = job.plan
-    first, stop = plan.bucket_ranks(plan.levels - 1, task.index)
+    first, stop = plan.bucket_ranks(plan.levels - 1, task.number)
     rows = stop - first
     out_bytes = max(f.object_rows * f.row_bytes for f in output_fields(job))
     memory = arena().reset(_columns_bytes(job, rows) + padded(out_bytes))
@@ -164,8 +172,8 @@ def leaf(job: Job, task: Task) -> int:
         expected = np.array([add_up(h) for h in columns.hashes(job)])
     else:
         before = Spill(job, plan.levels - 1)
-        before.read(task.index, 0, columns)
-        expected = before.sums(task.index)
+        before.read(task.number, 0, columns)
+        expected = before.sums(task.number)
     order = key_order(job.keys, columns.hi, columns.source_row)
     source_row = columns.source_row[order]
     found = np.zeros_like(expected)
@@ -175,16 +183,20 @@ def leaf(job: Job, task: Task) -> int:
     for number, field in enumerate(job.fields):
         row_hash = RowHash(job.keys.seed, 1 + number, field.row_bytes)
         digests[field.name] = []
-        for at, part, buffer, used in _objects(job, field, task.index, order, columns.fields[number], staging):
+        for at, part, buffer, used in _objects(
+            job, field, task.number, order, columns.fields[number], staging
+        ):
             digest = row_hash.total(buffer[:used], source_row[part])
             found[1 + number] += digest
             digests[field.name].append(to_hex(digest))
             output.write(field, at, buffer, used)
     if job.source_row is not None:
         numbers = columns.parts()[1]
-        for at, _, buffer, used in _objects(job, job.source_row, task.index, order, numbers, staging):
+        for at, _, buffer, used in _objects(
+            job, job.source_row, task.number, order, numbers, staging
+        ):
             output.write(job.source_row, at, buffer, used)
-    _check_conserved(job, plan.levels, task.index, expected, found, [])
+    _check_conserved(job, plan.levels, task.number, expected, found, [])
     manifest.write_receipt(job, task, {"rows": rows, "digests": digests})
     return rows
 
@@ -199,7 +211,9 @@ def boundaries(job: Job) -> U64:
     """Full keys at the first rank of leaves 1, 2, ...; uint64 ``(leaves - 1, 3)``."""
     found = manifest.read_bounds(job)
     if found is None:
-        raise FormatError(f"the bucket boundaries in {job.scratch.url} are damaged; run again to remake them")
+        raise FormatError(
+            f"the bucket boundaries in {job.scratch.url} are damaged; run again to remake them"
+        )
     return found
 
 
@@ -226,14 +240,16 @@ def blame(job: Job, level: int, parent: int, blocks: list[Task], what: str) -> N
                 not np.array_equal(_unpack(text)[child], total)
                 for text, total in zip(receipt["sums"], sums, strict=True)
             ):
-                guilty.append(spill.block_key(source.index))
+                guilty.append(spill.block_key(source.number))
                 manifest.withdraw(job, source)
                 manifest.withdraw(job, Task("index", level - 1, grand))
     if not guilty:  # the damage is in what this level made of it
         for task in blocks:
             manifest.withdraw(job, task)
     where = f"; damaged in scratch: {', '.join(guilty[:5])}" if guilty else ""
-    raise ConservationError(f"{what}{where}; nothing of it was published; run again to redo those rows")
+    raise ConservationError(
+        f"{what}{where}; nothing of it was published; run again to redo those rows"
+    )
 
 
 def _check_conserved(
@@ -267,7 +283,9 @@ def _objects(job: Job, field: Field, leaf: int, order: I64, rows: U8, staging: U
     """
     start, stop = job.plan.bucket_ranks(job.plan.levels - 1, leaf)
     for number in _leaf_objects(job, field, leaf):
-        part = slice(number * field.object_rows - start, min((number + 1) * field.object_rows, stop) - start)
+        part = slice(
+            number * field.object_rows - start, min((number + 1) * field.object_rows, stop) - start
+        )
         used = part.stop - part.start
         buffer = staging[: field.object_rows * field.row_bytes].reshape(-1, field.row_bytes)
         np.take(rows, order[part], axis=0, out=buffer[:used], mode="clip")
@@ -281,6 +299,6 @@ def _columns_bytes(job: Job, rows: int) -> int:
 
 def _unpack(text: str) -> U64:
     """Digests of all children of a block, uint64 ``(children, 2)``."""
-    return np.array([from_hex(text[i : i + 32]) for i in range(0, len(text), 32)], np.uint64).reshape(-1, 2)
-
-
+    return np.array(
+        [from_hex(text[i : i + 32]) for i in range(0, len(text), 32)], np.uint64
+    ).reshape(-1, 2)

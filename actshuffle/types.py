@@ -34,7 +34,7 @@ class Task(NamedTuple):
 
     kind: str
     level: int
-    index: int
+    number: int
 
 
 class Block(NamedTuple):
@@ -122,7 +122,9 @@ class Plan:
 
     def tasks(self, level: int) -> Iterator[Task]:
         """The row-moving tasks of a level, in order."""
-        kind, count = ("split", self.blocks(level)) if level < self.levels else ("leaf", self.leaves)
+        kind, count = (
+            ("split", self.blocks(level)) if level < self.levels else ("leaf", self.leaves)
+        )
         return (Task(kind, level, i) for i in range(count))
 
     def task_count(self, level: int) -> int:

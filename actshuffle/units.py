@@ -6,7 +6,7 @@ import re
 
 from actshuffle.errors import RequestError
 
-_FACTOR = {
+_FACTOR: dict[str, int] = {
     "": 1,
     **{u: 1000**i for i, u in enumerate(["", "k", "m", "g", "t", "p", "e"]) if u},
     **{u + "b": 1000**i for i, u in enumerate(["", "k", "m", "g", "t", "p", "e"])},

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,17 @@ class VerifyReport:
         }  # fmt: skip
 
     def __str__(self) -> str:
-        how = f"{self.checked:,} of {self.rows:,} rows sampled" if self.quick else f"all {self.rows:,} rows"
+        how = (
+            f"{self.checked:,} of {self.rows:,} rows sampled"
+            if self.quick
+            else f"all {self.rows:,} rows"
+        )
         took = f"{format_bytes(self.nbytes)} in {format_seconds(self.seconds)}"
         lines = []
         if self.problems:
-            lines.append(f"NOT the shuffle it claims to be ({how}, {took}); {len(self.problems)} found:")
+            lines.append(
+                f"NOT the shuffle it claims to be ({how}, {took}); {len(self.problems)} found:"
+            )
             lines += [f"  {p}" for p in self.problems[:20]]
             if len(self.problems) > 20:
                 lines.append(f"  ... and {len(self.problems) - 20} more")
@@ -132,7 +139,7 @@ def verify(
     SourceError, RequestError : there is nothing to compare.
     """
     started, progress = time.perf_counter(), progress or Silent()
-    executor = executor or Serial()
+    workers: Executor = executor or Serial()
     source, destination = as_place(src, storage_options), as_place(dst, storage_options)
     marker = manifest.read_marker(open_objects(destination))
     if marker is None:
@@ -148,7 +155,9 @@ def verify(
     ]  # fmt: skip
     problems = list(_metadata_problems(theirs, ours, names, marker["rows"]))
     for array in ours.values():
-        problems += [Problem("missing", f.key, f.problem) for f in look(destination, array) if f.problem]
+        problems += [
+            Problem("missing", f.key, f.problem) for f in look(destination, array) if f.problem
+        ]
     fields = {k: source_field(k, a) for k, a in theirs.items()}
     pair = Pair(
         source, destination, Keys(marker["seed"], *marker.get("key_bits", (64, 64))), marker["rows"], names,
@@ -159,20 +168,28 @@ def verify(
         marker["fill_missing"],
     )  # fmt: skip
     if pair.source_row is None and pair.rows > ORDER_ROWS:
-        raise RequestError(f"without source_row, verify sorts {pair.rows:,} keys in memory; the limit is {ORDER_ROWS:,}")
+        raise RequestError(
+            f"without source_row, verify sorts {pair.rows:,} keys in memory; the limit is {ORDER_ROWS:,}"
+        )
     checked, nbytes, scored = 0, 0, None
     if not problems:
         check = _quick if quick else _full
-        checked, nbytes, found = check(pair, executor, progress, sample_rows)
+        checked, nbytes, found = check(pair, workers, progress, sample_rows)
         problems += found
     if mixing and not problems:
-        scored = _mixing(pair)
+        try:
+            scored = _mixing(pair)
+        except ValueError as err:  # after a quick check it may still turn out to be no permutation
+            problems.append(Problem("order", SOURCE_ROW, str(err)))
     return VerifyReport(
-        pair.rows, checked, nbytes, quick, time.perf_counter() - started, tuple(problems), tuple(notes), scored
+        pair.rows, checked, nbytes, quick, time.perf_counter() - started,
+        tuple(problems), tuple(notes), scored,
     )  # fmt: skip
 
 
-def _full(pair: Pair, executor: Executor, progress: Progress, _: int) -> tuple[int, int, list[Problem]]:
+def _full(
+    pair: Pair, executor: Executor, progress: Progress, _: int
+) -> tuple[int, int, list[Problem]]:
     row_bytes = sum(f.row_bytes for f in pair.fields)
     step = max(1, TASK_BYTES // row_bytes, -(-pair.rows // 10_000))
     starts = range(0, pair.rows, step)
@@ -181,22 +198,24 @@ def _full(pair: Pair, executor: Executor, progress: Progress, _: int) -> tuple[i
     edges: dict[int, tuple[U64, U64]] = {}
     problems: list[Problem] = []
     progress.begin("verify", 2 * len(starts), 2 * pair.rows * row_bytes)
-    calls = [(pair, side, start, min(start + step, pair.rows)) for start in starts for side in (0, 1)]
+    calls = [
+        (pair, side, start, min(start + step, pair.rows)) for start in starts for side in (0, 1)
+    ]
     for side, start, stop, sums, edge, found in executor.map(check_range, calls):
         problems += found
-        for field, parts in enumerate(sums):
-            for number, part in parts.items():
-                total[side, field] += part
+        for number, parts in enumerate(sums):
+            for at, part in parts.items():
+                total[side, number] += part
                 if side:
-                    held = by_object[field].get(number, np.zeros(2, np.uint64))
-                    by_object[field][number] = held + part
+                    held = by_object[number].get(at, np.zeros(2, np.uint64))
+                    by_object[number][at] = held + part
         if edge is not None:
             edges[start] = edge
         progress.advance((stop - start) * row_bytes, True)
     progress.end()
     seams = [edges[s] for s in sorted(edges)]
-    for (_, last), (first, _), start in zip(seams, seams[1:], sorted(edges)[1:], strict=False):
-        if not tuple(last) < tuple(first):
+    for ((_, last), (following, _)), start in zip(pairwise(seams), sorted(edges)[1:], strict=True):
+        if not tuple(last) < tuple(following):
             problems.append(_order_problem(pair, start))
     for number, field in enumerate(pair.fields):
         if (total[0, number] != total[1, number]).any():
@@ -209,7 +228,9 @@ def check_range(pair: Pair, side: int, start: int, stop: int) -> Any:
 
     Returns (side, start, stop, per field {object number: uint64 (2,)}, first and last full key, problems).
     """
-    place, fields = (pair.source, pair.source_fields) if side == 0 else (pair.destination, pair.fields)
+    place, fields = (
+        (pair.source, pair.source_fields) if side == 0 else (pair.destination, pair.fields)
+    )
     store = Source(place, pair.fill_missing and side == 0)
     sums: list[dict[int, U64]] = [{} for _ in fields]
     edge, problems = None, []
@@ -271,11 +292,19 @@ def compare_object(pair: Pair, number: int, at: int) -> list[Problem]:
         return [Problem("unreadable", _object_key(field, at), str(err))]
     if not len(wrong):
         return []
-    shown = ", ".join(f"{int(r):,}" for r in wrong[:SHOWN]) + (", ..." if len(wrong) > SHOWN else "")
-    return [Problem("rows", _object_key(field, at), f"{len(wrong):,} rows differ from their source: {shown}")]
+    shown = ", ".join(f"{int(r):,}" for r in wrong[:SHOWN]) + (
+        ", ..." if len(wrong) > SHOWN else ""
+    )
+    return [
+        Problem(
+            "rows", _object_key(field, at), f"{len(wrong):,} rows differ from their source: {shown}"
+        )
+    ]
 
 
-def _differing_rows(pair: Pair, number: int, store: Source, start: int, rows: U64) -> NDArray[np.int64]:
+def _differing_rows(
+    pair: Pair, number: int, store: Source, start: int, rows: U64
+) -> NDArray[np.int64]:
     """Output rows from ``start`` on whose bytes are not those of source rows ``rows``."""
     field, theirs = pair.fields[number], pair.source_fields[number]
     source = Source(pair.source, pair.fill_missing)
@@ -294,7 +323,9 @@ def _differing_rows(pair: Pair, number: int, store: Source, start: int, rows: U6
     return np.concatenate(wrong) if wrong else np.zeros(0, np.int64)
 
 
-def _quick(pair: Pair, executor: Executor, progress: Progress, sample: int) -> tuple[int, int, list[Problem]]:
+def _quick(
+    pair: Pair, executor: Executor, progress: Progress, sample: int
+) -> tuple[int, int, list[Problem]]:
     """Random stretches of dst: keys ascend and are where their rank says, rows equal their source's."""
     rng = np.random.default_rng()
     count = max(1, min(sample, pair.rows) // STRETCH) if pair.rows else 0
@@ -384,19 +415,32 @@ def _first_descent(keys: U64, rows: U64, n: int, before: U64 | None) -> int | No
 
 
 def _order_problem(pair: Pair, row: int) -> Problem:
-    where = "the order" if pair.source_row is None else _object_key(pair.source_row, row // pair.source_row.source_chunk_rows)
+    where = (
+        "the order"
+        if pair.source_row is None
+        else _object_key(pair.source_row, row // pair.source_row.source_chunk_rows)
+    )
     return Problem("order", where, f"keys do not ascend at output row {row:,}")
 
 
 def _object_key(field: Field, number: int) -> str:
-    return field.source_key.format(number) if field.source_key else f"{field.source}, object {number}"
+    return (
+        field.source_key.format(number) if field.source_key else f"{field.source}, object {number}"
+    )
 
 
 def _metadata_problems(
-    theirs: dict[str, zarr.Array[Any]], ours: dict[str, zarr.Array[Any]], names: tuple[str, ...], rows: int
+    theirs: dict[str, zarr.Array[Any]],
+    ours: dict[str, zarr.Array[Any]],
+    names: tuple[str, ...],
+    rows: int,
 ) -> Iterator[Problem]:
     for name, a, b in ((k, theirs[k], ours[k]) for k in names):
         if a.shape != b.shape or a.shape[0] != rows:
-            yield Problem("metadata", name, f"shape is {b.shape}, the source's {a.shape}, the marker's rows {rows:,}")
+            yield Problem(
+                "metadata",
+                name,
+                f"shape is {b.shape}, the source's {a.shape}, the marker's rows {rows:,}",
+            )
         elif a.dtype.newbyteorder("<") != b.dtype.newbyteorder("<"):
             yield Problem("metadata", name, f"dtype is {b.dtype}, the source's {a.dtype}")

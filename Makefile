@@ -1,0 +1,35 @@
+# Everything runs in a virtual environment of its own, .venv; PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint soak clean
+
+demo: $(VENV)/demo.done       ## shuffle a real model's activations, verify, show the difference
+	$(BIN)/python examples/shuffle_minilm.py
+
+test: $(VENV)/test.done       ## the test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.done       ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: $(VENV)/test.done       ## the long campaigns: hundreds of kills, thousands of seeds
+	$(BIN)/python -m pytest -m soak
+
+clean:
+	rm -rf $(VENV) demo
+
+$(VENV)/demo.done: setup.cfg constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/test.done: setup.cfg constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
