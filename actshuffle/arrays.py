@@ -27,7 +27,8 @@ from zarr.storage import MemoryStore, WrapperStore
 from actshuffle.bfloat16 import BFloat16
 from actshuffle.digest import U8
 from actshuffle.errors import FormatError, MissingChunkError, RequestError, SourceError
-from actshuffle.objects import Extent, Objects, open_objects, open_store, wait
+from actshuffle.files import Extent
+from actshuffle.objects import Objects, open_objects, open_store, wait
 from actshuffle.types import Field, Job, Place
 
 data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed

@@ -1,7 +1,8 @@
 """Memory that is used again: one arena per thread, so that pages are touched for the first time once.
 
 A page fault costs up to 11 us per 4 KiB on a virtual machine, several times what copying those bytes
-costs, so a fresh `numpy.empty` per task would make memory the slowest device of all.
+costs, so a fresh `numpy.empty` per task would make memory the slowest device of all.  And a thread that
+writes one buffer while the next is filled.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import math
 import mmap
 import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,7 +40,7 @@ class Arena:
         return self
 
     def take(self, shape: tuple[int, ...], dtype: DTypeLike = np.uint8) -> NDArray[Any]:
-        """An uninitialised C-contiguous array."""
+        """An uninitialised C-contiguous array, aligned to pages, so that it can be written directly."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         start, self._at = self._at, self._at + padded(nbytes)
@@ -47,7 +51,40 @@ class Arena:
 
 def padded(nbytes: int) -> int:
     """What an array of ``nbytes`` takes from an arena."""
-    return -(-nbytes // 64) * 64
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+class Behind:
+    """Runs calls on one other thread, in order, while the caller fills the next buffer.
+
+    Two buffers take turns: `turn` waits until the call that used the next one is done.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._running: list[Future[None] | None] = [None, None]
+        self.turn = 0
+
+    def submit(self, call: Callable[..., None], *args: Any) -> None:
+        """Start a call that reads the buffer whose turn it is; the turn passes to the other one."""
+        self._running[self.turn] = self._pool.submit(call, *args)
+        self.turn ^= 1
+        self.wait(self.turn)
+
+    def wait(self, turn: int) -> None:
+        running, self._running[turn] = self._running[turn], None
+        if running is not None:
+            running.result()
+
+
+@contextmanager
+def behind() -> Iterator[Behind]:
+    """A `Behind` whose calls are all done, and whose errors are raised, when the block ends."""
+    with ThreadPoolExecutor(1, thread_name_prefix="actshuffle-write") as pool:
+        worker = Behind(pool)
+        yield worker
+        worker.wait(worker.turn)
+        worker.wait(worker.turn ^ 1)
 
 
 _local = threading.local()

@@ -19,7 +19,8 @@ import zarr
 
 from actshuffle.arrays import is_raw, object_grid
 from actshuffle.errors import MissingChunkError
-from actshuffle.objects import Extent, LocalObjects, Objects, open_objects
+from actshuffle.files import Extent, LocalObjects
+from actshuffle.objects import Objects, open_objects
 from actshuffle.types import Place
 
 _EMPTY = (1 << 64) - 1  # a shard index's mark for an absent inner chunk

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from actshuffle.buffers import ALIGN
+
 BASE = 16 << 20  # zarr metadata, receipts, run tables, hash slices, allocator slack
 SPILL_ROW = 16  # bytes that travel with each spilled row: its key's hi word and its source row
 AUX_SPLIT = 64  # per row: hi 8, source row 8, bucket 8 + 2, order 8, hashes 16, temporaries
 AUX_LEAF = (
     64  # per row: hi 8, source row 8, order 8, radix digits and their argsorts 28, temporaries
 )
-STAGING = 4 << 20  # the most that a split stages before it writes; less when memory is small
+STAGING = 8 << 20  # a split fills one half while the other is written; less when memory is small
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,14 @@ class MemoryModel:
     row_bytes : bytes of one row over all fields.
     source_buffer : bytes held while one source chunk is decoded (0 when chunk files are read raw).
     whole_block_writes : the spill's store takes an object in one call, so a block is staged whole.
-    output_copies : copies of an output object alive while it is written: 1 raw, 3 through codecs.
+    output_copies : output objects in memory at once: 2 raw (one is filled while one is written), 4 through
+        codecs.
     """
 
     row_bytes: int
     source_buffer: int = 0
     whole_block_writes: bool = False
-    output_copies: int = 1
+    output_copies: int = 2
 
     @property
     def spill_row_bytes(self) -> int:
@@ -59,7 +62,7 @@ class MemoryModel:
         whole = rows * self.spill_row_bytes
         if self.whole_block_writes:
             return 2 * whole
-        return min(whole, max(STAGING, self.spill_row_bytes))
+        return max(min(2 * whole, STAGING), 2 * self.spill_row_bytes) + 4 * ALIGN
 
     def rows_within(self, memory: int, object_bytes: int) -> int:
         """The most rows for which both kinds of task stay within ``memory`` bytes (can be <= 0)."""
@@ -68,6 +71,8 @@ class MemoryModel:
         if self.whole_block_writes:
             split = (memory - fixed) // (per_split + 2 * self.spill_row_bytes)
         else:
-            split = (memory - fixed - max(STAGING, self.spill_row_bytes)) // per_split
+            split = (
+                memory - fixed - max(STAGING, 2 * self.spill_row_bytes) - 4 * ALIGN
+            ) // per_split
         leaf = (memory - fixed - self.output_copies * object_bytes) // (self.row_bytes + AUX_LEAF)
         return min(split, leaf)

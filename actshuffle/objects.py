@@ -9,42 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import itertools
 import json
-import os
-import shutil
 import threading
 from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from zarr.abc.store import RangeByteRequest, Store
 from zarr.buffer import cpu
 from zarr.storage import FsspecStore, LocalStore
 
-from actshuffle.errors import RequestError, StorageError, StorageFullError
+from actshuffle.errors import RequestError
+from actshuffle.files import Extent, LocalObjects, Writer, typed
 from actshuffle.types import Place
-from actshuffle.units import format_bytes
 
-_PARTIAL = ".actshuffle-partial"
-_counter = itertools.count()
 T = TypeVar("T")
-
-
-class Extent(NamedTuple):
-    """Read ``sum(len(v) for v in views)`` bytes at ``offset`` of object ``key``, scattered into views."""
-
-    key: str
-    offset: int
-    views: Sequence[memoryview]
-
-
-class Writer(Protocol):
-    def write(self, part: memoryview) -> None:
-        """Append bytes; the caller may reuse the memory at once."""
 
 
 class Objects(Protocol):
@@ -98,115 +80,6 @@ def open_store(place: Place, *, read_only: bool = False) -> Store:
         raise RequestError(f"cannot open {place.url}: {err}") from err
 
 
-class LocalObjects:
-    """Files under a directory.  Reads and writes go straight between the file and the caller's memory."""
-
-    def __init__(self, root: Path, fsync: bool = True) -> None:
-        self.root = root
-        self.fsync = fsync
-
-    def _path(self, key: str) -> Path:
-        if key.startswith("/") or ".." in key.split("/"):
-            raise StorageError(f"key {key!r} leaves {self.root}")
-        return self.root / key
-
-    def get(self, key: str) -> bytes | None:
-        with _typed(self.root, key):
-            try:
-                return self._path(key).read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-
-    def put(self, key: str, data: bytes | memoryview) -> None:
-        with self.writer(key, len(data)) as out:
-            out.write(memoryview(data))
-
-    @contextmanager
-    def writer(self, key: str, size: int) -> Iterator[Writer]:
-        """An object of ``size`` bytes, written in order; it appears when the block ends without error."""
-        path = self._path(key)
-        partial = path.with_name(f"{path.name}.{os.getpid()}-{next(_counter)}{_PARTIAL}")
-        with _typed(self.root, key, size):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            try:
-                writer = _FileWriter(fd)
-                yield writer
-                if writer.written < size:
-                    os.ftruncate(fd, size)
-                if self.fsync:
-                    os.fsync(fd)
-                partial.rename(path)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-            finally:
-                os.close(fd)
-
-    def read(self, extents: Sequence[Extent]) -> None:
-        for key, group in itertools.groupby(extents, key=lambda e: e.key):
-            with _typed(self.root, key):
-                fd = os.open(self._path(key), os.O_RDONLY)
-                try:
-                    for extent in group:
-                        _read_full(fd, extent)
-                finally:
-                    os.close(fd)
-
-    def size(self, key: str) -> int | None:
-        try:
-            return self._path(key).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-    def list(self, prefix: str) -> Iterator[str]:
-        top = self._path(prefix)
-        for folder, _, names in os.walk(top):
-            for name in names:
-                if not name.endswith(_PARTIAL):
-                    yield str((Path(folder) / name).relative_to(self.root))
-
-    def delete(self, key: str) -> None:
-        with _typed(self.root, key):
-            self._path(key).unlink(missing_ok=True)
-
-    def delete_prefix(self, prefix: str) -> None:
-        """Delete a whole folder, files that are half written among them."""
-        with _typed(self.root, prefix):
-            path = self._path(prefix)
-            if path.is_dir():
-                shutil.rmtree(path)
-
-    def settle(self, prefixes: Sequence[str]) -> None:
-        """Remove what killed writers left behind, and make the renames under some folders durable."""
-        for prefix in prefixes:
-            for folder, _, names in os.walk(self._path(prefix)):
-                for name in names:
-                    if name.endswith(_PARTIAL):
-                        Path(folder, name).unlink(missing_ok=True)
-                if self.fsync:
-                    fd = os.open(folder, os.O_RDONLY)
-                    os.fsync(fd)
-                    os.close(fd)
-
-    def free_bytes(self) -> int | None:
-        existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
-        return shutil.disk_usage(existing).free
-
-
-class _FileWriter:
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self.written = 0
-
-    def write(self, part: memoryview) -> None:
-        part = part.cast("B") if part.format != "B" or part.ndim != 1 else part
-        while len(part):
-            done = os.write(self._fd, part)
-            self.written += done
-            part = part[done:]
-
-
 class StoreObjects:
     """Objects of any Zarr store (fsspec, obstore), through its public asynchronous interface."""
 
@@ -216,12 +89,12 @@ class StoreObjects:
         self.store = store
 
     def get(self, key: str) -> bytes | None:
-        with _typed(self.store, key):
+        with typed(self.store, key):
             found = wait(self.store.get(key, cpu.buffer_prototype))
             return None if found is None else found.to_bytes()
 
     def put(self, key: str, data: bytes | memoryview) -> None:
-        with _typed(self.store, key, len(data)):
+        with typed(self.store, key, len(data)):
             wait(self.store.set(key, cpu.Buffer.from_array_like(np.frombuffer(data, np.uint8))))
 
     @contextmanager
@@ -251,7 +124,7 @@ class StoreObjects:
 
             await asyncio.gather(*map(one, extents))
 
-        with _typed(self.store, extents[0].key if extents else ""):
+        with typed(self.store, extents[0].key if extents else ""):
             wait(all_of_them())
 
     def size(self, key: str) -> int | None:
@@ -264,15 +137,15 @@ class StoreObjects:
         async def collect() -> list[str]:
             return [key async for key in self.store.list_prefix(prefix.rstrip("/") + "/")]
 
-        with _typed(self.store, prefix):
+        with typed(self.store, prefix):
             yield from wait(collect())
 
     def delete(self, key: str) -> None:
-        with _typed(self.store, key):
+        with typed(self.store, key):
             wait(self.store.delete(key))
 
     def delete_prefix(self, prefix: str) -> None:
-        with _typed(self.store, prefix):
+        with typed(self.store, prefix):
             wait(self.store.delete_dir(prefix))
 
     def settle(self, prefixes: Sequence[str]) -> None:
@@ -308,32 +181,3 @@ def wait(what: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
         return await what
 
     return asyncio.run_coroutine_threadsafe(call(), _loop()).result()
-
-
-def _read_full(fd: int, extent: Extent) -> None:
-    views, offset = [v for v in extent.views if len(v)], extent.offset
-    while views:
-        got = os.preadv(fd, views[:1024], offset)
-        if got == 0:
-            raise OSError(errno.EIO, f"file ends at byte {offset}, more was expected")
-        offset += got
-        while views and got >= len(views[0]):
-            got -= len(views.pop(0))
-        if got:
-            views[0] = views[0][got:]
-
-
-@contextmanager
-def _typed(where: object, key: str, size: int | None = None) -> Iterator[None]:
-    """Turn the operating system's errors into ours, with place, key and size."""
-    try:
-        yield
-    except OSError as err:
-        place = f"{where}/{key}"
-        if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            need = "" if size is None else f" while writing {format_bytes(size)}"
-            raise StorageFullError(
-                f"no space left{need}: {place}; free some, or give --scratch on a larger disk, "
-                "and run again to resume"
-            ) from err
-        raise StorageError(f"{err.strerror or err}: {place}") from err

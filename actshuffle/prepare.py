@@ -121,6 +121,7 @@ def prepare(
         _check_space(job)
     if overwrite:
         open_objects(dst).delete_prefix("")
+        open_objects(job.scratch).delete_prefix("")
     return job
 
 
@@ -186,7 +187,7 @@ def plan_for(
         row_bytes=sum(f.row_bytes for f in fields),
         source_buffer=source_buffer(list(arrays.values())),
         whole_block_writes=remote,
-        output_copies=3 if coded or remote else 1,
+        output_copies=4 if coded or remote else 2,
     )
     widest = max(fields, key=lambda f: f.row_bytes)
     return make_plan(

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from actshuffle import bounds, manifest
 from actshuffle.arrays import Output, Source
-from actshuffle.buffers import arena, padded
-from actshuffle.digest import U8, RowHash, add_up, add_up_groups, from_hex, to_hex
+from actshuffle.buffers import arena, behind, padded
+from actshuffle.digest import RowHash, add_up, add_up_groups, from_hex, to_hex
 from actshuffle.errors import ConservationError, FormatError
-from actshuffle.keys import I64, U64
+from actshuffle.keys import U64
 from actshuffle.objects import open_objects
 from actshuffle.partition import group, key_order
 from actshuffle.spill import Columns, Spill
@@ -106,7 +106,7 @@ def split(job: Job, task: Task) -> int:
     plan, level = job.plan, task.level
     block = plan.block(level, task.number)
     rows = block.stop - block.start
-    staging_bytes = min(plan.model.staging_bytes(rows), rows * plan.model.spill_row_bytes)
+    staging_bytes = plan.model.staging_bytes(rows)
     memory = arena().reset(_columns_bytes(job, rows) + padded(staging_bytes))
     columns = Columns.allocate(job, memory, rows)
     if level == 1:
@@ -165,7 +165,7 @@ def leaf(job: Job, task: Task) -> int:
     first, stop = plan.bucket_ranks(plan.levels - 1, task.number)
     rows = stop - first
     out_bytes = max(f.object_rows * f.row_bytes for f in output_fields(job))
-    memory = arena().reset(_columns_bytes(job, rows) + padded(out_bytes))
+    memory = arena().reset(_columns_bytes(job, rows) + 2 * padded(out_bytes))
     columns = Columns.allocate(job, memory, rows)
     if plan.levels == 1:
         _read_source(job, 0, columns)
@@ -178,24 +178,25 @@ def leaf(job: Job, task: Task) -> int:
     source_row = columns.source_row[order]
     found = np.zeros_like(expected)
     found[0] = RowHash(job.keys.seed, 0, 8).total(columns.parts()[0], columns.source_row)
-    output, staging = Output(job), memory.take((out_bytes,))
-    digests: dict[str, list[str]] = {}
-    for number, field in enumerate(job.fields):
-        row_hash = RowHash(job.keys.seed, 1 + number, field.row_bytes)
-        digests[field.name] = []
-        for at, part, buffer, used in _objects(
-            job, field, task.number, order, columns.fields[number], staging
-        ):
-            digest = row_hash.total(buffer[:used], source_row[part])
-            found[1 + number] += digest
-            digests[field.name].append(to_hex(digest))
-            output.write(field, at, buffer, used)
-    if job.source_row is not None:
-        numbers = columns.parts()[1]
-        for at, _, buffer, used in _objects(
-            job, job.source_row, task.number, order, numbers, staging
-        ):
-            output.write(job.source_row, at, buffer, used)
+    output = Output(job)
+    buffers = [memory.take((out_bytes,)), memory.take((out_bytes,))]
+    digests: dict[str, list[str]] = {field.name: [] for field in job.fields}
+    parts = [*columns.fields, columns.parts()[1]]  # source rows are the last field's rows
+    with behind() as writing:
+        for number, field in enumerate(output_fields(job)):
+            width = field.row_bytes
+            row_hash = RowHash(job.keys.seed, 1 + number, width)
+            for at in _leaf_objects(job, field, task.number):
+                a = at * field.object_rows - first
+                b = min(a + field.object_rows, rows)
+                whole = buffers[writing.turn][: field.object_rows * width].reshape(-1, width)
+                used = whole[: b - a]
+                np.take(parts[number], order[a:b], axis=0, out=used, mode="clip")
+                if field is not job.source_row:
+                    digest = row_hash.total(used, source_row[a:b])
+                    found[1 + number] += digest
+                    digests[field.name].append(to_hex(digest))
+                writing.submit(output.write, field, at, whole, b - a)
     _check_conserved(job, plan.levels, task.number, expected, found, [])
     manifest.write_receipt(job, task, {"rows": rows, "digests": digests})
     return rows
@@ -274,22 +275,6 @@ def _read_source(job: Job, start: int, columns: Columns) -> None:
 def _leaf_objects(job: Job, field: Field, leaf: int) -> range:
     start, stop = job.plan.bucket_ranks(job.plan.levels - 1, leaf)
     return range(start // field.object_rows, -(-stop // field.object_rows))
-
-
-def _objects(job: Job, field: Field, leaf: int, order: I64, rows: U8, staging: U8) -> Any:
-    """Gather the leaf's output objects of a field one after the other into the same buffer.
-
-    Yields (object number, slice of the leaf's rows, uint8 ``(object_rows, row_bytes)``, rows in use).
-    """
-    start, stop = job.plan.bucket_ranks(job.plan.levels - 1, leaf)
-    for number in _leaf_objects(job, field, leaf):
-        part = slice(
-            number * field.object_rows - start, min((number + 1) * field.object_rows, stop) - start
-        )
-        used = part.stop - part.start
-        buffer = staging[: field.object_rows * field.row_bytes].reshape(-1, field.row_bytes)
-        np.take(rows, order[part], axis=0, out=buffer[:used], mode="clip")
-        yield number, part, buffer, used
 
 
 def _columns_bytes(job: Job, rows: int) -> int:

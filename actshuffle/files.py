@@ -1,0 +1,217 @@
+"""Byte objects as files under a directory: the fast path between disk and our buffers.
+
+Large objects that must be durable are written with O_DIRECT: no copy into the page cache, and no cost
+of its pages, which on virtual machines is several times the disk's own.  Reads go through the page
+cache, which holds what is warm.  A put is a temporary name, fsync, rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from actshuffle.errors import StorageError, StorageFullError
+from actshuffle.units import format_bytes
+
+PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
+DIRECT_BYTES = 1 << 20  # smaller objects are not worth it
+_PARTIAL = ".actshuffle-partial"
+
+
+class Extent(NamedTuple):
+    """Read ``sum(len(v) for v in views)`` bytes at ``offset`` of object ``key``, scattered into views."""
+
+    key: str
+    offset: int
+    views: Sequence[memoryview]
+
+
+class Writer(Protocol):
+    def write(self, part: memoryview) -> None:
+        """Append bytes; the caller may reuse the memory at once."""
+
+
+class LocalObjects:
+    """Files under a directory.  Reads and writes go straight between the file and the caller's memory."""
+
+    def __init__(self, root: Path, fsync: bool = True) -> None:
+        self.root = root
+        self.fsync = fsync
+
+    def _path(self, key: str) -> Path:
+        if key.startswith("/") or ".." in key.split("/"):
+            raise StorageError(f"key {key!r} leaves {self.root}")
+        return self.root / key
+
+    def get(self, key: str) -> bytes | None:
+        with typed(self.root, key):
+            try:
+                return self._path(key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        with self.writer(key, len(data)) as out:
+            out.write(memoryview(data))
+
+    @contextmanager
+    def writer(self, key: str, size: int) -> Iterator[Writer]:
+        """An object of ``size`` bytes, written in order; it appears when the block ends without error."""
+        path = self._path(key)
+        # Not by process id: workers in containers share it, and may share this folder too.
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
+        with typed(self.root, key, size):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd, direct = _create(partial, direct=self.fsync and size >= DIRECT_BYTES)
+            try:
+                writer = _FileWriter(fd, direct)
+                yield writer
+                if writer.written < size:
+                    os.ftruncate(fd, size)
+                if self.fsync:
+                    os.fsync(fd)
+                partial.rename(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(fd)
+
+    def read(self, extents: Sequence[Extent]) -> None:
+        for key, group in itertools.groupby(extents, key=lambda e: e.key):
+            with typed(self.root, key):
+                fd = os.open(self._path(key), os.O_RDONLY)
+                try:
+                    for extent in group:
+                        _read_full(fd, extent)
+                finally:
+                    os.close(fd)
+
+    def size(self, key: str) -> int | None:
+        try:
+            return self._path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list(self, prefix: str) -> Iterator[str]:
+        top = self._path(prefix)
+        for folder, _, names in os.walk(top):
+            for name in names:
+                if not name.endswith(_PARTIAL):
+                    yield str((Path(folder) / name).relative_to(self.root))
+
+    def delete(self, key: str) -> None:
+        with typed(self.root, key):
+            self._path(key).unlink(missing_ok=True)
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Delete a whole folder, files that are half written among them."""
+        with typed(self.root, prefix):
+            path = self._path(prefix)
+            if path.is_dir():
+                shutil.rmtree(path)
+
+    def settle(self, prefixes: Sequence[str]) -> None:
+        """Remove what killed writers left behind, and make the renames under some folders durable."""
+        for prefix in prefixes:
+            for folder, _, names in os.walk(self._path(prefix)):
+                for name in names:
+                    if name.endswith(_PARTIAL):
+                        Path(folder, name).unlink(missing_ok=True)
+                if self.fsync:
+                    fd = os.open(folder, os.O_RDONLY)
+                    os.fsync(fd)
+                    os.close(fd)
+
+    def free_bytes(self) -> int | None:
+        existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
+        return shutil.disk_usage(existing).free
+
+
+def _create(path: Path, *, direct: bool) -> tuple[int, bool]:
+    """A new file, open for writing, past the page cache if asked for and possible."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    if direct:
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o644), True
+        except OSError as err:
+            if err.errno != errno.EINVAL:
+                raise
+            path.unlink(missing_ok=True)  # some filesystems refuse after they have created it
+    return os.open(path, flags, 0o644), False
+
+
+class _FileWriter:
+    """Appends to a file; with O_DIRECT as long as parts are whole pages, through the cache after that."""
+
+    def __init__(self, fd: int, direct: bool) -> None:
+        self._fd, self._direct = fd, direct
+        self.written = 0
+
+    def write(self, part: memoryview) -> None:
+        part = part.cast("B") if part.format != "B" or part.ndim != 1 else part
+        if self._direct:
+            pages = len(part) // PAGE * PAGE
+            address = np.frombuffer(part, np.uint8).ctypes.data if len(part) else 0
+            if address % PAGE == 0:
+                self._append(part[:pages])
+                part = part[pages:]
+            if len(part):
+                self._buffered()
+        self._append(part)
+
+    def _append(self, part: memoryview) -> None:
+        while len(part):
+            try:
+                done = os.write(self._fd, part)
+            except OSError as err:
+                if err.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._buffered()  # a filesystem that accepts the flag and not the write
+                continue
+            self.written += done
+            part = part[done:]
+
+    def _buffered(self) -> None:
+        self._direct = False
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+
+
+def _read_full(fd: int, extent: Extent) -> None:
+    views, offset = [v for v in extent.views if len(v)], extent.offset
+    while views:
+        got = os.preadv(fd, views[:1024], offset)
+        if got == 0:
+            raise OSError(errno.EIO, f"file ends at byte {offset}, more was expected")
+        offset += got
+        while views and got >= len(views[0]):
+            got -= len(views.pop(0))
+        if got:
+            views[0] = views[0][got:]
+
+
+@contextmanager
+def typed(where: object, key: str, size: int | None = None) -> Iterator[None]:
+    """Turn the operating system's errors into ours, with place, key and size."""
+    try:
+        yield
+    except OSError as err:
+        place = f"{where}/{key}"
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            need = "" if size is None else f" while writing {format_bytes(size)}"
+            raise StorageFullError(
+                f"no space left{need}: {place}; free some, or give --scratch on a larger disk, "
+                "and run again to resume"
+            ) from err
+        raise StorageError(f"{err.strerror or err}: {place}") from err
