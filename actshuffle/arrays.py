@@ -126,13 +126,19 @@ def source_field(name: str, array: zarr.Array[Any]) -> Field:
     key = array.metadata.encode_chunk_key((_MARK, *(0 for _ in row_shape))).replace(
         str(_MARK), "{}"
     )
+    row_bytes = array.dtype.itemsize * math.prod(row_shape)
+    # Through zarr, enough chunks at a time to keep its decoders busy, and no more for memory's sake.
+    chunks = max(1, READ_BYTES // max(1, array.chunks[0] * row_bytes))
     return Field(
-        name=name, source=array.path, row_bytes=array.dtype.itemsize * math.prod(row_shape),
-        row_shape=row_shape, source_chunk_rows=grid[0],
+        name=name, source=array.path, row_bytes=row_bytes, row_shape=row_shape,
+        source_chunk_rows=grid[0],
+        read_rows=grid[0] if raw else (min(chunks * array.chunks[0], grid[0]) if array.shards
+                                       else chunks * array.chunks[0]),
         source_key=(f"{array.path}/{key}" if array.path else key) if raw else "",
     )  # fmt: skip
 
 
+READ_BYTES = 16 << 20  # decoded bytes of one read through zarr
 _MARK = 987654321  # a chunk number that no other part of a key can hold
 
 
@@ -161,10 +167,12 @@ def is_raw(array: zarr.Array[Any]) -> bool:
     )
 
 
-def source_buffer(arrays: Sequence[zarr.Array[Any]]) -> int:
-    """Bytes held while the largest source chunk is decoded through zarr: encoded, decoded, converted."""
-    through_zarr = [math.prod(object_grid(a)) * a.dtype.itemsize for a in arrays if not is_raw(a)]
-    return 3 * max(through_zarr, default=0)
+def source_buffer(arrays: Sequence[zarr.Array[Any]], *, remote: bool = False) -> int:
+    """Bytes held while rows are decoded through zarr (encoded, decoded, converted) or fetched."""
+    fields = [source_field("", a) for a in arrays]
+    return max(
+        (3 * f.read_rows * f.row_bytes for f in fields if remote or not f.source_key), default=0
+    )
 
 
 def output_field(
@@ -224,12 +232,13 @@ class Source:
 
     def read(self, field: Field, start: int, out: U8) -> None:
         """Rows ``[start, start + len(out))`` into ``out``, uint8 ``(m, row_bytes)``, contiguous."""
-        stop, step = start + len(out), field.source_chunk_rows
-        for number in range(start // step, -(-stop // step)):
-            a, b = max(start, number * step), min(stop, (number + 1) * step)
+        stop, step = start + len(out), field.read_rows
+        for part in range(start // step, -(-stop // step)):
+            a, b = max(start, part * step), min(stop, (part + 1) * step)
             into = out[a - start : b - start]
             if field.source_key:
-                offset = (a - number * step) * field.row_bytes
+                number = a // field.source_chunk_rows
+                offset = (a - number * field.source_chunk_rows) * field.row_bytes
                 key = field.source_key.format(number)
                 self.objects.read([Extent(key, offset, [into.data.cast("B")])])
             else:

@@ -66,7 +66,7 @@ def plan(
     if given["memory"] is None and given["block_bytes"] is None:
         given["memory"] = default_memory(workers or 1)
     described = [source_field(name, array) for name, array in arrays.items()]
-    return plan_for(arrays, described, given, remote=local_path(place) is None)
+    return plan_for(arrays, described, given, remote=False, remote_source=local_path(place) is None)
 
 
 def plan_report(made: Plan) -> dict[str, Any]:

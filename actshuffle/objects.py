@@ -84,6 +84,7 @@ class StoreObjects:
     """Objects of any Zarr store (fsspec, obstore), through its public asynchronous interface."""
 
     CONCURRENCY = 16  # range reads in flight
+    PIECE = 4 << 20  # of so many bytes at most; see memory.REQUESTS
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -122,7 +123,9 @@ class StoreObjects:
                     view[:] = data[at : at + len(view)]
                     at += len(view)
 
-            await asyncio.gather(*map(one, extents))
+            await asyncio.gather(
+                *(one(p) for extent in extents for p in _pieces(extent, self.PIECE))
+            )
 
         with typed(self.store, extents[0].key if extents else ""):
             wait(all_of_them())
@@ -153,6 +156,21 @@ class StoreObjects:
 
     def free_bytes(self) -> int | None:
         return None
+
+
+def _pieces(extent: Extent, size: int) -> Iterator[Extent]:
+    """The same bytes in ranges of at most ``size``, each over as many views as it spans."""
+    offset, views, held = extent.offset, [], 0
+    for view in extent.views:
+        while len(view):
+            part = view[: size - held]
+            views.append(part)
+            held, view = held + len(part), view[len(part) :]
+            if held == size:
+                yield Extent(extent.key, offset, views)
+                offset, views, held = offset + held, [], 0
+    if held:
+        yield Extent(extent.key, offset, views)
 
 
 class _MemoryWriter:

@@ -105,8 +105,9 @@ def prepare(
         given.setdefault("seed", secrets.randbits(63))
         if "memory" not in given and "block_bytes" not in given:
             given["memory"] = _settle_memory(
-                arrays, given, most_memory, remote=local_path(dst) is None
-            )
+                arrays, given, most_memory,
+                remote=local_path(dst) is None, remote_source=local_path(src) is None,
+            )  # fmt: skip
     job = make_job(src, dst, arrays, given, fsync=fsync)
     if recorded is not None:
         if recorded["job"] != job.identity:
@@ -148,7 +149,9 @@ def make_job(
     codec = given.get("codec", "none")
     if codec not in CODECS:
         raise RequestError(f"unknown codec {codec!r}; choose from {', '.join(CODECS)}")
-    plan = plan_for(arrays, fields, given, remote=local_path(dst) is None)
+    plan = plan_for(
+        arrays, fields, given, remote=local_path(dst) is None, remote_source=local_path(src) is None
+    )
     rows = plan.rows
     scratch = scratch_place(dst, given.get("scratch"))
     outputs, widest = [], max(f.row_bytes for f in fields)
@@ -180,13 +183,17 @@ def plan_for(
     given: dict[str, Any],
     *,
     remote: bool,
+    remote_source: bool,
 ) -> Plan:
-    """The plan for some source arrays under settled arguments."""
+    """The plan for some source arrays under settled arguments.
+
+    ``remote`` says that spill and output are in an object store, ``remote_source`` that the source is.
+    """
     coded = given.get("codec", "none") != "none" or (given.get("chunks_per_shard") or 1) > 1
     model = MemoryModel(
         row_bytes=sum(f.row_bytes for f in fields),
-        source_buffer=source_buffer(list(arrays.values())),
-        whole_block_writes=remote,
+        source_buffer=source_buffer(list(arrays.values()), remote=remote_source),
+        remote=remote,
         output_copies=4 if coded or remote else 2,
     )
     widest = max(fields, key=lambda f: f.row_bytes)
@@ -208,14 +215,14 @@ def default_memory(workers: int) -> int:
 
 
 def _settle_memory(
-    arrays: dict[str, zarr.Array[Any]], given: dict[str, Any], most: int, *, remote: bool
+    arrays: dict[str, zarr.Array[Any]], given: dict[str, Any], most: int, **where: bool
 ) -> int:
     """A moderate share of the worker, unless all of it saves a level."""
     fields = [source_field(name, array) for name, array in arrays.items()]
     some = min(PREFERRED_MEMORY, most)
     try:
-        wide = plan_for(arrays, fields, {**given, "memory": most}, remote=remote)
-        lean = plan_for(arrays, fields, {**given, "memory": some}, remote=remote)
+        wide = plan_for(arrays, fields, {**given, "memory": most}, **where)
+        lean = plan_for(arrays, fields, {**given, "memory": some}, **where)
     except InfeasibleError:
         return most
     return some if lean.levels <= wide.levels else most

@@ -106,7 +106,7 @@ def split(job: Job, task: Task) -> int:
     plan, level = job.plan, task.level
     block = plan.block(level, task.number)
     rows = block.stop - block.start
-    staging_bytes = plan.model.staging_bytes(rows)
+    staging_bytes = plan.model.staging_bytes
     memory = arena().reset(_columns_bytes(job, rows) + padded(staging_bytes))
     columns = Columns.allocate(job, memory, rows)
     if level == 1:

@@ -159,7 +159,8 @@ class Field:
     Attributes
     ----------
     name, source : its name in the output, its path in the source ("" for a bare array).
-    source_chunk_rows : rows of a source object's chunk.
+    source_chunk_rows : rows of a source object, chunk or shard.
+    read_rows : rows that are read from the source in one go; whole chunks.
     source_key : where chunk files are the plain bytes of rows, their key with ``{}`` for the number;
         empty where zarr must decode them.
     metadata : text of the output array's ``zarr.json``.
@@ -174,6 +175,7 @@ class Field:
     row_shape: tuple[int, ...]
     source_chunk_rows: int
     source_key: str
+    read_rows: int = 0
     metadata: str = ""
     object_key: str = ""
     chunk_rows: int = 0
