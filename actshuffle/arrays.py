@@ -7,6 +7,7 @@ zarr, one source chunk or one output object at a time, so that memory stays what
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import warnings
@@ -17,18 +18,21 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import ByteRequest, Store
+from zarr.abc.store import ByteRequest
 from zarr.buffer import cpu
 from zarr.codecs import Crc32cCodec
 from zarr.dtype import data_type_registry
 from zarr.errors import ZarrUserWarning
-from zarr.storage import MemoryStore, WrapperStore
+from zarr.storage import MemoryStore
 
+from actshuffle import virtual
 from actshuffle.bfloat16 import BFloat16
 from actshuffle.digest import U8
-from actshuffle.errors import FormatError, MissingChunkError, RequestError, SourceError
+from actshuffle.errors import ActshuffleError, FormatError, RequestError, SourceError
 from actshuffle.files import Extent
-from actshuffle.objects import Objects, open_objects, open_store, wait
+from actshuffle.guard import View, coding_of
+from actshuffle.keys import U64
+from actshuffle.objects import Objects, open_objects, wait
 from actshuffle.types import Field, Job, Place
 
 data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed
@@ -41,17 +45,25 @@ CODECS = ("none", "crc32c", "zstd")
 def open_node(place: Place) -> zarr.Array[Any] | zarr.Group:
     """The array or group at a place, read-only, or a `SourceError` that says what is there instead."""
     try:
-        return zarr.open(open_store(place, read_only=True), mode="r")
+        path = "" if virtual.describe(place) is None else virtual.ARRAYS
+        return zarr.open(View(open_objects(place), str(place)), path=path, mode="r")
     except (FileNotFoundError, NotADirectoryError) as err:
         if open_objects(place).size("") is None and "://" not in place.url:
             raise SourceError(f"no such source: {place.url}") from err
         raise SourceError(
             f"not a Zarr array or group (no zarr.json, .zarray or .zgroup): {place.url}"
         ) from err
+    except FormatError:
+        raise
     except Exception as err:  # whatever zarr makes of damaged metadata
-        raise SourceError(
-            f"cannot read Zarr metadata of {place.url}: {type(err).__name__}: {err}"
-        ) from err
+        raise _unreadable(place, err) from err
+
+
+def _unreadable(place: Place, err: Exception) -> SourceError:
+    if isinstance(err, ActshuffleError):
+        return SourceError(str(err))
+    text = str(err) if len(str(err)) < 500 else str(err)[:500] + " ..."
+    return SourceError(f"cannot read Zarr metadata of {place}: {type(err).__name__}: {text}")
 
 
 def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str, zarr.Array[Any]]:
@@ -100,13 +112,13 @@ def _members(place: Place, group: zarr.Group) -> dict[str, zarr.Array[Any] | zar
         try:
             return dict(group.members())
         except Exception as err:
-            raise SourceError(
-                f"cannot read Zarr metadata inside {place.url}: {type(err).__name__}: {err}"
-            ) from err
+            raise _unreadable(place, err) from err
 
 
 def _check_array(place: Place, name: str, array: zarr.Array[Any]) -> None:
-    where = f"array {name!r} of {place.url}"
+    where = f"array {name!r} of {place}"
+    if name == OUR_GROUP or not _is_plain(name) or array.path.rsplit("/", 1)[-1] not in (name, ""):
+        raise SourceError(f"{where}: its name cannot be that of an array in the output")
     if array.ndim == 0:
         raise SourceError(f"{where} is a scalar, it has no rows; choose arrays with --fields")
     dtype = array.dtype
@@ -116,13 +128,21 @@ def _check_array(place: Place, name: str, array: zarr.Array[Any]) -> None:
         )
     if 0 in array.shape[1:]:
         raise SourceError(f"{where} has shape {array.shape}: its rows are empty")
+    if min(*array.shape, *object_grid(array)) < 0 or min(*object_grid(array), *array.chunks) < 1:
+        raise SourceError(f"{where} has shape {array.shape} in chunks of {object_grid(array)}")
+    coding_of(array, where)
+
+
+def _is_plain(name: str) -> bool:
+    """May this be a key on any store?"""
+    return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")
 
 
 def source_field(name: str, array: zarr.Array[Any]) -> Field:
     """A source array as the engine sees it."""
     row_shape = tuple(array.shape[1:])
     grid = object_grid(array)
-    raw = is_raw(array)
+    raw = is_raw(array) and not array.path.startswith(virtual.ARRAYS)
     key = array.metadata.encode_chunk_key((_MARK, *(0 for _ in row_shape))).replace(
         str(_MARK), "{}"
     )
@@ -134,11 +154,16 @@ def source_field(name: str, array: zarr.Array[Any]) -> Field:
         source_chunk_rows=grid[0],
         read_rows=grid[0] if raw else (min(chunks * array.chunks[0], grid[0]) if array.shards
                                        else chunks * array.chunks[0]),
-        source_key=(f"{array.path}/{key}" if array.path else key) if raw else "",
+        source_key=(f"{_literal(array.path)}/{key}" if array.path else key) if raw else "",
     )  # fmt: skip
 
 
 READ_BYTES = 16 << 20  # decoded bytes of one read through zarr
+def _literal(text: str) -> str:
+    """Text that `str.format` leaves as it is."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
 _MARK = 987654321  # a chunk number that no other part of a key can hold
 
 
@@ -169,10 +194,8 @@ def is_raw(array: zarr.Array[Any]) -> bool:
 
 def source_buffer(arrays: Sequence[zarr.Array[Any]], *, remote: bool = False) -> int:
     """Bytes held while rows are decoded through zarr (encoded, decoded, converted) or fetched."""
-    fields = [source_field("", a) for a in arrays]
-    return max(
-        (3 * f.read_rows * f.row_bytes for f in fields if remote or not f.source_key), default=0
-    )
+    fields = [source_field("", a) for a in arrays if remote or not is_raw(a)]
+    return max((3 * f.read_rows * f.row_bytes for f in fields), default=0)
 
 
 def output_field(
@@ -191,6 +214,11 @@ def output_field(
         dtype = BFloat16() if bf16 else array.dtype.newbyteorder("<")  # type: ignore[assignment]
         fill, attributes, dims = array.fill_value, dict(array.attrs), _dimension_names(array)
         attributes.pop("_ARRAY_DIMENSIONS", None)
+        if array.dtype.kind == "V" and object_rows != chunk_rows:
+            raise RequestError(
+                f"zarr cannot shard arrays of dtype {array.dtype} ({field.name!r}): give --chunks-per-shard 1, "
+                "or leave the array out with --fields"
+            )
     if dims is None:
         dims = ["row", *(f"{field.name}_{i + 1}" for i in range(len(field.row_shape)))]
     memory = MemoryStore()
@@ -208,7 +236,7 @@ def output_field(
     return Field(
         **{**vars(field), "metadata": text.to_bytes().decode(), "chunk_rows": chunk_rows,
            "object_rows": object_rows, "raw_output": codec == "none" and object_rows == chunk_rows,
-           "object_key": f"{field.name}/c.{{}}" + ".0" * len(field.row_shape)},
+           "object_key": f"{_literal(field.name)}/c.{{}}" + ".0" * len(field.row_shape)},
     )  # fmt: skip
 
 
@@ -226,12 +254,15 @@ class Source:
     def __init__(self, place: Place, fill_missing: bool = False) -> None:
         self.place = place
         self.objects = open_objects(place)
-        store = open_store(place, read_only=True)
-        self._store = store if fill_missing else _Strict(store)
+        self._elsewhere = virtual.open_reader(place)
+        self._store = View(self.objects, str(place), strict=not fill_missing)
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def read(self, field: Field, start: int, out: U8) -> None:
         """Rows ``[start, start + len(out))`` into ``out``, uint8 ``(m, row_bytes)``, contiguous."""
+        if self._elsewhere is not None:
+            self._elsewhere.read(field.name, start, out)
+            return
         stop, step = start + len(out), field.read_rows
         for part in range(start // step, -(-stop // step)):
             a, b = max(start, part * step), min(stop, (part + 1) * step)
@@ -244,14 +275,21 @@ class Source:
             else:
                 into[:] = self._decode(field, a, b)
 
+    def numbers(self, start: int, stop: int) -> U64:
+        """What rows ``[start, stop)`` are called in ``source_row``."""
+        if self._elsewhere is not None:
+            return self._elsewhere.numbers(start, stop)
+        return np.arange(start, stop, dtype=np.uint64)
+
     def _decode(self, field: Field, start: int, stop: int) -> U8:
         try:
             if field.source not in self._arrays:
                 node = zarr.open(self._store, path=field.source, mode="r")
                 assert isinstance(node, zarr.Array)
+                self._store.watch(node)
                 self._arrays[field.source] = node
             rows = np.asarray(self._arrays[field.source][start:stop])
-        except MissingChunkError:
+        except ActshuffleError:
             raise
         except Exception as err:  # any codec's own complaint
             raise SourceError(
@@ -281,47 +319,38 @@ class Output:
             rows[count:] = 0  # beyond the end of the array; every chunk file has full size
             self.objects.put(field.object_key.format(number), rows.data.cast("B"))
             return
-        array = _coded_array(self.job, field)
+        array = coded_array(self.job, field)
         start = number * field.object_rows
         typed = rows[:count].reshape(-1).view(array.dtype.newbyteorder("<"))
         array[start : start + count] = typed.reshape(count, *field.row_shape)
 
 
 @lru_cache(maxsize=16)
-def _coded_array(job: Job, field: Field) -> zarr.Array[Any]:
+def coded_array(job: Job, field: Field) -> zarr.Array[Any]:
     objects = open_objects(job.destination, fsync=job.fsync)
-    store = _Staged(open_store(job.destination), objects, field)
-    return zarr.open_array(store, path=field.name, mode="r+", config={"write_empty_chunks": True})
+    store = _Staged(objects, field)
+    # Not as an argument, which is ignored when an array is opened.
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        return zarr.open_array(store, path=field.name, mode="r+")
 
 
-class _Strict(WrapperStore[Store]):
-    """A store in which an absent chunk is an error and not a fill value."""
-
-    async def get(self, key: str, prototype: Any, byte_range: ByteRequest | None = None) -> Any:
-        found = await self._store.get(key, prototype, byte_range)
-        if found is None and key.rsplit("/", 1)[-1] not in _METADATA_NAMES:
-            raise MissingChunkError(f"chunk {key} is missing from {self._store}")
-        return found
-
-
-_METADATA_NAMES = {"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"}
-
-
-class _Staged(WrapperStore[Store]):
+class _Staged(View):
     """The destination as it will be: metadata that is not published yet, and writes made our way."""
 
-    def __init__(self, store: Store, objects: Objects, field: Field) -> None:
-        super().__init__(store)
-        self._objects = objects
+    supports_writes = True
+
+    def __init__(self, objects: Objects, field: Field) -> None:
+        super().__init__(objects, field.name)
         self._field = field
 
     async def get(self, key: str, prototype: Any, byte_range: ByteRequest | None = None) -> Any:
         if key == f"{self._field.name}/zarr.json":
             return prototype.buffer.from_bytes(self._field.metadata.encode())
-        return await self._store.get(key, prototype, byte_range)
+        return await super().get(key, prototype, byte_range)
 
     async def set(self, key: str, value: Any) -> None:
-        self._objects.put(key, memoryview(value.as_numpy_array()).cast("B"))
+        data = memoryview(value.as_numpy_array()).cast("B")
+        await asyncio.to_thread(self.objects.put, key, data)
 
 
 def group_metadata(attributes: dict[str, Any]) -> bytes:

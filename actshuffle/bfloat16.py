@@ -1,8 +1,9 @@
 """The ``bfloat16`` Zarr data type: ``"data_type": "bfloat16"`` on disk, uint16 bit patterns in memory.
 
-numpy has no bfloat16; tensorstore and zarrs read and write it under this name.  Installing
-actshuffle registers the type with zarr (entry point ``zarr.data_type``).  In torch:
-``torch.from_numpy(x.view("i2")).view(torch.bfloat16)``.
+numpy has no bfloat16; tensorstore and zarrs read and write it under this name.  ``import actshuffle``
+registers the type with zarr.  There is an entry point too (``zarr.data_type``), but zarr up to 3.1.6
+collects these without ever loading them, so there the import must come before the store is opened.
+In torch: ``torch.from_numpy(x.view("i2")).view(torch.bfloat16)``.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
+from zarr.core.dtype.common import HasEndianness
 from zarr.dtype import DataTypeValidationError, ZDType
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16]):
-    """bfloat16 as its 16 bits.  Zarr v3 only; fill values are hexadecimal bit patterns or numbers."""
+class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness):
+    """bfloat16 as its 16 bits.  Zarr v3 only; fill values are hexadecimal bit patterns or numbers.
+
+    `HasEndianness` keeps ``endian`` in the bytes codec's metadata, without which others refuse it.
+    """
 
     dtype_cls = np.dtypes.UInt16DType
     _zarr_v3_name: ClassVar[Literal["bfloat16"]] = "bfloat16"
@@ -27,7 +32,8 @@ class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16]):
         raise DataTypeValidationError(f"no numpy data type maps to bfloat16, got {dtype}")
 
     def to_native_dtype(self) -> np.dtypes.UInt16DType:
-        return cast(np.dtypes.UInt16DType, np.dtype(np.uint16))
+        order: Literal["<", ">"] = "<" if self.endianness == "little" else ">"
+        return cast(np.dtypes.UInt16DType, np.dtype(np.uint16).newbyteorder(order))
 
     @classmethod
     def _from_json_v2(cls, data: Any) -> Self:

@@ -51,15 +51,16 @@ class RowHash:
         uint64 ``(m,)``.
         """
         w, v, a, b = _weights(self.seed, self.field, self.row_bytes)
-        out = np.empty((len(rows), 2), np.uint64)
-        step = max(1, _SLICE_BYTES // max(1, self.row_bytes))
+        out = np.empty((2, len(rows)), np.uint64)  # one form after the other, for contiguous sums
+        words = _words(rows)
+        step = max(1, _SLICE_BYTES // self.row_bytes)
+        high = np.empty((min(step, len(rows)), words.shape[1]), np.uint64)
         for at in range(0, len(rows), step):
             part = slice(at, min(at + step, len(rows)))
-            words, high = _words(rows[part])
             place = source_row[part] * _GOLDEN
-            out[part, 0] = _mix(_dot(words, w) + place + a)
-            out[part, 1] = _mix(_dot(high, v) + place + b)
-        return out
+            out[0, part] = _mix(_dot(words[part], w) + place + a)
+            out[1, part] = _mix(_dot(_high(words[part], high), v) + place + b)
+        return out.T
 
     def total(self, rows: U8, source_row: U64) -> U64:
         """Digest of a set of rows, uint64 ``(2,)``."""
@@ -74,9 +75,12 @@ def add_up(hashes: U64) -> U64:
 
 def add_up_groups(hashes: U64, order: NDArray[np.int64], cuts: NDArray[np.int64]) -> U64:
     """Digest of each group, uint64 ``(k, 2)``; group j is rows ``order[cuts[j]:cuts[j + 1]]``."""
-    running = np.zeros((len(order) + 1, 2), np.uint64)
-    np.cumsum(hashes[order], axis=0, out=running[1:])
-    return running[cuts[1:]] - running[cuts[:-1]]
+    sums = np.empty((len(cuts) - 1, 2), np.uint64)
+    running = np.zeros(len(order) + 1, np.uint64)
+    for word in range(2):
+        np.cumsum(hashes[order, word], out=running[1:])
+        sums[:, word] = running[cuts[1:]] - running[cuts[:-1]]
+    return sums
 
 
 def to_hex(digest: U64) -> str:
@@ -88,17 +92,23 @@ def from_hex(text: str) -> U64:
     return np.array([int(text[:16], 16), int(text[16:], 16)], np.uint64)
 
 
-def _words(rows: U8) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The row as the widest words that divide it, and what the second form reads.
-
-    Words under 64 bits have no top bits to lose, so there both forms read the same.
-    """
-    width = rows.shape[1]
-    unit = next(u for u in (8, 4, 2, 1) if width % u == 0)
+def _words(rows: U8) -> NDArray[Any]:
+    """The rows as the widest words that divide them."""
+    unit = _unit(rows.shape[1])
     if rows.ctypes.data % unit:
         rows = rows.copy()  # only a buffer that is not ours can be unaligned
-    words = rows.view(f"<u{unit}")
-    return words, (words.view("<u4")[:, 1::2] if unit == 8 else words)
+    return rows.view(f"<u{unit}")
+
+
+def _high(words: NDArray[Any], into: U64) -> NDArray[Any]:
+    """What the second form reads.  Words under 64 bits have no top bits to lose: the words themselves."""
+    if words.dtype.itemsize < 8:
+        return words
+    return np.right_shift(words, np.uint64(32), out=into[: len(words)])
+
+
+def _unit(row_bytes: int) -> int:
+    return next(u for u in (8, 4, 2, 1) if row_bytes % u == 0)
 
 
 def _dot(words: NDArray[Any], weights: U64) -> U64:
@@ -117,8 +127,7 @@ def _mix(x: U64) -> U64:
 
 @lru_cache(maxsize=64)
 def _weights(seed: int, field: int, row_bytes: int) -> tuple[U64, U64, np.uint64, np.uint64]:
-    unit = next(u for u in (8, 4, 2, 1) if row_bytes % u == 0)
-    count = row_bytes // unit
+    count = row_bytes // _unit(row_bytes)
     philox = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_STREAM, field)))
     raw: U64 = philox.random_raw(2 * count + 2)
     odd = np.uint64(1)

@@ -13,6 +13,7 @@ import itertools
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,18 +48,37 @@ class LocalObjects:
     def __init__(self, root: Path, fsync: bool = True) -> None:
         self.root = root
         self.fsync = fsync
+        self._inside: set[Path] = set()  # folders that were seen to be no links out of the root
 
     def _path(self, key: str) -> Path:
-        if key.startswith("/") or ".." in key.split("/"):
+        """The file of a key.  Not one outside the root: stores come from others, links and all."""
+        if key.startswith("/") or ".." in key.split("/") or "\0" in key:
             raise StorageError(f"key {key!r} leaves {self.root}")
-        return self.root / key
+        path = self.root / key
+        with typed(self.root, key):
+            if key and path.is_symlink():
+                self._refuse_escape(path)
+            for folder in path.parents if key else ():
+                if folder == self.root or folder in self._inside:
+                    break
+                if folder.is_symlink():
+                    self._refuse_escape(folder)
+                self._inside.add(folder)
+        return path
+
+    def _refuse_escape(self, link: Path) -> None:
+        home, goal = os.path.realpath(self.root), os.path.realpath(link)
+        if goal != home and not goal.startswith(home.rstrip("/") + "/"):
+            raise StorageError(f"{link} is a link out of {self.root}, and is not followed")
 
     def get(self, key: str) -> bytes | None:
         with typed(self.root, key):
             try:
-                return self._path(key).read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
+                fd = _open_file(self._path(key))
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
+            with os.fdopen(fd, "rb") as file:
+                return file.read()
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         with self.writer(key, len(data)) as out:
@@ -90,7 +110,7 @@ class LocalObjects:
     def read(self, extents: Sequence[Extent]) -> None:
         for key, group in itertools.groupby(extents, key=lambda e: e.key):
             with typed(self.root, key):
-                fd = os.open(self._path(key), os.O_RDONLY)
+                fd = _open_file(self._path(key))
                 try:
                     for extent in group:
                         _read_full(fd, extent)
@@ -98,10 +118,11 @@ class LocalObjects:
                     os.close(fd)
 
     def size(self, key: str) -> int | None:
-        try:
-            return self._path(key).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with typed(self.root, key):
+            try:
+                return self._path(key).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def list(self, prefix: str) -> Iterator[str]:
         top = self._path(prefix)
@@ -110,16 +131,40 @@ class LocalObjects:
                 if not name.endswith(_PARTIAL):
                     yield str((Path(folder) / name).relative_to(self.root))
 
+    def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Key and size of every object under a folder."""
+        for key in self.list(prefix):
+            size = self.size(key)
+            if size is not None:
+                yield key, size
+
+    def names(self, prefix: str) -> Sequence[str]:
+        """Names of the files and folders right in a folder."""
+        with typed(self.root, prefix):
+            try:
+                return sorted(p.name for p in self._path(prefix).iterdir())
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
     def delete(self, key: str) -> None:
         with typed(self.root, key):
             self._path(key).unlink(missing_ok=True)
 
     def delete_prefix(self, prefix: str) -> None:
-        """Delete a whole folder, files that are half written among them."""
+        """Delete a whole folder, files that are half written among them.
+
+        A task that was given up for lost may still be writing into it: what it adds meanwhile goes too.
+        """
         with typed(self.root, prefix):
             path = self._path(prefix)
-            if path.is_dir():
-                shutil.rmtree(path)
+            for attempt in range(10):
+                try:
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    return
+                except OSError as err:
+                    if err.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == 9:
+                        raise
 
     def settle(self, prefixes: Sequence[str]) -> None:
         """Remove what killed writers left behind, and make the renames under some folders durable."""
@@ -136,6 +181,17 @@ class LocalObjects:
     def free_bytes(self) -> int | None:
         existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         return shutil.disk_usage(existing).free
+
+
+def _open_file(path: Path) -> int:
+    """A file, open for reading; not a pipe or a device, which could keep us waiting for ever."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        wrong = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(wrong, "not a regular file")
+    return fd
 
 
 def _create(path: Path, *, direct: bool) -> tuple[int, bool]:

@@ -17,12 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import zarr
 
-from actshuffle.arrays import is_raw, object_grid
-from actshuffle.errors import MissingChunkError
-from actshuffle.files import Extent, LocalObjects
+from actshuffle import virtual
+from actshuffle.arrays import object_grid
+from actshuffle.errors import MissingChunkError, RequestError, SourceError
+from actshuffle.files import Extent
+from actshuffle.guard import stored_bytes
 from actshuffle.objects import Objects, open_objects
 from actshuffle.types import Place
 
+FILLED = 10_000_000  # chunks of an array that has gaps, at most
+INDEX_BYTES = 64 << 20  # of a shard
 _EMPTY = (1 << 64) - 1  # a shard index's mark for an absent inner chunk
 
 
@@ -34,6 +38,10 @@ def take_inventory(
     The identity is a digest of the metadata and of the keys and sizes of all objects.  Without
     ``fill_missing``, the first missing or damaged object raises `MissingChunkError` with its key.
     """
+    if fill_missing and virtual.describe(place) is not None:
+        raise RequestError(f"{place.url} has no chunks of its own that could be filled")
+    if (behind := virtual.inventory(place, list(arrays))) is not None:
+        return behind[0], set()
     seal, gappy = hashlib.sha256(), set()
     for name, array in arrays.items():
         seal.update(
@@ -64,9 +72,16 @@ class Found(NamedTuple):
 def look(place: Place, array: zarr.Array[Any], *, fill_missing: bool = False) -> Iterator[Found]:
     """Every object that an array's metadata promises, with what can be said without reading its data."""
     objects = open_objects(place)
-    sizes = _sizes(objects, array.path)
-    raw, shard = is_raw(array), _shard_codec(array)
+    sizes = dict(objects.sizes(array.path))
+    shard, known = _shard_codec(array), stored_bytes(array)
     full = math.prod(object_grid(array)) * array.dtype.itemsize
+    # No codec makes more of it than this; a file that has more is a trap.
+    most = 2 * full + 64 * math.prod(_inner_chunks(array)) + (1 << 20)
+    if fill_missing and math.prod(_counts(array)) > FILLED:
+        raise SourceError(
+            f"{array.path or 'the array'} of {place} has {math.prod(_counts(array)):,} chunks, of which "
+            f"{len(sizes):,} may be there; no more than {FILLED:,} are filled"
+        )
     for where, key in _expected_keys(array):
         size, here = sizes.get(key), f"{key} of {place.url}"
         problem, absent = "", False
@@ -75,8 +90,10 @@ def look(place: Place, array: zarr.Array[Any], *, fill_missing: bool = False) ->
             problem = f"chunk {here} is missing" if absent else ""
         elif size == 0:
             problem = f"chunk {here} is empty"
-        elif raw and size not in (full, -1):
-            problem = f"chunk {here} has {size:,} bytes instead of {full:,}"
+        elif known is not None and size not in (known, -1):
+            problem = f"chunk {here} has {size:,} bytes instead of {known:,}"
+        elif size > most:
+            problem = f"chunk {here} has {size:,} bytes, too many for {full:,} bytes of rows"
         elif shard is not None and size > 0:
             problem, absent = _shard_problem(
                 objects, here, array, shard, where, key, size, fill_missing
@@ -84,17 +101,18 @@ def look(place: Place, array: zarr.Array[Any], *, fill_missing: bool = False) ->
         yield Found(key, size, problem, absent)
 
 
-def _sizes(objects: Objects, path: str) -> dict[str, int]:
-    """Size by key of what is under a path; -1 where the store does not tell sizes with names."""
-    if isinstance(objects, LocalObjects):
-        return {key: objects.size(key) or 0 for key in objects.list(path)}
-    return dict.fromkeys(objects.list(path), -1)
+def _counts(array: zarr.Array[Any]) -> list[int]:
+    """Stored objects along each axis."""
+    return [-(-n // c) for n, c in zip(array.shape, object_grid(array), strict=True)]
+
+
+def _inner_chunks(array: zarr.Array[Any]) -> list[int]:
+    """Inner chunks of a shard along each axis; ones without shards."""
+    return [s // c for s, c in zip(object_grid(array), array.chunks, strict=True)]
 
 
 def _expected_keys(array: zarr.Array[Any]) -> Iterator[tuple[tuple[int, ...], str]]:
-    grid = object_grid(array)
-    counts = [-(-n // c) for n, c in zip(array.shape, grid, strict=True)]
-    for where in itertools.product(*map(range, counts)):
+    for where in itertools.product(*map(range, _counts(array))):
         key = array.metadata.encode_chunk_key(where)
         yield where, f"{array.path}/{key}" if array.path else key
 
@@ -122,6 +140,8 @@ def _shard_problem(
     inner = settings["chunk_shape"]
     per = [s // c for s, c in zip(object_grid(array), inner, strict=True)]
     length = 16 * math.prod(per) + 4
+    if length > INDEX_BYTES:
+        return f"shard {here} has {math.prod(per):,} inner chunks, more than are read", False
     if size < length:
         return (
             f"shard {here} has {size:,} bytes, less than its index of {length:,}: truncated",
@@ -140,7 +160,8 @@ def _shard_problem(
         first = tuple(int(x) for x in np.argwhere(absent)[0])
         return f"shard {here} lacks inner chunk {first} ({int(absent.sum()):,} in all)", True
     present = table[inside & ~absent]
-    beyond = present[:, 0] + present[:, 1] > np.uint64(size - length)
+    room = np.uint64(size - length)  # compared one by one: their sum may wrap round
+    beyond = (present[:, 0] > room) | (present[:, 1] > room - np.minimum(present[:, 0], room))
     return (
         f"shard {here} is truncated: its index points past its end" if beyond.any() else ""
     ), False

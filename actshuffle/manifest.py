@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 from actshuffle._version import __version__
@@ -29,6 +31,7 @@ from actshuffle.keys import U64, Keys
 from actshuffle.memory import MemoryModel
 from actshuffle.objects import Objects, open_objects
 from actshuffle.types import Field, Job, Place, Plan, Task
+from actshuffle.types import public_url as public_url
 
 FORMAT = 1  # of everything named above
 RUN_KEY = f"{OUR_GROUP}/run.json"
@@ -59,7 +62,37 @@ def read_receipt(job: Job, task: Task) -> dict[str, Any] | None:
     body = None if data is None else _unsealed(data)
     if body is None or body.get("job") != job.identity or body.get("task") != list(task):
         return None
-    return body
+    return body if _is_whole(job, task, body) else None
+
+
+def _is_whole(job: Job, task: Task, body: dict[str, Any]) -> bool:
+    """Does a receipt say what those who read it will ask for, and nothing impossible?"""
+    plan = job.plan
+    if task.kind == "index":
+        return True
+    if task.kind == "split":
+        block = plan.block(task.level, task.number)
+        children = len(plan.children(task.level - 1, block.parent))
+        rows, sums = body.get("rows"), body.get("sums")
+        return (
+            _is_list(rows, children, lambda x: type(x) is int and x >= 0)
+            and sum(rows) == block.stop - block.start  # type: ignore[arg-type]
+            and _is_list(sums, 1 + len(job.fields), lambda x: _is_hex(x, 32 * children))
+        )
+    start, stop = plan.bucket_ranks(plan.levels - 1, task.number)
+    digests = body.get("digests")
+    return isinstance(digests, dict) and all(
+        _is_list(digests.get(f.name), -(-(stop - start) // f.object_rows), lambda x: _is_hex(x, 32))
+        for f in job.fields
+    )
+
+
+def _is_list(found: Any, length: int, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(found, list) and len(found) == length and all(map(holds, found))
+
+
+def _is_hex(found: Any, length: int) -> bool:
+    return isinstance(found, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", found) is not None
 
 
 def withdraw(job: Job, task: Task) -> None:
@@ -81,12 +114,22 @@ def read_run(objects: Objects, key: str = RUN_KEY) -> dict[str, Any] | None:
     if data is None:
         return None
     body = _unsealed(data)
-    if body is None:
+    if body is None or not isinstance(body.get("job"), str):
+        other = _format_of(data)
+        what = "is damaged" if other in (None, FORMAT) else f"has format {other!r}, this reads {FORMAT}"
         raise FormatError(
-            f"{key} is damaged, so this half-done run cannot be resumed; delete the destination "
+            f"{key} {what}, so this half-done run cannot be resumed; delete the destination "
             "(or give --overwrite) and start again"
         )
     return body
+
+
+def _format_of(data: bytes) -> Any:
+    """The version that a sealed file names, if it can be made out."""
+    try:
+        return json.loads(data)["body"]["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def job_from(body: dict[str, Any], options: str = "{}") -> Job:
@@ -103,7 +146,8 @@ def job_from(body: dict[str, Any], options: str = "{}") -> Job:
             plan=Plan(**tupled, model=MemoryModel(**plan["model"])), keys=Keys(**d.pop("keys")),
             source=Place(d.pop("source"), options), destination=Place(d.pop("destination"), options),
             scratch=Place(d.pop("scratch"), options),
-            fields=tuple(f for f in fields[:-1] if f is not None), source_row=fields[-1], **d,
+            fields=tuple(f for f in fields[:-1] if f is not None), source_row=fields[-1],
+            key_rows=None if (keyed := d.pop("key_rows", None)) is None else (keyed[0], keyed[1]), **d,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as err:
         raise FormatError(f"{RUN_KEY} is damaged: {type(err).__name__}: {err}") from err
@@ -128,7 +172,7 @@ def read_bounds(job: Job) -> U64 | None:
         bounds = get_array(objects, "bounds")
     except FormatError:
         return None
-    if bounds is None or hashlib.sha256(bounds.tobytes()).hexdigest() != body["bounds"]:
+    if bounds is None or hashlib.sha256(bounds.tobytes()).hexdigest() != body.get("bounds"):
         return None
     return bounds
 
@@ -145,8 +189,23 @@ def write_marker(job: Job, sums: dict[str, str]) -> None:
     }  # fmt: skip
     if (job.keys.hi_bits, job.keys.lo_bits) != (64, 64):
         body["key_bits"] = [job.keys.hi_bits, job.keys.lo_bits]
+    body |= json.loads(job.facts).get("marker", {})
+    if body["kind"] == "collection":  # in no order but its own; the seed is that of the digests
+        del body["order"], body["levels"]
     objects = open_objects(job.destination, fsync=job.fsync)
     objects.put(MARKER_KEY, group_metadata({"actshuffle": body}))
+
+
+# What a marker must hold, by its kind: a shuffled store, a row range of another store, or a finished
+# store whose rows are in the order in which they were made (collect, import).
+_MARKERS: dict[str, dict[str, type]] = {
+    "shuffle": {
+        "rows": int, "seed": int, "fields": dict, "source_row": bool, "levels": int,
+        "source_identity": str, "fill_missing": bool,
+    },
+    "view": {"rows": int, "fields": dict, "source_row": bool, "of": str, "start": int, "stop": int},
+    "collection": {"rows": int, "fields": dict},
+}
 
 
 def read_marker(objects: Objects) -> dict[str, Any] | None:
@@ -160,22 +219,18 @@ def read_marker(objects: Objects) -> dict[str, Any] | None:
             raise FormatError(
                 f"{MARKER_KEY} has format {body['format']}, this actshuffle {__version__} reads {FORMAT}"
             )
-        expected = {"rows": int, "seed": int, "fields": dict, "source_row": bool, "levels": int}
-        if any(not isinstance(body[k], t) for k, t in expected.items()):
-            raise TypeError("a value has the wrong type")
-    except (ValueError, KeyError, TypeError) as err:
+        kind = body.setdefault("kind", "shuffle")
+        if kind not in _MARKERS:
+            raise FormatError(f"{MARKER_KEY} is of kind {kind!r}; known are {', '.join(_MARKERS)}")
+        for name, kind_of in _MARKERS[kind].items():
+            if type(body[name]) is not kind_of or (kind_of is int and body[name] < 0):
+                raise TypeError(f"{name} cannot be {str(body[name])[:40]!r}")
+        if "key_bits" in body and not _is_list(body["key_bits"], 2, lambda x: x in range(65)):
+            raise TypeError("key_bits must be two numbers up to 64")
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise FormatError(f"{MARKER_KEY} is damaged: {err}") from err
     found: dict[str, Any] = body
     return found
-
-
-def public_url(url: str) -> str:
-    """A URL without user, password or query, fit to be written down."""
-    if "://" not in url:
-        return url
-    scheme, rest = url.split("://", 1)
-    head, slash, tail = rest.partition("/")
-    return f"{scheme}://{head.rsplit('@', 1)[-1]}{slash}{tail.split('?', 1)[0]}"
 
 
 def _sealed(body: dict[str, Any]) -> bytes:
@@ -194,6 +249,6 @@ def _unsealed(data: bytes) -> dict[str, Any] | None:
             or body["format"] != FORMAT
         ):
             return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return body

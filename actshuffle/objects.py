@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import threading
-from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from zarr.abc.store import RangeByteRequest, Store
 from zarr.buffer import cpu
 from zarr.storage import FsspecStore, LocalStore
 
-from actshuffle.errors import RequestError
+from actshuffle.errors import ActshuffleError, RequestError, StorageError
 from actshuffle.files import Extent, LocalObjects, Writer, typed
 from actshuffle.types import Place
 
@@ -38,6 +39,8 @@ class Objects(Protocol):
     def read(self, extents: Sequence[Extent]) -> None: ...
     def size(self, key: str) -> int | None: ...
     def list(self, prefix: str) -> Iterator[str]: ...
+    def sizes(self, prefix: str) -> Iterator[tuple[str, int]]: ...
+    def names(self, prefix: str) -> Sequence[str]: ...
     def delete(self, key: str) -> None: ...
     def delete_prefix(self, prefix: str) -> None: ...
     def settle(self, prefixes: Sequence[str]) -> None: ...
@@ -47,7 +50,23 @@ class Objects(Protocol):
 def open_objects(place: Place, *, fsync: bool = True) -> Objects:
     """The objects at a place."""
     path = local_path(place)
-    return LocalObjects(path, fsync) if path is not None else StoreObjects(open_store(place))
+    objects = LocalObjects(path, fsync) if path is not None else _remote(place)
+    return objects if _wrap is None else _wrap(objects, place)
+
+
+Wrap = Callable[[Objects, Place], Objects]
+_wrap: Wrap | None = None
+
+
+@contextmanager
+def wrapped(wrap: Wrap) -> Iterator[None]:
+    """Inside the block `open_objects` gives ``wrap(objects, place)``: the door for `actshuffle.testing`."""
+    global _wrap
+    before, _wrap = _wrap, wrap
+    try:
+        yield
+    finally:
+        _wrap = before
 
 
 def as_place(path: str | Path, storage_options: dict[str, Any] | None = None) -> Place:
@@ -57,6 +76,8 @@ def as_place(path: str | Path, storage_options: dict[str, Any] | None = None) ->
     except TypeError as err:
         raise RequestError(f"storage options must be plain JSON values: {err}") from err
     text = str(path)
+    if "\0" in text or not text:
+        raise RequestError(f"{text!r} is no path")
     return Place(text if "://" in text else str(Path(text).absolute()), options)
 
 
@@ -72,12 +93,18 @@ def open_store(place: Place, *, read_only: bool = False) -> Store:
     path = local_path(place)
     if path is not None:
         return LocalStore(path, read_only=read_only)
+    # An instance of our own: fsspec shares them, and one that another event loop has used is of no use.
+    options = {"skip_instance_cache": True, **json.loads(place.options)}
     try:
-        return FsspecStore.from_url(
-            place.url, storage_options=json.loads(place.options), read_only=read_only
-        )
-    except (ImportError, ValueError) as err:
-        raise RequestError(f"cannot open {place.url}: {err}") from err
+        return FsspecStore.from_url(place.url, storage_options=options, read_only=read_only)
+    except (ImportError, ValueError, TypeError) as err:
+        raise RequestError(f"cannot open {place}: {err}") from err
+
+
+@lru_cache(maxsize=64)
+def _remote(place: Place) -> StoreObjects:
+    """One client per place and process: each has connections, and asks for credentials."""
+    return StoreObjects(open_store(place), str(place))
 
 
 class StoreObjects:
@@ -86,16 +113,16 @@ class StoreObjects:
     CONCURRENCY = 16  # range reads in flight
     PIECE = 4 << 20  # of so many bytes at most; see memory.REQUESTS
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, name: str = "") -> None:
+        self.store, self.name = store, name or str(store)
 
     def get(self, key: str) -> bytes | None:
-        with typed(self.store, key):
+        with self._typed(key):
             found = wait(self.store.get(key, cpu.buffer_prototype))
             return None if found is None else found.to_bytes()
 
     def put(self, key: str, data: bytes | memoryview) -> None:
-        with typed(self.store, key, len(data)):
+        with self._typed(key, len(data)):
             wait(self.store.set(key, cpu.Buffer.from_array_like(np.frombuffer(data, np.uint8))))
 
     @contextmanager
@@ -123,33 +150,71 @@ class StoreObjects:
                     view[:] = data[at : at + len(view)]
                     at += len(view)
 
-            await asyncio.gather(
-                *(one(p) for extent in extents for p in _pieces(extent, self.PIECE))
-            )
+            parts = [p for extent in extents for p in _pieces(extent, self.PIECE)]
+            running = [asyncio.ensure_future(one(part)) for part in parts]
+            try:
+                await asyncio.gather(*running)
+            finally:  # after an error none may go on to write into memory that is somebody else's by then
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
 
-        with typed(self.store, extents[0].key if extents else ""):
+        with self._typed(extents[0].key if extents else ""):
             wait(all_of_them())
 
     def size(self, key: str) -> int | None:
-        try:
-            return wait(self.store.getsize(key))
-        except FileNotFoundError:
-            return None
+        with self._typed(key):
+            try:
+                return wait(self.store.getsize(key))
+            except FileNotFoundError:
+                return None
 
     def list(self, prefix: str) -> Iterator[str]:
-        async def collect() -> list[str]:
-            return [key async for key in self.store.list_prefix(prefix.rstrip("/") + "/")]
+        return (key for key, _ in self.sizes(prefix))
 
-        with typed(self.store, prefix):
+    def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Key and size of every object under a folder; -1 where the store does not tell sizes in lists."""
+        folder = prefix.rstrip("/") + "/" if prefix else ""
+
+        async def collect() -> list[tuple[str, int]]:
+            if not isinstance(self.store, FsspecStore):
+                return [(key, -1) async for key in self.store.list_prefix(folder)]
+            top = f"{self.store.path}/"
+            self.store.fs.invalidate_cache()
+            found = await self.store.fs._find(f"{top}{folder}".rstrip("/"), detail=True)
+            sized = ((path.removeprefix(top), info.get("size")) for path, info in found.items())
+            return [(key, -1 if size is None else int(size)) for key, size in sized]
+
+        with self._typed(prefix):
             yield from wait(collect())
 
+    def names(self, prefix: str) -> Sequence[str]:
+        """Names of the objects and folders right in a folder."""
+
+        async def collect() -> list[str]:
+            return sorted([name async for name in self.store.list_dir(prefix)])
+
+        with self._typed(prefix):
+            return wait(collect())
+
     def delete(self, key: str) -> None:
-        with typed(self.store, key):
+        with self._typed(key):
             wait(self.store.delete(key))
 
     def delete_prefix(self, prefix: str) -> None:
-        with typed(self.store, prefix):
+        with self._typed(prefix):
             wait(self.store.delete_dir(prefix))
+
+    @contextmanager
+    def _typed(self, key: str, size: int | None = None) -> Iterator[None]:
+        """Any error of a client library (no credentials, no bucket, no route) as one of ours."""
+        try:
+            with typed(self.name, key, size):
+                yield
+        except ActshuffleError:
+            raise
+        except Exception as err:
+            raise StorageError(f"{type(err).__name__}: {err}: {self.name}/{key}") from err
 
     def settle(self, prefixes: Sequence[str]) -> None:
         """Nothing to do: puts are atomic and durable."""
@@ -198,4 +263,17 @@ def wait(what: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
     async def call() -> T:
         return await what
 
-    return asyncio.run_coroutine_threadsafe(call(), _loop()).result()
+    future = asyncio.run_coroutine_threadsafe(call(), _loop())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()  # on Ctrl-C nobody waits for it any more
+        raise
+
+
+def _forget() -> None:
+    _loop.cache_clear()
+    _remote.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget)  # threads and connections stay behind in the parent

@@ -79,7 +79,7 @@ def make_plan(
     elif levels < needed:
         raise InfeasibleError(_too_few(levels, needed, rows, row_bytes, most_rows, run, fan_out))
 
-    if levels == 1 or rows <= leaf_rows:
+    if levels == 1 or _reach(leaf_rows, fan_out, levels) < rows or rows <= leaf_rows:
         leaf_rows = max(object_rows, -(-rows // object_rows) * object_rows)
     if levels > 1 and tasks_wanted > 1:
         smaller = -(-rows // (tasks_wanted * object_rows)) * object_rows
@@ -123,6 +123,13 @@ def _fit(
     chunk_rows: int | None, per_shard: int | None, model: MemoryModel,
 ) -> tuple[int, int, int]:  # fmt: skip
     """Rows of the largest block, rows of an output chunk, chunks of an output shard."""
+
+    def most(object_rows: int) -> int:
+        fits = [] if block_bytes is None else [block_bytes // row_bytes]
+        if memory is not None:
+            fits.append(model.rows_within(memory, object_rows * widest))
+        return min(fits)
+
     room = min(x for x in (memory, block_bytes) if x is not None)
     target = max(1, min(CHUNK_BYTES, room // 8) // widest)
     if chunk_rows is None:
@@ -131,6 +138,8 @@ def _fit(
             chunk_rows = max(rows, 1)
         elif block_bytes is not None:
             chunk_rows = _dividing(block_bytes // row_bytes, target) or chunk_rows
+        while chunk_rows > 1 and most(chunk_rows * (per_shard or 1)) < chunk_rows * (per_shard or 1):
+            chunk_rows //= 2  # narrow rows take more for their keys than for themselves
     if chunk_rows < 1 or (per_shard is not None and per_shard < 1):
         raise RequestError(
             f"chunk rows and chunks per shard must be positive, got {chunk_rows}, {per_shard}"
@@ -144,10 +153,7 @@ def _fit(
             dividing = [d for d in range(1, min(allowed, whole) + 1) if whole % d == 0]
             per_shard = next((d for d in dividing if d >= wanted), dividing[-1])
     object_rows = chunk_rows * per_shard
-    fits = [] if block_bytes is None else [block_bytes // row_bytes]
-    if memory is not None:
-        fits.append(model.rows_within(memory, object_rows * widest))
-    most_rows = min(fits)
+    most_rows = most(object_rows)
     if most_rows < min(object_rows, max(rows, 1)):
         least = max(
             model.leaf_bytes(object_rows, object_rows * widest), model.split_bytes(object_rows)

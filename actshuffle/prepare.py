@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import zarr
 
-from actshuffle import manifest
+from actshuffle import manifest, virtual
 from actshuffle.arrays import (
     CODECS,
+    OUR_GROUP,
     SOURCE_ROW,
     open_node,
     output_field,
@@ -25,6 +27,7 @@ from actshuffle.arrays import (
 )
 from actshuffle.errors import (
     DestinationExistsError,
+    FormatError,
     InfeasibleError,
     RequestError,
     ResumeMismatchError,
@@ -33,7 +36,7 @@ from actshuffle.executors import SHARE, machine_memory
 from actshuffle.inventory import take_inventory
 from actshuffle.keys import Keys
 from actshuffle.memory import MemoryModel
-from actshuffle.objects import local_path, open_objects
+from actshuffle.objects import Objects, as_place, local_path, open_objects
 from actshuffle.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan
 from actshuffle.types import Field, Job, Place, Plan
 from actshuffle.units import format_bytes
@@ -66,6 +69,30 @@ class Request:
         return result
 
 
+_TEXTS, _SWITCHES = ("codec", "scratch"), ("source_row", "fill_missing")
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    **{f.name: lambda x: type(x) is int and x >= 0 for f in dataclasses.fields(Request)},
+    **{name: lambda x: isinstance(x, str) for name in _TEXTS},
+    **{name: lambda x: isinstance(x, bool) for name in _SWITCHES},
+    "levels": lambda x: x == "auto" or (type(x) is int and x > 0),
+    "fields": lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x),
+    "key_bits": lambda x: isinstance(x, list) and len(x) == 2 and set(x) <= {*range(65)},
+}
+
+
+def _checked_request(recorded: Any) -> dict[str, Any]:
+    """The arguments that a file says a run was given."""
+    if not isinstance(recorded, dict) or "seed" not in recorded:
+        raise FormatError(f"{manifest.RUN_KEY} is damaged: it names no seed; --overwrite starts again")
+    for name, value in recorded.items():
+        if name not in _KINDS or not _KINDS[name](value):
+            raise FormatError(
+                f"{manifest.RUN_KEY} is damaged: {name[:40]} cannot be {str(value)[:40]!r}; "
+                "--overwrite starts again"
+            )
+    return recorded
+
+
 PREFERRED_MEMORY = 2 << 30  # more than this a worker takes only if it saves a level
 
 # Derived from the machine or the cluster, not from what the user typed: never a reason to refuse.
@@ -77,7 +104,7 @@ def prepare(
     dst: Place,
     request: Request,
     *,
-    most_memory: int,
+    most_memory: Callable[[], int],  # asked only when nobody says how much memory
     overwrite: bool = False,
     fsync: bool = True,
 ) -> Job:
@@ -90,7 +117,7 @@ def prepare(
     given = request.given()
     recorded = _recorded(dst, overwrite)
     if recorded is not None:
-        before = recorded["request"]
+        before = _checked_request(recorded["request"])
         differing = {k for k, v in given.items() if k not in _SOFT and before.get(k) != v}
         if differing:
             raise ResumeMismatchError(
@@ -101,18 +128,20 @@ def prepare(
                 + ". Give the same to resume, or --overwrite to start again"
             )
         given = before
+        if request.scratch is None and "scratch" in before:
+            _check_recorded_scratch(dst, before["scratch"], recorded["job"])
     else:
         given.setdefault("seed", secrets.randbits(63))
         if "memory" not in given and "block_bytes" not in given:
             given["memory"] = _settle_memory(
-                arrays, given, most_memory,
+                arrays, given, most_memory(),
                 remote=local_path(dst) is None, remote_source=local_path(src) is None,
             )  # fmt: skip
     job = make_job(src, dst, arrays, given, fsync=fsync)
     if recorded is not None:
         if recorded["job"] != job.identity:
-            was, now = recorded["plan"], json.loads(json.dumps(job.to_json()))
-            changed = sorted(k for k in now if was.get(k) != now[k])
+            was, now = recorded.get("plan"), json.loads(json.dumps(job.to_json()))
+            changed = sorted(k for k in now if not isinstance(was, dict) or was.get(k) != now[k])
             raise ResumeMismatchError(
                 f"{dst.url} is half done, and since then {', '.join(changed)} changed"
                 f"{' (the source is not what it was)' if 'source_identity' in changed else ''}; "
@@ -121,9 +150,23 @@ def prepare(
     else:
         _check_space(job)
     if overwrite:
-        open_objects(dst).delete_prefix("")
+        _remove(open_objects(dst, fsync=fsync))
         open_objects(job.scratch).delete_prefix("")
     return job
+
+
+def _remove(objects: Objects) -> None:
+    """Delete a store: its marker first, so that nobody takes what is left for whole; what shows that it
+    was a store last, so that a deletion that was cut short can be asked for again."""
+    objects.delete(manifest.MARKER_KEY)
+    objects.settle([OUR_GROUP])
+    for name in objects.names(""):
+        if name not in (*_METADATA, OUR_GROUP):
+            objects.delete_prefix(name)
+    objects.delete_prefix("")
+
+
+_METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 
 def make_job(
@@ -136,7 +179,12 @@ def make_job(
 ) -> Job:
     """Plan a request whose values are all settled.  Reads metadata and lists the source's objects."""
     fill_missing = bool(given.get("fill_missing", False))
-    identity, gappy = take_inventory(src, arrays, fill_missing=fill_missing)
+    beyond: dict[str, Any] = {}
+    gappy: set[str] = set()
+    if not fill_missing and (found := virtual.inventory(src, list(arrays))) is not None:
+        identity, beyond = found
+    else:
+        identity, gappy = take_inventory(src, arrays, fill_missing=fill_missing)
     fields = [source_field(name, array) for name, array in arrays.items()]
     # A missing chunk has no file to read: leave that array to zarr, which makes up fill values.
     fields = [dataclasses.replace(f, source_key="") if f.name in gappy else f for f in fields]
@@ -152,6 +200,9 @@ def make_job(
     plan = plan_for(
         arrays, fields, given, remote=local_path(dst) is None, remote_source=local_path(src) is None
     )
+    kind = beyond.get("kind", "shuffle")
+    if kind != "shuffle":  # leaves alone, and as many as memory asks for
+        plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=())
     rows = plan.rows
     scratch = scratch_place(dst, given.get("scratch"))
     outputs, widest = [], max(f.row_bytes for f in fields)
@@ -173,7 +224,8 @@ def make_job(
         plan=plan, keys=Keys(given["seed"], hi_bits, lo_bits), source=src, destination=dst, scratch=scratch,
         fields=tuple(outputs), source_row=provenance, attributes=json.dumps(attributes, sort_keys=True),
         source_identity=identity, request=json.dumps(given, sort_keys=True), fill_missing=fill_missing,
-        fsync=fsync,
+        fsync=fsync, kind=kind, key_rows=beyond.get("key_rows") and tuple(beyond["key_rows"]),
+        facts=json.dumps({k: beyond[k] for k in ("marker", "sums") if k in beyond}, sort_keys=True),
     )  # fmt: skip
 
 
@@ -249,44 +301,65 @@ def _spans(row_bytes: int, widest: int, plan: Plan) -> int:
 
 
 def _check_places(src: Place, dst: Place, scratch: str | None) -> None:
-    source, target = local_path(src), local_path(dst)
-    if source is None or target is None:
-        if src.url.rstrip("/") == dst.url.rstrip("/"):
-            raise RequestError(f"source and destination are the same: {src.url}")
-        return
-    source, target = source.resolve(), target.resolve()
+    source, target = _where(src), _where(dst)
     if _inside(target, source) or _inside(source, target):
         raise RequestError(
-            f"destination {target} and source {source} must not lie inside each other"
+            f"destination {dst} and source {src} must not lie inside each other"
         )
-    spill = None if scratch is None or "://" in scratch else Path(scratch).resolve()
+    spill = None if scratch is None else _where(as_place(scratch))
     if spill is not None and (_inside(spill, source) or _inside(spill, target)):
-        raise RequestError(f"scratch {spill} must lie outside source and destination")
+        raise RequestError(f"scratch {scratch} must lie outside source and destination")
+
+
+def _where(place: Place) -> Path:
+    """A path that tells places apart: the real one on disk, else the URL's."""
+    path = local_path(place)
+    if path is None:
+        return Path(place.url)
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as err:  # links in a circle, names too long
+        raise RequestError(f"cannot use {place.url}: {err}") from err
 
 
 def _inside(path: Path, folder: Path) -> bool:
     return path == folder or folder in path.parents
 
 
+def _check_recorded_scratch(dst: Place, folder: str, job: str) -> None:
+    """A path in a file that others may have written is not gone to, unless what is there agrees."""
+    body = None
+    if "://" not in folder:
+        with contextlib.suppress(FormatError):
+            body = manifest.read_run(open_objects(scratch_place(dst, folder)), "run.json")
+    if body is None or body["job"] != job:
+        raise ResumeMismatchError(
+            f"{dst} is half done with its scratch in {folder}: give --scratch to resume"
+        )
+
+
 def _recorded(dst: Place, overwrite: bool) -> dict[str, Any] | None:
     """What a half-done run left at the destination; refuses what may not be touched."""
     objects = open_objects(dst)
     path = local_path(dst)
-    if path is not None and path.exists() and not path.is_dir():
+    if path is not None and objects.size("") is not None and not path.is_dir():
         raise DestinationExistsError(f"{path} is a file")
-    stored = [k for k in ("zarr.json", ".zgroup", ".zarray") if objects.size(k) is not None]
-    half_done = objects.size(manifest.RUN_KEY) is not None
+    names = objects.names("")
+    stored = set(names) & {"zarr.json", ".zgroup", ".zarray"}
     if overwrite:
-        if not stored and not half_done and next(iter(objects.list("")), None) is not None:
+        if names and not stored and OUR_GROUP not in names:
             raise DestinationExistsError(
                 f"{dst.url} is no Zarr store; it is not overwritten, remove it by hand"
             )
         return None
-    if manifest.read_marker(objects) is not None:
+    marker, recorded = manifest.read_marker(objects), None
+    with contextlib.suppress(FormatError) if marker is not None else contextlib.nullcontext():
+        recorded = manifest.read_run(objects)
+    if recorded is not None:  # beside a marker: done, but for the clearing away
+        return recorded
+    if marker is not None:
         raise DestinationExistsError(f"{dst.url} is a finished shuffle; --overwrite replaces it")
-    if half_done:
-        return manifest.read_run(objects)
-    if stored or next(iter(objects.list("")), None) is not None:
+    if names:
         raise DestinationExistsError(
             f"{dst.url} exists and is not a half-done shuffle; choose another path"
             + (", or --overwrite to replace it" if stored else "")

@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle import bounds, executors, manifest, tasks
-from actshuffle.arrays import group_metadata, put_array
+from actshuffle.arrays import OUR_GROUP, group_metadata, put_array
 from actshuffle.digest import from_hex, to_hex
-from actshuffle.errors import FormatError, RequestError
+from actshuffle.errors import ConservationError, FormatError, RequestError
 from actshuffle.executors import Dask, Executor, Serial
 from actshuffle.keys import U64
 from actshuffle.objects import as_place, open_objects
@@ -146,7 +146,7 @@ def shuffle(
         )  # fmt: skip
         job = prepare(
             as_place(src, storage_options), as_place(dst, storage_options), request,
-            most_memory=crew.task_memory(), overwrite=overwrite, fsync=fsync,
+            most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync,
         )  # fmt: skip
         if planned is not None:
             planned(job)
@@ -157,11 +157,14 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
     """Run or resume a prepared job to its completion marker."""
     started = time.perf_counter()
     plan, done, total = job.plan, 0, 0
+    if manifest.read_marker(open_objects(job.destination)) is not None:
+        _clear(job)  # an earlier run got this far
+        return Result(plan, job.keys.seed, str(job.destination), 0.0, 0, 0, executor.workers)
     _claim(job)
     _find_boundaries(job, executor, progress)
     for level in range(tasks.first_level(job), plan.levels + 1):
         progress.begin(
-            f"level {level} of {plan.levels}", plan.task_count(level), plan.rows * plan.row_bytes
+            _stage(job, level), plan.task_count(level), plan.rows * plan.row_bytes
         )
         if level < plan.levels:
             Spill(job, level).write_metadata()
@@ -182,6 +185,10 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
     )  # fmt: skip
 
 
+def _stage(job: Job, level: int) -> str:
+    return f"level {level} of {job.plan.levels}" if job.kind == "shuffle" else job.kind
+
+
 def _claim(job: Job) -> None:
     scratch = open_objects(job.scratch, fsync=job.fsync)
     try:
@@ -193,19 +200,21 @@ def _claim(job: Job) -> None:
     scratch.settle([""])
     open_objects(job.destination, fsync=job.fsync).settle([""])
     manifest.write_run(job)
+    open_objects(job.destination, fsync=job.fsync).settle([OUR_GROUP])
 
 
 def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
     plan = job.plan
-    if manifest.read_bounds(job) is not None:
+    if job.kind != "shuffle" or manifest.read_bounds(job) is not None:
         return
+    first, stop = job.key_rows or (0, plan.rows)
     step = bounds.COUNT_ROWS
-    starts = range(0, plan.rows, step)
+    starts = range(first, stop, step)
     # One task's worth of keys is quicker made here than sent for.
     where: Executor = executor if len(starts) > 1 else Serial()
 
     def ask(query: bounds.Query) -> Iterator[NDArray[Any]]:
-        calls = ((job, start, start + step, query) for start in starts)
+        calls = ((job, start, min(start + step, stop), query) for start in starts)
         for part in where.map(tasks.count, calls):
             progress.advance(0, True)
             yield part
@@ -217,7 +226,7 @@ def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
 
 
 def _publish(job: Job) -> None:
-    """Digests, metadata, marker; then clear away.  Every step can be done again."""
+    """Digests, metadata, marker.  Every step can be done again."""
     plan, objects = job.plan, open_objects(job.destination, fsync=job.fsync)
     digests: dict[str, list[U64]] = {f.name: [] for f in job.fields}
     for task in plan.tasks(plan.levels):
@@ -233,15 +242,30 @@ def _publish(job: Job) -> None:
         table = np.array(found, np.uint64).reshape(-1, 2)
         put_array(objects, f"{manifest.DIGESTS}/{name}", table)
         sums[name] = to_hex(table.sum(axis=0, dtype=np.uint64))
+    promised = json.loads(job.facts).get("sums", sums)
+    if promised != sums:
+        wrong = ", ".join(sorted(name for name in sums if promised.get(name) != sums[name]))
+        raise ConservationError(
+            f"rows of {wrong} are not those that {job.source.url} had when they were written: an input "
+            "was damaged since; verify it. Nothing was published"
+        )
     objects.put(f"{manifest.DIGESTS}/zarr.json", group_metadata({}))
     for field in tasks.output_fields(job):
         objects.put(f"{field.name}/zarr.json", field.metadata.encode())
     objects.put("zarr.json", group_metadata(json.loads(job.attributes)))
     objects.settle([""])
     manifest.write_marker(job, sums)
-    objects.delete(manifest.RUN_KEY)
+    _clear(job)
+
+
+def _clear(job: Job) -> None:
+    """Remove what only an unfinished run needs; ``run.json`` last, since it tells of the rest."""
+    objects = open_objects(job.destination, fsync=job.fsync)
+    objects.settle([OUR_GROUP])  # the marker is durable before anything goes
     objects.delete_prefix(manifest.RECEIPTS)
     open_objects(job.scratch).delete_prefix("")
+    objects.settle([OUR_GROUP])
+    objects.delete(manifest.RUN_KEY)
 
 
 @contextmanager

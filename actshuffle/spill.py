@@ -93,7 +93,14 @@ class Spill:
 
     def runs(self, bucket: int) -> U64:
         """Byte offset and rows of the bucket's run in each block of its parent, uint64 ``(blocks, 2)``."""
-        return self._table(f"{self.prefix}/runs/c.{bucket}.0.0", (-1, 2))
+        key = f"{self.prefix}/runs/c.{bucket}.0.0"
+        table = self._table(key, (-1, 2))
+        start, stop = self.job.plan.bucket_ranks(self.level, bucket)
+        limit = np.uint64(self.block_bytes)
+        ends = table[:, 0] + table[:, 1] * np.uint64(self.row_bytes)
+        if (table > limit).any() or (ends > limit).any() or table[:, 1].sum() != stop - start:
+            raise self._damaged(key, "its runs are not those of the bucket")
+        return table
 
     def sums(self, bucket: int) -> U64:
         """Conservation digests of the bucket, uint64 ``(1 + fields, 2)``."""
@@ -104,7 +111,19 @@ class Spill:
         try:
             return np.frombuffer(data or b"", "<u8").reshape(shape)
         except ValueError as err:
-            raise FormatError(f"{key} in {self.job.scratch.url} is damaged: {err}") from err
+            raise self._damaged(key, str(err)) from err
+
+    def _damaged(self, key: str, what: str) -> FormatError:
+        """Drop a table that cannot be right, so that the next run makes it again."""
+        self.objects.delete(key)
+        return FormatError(
+            f"{key} in {self.job.scratch} is damaged ({what}); run again to have it made again"
+        )
+
+    def distrust(self, bucket: int) -> None:
+        """Drop the tables of a bucket, since something that they say is not so."""
+        for name in ("runs", "sums"):
+            self.objects.delete(f"{self.prefix}/{name}/c.{bucket}.0.0")
 
     def has_tables(self, bucket: int) -> bool:
         names = (f"{self.prefix}/{name}/c.{bucket}.0.0" for name in ("runs", "sums"))

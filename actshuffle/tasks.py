@@ -14,6 +14,7 @@ digests), writes data first and its receipt last, and does nothing if a valid re
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from actshuffle import bounds, manifest
 from actshuffle.arrays import Output, Source
-from actshuffle.buffers import arena, behind, padded
+from actshuffle.buffers import arena, behind, lean_heap, padded
 from actshuffle.digest import RowHash, add_up, add_up_groups, from_hex, to_hex
 from actshuffle.errors import ConservationError, FormatError
 from actshuffle.keys import U64
@@ -48,7 +49,9 @@ def run_task(job: Job, task: Task) -> Done:
     started = time.perf_counter()
     work = {"split": split, "index": index, "leaf": leaf}[task.kind]
     fresh = not is_done(job, task)
-    rows = work(job, task) if fresh else 0
+    coded = not all(f.source_key and f.raw_output for f in output_fields(job))
+    with lean_heap() if coded else nullcontext():
+        rows = work(job, task) if fresh else 0
     return Done(task, rows * job.plan.row_bytes, time.perf_counter() - started, fresh)
 
 
@@ -98,7 +101,7 @@ def complete(job: Job, level: int) -> bool:
 
 def count(job: Job, start: int, stop: int, query: bounds.Query) -> NDArray[Any]:
     """One row range's part of the search for bucket boundaries."""
-    return bounds.answer(job.keys, start, min(stop, job.plan.rows), query)
+    return bounds.answer(job.keys, start, stop, query)
 
 
 def split(job: Job, task: Task) -> int:
@@ -168,13 +171,14 @@ def leaf(job: Job, task: Task) -> int:
     memory = arena().reset(_columns_bytes(job, rows) + 2 * padded(out_bytes))
     columns = Columns.allocate(job, memory, rows)
     if plan.levels == 1:
-        _read_source(job, 0, columns)
+        _read_source(job, first, columns)
         expected = np.array([add_up(h) for h in columns.hashes(job)])
     else:
         before = Spill(job, plan.levels - 1)
         before.read(task.number, 0, columns)
         expected = before.sums(task.number)
-    order = key_order(job.keys, columns.hi, columns.source_row)
+    copied = job.kind == "copy"
+    order = np.arange(rows) if copied else key_order(job.keys, columns.hi, columns.source_row)
     source_row = columns.source_row[order]
     found = np.zeros_like(expected)
     found[0] = RowHash(job.keys.seed, 0, 8).total(columns.parts()[0], columns.source_row)
@@ -244,9 +248,11 @@ def blame(job: Job, level: int, parent: int, blocks: list[Task], what: str) -> N
                 guilty.append(spill.block_key(source.number))
                 manifest.withdraw(job, source)
                 manifest.withdraw(job, Task("index", level - 1, grand))
-    if not guilty:  # the damage is in what this level made of it
+    if not guilty:  # the damage is in what this level made of it, or in the sums that it was told
         for task in blocks:
             manifest.withdraw(job, task)
+        if level > 1:
+            Spill(job, level - 1).distrust(parent)
     where = f"; damaged in scratch: {', '.join(guilty[:5])}" if guilty else ""
     raise ConservationError(
         f"{what}{where}; nothing of it was published; run again to redo those rows"
@@ -265,9 +271,15 @@ def _check_conserved(
 
 def _read_source(job: Job, start: int, columns: Columns) -> None:
     stop = start + len(columns.hi)
-    columns.source_row[:] = np.arange(start, stop, dtype=np.uint64)
-    columns.hi[:] = job.keys.hi(start, stop)
     source = Source(job.source, job.fill_missing)
+    columns.source_row[:] = numbers = source.numbers(start, stop)
+    first, last = int(numbers[0]), int(numbers[-1])
+    if job.kind == "copy":
+        columns.hi[:] = 0  # nobody asks for its order
+    elif job.kind == "shuffle" and last - first == len(numbers) - 1:  # a shuffle's numbers ascend
+        columns.hi[:] = job.keys.hi(first, last + 1)
+    else:
+        columns.hi[:] = job.keys.hi_at(numbers)
     for field, rows in zip(job.fields, columns.fields, strict=True):
         source.read(field, start, rows)
 

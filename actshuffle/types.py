@@ -183,12 +183,28 @@ class Field:
     raw_output: bool = True
 
 
+def public_url(url: str) -> str:
+    """A URL without user, password or query, fit to be written down."""
+    if "://" not in url:
+        return url
+    scheme, rest = url.split("://", 1)
+    head, slash, tail = rest.partition("/")
+    return f"{scheme}://{head.rsplit('@', 1)[-1]}{slash}{tail.split('?', 1)[0]}"
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a store is: a local path or a URL.  Options are credentials and the like; never written."""
 
     url: str
     options: str = dataclasses.field(default="{}", repr=False)  # JSON, as fsspec takes it
+
+    def __str__(self) -> str:
+        """Fit to be written down: in logs, messages and files."""
+        return public_url(self.url)
+
+    def __repr__(self) -> str:
+        return f"Place({str(self)!r})"
 
     def child(self, name: str) -> Place:
         return Place(self.url.rstrip("/") + "/" + name, self.options)
@@ -210,12 +226,17 @@ class Job:
     request: str  # JSON text of the settled arguments, for a run that resumes
     fill_missing: bool = False  # absent source chunks are fill values, because the user said so
     fsync: bool = True
+    # "shuffle"; or, with leaves alone, "merge": a leaf's rows come in any order and are sorted by key;
+    # "copy": they stay as they come.
+    kind: str = "shuffle"
+    key_rows: tuple[int, int] | None = None  # ranks are counted among these rows' keys; None: all rows
+    facts: str = "{}"  # JSON text of what a virtual source adds to the marker, and of its digests
 
     def to_json(self) -> dict[str, Any]:
         """All but the places' options."""
         document = dataclasses.asdict(self)
         for place in ("source", "destination", "scratch"):
-            document[place] = document[place]["url"]
+            document[place] = public_url(document[place]["url"])
         return document
 
     @property

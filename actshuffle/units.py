@@ -20,8 +20,8 @@ def parse_bytes(text: str | int | float) -> int:
     >>> parse_bytes("8GB"), parse_bytes("64KiB"), parse_bytes(512)
     (8000000000, 65536, 512)
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(text).lower())
-    if not match or match[2] not in _FACTOR:
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([a-z]*)\s*", str(text).lower())
+    if not match or match[2] not in _FACTOR or float(match[1]) > 1e30:
         raise RequestError(f"cannot read {text!r} as a size; write it like 512MB, 8GB or 64KiB")
     return round(float(match[1]) * _FACTOR[match[2]])
 
@@ -47,15 +47,15 @@ def parse_count(text: str | int | float) -> int:
 def format_bytes(n: float) -> str:
     """Decimal units, three digits: ``1.23 GB``."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
-        if abs(n) < 1000:
+        if abs(n) < 999.5:  # from here on three digits round to 1000
             return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
-    return f"{n:,.3g} PB" if n < 1000 else f"{n:,.0f} PB"
+    return f"{n:,.3g} PB" if n < 999.5 else f"{n:,.0f} PB"
 
 
 def format_seconds(s: float) -> str:
     """``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
-    if s < 60:
+    if s < 59.95:
         return f"{s:.1f} s"
     minutes, seconds = divmod(round(s), 60)
     if minutes < 60:

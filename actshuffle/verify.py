@@ -188,7 +188,7 @@ def verify(
 
 
 def _full(
-    pair: Pair, executor: Executor, progress: Progress, _: int
+    pair: Pair, executor: Executor, progress: Progress, _sample: int
 ) -> tuple[int, int, list[Problem]]:
     row_bytes = sum(f.row_bytes for f in pair.fields)
     step = max(1, TASK_BYTES // row_bytes, -(-pair.rows // 10_000))

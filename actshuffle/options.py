@@ -1,0 +1,104 @@
+"""The options that commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from actshuffle.errors import ActshuffleError, RequestError
+from actshuffle.units import parse_bytes, parse_count
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Parsed(click.ParamType[Any]):
+    """An option read by one of our own functions, whose refusal becomes a usage error."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self._parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._parse(value) if isinstance(value, str) else value
+        except (ActshuffleError, ValueError, OverflowError) as err:
+            self.fail(str(err), param, ctx)
+
+
+def _levels(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdecimal():
+        raise RequestError(f"levels must be auto or a whole number, got {text!r}")
+    return int(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise RequestError(f"cannot read {text!r} as array names; write them like act,token")
+    return names
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as err:
+        raise RequestError(f"not JSON: {err}") from None
+    if not isinstance(value, dict):
+        raise RequestError('must be a JSON object like {"anon": true}')
+    return value
+
+
+SIZE = Parsed("size", parse_bytes)
+COUNT = Parsed("count", parse_count)
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order given."""
+
+    def apply(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+SHAPE = _options(
+    click.option("--levels", metavar="N", type=Parsed("levels", _levels),
+                 help="Passes over the data.  [default: auto, the fewest that fit]"),
+    click.option("--memory", type=SIZE,
+                 help="Most memory of one worker.  [default: a share of the machine, 2GiB at most]"),
+    click.option("--block-bytes", type=SIZE,
+                 help="Rows of one task, in bytes (M).  [default: from --memory]"),
+    click.option("--run-bytes", type=SIZE,
+                 help="Least that is read in one piece (P).  [default: 256KiB; remote, 4MiB]"),
+    click.option("--chunk-rows", type=COUNT,
+                 help="Rows of a chunk of the widest array.  [default: about 32MiB]"),
+    click.option("--chunks-per-shard", type=COUNT,
+                 help="Chunks of a shard.  [default: 1; more beyond 10^6 chunks]"),
+    click.option("--codec", type=click.Choice(["none", "crc32c", "zstd"]),
+                 help="Of the output.  [default: none]"),
+    click.option("--fields", metavar="A,B", type=Parsed("names", _names),
+                 help="Arrays to take.  [default: all]"),
+)  # fmt: skip
+WORKERS = click.option(
+    "--workers", metavar="N", type=COUNT,
+    help="Worker processes; 0 works in this one.  [default: one per core; 0 below 256MB]",
+)  # fmt: skip
+SCHEDULER = click.option(
+    "--scheduler", metavar="ADDRESS", help="Run on this Dask cluster: tcp://host:8786."
+)
+STORAGE = click.option(
+    "--storage-options", metavar="JSON", type=Parsed("JSON", _json_object),
+    envvar="ACTSHUFFLE_STORAGE_OPTIONS",
+    help="For URLs, as fsspec takes them.  [env: ACTSHUFFLE_STORAGE_OPTIONS]",
+)  # fmt: skip
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+QUIET = click.option("--quiet", is_flag=True, help="Print errors only, and what --json asks for.")
+DEBUG = click.option(
+    "--debug", is_flag=True, expose_value=False, help="Show tracebacks and Dask's own log."
+)

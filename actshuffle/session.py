@@ -1,0 +1,206 @@
+"""What stands between a command and the library: who does the work, who watches it, how it is stopped.
+
+Like cli.py, it may print: results to stdout, all else to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from multiprocessing import resource_tracker
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from actshuffle.display import Display, LogLines
+from actshuffle.errors import ClusterError, RequestError
+
+if TYPE_CHECKING:
+    from actshuffle.executors import Executor
+
+T = TypeVar("T")
+QUIET_DASK = {"DASK_LOGGING__DISTRIBUTED": "critical", "PYTHONWARNINGS": "ignore"}  # for workers
+SMALL = 256_000_000  # bytes that are moved sooner than a cluster of our own has started
+
+
+class _Crew:
+    """The executor that was asked for, opened when the first work comes.
+
+    So a request that is refused is refused at once, and a small one need not wait for a cluster.
+    """
+
+    name, dashboard = "lazy", None
+
+    def __init__(self, workers: int | None, display: Display) -> None:
+        from actshuffle.executors import cores
+
+        if workers is not None and workers < 0:
+            raise RequestError(f"workers must be 0 (none but this process) or more, got {workers}")
+        self.workers = max(1, cores() if workers is None else workers)
+        self._alone = workers == 0 or (workers is None and self.workers == 1)
+        self._small = SMALL if workers is None else -1
+        self._display = display
+        self._stack = ExitStack()
+        self._inner: Executor | None = None
+
+    def ready(self, nbytes: int) -> Executor:
+        """Open the executor for work of so many bytes, if it is not open."""
+        if self._inner is None:
+            from actshuffle.run import executor_for
+
+            alone = self._alone or nbytes <= self._small
+            if not alone:
+                self._display.hint("cluster", f"starting {self.workers} workers ...")
+            with _deaf_children():
+                self._inner = self._stack.enter_context(executor_for(0 if alone else self.workers))
+            self.name, self.workers = self._inner.name, self._inner.workers
+            if not alone:
+                self._display.line("cluster", _cluster_text(self._inner))
+        return self._inner
+
+    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        return self.ready(self._small + 1).map(fn, calls)
+
+    def task_memory(self) -> int:
+        """A worker's share of the machine, as its cluster will see it."""
+        from actshuffle.executors import Serial
+
+        return Serial().task_memory() // self.workers
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _cluster_text(executor: Executor) -> str:
+    count = f"{executor.workers} worker{'s' * (executor.workers != 1)}"
+    return f"{count}, {executor.dashboard}" if executor.dashboard else count
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes started here, and by threads started here, never see Ctrl-C: a terminal sends it to all,
+    and we stop them ourselves."""
+    resource_tracker.ensure_running()  # its start would undo the mask in the thread that starts workers
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Executor]:
+    """The executor of somebody else's cluster."""
+    from distributed import Client
+
+    from actshuffle.run import executor_for
+
+    with ExitStack() as stack:
+        try:
+            # Waits as long as Dask's configuration says, 30 s.
+            client = stack.enter_context(Client(address))  # type: ignore[no-untyped-call]
+        except (OSError, TimeoutError) as err:
+            raise ClusterError(f"no Dask scheduler answers at {address} ({err})") from err
+        except ValueError as err:
+            raise RequestError(f"cannot use {address!r} as a scheduler's address: {err}") from err
+        yield stack.enter_context(executor_for(None, client))
+
+
+@contextmanager
+def at_work(
+    ctx: click.Context, workers: int | None, scheduler: str | None, quiet: bool
+) -> Iterator[tuple[Executor, Display]]:
+    """An executor and a display, both put away in good order whatever happens."""
+    if workers is not None and scheduler is not None:
+        raise click.UsageError("give --workers or --scheduler, not both")
+    display = Display(None if quiet else sys.stderr)
+    handler, log = LogLines(display), logging.getLogger("actshuffle")
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        with ExitStack() as stack:
+            for name, value in () if ctx.obj["debug"] else QUIET_DASK.items():
+                if name not in os.environ:
+                    os.environ[name] = value
+                    stack.callback(os.environ.pop, name)
+            executor: Executor
+            stack.callback(display.close)
+            if scheduler is not None:
+                display.hint("cluster", f"connecting to {scheduler} ...")
+                executor = stack.enter_context(_connected(scheduler))
+                display.line("cluster", _cluster_text(executor))
+            else:
+                executor = crew = _Crew(workers, display)
+                stack.callback(crew.close)
+                display.before = crew.ready
+            display.workers = lambda: executor.workers
+            if not ctx.obj["debug"]:
+                stack.callback(_hush)
+            try:
+                yield executor, display
+            except KeyboardInterrupt:
+                display.close()
+                if executor.name == "dask":
+                    display.line("stopping", "Ctrl-C again does not wait for the tasks in flight")
+                raise
+    finally:
+        log.removeHandler(handler)
+        log.propagate = True
+
+
+def _hush() -> None:
+    """What Dask has to say about connections that end is nobody's concern once we end them."""
+    for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+@contextmanager
+def signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM stop a run in good order; a second one stops it at once."""
+
+    def stop(number: int, _: Any) -> NoReturn:
+        signal.signal(number, lambda *_: os._exit(1))  # workers go when they see that we are gone
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    click.echo(json.dumps(document))
+
+
+def wrapped(text: str, stream: Any) -> str:
+    """Broken at spaces where a terminal would break words."""
+    if not stream.isatty():
+        return text
+    wrap = partial(
+        textwrap.fill,
+        width=shutil.get_terminal_size().columns,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(map(wrap, text.splitlines()))
+
+
+def show(document: dict[str, Any], text: str, as_json: bool) -> None:
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(text)

@@ -1,0 +1,131 @@
+"""Sources that hold no rows of their own, and how their rows are had.
+
+Several stores as one, rows chosen from a store, two sorted stores on their way into one, files of
+another format: to the engine each is a source like any other.  On disk it is a folder that says what
+it presents and which reader of ours has the rows::
+
+    V/_actshuffle/virtual.json      the reader's name and settings, and facts about the rows
+    V/_actshuffle/arrays/NAME       zarr.json of each array, as a run sees it; no chunks
+
+It has no ``zarr.json`` at its top, so that nobody else mistakes it for a store full of zeros.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+from actshuffle.digest import U8
+from actshuffle.errors import FormatError
+from actshuffle.keys import U64
+from actshuffle.objects import open_objects
+from actshuffle.types import Place
+
+KEY = "_actshuffle/virtual.json"
+ARRAYS = "_actshuffle/arrays"
+FORMAT = 1
+
+# Code is never named by a store: a reader is one of these, or the store is refused.
+_READERS = {
+    "concat": "actshuffle.concat",
+    "chosen": "actshuffle.cut",
+    "merge": "actshuffle.append",
+    "files": "actshuffle.importers",
+    "model": "actshuffle.collect",
+}
+
+
+class Reader(Protocol):
+    """Has the rows of one virtual source; ``open_reader(place, settings)`` of its module makes one."""
+
+    def read(self, name: str, start: int, out: U8) -> None:
+        """Rows ``[start, start + len(out))`` of an array into ``out``, uint8 ``(m, row_bytes)``."""
+
+    def numbers(self, start: int, stop: int) -> U64:
+        """What rows ``[start, stop)`` are called in ``source_row``: they have the keys of these numbers."""
+
+    def inventory(self, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        """Look at everything the rows come from, as `take_inventory` does: its identity, and what is
+        worth a note in the completion marker."""
+
+
+def describe(place: Place) -> dict[str, Any] | None:
+    """What a virtual source says of itself, or None where there is none."""
+    data = open_objects(place).get(KEY)
+    return None if data is None else _parsed(data)
+
+
+def write(
+    place: Place, reader: str, settings: Mapping[str, Any], arrays: Mapping[str, str],
+    attributes: Mapping[str, Any], **facts: Any,
+) -> None:  # fmt: skip
+    """Write a virtual source: array metadata (texts of ``zarr.json`` by name) first, what it is last.
+
+    Facts are optional: ``key_rows`` are the rows ``[start, stop)`` among whose keys its own stand when
+    ranks are counted (default: all of its own), ``kind`` is how a job treats it (`types.Job.kind`),
+    ``marker`` goes into the completion marker of what is made from it, and ``sums`` are the conservation
+    digests that its arrays must turn out to have.
+    """
+    objects = open_objects(place)
+    objects.delete_prefix(ARRAYS)
+    group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    for name, text in arrays.items():
+        objects.put(f"{ARRAYS}/{name}/zarr.json", text.encode())
+    objects.put(f"{ARRAYS}/zarr.json", json.dumps(group, indent=2).encode())
+    body = {"format": FORMAT, "reader": reader, "settings": dict(settings), **facts}
+    objects.put(KEY, json.dumps(body, indent=2, sort_keys=True).encode())
+
+
+def array_names(place: Place) -> list[str]:
+    """The arrays that a virtual source presents."""
+    prefix, suffix = f"{ARRAYS}/", "/zarr.json"
+    keys = open_objects(place).list(ARRAYS)
+    return sorted(
+        k[len(prefix) : -len(suffix)] for k in keys if k.endswith(suffix) and k != ARRAYS + suffix
+    )
+
+
+def open_reader(place: Place) -> Reader | None:
+    """The reader of a virtual source, or None if the place is no such thing."""
+    data = open_objects(place).get(KEY)
+    return None if data is None else _reader(place, data)
+
+
+def inventory(place: Place, names: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
+    """Digest of everything behind a virtual source, and its facts with what was found put into the
+    marker's; or None if the place is no such thing."""
+    data = open_objects(place).get(KEY)
+    if data is None:
+        return None
+    body = _parsed(data)
+    _reader.cache_clear()  # what is behind it may have changed since this process last looked
+    identity, found = _reader(place, data).inventory(names)
+    marker = {**found, **body.get("marker", {})}
+    # It may stand for a source that is known by another identity.
+    return marker.get("source_identity", identity), {**body, "marker": marker}
+
+
+@lru_cache(maxsize=8)
+def _reader(place: Place, data: bytes) -> Reader:
+    body = _parsed(data)
+    module = importlib.import_module(_READERS[body["reader"]])
+    found: Reader = module.open_reader(place, body["settings"])
+    return found
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        body: dict[str, Any] = json.loads(data)
+        if body["format"] != FORMAT or body["reader"] not in _READERS:
+            raise FormatError(
+                f"{KEY} has format {body['format']}, reader {body['reader']!r}; this actshuffle reads "
+                f"format {FORMAT} and knows {', '.join(_READERS)}"
+            )
+        if not isinstance(body["settings"], dict):
+            raise TypeError("settings must be an object")
+    except (ValueError, KeyError, TypeError) as err:
+        raise FormatError(f"{KEY} is damaged: {err}") from err
+    return body

@@ -1,0 +1,41 @@
+"""Fixtures: clusters that are started once and used by many tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from actshuffle.executors import Dask, local_cluster
+from helpers import SOURCES
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Callable[[int], Dask]]:
+    """``cluster(n)``: a running Dask cluster of n worker processes, the same one each time."""
+    with ExitStack() as stack:
+        running: dict[int, Dask] = {}
+
+        def of(workers: int) -> Dask:
+            if workers not in running:
+                running[workers] = stack.enter_context(local_cluster(workers))
+            return running[workers]
+
+        yield of
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """``sources(kind, n)``: a store of n rows of one of `helpers.SOURCES`, made once."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def of(kind: str, n: int = 150) -> Path:
+        if (kind, n) not in made:
+            path = tmp_path_factory.mktemp("source") / f"{kind}.zarr"
+            SOURCES[kind](path, n)
+            made[kind, n] = path
+        return made[kind, n]
+
+    return of
