@@ -104,7 +104,8 @@ def _high(words: NDArray[Any], into: U64) -> NDArray[Any]:
     """What the second form reads.  Words under 64 bits have no top bits to lose: the words themselves."""
     if words.dtype.itemsize < 8:
         return words
-    return np.right_shift(words, np.uint64(32), out=into[: len(words)])
+    high: U64 = np.right_shift(words, np.uint64(32), out=into[: len(words)])
+    return high
 
 
 def _unit(row_bytes: int) -> int:
