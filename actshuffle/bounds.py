@@ -26,7 +26,7 @@ from actshuffle.keys import I64, U64, Keys
 from actshuffle.partition import boundaries_at, key_order
 
 _FIRST_BITS, _MORE_BITS = 16, 8
-_COLLECT = 1 << 20  # collect when no more keys than this are left in marked bins
+_COLLECT = 1 << 17  # collect when no more keys than this are left in marked bins: 11 MB to sort
 _SLICE = 1 << 18  # keys made at a time
 COUNT_ROWS = 1 << 27  # rows of one count task, about a second
 

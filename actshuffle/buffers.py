@@ -35,7 +35,9 @@ class Arena:
         """Start over with room for ``nbytes``; arrays handed out before are no longer valid."""
         if nbytes > len(self._memory):
             self._memory = np.empty(0, np.uint8)  # let the old block go first
-            block = mmap.mmap(-1, max(nbytes, ALIGN))
+            # Private: by default a process forked from this one would share the pages.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            block = mmap.mmap(-1, max(nbytes, ALIGN), flags=flags)
             if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 64 << 20:
                 block.madvise(mmap.MADV_HUGEPAGE)
             self._memory = np.frombuffer(block, np.uint8)
@@ -93,7 +95,7 @@ def behind() -> Iterator[Behind]:
 # glibc's mallopt(3) parameters, and where its own adjusting of them ends.
 _TRIM, _TRIM_MOST = -1, 64 << 20
 _MMAP, _MMAP_MOST = -3, 32 << 20
-_RETURNED_FROM = 1 << 20
+_RETURNED_FROM = 256 << 10
 
 
 @contextmanager

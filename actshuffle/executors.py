@@ -19,6 +19,7 @@ from actshuffle import buffers
 from actshuffle.errors import ActshuffleError, ClusterError
 
 T = TypeVar("T")
+LEAST_WINDOW = 64  # calls in the scheduler, however few threads there are
 SHARE = 0.6  # of a worker's memory that a task may use if nobody says otherwise
 log = logging.getLogger("actshuffle")
 
@@ -59,8 +60,9 @@ class Serial:
 class Dask:
     """On the workers of a Dask cluster, with a bounded window of futures.
 
-    At most ``window`` calls per worker thread are in the scheduler at once, so a million tasks cost
-    it no more than a few hundred do.  A call that fails with an error of ours is final; one that fails
+    At most ``window`` calls per worker thread (or `LEAST_WINDOW`) are in the scheduler at once, so a
+    million tasks cost it no more memory than a few hundred do; when half have come back, as many go
+    out together.  A call that fails with an error of ours is final; one that fails
     otherwise is tried ``retries`` times more.  A worker that dies is Dask's to replace.
     """
 
@@ -72,59 +74,73 @@ class Dask:
         self.retries = retries
         has_page = find_spec("bokeh") is not None
         self.dashboard = client.dashboard_link if has_page else None
+        self._seen = 1
 
     @property
     def workers(self) -> int:
-        return max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
+        """How many there are, or were when the cluster last answered."""
+        with self._asking(suppress=True):
+            self._seen = max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
+        return self._seen
 
     def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         from distributed import CancelledError, KilledWorker, as_completed
-        from distributed.comm.core import CommClosedError
 
         calls = iter(calls)
         running: dict[Any, tuple[tuple[Any, ...], int]] = {}  # future: its call, failures so far
         done = as_completed()
 
-        def submit(call: tuple[Any, ...], failures: int) -> None:
-            future = self.client.submit(fn, *call, pure=False)
-            running[future] = call, failures
-            done.add(future)
+        def submit(batch: list[tuple[tuple[Any, ...], int]]) -> None:
+            # Many at once: a graph of one costs scheduler and driver twice as much as a share of many.
+            if batch:
+                columns = zip(*(call for call, _ in batch), strict=True)
+                futures = self.client.map(fn, *columns, pure=False)
+                running.update(zip(futures, batch, strict=True))
+                done.update(futures)
 
         try:
-            for call in islice(calls, self.window * self._threads()):
-                submit(call, 0)
+            window = max(self.window * self._threads(), LEAST_WINDOW)
+            submit([(call, 0) for call in islice(calls, window)])
             while running:
-                future = next(done)
-                call, failures = running.pop(future)
-                if future.status == "finished":
-                    result = future.result()
+                ready = done.next_batch()
+                finished = [future for future in ready if future.status == "finished"]
+                results = self.client.gather(finished)
+                for future in finished:
+                    del running[future]
                     future.release()
-                    for more in islice(calls, 1):
-                        submit(more, 0)
-                    yield result
-                    continue
-                if future.status != "error":
-                    raise CancelledError(str(future.key))
-                error = future.exception()
-                if isinstance(error, ActshuffleError):
-                    raise error
-                if failures >= self.retries:
-                    if isinstance(error, KilledWorker):
-                        raise ClusterError(
-                            f"a task killed its worker again and again ({error}); if memory ran out, "
-                            "lower --memory; run again to resume"
-                        ) from error
-                    raise error
-                log.warning("a task failed (%s: %s), trying again", type(error).__name__, error)
-                submit(call, failures + 1)
-        except (CommClosedError, CancelledError, TimeoutError) as err:
-            raise ClusterError(
-                f"the Dask cluster went away ({type(err).__name__}: {err}); what was finished is "
-                "kept, run again to resume"
-            ) from err
+                again = []
+                for future in set(ready).difference(finished):
+                    call, failures = running.pop(future)
+                    if future.status != "error":
+                        raise CancelledError(str(future.key))
+                    error = future.exception()
+                    if isinstance(error, ActshuffleError):
+                        raise error
+                    if failures >= self.retries:
+                        if isinstance(error, KilledWorker):
+                            raise ClusterError(
+                                f"a task killed its worker again and again ({error}); if memory ran "
+                                "out, lower --memory; run again to resume"
+                            ) from error
+                        raise _Theirs(error)
+                    log.warning("a task failed (%s: %s), trying again", type(error).__name__, error)
+                    again.append((call, failures + 1))
+                submit(again)
+                if len(running) <= window // 2:
+                    submit([(call, 0) for call in islice(calls, window - len(running))])
+                yield from results
+        except _Theirs as err:
+            raise err.error from None
+        except ActshuffleError:
+            raise
+        except Exception as err:
+            if not isinstance(err, CancelledError) and not self._is_gone(err):
+                raise
+            raise _went_away(err) from err
         finally:
             if running and self.client.status == "running":
-                self.client.cancel(list(running))
+                with self._asking(suppress=True):
+                    self.client.cancel(list(running))
 
     def _threads(self) -> int:
         deadline = time.monotonic() + 60
@@ -139,7 +155,8 @@ class Dask:
 
     def task_memory(self) -> int:
         """The least that any worker has for one task; workers without a limit share the machine."""
-        found = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        with self._asking():
+            found = self.client.scheduler_info(n_workers=-1)["workers"].values()
         threads = sum(w["nthreads"] for w in found) or 1
         limits = [
             (w["memory_limit"] or machine_memory() * w["nthreads"] / threads) / w["nthreads"]
@@ -149,7 +166,37 @@ class Dask:
 
     def close(self) -> None:
         if self.client.status == "running":
-            self.client.run(buffers.release)
+            with self._asking(suppress=True):
+                self.client.run(buffers.release)
+
+    @contextmanager
+    def _asking(self, *, suppress: bool = False) -> Iterator[None]:
+        """A question to the scheduler, which may be dead."""
+        try:
+            yield
+        except Exception as err:
+            if not self._is_gone(err):
+                raise
+            if not suppress:
+                raise _went_away(err) from err
+
+    def _is_gone(self, err: Exception) -> bool:
+        """Is this what Dask makes of a scheduler that is not there?  It may be any error at all."""
+        return isinstance(err, OSError | TimeoutError) or self.client.status != "running"
+
+
+class _Theirs(Exception):
+    """An error of a task, on its way past those of the cluster."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def _went_away(err: BaseException) -> ClusterError:
+    return ClusterError(
+        f"the Dask cluster went away ({type(err).__name__}: {err}); what was finished is kept, "
+        "run again to resume"
+    )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from actshuffle.errors import StorageError, StorageFullError
+from actshuffle.errors import SourceError, StorageError, StorageFullError
 from actshuffle.units import format_bytes
 
 PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
@@ -69,7 +69,7 @@ class LocalObjects:
     def _refuse_escape(self, link: Path) -> None:
         home, goal = os.path.realpath(self.root), os.path.realpath(link)
         if goal != home and not goal.startswith(home.rstrip("/") + "/"):
-            raise StorageError(f"{link} is a link out of {self.root}, and is not followed")
+            raise SourceError(f"{link} is a link out of {self.root}, and is not followed")
 
     def get(self, key: str) -> bytes | None:
         with typed(self.root, key):
@@ -187,11 +187,12 @@ def _open_file(path: Path) -> int:
     """A file, open for reading; not a pipe or a device, which could keep us waiting for ever."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(fd)
-        wrong = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-        raise OSError(wrong, "not a regular file")
-    return fd
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    raise SourceError(f"{path} is not a file, but a pipe or a device")
 
 
 def _create(path: Path, *, direct: bool) -> tuple[int, bool]:

@@ -20,7 +20,7 @@ import lzma
 import math
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import zarr
@@ -36,6 +36,7 @@ from actshuffle.errors import MissingChunkError, SourceError, StorageError
 from actshuffle.files import Extent
 from actshuffle.objects import Objects
 
+T = TypeVar("T")
 METADATA_NAMES = {"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"}
 METADATA_BYTES = 64 << 20
 MEMBERS = 100_000  # names in a group's folder, each of which zarr asks for metadata
@@ -68,6 +69,8 @@ def coding_of(array: zarr.Array[Any], where: str) -> Coding:
         filters = [_described(c) for c in meta.get("filters") or ()]  # type: ignore[union-attr]
         chain = filters + [_described(c) for c in (meta.get("compressor"),) if c]
         return Coding(*_checked(chain, math.prod(array.chunks) * itemsize, where))
+    if meta.get("storage_transformers"):
+        raise SourceError(f"{where} is stored by way of storage transformers; it is not read")
     chain = [_described(c) for c in meta["codecs"]]  # type: ignore[union-attr]
     if not any(name == "sharding_indexed" for name, _ in chain):
         return Coding(*_checked(chain, math.prod(array.chunks) * itemsize, where))
@@ -239,8 +242,14 @@ class View(Store):
         self._codings[array.path] = coding_of(array, f"array {array.path!r} of {self.name}")
 
     async def get(self, key: str, prototype: Any, byte_range: ByteRequest | None = None) -> Any:
-        data = await asyncio.to_thread(self._get, key, byte_range)
+        data = await self.call(self._get, key, byte_range)
         return None if data is None else prototype.buffer.from_bytes(data)
+
+    async def call(self, function: Callable[..., T], *args: Any) -> T:
+        """A blocking call, in another thread; right here if the objects want to be called in order."""
+        if getattr(self.objects, "in_order", False):
+            return function(*args)
+        return await asyncio.to_thread(function, *args)
 
     def _get(self, key: str, wanted: ByteRequest | None) -> bytes | None:
         where = f"{key} of {self.name}"
@@ -302,18 +311,18 @@ class View(Store):
         return [await self.get(key, prototype, wanted) for key, wanted in key_ranges]
 
     async def exists(self, key: str) -> bool:
-        return await asyncio.to_thread(self.objects.size, key) is not None
+        return await self.call(self.objects.size, key) is not None
 
     async def list(self) -> AsyncIterator[str]:
-        for key in await asyncio.to_thread(lambda: [*self.objects.list("")]):
+        for key in await self.call(lambda: [*self.objects.list("")]):
             yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        for key in await asyncio.to_thread(lambda: [*self.objects.list(prefix)]):
+        for key in await self.call(lambda: [*self.objects.list(prefix)]):
             yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        names = await asyncio.to_thread(self.objects.names, prefix.rstrip("/"))
+        names = await self.call(self.objects.names, prefix.rstrip("/"))
         if len(names) > MEMBERS:
             raise SourceError(f"{prefix or 'the top'} of {self.name} holds {len(names):,} names; "
                               "no group has so many arrays")  # fmt: skip

@@ -8,7 +8,6 @@ the index of every shard must name all inner chunks and stay inside its file.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -112,9 +111,20 @@ def _inner_chunks(array: zarr.Array[Any]) -> list[int]:
 
 
 def _expected_keys(array: zarr.Array[Any]) -> Iterator[tuple[tuple[int, ...], str]]:
-    for where in itertools.product(*map(range, _counts(array))):
+    for where in _places(_counts(array)):
         key = array.metadata.encode_chunk_key(where)
         yield where, f"{array.path}/{key}" if array.path else key
+
+
+def _places(counts: list[int]) -> Iterator[tuple[int, ...]]:
+    """All places of a grid, in order.  Not `itertools.product`, which begins by listing each axis: the
+    grid may be one that somebody made up."""
+    if not counts:
+        yield ()
+        return
+    for first in range(counts[0]):
+        for rest in _places(counts[1:]):
+            yield first, *rest
 
 
 def _shard_codec(array: zarr.Array[Any]) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from actshuffle._version import __version__
@@ -116,7 +116,11 @@ def read_run(objects: Objects, key: str = RUN_KEY) -> dict[str, Any] | None:
     body = _unsealed(data)
     if body is None or not isinstance(body.get("job"), str):
         other = _format_of(data)
-        what = "is damaged" if other in (None, FORMAT) else f"has format {other!r}, this reads {FORMAT}"
+        what = (
+            "is damaged"
+            if other in (None, FORMAT)
+            else f"has format {other!r}, this reads {FORMAT}"
+        )
         raise FormatError(
             f"{key} {what}, so this half-done run cannot be resumed; delete the destination "
             "(or give --overwrite) and start again"
@@ -177,31 +181,56 @@ def read_bounds(job: Job) -> U64 | None:
     return bounds
 
 
-def write_marker(job: Job, sums: dict[str, str]) -> None:
-    """The last write of a run: from here on the store is complete."""
+def write_marker(job: Job, sums: dict[str, str], files: dict[str, bytes]) -> None:
+    """The last write of a run: from here on the store is complete.
+
+    ``files`` are the store's small files, all that is no chunk: `verify` will know them again.
+    """
     plan = job.plan
-    body = {
+    body: dict[str, Any] = {
         "format": FORMAT, "kind": "shuffle", "version": __version__, "rows": plan.rows, "seed": job.keys.seed,
         "order": ORDER_NAME, "levels": plan.levels, "source": public_url(job.source.url),
         "source_identity": job.source_identity, "source_row": job.source_row is not None,
         "fill_missing": job.fill_missing,
         "fields": {f.name: {"sum": sums[f.name], "object_rows": f.object_rows} for f in job.fields},
+        "files": {key: hashlib.sha256(data).hexdigest() for key, data in sorted(files.items())},
     }  # fmt: skip
     if (job.keys.hi_bits, job.keys.lo_bits) != (64, 64):
         body["key_bits"] = [job.keys.hi_bits, job.keys.lo_bits]
     body |= json.loads(job.facts).get("marker", {})
     if body["kind"] == "collection":  # in no order but its own; the seed is that of the digests
         del body["order"], body["levels"]
+    body["sha256"] = _digest(body)
     objects = open_objects(job.destination, fsync=job.fsync)
     objects.put(MARKER_KEY, group_metadata({"actshuffle": body}))
+
+
+def altered_files(objects: Objects, marker: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Key and what is wrong of each small file, the marker among them, that is not what was written."""
+    body = {k: v for k, v in marker.items() if k != "sha256"}
+    if marker.get("sha256", _digest(body)) != _digest(body):
+        yield MARKER_KEY, "is not what was written"
+    for key, check in marker.get("files", {}).items():
+        data = objects.get(key)
+        if data is None or hashlib.sha256(data).hexdigest() != check:
+            yield key, "is missing" if data is None else "is not what was written"
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 # What a marker must hold, by its kind: a shuffled store, a row range of another store, or a finished
 # store whose rows are in the order in which they were made (collect, import).
 _MARKERS: dict[str, dict[str, type]] = {
     "shuffle": {
-        "rows": int, "seed": int, "fields": dict, "source_row": bool, "levels": int,
-        "source_identity": str, "fill_missing": bool,
+        "rows": int,
+        "seed": int,
+        "fields": dict,
+        "source_row": bool,
+        "levels": int,
+        "source_identity": str,
+        "fill_missing": bool,
     },
     "view": {"rows": int, "fields": dict, "source_row": bool, "of": str, "start": int, "stop": int},
     "collection": {"rows": int, "fields": dict},
@@ -223,14 +252,24 @@ def read_marker(objects: Objects) -> dict[str, Any] | None:
         if kind not in _MARKERS:
             raise FormatError(f"{MARKER_KEY} is of kind {kind!r}; known are {', '.join(_MARKERS)}")
         for name, kind_of in _MARKERS[kind].items():
-            if type(body[name]) is not kind_of or (kind_of is int and body[name] < 0):
+            if type(body[name]) is not kind_of or (name in ("rows", "seed") and body[name] < 0):
                 raise TypeError(f"{name} cannot be {str(body[name])[:40]!r}")
+        if not isinstance(body.get("files", {}), dict):
+            raise TypeError("files must be digests by key")
         if "key_bits" in body and not _is_list(body["key_bits"], 2, lambda x: x in range(65)):
             raise TypeError("key_bits must be two numbers up to 64")
     except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise FormatError(f"{MARKER_KEY} is damaged: {err}") from err
     found: dict[str, Any] = body
     return found
+
+
+def is_finished(objects: Objects) -> bool:
+    """Is there a marker?  One that is torn is none: whoever wrote it goes on, and writes it again."""
+    try:
+        return read_marker(objects) is not None
+    except FormatError:
+        return False
 
 
 def _sealed(body: dict[str, Any]) -> bytes:

@@ -1,14 +1,16 @@
 """What a task holds in memory, in one place.  The planner turns it round: memory given, rows allowed.
 
-A split task holds one block of rows, its keys and labels, and a staging buffer through which the
-grouped rows leave.  A leaf task holds one leaf of rows, its keys and order, and one output object.
+A split task holds one block of rows with their keys and numbers, and a staging buffer through which the
+grouped rows leave.  A leaf task holds one leaf of rows, and output objects.  Beside these there is, one
+after the other, what it takes to decode source rows, and what it takes to order them::
 
-::
+    split = BASE + rows x spill_row_bytes + staging      + max(source_buffer, rows x AUX_SPLIT)
+    leaf  = BASE + rows x spill_row_bytes + max(staging, 2 x object_bytes)
+                                + copies x object_bytes  + max(source_buffer, rows x AUX_LEAF)
 
-    split = BASE + source_buffer + rows x (row_bytes + AUX_SPLIT) + STAGING
-    leaf  = BASE + source_buffer + rows x (row_bytes + AUX_LEAF)  + output_copies x object_bytes
-
+Staging counts in a leaf too, because the memory of a worker's tasks is that of the largest so far.
 Sizes are bytes of one worker process beyond its idle footprint (interpreter, imports, cluster comms).
+The constants are measured peaks (tests/test_memory.py), rounded up.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from dataclasses import dataclass
 
 from actshuffle.buffers import ALIGN
 
-BASE = 16 << 20  # zarr metadata, receipts, run tables, hash slices, allocator slack
-SPILL_ROW = 16  # bytes that travel with each spilled row: its key's hi word and its source row
-AUX_SPLIT = 64  # per row: hi 8, source row 8, bucket 8 + 2, order 8, hashes 16, temporaries
-AUX_LEAF = 64  # per row: hi 8, source row 8, order 8, radix digits and argsorts 28, temporaries
+BASE = 12 << 20  # zarr, receipts, run tables, hash slices: 3 to 5 MB raw, 5 to 9 MB through codecs
+SPILL_ROW = 16  # bytes that travel with each row: its key's hi word and its source row
+AUX_SPLIT = 48  # per row: bucket 8 + 2, order 8, hashes and their sums; 46 measured
+AUX_LEAF = 44  # per row: order 8, source row 8, radix digits and argsorts; 38 measured
 STAGING = 8 << 20  # a split fills one half while the other is written
 REQUESTS = 128 << 20  # range reads in flight to an object store, and their copies
 
@@ -34,14 +36,14 @@ class MemoryModel:
     row_bytes : bytes of one row over all fields.
     source_buffer : bytes held while source chunks are decoded (0 when local chunk files are read raw).
     remote : spill and output are in an object store, which takes and gives objects as a whole.
-    output_copies : output objects in memory at once: 2 raw (one is filled while one is written), 4
-        through codecs or to an object store.
+    output_copies : output objects in memory beside the two that are filled in turn: 0 raw, 2 through
+        codecs or to an object store.
     """
 
     row_bytes: int
     source_buffer: int = 0
     remote: bool = False
-    output_copies: int = 2
+    output_copies: int = 0
 
     @property
     def spill_row_bytes(self) -> int:
@@ -54,30 +56,34 @@ class MemoryModel:
 
     def split_bytes(self, rows: int) -> int:
         """Peak bytes of a task that splits ``rows`` rows."""
-        return self._split_fixed + rows * self._split_row
+        aux = max(self.source_buffer, rows * AUX_SPLIT)
+        return self._fixed + self.staging_bytes + rows * self._split_row + aux
 
     def leaf_bytes(self, rows: int, object_bytes: int) -> int:
         """Peak bytes of a task that sorts a leaf of ``rows`` rows into objects of ``object_bytes``."""
-        return self._leaf_fixed(object_bytes) + rows * (self.row_bytes + AUX_LEAF)
+        aux = max(self.source_buffer, rows * AUX_LEAF)
+        return self._leaf_fixed(object_bytes) + rows * self.spill_row_bytes + aux
 
     def rows_within(self, memory: int, object_bytes: int) -> int:
         """The most rows for which both kinds of task stay within ``memory`` bytes (can be <= 0)."""
-        split = (memory - self._split_fixed) // self._split_row
-        leaf = (memory - self._leaf_fixed(object_bytes)) // (self.row_bytes + AUX_LEAF)
-        return min(split, leaf)
+        split = memory - self._fixed - self.staging_bytes
+        leaf = memory - self._leaf_fixed(object_bytes)
+        return min(
+            split // (self._split_row + AUX_SPLIT),
+            (split - self.source_buffer) // self._split_row,
+            leaf // (self.spill_row_bytes + AUX_LEAF),
+            (leaf - self.source_buffer) // self.spill_row_bytes,
+        )
 
     @property
     def _fixed(self) -> int:
-        return BASE + self.source_buffer + REQUESTS * self.remote
+        return BASE + REQUESTS * self.remote
 
-    @property
-    def _split_fixed(self) -> int:
-        return self._fixed + self.staging_bytes
+    def _leaf_fixed(self, object_bytes: int) -> int:
+        buffers = max(self.staging_bytes, 2 * object_bytes)
+        return self._fixed + buffers + self.output_copies * object_bytes
 
     @property
     def _split_row(self) -> int:
         # An object store takes a block in one call: its bytes, and the client's copy of them.
-        return self.row_bytes + AUX_SPLIT + 2 * self.spill_row_bytes * self.remote
-
-    def _leaf_fixed(self, object_bytes: int) -> int:
-        return self._fixed + self.output_copies * object_bytes
+        return self.spill_row_bytes * (3 if self.remote else 1)

@@ -35,6 +35,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from actshuffle import htmlrepr
+
 __all__ = ["MixingAccumulator", "MixingReport", "MixingTest", "report"]
 
 WINDOW = 1 << 18  # rows scored at a time: bounds the memory (about 35 MB) and the lags seen
@@ -114,6 +116,9 @@ class MixingReport:
             "passed": self.passed,
             "tests": [asdict(t) | {"rejects": t.rejects(self.level)} for t in self.tests],
         }
+
+    def _repr_html_(self) -> str:
+        return htmlrepr.mixing(self)
 
     def table(self) -> str:
         """A terminal table: for each name, the test of smallest p-value; then the verdict."""

@@ -25,7 +25,7 @@ from zarr.storage import FsspecStore, LocalStore
 
 from actshuffle.errors import ActshuffleError, RequestError, StorageError
 from actshuffle.files import Extent, LocalObjects, Writer, typed
-from actshuffle.types import Place
+from actshuffle.types import Place, has_secret, public_url
 
 T = TypeVar("T")
 
@@ -78,6 +78,11 @@ def as_place(path: str | Path, storage_options: dict[str, Any] | None = None) ->
     text = str(path)
     if "\0" in text or not text:
         raise RequestError(f"{text!r} is no path")
+    if has_secret(text):
+        raise RequestError(
+            f"{public_url(text)} was given with a password or a signed query, which would end up in logs: "
+            "give credentials by storage options"
+        )
     return Place(text if "://" in text else str(Path(text).absolute()), options)
 
 

@@ -138,7 +138,9 @@ def _fit(
             chunk_rows = max(rows, 1)
         elif block_bytes is not None:
             chunk_rows = _dividing(block_bytes // row_bytes, target) or chunk_rows
-        while chunk_rows > 1 and most(chunk_rows * (per_shard or 1)) < chunk_rows * (per_shard or 1):
+        while chunk_rows > 1 and most(chunk_rows * (per_shard or 1)) < chunk_rows * (
+            per_shard or 1
+        ):
             chunk_rows //= 2  # narrow rows take more for their keys than for themselves
     if chunk_rows < 1 or (per_shard is not None and per_shard < 1):
         raise RequestError(
@@ -146,7 +148,7 @@ def _fit(
         )
     if per_shard is None:
         wanted = max(1, -(-rows // (chunk_rows * MAX_OBJECTS)))
-        allowed = max(1, room // (8 * model.output_copies * chunk_rows * widest))
+        allowed = max(1, room // (8 * (2 + model.output_copies) * chunk_rows * widest))
         per_shard = 1 << min((wanted - 1).bit_length(), allowed.bit_length() - 1)
         whole, rest = divmod((block_bytes or 0) // row_bytes, chunk_rows)
         if whole and not rest:  # chunks fill M exactly, and so should shards

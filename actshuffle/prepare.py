@@ -83,7 +83,9 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 def _checked_request(recorded: Any) -> dict[str, Any]:
     """The arguments that a file says a run was given."""
     if not isinstance(recorded, dict) or "seed" not in recorded:
-        raise FormatError(f"{manifest.RUN_KEY} is damaged: it names no seed; --overwrite starts again")
+        raise FormatError(
+            f"{manifest.RUN_KEY} is damaged: it names no seed; --overwrite starts again"
+        )
     for name, value in recorded.items():
         if name not in _KINDS or not _KINDS[name](value):
             raise FormatError(
@@ -197,11 +199,13 @@ def make_job(
     codec = given.get("codec", "none")
     if codec not in CODECS:
         raise RequestError(f"unknown codec {codec!r}; choose from {', '.join(CODECS)}")
+    kind, asked = beyond.get("kind", "shuffle"), given
+    if kind != "shuffle":  # leaves alone, as many as memory asks for: nothing is split into runs
+        asked = {**given, "run_bytes": 1}
     plan = plan_for(
-        arrays, fields, given, remote=local_path(dst) is None, remote_source=local_path(src) is None
+        arrays, fields, asked, remote=local_path(dst) is None, remote_source=local_path(src) is None
     )
-    kind = beyond.get("kind", "shuffle")
-    if kind != "shuffle":  # leaves alone, and as many as memory asks for
+    if kind != "shuffle":
         plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=())
     rows = plan.rows
     scratch = scratch_place(dst, given.get("scratch"))
@@ -225,7 +229,7 @@ def make_job(
         fields=tuple(outputs), source_row=provenance, attributes=json.dumps(attributes, sort_keys=True),
         source_identity=identity, request=json.dumps(given, sort_keys=True), fill_missing=fill_missing,
         fsync=fsync, kind=kind, key_rows=beyond.get("key_rows") and tuple(beyond["key_rows"]),
-        facts=json.dumps({k: beyond[k] for k in ("marker", "sums") if k in beyond}, sort_keys=True),
+        facts=json.dumps({k: beyond[k] for k in ("marker", "sums", "stage") if k in beyond}, sort_keys=True),
     )  # fmt: skip
 
 
@@ -246,14 +250,15 @@ def plan_for(
         row_bytes=sum(f.row_bytes for f in fields),
         source_buffer=source_buffer(list(arrays.values()), remote=remote_source),
         remote=remote,
-        output_copies=4 if coded or remote else 2,
+        output_copies=2 if coded or remote else 0,
     )
     widest = max(fields, key=lambda f: f.row_bytes)
+    usual_run = REMOTE_RUN_BYTES if remote else LOCAL_RUN_BYTES
     return make_plan(
         next(iter(arrays.values())).shape[0], model.row_bytes,
         levels=given.get("levels", "auto"), memory=given.get("memory"),
         block_bytes=given.get("block_bytes"),
-        run_bytes=given.get("run_bytes") or (REMOTE_RUN_BYTES if remote else LOCAL_RUN_BYTES),
+        run_bytes=usual_run if (run := given.get("run_bytes")) is None else run,
         chunk_rows=given.get("chunk_rows"), chunks_per_shard=given.get("chunks_per_shard"),
         widest_row=max(widest.row_bytes, 8 if given.get("source_row", True) else 0),
         source_chunk_rows=widest.source_chunk_rows,
@@ -303,9 +308,7 @@ def _spans(row_bytes: int, widest: int, plan: Plan) -> int:
 def _check_places(src: Place, dst: Place, scratch: str | None) -> None:
     source, target = _where(src), _where(dst)
     if _inside(target, source) or _inside(source, target):
-        raise RequestError(
-            f"destination {dst} and source {src} must not lie inside each other"
-        )
+        raise RequestError(f"destination {dst} and source {src} must not lie inside each other")
     spill = None if scratch is None else _where(as_place(scratch))
     if spill is not None and (_inside(spill, source) or _inside(spill, target)):
         raise RequestError(f"scratch {scratch} must lie outside source and destination")
@@ -344,22 +347,23 @@ def _recorded(dst: Place, overwrite: bool) -> dict[str, Any] | None:
     path = local_path(dst)
     if path is not None and objects.size("") is not None and not path.is_dir():
         raise DestinationExistsError(f"{path} is a file")
-    names = objects.names("")
-    stored = set(names) & {"zarr.json", ".zgroup", ".zarray"}
+    names = set(objects.names(""))
+    stored = names & {"zarr.json", ".zgroup", ".zarray"}
     if overwrite:
         if names and not stored and OUR_GROUP not in names:
             raise DestinationExistsError(
                 f"{dst.url} is no Zarr store; it is not overwritten, remove it by hand"
             )
         return None
-    marker, recorded = manifest.read_marker(objects), None
-    with contextlib.suppress(FormatError) if marker is not None else contextlib.nullcontext():
+    finished = manifest.is_finished(objects)
+    recorded = None
+    with contextlib.suppress(FormatError) if finished else contextlib.nullcontext():
         recorded = manifest.read_run(objects)
     if recorded is not None:  # beside a marker: done, but for the clearing away
         return recorded
-    if marker is not None:
+    if finished or manifest.read_marker(objects) is not None:
         raise DestinationExistsError(f"{dst.url} is a finished shuffle; --overwrite replaces it")
-    if names:
+    if next(iter(objects.list("")), None) is not None:
         raise DestinationExistsError(
             f"{dst.url} exists and is not a half-done shuffle; choose another path"
             + (", or --overwrite to replace it" if stored else "")

@@ -157,15 +157,13 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
     """Run or resume a prepared job to its completion marker."""
     started = time.perf_counter()
     plan, done, total = job.plan, 0, 0
-    if manifest.read_marker(open_objects(job.destination)) is not None:
+    if manifest.is_finished(open_objects(job.destination)):
         _clear(job)  # an earlier run got this far
         return Result(plan, job.keys.seed, str(job.destination), 0.0, 0, 0, executor.workers)
     _claim(job)
     _find_boundaries(job, executor, progress)
     for level in range(tasks.first_level(job), plan.levels + 1):
-        progress.begin(
-            _stage(job, level), plan.task_count(level), plan.rows * plan.row_bytes
-        )
+        progress.begin(_stage(job, level), plan.task_count(level), plan.rows * plan.row_bytes)
         if level < plan.levels:
             Spill(job, level).write_metadata()
         for result in executor.map(tasks.run_task, ((job, task) for task in plan.tasks(level))):
@@ -178,7 +176,7 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
         if 1 < level < plan.levels:
             Spill(job, level - 1).delete()  # what it held is in the next one
         progress.end()
-    _publish(job)
+    publish(job)
     return Result(
         plan, job.keys.seed, manifest.public_url(job.destination.url),
         time.perf_counter() - started, total, done, executor.workers,
@@ -186,7 +184,9 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
 
 
 def _stage(job: Job, level: int) -> str:
-    return f"level {level} of {job.plan.levels}" if job.kind == "shuffle" else job.kind
+    if job.kind == "shuffle":
+        return f"level {level} of {job.plan.levels}"
+    return str(json.loads(job.facts).get("stage", job.kind))
 
 
 def _claim(job: Job) -> None:
@@ -225,7 +225,7 @@ def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
     progress.end()
 
 
-def _publish(job: Job) -> None:
+def publish(job: Job) -> None:
     """Digests, metadata, marker.  Every step can be done again."""
     plan, objects = job.plan, open_objects(job.destination, fsync=job.fsync)
     digests: dict[str, list[U64]] = {f.name: [] for f in job.fields}
@@ -237,10 +237,11 @@ def _publish(job: Job) -> None:
             )
         for name, texts in receipt["digests"].items():
             digests[name] += [from_hex(text) for text in texts]
-    sums = {}
+    sums: dict[str, str] = {}
+    files: dict[str, bytes] = {}
     for name, found in digests.items():
         table = np.array(found, np.uint64).reshape(-1, 2)
-        put_array(objects, f"{manifest.DIGESTS}/{name}", table)
+        files |= put_array(objects, f"{manifest.DIGESTS}/{name}", table)
         sums[name] = to_hex(table.sum(axis=0, dtype=np.uint64))
     promised = json.loads(job.facts).get("sums", sums)
     if promised != sums:
@@ -249,12 +250,13 @@ def _publish(job: Job) -> None:
             f"rows of {wrong} are not those that {job.source.url} had when they were written: an input "
             "was damaged since; verify it. Nothing was published"
         )
-    objects.put(f"{manifest.DIGESTS}/zarr.json", group_metadata({}))
-    for field in tasks.output_fields(job):
-        objects.put(f"{field.name}/zarr.json", field.metadata.encode())
-    objects.put("zarr.json", group_metadata(json.loads(job.attributes)))
+    metadata = {f"{manifest.DIGESTS}/zarr.json": group_metadata({})}
+    metadata |= {f"{f.name}/zarr.json": f.metadata.encode() for f in tasks.output_fields(job)}
+    metadata["zarr.json"] = group_metadata(json.loads(job.attributes))
+    for key, data in metadata.items():
+        objects.put(key, data)
     objects.settle([""])
-    manifest.write_marker(job, sums)
+    manifest.write_marker(job, sums, files | metadata)
     _clear(job)
 
 

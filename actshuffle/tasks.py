@@ -49,8 +49,8 @@ def run_task(job: Job, task: Task) -> Done:
     started = time.perf_counter()
     work = {"split": split, "index": index, "leaf": leaf}[task.kind]
     fresh = not is_done(job, task)
-    coded = not all(f.source_key and f.raw_output for f in output_fields(job))
-    with lean_heap() if coded else nullcontext():
+    raw = all(f.source_key for f in job.fields) and all(f.raw_output for f in output_fields(job))
+    with nullcontext() if raw else lean_heap():
         rows = work(job, task) if fresh else 0
     return Done(task, rows * job.plan.row_bytes, time.perf_counter() - started, fresh)
 

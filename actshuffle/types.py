@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from actshuffle import htmlrepr
 from actshuffle.keys import Keys
 from actshuffle.memory import MemoryModel
 
@@ -146,6 +147,9 @@ class Plan:
         spill = min(1, self.levels - 1) * self.rows * self.model.spill_row_bytes
         return max(self.scratch_bytes, spill + self.output_bytes)
 
+    def _repr_html_(self) -> str:
+        return htmlrepr.plan(self)
+
     @property
     def output_bytes(self) -> int:
         """Bytes of the output before any codec, source rows included."""
@@ -192,6 +196,13 @@ def public_url(url: str) -> str:
     return f"{scheme}://{head.rsplit('@', 1)[-1]}{slash}{tail.split('?', 1)[0]}"
 
 
+def has_secret(url: str) -> bool:
+    """Does a URL carry a password, or a query, which may be a signature?"""
+    scheme, mark, rest = url.partition("://")
+    user = rest.partition("/")[0].rpartition("@")[0]
+    return bool(mark) and scheme != "file" and (":" in user or "?" in rest)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a store is: a local path or a URL.  Options are credentials and the like; never written."""
@@ -229,7 +240,9 @@ class Job:
     # "shuffle"; or, with leaves alone, "merge": a leaf's rows come in any order and are sorted by key;
     # "copy": they stay as they come.
     kind: str = "shuffle"
-    key_rows: tuple[int, int] | None = None  # ranks are counted among these rows' keys; None: all rows
+    key_rows: tuple[int, int] | None = (
+        None  # ranks are counted among these rows' keys; None: all rows
+    )
     facts: str = "{}"  # JSON text of what a virtual source adds to the marker, and of its digests
 
     def to_json(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -27,11 +28,18 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from actshuffle import manifest
+from actshuffle import htmlrepr, manifest
 from actshuffle.arrays import SOURCE_ROW, Source, get_array, source_arrays, source_field
 from actshuffle.digest import RowHash
-from actshuffle.errors import ActshuffleError, IncompleteStoreError, RequestError
+from actshuffle.errors import (
+    ActshuffleError,
+    FormatError,
+    IncompleteStoreError,
+    RequestError,
+    SourceError,
+)
 from actshuffle.executors import Executor, Serial
+from actshuffle.files import Extent
 from actshuffle.inventory import look, take_inventory
 from actshuffle.keys import U64, Keys
 from actshuffle.mixing import MixingAccumulator, MixingReport
@@ -76,6 +84,9 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         return not self.problems and (self.mixing is None or self.mixing.passed)
+
+    def _repr_html_(self) -> str:
+        return htmlrepr.verify(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -146,9 +157,25 @@ def verify(
         raise IncompleteStoreError(
             f"{dst} has no completion marker: not an actshuffle output, or its run has not finished"
         )
+    if marker["kind"] != "shuffle":
+        raise RequestError(
+            f"{dst} is a {marker['kind']}; only a shuffle can be verified against its source"
+        )
+    if marker.get("population", marker["rows"]) != marker["rows"]:  # a sample, or a copied range
+        whole = f"a shuffle of {marker['population']:,} rows"
+        raise RequestError(f"{dst} is a part of {whole}; only a whole one can be verified")
+    altered = [
+        Problem("metadata", *a) for a in manifest.altered_files(open_objects(destination), marker)
+    ]
     names = tuple(marker["fields"])
     theirs = source_arrays(source, names)
-    ours = source_arrays(destination, (*names, SOURCE_ROW) if marker["source_row"] else names)
+    try:
+        ours = source_arrays(destination, (*names, SOURCE_ROW) if marker["source_row"] else names)
+    except (SourceError, RequestError) as err:
+        altered.append(Problem("metadata", str(dst), str(err)))
+        return VerifyReport(
+            marker["rows"], 0, 0, quick, time.perf_counter() - started, tuple(altered)
+        )
     identity, gappy = take_inventory(source, theirs, fill_missing=marker["fill_missing"])
     notes = [] if identity == marker["source_identity"] else [
         "the source's metadata or object sizes are not those of the run"
@@ -183,7 +210,7 @@ def verify(
             problems.append(Problem("order", SOURCE_ROW, str(err)))
     return VerifyReport(
         pair.rows, checked, nbytes, quick, time.perf_counter() - started,
-        tuple(problems), tuple(notes), scored,
+        (*altered, *problems), tuple(notes), scored,
     )  # fmt: skip
 
 
@@ -217,9 +244,13 @@ def _full(
     for ((_, last), (following, _)), start in zip(pairwise(seams), sorted(edges)[1:], strict=True):
         if not tuple(last) < tuple(following):
             problems.append(_order_problem(pair, start))
+    whole = not any(p.kind == "unreadable" for p in problems)
     for number, field in enumerate(pair.fields):
         if (total[0, number] != total[1, number]).any():
-            problems += _locate(pair, executor, number, field, by_object[number])
+            found = list(_locate(pair, executor, number, field, by_object[number], whole))
+            problems += [p for p in found if p.kind != "unreadable"]
+    for output in (*pair.fields, *([pair.source_row] if pair.source_row else [])):
+        problems += _padding_problems(pair, output)
     return pair.rows, 2 * pair.rows * row_bytes, problems
 
 
@@ -233,7 +264,8 @@ def check_range(pair: Pair, side: int, start: int, stop: int) -> Any:
     )
     store = Source(place, pair.fill_missing and side == 0)
     sums: list[dict[int, U64]] = [{} for _ in fields]
-    edge, problems = None, []
+    edge = None
+    problems: list[Problem] = []
     step = max(1, SLICE_BYTES // max(f.row_bytes for f in fields))
     for a in range(start, stop, step):
         b = min(a + step, stop)
@@ -243,9 +275,9 @@ def check_range(pair: Pair, side: int, start: int, stop: int) -> Any:
             else:
                 rows = _rows_of(pair, store, a, b)
                 keys = _full_keys(pair.keys, rows)
-                broken = _first_descent(keys, rows, pair.rows, None if edge is None else edge[1])
-                if broken is not None:
-                    problems.append(_order_problem(pair, a + broken))
+                broken = _descents(keys, rows, pair.rows, None if edge is None else edge[1])
+                room = max(0, SHOWN - len(problems))
+                problems += [_order_problem(pair, a + int(at)) for at in broken[:room]]
                 edge = (keys[0] if edge is None else edge[0], keys[-1])
             for number, field in enumerate(fields):
                 data = np.empty((b - a, field.row_bytes), np.uint8)
@@ -259,21 +291,45 @@ def check_range(pair: Pair, side: int, start: int, stop: int) -> Any:
         except ActshuffleError as err:
             if side == 0:
                 raise
-            problems.append(Problem("unreadable", f"output rows {a:,} to {b:,}", str(err)))
+            problems += list(_unreadable(pair, store, a, b)) or [
+                Problem("unreadable", f"output rows {a:,} to {b:,}", str(err))
+            ]
     return side, start, stop, sums, edge, problems
 
 
+def _unreadable(pair: Pair, store: Source, start: int, stop: int) -> Iterator[Problem]:
+    """Which objects of dst with any of some rows cannot be read."""
+    for field in (*pair.fields, *([pair.source_row] if pair.source_row else [])):
+        size = field.source_chunk_rows
+        for number in range(start // size, -(-stop // size)):
+            a, b = number * size, min((number + 1) * size, pair.rows)
+            step = max(1, SLICE_BYTES // field.row_bytes)
+            try:
+                for at in range(a, b, step):
+                    rows = np.empty((min(step, b - at), field.row_bytes), np.uint8)
+                    store.read(field, at, rows)
+            except ActshuffleError as err:
+                yield Problem("unreadable", _object_key(field, number), str(err))
+
+
 def _locate(
-    pair: Pair, executor: Executor, number: int, field: Field, found: dict[int, U64]
+    pair: Pair, executor: Executor, number: int, field: Field, found: dict[int, U64], whole: bool
 ) -> Iterator[Problem]:
-    """Where a field's sums differ: objects that are not what was written, confirmed row by row."""
-    recorded = get_array(open_objects(pair.destination), f"{manifest.DIGESTS}/{pair.names[number]}")
-    known = recorded is not None and len(recorded) == len(found)
+    """Where a field's sums differ: objects that are not what was written, confirmed row by row.
+
+    Not ``whole``: rows that cannot be read are missing from the sums, which so need not mean anything.
+    """
+    recorded = None
+    with suppress(FormatError):  # told of elsewhere
+        recorded = get_array(
+            open_objects(pair.destination), f"{manifest.DIGESTS}/{pair.names[number]}"
+        )
+    known = recorded is not None and max(found, default=-1) < len(recorded)
     differing = [at for at in sorted(found) if known and (recorded[at] != found[at]).any()]  # type: ignore[index]
-    if not differing:
+    if not differing and whole:
         yield Problem("rows", pair.names[number], "its rows are not the source's"
                       + (", though every object is as it was written: has the source changed?" if known else ""))  # fmt: skip
-    for at in differing[COMPARED:]:
+    for at in differing[COMPARED:] if whole else ():
         yield Problem("rows", _object_key(field, at), "is not what was written")
     calls = ((pair, number, at) for at in (differing[:COMPARED] or sorted(found)[:COMPARED]))
     for problems in executor.map(compare_object, calls):
@@ -348,14 +404,13 @@ def check_stretch(pair: Pair, start: int) -> tuple[int, list[Problem]]:
     try:
         rows = _rows_of(pair, store, start, stop)
         keys = _full_keys(pair.keys, rows)
-        broken = _first_descent(keys, rows, pair.rows, None)
-        if broken is None and pair.keys.hi_bits == 64:
+        broken = _descents(keys, rows, pair.rows, None)
+        if not len(broken) and pair.keys.hi_bits == 64:
             # The r-th of n uniform keys lies within a few standard deviations of r / n.
             off = np.abs(keys[:, 0] / 2.0**64 - (np.arange(start, stop) + 1) / (pair.rows + 1))
-            far = np.flatnonzero(off > 8 * 0.5 / np.sqrt(pair.rows + 2))
-            broken = int(far[0]) if len(far) else None
-        if broken is not None:
-            problems.append(_order_problem(pair, start + broken))
+            broken = np.flatnonzero(off > 8 * 0.5 / np.sqrt(pair.rows + 2))
+        for at in broken[:1]:
+            problems.append(_order_problem(pair, start + int(at)))
         for number, field in enumerate(pair.fields):
             for row in _differing_rows(pair, number, store, start, rows):
                 key = _object_key(field, int(row) // field.source_chunk_rows)
@@ -403,30 +458,38 @@ def _full_keys(keys: Keys, rows: U64) -> U64:
     return np.stack([hi, lo, rows], axis=1)
 
 
-def _first_descent(keys: U64, rows: U64, n: int, before: U64 | None) -> int | None:
-    """Position of the first key that does not exceed the one before it, or whose row is none of ours."""
+def _descents(keys: U64, rows: U64, n: int, before: U64 | None) -> NDArray[np.int64]:
+    """Positions of keys that do not exceed the one before them, and of rows that are none of ours."""
     both = keys if before is None else np.concatenate([before[None], keys])
     (h0, l0, r0), (h1, l1, r1) = both[:-1].T, both[1:].T
     ascends = (h0 < h1) | ((h0 == h1) & ((l0 < l1) | ((l0 == l1) & (r0 < r1))))
     bad = np.flatnonzero(~ascends) + (1 if before is None else 0)
-    outside = np.flatnonzero(rows >= np.uint64(n))
-    found = [int(x[0]) for x in (bad, outside) if len(x)]
-    return min(found, default=None)
+    return np.union1d(bad, np.flatnonzero(rows >= np.uint64(n)))
 
 
 def _order_problem(pair: Pair, row: int) -> Problem:
-    where = (
-        "the order"
-        if pair.source_row is None
-        else _object_key(pair.source_row, row // pair.source_row.source_chunk_rows)
-    )
-    return Problem("order", where, f"keys do not ascend at output row {row:,}")
+    if pair.source_row is None:
+        return Problem("order", "the order", f"keys do not ascend at output row {row:,}")
+    size = pair.source_row.source_chunk_rows
+    where, last = (_object_key(pair.source_row, r // size) for r in (row, max(row - 1, 0)))
+    since = "" if where == last else f", the first after {last}"
+    return Problem("order", where, f"keys do not ascend at output row {row:,}{since}")
 
 
 def _object_key(field: Field, number: int) -> str:
-    return (
-        field.source_key.format(number) if field.source_key else f"{field.source}, object {number}"
-    )
+    return field.object_key.format(number)
+
+
+def _padding_problems(pair: Pair, field: Field) -> Iterator[Problem]:
+    """What fills up the last object, where it is plain bytes, is zeros."""
+    used = pair.rows % field.source_chunk_rows
+    if not field.source_key or not used:
+        return
+    key = _object_key(field, pair.rows // field.source_chunk_rows)
+    tail = np.ones((field.source_chunk_rows - used) * field.row_bytes, np.uint8)
+    open_objects(pair.destination).read([Extent(key, used * field.row_bytes, [tail.data])])
+    if tail.any():
+        yield Problem("rows", key, "holds more than zeros behind its last row")
 
 
 def _metadata_problems(

@@ -33,8 +33,8 @@ _READERS = {
     "concat": "actshuffle.concat",
     "chosen": "actshuffle.cut",
     "merge": "actshuffle.append",
-    "files": "actshuffle.importers",
-    "model": "actshuffle.collect",
+    "files": "actshuffle.filesource",
+    "model": "actshuffle.activations",
 }
 
 
@@ -65,12 +65,14 @@ def write(
     """Write a virtual source: array metadata (texts of ``zarr.json`` by name) first, what it is last.
 
     Facts are optional: ``key_rows`` are the rows ``[start, stop)`` among whose keys its own stand when
-    ranks are counted (default: all of its own), ``kind`` is how a job treats it (`types.Job.kind`),
+    ranks are counted (default: all of its own), ``kind`` is how a job treats it (`types.Job.kind`) and
+    ``stage`` what its progress is called,
     ``marker`` goes into the completion marker of what is made from it, and ``sums`` are the conservation
     digests that its arrays must turn out to have.
     """
     objects = open_objects(place)
-    objects.delete_prefix(ARRAYS)
+    for gone in set(array_names(place)) - set(arrays):  # another process may be writing the same
+        objects.delete_prefix(f"{ARRAYS}/{gone}")
     group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
     for name, text in arrays.items():
         objects.put(f"{ARRAYS}/{name}/zarr.json", text.encode())

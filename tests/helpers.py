@@ -1,4 +1,4 @@
-"""Small source stores of every kind the engine takes, executors that misbehave, and the check against the oracle."""
+"""Source stores of every kind the engine takes, an executor that repeats itself, and the check of outputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,23 @@ from actshuffle.run import Result, execute
 from actshuffle.types import Job, Task
 
 STRUCT = np.dtype([("id", "<u4"), ("score", "<f8"), ("flag", "i1")])
-DTYPES = ["?", "i1", "<u2", "<i8", "<f2", "<f4", "<f8", "<c8", "<c16", "<M8[ns]", "<m8[s]", "S5", "<U3", "V3", STRUCT]
+DTYPES = [
+    "?",
+    "i1",
+    "<u2",
+    "<i8",
+    "<f2",
+    "<f4",
+    "<f8",
+    "<c8",
+    "<c16",
+    "<M8[ns]",
+    "<m8[s]",
+    "S5",
+    "<U3",
+    "V3",
+    STRUCT,
+]
 
 
 def values(n: int, shape: tuple[int, ...] = (), dtype: Any = "<f4", seed: int = 7) -> np.ndarray:
@@ -152,7 +168,11 @@ def job_of(src: Path, dst: Path, *, seed: int = 5, **request: Any) -> Job:
     """A job without fsync, one block unless told otherwise; ``key_bits`` in a request forces ties."""
     request = {"run_bytes": 1, "block_bytes": 1 << 30} | request
     return prepare(
-        as_place(src), as_place(dst), Request(seed=seed, **request), most_memory=lambda: 1 << 30, fsync=False
+        as_place(src),
+        as_place(dst),
+        Request(seed=seed, **request),
+        most_memory=lambda: 1 << 30,
+        fsync=False,
     )
 
 
@@ -256,7 +276,9 @@ def assert_is_oracle(
         assert now.nchunks_initialized >= now.nchunks, f"{name} has missing chunks"
         assert _scalar(now) == _scalar(was), f"fill value of {name}"
         assert _dimensions(name, now) == _dimensions(name, was), name
-        assert dict(now.attrs) == {k: v for k, v in was.attrs.items() if k != "_ARRAY_DIMENSIONS"}, name
+        assert dict(now.attrs) == {
+            k: v for k, v in was.attrs.items() if k != "_ARRAY_DIMENSIONS"
+        }, name
         np.testing.assert_array_equal(rows_of(now[:]), rows_of(was[:])[order], err_msg=name)
 
 
@@ -267,7 +289,9 @@ def _is_bfloat16(array: zarr.Array) -> bool:
 def _scalar(array: zarr.Array) -> bytes:
     little = array.dtype.newbyteorder("<")
     fill = array.fill_value
-    return (np.zeros((), little) if fill is None else np.array(fill, array.dtype).astype(little)).tobytes()
+    return (
+        np.zeros((), little) if fill is None else np.array(fill, array.dtype).astype(little)
+    ).tobytes()
 
 
 def _dimensions(name: str, array: zarr.Array) -> list[str]:

@@ -1,4 +1,4 @@
-"""Boundaries are the keys at exact ranks, however few bits tell keys apart and however many rounds it takes."""
+"""Boundaries are the keys at exact ranks, however few bits tell keys apart, in however many rounds."""
 
 from __future__ import annotations
 

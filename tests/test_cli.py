@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import zarr
 from click.testing import CliRunner
-from helpers import array, assert_is_oracle, group, values
 
 from actshuffle import __version__, executors, objects
 from actshuffle.arrays import CODECS
 from actshuffle.cli import main
 from actshuffle.display import Display, Meter, bar, clock_face
 from actshuffle.errors import ConservationError, StorageFullError
+from helpers import array, assert_is_oracle, group, values
 
 SIZE = ["--block-bytes", "2KB", "--run-bytes", "1", "--chunk-rows", "16"]  # of many small tasks
 PROGRAM = [sys.executable, "-m", "actshuffle"]

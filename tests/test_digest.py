@@ -29,7 +29,10 @@ def test_total_does_not_depend_on_order_or_cuts(width):
     total = row_hash.total(rows, numbers)
     mixed = np.random.default_rng(0).permutation(len(rows))
     np.testing.assert_array_equal(row_hash.total(rows[mixed], numbers[mixed]), total)
-    parts = [row_hash.total(np.ascontiguousarray(rows[a:b]), numbers[a:b]) for a, b in [(0, 0), (0, 4), (4, 9)]]
+    parts = [
+        row_hash.total(np.ascontiguousarray(rows[a:b]), numbers[a:b])
+        for a, b in [(0, 0), (0, 4), (4, 9)]
+    ]
     np.testing.assert_array_equal(add_up(np.array(parts)), total)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_words_at_scattered_positions_across_slices():
 def test_words_cut_anywhere_join_to_the_same():
     whole = Keys(9).hi(0, 500)
     cuts = [0, 1, 3, 4, 5, 130, 131, 500]
-    parts = [Keys(9).hi(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [Keys(9).hi(a, b) for a, b in itertools.pairwise(cuts)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import broken
 import numpy as np
 import pytest
 from scipy import stats
 
 import actshuffle.mixing as mixing
+import broken
 from actshuffle.mixing import MixingAccumulator, MixingReport, report
 
 ALPHA = 0.01

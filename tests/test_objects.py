@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import actshuffle
+from actshuffle.buffers import arena
 from actshuffle.errors import RequestError, StorageError, StorageFullError
-from actshuffle.objects import Extent, LocalObjects, StoreObjects, as_place, local_path, open_objects
+from actshuffle.files import Extent, LocalObjects
+from actshuffle.objects import StoreObjects, as_place, local_path, open_objects
 from helpers import array, assert_is_oracle, values
 
 
@@ -84,9 +86,14 @@ def test_writer_takes_parts_whose_memory_is_used_again(objects):
 
 def test_writer_that_fails_leaves_what_was_there(objects):
     objects.put("k", b"old")
-    with pytest.raises(ZeroDivisionError), objects.writer("k", 100) as out:
-        out.write(memoryview(b"new"))
-        raise ZeroDivisionError
+
+    def fail():
+        with objects.writer("k", 100) as out:
+            out.write(memoryview(b"new"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert objects.get("k") == b"old"
     assert list(objects.list("")) == ["k"]
 
@@ -95,7 +102,12 @@ def test_read_scatters_ranges_into_views(objects):
     data = np.arange(200, dtype=np.uint8)
     objects.put("a", data.tobytes())
     objects.put("b", data[::-1].tobytes())
-    one, two, three, none = np.zeros(10, np.uint8), np.zeros(5, np.uint8), np.zeros(7, np.uint8), np.zeros(0, np.uint8)
+    one, two, three, none = (
+        np.zeros(10, np.uint8),
+        np.zeros(5, np.uint8),
+        np.zeros(7, np.uint8),
+        np.zeros(0, np.uint8),
+    )
     objects.read([
         Extent("a", 20, [memoryview(one), memoryview(none), memoryview(two)]),
         Extent("b", 3, [memoryview(three)]),
@@ -194,6 +206,43 @@ def test_every_object_is_durable_before_it_has_its_name(tmp_path, monkeypatch):
     assert calls == ["fsync", "rename"]
     LocalObjects(tmp_path, fsync=False).put("k", b"1")
     assert calls == ["fsync", "rename", "rename"]
+
+
+@pytest.mark.parametrize(
+    "size", [1, 4095, 4096, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (3 << 20) + 4096, (5 << 20) + 77]
+)
+@pytest.mark.parametrize("shift", [0, 1, 64])
+@pytest.mark.parametrize("fsync", [True, False])
+def test_objects_of_any_size_from_memory_of_any_alignment(tmp_path, size, shift, fsync):
+    # Large durable ones go past the page cache, which wants whole pages from aligned memory.
+    memory = arena().reset(size + 8192)
+    data = memory.take((size + 4096,))[shift : shift + size]
+    data[:] = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    objects = LocalObjects(tmp_path, fsync)
+    objects.put("whole", memoryview(data))
+    step = 1 << 20 if shift == 0 else 777_777
+    with objects.writer("parts", size) as out:
+        for at in range(0, size, step):
+            out.write(memoryview(data[at : at + step]))
+    for key in ("whole", "parts"):
+        assert objects.get(key) == data.tobytes()
+
+
+def test_file_systems_without_direct_writes(tmp_path, monkeypatch):
+    open_, calls = os.open, []
+
+    def refuse(path, flags, *mode):
+        calls.append(bool(flags & os.O_DIRECT))
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no")
+        return open_(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    data = np.arange(3 << 20, dtype=np.uint8)
+    LocalObjects(tmp_path).put("k", memoryview(data))
+    assert calls[:2] == [True, False]
+    assert (tmp_path / "k").read_bytes() == data.tobytes()
+    assert contents(tmp_path) == ["k"]
 
 
 def test_short_writes_go_on_where_they_stopped(tmp_path, monkeypatch):

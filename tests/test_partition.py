@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,7 +34,9 @@ def test_key_order_is_the_sort_of_full_keys(keys, n, first, mix):
     assert [int(rows[i]) for i in found] == [row for _, _, row in expected]
 
 
-words = st.sampled_from([0, 1, 2, 3, 2**16, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 2, 2**64 - 1])
+words = st.sampled_from(
+    [0, 1, 2, 3, 2**16, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 2, 2**64 - 1]
+)
 
 
 @settings(deadline=None, max_examples=300)
@@ -73,8 +77,10 @@ def test_group_counts_bounds_at_or_below_each_key(keys, n, data):
     labels = [sum(limit <= key for limit in limits) for key in triples(keys, hi, some)]
     assert len(cuts) == len(bounds) + 2
     assert (cuts[0], cuts[-1]) == (0, len(some))
-    for bucket, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
-        assert order[start:stop].tolist() == [i for i, label in enumerate(labels) if label == bucket]
+    for bucket, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        assert order[start:stop].tolist() == [
+            i for i, label in enumerate(labels) if label == bucket
+        ]
 
 
 def test_group_of_everything_then_key_order_is_the_oracle():
@@ -84,7 +90,7 @@ def test_group_of_everything_then_key_order_is_the_oracle():
     bounds = boundaries_at(keys, oracle[leaf::leaf].astype(np.uint64))
     order, cuts = group(keys, hi, rows, bounds)
     assert np.diff(cuts).tolist() == [leaf] * (n // leaf) + [n % leaf]
-    parts = [order[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [order[a:b] for a, b in itertools.pairwise(cuts)]
     found = np.concatenate([part[key_order(keys, hi[part], rows[part])] for part in parts])
     np.testing.assert_array_equal(found, oracle)
     # Negative control: without the order within buckets it is not the oracle yet.

@@ -23,7 +23,10 @@ def test_parse_bytes(text, expected):
     assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1", "-1GB", "8 bytes", "8GBB", "1,5GB", "nan", "inf", "1e400", "0x10", None])
+@pytest.mark.parametrize(
+    "text",
+    ["", "GB", "-1", "-1GB", "8 bytes", "8GBB", "1,5GB", "nan", "inf", "1e400", "0x10", None],
+)
 def test_parse_bytes_refuses(text):
     with pytest.raises(RequestError, match="as a size"):
         parse_bytes(text)
@@ -47,7 +50,8 @@ def test_parse_count_refuses(text):
 @pytest.mark.parametrize(
     ("n", "expected"),
     [
-        (0, "0 B"), (999, "999 B"), (1000, "1 KB"), (12_345, "12.3 KB"), (999_499, "999 KB"), (999_999, "1 MB"),
+        (0, "0 B"), (999, "999 B"), (1000, "1 KB"), (12_345, "12.3 KB"), (999_499, "999 KB"),
+        (999_999, "1 MB"),
         (10**11, "100 GB"), (10**13, "10 TB"), (10**15, "1 PB"), (10**17, "100 PB"), (10**19, "10,000 PB"),
     ],
 )  # fmt: skip

@@ -1,0 +1,177 @@
+"""The command line: `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actshuffle.cli import COUNT, SIZE  # sizes and counts, read as the product reads them
+from actshuffle.executors import cores
+from actshuffle.units import parse_bytes
+from benchmarks import results
+
+
+class _List(click.ParamType[Any]):
+    """Several values of one kind, with commas between."""
+
+    name = "list"
+
+    def __init__(self, convert: Callable[[str], Any], choices: tuple[str, ...] = ()) -> None:
+        self._convert, self._choices = convert, choices
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not isinstance(value, str):
+            return list(value)
+        try:
+            found = [self._convert(part.strip()) for part in value.split(",")]
+        except ValueError as err:
+            self.fail(str(err), param, ctx)
+        unknown = [v for v in found if self._choices and v not in self._choices]
+        if unknown:
+            self.fail(f"{unknown[0]!r} is none of {', '.join(self._choices)}", param, ctx)
+        return found
+
+
+SIZES, INTS = _List(parse_bytes), _List(int)
+MODES = _List(str, ("cached", "disk"))
+TINY: dict[str, dict[str, Any]] = {
+    "floor": {"size": 1 << 20, "rounds": 1, "processes": [1], "chunk": 1 << 18},
+    "shuffle": {
+        "sizes": [1 << 20], "rounds": 1, "workers": [0, 1], "row_bytes": [512], "levels": [2, 3],
+        "memory": 28 << 20, "chunk": 1 << 18,
+    },
+    "growth": {"start": 1 << 18, "factors": [1, 4], "memory": 28 << 20, "block": 1 << 17,
+               "run_bytes": 1 << 14, "rounds": 1, "workers": 0},
+    "scheduler": {"tasks": 300, "workers": 1},
+    "peers": {"size": 1 << 20, "row_bytes": 512, "memory": None, "workers": 1, "rounds": 1,
+              "seconds": 60.0},
+}  # fmt: skip
+
+
+def _common(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--tiny", is_flag=True, help="In miniature, to see that it works."),
+        click.option("--out", type=click.Path(path_type=Path),
+                     help="Results folder.  [default: benchmarks/results/DATE-NAME]"),
+        click.option("--work", type=click.Path(path_type=Path),
+                     help="Where data goes; on the disk to be measured.  [default: benchmarks/.work]"),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _start(name: str, run: Callable[..., None], options: dict[str, Any]) -> None:
+    work, out, tiny = (options.pop(k) for k in ("work", "out", "tiny"))
+    settings = options | (TINY[name] if tiny else {})
+    shown = {k: v for k, v in settings.items() if k != "python"}
+    with results.bench(name, work, out, {"tiny": True} if tiny else shown) as bench:
+        run(bench, **settings)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+def main() -> None:
+    """What the shuffle costs, beside what moving the same bytes costs.
+
+    \b
+    Each command writes benchmarks/results/DATE-NAME/: results.json, README.md and plots.
+    """
+
+
+@main.command()
+@click.option("--size", type=SIZE, default="2GB", help="Data to copy.")
+@click.option("--processes", type=INTS, default=f"1,{cores()}", help="Process counts to try.")
+@click.option("--modes", type=MODES, default="cached,disk", help="Where the data is.")
+@click.option("--rounds", type=COUNT, default=5, help="Times that everything is measured.")
+@click.option("--chunk", type=SIZE, default="32MiB", help="Size of the chunk files.")
+@_common
+def floor(**options: Any) -> None:
+    """Memory and disk: memcpy, read, write and copy by our own copier."""
+    from benchmarks import floor as module
+
+    _start("floor", module.run, options)
+
+
+@main.command()
+@click.option("--sizes", type=SIZES, default="2GB", help="Data sizes.")
+@click.option("--row-bytes", type=SIZES, default="64B,512B,2KiB,8KiB", help="Row widths.")
+@click.option("--workers", type=INTS, default=f"0,1,{cores()}", help="Dask workers; 0 is serial.")
+@click.option("--levels", type=INTS, default="2,3", help="Passes over the data.")
+@click.option("--modes", type=MODES, default="cached,disk", help="Where the data is.")
+@click.option("--rounds", type=COUNT, default=5, help="Times that everything is measured.")
+@click.option("--memory", type=SIZE, default="256MiB", help="Of one worker.")
+@click.option("--chunk", type=SIZE, default="32MiB", help="Size of the source's chunk files.")
+@_common
+def shuffle(**options: Any) -> None:
+    """The engine as a fraction of the copier, and where its time goes."""
+    from benchmarks import shuffle as module
+
+    _start("shuffle", module.run, options)
+
+
+@main.command()
+@click.option("--size", type=SIZE, default="2GB", help="Data to shuffle.")
+@click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")
+@click.option(
+    "--memory", type=SIZE, help="In all, for those that can be told.  [default: their own]"
+)
+@click.option("--workers", type=COUNT, default=cores(), help="Processes or threads of each.")
+@click.option("--rounds", type=COUNT, default=3, help="Times that each is run.")
+@click.option("--seconds", type=float, default=1800.0, help="Time limit of one run.")
+@click.option("--most-memory", type=SIZE, help="A run that holds more is ended.  [default: 80%]")
+@click.option("--only", type=_List(str), default=None, help="These peers alone.")
+@click.option("--python", type=(str, click.Path(exists=True)), multiple=True,
+              help="PEER INTERPRETER: run a peer by another Python.")  # fmt: skip
+@_common
+def peers(**options: Any) -> None:
+    """The same rows through what one would use instead: time, memory, and is it uniform."""
+    from benchmarks.peers import driver as module
+
+    _start("peers", module.run, options)
+
+
+@main.command()
+@click.option("--start", type=SIZE, default="64MB", help="The smallest data.")
+@click.option("--factors", type=INTS, default="1,2,4,8,16,32,64", help="Multiples of it.")
+@click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")
+@click.option("--memory", type=SIZE, default="96MiB", help="Of one worker, at every size.")
+@click.option("--block", type=SIZE, default=None, help="Rows of one task (M).  [from --memory]")
+@click.option("--run-bytes", type=SIZE, default="1MiB", help="Least piece read at once (P).")
+@click.option("--workers", type=COUNT, default=0, help="Dask workers; 0 is serial.")
+@click.option("--rounds", type=COUNT, default=3, help="Times that each size is run.")
+@_common
+def growth(**options: Any) -> None:
+    """Time and peak memory as the data grows and the memory given does not."""
+    from benchmarks import growth as module
+
+    _start("growth", module.run, options)
+
+
+@main.command()
+@click.option("--tasks", type=COUNT, default=1_000_000, help="Tasks that do nothing.")
+@click.option("--workers", type=COUNT, default=cores(), help="Dask worker processes.")
+@_common
+def scheduler(**options: Any) -> None:
+    """Tasks that do nothing, through the real executor and a real Dask scheduler."""
+    from benchmarks import scheduler as module
+
+    _start("scheduler", module.run, options)
+
+
+@main.command(name="all")
+@_common
+def everything(**options: Any) -> None:
+    """All of them, one after the other, as their defaults say."""
+    for command in (floor, shuffle, growth, scheduler, peers):
+        with click.Context(command) as ctx:
+            defaults = {p.name: p.get_default(ctx) for p in command.params if p.name}
+            defaults = {
+                p.name: p.type_cast_value(ctx, defaults[p.name]) for p in command.params if p.name
+            }
+        ctx.invoke(command, **(defaults | {k: v for k, v in options.items() if k != "out"}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Our own copier: the floor that a shuffle is held against.
+
+The same number of processes as the shuffle has workers, the same path between file and memory
+(`actshuffle.files.LocalObjects`: O_DIRECT writes and fsync where the shuffle has them), chunk files as
+they come, through aligned buffers that were touched before and are used again.  Nothing is looked at
+on the way.  With two buffers a process writes one chunk while it reads the next, as tasks of the
+shuffle do; with one it takes turns.  A copy is whichever of the two is faster.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actshuffle.buffers import arena, behind, padded
+from actshuffle.digest import U8
+from actshuffle.files import Extent, LocalObjects
+
+MEMCPY_REPEATS = 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to do with every chunk file: "read", "write", "copy" or "memcpy" (no files at all)."""
+
+    what: str
+    source: Path
+    target: Path
+    keys: tuple[str, ...]
+    chunk_bytes: int
+    fsync: bool
+    buffers: int = 1
+
+
+class Copier:
+    """Processes that are started once, and their buffers with them."""
+
+    def __init__(self, processes: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.processes = processes
+        self._ticket = context.Value("q", 0)
+        self._gate = context.Barrier(processes)
+        self._pool = ProcessPoolExecutor(
+            processes, mp_context=context, initializer=_start, initargs=(self._ticket, self._gate)
+        )
+
+    def seconds(self, work: Work) -> float:
+        """Wall time from the first process that starts to the last that is done."""
+        self._ticket.value = 0
+        spans = list(self._pool.map(_run, itertools.repeat(work, self.processes)))
+        return max(stop for _, stop in spans) - min(start for start, _ in spans)
+
+    def __enter__(self) -> Copier:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown()
+
+
+_shared: tuple[Any, Any] | None = None
+
+
+def _start(ticket: Any, gate: Any) -> None:
+    global _shared
+    _shared = ticket, gate
+
+
+def _run(work: Work) -> tuple[float, float]:
+    """One process's part: takes chunk numbers until there are no more.  Returns start and stop."""
+    assert _shared is not None
+    ticket, gate = _shared
+    room = padded(work.chunk_bytes)
+    memory = arena().reset(2 * room)
+    buffers = [memory.take((work.chunk_bytes,)), memory.take((work.chunk_bytes,))]
+    for buffer in buffers:
+        buffer[::4096] = 1  # touched now, not while the clock runs
+    gate.wait()  # every process has one part
+    started = time.monotonic()
+    if work.what == "memcpy":
+        for _ in range(MEMCPY_REPEATS):
+            np.copyto(buffers[1], buffers[0])
+    else:
+        _move(work, buffers, _tickets(ticket, len(work.keys)))
+    return started, time.monotonic()
+
+
+def _tickets(ticket: Any, count: int) -> Iterable[int]:
+    while True:
+        with ticket.get_lock():
+            number, ticket.value = ticket.value, ticket.value + 1
+        if number >= count:
+            return
+        yield number
+
+
+def _move(work: Work, buffers: Sequence[U8], numbers: Iterable[int]) -> None:
+    source, target = LocalObjects(work.source), LocalObjects(work.target, work.fsync)
+    if work.buffers == 1 or work.what != "copy":
+        view = buffers[0].data
+        for number in numbers:
+            key = work.keys[number]
+            if work.what != "write":
+                source.read([Extent(key, 0, [view])])
+            if work.what != "read":
+                target.put(key, view)
+        return
+    with behind() as writing:
+        for number in numbers:
+            key, view = work.keys[number], buffers[writing.turn].data
+            source.read([Extent(key, 0, [view])])
+            writing.submit(target.put, key, view)

@@ -1,0 +1,144 @@
+"""A command in processes of its own: time, peak memory of all of them, and limits on both.
+
+Memory is what the system could not take back: anonymous and shared pages, each shared page divided
+among those who map it (proportional set size).  File pages that happen to be mapped are kept apart.
+All descendants are found by a mark in their environment, daemons that left the family among them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+_MARK = "ACTSHUFFLE_BENCHMARK"
+_INTERVAL = 0.1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``outcome`` is "done", "failed", "out of time" or "out of memory"."""
+
+    outcome: str
+    seconds: float
+    memory: int  # peak over time of the sum over processes, bytes
+    largest: int  # peak of any one process
+    mapped: int  # peak of mapped file pages, not in memory
+    stdout: str
+    message: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "stdout"}
+
+
+def run(
+    command: Sequence[str],
+    *,
+    seconds: float = 3600.0,
+    memory: int | None = None,
+    environment: dict[str, str] | None = None,
+) -> Measured:
+    """Run a command from the root of the repository; end it, and all it started, at a limit."""
+    mark = secrets.token_hex(8)
+    env = {**os.environ, **(environment or {}), _MARK: mark, "PYTHONPATH": str(ROOT)}
+    peak, largest, mapped, outcome = 0, 0, 0, "done"
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        started = time.monotonic()
+        child = subprocess.Popen(command, stdout=out, stderr=err, env=env, cwd=ROOT)
+        try:
+            while child.poll() is None:
+                sizes = [_sizes(pid) for pid in marked(mark)]
+                now = sum(held for held, _ in sizes)
+                peak = max(peak, now)
+                largest = max([largest, *(held for held, _ in sizes)])
+                mapped = max(mapped, sum(files for _, files in sizes))
+                if time.monotonic() - started > seconds:
+                    outcome = "out of time"
+                elif memory is not None and now > memory:
+                    outcome = "out of memory"
+                if outcome != "done":
+                    break
+                try:
+                    child.wait(_INTERVAL)
+                except subprocess.TimeoutExpired:
+                    pass
+            elapsed = time.monotonic() - started
+        finally:
+            _end(child, mark)
+        if outcome == "done" and child.returncode:
+            outcome = "out of memory" if child.returncode == -signal.SIGKILL else "failed"
+        out.seek(0)
+        err.seek(0)
+        text, complaint = out.read(), err.read()
+    return Measured(outcome, elapsed, peak, largest, mapped, text,
+                    _complaint(complaint) if outcome == "failed" else "")  # fmt: skip
+
+
+def python(*words: str, interpreter: str | None = None) -> list[str]:
+    """A command that runs Python with some arguments."""
+    return [interpreter or sys.executable, *words]
+
+
+def marked(mark: str) -> list[int]:
+    """Processes whose environment carries the mark."""
+    needle, found = f"{_MARK}={mark}".encode(), []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if needle in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                pass  # it is gone, or not ours to look at
+    return found
+
+
+def memory_of(pid: int) -> int:
+    """Bytes that one process holds; 0 if it is gone."""
+    return _sizes(pid)[0]
+
+
+def _sizes(pid: int) -> tuple[int, int]:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0, 0
+    kilobytes = {
+        parts[0]: int(parts[1])
+        for parts in (line.split() for line in text.splitlines())
+        if parts[0].startswith("Pss_")
+    }
+    held = kilobytes.get("Pss_Anon:", 0) + kilobytes.get("Pss_Shmem:", 0)
+    return held * 1024, kilobytes.get("Pss_File:", 0) * 1024
+
+
+def _end(child: subprocess.Popen[Any], mark: str) -> None:
+    """End every process that carries the mark, and none besides."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        left = marked(mark)
+        for pid in left:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+        deadline = time.monotonic() + 5
+        while left and time.monotonic() < deadline and marked(mark):
+            child.poll()  # so that it does not stay as a zombie
+            time.sleep(0.05)
+    child.wait()
+
+
+def _complaint(text: str) -> str:
+    """The last line that names an error, else the last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(error: |[\w.$]*(Error|Exception)\b)", line)]
+    return (named or lines or ["no message"])[-1][:300]

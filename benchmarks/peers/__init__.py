@@ -1,0 +1,101 @@
+"""What one would use instead.  Each peer is a plain function in a process of its own.
+
+Nothing in this package but `driver` imports actshuffle at its top, so that a peer can be run by another
+Python (``--python annbatch /some/venv/bin/python``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a peer is asked: write the rows of ``source`` to ``target`` in random order.
+
+    ``memory`` is in all, None for the peer's own default; ``workers`` are processes or threads.
+    """
+
+    source: str
+    target: str
+    rows: int
+    row_bytes: int
+    chunk_rows: int
+    workers: int
+    memory: int | None
+    seed: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One row of the table.
+
+    ``source`` and ``target`` are formats (formats.py): sources other than Zarr are made before the clock
+    starts.  ``exact`` says whether every order is as likely as any other by the peer's design, given
+    ideal random bits; ``why`` says why in few words.
+    """
+
+    title: str
+    module: str
+    function: str
+    packages: tuple[str, ...]
+    exact: bool
+    why: str
+    source: str = "zarr"
+    target: str = "zarr"
+
+
+PEERS: dict[str, Peer] = {
+    "actshuffle": Peer(
+        "actshuffle", "arrays", "ours", ("actshuffle", "zarr"), True, "order of 128-bit keys",
+    ),
+    "numpy": Peer(
+        "numpy, all in memory", "arrays", "in_memory", ("numpy", "zarr"), True, "a permutation",
+    ),
+    "k-jobs": Peer(
+        "K jobs that each read everything", "arrays", "k_jobs", ("numpy", "zarr"), True, "a permutation",
+    ),
+    "zarr": Peer(
+        "zarr fancy indexing", "arrays", "fancy_indexing", ("numpy", "zarr"), True, "a permutation",
+    ),
+    "dask-take": Peer(
+        "dask.array x[order]", "arrays", "dask_take", ("dask", "distributed", "zarr"), True,
+        "a permutation",
+    ),
+    "dask-shuffle": Peer(
+        "dask.array.shuffle", "arrays", "dask_shuffle", ("dask", "distributed", "zarr"), True,
+        "a permutation",
+    ),
+    "ray": Peer(
+        "Ray Data random_shuffle", "tables", "ray_data", ("ray", "pyarrow"), False,
+        "equal slices of every block, one seed in all reducers", "parquet", "parquet",
+    ),
+    "huggingface": Peer(
+        "Hugging Face shuffle + flatten_indices", "tables", "hugging_face", ("datasets", "pyarrow"),
+        True, "a permutation", "arrow", "arrow",
+    ),
+    "duckdb": Peer(
+        "DuckDB order by random()", "tables", "duck_db", ("duckdb",), True,
+        "but for ties of random()", "parquet", "parquet",
+    ),
+    "polars": Peer(
+        "Polars sample(shuffle=True)", "tables", "polars_sample", ("polars",), True, "a permutation",
+        "parquet", "parquet",
+    ),
+    "spark": Peer(
+        "Spark orderBy(rand())", "tables", "spark", ("pyspark",), True, "but for ties of rand()",
+        "parquet", "parquet",
+    ),
+    "mosaicml": Peer(
+        "MosaicML streaming, py1e", "loaders", "mosaic", ("mosaicml-streaming",), False,
+        "within blocks of shards, while reading", "mds", "rows",
+    ),
+    "annbatch": Peer(
+        "annbatch", "loaders", "annbatch", ("annbatch", "anndata"), False,
+        "runs of 1,000 rows shuffled, then rows in memory", "h5ad", "annbatch",
+    ),
+}  # fmt: skip

@@ -1,0 +1,219 @@
+"""`peers`: the same rows through what one would use instead, each in processes of its own.
+
+Time is that of the whole process, from start to exit, and until what it wrote is on disk (as actshuffle's
+is when it says so).  Sources begin out of the page cache.  Whether the order is uniform is asked twice: of
+the design, and of the row numbers in what the peer wrote, by actshuffle's own mixing statistics.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from actshuffle import mixing
+from actshuffle.executors import machine_memory
+from actshuffle.units import format_bytes, format_seconds
+from benchmarks import cache, measure, plots
+from benchmarks.peers import PEERS, Work
+from benchmarks.results import Bench, need_space, ranged, spread, table
+from benchmarks.sources import make_source
+
+CHUNK = 32 << 20
+MOST = 0.8  # of the machine's memory, before a run is ended
+
+
+def run(
+    bench: Bench, *, size: int, row_bytes: int, memory: int | None, workers: int, rounds: int,
+    seconds: float, most_memory: int | None = None, only: list[str] | None = None,
+    python: tuple[tuple[str, str], ...] = (),
+) -> None:  # fmt: skip
+    need_space(bench.work, 6 * size)
+    names = [name for name in PEERS if not only or name in only]
+    if set(only or ()) - set(PEERS):
+        raise ValueError(
+            f"unknown peers {sorted(set(only or ()) - set(PEERS))}; known: {list(PEERS)}"
+        )
+    interpreters = dict(python)
+    zarr_source = make_source(bench.work, size, row_bytes, min(CHUNK, max(size // 8, row_bytes)))
+    array = zarr.open_array(zarr_source, mode="r")
+    work = Work(str(zarr_source), str(bench.work / "out"), array.shape[0], row_bytes, array.chunks[0],
+                workers, memory, seed=1)  # fmt: skip
+    limit = most_memory or int(MOST * machine_memory())
+    found: list[dict[str, Any]] = []
+    bench.plan(rounds * len(names))
+    versions = {name: _versions(name, interpreters.get(name)) for name in names}
+    sources = _Sources(bench.work, zarr_source)
+    for number in range(rounds):
+        for name in names:
+            one = {"peer": name, "round": number, "versions": versions[name].get("versions")}
+            previous = [f for f in found if f["peer"] == name]
+            if "versions" not in versions[name]:
+                one |= {"outcome": "not installed", "message": versions[name]["message"]}
+            elif any(f["outcome"] != "done" for f in previous):
+                one |= {"outcome": previous[0]["outcome"], "message": "not tried again"}
+            else:
+                one |= _one(name, interpreters.get(name), work, sources, seconds, limit)
+            found.append(one)
+            bench.did(f"{PEERS[name].title}: {_told(one)}")
+    rows = summary(found)
+    images = plots.draw(bench, lambda folder: [plots.peers(folder, rows, work.nbytes)])
+    bench.publish({"rounds": found, "summary": rows}, page(rows, work, seconds, limit), images)
+
+
+class _Sources:
+    """The rows in the format that was asked for last; made again when another one is needed."""
+
+    def __init__(self, folder: Path, zarr_source: Path) -> None:
+        self.folder, self.zarr = folder, zarr_source
+        self._kind = "zarr"
+
+    def path(self, name: str, interpreter: str | None) -> Path:
+        kind = PEERS[name].source
+        if kind == "zarr":
+            return self.zarr
+        path = self.folder / f"source-{kind}"
+        if kind != self._kind or not path.exists():
+            for old in self.folder.glob("source-*"):
+                if old != self.zarr:
+                    shutil.rmtree(old)
+            given = json.dumps({"source": str(self.zarr), "target": str(path)})
+            made = measure.run(_command(interpreter, "prepare", name, given))
+            if made.outcome != "done":
+                raise RuntimeError(f"no {kind} source: {made.message}")
+            self._kind = kind
+        return path
+
+
+def _command(interpreter: str | None, action: str, name: str, given: str) -> list[str]:
+    return measure.python("-m", "benchmarks.peers", action, name, given, interpreter=interpreter)
+
+
+def _versions(name: str, interpreter: str | None) -> dict[str, Any]:
+    if name == "spark" and shutil.which("java") is None:
+        return {"message": "no Java runtime"}
+    asked = measure.run(_command(interpreter, "versions", name, "{}"))
+    if asked.outcome != "done":
+        return {"message": asked.message}
+    return {"versions": json.loads(asked.stdout.strip().splitlines()[-1])}
+
+
+def _one(
+    name: str, interpreter: str | None, work: Work, sources: _Sources, seconds: float, limit: int
+) -> dict[str, Any]:
+    target = Path(work.target)
+    try:
+        source = sources.path(name, interpreter)
+    except RuntimeError as err:
+        return {"outcome": "failed", "message": str(err)}
+    given = asdict(work) | {"source": str(source)}
+    cache.evict([source])
+    try:
+        measured = measure.run(_command(interpreter, "run", name, json.dumps(given)), seconds=seconds,
+                               memory=limit)  # fmt: skip
+        result = measured.as_dict()
+        if measured.outcome == "done":
+            started = time.monotonic()
+            cache.settle([target])
+            result["settle"] = time.monotonic() - started
+            result["seconds"] += result["settle"]
+            result["mixing"] = _mixing(name, interpreter, target, work)
+    finally:
+        for path in (
+            target,
+            *target.parent.glob(f"{target.name}.*"),
+            *target.parent.glob("dask-*"),
+        ):
+            shutil.rmtree(path, ignore_errors=True)
+    return result
+
+
+def _mixing(name: str, interpreter: str | None, target: Path, work: Work) -> dict[str, Any]:
+    """Is the output every row once, and does its order pass for a uniform one?"""
+    file = target.with_suffix(".npy")
+    try:
+        given = json.dumps({"target": str(target), "order": str(file)})
+        read = measure.run(_command(interpreter, "order", name, given))
+        if read.outcome != "done":
+            return {"verdict": "unreadable", "detail": read.message}
+        order = np.load(file)
+    finally:
+        file.unlink(missing_ok=True)
+    counts = np.bincount(order[(order >= 0) & (order < work.rows)], minlength=work.rows)
+    if len(order) != work.rows or (counts != 1).any():
+        return {"verdict": "not a permutation",
+                "detail": f"{len(order):,} rows, {int((counts == 0).sum()):,} missing"}  # fmt: skip
+    report = mixing.report(order, src_chunk_rows=work.chunk_rows, dst_chunk_rows=work.chunk_rows)
+    worst = report.rejected[0] if report.rejected else None
+    return {
+        "verdict": "pass" if report.passed else "FAIL", "tests": len(report.tests),
+        "detail": f"{worst.name} {worst.detail}: {worst.direction}, p = {worst.p_value:.1g}" if worst else "",
+    }  # fmt: skip
+
+
+def _told(one: dict[str, Any]) -> str:
+    if one["outcome"] != "done":
+        return f"{one['outcome']} ({one['message']})" if one["message"] else one["outcome"]
+    return (f"{format_seconds(one['seconds'])}, {format_bytes(one['memory'])}, mixing "
+            f"{one['mixing']['verdict']}")  # fmt: skip
+
+
+def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for name in dict.fromkeys(one["peer"] for one in found):
+        ours = [one for one in found if one["peer"] == name]
+        done = [one for one in ours if one["outcome"] == "done"]
+        peer = PEERS[name]
+        row = {"peer": name, "title": peer.title, "exact": peer.exact, "why": peer.why,
+               "outcome": ours[0]["outcome"] if len(done) < len(ours) else "done",
+               "message": ours[0].get("message", ""), "versions": ours[0]["versions"]}  # fmt: skip
+        if done:
+            verdicts = [one["mixing"]["verdict"] for one in done]
+            row |= {
+                "seconds": spread([one["seconds"] for one in done]),
+                "memory": spread([one["memory"] for one in done]),
+                "verdict": next((v for v in verdicts if v != "pass"), "pass"),
+                "detail": next((one["mixing"]["detail"] for one in done if one["mixing"]["detail"]), ""),
+            }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def page(rows: list[dict[str, Any]], work: Work, seconds: float, limit: int) -> list[str]:
+    base = next(
+        (r["seconds"]["median"] for r in rows if r["peer"] == "actshuffle" and "seconds" in r), None
+    )
+    told = "their own default" if work.memory is None else format_bytes(work.memory)
+    lines = []
+    for r in rows:
+        versions = ", ".join(f"{k} {v}" for k, v in (r["versions"] or {}).items())
+        if "seconds" in r:
+            times = f"{r['seconds']['median'] / base:.1f}x" if base else ""
+            cells = [ranged(r["seconds"], "{:.1f}"), times, f"{r['memory']['median'] / 1e9:.2f}"]
+            cells += [r["verdict"] + (f" ({r['detail']})" if r["detail"] else "")]
+        else:
+            cells = [r["outcome"], "", "", ""]
+        by_design = ("yes" if r["exact"] else "no") + f": {r['why']}"
+        lines.append((r["title"], *cells[:3], by_design, cells[3], versions))
+    failures = [
+        f"- {r['title']}: {r['outcome']}. {r['message']}" for r in rows if "seconds" not in r
+    ]
+    return [
+        f"{work.rows:,} rows of {work.row_bytes} B, {format_bytes(work.nbytes)}; {work.workers} processes or "
+        f"threads; memory, for those that can be told: {told}. Limits: {format_seconds(seconds)}, "
+        f"{format_bytes(limit)}. Seconds are from the start of the process until its output is on disk; "
+        "sources are cold, and converting them to a peer's format is not counted. Memory is the peak over "
+        "all processes, mapped files not included. *measured* are mixing statistics of the rows' order in "
+        "the output: a pass proves nothing, a FAIL does.",
+        "",
+        *table(
+            ("", "seconds", "", "memory GB", "exactly uniform by design", "measured", "versions"), lines
+        ),
+        *(["", *failures] if failures else []),
+    ]  # fmt: skip

@@ -1,0 +1,286 @@
+"""The plots.  Without matplotlib there are none, and the rest of a result stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from actshuffle.units import format_bytes
+from benchmarks.phases import OUTSIDE, PHASES
+from benchmarks.results import Bench
+
+INK, GREY, LIGHT = "#222222", "#8a8a8a", "#e6e6e6"
+BLUE, ORANGE, GREEN, RED = "#2f6fb0", "#d9822b", "#3f8f5b", "#b5423b"
+PHASE_COLOURS = {
+    "read": "#2f6fb0", "key": "#8fb8de", "partition": "#3f8f5b", "hash": "#9ac7a6",
+    "gather": "#d9a72b", "write": "#b5423b", "receipt": "#d79a96", "other": "#6b5b95",
+    "scheduler": "#bdbdbd", "idle": "#dedede", "driver": "#8a8a8a",
+}  # fmt: skip
+
+
+def draw(bench: Bench, make: Callable[[Path], Sequence[str]]) -> list[str]:
+    """Draw into the results folder; names of the images."""
+    try:
+        import matplotlib
+    except ImportError:
+        bench.say("matplotlib is not installed: no plots")
+        return []
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({
+        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
+        "axes.edgecolor": GREY, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+        "axes.axisbelow": True, "grid.color": LIGHT, "legend.frameon": False, "figure.dpi": 130,
+        "axes.titlesize": 10, "axes.titlelocation": "left", "savefig.bbox": "tight",
+    })  # fmt: skip
+    return [name for name in make(bench.results) if name]
+
+
+def _save(folder: Path, figure: Any, name: str) -> str:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(folder / name)
+    plt.close(figure)
+    return name
+
+
+def _bars(axis: Any, at: Sequence[float], found: Sequence[dict[str, float]], height: float,
+          colour: str, label: str | None = None) -> None:  # fmt: skip
+    """Horizontal bars at the medians, with a line from the lowest to the highest round."""
+    middle = [f["median"] for f in found]
+    reach = [[f["median"] - f["low"] for f in found], [f["high"] - f["median"] for f in found]]
+    axis.barh(at, middle, height, color=colour, label=label)
+    axis.errorbar(middle, at, xerr=reach, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
+    for y, f in zip(at, found, strict=True):
+        axis.annotate(f"{f['median']:.2f}", (f["high"], y), (4, 0), textcoords="offset points",
+                      va="center", fontsize=8)  # fmt: skip
+
+
+def _legend_below(figure: Any, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=len(labels),
+                  columnspacing=1.0, handlelength=1.2, fontsize=8)  # fmt: skip
+
+
+def floor(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Rates by mode and operation; a colour for each number of processes."""
+    import matplotlib.pyplot as plt
+
+    modes = list(dict.fromkeys(r["mode"] for r in rows))
+    counts = list(dict.fromkeys(r["processes"] for r in rows))
+    names = list(dict.fromkeys(r["what"] for r in rows))
+    figure, axes = plt.subplots(
+        1, len(modes), figsize=(4.6 * len(modes), 3.2), sharey=True, squeeze=False
+    )
+    height = 0.8 / len(counts)
+    for axis, mode in zip(axes[0], modes, strict=True):
+        for i, count in enumerate(counts):
+            ours = [r for r in rows if (r["mode"], r["processes"]) == (mode, count)]
+            at = [names.index(r["what"]) + (i - (len(counts) - 1) / 2) * height for r in ours]
+            label = f"{count} process{'es' * (count > 1)}"
+            _bars(
+                axis,
+                at,
+                [r["rate"] for r in ours],
+                0.9 * height,
+                (BLUE, ORANGE, GREEN)[i % 3],
+                label,
+            )
+        axis.set(title=mode, xlabel="GB/s", yticks=range(len(names)), yticklabels=names)
+        axis.set_xscale("log")
+        axis.margins(x=0.2)
+        axis.grid(axis="x")
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    _legend_below(figure, axes[0][0])
+    return _save(folder, figure, "floor.png")
+
+
+def _case(row: dict[str, Any]) -> str:
+    crew = f"{row['workers']} worker{'s' * (row['workers'] != 1)}" if row["workers"] else "serial"
+    return f"{row['row_bytes']} B rows, {crew}, {row['levels']} level{'s' * (row['levels'] > 1)}"
+
+
+def _panels(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    kinds = list(dict.fromkeys((r["mode"], r["size"]) for r in rows))
+    return [
+        (
+            f"{mode}, {format_bytes(size)}",
+            [r for r in rows if (r["mode"], r["size"]) == (mode, size)],
+        )
+        for mode, size in kinds
+    ]
+
+
+def fractions(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Each shuffle as a fraction of a copy; a tick where one copy per level would be."""
+    import matplotlib.pyplot as plt
+
+    if not rows:
+        return ""
+    panels = _panels(rows)
+    longest = max(len(ours) for _, ours in panels)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.2 * len(panels), 0.8 + 0.34 * longest), squeeze=False
+    )
+    for axis, (title, ours) in zip(axes[0], panels, strict=True):
+        for i, row in enumerate(ours):
+            colour = (GREY, BLUE, ORANGE, GREEN)[(row["levels"] - 1) % 4]
+            _bars(axis, [i], [row["of_copy"]], 0.7, colour)
+            axis.plot([1 / row["levels"]] * 2, [i - 0.45, i + 0.45], color=RED, linewidth=1.6,
+                      label="one copy per level" if i == 0 else None)  # fmt: skip
+        axis.set(title=title, xlabel="rate, as a fraction of copying the same files",
+                 yticks=range(len(ours)), yticklabels=[_case(r) for r in ours])  # fmt: skip
+        axis.invert_yaxis()
+        axis.set_xlim(left=0)
+        axis.margins(x=0.12)
+        axis.grid(axis="x")
+    figure.tight_layout()
+    _legend_below(figure, axes[0][0])
+    return _save(folder, figure, "shuffle.png")
+
+
+def phases(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """The workers' time by phase, one stacked bar per case."""
+    import matplotlib.pyplot as plt
+
+    if not rows:
+        return ""
+    panels = _panels(rows)
+    longest = max(len(ours) for _, ours in panels)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.2 * len(panels), 1.2 + 0.34 * longest), squeeze=False
+    )
+    for axis, (title, ours) in zip(axes[0], panels, strict=True):
+        left = [0.0] * len(ours)
+        for phase in (*PHASES, *OUTSIDE):
+            shares = [100 * r["phases"][phase] for r in ours]
+            axis.barh(
+                range(len(ours)), shares, 0.72, left=left, color=PHASE_COLOURS[phase], label=phase
+            )
+            for y, (at, share) in enumerate(zip(left, shares, strict=True)):
+                if share >= 5:
+                    axis.text(
+                        at + share / 2,
+                        y,
+                        f"{share:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if phase in ("read", "partition", "write", "other") else INK,
+                    )
+            left = [at + share for at, share in zip(left, shares, strict=True)]
+        axis.set(title=title, xlabel="% of the workers' time", xlim=(0, 100), yticks=range(len(ours)),
+                 yticklabels=[_case(r) for r in ours])  # fmt: skip
+        axis.invert_yaxis()
+    figure.tight_layout()
+    _legend_below(figure, axes[0][0])
+    return _save(folder, figure, "phases.png")
+
+
+def scheduler(folder: Path, samples: list[dict[str, float]], workers: int) -> str:
+    """Memory of scheduler and driver, and time per task, as tasks go by."""
+    import matplotlib.pyplot as plt
+
+    done = [s["tasks"] for s in samples]
+    unit, word = (1e3, "thousand ") if done[-1] >= 2e4 else (1, "")
+    figure, (memory, pace) = plt.subplots(1, 2, figsize=(9.2, 3.0))
+    for name, colour in (("scheduler", BLUE), ("driver", ORANGE)):
+        held = [s[f"{name}_memory"] / 1e6 for s in samples]
+        memory.plot([d / unit for d in done], held, color=colour, label=name)
+    memory.set(title="memory", xlabel=f"{word}tasks done", ylabel="MB", ylim=(0, None))
+    memory.legend(loc="lower right")
+    for name, colour in (("seconds", INK), ("scheduler_cpu", BLUE), ("driver_cpu", ORANGE)):
+        each = [
+            1000 * (b[name] - a[name]) / (b["tasks"] - a["tasks"])
+            for a, b in zip(samples, samples[1:], strict=False)
+        ]
+        label = {"seconds": "wall clock", "scheduler_cpu": "scheduler's processor"}.get(
+            name, "driver's processor"
+        )
+        pace.plot([d / unit for d in done[1:]], each, color=colour, label=label)
+    pace.set(title=f"time a task, {workers} worker{'s' * (workers != 1)}",
+             xlabel=f"{word}tasks done", ylabel="ms", ylim=(0, None))  # fmt: skip
+    pace.legend(loc="lower right")
+    for axis in (memory, pace):
+        axis.grid(axis="y")
+    figure.tight_layout()
+    return _save(folder, figure, "scheduler.png")
+
+
+def growth(folder: Path, rows: list[dict[str, Any]], line: dict[str, float], memory: int) -> str:
+    """Time against bytes x levels, and memory against size; a colour for each number of levels."""
+    import matplotlib.pyplot as plt
+
+    figure, (pace, held) = plt.subplots(1, 2, figsize=(9.6, 3.6))
+    colours = {n: c for n, c in enumerate((GREY, BLUE, ORANGE, GREEN, RED), 1)}
+    work = [r["bytes"] * r["levels"] / 1e9 for r in rows]
+    pace.plot([0, max(work)], [line["fixed"], line["fixed"] + line["per_gb"] * max(work)], color=GREY,
+              linewidth=1, label=f"{line['fixed']:.1f} s + {line['per_gb']:.2f} s/GB")  # fmt: skip
+    for levels in dict.fromkeys(r["levels"] for r in rows):
+        at = [i for i, r in enumerate(rows) if r["levels"] == levels]
+        label = f"{levels} level{'s' * (levels > 1)}"
+        for axis, x, key, unit in (
+            (pace, work, "seconds", 1.0),
+            (held, [r["bytes"] / 1e6 for r in rows], "memory", 1e6),
+        ):
+            found = [rows[i][key] for i in at]
+            middle = [f["median"] / unit for f in found]
+            reach = [[(f["median"] - f["low"]) / unit for f in found],
+                     [(f["high"] - f["median"]) / unit for f in found]]  # fmt: skip
+            axis.errorbar([x[i] for i in at], middle, yerr=reach, fmt="o", markersize=5, capsize=3,
+                          color=colours.get(levels, INK), ecolor=GREY, label=label)  # fmt: skip
+    pace.set(title="time", xlabel="GB x levels", ylabel="seconds", xlim=(0, None), ylim=(0, None))
+    pace.legend(loc="upper left")
+    held.axhline(memory / 1e6, color=RED, linewidth=1, linestyle="--")
+    held.annotate("--memory", (1.0, memory / 1e6), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+                  textcoords="offset points", color=RED, fontsize=8, ha="right")  # fmt: skip
+    held.set(title="peak memory, interpreter and imports included", xlabel="data, MB", ylabel="MB",
+             ylim=(0, None))  # fmt: skip
+    held.set_xscale("log", base=2)
+    sizes = [r["bytes"] / 1e6 for r in rows]
+    held.set_xticks(sizes, [f"{s:,.0f}" if s >= 10 else f"{s:.2g}" for s in sizes])
+    for axis in (pace, held):
+        axis.grid(axis="y")
+    figure.tight_layout()
+    return _save(folder, figure, "growth.png")
+
+
+def peers(folder: Path, rows: list[dict[str, Any]], nbytes: int) -> str:
+    """Time and memory of each peer, fastest first; those that did not finish are named below."""
+    import matplotlib.pyplot as plt
+
+    done = sorted((r for r in rows if "seconds" in r), key=lambda r: r["seconds"]["median"])
+    if not done:
+        return ""
+    figure, (pace, held) = plt.subplots(
+        1, 2, figsize=(9.6, 1.1 + 0.32 * len(done)), sharey=True, width_ratios=(3, 2)
+    )
+
+    def colour(row: dict[str, Any]) -> str:
+        good = row["exact"] and row["verdict"] == "pass"
+        return (ORANGE if row["peer"] == "actshuffle" else BLUE) if good else GREY
+
+    for i, row in enumerate(done):
+        _bars(pace, [i], [row["seconds"]], 0.7, colour(row))
+        memory = {k: v / 1e9 if k != "rounds" else v for k, v in row["memory"].items()}
+        _bars(held, [i], [memory], 0.7, colour(row))
+    names = [r["title"] + ("" if r["exact"] and r["verdict"] == "pass" else " *") for r in done]
+    pace.set(title=f"seconds for {format_bytes(nbytes)}, start-up included", yticks=range(len(done)),
+             yticklabels=names)  # fmt: skip
+    pace.set_xscale("log")
+    held.set(title="peak memory, GB")
+    held.axvline(nbytes / 1e9, color=RED, linewidth=1, linestyle="--")
+    held.annotate("the data", (nbytes / 1e9, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -9),
+                  textcoords="offset points", color=RED, fontsize=8)  # fmt: skip
+    pace.invert_yaxis()
+    for axis in (pace, held):
+        axis.margins(x=0.2)
+        axis.grid(axis="x")
+    figure.tight_layout()
+    notes = ["* not exactly uniform"] if any(n.endswith("*") for n in names) else []
+    notes += [f"{r['title']}: {r['outcome']}" for r in rows if "seconds" not in r]
+    figure.text(
+        0.01, 0.0, "; ".join(notes), ha="left", va="top", fontsize=7.5, color=GREY, wrap=True
+    )
+    return _save(folder, figure, "peers.png")

@@ -1,0 +1,192 @@
+"""`shuffle`: the engine beside the copier: levels, row widths, workers, sizes; where the time goes.
+
+A round is, for every source, a copy, each shuffle of it, and a copy again; a shuffle is compared with
+the mean of the two copies around it, and the ratios of several rounds give a median and a range.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import actshuffle
+from actshuffle.errors import InfeasibleError
+from actshuffle.executors import Executor, Serial, local_cluster
+from actshuffle.types import Job
+from actshuffle.units import format_bytes
+from benchmarks import plots
+from benchmarks.copier import Copier
+from benchmarks.floor import Floor, durable, prepare
+from benchmarks.phases import OUTSIDE, PHASES, Timed, breakdown, summarise
+from benchmarks.results import Bench, need_space, ranged, rate, spread, table
+from benchmarks.sources import make_source, rows_of
+
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shuffle to measure; ``workers`` 0 is the serial executor, in this process."""
+
+    mode: str
+    size: int
+    row_bytes: int
+    workers: int
+    levels: int
+
+    @property
+    def processes(self) -> int:
+        return max(1, self.workers)
+
+    def __str__(self) -> str:
+        crew = f"{self.workers} workers" if self.workers else "serial"
+        return (f"{self.mode}, {format_bytes(self.size)}, rows of {self.row_bytes} B, {crew}, "
+                f"{self.levels} levels")  # fmt: skip
+
+
+def run(
+    bench: Bench, *, sizes: list[int], row_bytes: list[int], workers: list[int], levels: list[int],
+    modes: list[str], rounds: int, memory: int, chunk: int,
+) -> None:  # fmt: skip
+    # Source, spill with keys and source rows, output: as much again for each.
+    need_space(bench.work, int(max(sizes) * (len(row_bytes) + 3.5)))
+    bench.plan(rounds * len(sizes) * len(row_bytes) * len(workers) * len(modes) * (len(levels) + 2))
+    found: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        crews: dict[int, Executor] = {
+            n: stack.enter_context(local_cluster(n)) if n else Serial() for n in workers
+        }
+        copiers = {n: stack.enter_context(Copier(n)) for n in sorted({max(1, w) for w in workers})}
+        for size in sizes:
+            sources = {width: make_source(bench.work, size, width, chunk) for width in row_bytes}
+            floors = {(width, n): Floor(copiers[n], sources[width], bench.work)
+                      for width in row_bytes for n in copiers}  # fmt: skip
+            for floor in floors.values():
+                floor.warm_up()
+            # Once without looking: buffers are touched, code is loaded, the allocator has its memory.
+            for crew in crews.values():
+                _shuffle(
+                    crew,
+                    next(iter(sources.values())),
+                    bench.work / "out",
+                    memory,
+                    max(levels),
+                    True,
+                )
+            for number in range(rounds):
+                for mode in modes:
+                    for count, crew in crews.items():
+                        for width, source in sources.items():
+                            cases = [Case(mode, size, width, count, level) for level in levels]
+                            group = _group(
+                                bench, cases, crew, source, floors[width, max(1, count)], memory
+                            )
+                            found += [one | {"round": number} for one in group]
+            for path in sources.values():
+                shutil.rmtree(path)
+    rows = summary(found)
+    images = plots.draw(
+        bench, lambda folder: [plots.fractions(folder, rows), plots.phases(folder, rows)]
+    )
+    bench.publish({"rounds": found, "summary": rows}, page(rows, memory), images)
+
+
+def _group(
+    bench: Bench, cases: list[Case], crew: Executor, source: Path, floor: Floor, memory: int
+) -> list[dict[str, Any]]:
+    """Shuffles of one source between two copies of it."""
+    mode, target = cases[0].mode, bench.work / "out"
+    copies = [floor.measure("copy", 2, mode)["seconds"]]
+    bench.did(f"{mode}, {floor.copier.processes} processes, copy: {rate(floor.nbytes, copies[0])}")
+    found = []
+    for case in cases:
+        prepare(mode, [source])
+        try:
+            one = _shuffle(crew, source, target, memory, case.levels, durable(mode))
+        except InfeasibleError as err:
+            bench.did(f"{case}: {err}")
+            continue
+        found.append(one | asdict(case))
+        bench.did(f"{case}: {rate(one['bytes'], one['seconds'])}")
+    copies.append(floor.measure("copy", 2, mode)["seconds"])
+    bench.did(f"{mode}, {floor.copier.processes} processes, copy: {rate(floor.nbytes, copies[1])}")
+    return [one | {"copies": copies, "of_copy": sum(copies) / 2 / one["seconds"]} for one in found]
+
+
+def _shuffle(
+    crew: Executor, source: Path, target: Path, memory: int, levels: int, fsync: bool
+) -> dict[str, Any]:
+    """One shuffle, from the call to the completion marker; workers are running already."""
+    timed, jobs = Timed(crew), list[Job]()
+    start = time.monotonic()
+    result = actshuffle.shuffle(
+        source, target, seed=SEED, levels=levels, memory=memory, executor=timed, fsync=fsync,
+        progress=timed, planned=jobs.append,
+    )  # fmt: skip
+    stop = time.monotonic()
+    shutil.rmtree(target)
+    plan = result.plan
+    return {
+        "seconds": stop - start, "bytes": result.nbytes, "rows": rows_of(source),
+        "tasks": len(timed.traces), "leaves": plan.leaves,
+        "block_bytes": plan.block_bytes, "leaf_bytes": plan.leaf_rows * plan.row_bytes,
+        "task_cpu": sum(t.cpu for t in timed.traces), "phases": breakdown(timed, start, stop),
+    }  # fmt: skip
+
+
+def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per case: medians and ranges over the rounds."""
+    cases: dict[Case, list[dict[str, Any]]] = {}
+    for one in found:
+        case = Case(*(one[k] for k in ("mode", "size", "row_bytes", "workers", "levels")))
+        cases.setdefault(case, []).append(one)
+    rows = []
+    for case, ours in cases.items():
+        rows.append(asdict(case) | {
+            "rate": spread([one["bytes"] / one["seconds"] / 1e9 for one in ours]),
+            "copy_rate": spread([one["bytes"] / s / 1e9 for one in ours for s in one["copies"]]),
+            "of_copy": spread([one["of_copy"] for one in ours]),
+            "of_floor": spread([one["of_copy"] * case.levels for one in ours]),
+            "cpu_per_gb": spread([one["task_cpu"] / one["bytes"] * 1e9 for one in ours]),
+            "leaves": ours[0]["leaves"], "leaf_bytes": ours[0]["leaf_bytes"],
+            "phases": summarise([one["phases"] for one in ours]),
+        })  # fmt: skip
+    return rows
+
+
+def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
+    names = (*PHASES, *OUTSIDE)
+    return [
+        f"At most {format_bytes(memory)} a worker; median (range) over interleaved rounds. *of copy*: "
+        "the rate of a copy by our own copier with as many processes, over that of the shuffle, the "
+        "other way up: 0.50 is half as fast as copying. *of floor*: the same against one copy per "
+        "level, which no shuffle that reads and writes everything at each level can beat. Workers are "
+        "running when the clock starts. *leaves* is the number of pieces sorted in memory.",
+        "",
+        *table(
+            ("mode", "data", "row", "workers", "levels", "leaves", "GB/s", "copy GB/s", "of copy",
+             "of floor", "CPU s/GB"),
+            ((r["mode"], format_bytes(r["size"]), f"{r['row_bytes']} B", r["workers"] or "serial",
+              r["levels"], r["leaves"], ranged(r["rate"]), ranged(r["copy_rate"]), ranged(r["of_copy"]),
+              ranged(r["of_floor"]), ranged(r["cpu_per_gb"]))
+             for r in rows),
+        ),
+        "",
+        "## Where the time goes",
+        "",
+        "Percent of the workers' time. *write* is what a task waits for its writer, fsync and rename "
+        "included; *behind* is how busy the writing thread is, beside all the rest. *scheduler*: "
+        "between tasks. *idle*: after a worker's last task of a level. *driver*: preparing, boundaries, "
+        "publishing, while no level has tasks to run.",
+        "",
+        *table(
+            ("mode", "row", "workers", "levels", *names, "(behind)"),
+            ((r["mode"], f"{r['row_bytes']} B", r["workers"] or "serial", r["levels"],
+              *(f"{100 * r['phases'][n]:.0f}" for n in (*names, "behind")))
+             for r in rows),
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,12 @@
+"""Sparse autoencoders with sharded parameters, trained from a shuffled activation store.
+
+>>> import saetrain
+>>> sae = saetrain.load("store.sae")              # doctest: +SKIP
+>>> sae.encode(rows), sae(rows)                   # doctest: +SKIP
+"""
+
+from saetrain.config import Config
+from saetrain.sae import SAE, load
+from saetrain.train import fit
+
+__all__ = ["SAE", "Config", "fit", "load"]

@@ -1,0 +1,244 @@
+"""Checkpoints: one safetensors file for each tensor-parallel rank, and state.json.
+
+::
+
+    run/checkpoints/step-00000400/
+        shard-0-of-2.safetensors      latents [0, n/2): parameters, Adam's moments, firing counts
+        shard-1-of-2.safetensors      latents [n/2, n)
+        state.json                    settings, step, data cursor, normalisation scale, SHA-256 of the shards
+
+A checkpoint is written under a name that no reader looks at, made durable, and renamed: it is there whole or not
+at all, whenever the process dies.  What is not split (b_dec and its moments, mean, threshold) is in shard 0.
+No rank ever holds another's parameters: to resume on another number of ranks, each reads its rows from the
+files that have them.  On as many ranks the run goes on bitwise as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saetrain.config import Config
+from saetrain.errors import CheckpointError
+from saetrain.mesh import Mesh
+from saetrain.model import SHARDED, Model, Norm
+from saetrain.optim import Optimizer
+from saetrain.tensors import Spec, TensorFile, sha256, write
+
+FORMAT = 1
+SPLIT_STATE = ("quiet", "fired")  # the rest of Model.state is whole on every rank
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def save(run: Path, model: Model, optimizer: Optimizer, step: int, cursor: dict[str, Any]) -> Path:
+    """Publish a checkpoint; all ranks call it.  Older ones beyond `keep` are removed."""
+    mesh, target = model.mesh, step_folder(run, step)
+    building = target.with_name(f".{target.name}")
+    with _together(mesh, f"checkpoint {target}"):
+        if mesh.rank == 0:
+            for left_behind in target.parent.glob(".*step-*"):  # by a process that died
+                shutil.rmtree(left_behind, ignore_errors=True)
+            building.mkdir(parents=True)
+    name = f"shard-{mesh.tp_index}-of-{mesh.tp}.safetensors"
+    digest = b"\0" * 32
+    with _together(mesh, f"checkpoint {target}"):
+        if mesh.dp_index == 0:
+            held = _held(model, optimizer, mesh.tp_index == 0)
+            specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in held.items()}
+            digest = bytes.fromhex(
+                write(building / name, specs, held.items(), {"format": "saetrain"})
+            )
+    digests = mesh.gather(torch.tensor(list(digest), dtype=torch.uint8, device=mesh.device), "tp")
+    with _together(mesh, f"checkpoint {target}"):
+        if mesh.rank == 0:
+            names = [f"shard-{i}-of-{mesh.tp}.safetensors" for i in range(mesh.tp)]
+            state = {
+                "format": FORMAT, "step": step, "config": model.config.to_json(), "d_in": model.d_in,
+                "scale": model.norm.scale, "tile": model.tile, "cursor": cursor,
+                "shards": {n: bytes(d.tolist()).hex() for n, d in zip(names, digests, strict=True)},
+            }  # fmt: skip
+            write_json(building / "state.json", state)
+            _sync(building)
+            if target.exists():  # damaged, or it would have been resumed from
+                _remove(target)
+            building.rename(target)
+            _sync(target.parent)
+            for old in sorted(target.parent.glob("step-*"))[: -model.config.keep]:
+                _remove(old)
+    return target
+
+
+def _remove(folder: Path) -> None:
+    """Take a checkpoint away; a half-deleted one must not look like one."""
+    gone = folder.rename(folder.with_name(f".gone-{folder.name}"))
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _held(model: Model, optimizer: Optimizer, whole: bool) -> dict[str, Tensor]:
+    """What this rank writes: its rows of what is split, and on the first rank what is not."""
+    found = {**model.params, **optimizer.moments(), **model.state, "mean": model.norm.mean}
+    return {n: t for n, t in found.items() if whole or _is_split(n)}
+
+
+def _is_split(name: str) -> bool:
+    return name in SPLIT_STATE or name.removeprefix("adam_m.").removeprefix("adam_v.") in SHARDED
+
+
+class _together:
+    """A block that fails on all ranks if it fails on one, so that none waits for ever."""
+
+    def __init__(self, mesh: Mesh, what: str) -> None:
+        self.mesh, self.what = mesh, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not isinstance(error, Exception):
+            return  # leaving in a hurry
+        if self.mesh.any(error is not None) and error is None:
+            raise CheckpointError(f"{self.what}: another rank failed")
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{self.what}: {error}") from error
+
+
+# --- reading
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint: its state, and its tensors by row ranges."""
+
+    folder: Path
+    state: dict[str, Any]
+    files: tuple[TensorFile, ...]
+
+    @property
+    def config(self) -> Config:
+        return Config.from_json(self.state["config"])
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor, from the files that have them."""
+        if not _is_split(name):
+            return self.files[0].read(name)
+        each = self.state["config"]["d_sae"] // len(self.files)
+        stop = self.state["config"]["d_sae"] if stop is None else stop
+        parts = [
+            file.read(name, max(start - i * each, 0), min(stop - i * each, each))
+            for i, file in enumerate(self.files)
+            if start < (i + 1) * each and stop > i * each
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def has(self, name: str) -> bool:
+        return name in self.files[0].specs
+
+    def verify(self, files: set[int] | None = None) -> None:
+        """Compare the files (all, or some by number) with the digests in state.json."""
+        for i, file in enumerate(self.files):
+            if (files is None or i in files) and sha256(file.path) != self.state["shards"][
+                file.path.name
+            ]:
+                raise CheckpointError(
+                    f"{file.path} is damaged: its SHA-256 is not that in state.json"
+                )
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        if state["format"] != FORMAT:
+            raise CheckpointError(f"{folder} has format {state['format']}; this reads {FORMAT}")
+        if any("/" in name for name in state["shards"]):
+            raise CheckpointError(f"{folder / 'state.json'} names files outside its folder")
+        return Checkpoint(
+            folder, state, tuple(TensorFile(folder / name) for name in state["shards"])
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint: {type(error).__name__}: {error}"
+        ) from error
+
+
+def published(run: Path) -> list[Path]:
+    """The checkpoints of a run, the latest first."""
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, or the latest of the run at `path`."""
+    folders = [path] if (path / "state.json").exists() else published(path)
+    if not folders:
+        raise CheckpointError(f"no checkpoint in {path}")
+    return open_checkpoint(folders[0])
+
+
+def load_latest(
+    runs: Sequence[Path], mesh: Mesh, warn: Callable[[str], None]
+) -> list[Loaded] | None:
+    """All runs of a sweep (or one) at the latest step of which every one has an undamaged checkpoint."""
+    steps = [{folder.name for folder in published(run)} for run in runs]
+    for name in sorted(set.intersection(*steps), reverse=True):
+        found, trouble = [], ""
+        try:
+            for run in runs:
+                found.append(load(open_checkpoint(run / "checkpoints" / name), mesh))
+        except CheckpointError as error:
+            trouble = str(error)
+        if not mesh.any(bool(trouble)):
+            return found
+        warn(f"{trouble or name} cannot be used; trying the one before")
+    return None
+
+
+class Loaded(NamedTuple):
+    model: Model
+    optimizer: Optimizer
+    state: dict[str, Any]
+
+
+def load(checkpoint: Checkpoint, mesh: Mesh) -> Loaded:
+    state, config = checkpoint.state, checkpoint.config
+    lo, hi = mesh.share(config.d_sae, "d_sae")
+    each = config.d_sae // len(checkpoint.files)
+    checkpoint.verify({0} | set(range(lo // each, -(-hi // each))))
+    model = Model(config, Norm(checkpoint.read("mean"), state["scale"]), mesh)
+    model.tile = state["tile"]
+    for name, tensor in (model.params | model.state).items():
+        tensor.copy_(checkpoint.read(name, lo, hi))
+    optimizer = Optimizer(model)
+    moments = {
+        key: checkpoint.read(key, lo, hi).to(mesh.device)
+        for name in model.params for key in (f"adam_m.{name}", f"adam_v.{name}") if checkpoint.has(key)
+    }  # fmt: skip
+    optimizer.restore(moments, state["step"])
+    return Loaded(model, optimizer, state)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is there whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

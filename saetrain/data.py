@@ -1,0 +1,194 @@
+"""Rows to train on: what the trainer asks of a store, and actshuffle's stores as such.
+
+::
+
+    rows     0 ...................... train | n ... held out       the tail of a shuffled store is a random sample
+    a step   batch_size rows; rank r of w reads the r-th of w neighbouring parts, and the tensor-parallel ranks
+             of a replica share theirs: each row is read once, whatever the number of ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actshuffle.dataset import Dataset, open_dataset
+from actshuffle.errors import ActshuffleError, FormatError, RequestError
+from actshuffle.loader import Loader
+from actshuffle.stats import read_stats
+from saetrain.config import Config
+from saetrain.errors import DataError
+from saetrain.mesh import Mesh
+from saetrain.model import Norm, norm_from
+
+DOCUMENT_NAMES = (
+    "document",
+    "documents",
+    "doc",
+    "doc_id",
+    "document_id",
+    "doc_ids",
+    "document_ids",
+)
+SAMPLE_ROWS = 65_536  # for statistics where the store has none
+
+
+class Cursor(Protocol):
+    """Batches of this rank, and where they are."""
+
+    wait_seconds: float
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Source(Protocol):
+    """Rows by number, and batches of a range of them."""
+
+    name: str
+    rows: int
+    d_in: int
+    field: str
+    document_field: str | None
+
+    def statistics(self) -> tuple[np.ndarray[Any, Any], float]:
+        """The mean row, and the sum over columns of the variance."""
+        ...
+
+    def read(self, field: str, start: int, stop: int) -> Tensor: ...
+    def batches(self, rows: int, config: Config, mesh: Mesh) -> Cursor: ...
+
+
+class Batch(NamedTuple):
+    rows: Tensor  # raw activations of this replica
+    documents: Tensor | None  # ids of the documents of the rows that this rank read
+
+
+class Store:
+    """A finished actshuffle store as a Source."""
+
+    def __init__(self, path: str | Path, config: Config) -> None:
+        self.config = config
+        try:
+            self.data: Dataset = open_dataset(path)
+        except ActshuffleError as error:
+            raise DataError(f"{type(error).__name__}: {error}") from error
+        self.name, self.rows = str(path), self.data.rows
+        self.field = config.field or self._only_field()
+        if self.field not in self.data.fields:
+            raise DataError(f"no array {self.field!r} in {path}; it has {sorted(self.data.fields)}")
+        info = self.data.fields[self.field]
+        if len(info.row_shape) != 1 or not (info.dtype.kind == "f" or info.bfloat16):
+            raise DataError(
+                f"{self.field!r} in {path} has rows of shape {info.row_shape} and type {info.dtype_name}; "
+                "activations are one axis of floating-point numbers"
+            )
+        self.d_in = int(info.row_shape[0])
+        names = [config.document_field] if config.document_field else DOCUMENT_NAMES
+        self.document_field = next((n for n in names if n in self.data.fields), None)
+        if config.document_field and self.document_field is None:
+            raise DataError(
+                f"no array {config.document_field!r} in {path}; it has {sorted(self.data.fields)}"
+            )
+
+    def _only_field(self) -> str:
+        found = [
+            n for n, f in self.data.fields.items()
+            if len(f.row_shape) == 1 and (f.dtype.kind == "f" or f.bfloat16)
+        ]  # fmt: skip
+        if len(found) != 1:
+            raise DataError(
+                f"{self.name} has {len(found)} arrays that could be activations ({', '.join(found) or 'none'}); "
+                "choose with --field"
+            )
+        return found[0]
+
+    def statistics(self) -> tuple[np.ndarray[Any, Any], float]:
+        """As `actshuffle stats` recorded them with the store, else of a sample of its rows."""
+        try:
+            known: Any = read_stats(self.data)[self.field]
+        except (RequestError, FormatError, KeyError):
+            known = None
+        if known is not None:
+            if known.nans or known.infs:
+                row, column = known.first_nan or known.first_inf or (0, 0)
+                raise DataError(
+                    f"{self.field!r} in {self.name} holds {known.nans:,} NaNs and {known.infs:,} infinite "
+                    f"numbers; the first in row {row:,}, column {column}"
+                )
+            return known.mean.astype(np.float64), float(known.variance.sum(dtype=np.float64))
+        # A shuffled store's first rows are a random sample; of another one, 64 runs from all over it.
+        runs = 1 if self.data.shuffled else 64
+        each = max(min(self.rows, SAMPLE_ROWS) // runs, 1)
+        shift, count, total, square = np.zeros(self.d_in), 0, np.zeros(self.d_in), 0.0
+        for run in range(runs):
+            first = run * (self.rows // runs)
+            for at in range(first, min(first + each, self.rows), 4096):
+                part = self.read(self.field, at, min(at + 4096, first + each, self.rows)).double()
+                check_finite(part, self.name, self.field, at)
+                shift = (
+                    shift if count else part.mean(0).numpy()
+                )  # so that a large mean costs no digits
+                part -= torch.from_numpy(shift)
+                count, total = count + len(part), total + part.sum(0).numpy()
+                square += float(part.square().sum())
+        mean = total / count
+        return mean + shift, square / count - float(mean @ mean)
+
+    def read(self, field: str, start: int, stop: int) -> Tensor:
+        found = self.data.read(field, start, stop)
+        if self.data.fields[field].bfloat16:
+            return torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(found)
+
+    def batches(self, rows: int, config: Config, mesh: Mesh) -> Cursor:
+        fields = [self.field] + ([self.document_field] if self.document_field else [])
+        try:
+            return Loader(
+                replace(self.data, rows=rows), config.batch_size, fields=fields, rank=mesh.rank,
+                world_size=mesh.world, epochs=None, seed=config.seed, drop_last=True, as_torch=True,
+                pin=mesh.device.type == "cuda",
+                buffer_rows=None if config.buffer_rows < 0 else config.buffer_rows,
+            )  # fmt: skip
+        except ActshuffleError as error:
+            raise DataError(str(error)) from error
+
+
+def check_finite(rows: Tensor, name: str, field: str, first: int) -> None:
+    """Refuse NaNs and infinities, and say where."""
+    if bool(torch.isfinite(rows.sum())):  # one pass; a sum that overflows is looked at again
+        return
+    bad = (~torch.isfinite(rows)).nonzero()
+    if len(bad):
+        row, column = (int(v) for v in bad[0])
+        raise DataError(
+            f"{field!r} in {name}: row {first + row:,}, column {column} is {float(rows[row, column])} "
+            f"({len(bad):,} such numbers in these {len(rows):,} rows)"
+        )
+
+
+def norm_of(source: Source) -> Norm:
+    return norm_from(*source.statistics())
+
+
+def sample(source: Source, norm: Norm, rows: int, mesh: Mesh) -> Tensor:
+    """The first rows, normalised: what variants initialise from, the same on every rank."""
+    raw = source.read(source.field, 0, min(rows, source.rows))
+    check_finite(raw, source.name, source.field, 0)
+    return norm(raw.to(mesh.device))
+
+
+def stream(source: Source, cursor: Cursor, mesh: Mesh) -> Iterator[Batch]:
+    """The batches of this replica: each rank's part of the rows, shared among its tensor-parallel ranks."""
+    for batch in cursor:
+        mine = batch[source.field].to(mesh.device, non_blocking=True)
+        rows = mesh.gather(mine, "tp", "rows").reshape(-1, mine.shape[1])
+        documents = batch[source.document_field] if source.document_field else None
+        yield Batch(rows, documents)

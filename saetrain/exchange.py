@@ -1,0 +1,206 @@
+"""Other tools' folders: SAELens (cfg.json, sae_weights.safetensors) and sparsify (cfg.json, sae.safetensors).
+
+==========  ===========================================  ===========================================
+variant     SAELens                                      sparsify
+==========  ===========================================  ===========================================
+topk        topk                                         topk
+batchtopk   jumprelu, all thresholds equal               refused: it has no thresholds
+matryoshka  the same
+relu        standard                                     refused
+jumprelu    jumprelu                                     refused
+==========  ===========================================  ===========================================
+
+Export goes block by block: the whole dictionary is never in memory (SAELens keeps W_enc as [d_in, d_sae], so
+that file is written in stripes of columns, each found by one pass over the checkpoint).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saetrain import checkpoint
+from saetrain.config import Config
+from saetrain.errors import CheckpointError, ExchangeError
+from saetrain.sae import SAE, Folded
+from saetrain.tensors import Spec, TensorFile, write
+
+SAELENS_VERSION = "6.0.0"  # the layout of cfg.json that is written
+STRIPE_BYTES = 256 << 20
+
+
+def export(run: Path, to: Path, format: str = "saelens") -> None:
+    """Write a run, or one of its checkpoints, for SAELens or sparsify."""
+    found = checkpoint.find(run)
+    found.verify()
+    folded, config, d = Folded(found), found.config, int(found.state["d_in"])
+    if to.exists() and any(to.iterdir()):
+        raise ExchangeError(f"{to} exists and is not empty")
+    to.mkdir(parents=True, exist_ok=True)
+    n, dtype = config.d_sae, found.files[0].specs["W_enc"].dtype
+    rows, one = Spec(dtype, (n, d)), Spec(dtype, (n,))
+    if format == "sparsify":
+        if config.arch != "topk":
+            raise ExchangeError(
+                f"sparsify holds topk models only, and this is {config.arch}; SAELens holds it"
+            )
+        names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec"}
+        specs = {
+            "b_dec": Spec(dtype, (d,)),
+            "encoder.weight": rows,
+            "encoder.bias": one,
+            "W_dec": rows,
+        }
+        cfg: dict[str, Any] = {
+            "activation": "topk", "expansion_factor": max(n // d, 1), "normalize_decoder": True, "num_latents": n,
+            "k": config.k, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": d,
+        }  # fmt: skip
+        write(to / "sae.safetensors", specs, _tensors(folded, names, dtype), {"format": "pt"})
+    else:
+        names = {"b_enc": "b_enc", "W_dec": "W_dec", "threshold": "threshold", "W_enc": "W_enc"}
+        if folded.activation != "jumprelu":
+            del names["threshold"]
+        specs = {"b_dec": Spec(dtype, (d,))} | {m: rows if m == "W_dec" else one for m in names}
+        specs["W_enc"] = Spec(dtype, (d, n))
+        cfg = {
+            "architecture": {"relu": "standard"}.get(folded.activation, folded.activation), "d_in": d, "d_sae": n,
+            "dtype": str(dtype).removeprefix("torch."), "device": "cpu",
+            "apply_b_dec_to_input": folded.subtract_b_dec, "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": {
+                "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None,
+                "trained_with": "saetrain", "variant": config.arch,
+            },
+        }  # fmt: skip
+        if folded.activation == "topk":
+            cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+        write(
+            to / "sae_weights.safetensors", specs, _tensors(folded, names, dtype), {"format": "pt"}
+        )
+    checkpoint.write_json(to / "cfg.json", cfg)
+
+
+def _tensors(
+    folded: Folded, names: dict[str, str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """b_dec and the others in order; W_enc in SAELens' layout if it goes under its own name."""
+    yield "b_dec", folded.b_dec().to(dtype)
+    for theirs, ours in names.items():
+        if theirs != "W_enc":
+            for part in folded.blocks():
+                yield theirs, part[ours].to(dtype)
+            continue
+        config, d = folded.checkpoint.config, int(folded.checkpoint.state["d_in"])
+        width = max(STRIPE_BYTES // (config.d_sae * dtype.itemsize), 1)
+        for at in range(0, d, width):
+            stripe = torch.cat([part["W_enc"][:, at : at + width] for part in folded.blocks()])
+            yield "W_enc", stripe.T.to(dtype)
+
+
+# --- reading
+
+
+def read_foreign(folder: Path) -> SAE:
+    """An autoencoder that SAELens or sparsify wrote.  Refuses what it would not compute identically."""
+    try:
+        cfg = json.loads((folder / "cfg.json").read_text())
+        for name, reader in (("sae_weights.safetensors", _saelens), ("sae.safetensors", _sparsify)):
+            if (folder / name).exists():
+                found = reader(cfg, TensorFile(folder / name))
+                n, d = found.W_dec.shape
+                shapes = {"W_enc": (n, d), "b_enc": (n,), "b_dec": (d,)}
+                for part, shape in shapes.items():
+                    if tuple(getattr(found, part).shape) != shape:
+                        raise ExchangeError(
+                            f"{folder}: {part} has shape {tuple(getattr(found, part).shape)}, not {shape}"
+                        )
+                return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
+        raise ExchangeError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+    raise ExchangeError(f"{folder} holds neither sae_weights.safetensors nor sae.safetensors")
+
+
+def _only(cfg: dict[str, Any], **allowed: Any) -> None:
+    for name, value in allowed.items():
+        if cfg.get(name, value) not in (value, None):
+            raise ExchangeError(f"{name} {cfg[name]!r} is not supported, only {value!r}")
+
+
+def _saelens(cfg: dict[str, Any], file: TensorFile) -> SAE:
+    _only(cfg, reshape_activations="none", finetuning_scaling_factor=False)
+    if cfg.get("normalize_activations") not in ("none", False, None):
+        raise ExchangeError(
+            f"normalize_activations {cfg['normalize_activations']!r}: fold it in SAELens first"
+        )
+    arch = cfg.get("architecture", "standard")
+    if cfg.get("activation_fn_str") == "topk":  # before version 6
+        arch, cfg = "topk", cfg | {"k": cfg["activation_fn_kwargs"]["k"]}
+    if arch not in ("standard", "topk", "jumprelu"):
+        raise ExchangeError(
+            f"architecture {arch!r}; read are standard, topk and jumprelu (save it for inference)"
+        )
+    found = SAE(
+        {"standard": "relu"}.get(arch, arch), file.read("W_enc").T.contiguous(), file.read("b_enc"),
+        file.read("W_dec"), file.read("b_dec"), bool(cfg.get("apply_b_dec_to_input", True)),
+        int(cfg["k"]) if arch == "topk" else 0, file.read("threshold") if arch == "jumprelu" else None,
+    )  # fmt: skip
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        norm = found.W_dec.norm(dim=1)
+        found.W_enc, found.b_enc = found.W_enc * norm[:, None], found.b_enc * norm
+        found.W_dec = found.W_dec / norm[:, None]
+    return found
+
+
+def _sparsify(cfg: dict[str, Any], file: TensorFile) -> SAE:
+    _only(cfg, activation="topk", skip_connection=False, transcode=False)
+    return SAE(
+        "topk", file.read("encoder.weight"), file.read("encoder.bias"), file.read("W_dec"), file.read("b_dec"),
+        True, int(cfg["k"]),
+    )  # fmt: skip
+
+
+def bring(folder: Path, run: Path) -> None:
+    """Make a run, with one checkpoint at step 0, of another tool's autoencoder."""
+    found = read_foreign(folder)
+    if run.exists() and any(run.iterdir()):
+        raise ExchangeError(f"{run} exists and is not empty")
+    n, d = found.W_dec.shape
+    arch = found.activation
+    config = Config(arch=arch, d_sae=n, k=max(found.k, 1), widths=(n,))  # type: ignore[arg-type]
+    config = replace(config, batch_size=1, steps=1)
+    b_enc = found.b_enc
+    if (
+        found.subtract_b_dec != config.is_sparse
+    ):  # the bias does what the subtraction did, or the reverse
+        b_enc = b_enc + (found.W_enc @ found.b_dec) * (1 if config.is_sparse else -1)
+    held = {
+        "W_enc": found.W_enc, "b_enc": b_enc, "W_dec": found.W_dec, "b_dec": found.b_dec,
+        "mean": torch.zeros(d), "window": torch.zeros(1, dtype=torch.int64),
+        "threshold": torch.zeros(1, dtype=torch.float64),
+        "quiet": torch.zeros(n, dtype=torch.int64), "fired": torch.zeros(n, dtype=torch.int64),
+    }  # fmt: skip
+    if found.threshold is not None:
+        if bool((found.threshold < 0).any()):
+            raise ExchangeError(f"{folder}: a threshold is negative")
+        held["log_threshold"] = found.threshold.clamp_min(torch.finfo(torch.float32).tiny).log()
+    target = checkpoint.step_folder(run, 0)
+    target.mkdir(parents=True)
+    specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in held.items()}
+    name = "shard-0-of-1.safetensors"
+    digest = write(target / name, specs, held.items(), {"format": "saetrain"})
+    checkpoint.write_json(
+        target / "state.json",
+        {
+            "format": checkpoint.FORMAT, "step": 0, "config": config.to_json(), "d_in": d, "scale": 1.0, "tile": 0,
+            "cursor": {}, "shards": {name: digest},
+        },
+    )  # fmt: skip
+    checkpoint.write_json(
+        run / "config.json", {"config": config.to_json(), "about": {"imported": str(folder)}}
+    )

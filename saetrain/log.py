@@ -1,0 +1,51 @@
+"""metrics.jsonl, and TensorBoard where it is installed.  Only rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    def __init__(self, run: Path, step: int) -> None:
+        """Go on after `step`: lines of later steps, from a stretch that is repeated, are dropped."""
+        self.path = run / "metrics.jsonl"
+        kept = [line for line in read_log(run) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        part = self.path.with_name(".metrics.part")
+        part.write_text(text)
+        part.replace(self.path)
+        self.board = _tensorboard(run, step)
+
+    def write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name.replace(".", "/"), value, line["step"])
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run; a last line cut short by a crash is left out."""
+    path = run / "metrics.jsonl"
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def _tensorboard(run: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)

@@ -1,0 +1,154 @@
+"""Who holds what, and every word spoken between ranks.
+
+World = data-parallel replicas (dp) x tensor-parallel ranks (tp) on a torch DeviceMesh; rank = dp_index * tp + tp_index.
+
+::
+
+                 tp 0             tp 1                 rank (i, j) holds latents [j n / T, (j + 1) n / T)
+    dp 0   rank 0: latents A   rank 1: latents B       and sees, with the other ranks of row i, the same
+    dp 1   rank 2: latents A   rank 3: latents B       batch / D tokens
+
+Sums are made in a stated order: each rank receives one slice from all others, adds them in order of rank, and
+sends the result round.  So every rank holds the same bits, whatever the backend, at the traffic of a ring.
+A group of one rank takes the same calls, and each of them is then the identity.
+
+Bytes that a rank sends, for each token of its replica (T tensor-parallel ranks, e bytes an element of the
+store, 4 bytes a float32):
+
+    rows of the batch     d e (T - 1) / T          each rank reads its own rows, once, and shares them
+    top-k candidates      4 k (T - 1)              topk; batchtopk sends histograms instead, 24 KB a step
+    reconstructions       8 d G (T - 1) / T        G = nested dictionaries, 1 except for matryoshka; AuxK adds one
+
+and once a step 2 (D - 1) / D of its share of the gradients between replicas.  `Mesh.sent` counts what was sent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from saetrain.errors import ConfigError
+
+RENDEZVOUS = "SAETRAIN_RENDEZVOUS"  # a file through which the ranks of `--nproc` find each other
+
+
+class Mesh:
+    """The ranks of a run and the sums over them.  `Mesh.start` makes one, `close` ends it."""
+
+    def __init__(self, device: torch.device, tensor_parallel: int = 0) -> None:
+        self.device = device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.tp = tensor_parallel or self.world
+        if self.world % self.tp:
+            raise ConfigError(f"tensor_parallel {self.tp} does not divide the {self.world} ranks")
+        self.dp = self.world // self.tp
+        self.dp_index, self.tp_index = divmod(self.rank, self.tp)
+        self.torch_mesh = init_device_mesh(
+            device.type, (self.dp, self.tp), mesh_dim_names=("dp", "tp")
+        )
+        self.groups = {
+            "dp": (self.torch_mesh.get_group("dp"), self.dp, self.dp_index),
+            "tp": (self.torch_mesh.get_group("tp"), self.tp, self.tp_index),
+            "world": (None, self.world, self.rank),
+        }
+        self.sent: Counter[str] = Counter()
+
+    @classmethod
+    def start(cls, device: str = "auto", tensor_parallel: int = 0) -> Mesh:
+        """Join the other ranks: by `--nproc`'s file, by torchrun's variables, or as the only one."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        where = torch.device(device)
+        if where.type == "cuda" and where.index is None:
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if file := os.environ.get(RENDEZVOUS):
+            dist.init_process_group(
+                backend, init_method=f"file://{file}", rank=rank, world_size=world
+            )
+        elif world > 1:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(
+                backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
+            )
+        return cls(where, tensor_parallel)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # --- sums and gathers; `over` is "tp", "dp" or "world"
+
+    def gather(self, x: Tensor, over: str, what: str = "other") -> Tensor:
+        """[size, *x.shape]: the equal-shaped `x` of all ranks, in order of rank."""
+        group, size, _ = self.groups[over]
+        if size == 1:
+            return x[None]
+        raw = x.contiguous().view(-1).view(torch.uint8)
+        out = raw.new_empty(size * raw.numel())
+        dist.all_gather_single(out, raw, group=group)
+        self.sent[what] += raw.numel() * (size - 1)
+        return out.view(x.dtype).view(size, *x.shape)
+
+    def sum(self, x: Tensor, over: str, what: str = "other") -> Tensor:
+        """The sum over ranks, added in order of rank, the same bits everywhere."""
+        group, size, _ = self.groups[over]
+        if size == 1:
+            return x
+        if x.numel() < size * 1024:  # short: one message instead of two
+            return _add_in_order(self.gather(x, over, what))
+        flat = x.contiguous().view(-1)
+        share = -(-flat.numel() // size)
+        flat = torch.nn.functional.pad(flat, (0, share * size - flat.numel()))
+        mine = torch.empty_like(flat)
+        dist.all_to_all_single(mine, flat, group=group)
+        total = _add_in_order(mine.view(size, share))
+        dist.all_gather_single(flat, total, group=group)
+        self.sent[what] += 2 * (size - 1) * share * x.element_size()
+        return flat[: x.numel()].view(x.shape)
+
+    def max(self, x: Tensor, over: str) -> Tensor:
+        return self.gather(x, over).amax(0)
+
+    def gather_ragged(self, x: Tensor, over: str, what: str = "other") -> Tensor:
+        """The 1-D `x` of all ranks, one behind the other, whatever their lengths."""
+        if self.groups[over][1] == 1:
+            return x
+        lengths = (
+            self.gather(torch.tensor([x.numel()], device=x.device), over, what).view(-1).tolist()
+        )
+        padded = torch.nn.functional.pad(x, (0, max(lengths) - x.numel()))
+        parts = self.gather(padded, over, what)
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; all get the same answer."""
+        return bool(self.gather(torch.tensor([flag], device=self.device), "world").any())
+
+    def barrier(self) -> None:
+        self.any(False)
+
+    def share(self, total: int, what: str) -> tuple[int, int]:
+        """This rank's rows [lo, hi) of `total` latents."""
+        if total % self.tp:
+            raise ConfigError(
+                f"{what} {total} is no multiple of {self.tp}, the ranks that share the parameters"
+            )
+        each = total // self.tp
+        return self.tp_index * each, (self.tp_index + 1) * each
+
+
+def _add_in_order(parts: Tensor) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total

@@ -1,0 +1,173 @@
+"""Every number a run reports, defined once.
+
+Functions of plain values or of one rank's share; those that take a mesh give the same answer on every rank.
+
+fvu                  sum |x - x^|^2 / sum |x - mean x|^2; explained variance is 1 - fvu
+l0                   active latents a token, the mean over tokens
+dead                 share of latents that have not fired for `dead_tokens` tokens
+dense                share of latents that fired on more than a tenth of the tokens of the window
+density histogram    latents by log10 of the share of tokens they fired on, in half decades from 1e-7 to 1
+gradient norm        of each parameter over all ranks, before clipping
+update norm          of Adam's step for each parameter over all ranks, before rows are brought to norm 1
+decoder cosine       of a sample of decoder rows, the largest cosine with any other row: mean and 95th percentile
+encoder cosine       the mean cosine between a latent's encoder and decoder rows
+document entropy     -sum p log2 p over the documents of a batch, over log2 of its rows: 1 if all differ
+tokens/s             tokens of the interval over its seconds, evaluations and checkpoints left out
+mfu                  tokens/s times `flops_per_token` over the measured speed of one large matrix product
+loader wait          share of the interval's seconds in which a batch was waited for
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saetrain.config import Config
+from saetrain.mesh import Mesh
+from saetrain.model import Model
+
+DENSE = 0.1
+EDGES = [x / 2 for x in range(-14, 1)]  # log10 of firing rates
+COSINE_SAMPLE = 256
+Z95 = 1.959964
+
+
+class Interval(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+
+def ratio_interval(top: Tensor, bottom: Tensor, groups: Tensor | None = None) -> Interval:
+    """sum(top) / sum(bottom) with a 95 % interval, by the delta method.
+
+    Rows of one group (a document) are not independent: with `groups`, sums over groups are the sample.
+    """
+    top, bottom = top.double(), bottom.double()
+    if groups is not None:
+        _, at = torch.unique(groups, return_inverse=True)
+        count = int(at.max()) + 1
+        top = top.new_zeros(count).index_add_(0, at, top)
+        bottom = bottom.new_zeros(count).index_add_(0, at, bottom)
+    n = len(top)
+    ratio = float(top.sum() / bottom.sum())
+    spread = float((top - ratio * bottom).square().sum()) * n / max(n - 1, 1)
+    half = Z95 * math.sqrt(spread) / float(bottom.sum())
+    return Interval(ratio, ratio - half, ratio + half)
+
+
+def fvu(error_square: float, row_sum: Tensor, square: float, rows: int) -> float:
+    """From sums over rows: of |x - x^|^2, of x, of |x|^2."""
+    return error_square / (square - float(row_sum.double().square().sum()) / rows)
+
+
+def batch_fvu(x: Tensor, residual: Tensor, mesh: Mesh) -> float:
+    sums = torch.cat([
+        x.double().sum(0), x.double().square().sum()[None], residual.double().square().sum()[None]
+    ])  # fmt: skip
+    sums = mesh.sum(sums, "dp")
+    return fvu(float(sums[-1]), sums[:-2], float(sums[-2]), len(x) * mesh.dp)
+
+
+def dead(quiet: Tensor, dead_tokens: int) -> Tensor:
+    return quiet >= dead_tokens
+
+
+def rates(fired: Tensor, window: int) -> Tensor:
+    return fired.double() / max(window, 1)
+
+
+def density_histogram(rate: Tensor) -> Tensor:
+    """Counts: never fired, below 1e-7, then half decades up to 1."""
+    bins = torch.bucketize(
+        rate.clamp_min(1e-300).log10(), torch.tensor(EDGES, dtype=rate.dtype, device=rate.device)
+    )
+    # 1 falls into the last half decade, and is not a bin of its own
+    bins = bins.clamp(max=len(EDGES) - 1) + 1
+    return torch.bincount(bins.masked_fill(rate == 0, 0), minlength=len(EDGES) + 1)
+
+
+def latent_summary(model: Model) -> dict[str, float | list[int]]:
+    """dead, dense and the histogram over the current window, over all latents."""
+    state, mesh, c = model.state, model.mesh, model.config
+    rate = rates(state["fired"], int(state["window"]))
+    counts = torch.cat([
+        torch.stack([dead(state["quiet"], c.dead_tokens).sum(), (rate > DENSE).sum()]), density_histogram(rate)
+    ])  # fmt: skip
+    counts = mesh.sum(counts, "tp")
+    return {
+        "dead": int(counts[0]) / c.d_sae, "dense": int(counts[1]) / c.d_sae, "density": counts[2:].tolist(),
+    }  # fmt: skip
+
+
+def cosines(model: Model, sample: int = COSINE_SAMPLE) -> dict[str, float]:
+    """Decoder and encoder cosines; sends `sample` decoder rows between ranks, never the whole."""
+    mesh, w = model.mesh, model.params["W_dec"]
+    unit = w / w.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    each = min(sample // mesh.tp or 1, len(w))
+    mine = torch.linspace(0, len(w) - 1, each, device=w.device).long()
+    rows = mesh.gather(unit[mine], "tp").reshape(-1, w.shape[1])
+    best = torch.full((len(rows),), -1.0, device=w.device, dtype=w.dtype)
+    for start in range(0, len(unit), 4096):
+        product = rows @ unit[start : start + 4096].T
+        own = (mine >= start) & (mine < start + 4096)  # a row is no neighbour of itself
+        at = own.nonzero().view(-1)
+        product[at + mesh.tp_index * each, mine[at] - start] = -1.0
+        best = torch.maximum(best, product.amax(1))
+    best = mesh.max(best, "tp")
+    enc = model.params["W_enc"]
+    both = torch.nn.functional.cosine_similarity(enc, w, dim=1).sum()[None]
+    return {
+        "decoder_cosine_mean": float(best.mean()), "decoder_cosine_p95": float(best.quantile(0.95)),
+        "encoder_cosine": float(mesh.sum(both, "tp")) / model.config.d_sae,
+        "decoder_norm": float(mesh.sum(w.norm(dim=1).sum()[None], "tp")) / model.config.d_sae,
+    }  # fmt: skip
+
+
+def threshold_summary(model: Model) -> dict[str, float]:
+    """Smallest, mean and largest threshold, where the variant has any."""
+    if model.config.arch == "topk" or model.config.arch == "relu":
+        return {}
+    found = torch.as_tensor(model.thresholds(), dtype=torch.float64).reshape(-1)
+    mesh = model.mesh
+    low, high = -mesh.max(-found.min()[None], "tp"), mesh.max(found.max()[None], "tp")
+    mean = mesh.sum(found.mean()[None], "tp") / mesh.tp
+    return {"threshold_min": float(low), "threshold": float(mean), "threshold_max": float(high)}
+
+
+def document_entropy(documents: Tensor) -> float:
+    """Of the document ids of a batch; 1 if all rows are of different documents, 0 if all are of one."""
+    if len(documents) < 2:
+        return 1.0
+    counts = torch.unique(documents, return_counts=True)[1].double()
+    p = counts / counts.sum()
+    return float(-(p * p.log2()).sum()) / math.log2(len(documents)) + 0.0
+
+
+def flops_per_token(config: Config, d_in: int, active: float) -> float:
+    """Multiply-adds times two that one training step needs for a token, over all ranks.
+
+    The encoder product is dense, 2 d n.  Decoding, the gradient of the values, and the two weight gradients touch
+    active latents only: 8 d active.  A dense variant multiplies all latents each time instead: 8 d n.
+    """
+    n = config.d_sae
+    dense = config.arch == "jumprelu" or (config.arch == "relu" and active > n / 50)
+    return 2.0 * d_in * n + 8.0 * d_in * (n if dense else active)
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the fastest of five square matrix products on this device."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best

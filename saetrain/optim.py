@@ -1,0 +1,98 @@
+"""Adam on this rank's share, learning-rate schedule, gradient clipping, and unit-norm decoder rows.
+
+Everything here is local to a rank except one number a step: the squared norm of the gradient over all ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saetrain.config import Config
+from saetrain.model import SHARDED, Model
+
+
+def ramps(config: Config, step: int) -> tuple[float, float]:
+    """(learning rate, factor of the sparsity term) for step 0, 1, ... of the run.
+
+    The rate rises linearly over `lr_warmup` of the run, stays, and falls linearly to 0 over the last `lr_decay`.
+    """
+    c, total = config, config.steps
+    up = (step + 1) / max(c.lr_warmup * total, 1)
+    down = (total - step) / max(c.lr_decay * total, 1)
+    ramp = (step + 1) / max(c.sparsity_warmup * total, 1)
+    return c.lr * min(up, down, 1.0), min(ramp, 1.0)
+
+
+class Optimizer:
+    def __init__(self, model: Model) -> None:
+        c = model.config
+        self.model = model
+        self.adam = torch.optim.Adam(
+            list(model.params.values()), lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True
+        )
+
+    def apply(self, grads: dict[str, Tensor], lr: float) -> dict[str, float]:
+        """One update.  Returns the norm of the gradient of each parameter over all ranks, before clipping.
+
+        topk family (Gao et al., section 2.3): the part of a decoder row's gradient along the row is removed, and
+        rows are brought back to norm 1 after the update.
+        """
+        model, params = self.model, self.model.params
+        unit = model.config.is_sparse
+        if unit:
+            rows = params["W_dec"]
+            grads["W_dec"] -= (grads["W_dec"] * rows).sum(1, keepdim=True) * rows
+        norms = group_norms(model, grads)
+        total = sum(n * n for n in norms.values()) ** 0.5
+        clip = model.config.clip
+        shrink = clip / total if clip and total > clip else 1.0
+        for name, param in params.items():
+            param.grad = grads[name].mul_(shrink) if shrink != 1.0 else grads[name]
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        if unit:
+            params["W_dec"] /= params["W_dec"].norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return norms | {"all": total}
+
+    def update_norms(self) -> dict[str, float]:
+        """Norm of Adam's last step for each parameter, over all ranks, from its moments (nothing is copied)."""
+        c, steps = self.model.config, {}
+        for name, param in self.model.params.items():
+            state = self.adam.state[param]
+            t, lr = float(state["step"]), float(self.adam.param_groups[0]["lr"])
+            square = torch.zeros((), device=param.device, dtype=param.dtype)
+            for m, v in zip(
+                state["exp_avg"].split(1024), state["exp_avg_sq"].split(1024), strict=True
+            ):
+                scale = (v / (1 - c.beta2**t)).sqrt_().add_(c.eps)
+                square += (m / (1 - c.beta1**t) / scale).square_().sum()
+            steps[name] = square.sqrt() * lr
+        return group_norms(self.model, steps)
+
+    # --- for checkpoints: the moments by parameter, and the number of steps taken
+
+    def moments(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, param in self.model.params.items():
+            state = self.adam.state.get(param)
+            if state:
+                found |= {f"adam_m.{name}": state["exp_avg"], f"adam_v.{name}": state["exp_avg_sq"]}
+        return found
+
+    def restore(self, moments: dict[str, Tensor], steps: int) -> None:
+        for name, param in self.model.params.items():
+            if f"adam_m.{name}" in moments:
+                self.adam.state[param] = {
+                    "step": torch.tensor(float(steps), dtype=torch.float32, device=param.device),
+                    "exp_avg": moments[f"adam_m.{name}"], "exp_avg_sq": moments[f"adam_v.{name}"],
+                }  # fmt: skip
+
+
+def group_norms(model: Model, tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Norm over all ranks of each parameter-like tensor; one message."""
+    squares = torch.stack([t.square().sum() for t in tensors.values()])
+    everywhere = model.mesh.sum(squares, "tp")
+    split = torch.tensor([name in SHARDED for name in tensors], device=squares.device)
+    return dict(zip(tensors, torch.where(split, everywhere, squares).sqrt().tolist(), strict=True))

@@ -1,0 +1,156 @@
+"""The safetensors format, written row by row and read by slices.
+
+::
+
+    8 bytes   length of the header, little-endian
+    header    JSON: {name: {"dtype": "F32", "shape": [n, d], "data_offsets": [from, to]}, "__metadata__": {...}}
+    data      the tensors' bytes, little-endian, C order, without gaps
+
+Written here and not by the safetensors package, whose writer wants every tensor whole in memory: a dictionary
+larger than one machine's memory is exported from its shards a block at a time.  Nothing in such a file is code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saetrain.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MOST_HEADER = 100_000_000
+
+
+class Spec(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write(
+    path: Path,
+    specs: Mapping[str, Spec],
+    blocks: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+) -> str:
+    """Write a file and make it durable; returns the SHA-256 of its bytes.
+
+    `blocks` gives each tensor in the order of `specs`, whole or as rows one after the other.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, spec in specs.items():
+        header[name] = {
+            "dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]
+        }  # fmt: skip
+        at += spec.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest, written, due = hashlib.sha256(), 0, iter(specs)
+    name, left = "", 0
+    with path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            file.write(part)
+            digest.update(part)
+        for of, block in blocks:
+            if not left:
+                name = next(due, "")
+                while specs.get(name, Spec(torch.uint8, (1,))).nbytes == 0:
+                    name = next(due, "")
+                left = specs[name].nbytes if name else 0
+            piece = as_bytes(block)
+            if of != name or len(piece) > left or block.dtype != specs[name].dtype:
+                raise ValueError(
+                    f"block of {of!r}, {len(piece)} bytes, where {left} of {name!r} are due"
+                )
+            file.write(piece)
+            digest.update(piece)
+            written, left = written + len(piece), left - len(piece)
+        if written != at:
+            raise ValueError(f"{written} bytes given, {at} announced")
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def as_bytes(x: Tensor) -> memoryview:
+    """The bytes of a tensor; of a copy of it if it is on a GPU or not contiguous."""
+    flat = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+class TensorFile:
+    """A file to read from; nothing of the data is read before it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 2 <= length <= min(size - 8, _MOST_HEADER):
+                    raise ValueError(f"header of {length} bytes in a file of {size}")
+                header = json.loads(file.read(length))
+            self.start = 8 + length
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self.specs, self.offsets = {}, {}
+            for name, entry in header.items():
+                spec = Spec(DTYPES[entry["dtype"]], tuple(int(s) for s in entry["shape"]))
+                a, b = (int(v) for v in entry["data_offsets"])
+                if (
+                    min(spec.shape, default=0) < 0
+                    or b - a != spec.nbytes
+                    or not 0 <= a <= b <= size - self.start
+                ):
+                    raise ValueError(
+                        f"{name!r} at [{a}, {b}) of {size - self.start} bytes does not fit {spec}"
+                    )
+                self.specs[name], self.offsets[name] = spec, a
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor, in memory of their own."""
+        if name not in self.specs:
+            raise CheckpointError(
+                f"{self.path} has no tensor {name!r}; it has {sorted(self.specs)}"
+            )
+        spec = self.specs[name]
+        rows = spec.shape[0] if spec.shape else 1
+        start, stop, _ = slice(start, stop).indices(rows)
+        row_bytes = spec.nbytes // max(rows, 1)
+        with self.path.open("rb") as file:
+            file.seek(self.start + self.offsets[name] + start * row_bytes)
+            data = np.fromfile(file, np.uint8, max(stop - start, 0) * row_bytes)
+        flat = (
+            torch.from_numpy(data).view(spec.dtype)
+            if len(data)
+            else torch.empty(0, dtype=spec.dtype)
+        )
+        return flat.view(max(stop - start, 0), *spec.shape[1:]) if spec.shape else flat.view(())
+
+    def blocks(self, name: str, rows: int = 1024) -> Iterator[Tensor]:
+        for start in range(0, self.specs[name].shape[0], rows):
+            yield self.read(name, start, start + rows)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,312 @@
+"""The training loop: from a batch of rows to the loss, the update, the log line and the checkpoint.
+
+Several autoencoders can share one read of the data (a sweep): each batch goes to one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saetrain import checkpoint, metrics
+from saetrain.config import Config, resolve
+from saetrain.data import Batch, Cursor, Source, check_finite, norm_of, sample, stream
+from saetrain.errors import ConfigError, DataError, SaetrainError
+from saetrain.log import Log
+from saetrain.losses import Step, step
+from saetrain.mesh import Mesh
+from saetrain.model import Model
+from saetrain.optim import Optimizer, ramps
+
+INIT_ROWS = 8192
+EVAL_ROWS = 2048  # rows of one evaluation batch
+# Settings that may change when a run is resumed; any other would make it another run.
+FREE = {"device", "tensor_parallel", "log_every", "eval_every", "checkpoint_every", "keep"}
+
+
+@dataclass
+class Member:
+    """One autoencoder in training."""
+
+    run: Path
+    model: Model
+    optimizer: Optimizer
+    log: Log | None  # on rank 0
+
+
+def fit(
+    source: Source,
+    runs: Mapping[Path, Config],
+    mesh: Mesh,
+    *,
+    heldout: Source | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[Path, dict[str, Any]]:
+    """Train one autoencoder for each (folder, settings), or go on where these runs stopped.
+
+    Returns each one's last line of metrics.  `heldout` is evaluated instead of the source's own tail.
+    SIGTERM and SIGINT end the step under way, write a checkpoint, and return ("stopped" is then true).
+    """
+    runs = {run: resolve(config, source.d_in, source.rows) for run, config in runs.items()}
+    config = next(iter(runs.values()))
+    for other in runs.values():
+        _same(
+            config,
+            other,
+            ("batch_size", "steps", "holdout", "seed", "buffer_rows"),
+            "runs of one sweep",
+        )
+    if config.batch_size % mesh.world:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is no multiple of the {mesh.world} ranks"
+        )
+
+    members, at, state = _begin(source, runs, mesh, say)
+    cursor = source.batches(source.rows - config.holdout, config, mesh)
+    if state is not None:
+        cursor.load_state_dict(state)
+    batches = stream(source, cursor, mesh)
+    test = _Heldout(heldout or source, config.holdout if heldout is None else heldout.rows, mesh)
+    clock, last = _Clock(cursor, config, mesh), {m.run: {"step": at} for m in members}
+    with _asked_to_stop() as asked:
+        while at < config.steps:
+            batch = next(batches)
+            x = members[0].model.norm(batch.rows)
+            at += 1
+            done, due = at == config.steps, at % config.eval_every == 0
+            stop = mesh.any(bool(asked))
+            for m in members:
+                lr, ramp = ramps(m.model.config, at - 1)
+                out = step(m.model, x, ramp)
+                if not math.isfinite(out.losses["loss"]):
+                    _explain(out, batch, source, config, mesh, at)
+                norms = m.optimizer.apply(out.grads, lr)
+                if at % config.log_every == 0 or done or due or stop:
+                    line = _line(m, out, x, batch, lr, norms, at) | clock.rates(
+                        m.model, at, out.active
+                    )
+                    if due or done:
+                        with clock.paused():
+                            line |= test.evaluate(m.model) | metrics.cosines(m.model)
+                        m.model.state["fired"].zero_()
+                        m.model.state["window"].zero_()
+                    last[m.run] = line
+                    if m.log is not None:
+                        m.log.write(line)
+                    if due or done:
+                        say(_brief(m.run, line, config.steps))
+            if at % config.log_every == 0:
+                clock.restart(at)
+            if at % config.checkpoint_every == 0 or done or stop:
+                with clock.paused():
+                    for m in members:
+                        checkpoint.save(m.run, m.model, m.optimizer, at, cursor.state_dict())
+            if stop:
+                say(f"stopped at step {at:,} of {config.steps:,}; run again to go on")
+                break
+    for m in members:
+        if m.log is not None:
+            m.log.close()
+    return {run: line | {"stopped": at < config.steps} for run, line in last.items()}
+
+
+def _begin(
+    source: Source, runs: Mapping[Path, Config], mesh: Mesh, say: Callable[[str], None]
+) -> tuple[list[Member], int, dict[str, Any] | None]:
+    """The members at the step of their common last checkpoint, or new ones; and the data cursor."""
+    for run, config in runs.items():
+        if found := checkpoint.published(run):
+            old = checkpoint.open_checkpoint(found[0])
+            if old.state["d_in"] != source.d_in:
+                raise DataError(
+                    f"{source.name} is {source.d_in} wide; {run} is for {old.state['d_in']}"
+                )
+            names = [f.name for f in fields(Config) if f.name not in FREE]
+            _same(old.config, config, names, f"{run} was begun with other settings")
+    loaded = checkpoint.load_latest(list(runs), mesh, say)
+    if loaded is None:
+        if any(checkpoint.published(run) for run in runs):
+            raise SaetrainError(
+                "there are checkpoints, but no step of which all runs have one; remove them to restart"
+            )
+        norm, members = norm_of(source), []
+        for run, config in runs.items():
+            model = Model(config, norm, mesh)
+            model.initialise(sample(source, model.norm, INIT_ROWS, mesh))
+            model.measure_tile(config.batch_size // mesh.dp)
+            members.append(Member(run, model, Optimizer(model), None))
+        at, state = 0, None
+    else:
+        members = [
+            Member(run, one.model, one.optimizer, None)
+            for run, one in zip(runs, loaded, strict=True)
+        ]
+        at, state = loaded[0].state["step"], loaded[0].state["cursor"]
+        say(f"going on from step {at:,}")
+    for m in members:
+        if mesh.rank == 0:
+            m.run.mkdir(parents=True, exist_ok=True)
+            about = {"store": source.name, "rows": source.rows, "d_in": source.d_in, "ranks": mesh.world,
+                     "tile": m.model.tile, "device": str(mesh.device), "torch": torch.__version__}  # fmt: skip
+            checkpoint.write_json(
+                m.run / "config.json", {"config": runs[m.run].to_json(), "about": about}
+            )
+            m.log = Log(m.run, at)
+    return members, at, state
+
+
+def _same(one: Config, other: Config, names: Any, what: str) -> None:
+    different = [
+        f"{n} {getattr(one, n)!r} / {getattr(other, n)!r}"
+        for n in names
+        if getattr(one, n) != getattr(other, n)
+    ]
+    if different:
+        raise ConfigError(f"{what}: {'; '.join(different)}")
+
+
+def _line(
+    m: Member, out: Step, x: Tensor, batch: Batch, lr: float, norms: dict[str, float], at: int
+) -> dict[str, Any]:
+    model, mesh = m.model, m.model.mesh
+    line: dict[str, Any] = {
+        "step": at, "tokens": at * model.config.batch_size, **out.losses, "l0": out.active,
+        "fvu": metrics.batch_fvu(x, out.residual, mesh), "lr": lr, **metrics.latent_summary(model),
+        **metrics.threshold_summary(model),
+        **{f"gradient_norm.{n}": v for n, v in norms.items()},
+        **{f"update_norm.{n}": v for n, v in m.optimizer.update_norms().items()},
+    }  # fmt: skip
+    if batch.documents is not None:
+        whole = mesh.gather(batch.documents.to(mesh.device), "world").view(-1)
+        line["document_entropy"] = metrics.document_entropy(whole)
+    return line
+
+
+def _explain(out: Step, batch: Batch, source: Source, config: Config, mesh: Mesh, at: int) -> None:
+    """The loss is no number: say which row is to blame, or that training diverged."""
+    first = (at - 1) * config.batch_size + mesh.dp_index * len(batch.rows)
+    what = (
+        source.name
+        if (at * config.batch_size) <= source.rows
+        else f"{source.name}, in reading order"
+    )
+    check_finite(batch.rows, what, source.field, first)
+    raise SaetrainError(f"step {at:,}: the loss is {out.losses['loss']}: training diverged (lr too high?), "
+                        "or a number of another rank's rows is NaN or infinite")  # fmt: skip
+
+
+class _Heldout:
+    """Rows that are not trained on, and what a model makes of them."""
+
+    def __init__(self, source: Source, rows: int, mesh: Mesh) -> None:
+        self.source, self.mesh = source, mesh
+        each = rows // mesh.dp  # every replica takes a part; a remainder is left out
+        self.start = source.rows - rows + mesh.dp_index * each
+        self.stop = self.start + each
+
+    def _parts(self, field: str) -> Iterator[Tensor]:
+        for at in range(self.start, self.stop, EVAL_ROWS):
+            yield self.source.read(field, at, min(at + EVAL_ROWS, self.stop)).to(self.mesh.device)
+
+    def evaluate(self, model: Model) -> dict[str, float]:
+        """FVU and L0 with 95 % intervals; by documents where the store has them."""
+        mesh, source = self.mesh, self.source
+        if self.stop == self.start:
+            return {}
+        total = sum(
+            (model.norm(p).double().sum(0) for p in self._parts(source.field)),
+            torch.zeros((), device=mesh.device),
+        )
+        mean = mesh.sum(total, "dp") / ((self.stop - self.start) * mesh.dp)
+        errors, spreads, active = [], [], []
+        for part in self._parts(source.field):
+            x = model.norm(part)
+            out, count = model.reconstruct(x)
+            errors.append((out - x).double().square().sum(1))
+            spreads.append((x.double() - mean).square().sum(1))
+            active.append(count)
+        top, bottom = (mesh.gather(torch.cat(v), "dp").view(-1) for v in (errors, spreads))
+        count = mesh.gather(torch.cat(active), "dp").view(-1).double()
+        groups = None
+        if source.document_field:
+            groups = mesh.gather(torch.cat(list(self._parts(source.document_field))), "dp").view(-1)
+        f = metrics.ratio_interval(top, bottom, groups)
+        l0 = metrics.ratio_interval(count, torch.ones_like(count), groups)
+        return {
+            "eval_fvu": f.value, "eval_fvu_low": f.low, "eval_fvu_high": f.high,
+            "eval_l0": l0.value, "eval_l0_low": l0.low, "eval_l0_high": l0.high, "eval_rows": len(top),
+        }  # fmt: skip
+
+
+class _Clock:
+    """Seconds and loader waits since the last line, pauses left out."""
+
+    def __init__(self, cursor: Cursor, config: Config, mesh: Mesh) -> None:
+        self.cursor, self.config, self.device = cursor, config, mesh.device
+        self.peak = 0.0
+        self.restart(-1)
+
+    def restart(self, at: int) -> None:
+        self.at, self.started, self.away = at, time.perf_counter(), 0.0
+        self.waited = self.cursor.wait_seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.away += time.perf_counter() - started
+
+    def rates(self, model: Model, at: int, active: float) -> dict[str, float]:
+        if self.at < 0:  # the first interval holds warming up: no rates
+            return {}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = max(time.perf_counter() - self.started - self.away, 1e-9)
+        rate = (at - self.at) * self.config.batch_size / seconds
+        if not self.peak:
+            with self.paused():
+                self.peak = metrics.measure_peak(self.device, model.compute)
+        flops = metrics.flops_per_token(model.config, model.d_in, active) / model.mesh.world
+        return {
+            "tokens_per_s": rate, "mfu": rate * flops / self.peak,
+            "loader_wait": (self.cursor.wait_seconds - self.waited) / seconds,
+        }  # fmt: skip
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """A list that a SIGTERM or SIGINT puts its number into; a second one acts as usual."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: the caller looks after signals
+        pass
+    try:
+        yield asked
+    finally:
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
+
+
+def _brief(run: Path, line: dict[str, Any], steps: int) -> str:
+    """One line for people."""
+    text = f"{run.name} {line['step']:,}/{steps:,}  loss {line['loss']:.4g}  l0 {line['l0']:.1f}  dead {line['dead']:.1%}"
+    if "eval_fvu" in line:
+        text += f"  held-out fvu {line['eval_fvu']:.4f} +- {line['eval_fvu_high'] - line['eval_fvu']:.4f}"
+    return text + (f"  {line['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in line else "")

@@ -1,0 +1,220 @@
+"""The package's own rules: one import direction, few doors to each library, small modules, silence."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import actshuffle
+
+PACKAGE = Path(actshuffle.__file__).parent
+
+# In reading order: a module imports from those before it, and from no other.
+READING = """
+    _version errors units keys digest buffers memory htmlrepr types extras files objects guard bfloat16
+    virtual arrays partition planner spill manifest bounds tasks inventory executors prepare progress run
+    inspect mixing verify testing views rowreader dataset ranks columns epochs prefetch torchface loader
+    models tokens activations concat append cut trace foreign arrowfiles filesource importers collect moments
+    statstypes statsview stats qualityreport quality options display session cli_sources cli_tools cli __main__
+"""
+ORDER = READING.split()
+
+# Imports of a later module: only for types or inside a function, and only these.
+UPWARD = {
+    ("htmlrepr", "mixing"), ("htmlrepr", "types"), ("htmlrepr", "verify"),  # what it draws, for types
+    ("torchface", "loader"),  # for types; the loader is what starts it
+    ("foreign", "arrowfiles"),  # a reader found by name, with a library of its own
+    ("statsview", "stats"),  # for types
+}  # fmt: skip
+
+# Who may import what, at the top of the module; late imports are for executors and the command line.
+DOORS = {
+    "zarr": "objects guard bfloat16 arrays inventory prepare inspect verify testing rowreader dataset "
+    "concat collect filesource",
+    "dask": "executors",
+    "distributed": "executors session models",  # the last two ask where they run
+    "torch": "torchface",
+    "click": "options display session cli_sources cli_tools cli",
+    "hypothesis": "testing",
+    "pyarrow": "",
+    "numcodecs": "",
+    "scipy": "",
+    "xarray": "",
+}
+
+LONGEST = 350
+LONGER = {  # lines, and why not less
+    "mixing": 520,  # the statistics of one report
+    "verify": 500,  # full and quick checks, which share nothing with the engine
+    "testing": 750,  # strategies, faulty stores and the state machine, for other people's tests
+    "arrays": 420,  # all that is known of Zarr metadata
+    "prepare": 400,  # all refusals
+    "cli": 600,  # all commands
+    "dataset": 380,  # what a finished store can be asked
+    "guard": 350,
+}
+PRINTERS = {"cli", "display", "session"}
+
+
+def trees() -> dict[str, ast.Module]:
+    return {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """Every module that is imported, with its parts joined by dots, and whether that happens on import."""
+    on_import = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in on_import) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            if node.module == "actshuffle":
+                yield from (
+                    (f"actshuffle.{alias.name}", id(node) in on_import) for alias in node.names
+                )
+            else:
+                yield str(node.module), id(node) in on_import
+
+
+def of_ours(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    for name, on_import in imports(tree):
+        if name.startswith("actshuffle."):
+            yield name.split(".")[1], on_import
+
+
+def direction_faults(package: dict[str, ast.Module], order: list[str]) -> list[str]:
+    place = {name: number for number, name in enumerate(order)}
+    faults = [f"{name} has no place in ORDER" for name in package if name not in place]
+    for name, tree in package.items():
+        for other, on_import in of_ours(tree):
+            later = place.get(other, -1) >= place.get(name, len(place))
+            if later and (on_import or (name, other) not in UPWARD):
+                faults.append(f"{name} imports {other}, which comes after it")
+    return faults
+
+
+def test_direction_imports_go_one_way():
+    package = trees()
+    del package["__init__"]
+    assert direction_faults(package, ORDER) == []
+    assert set(ORDER) == set(package), "modules that are gone"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from actshuffle import run", "import actshuffle.run", "from actshuffle.run import execute",
+     "def f():\n    from actshuffle.run import execute",
+     "if TYPE_CHECKING:\n    from actshuffle.run import Result"],
+)  # fmt: skip
+def test_direction_check_sees_an_import_of_a_later_module(text):
+    assert direction_faults({"keys": ast.parse(text)}, ORDER) == [
+        "keys imports run, which comes after it"
+    ]
+    assert direction_faults({"cli": ast.parse(text)}, ORDER) == []
+    assert direction_faults({"novel": ast.parse("")}, ORDER) == ["novel has no place in ORDER"]
+
+
+def door_faults(package: dict[str, ast.Module]) -> list[str]:
+    faults = []
+    for name, tree in package.items():
+        for module, on_import in imports(tree):
+            library = module.split(".")[0]
+            if library in DOORS and name not in DOORS[library].split():
+                faults.append(f"{name} imports {library}")
+            elif library in ("dask", "distributed") and on_import:
+                faults.append(f"{name} imports {library} before it is needed")
+    return faults
+
+
+def test_doors_libraries_are_imported_by_few():
+    assert door_faults(trees()) == []
+
+
+def test_doors_check_sees_others():
+    assert door_faults({"keys": ast.parse("import zarr.codecs")}) == ["keys imports zarr"]
+    assert door_faults({"loader": ast.parse("def f():\n    import torch")}) == [
+        "loader imports torch"
+    ]
+    early = "executors imports distributed before it is needed"
+    assert door_faults({"executors": ast.parse("from distributed import Client")}) == [early]
+
+
+def print_faults(package: dict[str, ast.Module]) -> list[str]:
+    faults = []
+    for name, tree in package.items():
+        for node in ast.walk(tree):
+            printing = isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "print", "click.echo", "sys.stdout.write", "sys.stderr.write", "pprint",
+            )  # fmt: skip
+            if printing and name not in PRINTERS:
+                faults.append(f"{name}:{node.lineno}")
+    return faults
+
+
+def test_silence_only_the_command_line_prints():
+    assert print_faults(trees()) == []
+
+
+def test_silence_check_sees_a_print():
+    assert print_faults({"run": ast.parse("def f():\n    print(1)")}) == ["run:2"]
+
+
+def test_size_modules_are_short():
+    lines = {path.stem: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
+    assert {k: n for k, n in lines.items() if n > LONGER.get(k, LONGEST)} == {}
+
+
+def test_import_is_light():
+    code = (
+        "import json, sys, time; start = time.perf_counter(); import actshuffle;"
+        "print(json.dumps([time.perf_counter() - start, sorted({m.split('.')[0] for m in sys.modules})]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, modules = json.loads(done.stdout)
+    assert {"numpy", "zarr", "actshuffle"} <= set(modules)  # the list is one of what was loaded
+    assert not {
+        "torch",
+        "distributed",
+        "dask",
+        "pandas",
+        "pyarrow",
+        "xarray",
+        "click",
+        "hypothesis",
+    } & set(modules)
+    assert seconds < 10  # about 0.3 s on an idle machine
+
+
+@pytest.mark.parametrize(
+    "module", sorted({"loader", "dataset", "mixing", "verify", "planner"} & set(ORDER))
+)
+def test_import_of_a_module_alone_needs_no_torch(module):
+    code = (
+        f"import sys, actshuffle.{module}; assert not {{'torch', 'distributed'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_changes_no_configuration():
+    code = (
+        "import logging, warnings, numpy, zarr; "
+        "state = lambda: (logging.root.level, len(logging.root.handlers), len(warnings.filters),"
+        " numpy.geterr(), repr(zarr.config.config)); "
+        "before = state(); import actshuffle; assert state() == before, (before, state())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_exist_and_are_documented():
+    assert sorted(actshuffle.__all__, key=str.lower) == sorted(
+        set(actshuffle.__all__), key=str.lower
+    )
+    for name in actshuffle.__all__:
+        if name != "__version__":
+            assert getattr(actshuffle, name).__doc__, name

@@ -1,0 +1,216 @@
+"""Measured: a worker's peak, beyond its idle footprint, stays within what the plan promises."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from zarr.codecs import ZstdCodec
+
+import actshuffle
+from actshuffle.executors import local_cluster
+
+MB = 1_000_000
+
+
+def status(name: str) -> int:
+    """A size from this process's status, bytes."""
+    line = next(
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:")
+    )
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def make_source(path: Path, nbytes: int, row_bytes: int, kind: str, chunk_bytes: int) -> None:
+    """Rows of half-random bytes, so that a codec has something to do and not nothing left."""
+    chunk, n = max(1, chunk_bytes // row_bytes), nbytes // row_bytes
+    settings = {
+        "raw": {"chunks": (chunk, row_bytes)},
+        "zstd": {"chunks": (chunk, row_bytes), "compressors": [ZstdCodec(level=1)]},
+        # Rows cut in pieces, which only whole rows of chunks can be read from.
+        "cut": {"chunks": (max(1, chunk // 4), -(-row_bytes // 4))},
+        "sharded": {"chunks": (max(1, chunk // 8), row_bytes), "shards": (max(1, chunk // 8) * 8, row_bytes),
+                    "compressors": [ZstdCodec(level=1)]},
+    }[kind]  # fmt: skip
+    settings.setdefault("compressors", None)
+    made = zarr.create_array(path, shape=(n, row_bytes), dtype="u1", **settings)
+    rng = np.random.default_rng(0)
+    step = max(chunk * 8, 1)
+    block = rng.integers(0, 16, (step, row_bytes), np.uint8)
+    for at in range(0, n, step):
+        block[:, 0] = rng.integers(0, 256, step)
+        made[at : at + step] = block[: min(step, n - at)]
+
+
+class Hog:
+    """A progress display that takes memory of its own once the run has begun."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.taken = nbytes, np.zeros(0, np.uint8)
+
+    def begin(self, stage: str, tasks: int, nbytes: int) -> None:
+        if not len(self.taken):
+            self.taken = np.ones(self.nbytes, np.uint8)
+
+    def advance(self, nbytes: int, fresh: bool) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def load_all(src: str) -> None:
+    """Everything that a run imports, and a look at the source."""
+    import distributed  # noqa: F401  (which the machine's memory is asked of)
+    import numpy.random  # noqa: F401
+
+    zarr.open_array(src, mode="r")[:1]
+
+
+def probe(src: str, dst: str, hog: int = 0, **settings: object) -> dict[str, object]:
+    """A run in this process, and its peak beyond what was there when all was loaded and the source open."""
+    load_all(src)
+    idle = status("VmRSS")
+    forget_peak()
+    result = actshuffle.shuffle(src, dst, seed=1, progress=Hog(hog) if hog else None, **settings)
+    plan = result.plan
+    return {"peak": status("VmHWM") - idle, "bound": plan.memory, "levels": plan.levels,
+            "nbytes": plan.rows * plan.row_bytes, "seconds": result.seconds}  # fmt: skip
+
+
+def measured(src: Path, dst: Path, **settings: object) -> dict[str, object]:
+    """`probe` in a process of its own."""
+    command = [sys.executable, __file__, str(src), str(dst), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(dst)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def big_source(tmp_path_factory):
+    """``big_source(row_bytes, kind, nbytes)``: a store made once, and removed with this module."""
+    folder = tmp_path_factory.mktemp("memory")
+
+    def of(row_bytes: int, kind: str, nbytes: int = 120 * MB) -> Path:
+        path = folder / f"{row_bytes}-{kind}-{nbytes}.zarr"
+        if not path.exists():
+            make_source(path, nbytes, row_bytes, kind, chunk_bytes=2 * MB)
+        return path
+
+    yield of
+    shutil.rmtree(folder)
+
+
+def check(found: dict[str, object], levels: int, at_least: float) -> None:
+    assert found["levels"] == levels
+    assert found["peak"] <= found["bound"], found
+    assert found["peak"] >= at_least * found["bound"], f"memory is left unused: {found}"
+
+
+# Row bytes, kind of source, levels, memory in MB.  The least share of the memory that must be put to use
+# is lower where chunks are decoded: what is set aside for the worst of them is seldom needed.
+SERIAL = [
+    (64, "raw", 2, 48, 0.7),
+    (64, "zstd", 3, 96, 0.5),
+    (1024, "raw", 3, 48, 0.7),
+    (1024, "sharded", 2, 48, 0.7),
+    (16384, "raw", 2, 96, 0.7),
+    (16384, "zstd", 2, 64, 0.5),
+    (65536, "raw", 3, 48, 0.7),
+    (65536, "cut", 2, 96, 0.4),
+]
+GRID = [
+    (row_bytes, kind, levels, memory)
+    for row_bytes, levels in itertools.product((64, 1024, 16384, 65536), (2, 3))
+    for kind, memory in [("raw", 48), ("raw", 96), ("zstd", 64), ("zstd", 96), ("cut", 64), ("cut", 96),
+                         ("sharded", 48), ("sharded", 96)]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row_bytes", "kind", "levels", "memory", "at_least"), SERIAL)
+def test_serial_run_keeps_to_its_memory(
+    big_source, tmp_path, row_bytes, kind, levels, memory, at_least
+):
+    src = big_source(row_bytes, kind)
+    check(measured(src, tmp_path / "dst", memory=memory * MB, levels=levels), levels, at_least)
+
+
+@pytest.mark.parametrize(
+    "output", [{"codec": "zstd"}, {"codec": "crc32c"}, {"chunks_per_shard": 4, "chunk_rows": 512}]
+)
+def test_serial_run_keeps_to_its_memory_through_output_codecs(big_source, tmp_path, output):
+    check(
+        measured(big_source(1024, "raw"), tmp_path / "dst", memory=64 * MB, levels=2, **output),
+        2,
+        0.6,
+    )
+
+
+def test_serial_run_keeps_to_its_memory_with_narrow_rows(big_source, tmp_path):
+    # Keys and their order take several times what the rows do.
+    src = big_source(8, "raw", 40 * MB)
+    check(measured(src, tmp_path / "dst", memory=200 * MB, levels=2), 2, 0.7)
+
+
+def test_serial_run_in_one_level_keeps_to_its_memory(big_source, tmp_path):
+    check(measured(big_source(1024, "raw"), tmp_path / "dst", memory=220 * MB), 1, 0.7)
+    check(measured(big_source(1024, "zstd"), tmp_path / "dst", memory=220 * MB), 1, 0.7)
+
+
+def test_measuring_sees_memory_that_was_not_planned(big_source, tmp_path):
+    src = big_source(1024, "raw")
+    honest = measured(src, tmp_path / "dst", memory=48 * MB, levels=2)
+    greedy = measured(src, tmp_path / "dst", memory=48 * MB, levels=2, hog=30 * MB)
+    assert greedy["peak"] - honest["peak"] == pytest.approx(30 * MB, rel=0.2)
+    with pytest.raises(AssertionError):
+        check(greedy, 2, 0.7)
+
+
+def test_cluster_run_keeps_to_its_memory_in_every_worker(big_source, tmp_path):
+    src = big_source(16384, "zstd")
+    with local_cluster(2) as executor:
+        client = executor.client
+        client.run(load_all, str(src))
+        idle = client.run(status, "VmRSS")
+        client.run(forget_peak)
+        result = actshuffle.shuffle(src, tmp_path / "dst", client=client, levels=2, memory=64 * MB)
+        peaks = client.run(status, "VmHWM")
+    shutil.rmtree(tmp_path / "dst")
+    assert len(peaks) == 2
+    for worker, peak in peaks.items():
+        found = {
+            "peak": peak - idle[worker],
+            "bound": result.plan.memory,
+            "levels": result.plan.levels,
+        }
+        # Blocks and leaves are smaller than memory allows, so that there are some for every worker.
+        check(found, 2, 0.3)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("row_bytes", "kind", "levels", "memory"), GRID)
+def test_serial_run_keeps_to_its_memory_over_the_grid(
+    big_source, tmp_path, row_bytes, kind, levels, memory
+):
+    found = measured(
+        big_source(row_bytes, kind), tmp_path / "dst", memory=memory * MB, levels=levels
+    )
+    share = found["peak"] / found["bound"]
+    print(
+        f"{row_bytes:6} B {kind:8} {levels} {memory} MB: {found['peak'] / MB:.1f} MB, {share:.2f}"
+    )
+    check(found, levels, 0.4)
+
+
+if __name__ == "__main__":
+    print(json.dumps(probe(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))))
