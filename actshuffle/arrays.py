@@ -45,7 +45,10 @@ def open_node(place: Place) -> zarr.Array[Any] | zarr.Group:
     """The array or group at a place, read-only, or a `SourceError` that says what is there instead."""
     try:
         path = "" if virtual.describe(place) is None else virtual.ARRAYS
-        return zarr.open(View(open_objects(place), str(place)), path=path, mode="r")
+        node = zarr.open(View(open_objects(place), str(place)), path=path, mode="r")
+        if not isinstance(node.metadata.attributes, dict):
+            raise SourceError(f"attributes of {place} are no JSON object")
+        return node
     except (FileNotFoundError, NotADirectoryError) as err:
         if open_objects(place).size("") is None and "://" not in place.url:
             raise SourceError(f"no such source: {place.url}") from err
@@ -118,6 +121,8 @@ def _check_array(place: Place, name: str, array: zarr.Array[Any]) -> None:
     where = f"array {name!r} of {place}"
     if name == OUR_GROUP or not _is_plain(name) or array.path.rsplit("/", 1)[-1] not in (name, ""):
         raise SourceError(f"{where}: its name cannot be that of an array in the output")
+    if not isinstance(array.metadata.attributes, dict):
+        raise SourceError(f"{where} has attributes that are no JSON object")
     if array.ndim == 0:
         raise SourceError(f"{where} is a scalar, it has no rows; choose arrays with --fields")
     dtype = array.dtype

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from actshuffle import cli_data, cli_tools
 from actshuffle._version import __version__
 from actshuffle.errors import ActshuffleError, RequestError
 from actshuffle.options import (
@@ -279,3 +280,7 @@ def status(dst: str, storage_options: dict[str, Any] | None, as_json: bool) -> N
 
     found = inspect.status(dst, storage_options)
     show(found, inspect.status_text(found), as_json)
+
+
+for command in (*cli_tools.commands, *cli_data.commands):
+    main.add_command(command)

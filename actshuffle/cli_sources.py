@@ -103,7 +103,7 @@ def import_(
     Examples:
       actshuffle import acts.npy tokens.npy --out acts.zarr
       actshuffle import saelens-cache/ --out acts.zarr --name token_ids=token
-      actshuffle import memmap.bin --dtype float16 --row-shape 4096 --out acts.zarr
+      actshuffle import memmap.bin --dtype float16 --row-shape 4096 --out a.zarr
     """
     from actshuffle.importers import import_store
 
@@ -171,7 +171,8 @@ def collect(
     \b
     Examples:
       actshuffle collect --model gpt2 --layers 3,5 --text corpus/ --out acts.zarr
-      actshuffle collect --model gpt2 --hooks h.3.mlp --text a.jsonl --out acts.zarr --part 1/4
+      actshuffle collect --model gpt2 --hooks h.3.mlp --text a.jsonl \\
+        --out acts.zarr --part 1/4
     """
     from actshuffle.collect import collect as gather
 

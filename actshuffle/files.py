@@ -50,13 +50,13 @@ class LocalObjects:
         self.fsync = fsync
         self._inside: set[Path] = set()  # folders that were seen to be no links out of the root
 
-    def _path(self, key: str) -> Path:
+    def _path(self, key: str, *, follow: bool = True) -> Path:
         """The file of a key.  Not one outside the root: stores come from others, links and all."""
         if key.startswith("/") or ".." in key.split("/") or "\0" in key:
             raise StorageError(f"key {key!r} leaves {self.root}")
         path = self.root / key
         with typed(self.root, key):
-            if key and path.is_symlink():
+            if key and follow and path.is_symlink():
                 self._refuse_escape(path)
             for folder in path.parents if key else ():
                 if folder == self.root or folder in self._inside:
@@ -148,7 +148,7 @@ class LocalObjects:
 
     def delete(self, key: str) -> None:
         with typed(self.root, key):
-            self._path(key).unlink(missing_ok=True)
+            self._path(key, follow=False).unlink(missing_ok=True)
 
     def delete_prefix(self, prefix: str) -> None:
         """Delete a whole folder, files that are half written among them.
@@ -156,10 +156,12 @@ class LocalObjects:
         A task that was given up for lost may still be writing into it: what it adds meanwhile goes too.
         """
         with typed(self.root, prefix):
-            path = self._path(prefix)
+            path = self._path(prefix, follow=False)
             for attempt in range(10):
                 try:
-                    if path.is_dir():
+                    if prefix and path.is_symlink():
+                        path.unlink()
+                    elif path.is_dir():
                         shutil.rmtree(path)
                     return
                 except OSError as err:

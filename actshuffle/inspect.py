@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from actshuffle.arrays import SOURCE_ROW, object_grid, open_node, source_arrays,
 from actshuffle.errors import IncompleteStoreError, RequestError
 from actshuffle.objects import as_place, local_path, open_objects
 from actshuffle.planner import LOCAL_RUN_BYTES, Levels, make_plan, reach_table
-from actshuffle.prepare import default_memory, plan_for
+from actshuffle.prepare import default_memory, plan_for, recorded_scratch
 from actshuffle.types import Plan
 from actshuffle.units import format_bytes, parse_bytes, parse_count
 
@@ -189,7 +190,12 @@ def status(dst: str | Path, storage_options: dict[str, Any] | None = None) -> di
     body = manifest.read_run(objects)
     if body is None:
         raise IncompleteStoreError(f"{dst} is no output of actshuffle, finished or half done")
-    job = manifest.job_from(body, place.options)
+    # Its own places are not gone to: the file may be somebody else's.
+    job = replace(
+        manifest.job_from(body, place.options),
+        destination=place,
+        scratch=recorded_scratch(place, body),
+    )
     levels = []
     first = tasks.first_level(job)
     for level in range(1, job.plan.levels + 1):

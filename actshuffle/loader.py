@@ -46,9 +46,7 @@ if TYPE_CHECKING:
     from actshuffle.torchface import TorchDataset
 
 Batch = dict[str, Any]  # arrays or tensors by name
-BLOCK_BYTES = (
-    4 << 20
-)  # what one thread reads at a time: small enough to stay in cache, batches permitting
+BLOCK_BYTES = 8 << 20  # what one thread reads at a time; or one batch, if that is more
 STATE_FORMAT = 1
 SCORED_ROWS = 1 << 20
 _FOREVER = 1 << 62

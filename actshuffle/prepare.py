@@ -130,8 +130,8 @@ def prepare(
                 + ". Give the same to resume, or --overwrite to start again"
             )
         given = before
-        if request.scratch is None and "scratch" in before:
-            _check_recorded_scratch(dst, before["scratch"], recorded["job"])
+        if request.scratch is None:
+            recorded_scratch(dst, recorded)
     else:
         given.setdefault("seed", secrets.randbits(63))
         if "memory" not in given and "block_bytes" not in given:
@@ -329,16 +329,24 @@ def _inside(path: Path, folder: Path) -> bool:
     return path == folder or folder in path.parents
 
 
-def _check_recorded_scratch(dst: Place, folder: str, job: str) -> None:
-    """A path in a file that others may have written is not gone to, unless what is there agrees."""
-    body = None
+def recorded_scratch(dst: Place, recorded: dict[str, Any]) -> Place:
+    """Where a half-done run says its scratch is.
+
+    A path in a file that others may have written is not gone to, unless what is there agrees.
+    """
+    folder = _checked_request(recorded.get("request")).get("scratch")
+    if folder is None:
+        return scratch_place(dst, None)
+    body, found = None, scratch_place(dst, folder)
     if "://" not in folder:
         with contextlib.suppress(FormatError):
-            body = manifest.read_run(open_objects(scratch_place(dst, folder)), "run.json")
-    if body is None or body["job"] != job:
+            body = manifest.read_run(open_objects(found), "run.json")
+    if body is None or body["job"] != recorded["job"]:
         raise ResumeMismatchError(
-            f"{dst} is half done with its scratch in {folder}: give --scratch to resume"
+            f"{dst} is half done with its scratch in {folder}, where nothing of it is: give --scratch "
+            "to resume"
         )
+    return found
 
 
 def _recorded(dst: Place, overwrite: bool) -> dict[str, Any] | None:

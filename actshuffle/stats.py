@@ -186,7 +186,12 @@ def _finish(dataset: Dataset, name: str, part: Part | None) -> FloatStats | IntS
     info = dataset.fields[name]
     if isinstance(part, IntPart) or (part is None and is_integer(info)):
         part = part if isinstance(part, IntPart) else IntPart(0)
-        return IntStats(info.dtype_name, part.count, part.least, part.most, *distinct(part))
+        number, exact = distinct(part)
+        if part.least is not None and part.most is not None:
+            number = min(number, part.most - part.least + 1)
+        values = part.count * math.prod(info.row_shape)
+        number = min(number, values)
+        return IntStats(info.dtype_name, part.count, part.least, part.most, number, exact)
     part = part if isinstance(part, FloatPart) else FloatSums(info).part()
     n, blank = part.count, np.full(math.prod(info.row_shape), math.nan)
     return FloatStats(

@@ -327,8 +327,10 @@ def _locate(
     known = recorded is not None and max(found, default=-1) < len(recorded)
     differing = [at for at in sorted(found) if known and (recorded[at] != found[at]).any()]  # type: ignore[index]
     if not differing and whole:
-        yield Problem("rows", pair.names[number], "its rows are not the source's"
-                      + (", though every object is as it was written: has the source changed?" if known else ""))  # fmt: skip
+        since = (
+            ", though every object is as it was written: has the source changed?" if known else ""
+        )
+        yield Problem("rows", pair.names[number], f"its rows are not the source's{since}")
     for at in differing[COMPARED:] if whole else ():
         yield Problem("rows", _object_key(field, at), "is not what was written")
     calls = ((pair, number, at) for at in (differing[:COMPARED] or sorted(found)[:COMPARED]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def page(
     peaks = [r["memory"]["median"] for r in rows]
     kinks = [f"{r['factor']}x ({100 * r['off']:+.0f}%)" for r in rows if abs(r["off"]) > KINK]
     changes = [f"{b['factor']}x ({a['levels']} to {b['levels']})"
-               for a, b in zip(rows, rows[1:], strict=False) if a["levels"] != b["levels"]]  # fmt: skip
+               for a, b in pairwise(rows) if a["levels"] != b["levels"]]  # fmt: skip
     return [
         f"{crew}, --memory {format_bytes(memory)} at every size; whole processes, start to exit. Memory "
         "is the largest process's peak; *beyond idle* subtracts that of a run with one row.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,7 @@ def scheduler(folder: Path, samples: list[dict[str, float]], workers: int) -> st
     memory.legend(loc="lower right")
     for name, colour in (("seconds", INK), ("scheduler_cpu", BLUE), ("driver_cpu", ORANGE)):
         each = [
-            1000 * (b[name] - a[name]) / (b["tasks"] - a["tasks"])
-            for a, b in zip(samples, samples[1:], strict=False)
+            1000 * (b[name] - a[name]) / (b["tasks"] - a["tasks"]) for a, b in pairwise(samples)
         ]
         label = {"seconds": "wall clock", "scheduler_cpu": "scheduler's processor"}.get(
             name, "driver's processor"
@@ -213,7 +213,7 @@ def growth(folder: Path, rows: list[dict[str, Any]], line: dict[str, float], mem
     import matplotlib.pyplot as plt
 
     figure, (pace, held) = plt.subplots(1, 2, figsize=(9.6, 3.6))
-    colours = {n: c for n, c in enumerate((GREY, BLUE, ORANGE, GREEN, RED), 1)}
+    colours = dict(enumerate((GREY, BLUE, ORANGE, GREEN, RED), 1))
     work = [r["bytes"] * r["levels"] / 1e9 for r in rows]
     pace.plot([0, max(work)], [line["fixed"], line["fixed"] + line["per_gb"] * max(work)], color=GREY,
               linewidth=1, label=f"{line['fixed']:.1f} s + {line['per_gb']:.2f} s/GB")  # fmt: skip

@@ -309,7 +309,8 @@ def main() -> None:
     }
     found: dict[str, Any] = {
         "settings": {k: str(v) for k, v in vars(args).items()}, "versions": versions, "torch": torch.__version__,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads",
         "quality": {}, "speed": {},
     }  # fmt: skip
     if args.rounds:

@@ -77,6 +77,8 @@ class Config:
     """array of document ids, for the document entropy of batches; empty takes `document` and its like if there"""
     holdout: int = 0
     """rows at the end of the store kept for evaluation; 0 takes the lesser of 5 % and 16,384"""
+    incomplete: bool = False
+    """true takes a store without its completion marker: an array or group of any origin"""
     buffer_rows: int = -1
     """stores that are not shuffled: rows of a shuffle buffer, 0 for the stored order; -1 refuses such stores"""
     # --- machine
@@ -205,8 +207,10 @@ def parse_field(name: str, text: str) -> Any:
     try:
         if kind in (int, float):
             return int(float(text)) if kind is int and float(text).is_integer() else kind(text)
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
         if name == "widths":
             return tuple(int(part) for part in text.split(",") if part)
-    except ValueError as error:
-        raise ConfigError(f"--{name.replace('_', '-')}: {text!r} is no number") from error
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"--{name.replace('_', '-')}: {text!r} is no {kind.__name__}") from error
     return text

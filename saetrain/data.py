@@ -77,7 +77,7 @@ class Store:
     def __init__(self, path: str | Path, config: Config) -> None:
         self.config = config
         try:
-            self.data: Dataset = open_dataset(path)
+            self.data: Dataset = open_dataset(path, incomplete=config.incomplete)
         except ActshuffleError as error:
             raise DataError(f"{type(error).__name__}: {error}") from error
         self.name, self.rows = str(path), self.data.rows

@@ -44,9 +44,23 @@ CURVES = {  # key of metrics.jsonl: (title, logarithmic)
     "encoder_cosine": ("cosine of encoder and decoder rows", False), "decoder_norm": ("decoder row norm, mean", False),
     "threshold": ("activation threshold, mean", False), "document_entropy": ("document entropy of batches", False),
     "lr": ("learning rate", False), "tokens_per_s": ("tokens a second", False),
-    "mfu": ("share of the machine's matrix speed (MFU)", False), "loader_wait": ("share of time waiting for rows", False),
+    "mfu": ("share of the machine's matrix speed (MFU)", False),
+    "loader_wait": ("share of time waiting for rows", False),
 }  # fmt: skip
-TABLE = ("step", "tokens", "loss", "eval_fvu", "eval_l0", "l0", "dead", "dense", "decoder_cosine_mean", "tokens_per_s", "mfu", "loader_wait")  # fmt: skip
+TABLE = (
+    "step",
+    "tokens",
+    "loss",
+    "eval_fvu",
+    "eval_l0",
+    "l0",
+    "dead",
+    "dense",
+    "decoder_cosine_mean",
+    "tokens_per_s",
+    "mfu",
+    "loader_wait",
+)
 
 
 def report(runs: Sequence[Path], out: Path) -> list[Path]:

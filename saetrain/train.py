@@ -21,6 +21,7 @@ from saetrain import checkpoint, metrics
 from saetrain.config import Config, resolve
 from saetrain.data import Batch, Cursor, Source, check_finite, norm_of, sample, stream
 from saetrain.errors import ConfigError, DataError, SaetrainError
+from saetrain.evaluate import Heldout
 from saetrain.log import Log
 from saetrain.losses import Step, step
 from saetrain.mesh import Mesh
@@ -28,8 +29,17 @@ from saetrain.model import Model
 from saetrain.optim import Optimizer, ramps
 
 INIT_ROWS = 8192
-EVAL_ROWS = 2048  # rows of one evaluation batch
 # Settings that may change when a run is resumed; any other would make it another run.
+SHARED = (
+    "batch_size",
+    "steps",
+    "holdout",
+    "seed",
+    "buffer_rows",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+)
 FREE = {"device", "tensor_parallel", "log_every", "eval_every", "checkpoint_every", "keep"}
 
 
@@ -59,12 +69,7 @@ def fit(
     runs = {run: resolve(config, source.d_in, source.rows) for run, config in runs.items()}
     config = next(iter(runs.values()))
     for other in runs.values():
-        _same(
-            config,
-            other,
-            ("batch_size", "steps", "holdout", "seed", "buffer_rows"),
-            "runs of one sweep",
-        )
+        _same(config, other, SHARED, "runs of one sweep")
     if config.batch_size % mesh.world:
         raise ConfigError(
             f"batch_size {config.batch_size} is no multiple of the {mesh.world} ranks"
@@ -75,7 +80,7 @@ def fit(
     if state is not None:
         cursor.load_state_dict(state)
     batches = stream(source, cursor, mesh)
-    test = _Heldout(heldout or source, config.holdout if heldout is None else heldout.rows, mesh)
+    test = Heldout(heldout or source, config.holdout if heldout is None else heldout.rows, mesh)
     clock, last = _Clock(cursor, config, mesh), {m.run: {"step": at} for m in members}
     with _asked_to_stop() as asked:
         while at < config.steps:
@@ -91,9 +96,8 @@ def fit(
                     _explain(out, batch, source, config, mesh, at)
                 norms = m.optimizer.apply(out.grads, lr)
                 if at % config.log_every == 0 or done or due or stop:
-                    line = _line(m, out, x, batch, lr, norms, at) | clock.rates(
-                        m.model, at, out.active
-                    )
+                    line = _line(m, out, x, batch, lr, norms, at)
+                    line |= clock.rates(m.model, at, out.active)
                     if due or done:
                         with clock.paused():
                             line |= test.evaluate(m.model) | metrics.cosines(m.model)
@@ -127,16 +131,14 @@ def _begin(
         if found := checkpoint.published(run):
             old = checkpoint.open_checkpoint(found[0])
             if old.state["d_in"] != source.d_in:
-                raise DataError(
-                    f"{source.name} is {source.d_in} wide; {run} is for {old.state['d_in']}"
-                )
+                raise DataError(f"{source.name} is {source.d_in} wide; {run} is for {old.state['d_in']}")  # fmt: skip
             names = [f.name for f in fields(Config) if f.name not in FREE]
             _same(old.config, config, names, f"{run} was begun with other settings")
     loaded = checkpoint.load_latest(list(runs), mesh, say)
     if loaded is None:
         if any(checkpoint.published(run) for run in runs):
             raise SaetrainError(
-                "there are checkpoints, but no step of which all runs have one; remove them to restart"
+                "no step of which all runs have a checkpoint; remove them to restart"
             )
         norm, members = norm_of(source), []
         for run, config in runs.items():
@@ -147,8 +149,7 @@ def _begin(
         at, state = 0, None
     else:
         members = [
-            Member(run, one.model, one.optimizer, None)
-            for run, one in zip(runs, loaded, strict=True)
+            Member(run, x.model, x.optimizer, None) for run, x in zip(runs, loaded, strict=True)
         ]
         at, state = loaded[0].state["step"], loaded[0].state["cursor"]
         say(f"going on from step {at:,}")
@@ -157,20 +158,15 @@ def _begin(
             m.run.mkdir(parents=True, exist_ok=True)
             about = {"store": source.name, "rows": source.rows, "d_in": source.d_in, "ranks": mesh.world,
                      "tile": m.model.tile, "device": str(mesh.device), "torch": torch.__version__}  # fmt: skip
-            checkpoint.write_json(
-                m.run / "config.json", {"config": runs[m.run].to_json(), "about": about}
-            )
+            written = {"config": runs[m.run].to_json(), "about": about}
+            checkpoint.write_json(m.run / "config.json", written)
             m.log = Log(m.run, at)
     return members, at, state
 
 
 def _same(one: Config, other: Config, names: Any, what: str) -> None:
-    different = [
-        f"{n} {getattr(one, n)!r} / {getattr(other, n)!r}"
-        for n in names
-        if getattr(one, n) != getattr(other, n)
-    ]
-    if different:
+    pairs = [(n, getattr(one, n), getattr(other, n)) for n in names]
+    if different := [f"{n} {a!r} / {b!r}" for n, a, b in pairs if a != b]:
         raise ConfigError(f"{what}: {'; '.join(different)}")
 
 
@@ -194,57 +190,10 @@ def _line(
 def _explain(out: Step, batch: Batch, source: Source, config: Config, mesh: Mesh, at: int) -> None:
     """The loss is no number: say which row is to blame, or that training diverged."""
     first = (at - 1) * config.batch_size + mesh.dp_index * len(batch.rows)
-    what = (
-        source.name
-        if (at * config.batch_size) <= source.rows
-        else f"{source.name}, in reading order"
-    )
+    what = source.name + (", in reading order" if at * config.batch_size > source.rows else "")
     check_finite(batch.rows, what, source.field, first)
     raise SaetrainError(f"step {at:,}: the loss is {out.losses['loss']}: training diverged (lr too high?), "
                         "or a number of another rank's rows is NaN or infinite")  # fmt: skip
-
-
-class _Heldout:
-    """Rows that are not trained on, and what a model makes of them."""
-
-    def __init__(self, source: Source, rows: int, mesh: Mesh) -> None:
-        self.source, self.mesh = source, mesh
-        each = rows // mesh.dp  # every replica takes a part; a remainder is left out
-        self.start = source.rows - rows + mesh.dp_index * each
-        self.stop = self.start + each
-
-    def _parts(self, field: str) -> Iterator[Tensor]:
-        for at in range(self.start, self.stop, EVAL_ROWS):
-            yield self.source.read(field, at, min(at + EVAL_ROWS, self.stop)).to(self.mesh.device)
-
-    def evaluate(self, model: Model) -> dict[str, float]:
-        """FVU and L0 with 95 % intervals; by documents where the store has them."""
-        mesh, source = self.mesh, self.source
-        if self.stop == self.start:
-            return {}
-        total = sum(
-            (model.norm(p).double().sum(0) for p in self._parts(source.field)),
-            torch.zeros((), device=mesh.device),
-        )
-        mean = mesh.sum(total, "dp") / ((self.stop - self.start) * mesh.dp)
-        errors, spreads, active = [], [], []
-        for part in self._parts(source.field):
-            x = model.norm(part)
-            out, count = model.reconstruct(x)
-            errors.append((out - x).double().square().sum(1))
-            spreads.append((x.double() - mean).square().sum(1))
-            active.append(count)
-        top, bottom = (mesh.gather(torch.cat(v), "dp").view(-1) for v in (errors, spreads))
-        count = mesh.gather(torch.cat(active), "dp").view(-1).double()
-        groups = None
-        if source.document_field:
-            groups = mesh.gather(torch.cat(list(self._parts(source.document_field))), "dp").view(-1)
-        f = metrics.ratio_interval(top, bottom, groups)
-        l0 = metrics.ratio_interval(count, torch.ones_like(count), groups)
-        return {
-            "eval_fvu": f.value, "eval_fvu_low": f.low, "eval_fvu_high": f.high,
-            "eval_l0": l0.value, "eval_l0_low": l0.low, "eval_l0_high": l0.high, "eval_rows": len(top),
-        }  # fmt: skip
 
 
 class _Clock:
@@ -306,7 +255,8 @@ def _asked_to_stop() -> Iterator[list[int]]:
 
 def _brief(run: Path, line: dict[str, Any], steps: int) -> str:
     """One line for people."""
-    text = f"{run.name} {line['step']:,}/{steps:,}  loss {line['loss']:.4g}  l0 {line['l0']:.1f}  dead {line['dead']:.1%}"
+    text = f"{run.name} {line['step']:,}/{steps:,}  loss {line['loss']:.4g}  l0 {line['l0']:.1f}"
+    text += f"  dead {line['dead']:.1%}"
     if "eval_fvu" in line:
         text += f"  held-out fvu {line['eval_fvu']:.4f} +- {line['eval_fvu_high'] - line['eval_fvu']:.4f}"
     return text + (f"  {line['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in line else "")

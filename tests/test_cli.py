@@ -79,6 +79,51 @@ PUBLIC = {
     },
     "info": {"--storage-options", "--json", "--debug"},
     "status": {"--storage-options", "--json", "--debug"},
+    "came-from": {
+        "--context", "--debug", "--json", "--no-text", "--source", "--storage-options", "--text",
+    },
+    "where-is": {
+        "--debug", "--json", "--storage-options",
+    },
+    "split": {
+        "--copy", "--debug", "--folder", "--json", "--ordered", "--quiet", "--scheduler",
+        "--storage-options", "--workers",
+    },
+    "head": {
+        "--copy", "--debug", "--json", "--ordered", "--storage-options",
+    },
+    "sample": {
+        "--chunk-rows", "--codec", "--debug", "--fields", "--json", "--memory", "--overwrite",
+        "--quiet", "--scheduler", "--scratch", "--seed", "--storage-options", "--workers",
+    },
+    "concat": {
+        "--debug", "--fields", "--json", "--out", "--storage-options",
+    },
+    "append": {
+        "--again", "--chunk-rows", "--debug", "--json", "--memory", "--out", "--overwrite",
+        "--quiet", "--scheduler", "--scratch", "--storage-options", "--workers",
+    },
+    "import": {
+        "--apart", "--chunk-rows", "--codec", "--columns", "--debug", "--dtype", "--flatten",
+        "--format", "--json", "--memory", "--name", "--no-flatten", "--out", "--overwrite",
+        "--quiet", "--row-shape", "--scheduler", "--scratch", "--split", "--storage-options",
+        "--together", "--workers",
+    },
+    "collect": {
+        "--batch-tokens", "--block-bytes", "--chunk-rows", "--codec", "--context", "--debug",
+        "--device", "--dtype", "--field", "--hooks", "--json", "--layers", "--model",
+        "--model-dtype", "--out", "--overwrite", "--part", "--quiet", "--rows", "--scheduler",
+        "--special", "--storage-options", "--text", "--tokenizer", "--tokens-per-document",
+        "--workers",
+    },
+    "stats": {
+        "--debug", "--incomplete", "--json", "--no-write", "--png", "--quiet", "--read",
+        "--scheduler", "--storage-options", "--workers", "--write",
+    },
+    "quality": {
+        "--alpha", "--batch-size", "--buffer-rows", "--debug", "--documents", "--epoch",
+        "--incomplete", "--json", "--positions", "--seed", "--storage-options",
+    },
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ READING = """
     virtual arrays partition planner spill manifest bounds tasks inventory executors prepare progress run
     inspect mixing verify testing views rowreader dataset ranks columns epochs prefetch torchface loader
     models tokens activations concat append cut trace foreign arrowfiles filesource importers collect moments
-    statstypes statsview stats qualityreport quality options display session cli_sources cli_tools cli __main__
+    statstypes statsview stats qualityreport quality options display session cli_data cli_sources cli_tools cli __main__
 """
 ORDER = READING.split()
 
@@ -40,7 +40,7 @@ DOORS = {
     "dask": "executors",
     "distributed": "executors session models",  # the last two ask where they run
     "torch": "torchface",
-    "click": "options display session cli_sources cli_tools cli",
+    "click": "options display session cli_data cli_sources cli_tools cli",
     "hypothesis": "testing",
     "pyarrow": "",
     "numcodecs": "",
@@ -51,15 +51,14 @@ DOORS = {
 LONGEST = 350
 LONGER = {  # lines, and why not less
     "mixing": 520,  # the statistics of one report
-    "verify": 500,  # full and quick checks, which share nothing with the engine
+    "verify": 540,  # full and quick checks, which share nothing with the engine
     "testing": 750,  # strategies, faulty stores and the state machine, for other people's tests
     "arrays": 420,  # all that is known of Zarr metadata
-    "prepare": 400,  # all refusals
-    "cli": 600,  # all commands
+    "prepare": 420,  # all refusals
     "dataset": 380,  # what a finished store can be asked
     "guard": 350,
 }
-PRINTERS = {"cli", "display", "session"}
+PRINTERS = {"cli", "cli_data", "display", "session"}
 
 
 def trees() -> dict[str, ast.Module]:

@@ -18,7 +18,6 @@ import torch
 import zarr
 
 import actshuffle
-from actshuffle import mixing
 from sae_helpers import Planted
 from saetrain import checkpoint
 from saetrain.cli import main
@@ -216,13 +215,17 @@ def test_nans_are_refused_and_placed(
     assert f"row {where:,}, column 5" in said
 
 
-def test_an_unshuffled_store_is_refused_unless_asked_for(store: Path, tmp_path: Path) -> None:
-    marker = store / "_actshuffle"
-    assert marker.exists()
-    config = Config(batch_size=128, buffer_rows=0)
-    found = Store(store, config)
-    assert found.data.shuffled
-    assert mixing is not None
+def test_an_unshuffled_store_is_refused_unless_asked_for(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, out = source_store(tmp_path / "plain.zarr"), tmp_path / "run"
+    more = ["--incomplete", "true"]
+    assert "is not shuffled" in refusal(plain, capsys, *more)
+    more += ["--buffer-rows", "0", "--out", str(out), "--heldout", str(store)]
+    assert main(["fit", str(plain), *FAST, *more]) == 0
+    found = read_log(out)[-1]
+    assert found["document_entropy"] < 0.5  # 128 neighbouring rows are of four documents
+    assert found["eval_rows"] == ROWS
 
 
 def test_statistics_of_a_sample_are_those_of_the_rows(store: Path) -> None:

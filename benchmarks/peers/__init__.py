@@ -7,6 +7,9 @@ Python (``--python annbatch /some/venv/bin/python``).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+IMPORTS = {"mosaicml-streaming": "streaming"}  # packages that are imported by another name
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,14 @@ PEERS: dict[str, Peer] = {
         "runs of 1,000 rows shuffled, then rows in memory", "h5ad", "annbatch",
     ),
 }  # fmt: skip
+
+
+def versions(name: str) -> dict[str, str]:
+    """Versions of a peer's packages; run from a checkout, actshuffle has none."""
+    found = {}
+    for package in PEERS[name].packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "of this checkout"
+    return found

@@ -9,25 +9,19 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.peers import PEERS, Work, formats
-
-IMPORTS = {
-    "mosaicml-streaming": "streaming"
-}  # where the package is not called what it is imported as
+from benchmarks.peers import IMPORTS, PEERS, Work, formats, versions
 
 
 def main(action: str, name: str, text: str) -> None:
     peer, given = PEERS[name], json.loads(text)
     if action == "versions":
-        modules = {p: importlib.import_module(IMPORTS.get(p, p)) for p in peer.packages}
-        print(
-            json.dumps({p: getattr(m, "__version__", "") or version(p) for p, m in modules.items()})
-        )
+        for package in peer.packages:
+            importlib.import_module(IMPORTS.get(package, package))
+        print(json.dumps(versions(name)))
     elif action == "prepare":
         formats.write(peer.source, Path(given["source"]), Path(given["target"]))
     elif action == "run":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def k_jobs(work: Work) -> None:
     edges = [min(j * chunks // jobs * work.chunk_rows, work.rows) for j in range(jobs)] + [
         work.rows
     ]
-    shares = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    shares = [(a, b) for a, b in pairwise(edges) if a < b]
     with ProcessPoolExecutor(work.workers, mp_context=get_context("spawn")) as pool:
         for _ in pool.map(partial(_one_job, work), shares):
             pass

@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from actshuffle import mixing
 from actshuffle.executors import machine_memory
 from actshuffle.units import format_bytes, format_seconds
 from benchmarks import cache, measure, plots
-from benchmarks.peers import PEERS, Work
+from benchmarks.peers import IMPORTS, PEERS, Work, formats, versions
 from benchmarks.results import Bench, need_space, ranged, spread, table
 from benchmarks.sources import make_source
 
@@ -48,14 +49,14 @@ def run(
     limit = most_memory or int(MOST * machine_memory())
     found: list[dict[str, Any]] = []
     bench.plan(rounds * len(names))
-    versions = {name: _versions(name, interpreters.get(name)) for name in names}
+    installed = {name: _versions(name, interpreters.get(name)) for name in names}
     sources = _Sources(bench.work, zarr_source)
     for number in range(rounds):
         for name in names:
-            one = {"peer": name, "round": number, "versions": versions[name].get("versions")}
+            one = {"peer": name, "round": number, "versions": installed[name].get("versions")}
             previous = [f for f in found if f["peer"] == name]
-            if "versions" not in versions[name]:
-                one |= {"outcome": "not installed", "message": versions[name]["message"]}
+            if "versions" not in installed[name]:
+                one |= {"outcome": "not installed", "message": installed[name]["message"]}
             elif any(f["outcome"] != "done" for f in previous):
                 one |= {"outcome": previous[0]["outcome"], "message": "not tried again"}
             else:
@@ -96,8 +97,12 @@ def _command(interpreter: str | None, action: str, name: str, given: str) -> lis
 
 
 def _versions(name: str, interpreter: str | None) -> dict[str, Any]:
+    """What a peer is made of, or a message that says what it lacks."""
     if name == "spark" and shutil.which("java") is None:
         return {"message": "no Java runtime"}
+    if interpreter is None:
+        absent = [p for p in PEERS[name].packages if find_spec(IMPORTS.get(p, p)) is None]
+        return {"message": f"no {absent[0]}"} if absent else {"versions": versions(name)}
     asked = measure.run(_command(interpreter, "versions", name, "{}"))
     if asked.outcome != "done":
         return {"message": asked.message}
@@ -136,15 +141,19 @@ def _one(
 
 def _mixing(name: str, interpreter: str | None, target: Path, work: Work) -> dict[str, Any]:
     """Is the output every row once, and does its order pass for a uniform one?"""
-    file = target.with_suffix(".npy")
     try:
-        given = json.dumps({"target": str(target), "order": str(file)})
-        read = measure.run(_command(interpreter, "order", name, given))
-        if read.outcome != "done":
-            return {"verdict": "unreadable", "detail": read.message}
-        order = np.load(file)
-    finally:
-        file.unlink(missing_ok=True)
+        if interpreter is None:
+            order = formats.read_order(PEERS[name].target, target)
+        else:
+            file = target.with_suffix(".npy")
+            given = json.dumps({"target": str(target), "order": str(file)})
+            read = measure.run(_command(interpreter, "order", name, given))
+            if read.outcome != "done":
+                return {"verdict": "unreadable", "detail": read.message}
+            order = np.load(file)
+            file.unlink()
+    except Exception as err:  # whatever its reader makes of what it wrote
+        return {"verdict": "unreadable", "detail": f"{type(err).__name__}: {err}"}
     counts = np.bincount(order[(order >= 0) & (order < work.rows)], minlength=work.rows)
     if len(order) != work.rows or (counts != 1).any():
         return {"verdict": "not a permutation",
@@ -192,7 +201,7 @@ def page(rows: list[dict[str, Any]], work: Work, seconds: float, limit: int) -> 
     told = "their own default" if work.memory is None else format_bytes(work.memory)
     lines = []
     for r in rows:
-        versions = ", ".join(f"{k} {v}" for k, v in (r["versions"] or {}).items())
+        made_of = ", ".join(f"{k} {v}" for k, v in (r["versions"] or {}).items())
         if "seconds" in r:
             times = f"{r['seconds']['median'] / base:.1f}x" if base else ""
             cells = [ranged(r["seconds"], "{:.1f}"), times, f"{r['memory']['median'] / 1e9:.2f}"]
@@ -200,7 +209,7 @@ def page(rows: list[dict[str, Any]], work: Work, seconds: float, limit: int) -> 
         else:
             cells = [r["outcome"], "", "", ""]
         by_design = ("yes" if r["exact"] else "no") + f": {r['why']}"
-        lines.append((r["title"], *cells[:3], by_design, cells[3], versions))
+        lines.append((r["title"], *cells[:3], by_design, cells[3], made_of))
     failures = [
         f"- {r['title']}: {r['outcome']}. {r['message']}" for r in rows if "seconds" not in r
     ]

@@ -1,0 +1,218 @@
+"""The benchmarks in miniature: every command runs, and what measures is itself measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actshuffle.executors import Serial
+
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # benchmarks are run from the root, not installed
+
+from benchmarks import cache, growth, measure, shuffle, sources
+from benchmarks.__main__ import main
+from benchmarks.peers import PEERS, Work, driver, formats
+from benchmarks.phases import OUTSIDE, PHASES
+from benchmarks.results import command_line, spread, table
+
+
+def miniature(tmp_path, *words):
+    """Run a command; its figures, after a look that all files are there."""
+    out = tmp_path / "results"
+    main(
+        [*words, "--tiny", "--out", str(out), "--work", str(tmp_path / "work")],
+        standalone_mode=False,
+    )
+    document = json.loads((out / "results.json").read_text())
+    page = (out / "README.md").read_text()
+    assert document["machine"]["cores"] >= 1
+    assert "figures mean nothing" in page
+    images = {p.name for p in out.glob("*.png")}
+    assert images == (
+        {n for n in images if f"]({n})" in page} if find_spec("matplotlib") else set()
+    )
+    assert bool(images) == bool(find_spec("matplotlib"))
+    assert not list((tmp_path / "work").glob("*/*")), "data is left behind"
+    return document["figures"]
+
+
+# --- Every command ------------------------------------------------------------------------------
+
+
+def test_floor(tmp_path):
+    rows = miniature(tmp_path, "floor")["summary"]
+    assert {r["what"] for r in rows} == {"memcpy", "read", "write", "copy", "copy, one buffer"}
+    assert all(r["rate"]["low"] > 0 for r in rows)
+    assert all(r["cached"] in (-1, 1) for r in rows if r["mode"] == "cached")
+
+
+def test_shuffle(tmp_path):
+    found = miniature(tmp_path, "shuffle")
+    assert {(r["workers"], r["levels"]) for r in found["summary"]} == {
+        (0, 2),
+        (0, 3),
+        (1, 2),
+        (1, 3),
+    }
+    for one in found["rounds"]:
+        spent = one["phases"]
+        workers = max(1, one["workers"])
+        assert sum(spent[p] for p in (*PHASES, *OUTSIDE)) == pytest.approx(
+            one["seconds"] * workers, rel=0.01
+        )
+        assert min(spent.values()) > -0.01, "phases overlap"
+        assert spent["read"] > 0
+        assert spent["hash"] > 0
+        assert spent["gather"] > 0
+        assert spent["write"] > 0
+
+
+def test_growth(tmp_path):
+    rows = miniature(tmp_path, "growth")["summary"]
+    assert [r["factor"] for r in rows] == [1, 4]
+    assert all(r["memory"]["median"] > 10e6 for r in rows)
+
+
+def test_scheduler(tmp_path):
+    found = miniature(tmp_path, "scheduler")
+    assert found["summary"]["tasks"] == found["samples"][-1]["tasks"] == 300
+    assert found["summary"]["memory_last"]["scheduler"] > 10e6
+
+
+def test_peers(tmp_path):
+    rows = miniature(tmp_path, "peers", "--only", "actshuffle,numpy,zarr,k-jobs,dask-take")[
+        "summary"
+    ]
+    assert {r["peer"] for r in rows} == {"actshuffle", "numpy", "zarr", "k-jobs", "dask-take"}
+    for row in rows:
+        assert row["outcome"] == "done", row
+        assert row["verdict"] == "pass", row
+        assert all(row["versions"].values())
+
+
+@pytest.mark.parametrize(
+    "name", ["ray", "huggingface", "duckdb", "polars", "spark", "mosaicml", "annbatch"]
+)
+def test_peer_where_installed(tmp_path, name):
+    if "message" in driver._versions(name, None):
+        pytest.skip("not installed")
+    (row,) = miniature(tmp_path, "peers", "--only", name)["summary"]
+    assert row["outcome"] in ("done", "out of time"), row
+
+
+# --- What measures ------------------------------------------------------------------------------
+
+
+def test_measured_memory_and_time():
+    held = measure.run(measure.python("-c", "import time; x = b'1' * (200 << 20); time.sleep(0.6)"))
+    assert held.outcome == "done"
+    assert 200 << 20 < held.memory < 230 << 20
+    assert held.largest == held.memory
+    assert 0.6 < held.seconds < 20
+
+
+def test_measured_memory_counts_children_that_leave():
+    code = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', "
+        "\"import time; x = b'1' * (100 << 20); time.sleep(30)\"], start_new_session=True).wait(2)"
+    )
+    held = measure.run(measure.python("-c", code))
+    assert held.outcome == "failed"
+    assert "TimeoutExpired" in held.message
+    assert held.memory > 100 << 20
+
+
+@pytest.mark.parametrize(
+    ("limits", "outcome"),
+    [({"seconds": 0.5}, "out of time"), ({"memory": 50 << 20}, "out of memory")],
+)
+def test_limits_end_a_run(limits, outcome):
+    started = time.monotonic()
+    ended = measure.run(
+        measure.python("-c", "import time; x = b'1' * (100 << 20); time.sleep(60)"), **limits
+    )
+    assert ended.outcome == outcome
+    assert time.monotonic() - started < 30
+
+
+def test_cache_is_evicted_and_warmed(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(4 << 20))
+    cache.evict([tmp_path])
+    if cache.cached_share([tmp_path]) != 0:
+        pytest.skip("this filesystem keeps its pages")
+    cache.warm([tmp_path])
+    assert cache.cached_share([tmp_path]) == 1
+
+
+def test_source_rows_carry_their_number(tmp_path):
+    path = sources.make_source(tmp_path, 100_000, 64, 10_000)
+    order = np.concatenate([words[:, 0] for _, words in formats.blocks(path)])
+    np.testing.assert_array_equal(order, np.arange(sources.rows_of(path)))
+    assert (
+        sum((path / key).stat().st_size for key in sources.chunk_keys(path)) >= 100_000 // 64 * 64
+    )
+
+
+@pytest.mark.parametrize(
+    ("order", "verdict"),
+    [
+        (np.random.default_rng(0).permutation(4096), "pass"),
+        (np.arange(4096), "FAIL"),
+        (
+            np.random.default_rng(0).permutation(4096).reshape(64, 64).argsort(1).reshape(-1),
+            "not a permutation",
+        ),
+        (np.random.default_rng(0).permutation(4095), "not a permutation"),
+    ],
+)
+def test_orders_are_judged(tmp_path, order, verdict):
+    np.asarray(order, np.uint64).tofile(tmp_path / "rows")
+    work = Work("", str(tmp_path), 4096, 8, 256, 1, None, 0)
+    (tmp_path / "row_bytes").write_text("8")
+    assert driver._mixing("mosaicml", None, tmp_path, work)["verdict"] == verdict
+
+
+def test_kinks_are_named():
+    def rows(slow):
+        return [{"factor": f, "round": 0, "bytes": f * 10**9, "levels": 2 + (f > 8),
+                 "seconds": (2 + f * (2 + (f > 8))) * (slow if f == 4 else 1), "largest": 10**8}
+                for f in (1, 2, 4, 8, 16, 32)]  # fmt: skip
+
+    for slow, expected in ((1.0, "none"), (1.5, "4x (+50%)")):
+        found, line = growth.summary(rows(slow), {"memory": 0.0})
+        assert line["per_gb"] == pytest.approx(1)
+        text = growth.page(found, line, 10**8, 0)[-1]
+        assert f"off the line: {expected}." in text
+        assert "16x (2 to 3)" in text
+
+
+def test_every_peer_has_its_function():
+    for peer in PEERS.values():
+        module = __import__(f"benchmarks.peers.{peer.module}", fromlist=["x"])
+        assert callable(getattr(module, peer.function))
+
+
+def test_engine_is_as_it_was_after_a_timed_run(tmp_path):
+    from benchmarks import phases
+
+    before = [getattr(owner, name) for _, owner, name in phases.PROBES]
+    source = sources.make_source(tmp_path, 1 << 16, 64)
+    found = shuffle._shuffle(Serial(), source, tmp_path / "out", 64 << 20, 2, False)
+    assert found["tasks"] > 2
+    assert [getattr(owner, name) for _, owner, name in phases.PROBES] == before
+
+
+def test_words():
+    assert spread([3, 1, 2]) == {"median": 2, "low": 1, "high": 3, "rounds": 3}
+    assert list(table(("a", "b"), [("x", 1)])) == ["| a | b |", "| --- | ---: |", "| x | 1 |"]
+    assert command_line("floor", {"size": 5, "modes": ["a", "b"], "tiny": True, "only": None}) == (
+        "python -m benchmarks floor --size 5 --modes a,b --tiny"
+    )
