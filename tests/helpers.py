@@ -295,7 +295,11 @@ def _scalar(array: zarr.Array) -> bytes:
 
 
 def _dimensions(name: str, array: zarr.Array) -> list[str]:
-    names = array.attrs.get("_ARRAY_DIMENSIONS") if array.metadata.zarr_format == 2 else array.metadata.dimension_names
+    names = (
+        array.attrs.get("_ARRAY_DIMENSIONS")
+        if array.metadata.zarr_format == 2
+        else array.metadata.dimension_names
+    )
     if names is None or None in names:
         return ["row", *(f"{name}_{axis}" for axis in range(1, array.ndim))]
     return list(names)
