@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actshuffle.errors import ActshuffleError
+from actshuffle.errors import ActshuffleError, ClusterError
 from actshuffle.testing import Faults, differences, leftovers, matching
 from helpers import group, values
 
@@ -106,7 +106,10 @@ def drive(told: Path, src: Path, dst: Path, settings: dict[str, Any], fault: Any
             if scheduler is not None:
                 from distributed import Client
 
-                settings["client"] = stack.enter_context(Client(scheduler))
+                try:
+                    settings["client"] = stack.enter_context(Client(scheduler))
+                except OSError as err:  # killed before we had anything to do with it
+                    raise ClusterError(f"not connected: {err}") from err
             result = actshuffle.shuffle(src, dst, **settings)
             body = {"end": "done", "resumed": result.resumed, "tasks": result.tasks}
         except ActshuffleError as err:
