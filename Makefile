@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/demo.done       ## shuffle a real model's activations, verify, show the difference
 	$(BIN)/python examples/shuffle_minilm.py
 
-test: $(VENV)/test.done       ## the test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/test.done       ## the test suite, a file at a time on each of two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/test.done       ## style and types
 	$(BIN)/ruff check .
