@@ -753,7 +753,9 @@ def test_damaged_marker_is_refused(damage, src, dst):
     serial_run(src, dst, SEED, **PLAN)
     damage(dst / "_actshuffle/zarr.json")
     with suppress(ActshuffleError):
-        actshuffle.verify(src, dst)  # or a verdict: a flipped bit of the version's text does no harm
+        actshuffle.verify(
+            src, dst
+        )  # or a verdict: a flipped bit of the version's text does no harm
     with pytest.raises(ActshuffleError):
         serial_run(src, dst, SEED, **PLAN)
 
