@@ -191,7 +191,7 @@ def test_memory_advice_is_enough(dst, tmp_path):
     [
         {"memory": "lots"}, {"memory": 0}, {"memory": "-1GB"}, {"block_bytes": 0}, {"run_bytes": 0},
         {"chunk_rows": 0}, {"chunk_rows": -3}, {"chunks_per_shard": 0}, {"codec": "gzip"},
-        {"missing_chunks": "ignore"}, {"workers": -1}, {"storage_options": {"key": object()}},
+        {"missing_chunks": "ignore"}, {"workers": -1}, {"storage_options": {"key": object}},
     ],
     ids=str,
 )  # fmt: skip
