@@ -2,16 +2,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
+TESTS := $(wildcard tests/test_*.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint soak clean $(TESTS)
 
 demo: $(VENV)/demo.done       ## shuffle a real model's activations, verify, show the difference
 	$(BIN)/python examples/shuffle_minilm.py
 
-# A process for each file: clusters, forks and memory peaks of one do not touch the next.
+# A process for each file, two at a time: clusters, forks and memory peaks of one do not touch the next.
 test: $(VENV)/test.done       ## the test suite
-	@for file in tests/test_*.py; do echo $$file; $(BIN)/python -m pytest --quiet $$file || exit 1; done
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync --keep-going $(TESTS)
+
+$(TESTS): $(VENV)/test.done
+	@echo $@ && $(BIN)/python -m pytest --quiet $@
 
 lint: $(VENV)/test.done       ## style and types
 	$(BIN)/ruff check .

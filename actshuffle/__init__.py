@@ -6,18 +6,24 @@
 >>> for batch in actshuffle.Loader("shuffled.zarr", batch_size=4096):      # doctest: +SKIP
 ...     batch["activations"]
 
-Further tools are functions of the modules that are named for them: `actshuffle.append`, `collect`,
-`concat`, `importers`, `quality`, `stats`.
+The modules of this folder are the shuffle; `actshuffle.data` has the tools around it, `actshuffle.cli`
+the command line.
 """
 
 from actshuffle._version import __version__
-from actshuffle.cut import head, sample, split
-from actshuffle.dataset import Dataset, open_dataset
+from actshuffle.data.append import append
+from actshuffle.data.collect import collect
+from actshuffle.data.concat import concat
+from actshuffle.data.cut import head, sample, split
+from actshuffle.data.dataset import Dataset, open_dataset
+from actshuffle.data.importers import import_store
+from actshuffle.data.loader import Loader
+from actshuffle.data.quality import quality
+from actshuffle.data.stats import read_stats, stats
+from actshuffle.data.trace import came_from, where_is
 from actshuffle.inspect import info, plan, status
 from actshuffle.keys import order
-from actshuffle.loader import Loader
 from actshuffle.run import Result, shuffle
-from actshuffle.trace import came_from, where_is
 from actshuffle.verify import VerifyReport, verify
 
 __all__ = [
@@ -26,15 +32,22 @@ __all__ = [
     "Result",
     "VerifyReport",
     "__version__",
+    "append",
     "came_from",
+    "collect",
+    "concat",
     "head",
+    "import_store",
     "info",
     "open_dataset",
     "order",
     "plan",
+    "quality",
+    "read_stats",
     "sample",
     "shuffle",
     "split",
+    "stats",
     "status",
     "verify",
     "where_is",

@@ -114,7 +114,7 @@ def prepare(
 
     Nothing is written; with ``overwrite``, what is at the destination goes once all else is in order.
     """
-    _check_places(src, dst, request.scratch)
+    check_places(src, dst, request.scratch)
     arrays = source_arrays(src, request.fields)
     given = request.given()
     recorded = _recorded(dst, overwrite)
@@ -140,6 +140,8 @@ def prepare(
                 remote=local_path(dst) is None, remote_source=local_path(src) is None,
             )  # fmt: skip
     job = make_job(src, dst, arrays, given, fsync=fsync)
+    for part in json.loads(job.facts).get("behind", ()):
+        check_places(Place(part, src.options), dst, request.scratch)
     if recorded is not None:
         if recorded["job"] != job.identity:
             was, now = recorded.get("plan"), json.loads(json.dumps(job.to_json()))
@@ -229,7 +231,7 @@ def make_job(
         fields=tuple(outputs), source_row=provenance, attributes=json.dumps(attributes, sort_keys=True),
         source_identity=identity, request=json.dumps(given, sort_keys=True), fill_missing=fill_missing,
         fsync=fsync, kind=kind, key_rows=beyond.get("key_rows") and tuple(beyond["key_rows"]),
-        facts=json.dumps({k: beyond[k] for k in ("marker", "sums", "stage") if k in beyond}, sort_keys=True),
+        facts=json.dumps({k: beyond[k] for k in ("marker", "sums", "stage", "behind") if k in beyond}, sort_keys=True),
     )  # fmt: skip
 
 
@@ -305,7 +307,8 @@ def _spans(row_bytes: int, widest: int, plan: Plan) -> int:
     return max(d for d in range(1, min(objects, fits) + 1) if objects % d == 0)
 
 
-def _check_places(src: Place, dst: Place, scratch: str | None) -> None:
+def check_places(src: Place, dst: Place, scratch: str | None) -> None:
+    """Refuse a destination or scratch inside the source, or the other way round."""
     source, target = _where(src), _where(dst)
     if _inside(target, source) or _inside(source, target):
         raise RequestError(f"destination {dst} and source {src} must not lie inside each other")

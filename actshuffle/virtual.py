@@ -16,7 +16,7 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from actshuffle.digest import U8
 from actshuffle.errors import FormatError
@@ -30,12 +30,24 @@ FORMAT = 1
 
 # Code is never named by a store: a reader is one of these, or the store is refused.
 _READERS = {
-    "concat": "actshuffle.concat",
-    "chosen": "actshuffle.cut",
-    "merge": "actshuffle.append",
-    "files": "actshuffle.filesource",
-    "model": "actshuffle.activations",
+    "concat": "actshuffle.data.concat",
+    "chosen": "actshuffle.data.cut",
+    "merge": "actshuffle.data.append",
+    "files": "actshuffle.data.filesource",
+    "model": "actshuffle.data.activations",
 }
+
+
+class Behind(NamedTuple):
+    """What a virtual source comes down to.
+
+    ``identity`` is that of all it has, ``marker`` is worth a note in the completion marker, and ``places``
+    are the stores that must not be written to meanwhile.
+    """
+
+    identity: str
+    marker: dict[str, Any]
+    places: tuple[str, ...] = ()
 
 
 class Reader(Protocol):
@@ -47,9 +59,8 @@ class Reader(Protocol):
     def numbers(self, start: int, stop: int) -> U64:
         """What rows ``[start, stop)`` are called in ``source_row``: they have the keys of these numbers."""
 
-    def inventory(self, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
-        """Look at everything the rows come from, as `take_inventory` does: its identity, and what is
-        worth a note in the completion marker."""
+    def inventory(self, names: Sequence[str]) -> Behind:
+        """Look at everything the rows come from, as `take_inventory` does."""
 
 
 def describe(place: Place) -> dict[str, Any] | None:
@@ -97,17 +108,17 @@ def open_reader(place: Place) -> Reader | None:
 
 
 def inventory(place: Place, names: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
-    """Digest of everything behind a virtual source, and its facts with what was found put into the
-    marker's; or None if the place is no such thing."""
+    """The identity of a virtual source, and its facts with those that were found; None if it is none."""
     data = open_objects(place).get(KEY)
     if data is None:
         return None
     body = _parsed(data)
     _reader.cache_clear()  # what is behind it may have changed since this process last looked
-    identity, found = _reader(place, data).inventory(names)
-    marker = {**found, **body.get("marker", {})}
+    found = _reader(place, data).inventory(names)
+    marker = {**found.marker, **body.get("marker", {})}
     # It may stand for a source that is known by another identity.
-    return marker.get("source_identity", identity), {**body, "marker": marker}
+    identity = str(marker.get("source_identity", found.identity))
+    return identity, {**body, "marker": marker, "behind": list(found.places)}
 
 
 @lru_cache(maxsize=8)

@@ -27,13 +27,13 @@ import click
 import numpy as np
 
 from actshuffle.arrays import group_metadata
-from actshuffle.dataset import Dataset, open_dataset
-from actshuffle.loader import Loader
+from actshuffle.cli.options import COUNT, SIZE
+from actshuffle.data.dataset import Dataset, open_dataset
+from actshuffle.data.loader import Loader
+from actshuffle.data.prefetch import _allocate  # the same kind of memory for all
+from actshuffle.data.stats import stats
 from actshuffle.manifest import MARKER_KEY
 from actshuffle.objects import as_place, open_objects
-from actshuffle.options import COUNT, SIZE
-from actshuffle.prefetch import _allocate  # the same kind of memory for all
-from actshuffle.stats import stats
 from actshuffle.units import format_bytes
 from benchmarks import cache, hardware
 

@@ -138,7 +138,7 @@ def _end(child: subprocess.Popen[Any], mark: str) -> None:
 
 
 def _complaint(text: str) -> str:
-    """The last line that names an error, else the last line."""
+    """The last line that names an error, else the last line; files without their folders."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"(error: |[\w.$]*(Error|Exception)\b)", line)]
-    return (named or lines or ["no message"])[-1][:300]
+    return re.sub(r"(?<!\w)(/[\w.@+-]+)+/", "", (named or lines or ["no message"])[-1])[:300]

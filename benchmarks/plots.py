@@ -71,7 +71,7 @@ def floor(folder: Path, rows: list[dict[str, Any]]) -> str:
     counts = list(dict.fromkeys(r["processes"] for r in rows))
     names = list(dict.fromkeys(r["what"] for r in rows))
     figure, axes = plt.subplots(
-        1, len(modes), figsize=(4.6 * len(modes), 3.2), sharey=True, squeeze=False
+        1, len(modes), figsize=(4.6 * len(modes), 3.2), sharex=True, sharey=True, squeeze=False
     )
     height = 0.8 / len(counts)
     for axis, mode in zip(axes[0], modes, strict=True):
@@ -89,6 +89,7 @@ def floor(folder: Path, rows: list[dict[str, Any]]) -> str:
             )
         axis.set(title=mode, xlabel="GB/s", yticks=range(len(names)), yticklabels=names)
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.margins(x=0.2)
         axis.grid(axis="x")
     axes[0][0].invert_yaxis()
@@ -183,28 +184,29 @@ def scheduler(folder: Path, samples: list[dict[str, float]], workers: int) -> st
     """Memory of scheduler and driver, and time per task, as tasks go by."""
     import matplotlib.pyplot as plt
 
-    done = [s["tasks"] for s in samples]
-    unit, word = (1e3, "thousand ") if done[-1] >= 2e4 else (1, "")
+    unit, word = (1e3, "thousand ") if samples[-1]["tasks"] >= 2e4 else (1, "")
     figure, (memory, pace) = plt.subplots(1, 2, figsize=(9.2, 3.0))
     for name, colour in (("scheduler", BLUE), ("driver", ORANGE)):
         held = [s[f"{name}_memory"] / 1e6 for s in samples]
-        memory.plot([d / unit for d in done], held, color=colour, label=name)
-    memory.set(title="memory", xlabel=f"{word}tasks done", ylabel="MB", ylim=(0, None))
-    memory.legend(loc="lower right")
-    for name, colour in (("seconds", INK), ("scheduler_cpu", BLUE), ("driver_cpu", ORANGE)):
-        each = [
-            1000 * (b[name] - a[name]) / (b["tasks"] - a["tasks"]) for a, b in pairwise(samples)
-        ]
-        label = {"seconds": "wall clock", "scheduler_cpu": "scheduler's processor"}.get(
-            name, "driver's processor"
-        )
-        pace.plot([d / unit for d in done[1:]], each, color=colour, label=label)
-    pace.set(title=f"time a task, {workers} worker{'s' * (workers != 1)}",
-             xlabel=f"{word}tasks done", ylabel="ms", ylim=(0, None))  # fmt: skip
-    pace.legend(loc="lower right")
+        memory.plot([s["tasks"] / unit for s in samples], held, color=colour, label=name)
+    coarse = samples[:: max(1, len(samples) // 20)]
+    for name, colour, label in (
+        ("seconds", INK, "wall clock"),
+        ("scheduler_cpu", BLUE, "scheduler"),
+        ("driver_cpu", ORANGE, "driver"),
+    ):
+        steps = [(b["tasks"], 1000 * (b[name] - a[name]) / (b["tasks"] - a["tasks"]))
+                 for a, b in pairwise(coarse)]  # fmt: skip
+        pace.plot([d / unit for d, _ in steps], [ms for _, ms in steps], color=colour, label=label)
+    memory.set(title="memory", xlabel=f"{word}tasks done", ylabel="MB")
+    pace.set(title=f"time a task, {workers} worker{'s' * (workers != 1)}: wall clock, and processor of",
+             xlabel=f"{word}tasks done", ylabel="ms")  # fmt: skip
     for axis in (memory, pace):
+        axis.margins(y=0.15)
+        axis.set_ylim(bottom=0)
         axis.grid(axis="y")
     figure.tight_layout()
+    _legend_below(figure, pace)
     return _save(folder, figure, "scheduler.png")
 
 
@@ -230,17 +232,20 @@ def growth(folder: Path, rows: list[dict[str, Any]], line: dict[str, float], mem
                      [(f["high"] - f["median"]) / unit for f in found]]  # fmt: skip
             axis.errorbar([x[i] for i in at], middle, yerr=reach, fmt="o", markersize=5, capsize=3,
                           color=colours.get(levels, INK), ecolor=GREY, label=label)  # fmt: skip
-    pace.set(title="time", xlabel="GB x levels", ylabel="seconds", xlim=(0, None), ylim=(0, None))
-    pace.legend(loc="upper left")
+    pace.set(title="time", xlabel="GB x levels", ylabel="seconds")
+    pace.legend(loc="lower right")
+    pace.locator_params(axis="x", nbins=6)
     held.axhline(memory / 1e6, color=RED, linewidth=1, linestyle="--")
     held.annotate("--memory", (1.0, memory / 1e6), xycoords=("axes fraction", "data"), xytext=(-2, 3),
                   textcoords="offset points", color=RED, fontsize=8, ha="right")  # fmt: skip
-    held.set(title="peak memory, interpreter and imports included", xlabel="data, MB", ylabel="MB",
-             ylim=(0, None))  # fmt: skip
+    held.set(title="peak memory, interpreter and imports included", xlabel="data, MB", ylabel="MB")
     held.set_xscale("log", base=2)
     sizes = [r["bytes"] / 1e6 for r in rows]
     held.set_xticks(sizes, [f"{s:,.0f}" if s >= 10 else f"{s:.2g}" for s in sizes])
+    pace.set_xlim(left=0)
     for axis in (pace, held):
+        axis.margins(y=0.15)
+        axis.set_ylim(bottom=0)
         axis.grid(axis="y")
     figure.tight_layout()
     return _save(folder, figure, "growth.png")
@@ -268,10 +273,12 @@ def peers(folder: Path, rows: list[dict[str, Any]], nbytes: int) -> str:
     names = [r["title"] + ("" if r["exact"] and r["verdict"] == "pass" else " *") for r in done]
     pace.set(title=f"seconds for {format_bytes(nbytes)}, start-up included", yticks=range(len(done)),
              yticklabels=names)  # fmt: skip
-    pace.set_xscale("log")
+    if done[-1]["seconds"]["median"] > 20 * done[0]["seconds"]["median"]:
+        pace.set_xscale("log")
+        pace.xaxis.set_major_formatter("{x:g}")
     held.set(title="peak memory, GB")
     held.axvline(nbytes / 1e9, color=RED, linewidth=1, linestyle="--")
-    held.annotate("the data", (nbytes / 1e9, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -9),
+    held.annotate("the data", (nbytes / 1e9, 0.0), xycoords=("data", "axes fraction"), xytext=(3, 3),
                   textcoords="offset points", color=RED, fontsize=8)  # fmt: skip
     pace.invert_yaxis()
     for axis in (pace, held):

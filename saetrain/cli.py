@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from actshuffle.errors import ActshuffleError
+from saetrain import exchange
 from saetrain.config import Config, field_help, parse_field
+from saetrain.data import Store
 from saetrain.errors import ConfigError, SaetrainError
+from saetrain.launch import launch
+from saetrain.mesh import RENDEZVOUS, Mesh
+from saetrain.report import report
+from saetrain.train import fit
 
 SWEPT = (
     "arch",
@@ -56,9 +64,9 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 flag, metavar="A,B" if many else "X", help=(note + shown).replace("%", "%%")
             )
-    report = commands.add_parser("report", help="draw and compare runs: report.png and report.html")
-    report.add_argument("runs", type=Path, nargs="+")
-    report.add_argument(
+    drawn = commands.add_parser("report", help="draw and compare runs: report.png and report.html")
+    drawn.add_argument("runs", type=Path, nargs="+")
+    drawn.add_argument(
         "--out", type=Path, help="folder of the two files; the first run if not given"
     )
     export = commands.add_parser("export", help="write a run for another tool")
@@ -80,19 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in ("fit", "sweep"):
             return _train(options, arguments)
         if options.command == "report":
-            from saetrain.report import report
-
             for path in report(options.runs, options.out or options.runs[0]):
                 say(str(path))
         elif options.command == "export":
-            from saetrain import exchange
-
             exchange.export(options.run, options.to, options.format)
         else:
-            from saetrain import exchange
-
             exchange.bring(options.folder, options.run)
-    except SaetrainError as error:
+    except (SaetrainError, ActshuffleError) as error:
         sys.stderr.write(f"saetrain: {error}\n")
         return error.exit_code
     return 0
@@ -107,24 +109,15 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.nproc < 1:
         raise ConfigError(f"--nproc must be 1 or more, got {options.nproc}")
     runs = runs_of(options)
-    if options.nproc > 1:
-        from saetrain.launch import launch
-
-        at = next(i for i, a in enumerate(arguments) if a.split("=")[0] == "--nproc")
-        return launch(
-            arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :], options.nproc
-        )
-    from saetrain.data import Store
-    from saetrain.mesh import Mesh
-    from saetrain.train import fit
-
+    if options.nproc > 1 and RENDEZVOUS not in os.environ:
+        return launch(arguments, options.nproc)
     config = next(iter(runs.values()))
     mesh = Mesh.start(config.device, config.tensor_parallel)
     try:
         source = Store(options.store, config)
         heldout = Store(options.heldout, config) if options.heldout else None
         fit(source, runs, mesh, heldout=heldout, say=say if mesh.rank == 0 else lambda text: None)
-    except SaetrainError as error:
+    except (SaetrainError, ActshuffleError) as error:
         if mesh.rank == 0 or (mesh.world > 1 and "another rank" not in str(error)):
             sys.stderr.write(f"saetrain: {error}\n")
         return error.exit_code
@@ -146,7 +139,6 @@ def runs_of(options: argparse.Namespace) -> dict[Path, Config]:
     runs: dict[Path, Config] = {}
     for choice in itertools.product(*lists.values()):
         picked: dict[str, Any] = {n: parse_field(n, t) for n, t in zip(lists, choice, strict=True)}
-        runs[out / "-".join(f"{n}={t}" for n, t in zip(lists, choice, strict=True))] = Config(
-            **base, **picked
-        )
+        name = "-".join(f"{n}={t}" for n, t in zip(lists, choice, strict=True))
+        runs[out / name] = Config(**base, **picked)
     return runs

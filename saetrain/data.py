@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actshuffle.dataset import Dataset, open_dataset
+from actshuffle.data.dataset import Dataset, open_dataset
+from actshuffle.data.loader import Loader
+from actshuffle.data.stats import read_stats
 from actshuffle.errors import ActshuffleError, FormatError, RequestError
-from actshuffle.loader import Loader
-from actshuffle.stats import read_stats
 from saetrain.config import Config
 from saetrain.errors import DataError
 from saetrain.mesh import Mesh

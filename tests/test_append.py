@@ -13,10 +13,11 @@ import pytest
 import zarr
 
 from actshuffle import shuffle, verify
-from actshuffle.append import Appended, append
-from actshuffle.concat import concat
-from actshuffle.cut import head
-from actshuffle.dataset import open_dataset
+from actshuffle.data.append import Appended, append
+from actshuffle.data.concat import concat
+from actshuffle.data.cut import head
+from actshuffle.data.dataset import open_dataset
+from actshuffle.data.trace import came_from, where_is
 from actshuffle.errors import (
     ConservationError,
     DestinationExistsError,
@@ -27,7 +28,6 @@ from actshuffle.errors import (
 from actshuffle.executors import Dask, Serial
 from actshuffle.files import LocalObjects
 from actshuffle.keys import Keys
-from actshuffle.trace import came_from, where_is
 from helpers import array, assert_is_oracle, files, group, run, values
 
 N = 120
@@ -219,7 +219,7 @@ def test_stopped_anywhere_it_resumes_and_the_old_store_stays(tmp_path: Path) -> 
 def test_stopped_at_the_exchange(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    from actshuffle import append as module
+    from actshuffle.data import append as module
 
     dst, new = old_and_new(tmp_path, 60)
     real = module.exchange
@@ -241,7 +241,7 @@ def test_stopped_at_the_exchange(
 def test_a_finished_append_of_other_rows_is_not_taken_for_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actshuffle import append as module
+    from actshuffle.data import append as module
 
     dst, new = old_and_new(tmp_path, 60)
     other = part(tmp_path / "other.zarr", 60, 90)

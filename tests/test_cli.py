@@ -22,8 +22,8 @@ from click.testing import CliRunner
 
 from actshuffle import __version__, executors, objects
 from actshuffle.arrays import CODECS
-from actshuffle.cli import main
-from actshuffle.display import Display, Meter, bar, clock_face
+from actshuffle.cli.app import main
+from actshuffle.cli.display import Display, Meter, bar, clock_face
 from actshuffle.errors import ConservationError, StorageFullError
 from helpers import array, assert_is_oracle, group, values
 
@@ -161,7 +161,7 @@ def test_python_dash_m():
 
 
 def test_help_does_not_import_dask():
-    code = "import actshuffle.cli, sys; sys.exit('distributed' in sys.modules or 'dask' in sys.modules)"
+    code = "import actshuffle.cli.app, sys; sys.exit('distributed' in sys.modules or 'dask' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -174,7 +174,7 @@ def test_shell_completion(words, found):
         "COMP_WORDS": words,
         "COMP_CWORD": str(words.count(" ")),
     }
-    code = "from actshuffle.cli import main; main(prog_name='actshuffle')"
+    code = "from actshuffle.cli.app import main; main(prog_name='actshuffle')"
     out = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True
     )
@@ -523,7 +523,7 @@ def test_a_given_cluster_is_used_and_left_running(src, dst, cluster):
 SLOW = """
 import time
 from actshuffle import tasks
-from actshuffle.cli import main
+from actshuffle.cli.app import main
 split = tasks.split
 def slowly(job, task):
     PAUSE

@@ -30,11 +30,11 @@ from helpers import files, rows_of
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from actshuffle import tokens as tokens_module  # noqa: E402
-from actshuffle.collect import Collected, collect  # noqa: E402
-from actshuffle.dataset import Dataset, open_dataset  # noqa: E402
-from actshuffle.models import Model  # noqa: E402
-from actshuffle.trace import came_from  # noqa: E402
+from actshuffle.data import tokens as tokens_module  # noqa: E402
+from actshuffle.data.collect import Collected, collect  # noqa: E402
+from actshuffle.data.dataset import Dataset, open_dataset  # noqa: E402
+from actshuffle.data.models import Model  # noqa: E402
+from actshuffle.data.trace import came_from  # noqa: E402
 
 Corpus = tuple[Path, list[list[str]]]
 WORDS = [f"w{i}" for i in range(60)]
@@ -294,7 +294,7 @@ def open_or_none(path: Path) -> Dataset | None:
 IN_PARTS = """
 import os, signal, sys
 import torch
-from actshuffle.collect import collect
+from actshuffle.data.collect import collect
 from actshuffle.executors import Serial
 
 class Killed(Serial):
@@ -434,10 +434,8 @@ def test_the_command(
 ) -> None:
     from click.testing import CliRunner
 
-    from actshuffle import cli, cli_tools
+    from actshuffle.cli.app import main
 
-    for tool in cli_tools.commands:
-        cli.main.add_command(tool)
     monkeypatch.chdir(tmp_path)
     command = [
         "collect",
@@ -450,7 +448,7 @@ def test_the_command(
         "--json",
     ]
     done = CliRunner().invoke(
-        cli.main, [*command, "--layers", "1,2", "--hooks", "h.0.mlp", "--out", "x.zarr"]
+        main, [*command, "--layers", "1,2", "--hooks", "h.0.mlp", "--out", "x.zarr"]
     )
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["documents"] == len(corpus[1])
@@ -460,5 +458,5 @@ def test_the_command(
         (["--layers", "x"], "bad-request"),
         ([], "bad-request"),
     ]:
-        done = CliRunner().invoke(cli.main, [*command, *options, "--out", "y.zarr"])
+        done = CliRunner().invoke(main, [*command, *options, "--out", "y.zarr"])
         assert (done.exit_code, json.loads(done.stdout)["error"]) == (2, code)

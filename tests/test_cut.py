@@ -14,10 +14,13 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from actshuffle import cli, cli_tools, verify
-from actshuffle.concat import concat
-from actshuffle.cut import head, sample, shares, split
-from actshuffle.dataset import open_dataset
+from actshuffle import shuffle, verify
+from actshuffle.cli.app import main
+from actshuffle.data.append import append
+from actshuffle.data.concat import concat
+from actshuffle.data.cut import head, sample, shares, split
+from actshuffle.data.dataset import open_dataset
+from actshuffle.data.trace import came_from, where_is
 from actshuffle.errors import (
     DestinationExistsError,
     FormatError,
@@ -28,7 +31,6 @@ from actshuffle.errors import (
 )
 from actshuffle.executors import Serial
 from actshuffle.keys import Keys
-from actshuffle.trace import where_is
 from helpers import array, group, opened, rows_of, run, values
 
 N = 150
@@ -133,7 +135,7 @@ def test_a_copied_view_of_a_copy(shuffled: Path, tmp_path: Path) -> None:
 
 
 def test_unshuffled_stores_are_split_only_on_request(source: Path, tmp_path: Path) -> None:
-    from actshuffle.append import layout_of  # a collection: copy the source into one
+    from actshuffle.data.append import layout_of
 
     with pytest.raises(IncompleteStoreError):
         head(source, 10, tmp_path / "x")
@@ -349,11 +351,9 @@ def test_a_description_that_names_other_code_is_refused(source: Path, tmp_path: 
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Run a command in the temporary folder; what it printed, JSON if it is."""
     monkeypatch.chdir(tmp_path)
-    for tool in cli_tools.commands:
-        cli.main.add_command(tool)
 
     def call(*arguments: str, code: int = 0) -> Any:
-        done = CliRunner().invoke(cli.main, arguments)
+        done = CliRunner().invoke(main, arguments)
         assert done.exit_code == code, done.output
         return json.loads(done.stdout) if "--json" in arguments else done.output
 
@@ -409,3 +409,28 @@ def test_commands_say_what_is_wrong(
     shuffled: Path, command: Callable[..., Any], arguments: list[str], error: str
 ) -> None:
     assert command(*arguments, "--json", code=2)["error"] == error
+
+
+def test_a_part_is_not_overwritten_by_what_is_made_of_it(source: Path, tmp_path: Path) -> None:
+    group(tmp_path / "more.zarr", FIELDS)
+    concat([source, tmp_path / "more.zarr"], tmp_path / "both")
+    concat([tmp_path / "both", source], tmp_path / "thrice")
+    for virtual in ("both", "thrice"):
+        with pytest.raises(RequestError, match="must not lie inside"):
+            shuffle(tmp_path / virtual, tmp_path / "more.zarr", overwrite=True)
+    with pytest.raises(RequestError, match="must not lie inside"):
+        sample(source, 5, source, overwrite=True)
+    run(source, dst := tmp_path / "dst.zarr")
+    for target in (tmp_path / "more.zarr", dst):
+        with pytest.raises(RequestError, match="must not lie inside"):
+            append(dst, tmp_path / "more.zarr", target, overwrite=True)
+    assert verify(source, dst).ok
+    assert not verify(source, dst).notes
+
+
+def test_nested_concatenations_are_flat_to_those_who_trace(source: Path, tmp_path: Path) -> None:
+    concat([source, source], tmp_path / "both")
+    concat([tmp_path / "both", source], tmp_path / "thrice")
+    run(tmp_path / "thrice", dst := tmp_path / "dst.zarr")
+    origin = came_from(dst, where_is(dst, [N + 3, 2 * N + 4]))
+    assert [(o.source, o.row_in_source) for o in origin] == [(str(source), 3), (str(source), 4)]

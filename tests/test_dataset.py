@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actshuffle.dataset import Dataset, open_dataset, write_view
+from actshuffle import shuffle
+from actshuffle.data.dataset import Dataset, open_dataset, write_view
 from actshuffle.errors import (
     DestinationExistsError,
     FormatError,
@@ -189,8 +190,8 @@ def test_two_views_of_each_other_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_remote_view_does_not_lead_to_local_files() -> None:
+    from actshuffle.data.views import followed, reference
     from actshuffle.types import Place
-    from actshuffle.views import followed, reference
 
     view = Place("s3://bucket/cuts/v")
     assert reference(view, Place("s3://bucket/cuts/s")) == "../s"
@@ -289,3 +290,19 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     ]:  # fmt: skip
         with pytest.raises(RequestError, match=message):
             call()
+
+
+def test_a_store_that_is_not_on_disk(tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}"
+    shuffled(tmp_path / "s")
+    shuffle(tmp_path / "s.src", f"{url}/s", seed=5)
+    here, there = open_dataset(tmp_path / "s"), open_dataset(f"{url}/s")
+    write_view(f"{url}/v", f"{url}/s", 20, 100)
+    view = open_dataset(f"{url}/v")
+    assert view.marker is not None
+    assert view.marker["of"] == "../s"
+    for name in here.fields:
+        np.testing.assert_array_equal(there.read(name, 3, 77), here.read(name, 3, 77))
+        np.testing.assert_array_equal(view.take(name, [79, 0]), here.take(name, [99, 20]))
+    with pytest.raises(SourceError):
+        open_dataset(f"{url}/nothing")

@@ -12,7 +12,8 @@ import pytest
 import zarr
 
 from actshuffle import shuffle
-from actshuffle.dataset import open_dataset
+from actshuffle.data.dataset import open_dataset
+from actshuffle.data.importers import Imported, find_files, import_store
 from actshuffle.errors import (
     DestinationExistsError,
     IncompleteStoreError,
@@ -21,7 +22,6 @@ from actshuffle.errors import (
     SourceError,
 )
 from actshuffle.executors import Dask, Serial
-from actshuffle.importers import Imported, find_files, import_store
 from actshuffle.keys import Keys
 from helpers import array, opened, rows_of, values
 

@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actshuffle import prefetch
-from actshuffle.dataset import open_dataset, write_view
-from actshuffle.epochs import Order
+from actshuffle import shuffle
+from actshuffle.data import prefetch
+from actshuffle.data.dataset import open_dataset, write_view
+from actshuffle.data.epochs import Order
+from actshuffle.data.loader import Loader
 from actshuffle.errors import (
     IncompleteStoreError,
     MissingChunkError,
     RequestError,
     SourceError,
 )
-from actshuffle.loader import Loader
 from data_helpers import N, collection, finish, shuffled
 from helpers import SOURCES, group, run, values
 
@@ -276,7 +277,7 @@ def test_a_state_of_another_loader_is_refused(store: Path, plain: Path) -> None:
 def test_a_batch_stays_as_it_is_for_as_long_as_it_is_held(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actshuffle.loader.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("actshuffle.data.loader.BLOCK_BYTES", 2000)
     loader = Loader(store, 20, epochs=6, prefetch_bytes=1, threads=4)
     expected = list(map(copy.deepcopy, Loader(store, 20, epochs=6)))
     dice = random.Random(1)
@@ -302,7 +303,7 @@ def test_memory_is_used_again_when_nobody_holds_it(
     allocated = []
     inner = prefetch._allocate
     monkeypatch.setattr(prefetch, "_allocate", lambda n: (allocated.append(n), inner(n))[1])
-    monkeypatch.setattr("actshuffle.loader.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("actshuffle.data.loader.BLOCK_BYTES", 2000)
     loader = Loader(store, 20, epochs=10, prefetch_bytes=1, threads=2, buffer_rows=buffer_rows)
     assert sum(1 for _ in loader) == 510
     assert len(allocated) <= 8 + 3 * bool(buffer_rows)
@@ -319,23 +320,24 @@ def test_batches_of_one_block_are_views_of_it(store: Path) -> None:
     assert all(b["data"].flags.writeable for b in batches)
 
 
-def _loading_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("actshuffle-")]
+def _loading_threads() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name.startswith("actshuffle-")}
 
 
 @pytest.mark.parametrize("buffer_rows", [None, 100])
 def test_threads_end_with_the_pass(store: Path, buffer_rows: int | None) -> None:
-    before = len(_loading_threads())
+    before = _loading_threads()  # those of earlier passes may still be ending
     loader = Loader(store, 20, epochs=None, buffer_rows=buffer_rows)
     ran = iter(loader)
     next(ran)
-    assert len(_loading_threads()) > before
+    ours = _loading_threads() - before
+    assert ours
     del ran
     gc.collect()
     deadline = time.monotonic() + 10
-    while len(_loading_threads()) > before and time.monotonic() < deadline:
+    while ours & _loading_threads() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(_loading_threads()) == before
+    assert not ours & _loading_threads()
 
 
 def test_an_error_comes_in_its_place_and_ends_the_pass(tmp_path: Path) -> None:
@@ -462,7 +464,7 @@ def test_bad_arguments_are_refused(store: Path) -> None:
 
 def test_importing_actshuffle_does_not_import_torch(store: Path) -> None:
     code = (
-        "import sys, actshuffle, actshuffle.loader as l\n"
+        "import sys, actshuffle, actshuffle.data.loader as l\n"
         f"list(l.Loader({str(store)!r}, 100))\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
@@ -587,3 +589,12 @@ def test_a_stateful_data_loader_resumes(store: Path, workers: int) -> None:
         assert len(rest) == len(reference) - stop
         for ours, theirs in zip(reference[stop:], rest, strict=True):
             assert same(ours, {k: v.numpy() for k, v in theirs.items()})
+
+
+def test_a_store_that_is_not_on_disk(tmp_path: Path, store: Path) -> None:
+    url = f"memory://{tmp_path.name}/s"
+    shuffle(store.with_suffix(".src"), url, seed=5, chunk_rows=61)
+    for settings in ({}, {"buffer_rows": 300}, {"rank": 1, "world_size": 3}):
+        ours = Loader(store, 64, epochs=2, **settings)  # type: ignore[arg-type]
+        theirs = Loader(url, 64, epochs=2, **settings)  # type: ignore[arg-type]
+        assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -207,7 +207,7 @@ def test_nans_are_refused_and_placed(
         source_store(tmp_path / "src.zarr", spoil), tmp_path / "s.zarr", seed=1, memory="64MB"
     )
     if recorded:
-        from actshuffle.stats import stats
+        from actshuffle.data.stats import stats
 
         stats(tmp_path / "s.zarr")
     where = int(np.flatnonzero(zarr.open_group(tmp_path / "s.zarr")["source_row"][:] == 1234)[0])  # type: ignore[index]
@@ -233,7 +233,7 @@ def test_statistics_of_a_sample_are_those_of_the_rows(store: Path) -> None:
     mean, variance = Store(store, Config()).statistics()
     np.testing.assert_allclose(mean, rows.mean(0), atol=1e-6)
     assert variance == pytest.approx(rows.var(0).sum(), rel=1e-6)
-    from actshuffle.stats import stats
+    from actshuffle.data.stats import stats
 
     stats(store)
     again, total = Store(store, Config()).statistics()

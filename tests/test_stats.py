@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actshuffle import moments
 from actshuffle.bfloat16 import BFloat16
-from actshuffle.dataset import open_dataset, write_view
+from actshuffle.data import moments
+from actshuffle.data.dataset import open_dataset, write_view
+from actshuffle.data.stats import Stats, Threads, read_stats, stats
+from actshuffle.data.statstypes import QUANTILES, FloatStats, IntStats
 from actshuffle.errors import FormatError, IncompleteStoreError, RequestError, SourceError
 from actshuffle.executors import Dask, Serial
-from actshuffle.stats import Stats, Threads, read_stats, stats
-from actshuffle.statstypes import QUANTILES, FloatStats, IntStats
 from data_helpers import N, collection, finish, shuffled
 from helpers import array
 
@@ -184,7 +184,7 @@ def test_distinct_is_right_on_average() -> None:
 
 
 def open_info(dtype: str) -> Any:
-    from actshuffle.dataset import FieldInfo
+    from actshuffle.data.dataset import FieldInfo
 
     return FieldInfo("x", np.dtype(dtype), (), 8, 1, False, True, 1)
 
@@ -214,9 +214,9 @@ def test_cuts_change_only_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     data = activations(4000, 30, "<f2", 20)
     whole = one(tmp_path / "s", data, chunks=(100, 30))
     for task, read, values in [(1, 1, 1), (1 << 16, 999, 300), (1 << 14, 1 << 30, 1 << 20)]:
-        monkeypatch.setattr("actshuffle.stats.TASK_BYTES", task)
-        monkeypatch.setattr("actshuffle.stats.READ_BYTES", read)
-        monkeypatch.setattr("actshuffle.moments.SLICE_VALUES", values)
+        monkeypatch.setattr("actshuffle.data.stats.TASK_BYTES", task)
+        monkeypatch.setattr("actshuffle.data.stats.READ_BYTES", read)
+        monkeypatch.setattr("actshuffle.data.moments.SLICE_VALUES", values)
         cut = one(tmp_path / "s", data, chunks=(100, 30))
         np.testing.assert_allclose(cut.mean, whole.mean, atol=1e-5)
         np.testing.assert_allclose(cut.variance, whole.variance, rtol=2e-5)
@@ -371,7 +371,7 @@ def test_a_picture(tmp_path: Path) -> None:
 def test_without_matplotlib_a_picture_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actshuffle.statsview.find_spec", lambda name: None)
+    monkeypatch.setattr("actshuffle.data.statsview.find_spec", lambda name: None)
     found = stats(shuffled(tmp_path / "s"))
     with pytest.raises(RequestError, match="needs matplotlib"):
         found.png()

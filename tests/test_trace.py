@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actshuffle.concat import concat
-from actshuffle.dataset import open_dataset, write_view
+from actshuffle.data.concat import concat
+from actshuffle.data.dataset import open_dataset, write_view
+from actshuffle.data.ranks import Ranks, key_of
+from actshuffle.data.trace import came_from, where_is
 from actshuffle.errors import FormatError, IncompleteStoreError, RequestError
 from actshuffle.keys import Keys
-from actshuffle.ranks import Ranks, key_of
-from actshuffle.trace import came_from, where_is
 from helpers import group, run, values
 
 LENGTHS = [40, 1, 7, 90, 12]  # of documents, in tokens

@@ -1,4 +1,4 @@
-"""Ranges of rows of one store, straight into memory: what `actshuffle.dataset` reads through."""
+"""Ranges of rows of one store, straight into memory: what `actshuffle.data.dataset` reads through."""
 
 from __future__ import annotations
 

@@ -32,20 +32,20 @@ import numpy as np
 
 from actshuffle import manifest, virtual
 from actshuffle.arrays import SOURCE_ROW, source_arrays
-from actshuffle.concat import Concat, combined, write_concat
-from actshuffle.dataset import Dataset, open_dataset
+from actshuffle.data.concat import Concat, combined, write_concat
+from actshuffle.data.dataset import Dataset, open_dataset
+from actshuffle.data.ranks import Ranks, first_where
+from actshuffle.data.views import followed
 from actshuffle.digest import U8, from_hex, to_hex
 from actshuffle.errors import RequestError, ResumeMismatchError
 from actshuffle.executors import Executor, Serial
 from actshuffle.keys import U64
 from actshuffle.objects import as_place, local_path, open_objects
-from actshuffle.prepare import Request, prepare
+from actshuffle.prepare import Request, check_places, prepare
 from actshuffle.progress import Progress, Silent
-from actshuffle.ranks import Ranks, first_where
 from actshuffle.run import execute
 from actshuffle.types import Job, Place
 from actshuffle.units import format_bytes, format_seconds, parse_bytes
-from actshuffle.views import followed
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def append(
         raise RequestError(
             f"{fresh.path} is in {store.path} already; give --again to add it once more"
         )
+    check_places(fresh.root, target, None)
     assert store.marker is not None
     asked = Request(
         seed=store.marker["seed"], memory=None if memory is None else parse_bytes(memory),
@@ -257,7 +258,7 @@ class Merge:
             self._rows.read(name, first + a, out[at : at + b - a])
             at, first = at + b - a, first + ranks.data.rows
 
-    def inventory(self, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    def inventory(self, names: Sequence[str]) -> virtual.Behind:
         return self._rows.inventory(names)
 
     def _found(self, rank: int) -> tuple[int, ...]:

@@ -27,7 +27,10 @@ import numpy as np
 
 from actshuffle import manifest, tasks, virtual
 from actshuffle._version import __version__
-from actshuffle.dataset import open_dataset
+from actshuffle.data.dataset import open_dataset
+from actshuffle.data.filesource import metadata_of
+from actshuffle.data.models import DTYPES, Model, load_tokenizer, model_of
+from actshuffle.data.tokens import COLUMNS, Cut, special_tokens, text_files, tokenize
 from actshuffle.errors import (
     DestinationExistsError,
     FormatError,
@@ -36,13 +39,10 @@ from actshuffle.errors import (
     SourceError,
 )
 from actshuffle.executors import Executor, Serial
-from actshuffle.filesource import metadata_of
-from actshuffle.models import DTYPES, Model, load_tokenizer, model_of
-from actshuffle.objects import as_place, open_objects
+from actshuffle.objects import as_place, local_path, open_objects
 from actshuffle.prepare import Request, prepare
 from actshuffle.progress import Progress, Silent
 from actshuffle.run import execute, publish
-from actshuffle.tokens import COLUMNS, Cut, special_tokens, text_files, tokenize
 from actshuffle.types import Job, Place
 from actshuffle.units import format_bytes, format_seconds, parse_bytes
 
@@ -108,7 +108,7 @@ def collect(
         raise RequestError(f"part {part[0]} of {part[1]} makes no sense; parts count from 1")
     place = as_place(out, storage_options)
     source = Place(f"{place.url.rstrip('/')}.collect", place.options)
-    files = text_files([Path(p) for p in text])
+    files = text_files([Path(p) for p in text], apart=[local_path(place), local_path(source)])
     asked = {
         "model": model, "tokenizer": tokenizer or model, "layers": sorted(set(layers)),
         "hooks": list(dict.fromkeys(hooks)), "dtype": dtype, "model_dtype": model_dtype, "context": context,
@@ -215,10 +215,9 @@ def _write_source(
         )
     widths = {name: found.shape[2] for name, found in model(np.array([run["probe"]])).items()}
     objects = open_objects(source)
-    if (
-        objects.size(virtual.KEY) is not None
-    ):  # of other arguments; else another part may be writing it too
-        objects.delete_prefix("")
+    there = virtual.describe(source)
+    if there is not None and there["settings"].get("asked") != asked:
+        objects.delete_prefix("")  # of the same arguments it stays: another part may be reading it
     cut = Cut(objects, content, before, after, asked["special"] == "keep", asked["rows"])
     progress.begin("tokens", len(files), 0)
     listing = tokenize(files, tokenizer, cut, asked, progress)

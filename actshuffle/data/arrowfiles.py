@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.arrays import row_bytes_of
+from actshuffle.data.foreign import Column, Part
 from actshuffle.digest import U8
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.extras import need
-from actshuffle.foreign import Column, Part
 
 
 class ArrowFiles:

@@ -1,4 +1,4 @@
-"""Commands on shuffled stores: trace, cut, append.  `cli` adds them and those of cli_sources."""
+"""Commands on shuffled stores: trace, cut, append.  `app` adds them and those of `sources`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from actshuffle.cli_sources import (
+from actshuffle.cli.options import COUNT, DEBUG, JSON, QUIET, SCHEDULER, STORAGE, WORKERS, Parsed
+from actshuffle.cli.session import at_work, show
+from actshuffle.cli.sources import (
     CHUNK_ROWS,
     CODEC,
     LIST,
@@ -19,8 +21,6 @@ from actshuffle.cli_sources import (
     import_,
 )
 from actshuffle.errors import RequestError
-from actshuffle.options import COUNT, DEBUG, JSON, QUIET, SCHEDULER, STORAGE, WORKERS, Parsed
-from actshuffle.session import at_work, show
 
 
 def _share(text: str) -> tuple[str, int | float | str]:
@@ -66,7 +66,7 @@ def came_from(dst: str, rows: tuple[int, ...], as_json: bool, **options: Any) ->
     Example:
       actshuffle came-from shuffled.zarr 0 17 123_456_789
     """
-    from actshuffle import trace
+    from actshuffle.data import trace
 
     origins = trace.came_from(dst, rows, **options)
     show({"rows": [o.as_dict() for o in origins]}, "\n".join(map(str, origins)), as_json)
@@ -85,7 +85,7 @@ def where_is(dst: str, source_rows: tuple[int, ...], as_json: bool, **options: A
     Example:
       actshuffle where-is shuffled.zarr 81234
     """
-    from actshuffle import trace
+    from actshuffle.data import trace
 
     found = [int(row) for row in trace.where_is(dst, source_rows, **options)]
     lines = [
@@ -121,7 +121,7 @@ def split(
       actshuffle split shuffled.zarr train.zarr=0.9 val.zarr=rest
       actshuffle split shuffled.zarr probe.zarr=10000 --copy
     """
-    from actshuffle import cut
+    from actshuffle.data import cut
 
     if len(dict(parts)) < len(parts):
         raise RequestError("two parts have the same name")
@@ -149,7 +149,7 @@ def head(store: str, rows: int, out: str | None, as_json: bool, **options: Any) 
       actshuffle head shuffled.zarr 5
       actshuffle head shuffled.zarr 1e6 small.zarr
     """
-    from actshuffle import cut
+    from actshuffle.data import cut
 
     if out is not None:
         made = cut.head(store, rows, out, **options)
@@ -194,7 +194,7 @@ def sample(
     Example:
       actshuffle sample acts.zarr 1e6 sample.zarr --seed 7
     """
-    from actshuffle import cut
+    from actshuffle.data import cut
 
     with at_work(ctx, workers, scheduler, quiet) as (executor, display):
         made = cut.sample(src, rows, dst, executor=executor, progress=display, **options)
@@ -220,7 +220,7 @@ def concat(sources: tuple[str, ...], out: str, as_json: bool, **options: Any) ->
       actshuffle concat monday.zarr tuesday.zarr --out both
       actshuffle run both shuffled.zarr
     """
-    from actshuffle.concat import concat as put_together
+    from actshuffle.data.concat import concat as put_together
 
     made = put_together(sources, out, **options)
     document = {"path": made.path, "rows": made.rows, "arrays": sorted(made.fields)}
@@ -256,7 +256,7 @@ def append(
     Example:
       actshuffle append shuffled.zarr wednesday.zarr
     """
-    from actshuffle.append import append as grow
+    from actshuffle.data.append import append as grow
 
     with at_work(ctx, workers, scheduler, quiet) as (executor, display):
         made = grow(dst, new, executor=executor, progress=display, **options)

@@ -15,7 +15,7 @@ for as long as anything refers to it, or to an array, tensor or slice made of it
 is filled again.  Only raw addresses (``data_ptr()``, ``ctypes``) must not outlive it.  Keeping batches
 keeps their whole block.
 
-*Epochs.*  See `actshuffle.epochs`.  Over a shuffled store epoch 0 is the stored order: exactly uniform.
+*Epochs.*  See `actshuffle.data.epochs`.  Over a shuffled store epoch 0 is the stored order: exactly uniform.
 Every later epoch is a permutation of units of neighbouring rows and a rotation: it is exactly uniform
 by itself, but not independent of the others.  Over any other store no epoch is.
 
@@ -33,17 +33,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actshuffle.columns import Layout, Stores, choose, open_stores, source_rows, widest
-from actshuffle.dataset import Dataset, FieldInfo
-from actshuffle.epochs import Order, Step, steps, unit_rows
+from actshuffle.data.columns import Layout, Stores, choose, open_stores, source_rows, widest
+from actshuffle.data.dataset import Dataset, FieldInfo
+from actshuffle.data.epochs import Order, Step, steps, unit_rows
+from actshuffle.data.prefetch import Block, Buffering, Loan, Pool, Reading, blocks, in_order
 from actshuffle.errors import RequestError
 from actshuffle.executors import cores
 from actshuffle.mixing import MixingAccumulator, MixingReport
-from actshuffle.prefetch import Block, Buffering, Loan, Pool, Reading, blocks, in_order
 from actshuffle.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from actshuffle.torchface import TorchDataset
+    from actshuffle.data.torchface import TorchDataset
 
 Batch = dict[str, Any]  # arrays or tensors by name
 BLOCK_BYTES = 8 << 20  # what one thread reads at a time; or one batch, if that is more
@@ -130,7 +130,7 @@ class Loader:
         self._pinned = False
         self._pool: Pool | None = None
         if as_torch:
-            from actshuffle import torchface
+            from actshuffle.data import torchface
 
             torchface.check_types(self.layout)
             self._pinned = pin and torchface.can_pin()
@@ -200,7 +200,7 @@ class Loader:
             self._pool = Pool(depth + 1)
         lend = self._pool.lend
         if self._pinned:
-            from actshuffle.torchface import lend_pinned as lend
+            from actshuffle.data.torchface import lend_pinned as lend
         work: Iterable[Any] = blocks(mine, self.rank, self.world_size, most_rows)
         way: Reading | Buffering
         if self.order.buffer_rows:
@@ -225,7 +225,7 @@ class Loader:
 
     def _batch(self, loan: Loan, rows: int, a: int, b: int) -> Batch:
         if self.as_torch:
-            from actshuffle.torchface import batch_of
+            from actshuffle.data.torchface import batch_of
 
             return batch_of(self.layout, loan, rows, a, b)
         return self.layout.batch_of(loan.memory, rows, a, b)
@@ -306,7 +306,7 @@ class Loader:
 
     def torch(self) -> TorchDataset:
         """This loader as a `torch.utils.data.IterableDataset` of tensors."""
-        from actshuffle.torchface import TorchDataset, check_types
+        from actshuffle.data.torchface import TorchDataset, check_types
 
         check_types(self.layout)
         other = copy.copy(self)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle.dataset import FieldInfo
+from actshuffle.data.dataset import FieldInfo
 from actshuffle.keys import I64, U64
 
 F64 = NDArray[np.float64]

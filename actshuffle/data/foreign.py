@@ -80,7 +80,7 @@ class Table(Protocol):
 def table_of(kind: str, options: dict[str, Any]) -> Table:
     """The reader of a format: "npy", "raw", "safetensors", "torch", "parquet" or "arrow"."""
     if kind in ("parquet", "arrow"):
-        from actshuffle.arrowfiles import ArrowFiles
+        from actshuffle.data.arrowfiles import ArrowFiles
 
         return ArrowFiles(kind)
     tables: dict[str, Callable[[dict[str, Any]], Table]] = {

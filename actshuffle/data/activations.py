@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from actshuffle import virtual
+from actshuffle.data.models import model_of
+from actshuffle.data.tokens import COLUMNS, Pieces
 from actshuffle.digest import U8
 from actshuffle.keys import I64, U64
-from actshuffle.models import model_of
 from actshuffle.objects import open_objects
-from actshuffle.tokens import COLUMNS, Pieces
 from actshuffle.types import Place
 
 
@@ -62,9 +63,9 @@ class Activations:
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(start, stop, dtype=np.uint64)
 
-    def inventory(self, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    def inventory(self, names: Sequence[str]) -> virtual.Behind:
         text = json.dumps([self._settings, list(names)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32], {}
+        return virtual.Behind(hashlib.sha256(text.encode()).hexdigest()[:32], {})
 
     def _compute(self, start: int, stop: int, out: Mapping[str, U8]) -> None:
         """Rows ``[start, stop)`` of all activations, by running every batch that has one of them."""

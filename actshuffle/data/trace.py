@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle.dataset import Dataset, open_dataset
+from actshuffle.data.dataset import Dataset, open_dataset
+from actshuffle.data.ranks import Ranks, key_of
 from actshuffle.errors import ActshuffleError, FormatError, RequestError
 from actshuffle.extras import need
 from actshuffle.objects import as_place, local_path
-from actshuffle.ranks import Ranks, key_of
 from actshuffle.types import Place
 
 # What people call these arrays; the first one that is there is taken.

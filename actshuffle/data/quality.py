@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.arrays import SOURCE_ROW
-from actshuffle.dataset import Dataset, open_finished_or_plain
+from actshuffle.data.dataset import Dataset, open_finished_or_plain
+from actshuffle.data.loader import Loader
+from actshuffle.data.qualityreport import Measure, QualityReport
 from actshuffle.errors import RequestError
 from actshuffle.keys import I64
-from actshuffle.loader import Loader
 from actshuffle.mixing import report
-from actshuffle.qualityreport import Measure, QualityReport
 
 SCORED_ROWS = 1 << 18  # of batches spread over the epoch
 SIMULATED = 100  # shuffles

@@ -8,7 +8,7 @@
 
 The arrays are Zarr.  A ``stats.json`` whose arrays are not the ones it speaks of counts as damaged, and
 one of another store as stale.  For a view all this is in the view's own folder.  See
-`actshuffle.moments` for how it is summed and how exact it is.
+`actshuffle.data.moments` for how it is summed and how exact it is.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle import statsview
 from actshuffle._version import __version__
 from actshuffle.arrays import OUR_GROUP, get_array, group_metadata, put_array
 from actshuffle.buffers import arena, padded
-from actshuffle.dataset import Dataset, open_dataset, open_finished_or_plain
-from actshuffle.errors import FormatError, RequestError
-from actshuffle.executors import Executor, cores, machine_memory
-from actshuffle.moments import (
+from actshuffle.data import statsview
+from actshuffle.data.dataset import Dataset, open_dataset, open_finished_or_plain
+from actshuffle.data.moments import (
     FloatPart,
     FloatSums,
     IntPart,
@@ -45,9 +43,11 @@ from actshuffle.moments import (
     is_integer,
     merge,
 )
+from actshuffle.data.statstypes import NUMBERS, FloatStats, IntStats
+from actshuffle.errors import FormatError, RequestError
+from actshuffle.executors import Executor, cores, machine_memory
 from actshuffle.objects import Objects, open_objects
 from actshuffle.progress import Progress, Silent
-from actshuffle.statstypes import NUMBERS, FloatStats, IntStats
 
 FORMAT = 1
 FOLDER = f"{OUR_GROUP}/stats"

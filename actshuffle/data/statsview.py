@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actshuffle.data.moments import F64, bin_edges
+from actshuffle.data.statstypes import FloatStats
 from actshuffle.errors import RequestError
 from actshuffle.htmlrepr import image, page
-from actshuffle.moments import F64, bin_edges
-from actshuffle.statstypes import FloatStats
 from actshuffle.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from actshuffle.stats import Stats
+    from actshuffle.data.stats import Stats
 
 SHOWN = 8  # outlier places that are named
 FLOAT_HEADER = (

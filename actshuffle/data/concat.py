@@ -21,14 +21,14 @@ import zarr
 
 from actshuffle import manifest, virtual
 from actshuffle.arrays import Source, output_field, source_arrays, source_field
-from actshuffle.dataset import Dataset, open_dataset
+from actshuffle.data.dataset import Dataset, open_dataset
+from actshuffle.data.views import followed, reference
 from actshuffle.digest import U8
 from actshuffle.errors import DestinationExistsError, RequestError, SourceError
 from actshuffle.inventory import take_inventory
 from actshuffle.keys import U64
 from actshuffle.objects import as_place, open_objects
 from actshuffle.types import Field, Place
-from actshuffle.views import followed, reference
 
 
 def concat(
@@ -139,17 +139,25 @@ class Concat:
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(self._first_row + start, self._first_row + stop, dtype=np.uint64)
 
-    def inventory(self, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    def inventory(self, names: Sequence[str]) -> virtual.Behind:
         parts: list[dict[str, Any]] = []
+        places: list[str] = []
         for part in self._parts:
-            arrays = source_arrays(part.place, names)
-            identity, _ = take_inventory(part.place, arrays)
-            rows = part.stop - part.start
-            if (part.offset, rows) != (0, next(iter(arrays.values())).shape[0]):
-                identity = combined([identity, f"{part.offset}:{part.offset + rows}"])
+            arrays, rows = source_arrays(part.place, names), part.stop - part.start
+            whole = (part.offset, rows) == (0, next(iter(arrays.values())).shape[0])
             url = manifest.public_url(part.place.url)
+            identity, _ = take_inventory(part.place, arrays)
+            _, inner = virtual.inventory(part.place, names) or ("", {})
+            places += inner.get("behind", [url])
+            if whole and "parts" in inner.get("marker", {}):
+                parts += inner["marker"]["parts"]  # a concatenation of concatenations is flat
+                continue
+            if not whole:
+                identity = combined([identity, f"{part.offset}:{part.offset + rows}"])
             parts.append({"source": url, "rows": rows, "identity": identity})
-        return combined([p["identity"] for p in parts]), {"parts": parts}
+        return virtual.Behind(
+            combined([p["identity"] for p in parts]), {"parts": parts}, tuple(places)
+        )
 
 
 def open_reader(place: Place, settings: dict[str, Any]) -> Concat:

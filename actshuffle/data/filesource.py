@@ -16,11 +16,11 @@ from zarr.storage import MemoryStore
 from actshuffle import virtual
 from actshuffle.arrays import output_field, source_field
 from actshuffle.bfloat16 import BFloat16
+from actshuffle.data.foreign import Column, Part, table_of
 from actshuffle.digest import U8
-from actshuffle.errors import SourceError
-from actshuffle.foreign import Column, Part, table_of
+from actshuffle.errors import FormatError, SourceError
 from actshuffle.keys import U64
-from actshuffle.objects import open_objects
+from actshuffle.objects import local_path, open_objects
 from actshuffle.types import Place
 
 
@@ -147,14 +147,16 @@ class Files:
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(start, stop, dtype=np.uint64)
 
-    def inventory(self, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    def inventory(self, names: Sequence[str]) -> virtual.Behind:
         for path, size, changed in self._files:
             found = Path(path).stat() if Path(path).exists() else None
             if found is None or (found.st_size, found.st_mtime_ns) != (size, changed):
                 raise SourceError(f"{path} has changed or gone since it was looked at; run again")
         text = json.dumps([self._files, self._rules, list(names)])
-        return hashlib.sha256(text.encode()).hexdigest()[:32], {}
+        return virtual.Behind(hashlib.sha256(text.encode()).hexdigest()[:32], {})
 
 
 def open_reader(place: Place, settings: dict[str, Any]) -> Files:
+    if local_path(place) is None:
+        raise FormatError(f"{place} is remote, and does not lead to files here")
     return Files(settings)

@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from actshuffle.dataset import Dataset, FieldInfo, open_dataset
+from actshuffle.data.dataset import Dataset, FieldInfo, open_dataset
 from actshuffle.digest import U8
 from actshuffle.errors import RequestError
 from actshuffle.keys import I64

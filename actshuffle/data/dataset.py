@@ -34,6 +34,8 @@ from actshuffle.arrays import (
     source_arrays,
     source_field,
 )
+from actshuffle.data.rowreader import Reader, stored_field
+from actshuffle.data.views import followed, reference
 from actshuffle.digest import U8
 from actshuffle.errors import (
     DestinationExistsError,
@@ -43,10 +45,8 @@ from actshuffle.errors import (
 )
 from actshuffle.htmlrepr import page
 from actshuffle.objects import as_place, open_objects
-from actshuffle.rowreader import Reader, stored_field
 from actshuffle.types import Field, Place
 from actshuffle.units import format_bytes
-from actshuffle.views import followed, reference
 
 _DEPTH = 16  # views of views that are followed
 

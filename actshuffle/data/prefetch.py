@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from actshuffle.columns import Layout
+from actshuffle.data.columns import Layout
+from actshuffle.data.epochs import Order, Range, Step
 from actshuffle.digest import U8
-from actshuffle.epochs import Order, Range, Step
 
 T = TypeVar("T")
 PIECE_BYTES = 8 << 20  # of a window, read by one thread at a time

@@ -1,4 +1,4 @@
-"""Commands that make stores: import and collect; and what they share with those of cli_tools."""
+"""Commands that make stores: import and collect; and what they share with those of `tools`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ from typing import Any
 
 import click
 
+from actshuffle.cli.options import (
+    COUNT,
+    DEBUG,
+    JSON,
+    QUIET,
+    SCHEDULER,
+    SIZE,
+    STORAGE,
+    WORKERS,
+    Parsed,
+)
+from actshuffle.cli.session import at_work, show, wrapped
 from actshuffle.errors import RequestError
-from actshuffle.options import COUNT, DEBUG, JSON, QUIET, SCHEDULER, SIZE, STORAGE, WORKERS, Parsed
-from actshuffle.session import at_work, show, wrapped
 
 
 def _renamed(text: str) -> tuple[str, str]:
@@ -105,7 +115,7 @@ def import_(
       actshuffle import saelens-cache/ --out acts.zarr --name token_ids=token
       actshuffle import memmap.bin --dtype float16 --row-shape 4096 --out a.zarr
     """
-    from actshuffle.importers import import_store
+    from actshuffle.data.importers import import_store
 
     with at_work(ctx, workers, scheduler, quiet) as (executor, display):
         made = import_store(
@@ -174,7 +184,7 @@ def collect(
       actshuffle collect --model gpt2 --hooks h.3.mlp --text a.jsonl \\
         --out acts.zarr --part 1/4
     """
-    from actshuffle.collect import collect as gather
+    from actshuffle.data.collect import collect as gather
 
     # A second process doubles the model's memory and halves its threads: only where asked for.
     with at_work(ctx, 0 if workers is None and scheduler is None else workers, scheduler, quiet) as (

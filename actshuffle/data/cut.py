@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle import bounds, manifest, virtual
-from actshuffle.append import layout_of
 from actshuffle.arrays import SOURCE_ROW
-from actshuffle.concat import Concat, present, write_concat
-from actshuffle.dataset import Dataset, open_dataset, write_view
+from actshuffle.data.append import layout_of
+from actshuffle.data.concat import Concat, present, write_concat
+from actshuffle.data.dataset import Dataset, open_dataset, write_view
 from actshuffle.digest import U8
 from actshuffle.errors import DestinationExistsError, RequestError
 from actshuffle.executors import Executor, Serial
@@ -248,8 +248,10 @@ class Chosen:
                     np.take(span, rows[a:b] - first, axis=0, out=out[a:b], mode="clip")
                 a = b
 
-    def inventory(self, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
-        return self._rows.inventory(names)[1]["parts"][0]["identity"], {}
+    def inventory(self, names: Sequence[str]) -> virtual.Behind:
+        found = self._rows.inventory(names)
+        parts = found.marker["parts"]
+        return found if len(parts) > 1 else virtual.Behind(parts[0]["identity"], {}, found.places)
 
 
 def open_reader(place: Place, settings: dict[str, Any]) -> Chosen:

@@ -13,22 +13,24 @@ two-dimensional, the layout of SAELens's cached activations.
 
 from __future__ import annotations
 
+import hashlib
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from actshuffle.data.filesource import Mapped, write_files
+from actshuffle.data.foreign import Column, Table, joined, table_of
+from actshuffle.data.tokens import natural
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.executors import Executor, Serial
-from actshuffle.filesource import Mapped, write_files
-from actshuffle.foreign import Column, Table, joined, table_of
-from actshuffle.objects import as_place, open_objects
+from actshuffle.objects import as_place, local_path, open_objects
 from actshuffle.prepare import Request, prepare
 from actshuffle.progress import Progress, Silent
 from actshuffle.run import execute
-from actshuffle.tokens import natural
 from actshuffle.types import Place
 from actshuffle.units import format_bytes, format_seconds, parse_bytes
 
@@ -96,7 +98,7 @@ def import_store(
     left_out = table.left_out(files[0]) if hasattr(table, "left_out") else []
     mapping, sequence = _mapped(found, kind, columns, names or {}, flatten)
     place = as_place(dst, storage_options)
-    source = Place(f"{place.url.rstrip('/')}.import", place.options)
+    source = _beside(place)
     told = {
         "format": kind,
         "files": len(files),
@@ -126,6 +128,14 @@ def import_store(
     )
 
 
+def _beside(place: Place) -> Place:
+    """Where the files' description is kept meanwhile: always on this machine, as the files are."""
+    if local_path(place) is not None:
+        return Place(f"{place.url.rstrip('/')}.import")
+    tag = hashlib.sha256(place.url.encode()).hexdigest()[:16]
+    return Place(str(Path(tempfile.gettempdir()) / f"actshuffle-{tag}.import"))
+
+
 def find_files(
     paths: Sequence[Path], format: str | None, split: str | None
 ) -> tuple[str, list[Path]]:
@@ -141,7 +151,7 @@ def find_files(
         if path.is_file():
             files.append(path)
         elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-            from actshuffle.arrowfiles import dataset_files
+            from actshuffle.data.arrowfiles import dataset_files
 
             files += dataset_files(path, split)
         else:

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from actshuffle.columns import Layout
-from actshuffle.dataset import FieldInfo
+from actshuffle.data.columns import Layout
+from actshuffle.data.dataset import FieldInfo
+from actshuffle.data.prefetch import Loan
 from actshuffle.errors import RequestError
-from actshuffle.prefetch import Loan
 
 if TYPE_CHECKING:
-    from actshuffle.loader import Loader
+    from actshuffle.data.loader import Loader
 
 
 def check_types(layout: Layout) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from actshuffle.options import COUNT, DEBUG, JSON, QUIET, SCHEDULER, STORAGE, WORKERS, Parsed
-from actshuffle.session import at_work, show
+from actshuffle.cli.options import COUNT, DEBUG, JSON, QUIET, SCHEDULER, STORAGE, WORKERS, Parsed
+from actshuffle.cli.session import at_work, show
 from actshuffle.units import format_bytes
 
 INCOMPLETE = click.option(
@@ -47,7 +47,7 @@ def stats(
       actshuffle stats shuffled.zarr --png stats.png
       actshuffle stats shuffled.zarr --read --json
     """
-    from actshuffle import stats as module
+    from actshuffle.data import stats as module
 
     if only_read:
         found = module.read_stats(store, storage_options=storage_options)
@@ -109,9 +109,9 @@ def quality(
       actshuffle quality shuffled.zarr
       actshuffle quality activations.zarr --buffer-rows 1000000
     """
-    from actshuffle import quality as module
-    from actshuffle.dataset import open_finished_or_plain
-    from actshuffle.loader import Loader
+    from actshuffle.data import quality as module
+    from actshuffle.data.dataset import open_finished_or_plain
+    from actshuffle.data.loader import Loader
 
     dataset = open_finished_or_plain(store, incomplete=incomplete, storage_options=storage_options)
     rows = 0 if buffer_rows is None and not dataset.shuffled else buffer_rows

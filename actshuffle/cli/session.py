@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from actshuffle.display import Display, LogLines
+from actshuffle.cli.display import Display, LogLines
 from actshuffle.errors import ClusterError, RequestError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle.moments import F64, bin_edges
+from actshuffle.data.moments import F64, bin_edges
 
 OUTLIER = 6.0  # times the median root mean square over the dimensions
 QUANTILES = (0.001, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
@@ -21,7 +21,7 @@ class FloatStats:
     """Of a floating field.  Rows with a NaN or an Inf are left out of all but the counts of these.
 
     ``mean`` and ``variance`` (of the population) have the shape of a row.  ``norms`` is a histogram:
-    keys of `actshuffle.moments.bin_edges` and counts.  Positions are (row, place in the flat row).
+    keys of `actshuffle.data.moments.bin_edges` and counts.  Positions are (row, place in the flat row).
     """
 
     dtype: str

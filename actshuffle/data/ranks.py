@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from actshuffle import bounds
 from actshuffle.arrays import SOURCE_ROW
-from actshuffle.dataset import Dataset
+from actshuffle.data.dataset import Dataset
 from actshuffle.errors import RequestError
 from actshuffle.keys import U64, Keys
 

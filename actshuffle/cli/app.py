@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from actshuffle import cli_data, cli_tools
 from actshuffle._version import __version__
-from actshuffle.errors import ActshuffleError, RequestError
-from actshuffle.options import (
+from actshuffle.cli import data, tools
+from actshuffle.cli.options import (
     COUNT,
     DEBUG,
     JSON,
@@ -28,7 +27,8 @@ from actshuffle.options import (
     STORAGE,
     WORKERS,
 )
-from actshuffle.session import at_work, print_json, show, signals, wrapped
+from actshuffle.cli.session import at_work, print_json, show, signals, wrapped
+from actshuffle.errors import ActshuffleError, RequestError
 from actshuffle.units import format_bytes
 
 if TYPE_CHECKING:
@@ -282,5 +282,5 @@ def status(dst: str, storage_options: dict[str, Any] | None, as_json: bool) -> N
     show(found, inspect.status_text(found), as_json)
 
 
-for command in (*cli_tools.commands, *cli_data.commands):
+for command in (*tools.commands, *data.commands):
     main.add_command(command)
