@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def test_partial_files_of_killed_writers_are_swept(tmp_path):
         "with LocalObjects(Path(sys.argv[1])).writer('a/k', 9) as out:\n"
         "    out.write(memoryview(b'123')); os._exit(9)"
     )
-    assert subprocess.run(["python", "-c", code, tmp_path], check=False).returncode == 9
+    assert subprocess.run([sys.executable, "-c", code, tmp_path], check=False).returncode == 9
     assert len(contents(tmp_path)) == 2
     objects.settle([""])
     assert contents(tmp_path) == ["a/whole"]
