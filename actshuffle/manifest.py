@@ -114,7 +114,8 @@ def read_run(objects: Objects, key: str = RUN_KEY) -> dict[str, Any] | None:
     if data is None:
         return None
     body = _unsealed(data)
-    if body is None or not isinstance(body.get("job"), str):
+    kinds = {"job": str, "request": dict, "plan": dict}
+    if body is None or any(not isinstance(body.get(k), kind) for k, kind in kinds.items()):
         other = _format_of(data)
         what = (
             "is damaged"

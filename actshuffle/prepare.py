@@ -377,7 +377,7 @@ def _recorded(dst: Place, overwrite: bool) -> dict[str, Any] | None:
     if next(iter(objects.list("")), None) is not None:
         raise DestinationExistsError(
             f"{dst.url} exists and is not a half-done shuffle; choose another path"
-            + (", or --overwrite to replace it" if stored else "")
+            + (", or --overwrite to replace it" if stored or OUR_GROUP in names else "")
         )
     return None
 

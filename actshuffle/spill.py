@@ -2,9 +2,9 @@
 
 In scratch, each split level is a Zarr v3 group::
 
-    level1/blocks    uint8  (blocks, block_bytes)              chunk: one block
-    level1/runs      uint64 (buckets, blocks_per_parent, 2)    chunk: one bucket
-    level1/sums      uint64 (buckets, 1 + fields, 2)           chunk: one bucket
+    level1/blocks    uint8  (blocks, block_bytes)                  chunk: one block
+    level1/runs      uint64 (buckets, blocks_per_parent + 1, 2)    chunk: one bucket
+    level1/sums      uint64 (buckets, 1 + fields + 1, 2)           chunk: one bucket
 
 A block holds one *run* per child bucket, in bucket order; a run is one byte range, and inside it the
 columns follow each other: hi words, source rows, then each field's rows::
@@ -14,7 +14,8 @@ columns follow each other: hi words, source rows, then each field's rows::
 
 ``runs[bucket, b]`` is (byte offset, rows) of the bucket's run in block b of its parent, and a bucket's
 rows are its runs in block order.  ``sums[bucket]`` are the conservation digests (digest.py) of the hi
-words and of each field.
+words and of each field.  The last row of both is a checksum of the rest, the object's name and the job:
+a table that is damaged, another bucket's or another run's is seen before anything is read by it.
 
 Copies: a row is copied once in memory on its way out (gathered into the staging buffer, then written
 by the kernel) and not at all on its way in (the kernel scatters a run into its columns).
@@ -22,6 +23,7 @@ by the kernel) and not at all on its way in (the kernel scatters a run into its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ from actshuffle.files import Extent, Writer
 from actshuffle.keys import I64, U64
 from actshuffle.objects import Objects, open_objects
 from actshuffle.types import Job
+
+CHECK_BYTES = 16  # of a table's checksum: one row of two words
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,19 @@ class Spill:
 
     def _table(self, key: str, shape: tuple[int, ...]) -> U64:
         data = self.objects.get(key)
+        if data is None:
+            raise self._damaged(key, "it is missing")
+        if data[-CHECK_BYTES:] != self._check(key, data[:-CHECK_BYTES]):
+            raise self._damaged(key, "its checksum is not that of its bytes")
         try:
-            return np.frombuffer(data or b"", "<u8").reshape(shape)
+            return np.frombuffer(data[:-CHECK_BYTES], "<u8").reshape(shape)
         except ValueError as err:
             raise self._damaged(key, str(err)) from err
+
+    def _check(self, key: str, data: bytes) -> bytes:
+        """Checksum of a table that belongs to this job and to no other place in it."""
+        name = f"{self.job.identity} {key} ".encode()
+        return hashlib.sha256(name + data).digest()[:CHECK_BYTES]
 
     def _damaged(self, key: str, what: str) -> FormatError:
         """Drop a table that cannot be right, so that the next run makes it again."""
@@ -130,8 +143,9 @@ class Spill:
         return all(self.objects.size(name) is not None for name in names)
 
     def put_tables(self, bucket: int, runs: U64, sums: U64) -> None:
-        self.objects.put(f"{self.prefix}/runs/c.{bucket}.0.0", runs.astype("<u8").tobytes())
-        self.objects.put(f"{self.prefix}/sums/c.{bucket}.0.0", sums.astype("<u8").tobytes())
+        for name, table in (("runs", runs), ("sums", sums)):
+            key, data = f"{self.prefix}/{name}/c.{bucket}.0.0", table.astype("<u8").tobytes()
+            self.objects.put(key, data + self._check(key, data))
 
     def read(self, bucket: int, start: int, columns: Columns) -> None:
         """Rows ``[start, start + m)`` of a bucket, in run order, into columns of m rows."""
@@ -164,8 +178,8 @@ class Spill:
         per_parent = plan.blocks_per_parent(self.level)
         for name, dtype, shape in (
             ("blocks", "uint8", (blocks, self.block_bytes)),
-            ("runs", "uint64", (buckets, per_parent, 2)),
-            ("sums", "uint64", (buckets, fields, 2)),
+            ("runs", "uint64", (buckets, per_parent + 1, 2)),
+            ("sums", "uint64", (buckets, fields + 1, 2)),
         ):
             self.objects.put(f"{self.prefix}/{name}/zarr.json", _one_row_per_chunk(dtype, shape))
 

@@ -248,11 +248,10 @@ def blame(job: Job, level: int, parent: int, blocks: list[Task], what: str) -> N
                 guilty.append(spill.block_key(source.number))
                 manifest.withdraw(job, source)
                 manifest.withdraw(job, Task("index", level - 1, grand))
-    if not guilty:  # the damage is in what this level made of it, or in the sums that it was told
-        for task in blocks:
-            manifest.withdraw(job, task)
-        if level > 1:
-            Spill(job, level - 1).distrust(parent)
+    for task in blocks:  # made of damaged rows, or damaged themselves
+        manifest.withdraw(job, task)
+    if not guilty and level > 1:  # or the sums that this level was told are wrong
+        Spill(job, level - 1).distrust(parent)
     where = f"; damaged in scratch: {', '.join(guilty[:5])}" if guilty else ""
     raise ConservationError(
         f"{what}{where}; nothing of it was published; run again to redo those rows"

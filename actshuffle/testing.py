@@ -613,16 +613,15 @@ def simulate(
 
     def fail(what: str) -> SimulationError:
         story = Story(seed, store, plan, tuple(ends), (), False)
-        return SimulationError(
-            f"{what}\nto see it again: actshuffle.testing.simulate({seed}, folder)\n{story}"
-        )
+        again = f"simulate({seed}, folder, kinds={tuple(kinds)}, rate={rate}, attempts={attempts})"
+        return SimulationError(f"{what}\nto see it again: actshuffle.testing.{again}\n{story}")
 
     try:
         prepared(src, dst, seed, **plan)
     except InfeasibleError:
         plan["levels"] = "auto"
     overwrite = False
-    for attempt in range(attempts + 1):
+    for attempt in range(attempts + 2):
         chance = rate * 0.7**attempt if attempt < attempts else 0.0
         faults = Faults(drawn(hash((seed, attempt)), chance, kinds), seed=seed + attempt)
         new_process()
@@ -644,6 +643,8 @@ def simulate(
             break
         # A torn claim is no claim; that the user is told, and what they are told to do they do.
         overwrite = end.startswith(FormatError.__name__) and "--overwrite" in end
+        if attempt == attempts and not overwrite:
+            break
     if ends[-1] != "done":
         raise fail("a run without faults did not finish")
     new_process()

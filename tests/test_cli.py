@@ -69,12 +69,12 @@ SHAPE = {
 PUBLIC = {
     "run": {
         *SHAPE, "--seed", "--source-row", "--no-source-row", "--missing-chunks", "--scratch",
-        "--workers", "--scheduler", "--overwrite", "--fsync", "--no-fsync", "--storage-options",
+        "--workers", "--scheduler", "--insecure", "--overwrite", "--fsync", "--no-fsync", "--storage-options",
         "--json", "--quiet", "--debug",
     },
     "plan": {*SHAPE, "--rows", "--row-bytes", "--workers", "--storage-options", "--json", "--debug"},
     "verify": {
-        "--quick", "--rows", "--mixing", "--workers", "--scheduler", "--storage-options",
+        "--quick", "--rows", "--mixing", "--workers", "--scheduler", "--insecure", "--storage-options",
         "--json", "--quiet", "--debug",
     },
     "info": {"--storage-options", "--json", "--debug"},
@@ -86,7 +86,7 @@ PUBLIC = {
         "--debug", "--json", "--storage-options",
     },
     "split": {
-        "--copy", "--debug", "--folder", "--json", "--ordered", "--quiet", "--scheduler",
+        "--copy", "--debug", "--folder", "--json", "--ordered", "--quiet", "--scheduler", "--insecure",
         "--storage-options", "--workers",
     },
     "head": {
@@ -94,31 +94,31 @@ PUBLIC = {
     },
     "sample": {
         "--chunk-rows", "--codec", "--debug", "--fields", "--json", "--memory", "--overwrite",
-        "--quiet", "--scheduler", "--scratch", "--seed", "--storage-options", "--workers",
+        "--quiet", "--scheduler", "--insecure", "--scratch", "--seed", "--storage-options", "--workers",
     },
     "concat": {
         "--debug", "--fields", "--json", "--out", "--storage-options",
     },
     "append": {
         "--again", "--chunk-rows", "--debug", "--json", "--memory", "--out", "--overwrite",
-        "--quiet", "--scheduler", "--scratch", "--storage-options", "--workers",
+        "--quiet", "--scheduler", "--insecure", "--scratch", "--storage-options", "--workers",
     },
     "import": {
         "--apart", "--chunk-rows", "--codec", "--columns", "--debug", "--dtype", "--flatten",
         "--format", "--json", "--memory", "--name", "--no-flatten", "--out", "--overwrite",
-        "--quiet", "--row-shape", "--scheduler", "--scratch", "--split", "--storage-options",
+        "--quiet", "--row-shape", "--scheduler", "--insecure", "--scratch", "--split", "--storage-options",
         "--together", "--workers",
     },
     "collect": {
         "--batch-tokens", "--block-bytes", "--chunk-rows", "--codec", "--context", "--debug",
         "--device", "--dtype", "--field", "--hooks", "--json", "--layers", "--model",
-        "--model-dtype", "--out", "--overwrite", "--part", "--quiet", "--rows", "--scheduler",
+        "--model-dtype", "--out", "--overwrite", "--part", "--quiet", "--rows", "--scheduler", "--insecure",
         "--special", "--storage-options", "--text", "--tokenizer", "--tokens-per-document",
         "--workers",
     },
     "stats": {
         "--debug", "--incomplete", "--json", "--no-write", "--png", "--quiet", "--read",
-        "--scheduler", "--storage-options", "--workers", "--write",
+        "--scheduler", "--insecure", "--storage-options", "--workers", "--write",
     },
     "quality": {
         "--alpha", "--batch-size", "--buffer-rows", "--debug", "--documents", "--epoch",
@@ -504,6 +504,35 @@ def test_a_scheduler_that_does_not_answer(src, dst):
 
 def test_an_address_that_is_none(src, dst):
     assert "address" in call("run", src, dst, "--scheduler", "nonsense", code=2).stderr
+
+
+@pytest.mark.parametrize("address", [
+    "tcp://192.0.2.1:8786", "192.0.2.1:8786", "tcp://scheduler.invalid:8786", "ws://192.0.2.1:8786",
+    "tcp://[2001:db8::1]:8786",
+])  # fmt: skip
+def test_a_scheduler_elsewhere_without_tls_needs_a_flag(address, src, dst):
+    for command in (("run", src, dst), ("verify", src, src)):
+        said = call(*command, "--scheduler", address, code=2).stderr
+        assert "--insecure" in said
+        assert "tls://" in said
+
+
+@pytest.mark.parametrize("address", [
+    "tls://192.0.2.1:8786", "wss://192.0.2.1:8786", "tcp://127.0.0.1:8786", "localhost:8786", "tcp://[::1]:8786",
+])  # fmt: skip
+def test_a_scheduler_with_tls_or_on_this_machine_needs_none(address):
+    from actshuffle.cli.session import _check_private
+
+    _check_private(address)
+
+
+def test_the_flag_lets_it_pass(src, dst):
+    import dask
+
+    address = "tcp://scheduler.invalid:8786"
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        said = call("run", src, dst, "--insecure", "--scheduler", address, code=1).stderr
+    assert "no Dask scheduler answers" in said
 
 
 def test_a_given_cluster_is_used_and_left_running(src, dst, cluster):

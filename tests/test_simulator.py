@@ -41,6 +41,11 @@ def test_every_story_ends_well(seed, tmp_path):
     simulate(seed, tmp_path)
 
 
+def test_a_claim_torn_at_the_last_is_begun_again(tmp_path):
+    """The user is told to give --overwrite as late as in the last attempt."""
+    assert len(simulate(10433, tmp_path, rate=0.1).attempts) == 10
+
+
 @pytest.mark.parametrize("seed", range(1000, 1010))
 def test_a_store_that_lies_is_caught(seed, tmp_path):
     """Or does no harm: half an object that is written again later, say."""
@@ -98,7 +103,7 @@ def test_control_receipts_are_believed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tasks, "is_done", lambda job, task: manifest.read_receipt(job, task) is not None
     )
-    with pytest.raises(SimulationError, match=r"simulate\(\d+, folder\)"):
+    with pytest.raises(SimulationError, match=r"simulate\(\d+, folder, kinds="):
         for seed in range(200):
             simulate(seed, tmp_path / str(seed), kinds=("power",), rate=0.05)
 

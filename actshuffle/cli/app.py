@@ -154,7 +154,7 @@ def run(
     Examples:
       actshuffle run acts.zarr shuffled.zarr
       actshuffle run acts.zarr shuffled.zarr --seed 7 --memory 8GB --workers 16
-      actshuffle run s3://b/acts s3://b/shuffled --scheduler tcp://10.0.0.1:8786
+      actshuffle run s3://b/acts s3://b/shuffled --scheduler tls://10.0.0.1:8786
     """
     from actshuffle.inspect import plan_report
     from actshuffle.run import shuffle

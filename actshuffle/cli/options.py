@@ -89,9 +89,18 @@ WORKERS = click.option(
     "--workers", metavar="N", type=COUNT,
     help="Worker processes; 0 works in this one.  [default: one per core; 0 below 256MB]",
 )  # fmt: skip
-SCHEDULER = click.option(
-    "--scheduler", metavar="ADDRESS", help="Run on this Dask cluster: tcp://host:8786."
-)
+INSECURE = "actshuffle.insecure"  # in a context's meta
+
+
+def _remember_insecure(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[INSECURE] = value
+
+
+SCHEDULER = _options(
+    click.option("--scheduler", metavar="ADDRESS", help="Run on this Dask cluster: tls://host:8786."),
+    click.option("--insecure", is_flag=True, expose_value=False, callback=_remember_insecure,
+                 help="Let --scheduler be on another machine without TLS."),
+)  # fmt: skip
 STORAGE = click.option(
     "--storage-options", metavar="JSON", type=Parsed("JSON", _json_object),
     envvar="ACTSHUFFLE_STORAGE_OPTIONS",

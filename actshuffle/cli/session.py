@@ -16,12 +16,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from ipaddress import ip_address
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from actshuffle.cli.display import Display, LogLines
+from actshuffle.cli.options import INSECURE
 from actshuffle.errors import ClusterError, RequestError
 
 if TYPE_CHECKING:
@@ -97,8 +99,30 @@ def _deaf_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _check_private(address: str) -> None:
+    """Refuse a scheduler on another machine to which everything would go in the clear.
+
+    Without TLS Dask neither hides nor authenticates: whoever is on the way can run code on both sides.
+    """
+    from distributed.comm import get_address_host, parse_address
+
+    if parse_address(address)[0] in ("tls", "wss", "inproc"):
+        return
+    host = get_address_host(address)
+    try:
+        if host == "localhost" or ip_address(host).is_loopback:
+            return
+    except ValueError:  # a name, of another machine as far as we know
+        pass
+    raise RequestError(
+        f"the Dask scheduler at {address} is on another machine and without TLS: whoever is on the way "
+        "can read the data and run code on the workers. Give a tls:// address (certificates are "
+        "configured the Dask way), or --insecure if you trust that network"
+    )
+
+
 @contextmanager
-def _connected(address: str) -> Iterator[Executor]:
+def _connected(address: str, *, insecure: bool) -> Iterator[Executor]:
     """The executor of somebody else's cluster."""
     from distributed import Client
 
@@ -106,6 +130,8 @@ def _connected(address: str) -> Iterator[Executor]:
 
     with ExitStack() as stack:
         try:
+            if not insecure:
+                _check_private(address)
             # Waits as long as Dask's configuration says, 30 s.
             client = stack.enter_context(Client(address))  # type: ignore[no-untyped-call]
         except (OSError, TimeoutError) as err:
@@ -136,7 +162,9 @@ def at_work(
             stack.callback(display.close)
             if scheduler is not None:
                 display.hint("cluster", f"connecting to {scheduler} ...")
-                executor = stack.enter_context(_connected(scheduler))
+                executor = stack.enter_context(
+                    _connected(scheduler, insecure=ctx.meta.get(INSECURE, False))
+                )
                 display.line("cluster", _cluster_text(executor))
             else:
                 executor = crew = _Crew(workers, display)
