@@ -8,7 +8,8 @@ collect these, sort them, and pick::
     refine             |..:..:x.:..|       |.x:..:..|     8 bits more, keys in marked bins only
     collect                 [a b c d]     [e f]           sort, take the wanted ones
 
-Each pass makes every key once (about 7 ns a row) in tasks over row ranges that run anywhere.  So every
+Each pass makes every key once (7 ns a row, and as much again to count it) in tasks over row ranges that
+run anywhere; the counts of one are kept below 16 MB, however many leaves there are.  So every
 bucket holds exactly the rows it should, memory is bounded exactly and not on average, and a leaf
 is a whole number of output objects.
 """
@@ -16,6 +17,7 @@ is a whole number of output objects.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,8 +29,11 @@ from actshuffle.partition import boundaries_at, key_order
 
 _FIRST_BITS, _MORE_BITS = 16, 8
 _COLLECT = 1 << 17  # collect when no more keys than this are left in marked bins: 11 MB to sort
+_COLLECT_EACH = 16  # or no more than this per boundary, of which each has one at least
+_MOST_COUNTS = 1 << 21  # of one answer: 16 MB, and as much again while it is made
 _SLICE = 1 << 18  # keys made at a time
-COUNT_ROWS = 1 << 27  # rows of one count task, about a second
+COUNT_ROWS = 1 << 27  # rows of one count task, two seconds or more
+COUNT_TASKS = 1024  # longer ones rather than more: every answer goes through the driver
 
 
 class Query(NamedTuple):
@@ -69,10 +74,11 @@ def find(keys: Keys, ranks: I64, ask: Callable[[Query], Iterable[NDArray[Any]]])
     """
     if not len(ranks):
         return np.zeros((0, 3), np.uint64)
-    bits, more = 0, min(max(_FIRST_BITS, len(ranks).bit_length() + 2), 20)
+    bits, more = 0, _first(len(ranks))
     bin_of, rank_in_bin = np.zeros(len(ranks), np.uint64), ranks.copy()
-    remaining = _COLLECT + 1
-    while remaining > _COLLECT and bits < 64:
+    enough = _enough(len(ranks))
+    remaining = enough + 1
+    while remaining > enough and bits < 64:
         marked = np.unique(bin_of)
         counts = functools.reduce(np.add, ask(Query(bits, marked, more)))
         ends = np.cumsum(counts)
@@ -82,12 +88,52 @@ def find(keys: Keys, ranks: I64, ask: Callable[[Query], Iterable[NDArray[Any]]])
         rank_in_bin = position - (ends - counts)[digit]
         bin_of = (bin_of << np.uint64(more)) | (digit & ((1 << more) - 1)).astype(np.uint64)
         remaining = int(counts[np.unique(digit)].sum())
-        bits, more = bits + more, min(_MORE_BITS, 64 - bits - more)
+        bits += more
+        more = _more(bits, len(np.unique(bin_of)))
     found = np.concatenate(list(ask(Query(bits, np.unique(bin_of), 0))))
     hi, rows = found[:, 0].copy(), found[:, 1].copy()
     by_key = key_order(keys, hi, rows)
     first = np.searchsorted(hi[by_key] >> _shift(bits), bin_of)
     return boundaries_at(keys, rows[by_key[first + rank_in_bin]])
+
+
+def range_rows(rows: int) -> int:
+    """Rows of one range, which is one task."""
+    return max(COUNT_ROWS, -(-rows // COUNT_TASKS))
+
+
+def answers(rows: int, leaves: int) -> list[int]:
+    """Bytes that one row range answers in each pass of `find` over ``rows`` keys, as expected.
+
+    >>> answers(10**6, 100)  # counts by 16 bits, then the keys in 99 bins
+    [524288, 24151]
+    """
+    ranks = leaves - 1
+    if ranks < 1:
+        return []
+    found, bits, more = [], 0, _first(ranks)
+    marked, remaining = 1.0, math.inf
+    while remaining > _enough(ranks) and bits < 64:
+        found.append(int(8 * marked * 2**more))
+        bits += more
+        marked = -(2.0**bits) * math.expm1(-ranks / 2.0**bits)  # bins that hold a rank
+        remaining, more = rows * marked / 2.0**bits, _more(bits, int(marked))
+    return [*found, int(16 * remaining / max(1, -(-rows // range_rows(rows))))]
+
+
+def _first(ranks: int) -> int:
+    return min(max(_FIRST_BITS, ranks.bit_length() + 2), 20)
+
+
+def _more(bits: int, marked: int) -> int:
+    """How many bits to count next, inside so many bins that are told by ``bits``."""
+    room = (_MOST_COUNTS // max(marked, 1)).bit_length() - 1
+    return min(max(room, 1), _MORE_BITS, 64 - bits)
+
+
+def _enough(ranks: int) -> int:
+    """Keys in marked bins that are few enough to be collected."""
+    return max(_COLLECT, _COLLECT_EACH * ranks)
 
 
 def _slices(keys: Keys, start: int, stop: int) -> Iterator[tuple[int, U64]]:

@@ -12,8 +12,9 @@ import zarr
 from actshuffle import manifest, tasks
 from actshuffle.arrays import SOURCE_ROW, object_grid, open_node, source_arrays, source_field
 from actshuffle.errors import IncompleteStoreError, RequestError
+from actshuffle.memory import MemoryModel
 from actshuffle.objects import as_place, local_path, open_objects
-from actshuffle.planner import LOCAL_RUN_BYTES, Levels, make_plan, reach_table
+from actshuffle.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan, reach_table
 from actshuffle.prepare import default_memory, plan_for, recorded_scratch
 from actshuffle.types import Plan
 from actshuffle.units import format_bytes, parse_bytes, parse_count
@@ -33,12 +34,14 @@ def plan(
     codec: str = "none",
     fields: Iterable[str] | None = None,
     workers: int | None = None,
+    remote: bool = False,
     storage_options: dict[str, Any] | None = None,
 ) -> Plan:
     """The plan `actshuffle.shuffle` would follow, for a store or for so many rows of so many bytes.
 
     Give ``src``, or ``rows`` and ``row_bytes``.  Without ``memory`` or ``block_bytes`` it is made for
-    this machine.  Raises `InfeasibleError` with the arithmetic when it cannot be done.
+    this machine.  ``remote`` says that scratch and output are in an object store.  Raises
+    `InfeasibleError` with the arithmetic when it cannot be done.
     """
     given: dict[str, Any] = {
         "levels": levels,
@@ -57,17 +60,22 @@ def plan(
             given["memory"] = default_memory(workers or 1)
         assert rows is not None
         assert row_bytes is not None
+        usual_run = REMOTE_RUN_BYTES if remote else LOCAL_RUN_BYTES
+        width = parse_bytes(row_bytes)
         return make_plan(
-            parse_count(rows), parse_bytes(row_bytes), levels=levels, memory=given["memory"],
-            block_bytes=given["block_bytes"], run_bytes=given["run_bytes"] or LOCAL_RUN_BYTES,
+            parse_count(rows), width, levels=levels, memory=given["memory"],
+            block_bytes=given["block_bytes"], run_bytes=given["run_bytes"] or usual_run,
             chunk_rows=chunk_rows, chunks_per_shard=chunks_per_shard, tasks_wanted=given["tasks_wanted"],
+            model=MemoryModel(width, remote=True, output_copies=2) if remote else None,
         )  # fmt: skip
     place = as_place(src, storage_options)
     arrays = source_arrays(place, None if fields is None else tuple(fields))
     if given["memory"] is None and given["block_bytes"] is None:
         given["memory"] = default_memory(workers or 1)
     described = [source_field(name, array) for name, array in arrays.items()]
-    return plan_for(arrays, described, given, remote=False, remote_source=local_path(place) is None)
+    return plan_for(
+        arrays, described, given, remote=remote, remote_source=local_path(place) is None
+    )
 
 
 def plan_report(made: Plan) -> dict[str, Any]:

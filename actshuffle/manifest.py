@@ -21,7 +21,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from actshuffle._version import __version__
@@ -29,13 +32,14 @@ from actshuffle.arrays import OUR_GROUP, get_array, group_metadata, put_array
 from actshuffle.errors import FormatError
 from actshuffle.keys import U64, Keys
 from actshuffle.memory import MemoryModel
-from actshuffle.objects import Objects, open_objects
+from actshuffle.objects import Objects, local_path, open_objects
 from actshuffle.types import Field, Job, Place, Plan, Task
 from actshuffle.types import public_url as public_url
 
 FORMAT = 1  # of everything named above
 RUN_KEY = f"{OUR_GROUP}/run.json"
 MARKER_KEY = f"{OUR_GROUP}/zarr.json"
+AT_ONCE = 32  # receipts asked of an object store
 RECEIPTS = f"{OUR_GROUP}/receipts"
 DIGESTS = f"{OUR_GROUP}/digests"
 ORDER_NAME = "lexsort(lo, hi) of Philox4x64-10 words, SeedSequence(seed, spawn_key=(0,) and (1,))"
@@ -63,6 +67,17 @@ def read_receipt(job: Job, task: Task) -> dict[str, Any] | None:
     if body is None or body.get("job") != job.identity or body.get("task") != list(task):
         return None
     return body if _is_whole(job, task, body) else None
+
+
+def read_receipts(job: Job, tasks: Iterable[Task]) -> Iterator[dict[str, Any] | None]:
+    """The receipts of many tasks, in order; from an object store, which takes its time, many at once."""
+    tasks = iter(tasks)
+    if local_path(job.scratch) is not None and local_path(job.destination) is not None:
+        yield from (read_receipt(job, task) for task in tasks)
+        return
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        while batch := list(islice(tasks, 32 * AT_ONCE)):
+            yield from pool.map(partial(read_receipt, job), batch)
 
 
 def _is_whole(job: Job, task: Task, body: dict[str, Any]) -> bool:

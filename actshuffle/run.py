@@ -208,7 +208,7 @@ def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
     if job.kind != "shuffle" or manifest.read_bounds(job) is not None:
         return
     first, stop = job.key_rows or (0, plan.rows)
-    step = bounds.COUNT_ROWS
+    step = bounds.range_rows(stop - first)
     starts = range(first, stop, step)
     # One task's worth of keys is quicker made here than sent for.
     where: Executor = executor if len(starts) > 1 else Serial()
@@ -229,8 +229,10 @@ def publish(job: Job) -> None:
     """Digests, metadata, marker.  Every step can be done again."""
     plan, objects = job.plan, open_objects(job.destination, fsync=job.fsync)
     digests: dict[str, list[U64]] = {f.name: [] for f in job.fields}
-    for task in plan.tasks(plan.levels):
-        receipt = manifest.read_receipt(job, task)
+    leaves = plan.tasks(plan.levels)
+    for task, receipt in zip(
+        leaves, manifest.read_receipts(job, plan.tasks(plan.levels)), strict=True
+    ):
         if receipt is None:
             raise FormatError(
                 f"receipt of leaf {task.number} vanished from {job.destination.url}; run again"

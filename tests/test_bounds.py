@@ -46,6 +46,7 @@ def test_find_nothing_asks_nothing():
 @pytest.mark.parametrize("bits", [(64, 64), (20, 1), (6, 2), (1, 0), (0, 64), (0, 0)])
 def test_find_in_many_rounds(bits, monkeypatch):
     monkeypatch.setattr(bounds, "_COLLECT", 1)
+    monkeypatch.setattr(bounds, "_COLLECT_EACH", 0)
     monkeypatch.setattr(bounds, "_SLICE", 97)
     keys, n = Keys(3, *bits), 1500
     ranks = np.array([0, 1, 2, 70, 71, 700, 1498, 1499])
@@ -67,8 +68,20 @@ def test_find_any_ranks(keys, n, collect, data):
     ranks = np.array(sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=20))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bounds, "_COLLECT", collect)
+        patch.setattr(bounds, "_COLLECT_EACH", data.draw(st.sampled_from([0, 16])))
         found = find(keys, ranks, Rows(keys, n, data.draw(st.integers(1, n))).ask)
     np.testing.assert_array_equal(found, at_ranks(keys, n, ranks))
+
+
+@pytest.mark.parametrize(("n", "leaves"), [(10**6, 2), (10**6, 100), (10**6, 2**18), (300, 20)])
+def test_answers_are_as_long_as_foretold(n, leaves):
+    keys, told = Keys(3), []
+    ranks = np.arange(1, leaves) * (n // leaves)
+    find(keys, ranks, lambda query: told.append(answer(keys, 0, n, query)) or told[-1:])
+    lengths, foretold = [a.nbytes for a in told], bounds.answers(n, leaves)
+    assert len(lengths) == len(foretold)
+    assert lengths[:-1] == pytest.approx(foretold[:-1], rel=0.1)
+    assert max(lengths[:-1]) <= 8 * bounds._MOST_COUNTS
 
 
 def test_find_more_leaves_than_first_bins():

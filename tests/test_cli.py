@@ -72,7 +72,12 @@ PUBLIC = {
         "--workers", "--scheduler", "--insecure", "--overwrite", "--fsync", "--no-fsync", "--storage-options",
         "--json", "--quiet", "--debug",
     },
-    "plan": {*SHAPE, "--rows", "--row-bytes", "--workers", "--storage-options", "--json", "--debug"},
+    "plan": {
+        *SHAPE, "--rows", "--row-bytes", "--workers", "--storage-options", "--json", "--debug",
+        "--hosts", "--workers-per-host", "--network", "--disk", "--store-rate", "--requests",
+        "--latency", "--stream", "--price-per-put", "--price-per-get", "--price-per-host",
+        "--price-per-gb", "--simulate", "--stragglers", "--mtbf", "--repair", "--simulation-seed",
+    },
     "verify": {
         "--quick", "--rows", "--mixing", "--workers", "--scheduler", "--insecure", "--storage-options",
         "--json", "--quiet", "--debug",

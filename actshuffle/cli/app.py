@@ -17,6 +17,7 @@ import click
 from actshuffle._version import __version__
 from actshuffle.cli import data, tools
 from actshuffle.cli.options import (
+    CLUSTER,
     COUNT,
     DEBUG,
     JSON,
@@ -26,6 +27,7 @@ from actshuffle.cli.options import (
     SIZE,
     STORAGE,
     WORKERS,
+    forecast_cluster,
 )
 from actshuffle.cli.session import at_work, print_json, show, signals, wrapped
 from actshuffle.errors import ActshuffleError, RequestError
@@ -194,21 +196,38 @@ def _plan_line(plan: Plan) -> str:
 @click.option("--row-bytes", type=SIZE, help="Bytes of a row, where there is no SRC yet.")
 @SHAPE
 @WORKERS
+@CLUSTER
 @STORAGE
 @JSON
 @DEBUG
-def plan(as_json: bool, levels: int | str | None, codec: str | None, **options: Any) -> None:
+def plan(
+    as_json: bool, levels: int | str | None, codec: str | None, simulate: bool, simulation_seed: int,
+    **options: Any,
+) -> None:  # fmt: skip
     """Say what a run would do: levels, tasks, memory, disk.  Writes nothing.
+
+    With --hosts, also how long it would take on so many, what limits it, and what it would cost.
 
     \b
     Examples:
       actshuffle plan acts.zarr --memory 8GB
       actshuffle plan --rows 100e9 --row-bytes 1KB --memory 100GB --run-bytes 1GB
+      actshuffle plan --rows 122e9 --row-bytes 8KiB --memory 16GB --hosts 200 --simulate
     """
     from actshuffle import inspect
+    from actshuffle.forecast import forecast, text
 
+    cluster = forecast_cluster(options)
+    if cluster is not None:
+        options["workers"] = options["workers"] or cluster.workers
+        options["memory"] = options["memory"] or "4GB"  # of theirs; this machine's is not theirs
+        options["remote"] = cluster.scratch == "store"
     made = inspect.plan(levels=levels or "auto", codec=codec or "none", **options)  # type: ignore[arg-type]
-    show(inspect.plan_report(made), inspect.plan_text(made), as_json)
+    report, told = inspect.plan_report(made), inspect.plan_text(made)
+    if cluster is not None:
+        report["forecast"] = forecast(made, cluster, simulated=simulate, seed=simulation_seed)
+        told += "\n\n" + text(report["forecast"])
+    show(report, told, as_json)
 
 
 @main.command()

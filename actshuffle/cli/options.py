@@ -52,7 +52,22 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _rate(text: str) -> int:
+    return parse_bytes(text.strip().removesuffix("/s"))
+
+
+def _stragglers(text: str) -> tuple[float, float]:
+    try:
+        share, times = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise RequestError(
+            f"write stragglers like 0.01:4 (1% take 4 times as long), got {text!r}"
+        ) from None
+    return share, times
+
+
 SIZE = Parsed("size", parse_bytes)
+RATE = Parsed("rate", _rate)
 COUNT = Parsed("count", parse_count)
 
 
@@ -111,3 +126,45 @@ QUIET = click.option("--quiet", is_flag=True, help="Print errors only, and what 
 DEBUG = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show tracebacks and Dask's own log."
 )
+
+
+# The hosts of a forecast; their names are those of `forecast_cluster`.
+CLUSTER = _options(
+    click.option("--hosts", type=COUNT, help="Forecast the run on so many hosts; see docs/scaling.md."),
+    click.option("--workers-per-host", type=COUNT, default=16, help="Worker processes.  [default: 16]"),
+    click.option("--network", type=RATE, default="3GB/s", help="Of a host, each way.  [default: 3GB/s]"),
+    click.option("--disk", type=RATE,
+                 help="Of a host's disks, where scratch is on them.  [default: scratch is in the store]"),
+    click.option("--store-rate", type=RATE, help="Of the object store in all."),
+    click.option("--requests", type=float, help="GETs and PUTs a second that the store takes in all."),
+    click.option("--latency", type=float, default=0.03, help="Seconds per request.  [default: 0.03]"),
+    click.option("--stream", type=RATE, help="Of one worker, whatever its host can do."),
+    click.option("--price-per-put", type=float, default=0.0, help="Dollars per 1,000."),
+    click.option("--price-per-get", type=float, default=0.0, help="Dollars per 1,000."),
+    click.option("--price-per-host", type=float, default=0.0, help="Dollars per hour."),
+    click.option("--price-per-gb", type=float, default=0.0, help="Dollars per month, of scratch."),
+    click.option("--simulate", is_flag=True, help="Play the run out task by task, not by arithmetic."),
+    click.option("--stragglers", metavar="SHARE:TIMES", type=Parsed("stragglers", _stragglers),
+                 default="0:1", help="0.01:4 means that 1% of the tasks take 4 times as long."),
+    click.option("--mtbf", type=float, default=0.0, help="Hours between failures of a host."),
+    click.option("--repair", type=float, default=10.0, help="Minutes until it is back.  [default: 10]"),
+    click.option("--simulation-seed", type=COUNT, default=0, help="Of what is drawn.  [default: 0]"),
+)  # fmt: skip
+
+
+def forecast_cluster(given: dict[str, Any]) -> Any:
+    """Take the options of `CLUSTER` out of what a command was given: the cluster, None without hosts."""
+    from actshuffle.cost import Cluster
+
+    names = ("network", "disk", "requests", "latency", "stream", "workers_per_host", "hosts")
+    plain = {name: given.pop(name) for name in names}
+    store, (share, times) = given.pop("store_rate"), given.pop("stragglers")
+    hours, minutes = given.pop("mtbf"), given.pop("repair")
+    prices = [given.pop(f"price_per_{what}") for what in ("put", "get", "host", "gb")]
+    if plain["hosts"] is None:
+        return None
+    return Cluster(
+        **plain, store=store, straggling=share, slowness=times, mtbf=3600 * hours, repair=60 * minutes,
+        put_price=prices[0] / 1000, get_price=prices[1] / 1000, host_price=prices[2] / 3600,
+        scratch_price=prices[3] / (1e9 * 30 * 86400),
+    )  # fmt: skip
