@@ -212,7 +212,7 @@ def plan(
     Examples:
       actshuffle plan acts.zarr --memory 8GB
       actshuffle plan --rows 100e9 --row-bytes 1KB --memory 100GB --run-bytes 1GB
-      actshuffle plan --rows 122e9 --row-bytes 8KiB --memory 16GB --hosts 200 --simulate
+      actshuffle plan --rows 122e9 --row-bytes 8KiB --memory 16GB --hosts 200
     """
     from actshuffle import inspect
     from actshuffle.forecast import forecast, text
