@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -120,6 +121,7 @@ class StoreObjects:
 
     def __init__(self, store: Store, name: str = "") -> None:
         self.store, self.name = store, name or str(store)
+        weakref.finalize(self, _hang_up, store, os.getpid()).atexit = False
 
     def get(self, key: str) -> bytes | None:
         with self._typed(key):
@@ -226,6 +228,13 @@ class StoreObjects:
 
     def free_bytes(self) -> int | None:
         return None
+
+
+def _hang_up(store: Store, pid: int) -> None:
+    """Close the connections of a client that nobody uses any more: s3fs does not, in others' event loops."""
+    client = getattr(getattr(store, "fs", None), "_s3", None)
+    if client is not None and pid == os.getpid():
+        asyncio.run_coroutine_threadsafe(client.close(), _loop())
 
 
 def _pieces(extent: Extent, size: int) -> Iterator[Extent]:

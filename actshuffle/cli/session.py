@@ -104,7 +104,7 @@ def _check_private(address: str) -> None:
 
     Without TLS Dask neither hides nor authenticates: whoever is on the way can run code on both sides.
     """
-    from distributed.comm import get_address_host, parse_address
+    from distributed.comm.addressing import get_address_host, parse_address
 
     if parse_address(address)[0] in ("tls", "wss", "inproc"):
         return
