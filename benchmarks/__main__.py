@@ -46,6 +46,10 @@ TINY: dict[str, dict[str, Any]] = {
     "growth": {"start": 1 << 18, "factors": [1, 4], "memory": 28 << 20, "block": 1 << 17,
                "run_bytes": 1 << 14, "rounds": 1, "workers": 0},
     "scheduler": {"tasks": 300, "workers": 1},
+    "calibrate": {
+        "known": [1 << 20, 1 << 21], "held_out": [3 << 20], "memories": [28 << 20], "rounds": 1,
+        "held_memory": 28 << 20, "workers": [0, 1], "levels": [2],
+    },
     "peers": {"size": 1 << 20, "row_bytes": 512, "memory": None, "workers": 1, "rounds": 1,
               "seconds": 60.0},
 }  # fmt: skip
@@ -66,7 +70,7 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
 def _start(name: str, run: Callable[..., None], options: dict[str, Any]) -> None:
     work, out, tiny = (options.pop(k) for k in ("work", "out", "tiny"))
     settings = options | (TINY[name] if tiny else {})
-    shown = {k: v for k, v in settings.items() if k != "python"}
+    shown = {k: v for k, v in settings.items() if k not in ("python", "add")}
     with results.bench(name, work, out, {"tiny": True} if tiny else shown) as bench:
         run(bench, **settings)
 
@@ -124,6 +128,8 @@ def shuffle(**options: Any) -> None:
 @click.option("--only", type=_List(str), default=None, help="These peers alone.")
 @click.option("--python", type=(str, click.Path(exists=True)), multiple=True,
               help="PEER INTERPRETER: run a peer by another Python.")  # fmt: skip
+@click.option("--add", type=click.Path(exists=True, path_type=Path), multiple=True,
+              help="results.json of earlier peers, to be in the same table.")  # fmt: skip
 @_common
 def peers(**options: Any) -> None:
     """The same rows through what one would use instead: time, memory, and is it uniform."""
@@ -160,11 +166,28 @@ def scheduler(**options: Any) -> None:
     _start("scheduler", module.run, options)
 
 
+@main.command()
+@click.option("--known", type=SIZES, default="256MB,512MB", help="Sizes to learn from.")
+@click.option("--held-out", type=SIZES, default="1GB,1500MB", help="Sizes to foretell.")
+@click.option("--memories", type=SIZES, default="48MiB,96MiB", help="Of one worker, to learn from.")
+@click.option("--held-memory", type=SIZE, default="72MiB", help="Of one worker, to foretell.")
+@click.option("--workers", type=INTS, default=f"0,1,{cores()}", help="Dask workers; 0 is serial.")
+@click.option("--levels", type=INTS, default="2,3", help="Passes over the data.")
+@click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")
+@click.option("--rounds", type=COUNT, default=3, help="Times that each is run.")
+@_common
+def calibrate(**options: Any) -> None:
+    """The cost model's constants on this machine, and how well it foretells runs it has not seen."""
+    from benchmarks import calibrate as module
+
+    _start("calibrate", module.run, options)
+
+
 @main.command(name="all")
 @_common
 def everything(**options: Any) -> None:
     """All of them, one after the other, as their defaults say."""
-    for command in (floor, shuffle, growth, scheduler, peers):
+    for command in (floor, shuffle, growth, scheduler, calibrate, peers):
         with click.Context(command) as ctx:
             defaults = {p.name: p.get_default(ctx) for p in command.params if p.name}
             defaults = {

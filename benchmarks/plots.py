@@ -291,3 +291,22 @@ def peers(folder: Path, rows: list[dict[str, Any]], nbytes: int) -> str:
         0.01, 0.0, "; ".join(notes), ha="left", va="top", fontsize=7.5, color=GREY, wrap=True
     )
     return _save(folder, figure, "peers.png")
+
+
+def calibrate(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Foretold against measured seconds; on the line they are equal."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(4.6, 4.2))
+    ends = [f(r["measured"]["median"] for r in rows) for f in (min, max)]
+    axis.plot(ends, ends, color=GREY, linewidth=1)
+    axis.fill_between(
+        ends, [0.85 * x for x in ends], [1.15 * x for x in ends], color=LIGHT, label="15%"
+    )
+    for known, colour, label in ((True, GREY, "fitted to"), (False, BLUE, "held out")):
+        ours = [r for r in rows if r["known"] == known]
+        axis.plot([r["measured"]["median"] for r in ours], [r["foretold"] for r in ours], "o", markersize=5,
+                  color=colour, label=label)  # fmt: skip
+    axis.set(xscale="log", yscale="log", xlabel="measured, seconds", ylabel="foretold, seconds")
+    axis.legend()
+    return _save(folder, figure, "calibrate.png")

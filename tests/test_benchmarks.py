@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 
 from actshuffle.executors import Serial
+from actshuffle.planner import make_plan
 
 sys.path.insert(
     0, str(Path(__file__).parents[1])
 )  # benchmarks are run from the root, not installed
 
-from benchmarks import cache, growth, measure, shuffle, sources
+from benchmarks import cache, calibrate, growth, measure, shuffle, sources
 from benchmarks.__main__ import main
 from benchmarks.peers import PEERS, Work, driver, formats
 from benchmarks.phases import OUTSIDE, PHASES
@@ -85,6 +87,37 @@ def test_scheduler(tmp_path):
     found = miniature(tmp_path, "scheduler")
     assert found["summary"]["tasks"] == found["samples"][-1]["tasks"] == 300
     assert found["summary"]["memory_last"]["scheduler"] > 10e6
+
+
+def test_calibrate(tmp_path):
+    found = miniature(tmp_path, "calibrate")
+    assert set(found["constants"]) == {"0", "1"}
+    assert [r["known"] for r in found["runs"] if not r["workers"]] == [True, True, False]
+    assert all(r["foretold"] > 0 for r in found["runs"])
+
+
+def test_constants_are_found_again(tmp_path):
+    """Times made up from known constants give these back, and foretell a run with them."""
+    true = calibrate.Constants(0.01, 2e-9, 3e-9, 0.2, 0.001)
+    plans = [make_plan(size // 8192, 8192, memory=memory, levels=levels, run_bytes=32 << 10)
+             for size in (10**8, 3 * 10**8) for memory in (48 << 20, 96 << 20) for levels in (2, 3)]  # fmt: skip
+
+    def measured(plan):
+        walls = [plan.task_count(n) * 0.01 + plan.level_bytes(n)[0] * (2e-9 if n < plan.levels else 3e-9)
+                 for n in range(1, plan.levels + 1)]  # fmt: skip
+        tasks = sum(plan.task_count(n) for n in range(1, plan.levels + 1))
+        return {"walls": walls, "seconds": sum(walls) + 0.2 + 0.001 * tasks}
+
+    found = calibrate.fit([(plan, measured(plan)) for plan in plans], 1)
+    assert found.split_cpu == pytest.approx(true.split_cpu, rel=1e-3)
+    assert found.overhead == pytest.approx(true.overhead, rel=1e-2)
+    other = make_plan(10**9 // 8192, 8192, memory=64 << 20, levels=3, run_bytes=32 << 10)
+    assert calibrate.foretell(other, found, 1) == pytest.approx(
+        measured(other)["seconds"], rel=0.03
+    )
+    # Negative control: with a constant that is wrong by half it would not.
+    wrong = dataclasses.replace(found, leaf_cpu=found.leaf_cpu / 2)
+    assert calibrate.foretell(other, wrong, 1) < 0.9 * measured(other)["seconds"]
 
 
 def test_peers(tmp_path):

@@ -33,7 +33,7 @@ MOST = 0.8  # of the machine's memory, before a run is ended
 def run(
     bench: Bench, *, size: int, row_bytes: int, memory: int | None, workers: int, rounds: int,
     seconds: float, most_memory: int | None = None, only: list[str] | None = None,
-    python: tuple[tuple[str, str], ...] = (),
+    python: tuple[tuple[str, str], ...] = (), add: tuple[Path, ...] = (),
 ) -> None:  # fmt: skip
     need_space(bench.work, 6 * size)
     names = [name for name in PEERS if not only or name in only]
@@ -63,9 +63,21 @@ def run(
                 one |= _one(name, interpreters.get(name), work, sources, seconds, limit)
             found.append(one)
             bench.did(f"{PEERS[name].title}: {_told(one)}")
+    for earlier in add:
+        found = _earlier(earlier, bench.settings) + found
     rows = summary(found)
     images = plots.draw(bench, lambda folder: [plots.peers(folder, rows, work.nbytes)])
     bench.publish({"rounds": found, "summary": rows}, page(rows, work, seconds, limit), images)
+
+
+def _earlier(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rounds of another run of this benchmark, if it had the same task."""
+    document = json.loads(path.read_text())
+    for name in ("size", "row_bytes", "memory", "workers"):
+        if document["settings"].get(name) != settings.get(name):
+            raise ValueError(f"{path} has another {name}: {document['settings'].get(name)}")
+    found: list[dict[str, Any]] = document["figures"]["rounds"]
+    return found
 
 
 class _Sources:

@@ -1,0 +1,211 @@
+"""`calibrate`: the constants of the cost model on this machine, and how well it foretells other runs.
+
+Small runs are measured, level by level.  A level of n tasks of b bytes on w workers takes
+
+    ceil(n / w) x (overhead + CPU per byte x b)
+
+and what is left of a run (boundaries, index, publishing) a fixed time and some more per task.  The five
+numbers are fitted per number of workers, since workers of one machine are in each other's way.  Then runs
+of sizes and block sizes that were not measured are foretold by `actshuffle.simulate`, run, and compared.
+All is in the page cache and without fsync: it is the processor's part that is calibrated; the disk's is
+what `floor` measures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import actshuffle
+from actshuffle import simulate
+from actshuffle.cost import Cluster
+from actshuffle.errors import InfeasibleError
+from actshuffle.executors import Executor, Serial, local_cluster
+from actshuffle.types import Plan
+from actshuffle.units import format_bytes
+from benchmarks import cache, plots
+from benchmarks.phases import Timed
+from benchmarks.results import Bench, need_space, ranged, spread, table
+from benchmarks.sources import make_source
+
+RUN_BYTES = 32 << 10  # small, so that small data has as many levels as one likes
+UNLIMITED = 1e15  # bytes a second
+GOAL = 0.15
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run; ``workers`` 0 is the serial executor.  ``known`` ones are what constants are fitted to."""
+
+    size: int
+    memory: int
+    workers: int
+    levels: int
+    known: bool
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What was fitted for one number of workers: seconds, and seconds per byte."""
+
+    overhead: float
+    split_cpu: float
+    leaf_cpu: float
+    fixed: float
+    per_task: float
+
+
+def run(
+    bench: Bench, *, known: list[int], held_out: list[int], memories: list[int], held_memory: int,
+    workers: list[int], levels: list[int], row_bytes: int, rounds: int,
+) -> None:  # fmt: skip
+    need_space(bench.work, int(4.5 * max(*known, *held_out)))
+    cases = [Case(size, memory, count, level, True)
+             for size in known for memory in memories for count in workers for level in levels]  # fmt: skip
+    cases += [Case(size, held_memory, count, level, False)
+              for size in held_out for count in workers for level in levels]  # fmt: skip
+    bench.plan(rounds * len(cases))
+    found: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
+    plans: dict[Case, Plan] = {}
+    with ExitStack() as stack:
+        crews: dict[int, Executor] = {
+            n: stack.enter_context(local_cluster(n)) if n else Serial() for n in workers
+        }
+        for size in sorted({case.size for case in cases}):
+            source = make_source(bench.work, size, row_bytes, 8 << 20)
+            ours = [case for case in cases if case.size == size]
+            for crew in crews.values():  # buffers are touched, code is loaded
+                _one(crew, source, bench.work / "out", ours[0])
+            for _ in range(rounds):
+                for case in ours:
+                    try:
+                        plans[case], one = _one(
+                            crews[case.workers], source, bench.work / "out", case
+                        )
+                    except InfeasibleError as err:
+                        bench.did(f"{case}: {err}")
+                        continue
+                    found[case].append(one)
+                    bench.did(f"{format_bytes(size)}, {case.workers} workers, {case.levels} levels: "
+                              f"{one['seconds']:.2f} s")  # fmt: skip
+            shutil.rmtree(source)
+    cases = [case for case in cases if found[case]]
+    constants = {
+        count: fit(
+            [(plans[c], _median(found[c])) for c in cases if c.known and c.workers == count], count
+        )
+        for count in workers
+    }
+    rows = [
+        asdict(case) | {
+            "tasks": [plans[case].task_count(level) for level in range(1, case.levels + 1)],
+            "measured": spread([one["seconds"] for one in found[case]]),
+            "foretold": foretell(plans[case], constants[case.workers], case.workers),
+        }
+        for case in cases
+    ]  # fmt: skip
+    for row in rows:
+        row["off"] = row["foretold"] / row["measured"]["median"] - 1
+    fitted = {str(count): asdict(c) for count, c in constants.items()}
+    images = plots.draw(bench, lambda folder: [plots.calibrate(folder, rows)])
+    bench.publish({"constants": fitted, "runs": rows}, page(rows, constants), images)
+
+
+def _one(crew: Executor, source: Path, target: Path, case: Case) -> tuple[Plan, dict[str, Any]]:
+    """A run, from the call to the marker: seconds in all, and of each level's tasks."""
+    cache.warm([source])
+    timed = Timed(crew)
+    start = time.monotonic()
+    result = actshuffle.shuffle(
+        source, target, seed=1, levels=case.levels, memory=case.memory, run_bytes=RUN_BYTES,
+        executor=timed, fsync=False, progress=timed,
+    )  # fmt: skip
+    seconds = time.monotonic() - start
+    shutil.rmtree(target)
+    walls = []
+    for name, begin, end in timed.stages:
+        if name.startswith("level"):
+            walls.append(max(t.stop for t in timed.traces
+                             if begin <= t.stop <= end and t.task.kind != "index") - begin)  # fmt: skip
+    return result.plan, {"seconds": seconds, "walls": walls}
+
+
+def _median(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "seconds": float(np.median([one["seconds"] for one in found])),
+        "walls": np.median([one["walls"] for one in found], axis=0).tolist(),
+    }
+
+
+def fit(runs: list[tuple[Plan, dict[str, Any]]], workers: int) -> Constants:
+    """Least squares of relative errors; ``runs`` are plans and what was measured of them."""
+    levels, rests = [], []
+    for plan, one in runs:
+        for level, seconds in enumerate(one["walls"], 1):
+            n, nbytes = plan.task_count(level), plan.level_bytes(level)[0]
+            turns = -(-n // max(1, workers))
+            split, moved = level < plan.levels, turns * nbytes / n
+            levels.append(([turns, moved * split, moved * (not split)], seconds))
+        tasks = sum(plan.task_count(level) for level in range(1, plan.levels + 1))
+        rests.append(([1.0, tasks], one["seconds"] - sum(one["walls"])))
+    overhead, split_cpu, leaf_cpu = _solve(levels)
+    fixed, per_task = _solve(rests)
+    return Constants(overhead, split_cpu, leaf_cpu, fixed, per_task)
+
+
+def _solve(equations: list[tuple[list[float], float]]) -> list[float]:
+    """Coefficients, none below 0, that reproduce the right sides."""
+    a = np.array([[x / y for x in left] for left, y in equations])
+    used = list(range(a.shape[1]))
+    while True:
+        found = np.linalg.lstsq(a[:, used], np.ones(len(a)), rcond=None)[0]
+        if (found >= 0).all():
+            return [float(found[used.index(i)]) if i in used else 0.0 for i in range(a.shape[1])]
+        del used[int(np.argmin(found * np.abs(a[:, used]).max(axis=0)))]
+
+
+def foretell(plan: Plan, constants: Constants, workers: int) -> float:
+    """Seconds of a run: its levels simulated, the rest by its line."""
+    cluster = Cluster(
+        hosts=1, workers_per_host=max(1, workers), network=UNLIMITED, disk=UNLIMITED, dispatch=0.0,
+        overhead=constants.overhead, split_cpu=constants.split_cpu, leaf_cpu=constants.leaf_cpu,
+    )  # fmt: skip
+    played = simulate.simulate(plan, cluster, grain=0)
+    tasks = sum(plan.task_count(level) for level in range(1, plan.levels + 1))
+    seconds = sum(stage.seconds for stage in played if stage.name.startswith("level"))
+    return seconds + constants.fixed + constants.per_task * tasks
+
+
+def page(rows: list[dict[str, Any]], constants: dict[int, Constants]) -> list[str]:
+    names = [f.name for f in dataclasses.fields(Constants)]
+    unseen = [abs(r["off"]) for r in rows if not r["known"]]
+    within = sum(off <= GOAL for off in unseen)
+    crew = {count: "serial" if not count else f"{count} workers" for count in constants}
+    return [
+        "In the page cache, without fsync. Constants are fitted to the *known* runs, per number of workers; "
+        "the others were run only to be compared with what the simulation had foretold.",
+        "",
+        *table(
+            ("", "overhead ms", "split s/GB", "leaf s/GB", "fixed ms", "more ms a task"),
+            ((crew[count], *(f"{getattr(c, n) * (1e9 if n.endswith('cpu') else 1e3):.2f}" for n in names))
+             for count, c in constants.items()),
+        ),
+        "",
+        *table(
+            ("", "data", "memory", "", "levels", "tasks", "measured s", "foretold s", "off"),
+            (("known" if r["known"] else "**held out**", format_bytes(r["size"]), format_bytes(r["memory"]),
+              crew[r["workers"]], r["levels"], " + ".join(map(str, r["tasks"])), ranged(r["measured"]),
+              f"{r['foretold']:.2f}", f"{100 * r['off']:+.0f}%")
+             for r in rows),
+        ),
+        "",
+        f"Held out: {within} of {len(unseen)} within {100 * GOAL:.0f}%, the worst "
+        f"{100 * max(unseen, default=0):.0f}% off.",
+    ]  # fmt: skip
