@@ -154,8 +154,8 @@ def campaign(states: States, how: str, seeds: range) -> dict[str, int]:
 
 @pytest.mark.parametrize("how", HARMS)
 def test_harm_to_a_half_done_run(how, states):
-    found = campaign(states, how, range(25))
-    assert sum(found.values()) == 25
+    found = campaign(states, how, range(20))
+    assert sum(found.values()) == 20
 
 
 def test_records_of_other_kinds_are_not_taken_for_the_claim(states):
@@ -187,9 +187,9 @@ def test_tables_of_other_buckets_and_runs_are_not_believed(table, states):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("how", HARMS)
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", range(2))
 def test_harm_to_a_half_done_run_by_the_hundred(how, block, states):
-    count = 250 if how == "flip" else 125
+    count = 200 if how == "flip" else 75
     found = campaign(states, how, range(1000 + block * count, 1000 + (block + 1) * count))
     assert found["by the run"] + found["by verify"] > 0
 
@@ -268,4 +268,4 @@ def test_harm_to_the_source_between_runs(how, states, tmp_path):
 @pytest.mark.soak
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete", "swap"])
 def test_harm_to_the_source_between_runs_by_the_hundred(how, states, tmp_path):
-    source_campaign(states, how, range(1000, 1250), tmp_path)
+    source_campaign(states, how, range(1000, 1050), tmp_path)

@@ -385,7 +385,7 @@ def test_write_fails_at_every_write(kind, error, tiny, dst):
 
 def _kill_at_random(who, count, src, tmp_path, seed):
     """Kill one process of a cluster again and again, at random times, resume, check; then the next."""
-    dice, stuck = random.Random(seed), 0
+    dice = random.Random(seed)
     told = tmp_path / "told.json"
     seconds = 1.5
     number = 0
@@ -426,7 +426,6 @@ def _kill_at_random(who, count, src, tmp_path, seed):
             assert_exact(src, dst)
             shutil.rmtree(dst)
         shutil.rmtree(folder, ignore_errors=True)
-    assert stuck == 0
 
 
 @pytest.mark.parametrize(("who", "count"), [("worker", 18), ("scheduler", 6), ("driver", 6)])
@@ -435,9 +434,10 @@ def test_kills_at_random(who, count, src, tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("who", "count"), [("worker", 300), ("scheduler", 100), ("driver", 100)])
-def test_kills_at_random_by_the_hundred(who, count, src, tmp_path):
-    _kill_at_random(who, count, src, tmp_path, seed=2)
+@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize(("who", "count"), [("worker", 30), ("scheduler", 10), ("driver", 10)])
+def test_kills_at_random_by_the_hundred(who, count, block, src, tmp_path):
+    _kill_at_random(who, count, src, tmp_path, seed=1000 + block)
 
 
 # --- Tasks that run twice, and late -------------------------------------------------------------
