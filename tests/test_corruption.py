@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import actshuffle
+from actshuffle import run as runs
+from actshuffle import tasks
 from actshuffle.errors import ActshuffleError, ConservationError, FormatError
 from actshuffle.objects import as_place
 from actshuffle.prepare import scratch_place
@@ -156,6 +158,19 @@ def campaign(states: States, how: str, seeds: range) -> dict[str, int]:
 def test_harm_to_a_half_done_run(how, states):
     found = campaign(states, how, range(20))
     assert sum(found.values()) == 20
+
+
+def test_control_sums_that_are_not_compared(states, monkeypatch):
+    """An engine that does not look whether rows arrived writes damaged ones, and the campaign sees them."""
+    monkeypatch.setattr(tasks, "_check_conserved", lambda *args: None)
+    with pytest.raises(AssertionError, match="NOT the shuffle"):
+        campaign(states, "flip", range(40))
+
+
+def test_control_a_run_that_does_not_clear_away(states, monkeypatch):
+    monkeypatch.setattr(runs, "_clear", lambda job: None)
+    with pytest.raises(AssertionError, match=r"receipts|DestinationExists|finished"):
+        campaign(states, "delete", range(10))
 
 
 def test_records_of_other_kinds_are_not_taken_for_the_claim(states):

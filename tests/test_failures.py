@@ -346,6 +346,25 @@ def test_failing_at_every_operation(kind, plan, tiny, dst):
         shutil.rmtree(dst)
 
 
+def test_control_an_engine_that_says_too_early_that_it_is_done(tiny, dst, monkeypatch):
+    """Its half-done stores are taken for whole, and the walk through all operations sees that."""
+    from actshuffle import manifest
+    from actshuffle import run as runs
+
+    inner = runs._claim
+
+    def hasty(job):
+        inner(job)
+        manifest.write_marker(job, {f.name: "0" * 32 for f in job.fields}, {})
+
+    monkeypatch.setattr(runs, "_claim", hasty)
+    operations = [o for o in _operations(tiny, dst, **TINY) if o.key.startswith("level2")]
+    with Faults(at({operations[0].number: "kill"})), pytest.raises(Killed):
+        serial_run(tiny, dst, SEED, **TINY)
+    with pytest.raises(AssertionError):
+        _finish_torn(tiny, dst, operations[0])
+
+
 def test_killed_process_at_every_tenth_operation(tiny, dst, told):
     """The same with real deaths: nothing is tidied up on the way out."""
     operations = _operations(tiny, dst, **TINY)

@@ -382,8 +382,19 @@ def test_no_secret_is_written_or_logged(endpoint, bucket, tmp_path, caplog):
     for key in endpoint.keys(bucket):
         texts.append(endpoint.get(f"{bucket}/{key}").decode("latin-1"))
     texts.append(caplog.text)
-    everything = "\n".join(texts)
-    assert "dst.zarr" in everything
-    for secret in (SECRET, TOKEN, KEY):
-        assert secret not in everything
+    assert "dst.zarr" in "\n".join(texts)
+    assert secrets_in(texts) == set()
     assert endpoint.seen
+
+
+def secrets_in(texts):
+    return {secret for secret in (SECRET, TOKEN, KEY) for text in texts if secret in text}
+
+
+def test_control_secrets_are_seen(endpoint, bucket, caplog):
+    """In an object and in a log, where the test above looks for them."""
+    endpoint.put(f"{bucket}/dst.zarr/run.json", json.dumps(endpoint.options()).encode())
+    caplog.set_level(logging.DEBUG, logger="actshuffle")
+    logging.getLogger("actshuffle").debug("%s", endpoint.options())
+    texts = [endpoint.get(f"{bucket}/{key}").decode("latin-1") for key in endpoint.keys(bucket)]
+    assert secrets_in(texts) == secrets_in([caplog.text]) == {SECRET, TOKEN, KEY}
