@@ -18,9 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actshuffle.data.dataset import Dataset, open_dataset
-from actshuffle.data.loader import Loader
-from actshuffle.data.stats import read_stats
+from actshuffle import Dataset, Loader, open_dataset, read_stats
 from actshuffle.errors import ActshuffleError, FormatError, RequestError
 from saetrain.config import Config
 from saetrain.errors import DataError
