@@ -8,8 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 .PHONY: demo test lint soak clean $(TESTS)
 
-demo: $(VENV)/demo.done       ## shuffle a real model's activations, verify, show the difference
+demo: $(VENV)/demo.done       ## shuffle a real model's activations, verify, show the difference, train an SAE from them
 	$(BIN)/python examples/shuffle_minilm.py
+	$(BIN)/python examples/train_minilm.py
 
 # A process for each file, two at a time: clusters, forks and memory peaks of one do not touch the next.
 test: $(VENV)/test.done       ## the test suite

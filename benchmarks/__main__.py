@@ -52,6 +52,10 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "peers": {"size": 1 << 20, "row_bytes": 512, "memory": None, "workers": 1, "rounds": 1,
               "seconds": 60.0},
+    "sae-peers": {"store": None, "d_sae": 128, "k": 4, "steps": 6, "batch": 64, "rounds": 1, "speed_batch": 64,
+                  "wide": [32, 64, 4], "planted_steps": 6},
+    "sae-order": {"store": None, "d_sae": 64, "k": 4, "batch": 128, "buffer": 512, "dead": 2},
+    "sae-ranks": {"width": 16, "d_sae": 2048, "small": 64, "ranks": [1, 2]},
 }  # fmt: skip
 
 
@@ -183,11 +187,69 @@ def calibrate(**options: Any) -> None:
     _start("calibrate", module.run, options)
 
 
+STORE = click.Path(path_type=Path)
+
+
+@main.command(name="sae-peers")
+@click.option("--store", type=STORE, default="demo/shuffled.zarr", help="Shuffled activations.")
+@click.option("--d-sae", type=COUNT, default=1536, help="Latents.")
+@click.option("--k", type=COUNT, default=32, help="Active latents a token.")
+@click.option("--steps", type=COUNT, default=250, help="On the store's rows; 0 leaves these out.")
+@click.option("--batch", type=COUNT, default=1024, help="Rows of a step.")
+@click.option(
+    "--planted-steps", type=COUNT, default=400, help="On planted rows; 0 leaves these out."
+)
+@click.option("--rounds", type=COUNT, default=10, help="Of the speed comparison; 0 leaves it out.")
+@click.option("--speed-batch", type=COUNT, default=2048, help="Rows of a step, for speed.")
+@click.option(
+    "--wide", type=INTS, default="768,12288,64", help="Another width, latents, k for speed."
+)
+@_common
+def sae_peers(**options: Any) -> None:
+    """saetrain and other trainers on the same rows: FVU, planted features found, speed."""
+    from benchmarks.sae import peers as module
+
+    _start("sae-peers", module.run, options)
+
+
+@main.command(name="sae-order")
+@click.option("--store", type=STORE, default="demo/activations.zarr", help="Rows as harvested.")
+@click.option("--d-sae", type=COUNT, default=1024, help="Latents.")
+@click.option("--k", type=COUNT, default=32, help="Active latents a token.")
+@click.option("--batch", type=COUNT, default=512, help="Rows of a step.")
+@click.option("--buffer", type=COUNT, default=16_384, help="Rows of the shuffle buffer.")
+@click.option(
+    "--dead", type=COUNT, default=40, help="Steps without firing after which a latent is dead."
+)
+@_common
+def sae_order(**options: Any) -> None:
+    """The same SAE from shuffled rows, from a shuffle buffer, and in the order of the harvest."""
+    from benchmarks.sae import order as module
+
+    _start("sae-order", module.run, options)
+
+
+@main.command(name="sae-ranks")
+@click.option("--width", type=COUNT, default=512, help="Of the activations.")
+@click.option("--d-sae", type=COUNT, default=65_536, help="Latents.")
+@click.option("--small", type=COUNT, default=512, help="Latents of the base.")
+@click.option("--ranks", type=INTS, default="1,2,4", help="Numbers of ranks.")
+@_common
+def sae_ranks(**options: Any) -> None:
+    """Memory of each rank as more of them share a dictionary, and bytes sent between them."""
+    from benchmarks.sae import ranks as module
+
+    _start("sae-ranks", module.run, options)
+
+
 @main.command(name="all")
 @_common
 def everything(**options: Any) -> None:
     """All of them, one after the other, as their defaults say."""
     for command in (floor, shuffle, growth, scheduler, calibrate, peers):
+
+
+    for command in (floor, shuffle, growth, scheduler, peers, sae_ranks):
         with click.Context(command) as ctx:
             defaults = {p.name: p.get_default(ctx) for p in command.params if p.name}
             defaults = {

@@ -21,14 +21,7 @@ from saetrain.mesh import RENDEZVOUS, Mesh
 from saetrain.report import report
 from saetrain.train import fit
 
-SWEPT = (
-    "arch",
-    "d_sae",
-    "k",
-    "lr",
-    "sparsity",
-    "aux_coef",
-)  # settings that runs of one sweep may differ in
+SWEPT = ("arch", "d_sae", "k", "lr", "sparsity", "aux_coef")  # what runs of one sweep may differ in
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,16 +47,10 @@ def parser() -> argparse.ArgumentParser:
         for field in fields(Config):
             flag, note = f"--{field.name.replace('_', '-')}", field_help()[field.name]
             many = command is sweep and field.name in SWEPT
-            shown = (
-                ""
-                if field.default in (0, -1, "", ())
-                else f" [{field.default:.4g}]"
-                if isinstance(field.default, float)
-                else f" [{field.default}]"
-            )
-            command.add_argument(
-                flag, metavar="A,B" if many else "X", help=(note + shown).replace("%", "%%")
-            )
+            default = f"{field.default:.4g}" if isinstance(field.default, float) else field.default
+            note += "" if field.default in (0, -1, "", ()) else f" [{default}]"
+            metavar = "A,B" if many else "X"
+            command.add_argument(flag, metavar=metavar, help=note.replace("%", "%%"))
     drawn = commands.add_parser("report", help="draw and compare runs: report.png and report.html")
     drawn.add_argument("runs", type=Path, nargs="+")
     drawn.add_argument(

@@ -11,11 +11,13 @@ import inspect
 import textwrap
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal, Self, get_args, get_type_hints
 
 from saetrain.errors import ConfigError
 
 Arch = Literal["topk", "batchtopk", "matryoshka", "relu", "jumprelu"]
+Compute = Literal["auto", "float32", "bfloat16", "float64"]
 SPARSE = ("topk", "batchtopk", "matryoshka")  # a fixed number of active latents, AuxK, unit decoder
 
 
@@ -84,7 +86,7 @@ class Config:
     # --- machine
     device: str = "auto"
     """cpu, cuda, or auto"""
-    compute: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    compute: Compute = "auto"
     """precision of the encoder product; auto takes bfloat16 on CUDA, float32 elsewhere.  Parameters, optimiser
     and sums stay float32 (float64 with float64)"""
     tensor_parallel: int = 0
@@ -102,26 +104,12 @@ class Config:
     """checkpoints kept"""
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("arch", get_args(Arch)),
-            ("compute", ("auto", "float32", "bfloat16", "float64")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+        for name, allowed in (("arch", get_args(Arch)), ("compute", get_args(Compute))):
+            if (given := getattr(self, name)) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
         for name in (
-            "d_sae",
-            "aux_k",
-            "dead_tokens",
-            "batch_size",
-            "steps",
-            "lr",
-            "clip",
-            "holdout",
-            "tile",
-            "aux_coef",
-        ):
+            "d_sae", "aux_k", "dead_tokens", "batch_size", "steps", "lr", "clip", "holdout", "tile", "aux_coef",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("k", "log_every", "keep"):
@@ -150,13 +138,12 @@ def resolve(config: Config, d_in: int, rows: int) -> Config:
     c = config
     holdout = c.holdout or min(rows // 20, 16_384)
     train_rows = rows - holdout
-    batch = c.batch_size or min(4096, max(256, 1 << max(train_rows // 2000, 1).bit_length() - 1))
-    batch = batch if c.batch_size else min(batch, max(train_rows, 1))
+    power = 1 << max(train_rows // 2000, 1).bit_length() - 1
+    batch = c.batch_size or min(max(power, 256), 4096, max(train_rows, 1))
     one_pass = train_rows // batch
     if one_pass < 1:
-        raise ConfigError(
-            f"{rows:,} rows less {holdout:,} held out do not fill one batch of {batch:,}"
-        )
+        what = f"{rows:,} rows less {holdout:,} held out"
+        raise ConfigError(f"{what} do not fill one batch of {batch:,}")
     steps = c.steps or max(one_pass, min(2000, 20 * one_pass))
     d_sae = c.d_sae or 16 * d_in
     widths: tuple[int, ...] = (d_sae,)
@@ -170,7 +157,7 @@ def resolve(config: Config, d_in: int, rows: int) -> Config:
     # Activations of a latent grow as sqrt(d_in) in normalised units; the papers' lambdas are for wide models.
     narrow = min(d_in / 1024, 1.0)
     lambdas = {"relu": 5.0 * narrow**0.5, "jumprelu": 10.0 * narrow}
-    # Gao et al.'s rate is for long runs; short ones do better with more (docs/training.md has the figures).
+    # Gao et al.'s rate is for long runs; short ones do better with more.
     hurry = min(max((20_000 / steps) ** 0.5, 1.0), 5.0)
     return replace(
         c, d_sae=d_sae, widths=widths, holdout=holdout, batch_size=batch, steps=steps,
@@ -187,17 +174,13 @@ def resolve(config: Config, d_in: int, rows: int) -> Config:
 @cache
 def field_help() -> dict[str, str]:
     """The string under each field of Config, by name."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(Config))).body[0]
-    assert isinstance(body, ast.ClassDef)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(Config))).body[0]
+    assert isinstance(tree, ast.ClassDef)
     found = {}
-    for first, second in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(first, ast.AnnAssign)
-            and isinstance(first.target, ast.Name)
-            and isinstance(second, ast.Expr)
-        ):
+    for first, second in pairwise(tree.body):
+        if isinstance(first, ast.AnnAssign) and isinstance(second, ast.Expr):
             text = ast.literal_eval(second.value)
-            found[first.target.id] = " ".join(str(text).split())
+            found[ast.unparse(first.target)] = " ".join(str(text).split())
     return found
 
 

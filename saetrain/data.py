@@ -25,15 +25,7 @@ from saetrain.errors import DataError
 from saetrain.mesh import Mesh
 from saetrain.model import Norm, norm_from
 
-DOCUMENT_NAMES = (
-    "document",
-    "documents",
-    "doc",
-    "doc_id",
-    "document_id",
-    "doc_ids",
-    "document_ids",
-)
+DOCUMENT_NAMES = ("document", "documents", "document_id", "document_ids", "doc", "doc_id", "doc_ids")  # fmt: skip
 SAMPLE_ROWS = 65_536  # for statistics where the store has none
 
 
@@ -80,8 +72,9 @@ class Store:
             raise DataError(f"{type(error).__name__}: {error}") from error
         self.name, self.rows = str(path), self.data.rows
         self.field = config.field or self._only_field()
-        if self.field not in self.data.fields:
-            raise DataError(f"no array {self.field!r} in {path}; it has {sorted(self.data.fields)}")
+        for name in filter(None, (self.field, config.document_field)):
+            if name not in self.data.fields:
+                raise DataError(f"no array {name!r} in {path}; it has {sorted(self.data.fields)}")
         info = self.data.fields[self.field]
         if len(info.row_shape) != 1 or not (info.dtype.kind == "f" or info.bfloat16):
             raise DataError(
@@ -91,10 +84,6 @@ class Store:
         self.d_in = int(info.row_shape[0])
         names = [config.document_field] if config.document_field else DOCUMENT_NAMES
         self.document_field = next((n for n in names if n in self.data.fields), None)
-        if config.document_field and self.document_field is None:
-            raise DataError(
-                f"no array {config.document_field!r} in {path}; it has {sorted(self.data.fields)}"
-            )
 
     def _only_field(self) -> str:
         found = [
@@ -131,9 +120,8 @@ class Store:
             for at in range(first, min(first + each, self.rows), 4096):
                 part = self.read(self.field, at, min(at + 4096, first + each, self.rows)).double()
                 check_finite(part, self.name, self.field, at)
-                shift = (
-                    shift if count else part.mean(0).numpy()
-                )  # so that a large mean costs no digits
+                if not count:
+                    shift = part.mean(0).numpy()  # so that a large mean costs no digits
                 part -= torch.from_numpy(shift)
                 count, total = count + len(part), total + part.sum(0).numpy()
                 square += float(part.square().sum())

@@ -47,16 +47,11 @@ def export(run: Path, to: Path, format: str = "saelens") -> None:
     rows, one = Spec(dtype, (n, d)), Spec(dtype, (n,))
     if format == "sparsify":
         if config.arch != "topk":
-            raise ExchangeError(
-                f"sparsify holds topk models only, and this is {config.arch}; SAELens holds it"
-            )
+            what = f"sparsify holds topk models only, and this is {config.arch}"
+            raise ExchangeError(f"{what}; SAELens holds it")
         names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec"}
-        specs = {
-            "b_dec": Spec(dtype, (d,)),
-            "encoder.weight": rows,
-            "encoder.bias": one,
-            "W_dec": rows,
-        }
+        specs = {"b_dec": Spec(dtype, (d,)), "encoder.weight": rows, "encoder.bias": one}
+        specs["W_dec"] = rows
         cfg: dict[str, Any] = {
             "activation": "topk", "expansion_factor": max(n // d, 1), "normalize_decoder": True, "num_latents": n,
             "k": config.k, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": d,
@@ -80,9 +75,8 @@ def export(run: Path, to: Path, format: str = "saelens") -> None:
         }  # fmt: skip
         if folded.activation == "topk":
             cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
-        write(
-            to / "sae_weights.safetensors", specs, _tensors(folded, names, dtype), {"format": "pt"}
-        )
+        blocks = _tensors(folded, names, dtype)
+        write(to / "sae_weights.safetensors", specs, blocks, {"format": "pt"})
     checkpoint.write_json(to / "cfg.json", cfg)
 
 
@@ -175,9 +169,7 @@ def bring(folder: Path, run: Path) -> None:
     config = Config(arch=arch, d_sae=n, k=max(found.k, 1), widths=(n,))  # type: ignore[arg-type]
     config = replace(config, batch_size=1, steps=1)
     b_enc = found.b_enc
-    if (
-        found.subtract_b_dec != config.is_sparse
-    ):  # the bias does what the subtraction did, or the reverse
+    if found.subtract_b_dec != config.is_sparse:  # the bias does what the subtraction did, or back
         b_enc = b_enc + (found.W_enc @ found.b_dec) * (1 if config.is_sparse else -1)
     held = {
         "W_enc": found.W_enc, "b_enc": b_enc, "W_dec": found.W_dec, "b_dec": found.b_dec,

@@ -35,7 +35,7 @@ try:
 except ImportError:
     triton_kernels = None
 
-GROUP = 32  # latents whose maximum is looked at first in a top-k
+GROUPS = (32, 16, 8)  # latents whose maximum is looked at first in a top-k
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,9 @@ def _offsets(sorted_ids: Tensor, count: int) -> Tensor:
 def bag_sum(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if table.is_cuda and triton_kernels is not None:
         return cast(Tensor, triton_kernels.bag_sum(table, index, weight, offsets))
+    weight = weight.to(table.dtype)
     return F.embedding_bag(
-        index,
-        table,
-        offsets,
-        mode="sum",
-        per_sample_weights=weight.to(table.dtype),
-        include_last_offset=True,
+        index, table, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
     )
 
 
@@ -115,37 +111,36 @@ def bag_dot(up: Tensor, table: Tensor, index: Tensor, bag: Tensor, offsets: Tens
     return cast(Tensor, dots(up.contiguous(), table, index, offsets, bag, 0))
 
 
+def sum_of_squares(x: Tensor) -> Tensor:
+    """In one pass, with nothing made on the way."""
+    flat = x.reshape(-1)
+    return flat.dot(flat)
+
+
 # --- top-k
 
 
 def exact_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and columns of the k largest of each row, largest first, equal ones in order of column.
 
-    Columns are looked at in groups of 32: the k largest lie in the k groups with the largest maxima.  One value
-    more than asked for is found; where it equals the k-th, the row is sorted in full, so that ties at the
-    boundary too go to the lowest columns, which torch.topk leaves open.
+    The k-th largest of the maxima of groups of columns is a bound that at least k values of the row reach, and
+    seldom many more: only these are sorted (stably, so that ties go to the lowest columns, which torch.topk leaves
+    open).  A NaN is not below any bound, and comes out first.
     """
     rows, n = pre.shape
     k = min(k, n)
-    take = min(k + 1, n)
-    if n % GROUP == 0 and n // GROUP >= 2 * take:
-        groups = pre.view(rows, n // GROUP, GROUP)
-        chosen = groups.amax(-1).topk(take, sorted=False).indices
-        first = torch.arange(rows, device=pre.device)[:, None] * (n // GROUP)
-        inside = groups.reshape(-1, GROUP).index_select(0, (first + chosen).view(-1)).view(rows, -1)
-        value, at = inside.topk(take)
-        column = chosen.gather(1, at // GROUP) * GROUP + at % GROUP
-    else:
-        value, column = pre.topk(take)
-    tied = ((value[:, 1:] == value[:, :-1]) & (value[:, 1:] > 0)).any(1).nonzero().view(-1)
-    value, column = value[:, :k], column[:, :k]
-    if len(tied):
-        again = torch.sort(pre[tied], stable=True, descending=True)
-        value, column = (
-            value.index_copy(0, tied, again.values[:, :k]),
-            column.index_copy(0, tied, again.indices[:, :k]),
-        )
-    return value, column
+    if not k:
+        return pre[:, :0], pre[:, :0].long()
+    group = next((g for g in GROUPS if n % g == 0 and n // g >= k), 1)
+    maxima = pre.view(rows, n // group, group).amax(-1) if group > 1 else pre
+    bound = maxima.topk(k, sorted=False).values.amin(1, keepdim=True)
+    row, column = (pre < bound).logical_not_().nonzero(as_tuple=True)
+    ends = torch.bincount(row, minlength=rows).cumsum(0)
+    starts = F.pad(ends[:-1], (1, 0))
+    found = pre.new_full((rows, int((ends - starts).max())), -torch.inf)
+    found[row, torch.arange(len(row), device=row.device) - starts[row]] = pre[row, column]
+    value, at = torch.sort(found, dim=1, stable=True, descending=True)
+    return value[:, :k], column[starts[:, None] + at[:, :k]]
 
 
 # --- the encoder product
@@ -185,9 +180,8 @@ class Encoder:
             bags.append(bag + number * self.tile)
             latents.append(latent)
             values.append(found[bag, latent])
-        return Codes(
-            torch.cat(latents), torch.cat(values), torch.cat(bags), x.shape[0], self.weight.shape[0]
-        )
+        latent, value, bag = torch.cat(latents), torch.cat(values), torch.cat(bags)
+        return Codes(latent, value, bag, x.shape[0], self.weight.shape[0])
 
 
 def choose_tile(weight: Tensor, bias: Tensor, compute: torch.dtype, k: int, tokens: int) -> int:

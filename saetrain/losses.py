@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saetrain.kernels import Codes, from_dense
+from saetrain.kernels import Codes, from_dense, sum_of_squares
 from saetrain.model import Model
 from saetrain.select import batch_topk, segments, topk
 
@@ -53,9 +53,7 @@ class _Part(NamedTuple):
     grads: dict[str, Tensor]
     residual: Tensor
     fired: Tensor
-    whole: dict[
-        str, Tensor
-    ]  # loss terms summed over my tokens, which all ranks of the replica hold
+    whole: dict[str, Tensor]  # loss terms summed over my tokens; all ranks of the replica hold them
     mine: dict[str, Tensor]  # loss terms summed over my tokens and my latents
 
 
@@ -96,11 +94,16 @@ def _sparse(model: Model, x: Tensor) -> _Part:
     fired = codes.count()
     codes = segments(codes, c.widths, model.lo)
 
-    partial = mesh.sum(codes.decode(p["W_dec"]), "tp", "reconstructions").view(groups, *x.shape)
-    errors = partial.cumsum(0) + p["b_dec"] - x
-    loss = {"reconstruction": errors.square().sum() / (groups * model.d_in)}
-    # What reaches segment s is the sum over the nested dictionaries that hold it.
-    up = (errors * (2 / (groups * model.d_in * tokens))).flip(0).cumsum(0).flip(0)
+    # In place where it can be: on the CPU a fresh page costs more than the sums made in it.
+    errors = mesh.sum(codes.decode(p["W_dec"]), "tp", "reconstructions").view(groups, *x.shape)
+    if groups > 1:
+        errors = errors.cumsum(0)
+    errors += p["b_dec"]
+    errors -= x
+    loss = {"reconstruction": sum_of_squares(errors) / (groups * model.d_in)}
+    up = errors * (2 / (groups * model.d_in * tokens))
+    if groups > 1:  # what reaches segment s is the sum over the nested dictionaries that hold it
+        up = up.flip(0).cumsum(0).flip(0)
     residual, b_dec = errors[-1], up[0].sum(0)
 
     up = up.view(-1, model.d_in)
@@ -132,25 +135,22 @@ def _auxiliary(model: Model, xc: Tensor, residual: Tensor) -> tuple[Codes, Tenso
     rebuilt = mesh.sum(codes.decode(model.params["W_dec"]), "tp", "reconstructions")
     error = rebuilt + residual  # residual is x^ - x, so the target is its negative
     weight = c.aux_coef * min(total / c.aux_k, 1.0) / model.d_in
-    return codes, error * (2 * weight / (len(xc) * mesh.dp)), error.square().sum() * weight
+    return codes, error * (2 * weight / (len(xc) * mesh.dp)), sum_of_squares(error) * weight
 
 
 def _dense(model: Model, x: Tensor, ramp: float) -> _Part:
     c, mesh, p = model.config, model.mesh, model.params
     tokens, jump = len(x) * mesh.dp, c.arch == "jumprelu"
     pre = torch.cat([tile() for tile in model.encoder().tiles(x)])
-    threshold = (
-        p["log_threshold"].exp() if jump else torch.zeros((), device=x.device, dtype=x.dtype)
-    )
+    threshold = p["log_threshold"].exp() if jump else x.new_zeros(())
     open_ = pre > threshold
     acts = pre * open_
     norms = p["W_dec"].norm(dim=1).clamp_min(1e-12)
     lam = c.sparsity * ramp / tokens
     thin = not jump and float(open_.count_nonzero()) < DENSE_ABOVE * open_.numel()
     codes = from_dense(acts) if thin else None
-    out = mesh.sum(
-        codes.decode(p["W_dec"]) if codes else acts @ p["W_dec"], "tp", "reconstructions"
-    )
+    out = codes.decode(p["W_dec"]) if codes else acts @ p["W_dec"]
+    out = mesh.sum(out, "tp", "reconstructions")
     residual = out + p["b_dec"] - x
     up = residual * (2 / tokens)
     mine = {}
@@ -186,4 +186,4 @@ def _dense(model: Model, x: Tensor, ramp: float) -> _Part:
         grads["W_dec"] += (by_norm / norms)[:, None] * p["W_dec"]
         grads |= {"W_enc": g.T @ x, "b_enc": g.sum(0)}
     grads["b_dec"] = up.sum(0)
-    return _Part(grads, residual, fired, {"reconstruction": residual.square().sum()}, mine)
+    return _Part(grads, residual, fired, {"reconstruction": sum_of_squares(residual)}, mine)

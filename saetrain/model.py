@@ -42,7 +42,7 @@ SHARDED = (
     "b_enc",
     "W_dec",
     "log_threshold",
-)  # parameters split by latent; the others are whole everywhere
+)  # split by latent; others are whole everywhere
 
 
 class Norm(NamedTuple):
@@ -52,7 +52,7 @@ class Norm(NamedTuple):
     scale: float
 
     def __call__(self, raw: Tensor) -> Tensor:
-        return (raw.to(self.mean.dtype) - self.mean) * self.scale
+        return (raw.to(self.mean.dtype) - self.mean).mul_(self.scale)
 
 
 def norm_from(mean: NDArray[Any], variance: float) -> Norm:
@@ -120,9 +120,7 @@ class Model:
             p["W_dec"].copy_(w / self.d_in**0.5)
             p["W_enc"].copy_(p["W_dec"] * (self.d_in / c.d_sae))
             rate = min(10_000 / c.d_sae, 0.5)
-            below = len(sample) - max(
-                round(rate * len(sample)), 1
-            )  # rows on which none should fire
+            below = len(sample) - max(round(rate * len(sample)), 1)  # rows on which none fires
             for start in range(0, self.latents, 1024):  # bounds memory
                 part = slice(start, start + 1024)
                 pre = (sample @ p["W_enc"][part].T).sort(dim=0).values
@@ -143,9 +141,8 @@ class Model:
         if not self.tile:
             p = self.params
             tile = choose_tile(p["W_enc"], p["b_enc"], self.compute, self.config.k, tokens)
-            self.tile = int(
-                self.mesh.gather(torch.tensor([tile], device=self.mesh.device), "world")[0]
-            )
+            found = torch.tensor([tile], device=self.mesh.device)
+            self.tile = int(self.mesh.gather(found, "world")[0])
 
     def encoder(self, which: Tensor | None = None) -> Encoder:
         """The encoder product, of all my latents or of those in `which`."""
@@ -161,11 +158,8 @@ class Model:
         """What a pre-activation must exceed at inference (topk has no such number: 0)."""
         if self.config.arch == "jumprelu":
             return torch.exp(self.params["log_threshold"])
-        return (
-            float(self.state["threshold"])
-            if self.config.arch in ("batchtopk", "matryoshka")
-            else 0.0
-        )
+        batch = self.config.arch in ("batchtopk", "matryoshka")
+        return float(self.state["threshold"]) if batch else 0.0
 
     def codes(self, x: Tensor) -> Codes:
         """My latents that are active at inference, for normalised tokens."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saetrain.config import Config
+from saetrain.kernels import sum_of_squares
 from saetrain.model import SHARDED, Model
 
 
@@ -42,7 +43,8 @@ class Optimizer:
         unit = model.config.is_sparse
         if unit:
             rows = params["W_dec"]
-            grads["W_dec"] -= (grads["W_dec"] * rows).sum(1, keepdim=True) * rows
+            along = (grads["W_dec"] * rows).sum(1, keepdim=True)
+            grads["W_dec"].addcmul_(along, rows, value=-1)
         norms = group_norms(model, grads)
         total = sum(n * n for n in norms.values()) ** 0.5
         clip = model.config.clip
@@ -92,7 +94,7 @@ class Optimizer:
 
 def group_norms(model: Model, tensors: dict[str, Tensor]) -> dict[str, float]:
     """Norm over all ranks of each parameter-like tensor; one message."""
-    squares = torch.stack([t.square().sum() for t in tensors.values()])
+    squares = torch.stack([sum_of_squares(t) for t in tensors.values()])
     everywhere = model.mesh.sum(squares, "tp")
     split = torch.tensor([name in SHARDED for name in tensors], device=squares.device)
     return dict(zip(tensors, torch.where(split, everywhere, squares).sqrt().tolist(), strict=True))

@@ -30,6 +30,7 @@ class Panel:
     bands: dict[str, list[tuple[float, float, float]]]
     log: bool = False
     x: str = "step"
+    share: bool = False  # of something: drawn from 0, and no less than a hundredth up
 
 
 CURVES = {  # key of metrics.jsonl: (title, logarithmic)
@@ -47,20 +48,11 @@ CURVES = {  # key of metrics.jsonl: (title, logarithmic)
     "mfu": ("share of the machine's matrix speed (MFU)", False),
     "loader_wait": ("share of time waiting for rows", False),
 }  # fmt: skip
+SHARES = ("dead", "dense", "mfu", "loader_wait")
 TABLE = (
-    "step",
-    "tokens",
-    "loss",
-    "eval_fvu",
-    "eval_l0",
-    "l0",
-    "dead",
-    "dense",
-    "decoder_cosine_mean",
-    "tokens_per_s",
-    "mfu",
-    "loader_wait",
-)
+    "step", "tokens", "loss", "eval_fvu", "eval_l0", "l0", "dead", "dense", "decoder_cosine_mean",
+    "tokens_per_s", "mfu", "loader_wait",
+)  # fmt: skip
 
 
 def report(runs: Sequence[Path], out: Path) -> list[Path]:
@@ -82,22 +74,17 @@ def panels_of(logs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
     found = []
     for key, (title, log) in CURVES.items():
         curves = {
-            run: [
-                (float(line["step"]), float(line[key])) for line in lines if _finite(line.get(key))
-            ]
+            run: [(float(x["step"]), float(x[key])) for x in lines if _finite(x.get(key))]
             for run, lines in logs.items()
         }
+        low, high = f"{key}_low", f"{key}_high"
         bands = {
-            run: [
-                (line["step"], line[key + "_low"], line[key + "_high"])
-                for line in lines
-                if key + "_low" in line
-            ]
+            run: [(x["step"], x[low], x[high]) for x in lines if low in x]
             for run, lines in logs.items()
         }
         if any(curves.values()):
             log = log and all(y > 0 for points in curves.values() for _, y in points)
-            found.append(Panel(title, curves, bands, log))
+            found.append(Panel(title, curves, bands, log, share=key in SHARES))
     last = {
         run: next((line["density"] for line in reversed(lines) if "eval_fvu" in line), None)
         for run, lines in logs.items()
@@ -108,10 +95,13 @@ def panels_of(logs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
         if d
     }
     if shown:
-        found.insert(
-            6, Panel("latents by log10 of firing rate, last window", shown, {}, x="log10 rate")
-        )
+        title = "latents by log10 of firing rate, last window"
+        found.insert(6, Panel(title, shown, {}, x="log10 rate"))
     return found
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _finite(value: Any) -> bool:
@@ -133,25 +123,18 @@ def _frame(panel: Panel) -> tuple[float, float, float, float]:
     """Limits of the axes; y in log10 if the panel is logarithmic."""
     xs = [x for points in panel.curves.values() for x, _ in points]
     ys = [y for points in panel.curves.values() for _, y in points]
-    ys += [
-        v
-        for band in panel.bands.values()
-        for _, low, high in band
-        for v in (low, high)
-        if v > 0 or not panel.log
-    ]
+    edges = [v for band in panel.bands.values() for _, *ends in band for v in ends]
+    ys += [v for v in edges if v > 0 or not panel.log]
     low, high = min(ys), max(ys)
+    if panel.share:
+        low, high = 0.0, max(high, 0.01)
     if panel.log:
         low, high = math.log10(low), math.log10(high)
     elif low > 0 and low < 0.5 * high:
         low = 0.0
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    return (
-        min(xs),
-        max(xs) if max(xs) > min(xs) else min(xs) + 1,
-        low - (pad if low else 0),
-        high + pad,
-    )
+    right = max(xs) if max(xs) > min(xs) else min(xs) + 1
+    return min(xs), right, low - (pad if low else 0), high + pad
 
 
 def svg(panel: Panel, colours: dict[str, str]) -> str:
@@ -169,7 +152,7 @@ def svg(panel: Panel, colours: dict[str, str]) -> str:
         shown = 10**y if panel.log else y
         left, right = at(x0, shown), at(x1, shown)
         parts.append(f'<path class="g" d="M{left}L{right}"/><text class="y" x="{LEFT - 5}" '
-                     f'y="{float(left.split(",")[1]) + 3:.1f}">{shown:.3g}</text>')  # fmt: skip
+                     f'y="{float(left.split(",")[1]) + 3:.1f}">{_number(shown)}</text>')  # fmt: skip
     for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
         x = x0 + (x1 - x0) * share
         parts.append(
@@ -177,17 +160,13 @@ def svg(panel: Panel, colours: dict[str, str]) -> str:
         )
     for run, points in panel.curves.items():
         band = panel.bands.get(run) or []
+        colour, line = colours[run], " ".join(at(x, y) for x, y in points)
         if band:
-            edge = [at(x, high) for x, _, high in band] + [
-                at(x, low) for x, low, _ in reversed(band)
-            ]
-            parts.append(
-                f'<polygon points="{" ".join(edge)}" fill="{colours[run]}" opacity="0.2"/>'
-            )
-        line = " ".join(at(x, y) for x, y in points)
-        parts.append(
-            f'<polyline points="{line}" stroke="{colours[run]}"><title>{html.escape(run)}</title></polyline>'
-        )
+            edge = [at(x, high) for x, _, high in band]
+            edge += [at(x, low) for x, low, _ in reversed(band)]
+            parts.append(f'<polygon points="{" ".join(edge)}" fill="{colour}" opacity="0.2"/>')
+        name = f"<title>{html.escape(run)}</title>"
+        parts.append(f'<polyline points="{line}" stroke="{colour}">{name}</polyline>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">{"".join(parts)}</svg>'
 
 
@@ -199,11 +178,8 @@ def _page(
     keys = [k for k in TABLE if any(k in values for values in last.values())]
 
     def cell(value: Any) -> str:
-        return (
-            f"<td>{value:,.4g}</td>"
-            if _finite(value)
-            else f"<td>{html.escape(str(value if value is not None else ''))}</td>"
-        )
+        text = f"{value:,.4g}" if _finite(value) else "" if value is None else str(value)
+        return f"<td>{html.escape(text)}</td>"
 
     rows = "".join(
         f'<tr><th style="color:{colours[run]}">{html.escape(run)}</th>{"".join(cell(values.get(k)) for k in keys)}</tr>'
@@ -233,7 +209,7 @@ code{{color:#555}}</style><h1>Sparse autoencoder runs</h1><table><tr><th>run, la
 def _png(panels: list[Panel], path: Path) -> bool:
     try:
         import_module("matplotlib").use("Agg")
-        pyplot = import_module("matplotlib.pyplot")
+        pyplot, ticker = (import_module(f"matplotlib.{name}") for name in ("pyplot", "ticker"))
     except ImportError:
         return False
     columns, rows = 4, -(-len(panels) // 4)
@@ -243,15 +219,20 @@ def _png(panels: list[Panel], path: Path) -> bool:
     for axis, panel in zip(axes.flat, panels, strict=False):
         for i, (run, points) in enumerate(panel.curves.items()):
             colour = COLOURS[i % len(COLOURS)]
-            axis.plot(
-                [x for x, _ in points], [y for _, y in points], color=colour, lw=1.2, label=run
-            )
+            axis.plot(*zip(*points, strict=True), color=colour, lw=1.2, label=run)
             if band := panel.bands.get(run):
                 axis.fill_between(*zip(*band, strict=True), color=colour, alpha=0.2, lw=0)
         axis.set_title(panel.title, fontsize=9)
+        _, _, low, high = _frame(panel)
         axis.set_yscale("log" if panel.log else "linear")
+        axis.set_ylim(*((10**low, 10**high) if panel.log else (low, high)))
+        axis.yaxis.set_major_formatter(lambda y, _: _number(y))
+        if panel.log:
+            between = range(2, 10) if high - low < 0.5 else (2, 5) if high - low < 2 else ()
+            axis.yaxis.set_minor_locator(ticker.LogLocator(subs=list(between)))
+            axis.yaxis.set_minor_formatter(lambda y, _: _number(y))
         axis.set_xlabel(panel.x, fontsize=7)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=7)
     figure.tight_layout()

@@ -18,7 +18,7 @@ DIGITS = (
     (20, 11),
     (10, 10),
     (0, 10),
-)  # of a positive float32's 31 bits: (shift, width), highest first
+)  # (shift, width) of a positive float32's 31 bits, highest first
 
 
 def topk(encoder: Encoder, x: Tensor, k: int, mesh: Mesh) -> Codes:
@@ -57,19 +57,14 @@ def batch_topk(
     ties = (codes.value == cut).nonzero().view(-1)
     # Place in the order of (token, latent) over the whole batch, for the ties alone.
     first_token, first_latent = mesh.dp_index * len(x), mesh.tp_index * codes.latents
-    place = (
-        (codes.bag[ties] + first_token) * (codes.latents * mesh.tp)
-        + codes.latent[ties]
-        + first_latent
-    )
+    place = (codes.bag[ties] + first_token) * (codes.latents * mesh.tp)
+    place += codes.latent[ties] + first_latent
     everywhere = mesh.gather_ragged(place, "world", "candidates").sort().values
     if len(everywhere) and total > above:
         last = everywhere[min(total - above, len(everywhere)) - 1]
         keep[ties[place <= last]] = True
-    chosen = Codes(
-        codes.latent[keep], codes.value[keep], codes.bag[keep], codes.bags, codes.latents
-    )
-    return chosen, cut
+    latent, value, bag = codes.latent[keep], codes.value[keep], codes.bag[keep]
+    return Codes(latent, value, bag, codes.bags, codes.latents), cut
 
 
 def kth_largest(values: Tensor, total: int, mesh: Mesh) -> tuple[Tensor, int]:
@@ -81,9 +76,8 @@ def kth_largest(values: Tensor, total: int, mesh: Mesh) -> tuple[Tensor, int]:
     prefix, above, inside = 0, 0, torch.ones_like(bits, dtype=torch.bool)
     for shift, width in DIGITS:
         digit = (bits >> shift) & ((1 << width) - 1)
-        histogram = mesh.sum(
-            torch.bincount(digit[inside], minlength=1 << width), "world", "candidates"
-        )
+        mine = torch.bincount(digit[inside], minlength=1 << width)
+        histogram = mesh.sum(mine, "world", "candidates")
         from_top = above + histogram.flip(0).cumsum(0)
         reached = (from_top >= total).nonzero()
         present = histogram.flip(0).nonzero()
@@ -94,15 +88,11 @@ def kth_largest(values: Tensor, total: int, mesh: Mesh) -> tuple[Tensor, int]:
         value = (1 << width) - 1 - at
         prefix |= value << shift
         inside &= digit == value
-    cut = (
-        torch.tensor(prefix, dtype=torch.int32, device=values.device)
-        .view(torch.float32)
-        .to(values.dtype)
-    )
+    found = torch.tensor(prefix, dtype=torch.int32, device=values.device)
+    cut = found.view(torch.float32).to(values.dtype)
     if not exact:  # finish among the few values that round to the same float32
-        rest = (
-            mesh.gather_ragged(values[inside], "world", "candidates").sort(descending=True).values
-        )
+        rest = mesh.gather_ragged(values[inside], "world", "candidates")
+        rest = rest.sort(descending=True).values
         cut = rest[min(max(total - above, 1), len(rest)) - 1]
         above += int((rest > cut).sum())
     return cut, above
@@ -115,9 +105,8 @@ def segments(codes: Codes, widths: tuple[int, ...], first_latent: int) -> Codes:
     edges = torch.tensor(widths, device=codes.latent.device)
     segment = torch.bucketize(codes.latent + first_latent, edges, right=True)
     bag, order = torch.sort(segment * codes.bags + codes.bag, stable=True)
-    return Codes(
-        codes.latent[order], codes.value[order], bag, codes.bags * len(widths), codes.latents
-    )
+    bags = codes.bags * len(widths)
+    return Codes(codes.latent[order], codes.value[order], bag, bags, codes.latents)
 
 
 def _count(codes: Codes) -> Tensor:

@@ -30,17 +30,11 @@ from saetrain.optim import Optimizer, ramps
 
 INIT_ROWS = 8192
 # Settings that may change when a run is resumed; any other would make it another run.
-SHARED = (
-    "batch_size",
-    "steps",
-    "holdout",
-    "seed",
-    "buffer_rows",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-)
 FREE = {"device", "tensor_parallel", "log_every", "eval_every", "checkpoint_every", "keep"}
+# Settings that runs of one sweep have in common.
+SHARED = (
+    "batch_size", "steps", "holdout", "seed", "buffer_rows", "log_every", "eval_every", "checkpoint_every",
+)  # fmt: skip
 
 
 @dataclass
@@ -71,9 +65,7 @@ def fit(
     for other in runs.values():
         _same(config, other, SHARED, "runs of one sweep")
     if config.batch_size % mesh.world:
-        raise ConfigError(
-            f"batch_size {config.batch_size} is no multiple of the {mesh.world} ranks"
-        )
+        raise ConfigError(f"batch_size {config.batch_size} is no multiple of {mesh.world} ranks")
 
     members, at, state = _begin(source, runs, mesh, say)
     cursor = source.batches(source.rows - config.holdout, config, mesh)
@@ -137,9 +129,7 @@ def _begin(
     loaded = checkpoint.load_latest(list(runs), mesh, say)
     if loaded is None:
         if any(checkpoint.published(run) for run in runs):
-            raise SaetrainError(
-                "no step of which all runs have a checkpoint; remove them to restart"
-            )
+            raise SaetrainError("no step of which all runs have a checkpoint: remove them")
         norm, members = norm_of(source), []
         for run, config in runs.items():
             model = Model(config, norm, mesh)
@@ -148,9 +138,8 @@ def _begin(
             members.append(Member(run, model, Optimizer(model), None))
         at, state = 0, None
     else:
-        members = [
-            Member(run, x.model, x.optimizer, None) for run, x in zip(runs, loaded, strict=True)
-        ]
+        both = zip(runs, loaded, strict=True)
+        members = [Member(run, x.model, x.optimizer, None) for run, x in both]
         at, state = loaded[0].state["step"], loaded[0].state["cursor"]
         say(f"going on from step {at:,}")
     for m in members:
@@ -200,13 +189,14 @@ class _Clock:
     """Seconds and loader waits since the last line, pauses left out."""
 
     def __init__(self, cursor: Cursor, config: Config, mesh: Mesh) -> None:
-        self.cursor, self.config, self.device = cursor, config, mesh.device
+        self.cursor, self.config, self.mesh, self.device = cursor, config, mesh, mesh.device
         self.peak = 0.0
         self.restart(-1)
 
     def restart(self, at: int) -> None:
         self.at, self.started, self.away = at, time.perf_counter(), 0.0
         self.waited = self.cursor.wait_seconds
+        self.sent = self.mesh.sent.copy()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -225,7 +215,9 @@ class _Clock:
             with self.paused():
                 self.peak = metrics.measure_peak(self.device, model.compute)
         flops = metrics.flops_per_token(model.config, model.d_in, active) / model.mesh.world
-        return {
+        tokens = (at - self.at) * self.config.batch_size / self.mesh.dp
+        sent = {f"sent.{k}": (n - self.sent[k]) / tokens for k, n in self.mesh.sent.items()}
+        return sent | {
             "tokens_per_s": rate, "mfu": rate * flops / self.peak,
             "loader_wait": (self.cursor.wait_seconds - self.waited) / seconds,
         }  # fmt: skip

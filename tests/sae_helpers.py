@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,16 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # benchmarks are run from the root, not installed
+
+from benchmarks.sae.planted import Planted, matched
 from saetrain.config import Config, resolve
 from saetrain.mesh import RENDEZVOUS, Mesh
 from saetrain.model import Model, Norm
+
+__all__ = ["Planted", "matched"]  # and what is defined here
 
 ARCHS = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
 
@@ -43,49 +50,6 @@ def _child(rank: int, world: int, file: Path, work: Callable[..., None], args: A
         RENDEZVOUS: str(file), "RANK": str(rank), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
     work(rank, *args)
-
-
-@dataclass
-class Planted:
-    """Rows that are sparse sums of known directions: Zipf frequencies, features shared within a document."""
-
-    rows: Tensor
-    documents: Tensor
-    dictionary: Tensor
-    active: float  # features a row
-
-    @classmethod
-    def make(
-        cls,
-        rows: int,
-        d: int,
-        features: int,
-        active: float = 4.0,
-        seed: int = 0,
-        doc: int = 32,
-        noise: float = 0.01,
-    ) -> Planted:
-        rng = np.random.default_rng(seed)
-        directions = rng.standard_normal((features, d))
-        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-        zipf = 1 / np.arange(1, features + 1)
-        rate = np.minimum(zipf * active / zipf.sum(), 0.5)
-        documents = np.arange(rows) // doc
-        # In a document some features are four times as frequent as elsewhere, the others rarer.
-        topics = rng.random((documents[-1] + 1, features)) < 0.2
-        lift = np.where(topics, 4.0, 0.25)[documents]
-        on = rng.random((rows, features)) < rate * lift
-        acts = on * rng.uniform(1.0, 2.0, (rows, features))
-        x = (
-            acts @ directions
-            + noise * rng.standard_normal((rows, d))
-            + rng.standard_normal(d) * 0.3
-        )
-        order = rng.permutation(rows)
-        return cls(
-            torch.from_numpy(x[order]).float(), torch.from_numpy(documents[order]),
-            torch.from_numpy(directions).float(), float(on.sum(1).mean()),
-        )  # fmt: skip
 
 
 def norm_of(rows: Tensor) -> Norm:
@@ -219,9 +183,3 @@ class MemorySource:
 
     def batches(self, rows: int, config: Config, mesh: Mesh) -> MemoryCursor:
         return MemoryCursor(self, rows, config, mesh)
-
-
-def matched(found: Tensor, planted: Tensor) -> Tensor:
-    """For each planted direction, the largest cosine with a found one."""
-    a = found.float() / found.float().norm(dim=1, keepdim=True)
-    return (planted @ a.T).amax(1)

@@ -141,6 +141,30 @@ def test_peer_where_installed(tmp_path, name):
     assert row["outcome"] in ("done", "out of time"), row
 
 
+def test_sae_peers(tmp_path):
+    found = miniature(tmp_path, "sae-peers")
+    assert {line["tool"] for line in found["speed"]} >= {"saetrain"}
+    assert {line["lr"] for line in found["quality"]} == {"default", 1e-3, 2e-3}
+    assert all(0 < line["fvu"] < 2 and line["l0"] <= 4 for line in found["quality"])
+    assert all(0.2 < line["mean_max_cosine"] < 1 for line in found["planted"])
+
+
+def test_sae_order(tmp_path):
+    rows = miniature(tmp_path, "sae-order")["summary"]
+    assert [r["rows"] for r in rows] == ["shuffled", "buffer of 512", "order of the harvest"]
+    entropy = {r["rows"]: r["document_entropy"] for r in rows}
+    assert entropy["shuffled"] > entropy["buffer of 512"] > entropy["order of the harvest"]
+
+
+def test_sae_ranks(tmp_path):
+    rows = miniature(tmp_path, "sae-ranks")["summary"]
+    assert [r["ranks"] for r in rows] == [1, 2]
+    for row in rows:
+        assert row["sent"] == pytest.approx(row["stated"]), (
+            "bytes sent are not those in the documentation"
+        )
+
+
 # --- What measures ------------------------------------------------------------------------------
 
 

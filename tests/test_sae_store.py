@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -18,13 +19,15 @@ import torch
 import zarr
 
 import actshuffle
-from sae_helpers import Planted
+from sae_helpers import Planted, run_ranks
 from saetrain import checkpoint
 from saetrain.cli import main
 from saetrain.config import Config
 from saetrain.data import Store
-from saetrain.errors import DataError
+from saetrain.errors import CheckpointError, DataError
 from saetrain.log import read_log
+from saetrain.mesh import Mesh
+from saetrain.train import fit
 
 ROWS, D = 6000, 16
 FAST = (
@@ -207,9 +210,7 @@ def test_nans_are_refused_and_placed(
         source_store(tmp_path / "src.zarr", spoil), tmp_path / "s.zarr", seed=1, memory="64MB"
     )
     if recorded:
-        from actshuffle.data.stats import stats
-
-        stats(tmp_path / "s.zarr")
+        actshuffle.stats(tmp_path / "s.zarr")
     where = int(np.flatnonzero(zarr.open_group(tmp_path / "s.zarr")["source_row"][:] == 1234)[0])  # type: ignore[index]
     said = refusal(tmp_path / "s.zarr", capsys)
     assert f"row {where:,}, column 5" in said
@@ -233,9 +234,8 @@ def test_statistics_of_a_sample_are_those_of_the_rows(store: Path) -> None:
     mean, variance = Store(store, Config()).statistics()
     np.testing.assert_allclose(mean, rows.mean(0), atol=1e-6)
     assert variance == pytest.approx(rows.var(0).sum(), rel=1e-6)
-    from actshuffle.data.stats import stats
 
-    stats(store)
+    actshuffle.stats(store)
     again, total = Store(store, Config()).statistics()
     np.testing.assert_allclose(again, mean, atol=1e-6)
     assert total == pytest.approx(variance, rel=1e-6)
@@ -249,3 +249,70 @@ def test_a_store_with_two_candidates_asks_which(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 arrays that could be activations \(a, b\)"):
         Store(tmp_path / "s.zarr", Config())
     assert Store(tmp_path / "s.zarr", Config(field="b")).field == "b"
+
+
+# --- killed again and again
+
+
+def killed_often(rank: int, store: Path, folder: Path, kills: int, out: Path) -> None:
+    """Fit in copies of this process, each killed at some moment of its saves, until it has been `kills` times."""
+    config = Config(
+        steps=6 * kills, d_sae=64, k=4, batch_size=128, tile=128, checkpoint_every=1, log_every=1,
+        eval_every=10**6, holdout=500,
+    )  # fmt: skip
+
+    def go(run: Path, settings: Config) -> None:
+        mesh = Mesh.start("cpu")
+        fit(Store(store, settings), {run: settings}, mesh)
+        mesh.close()
+
+    def begin() -> int:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                go(folder, config)
+                code = 0
+            finally:
+                os._exit(code)
+        return pid
+
+    rng, at, done, saving, damaged = random.Random(0), 0, 0, 0, 0
+    while done < kills:
+        pid, due = begin(), at + rng.randint(1, 2)
+        while not (found := checkpoint.published(folder)) or found[0].name < f"step-{due:08d}":
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended by itself"
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        done += 1
+        saving += any((folder / "checkpoints").glob(".step-*"))  # it was being written
+        try:
+            last = checkpoint.find(folder)
+            last.verify()
+            assert last.state["step"] >= due
+            at = last.state["step"]
+        except CheckpointError:
+            damaged += 1
+    assert os.waitstatus_to_exitcode(os.waitpid(begin(), 0)[1]) == 0
+    go(folder.with_name("whole"), config)
+    out.write_text(json.dumps({"kills": done, "while saving": saving, "damaged": damaged}))
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.soak)])
+def test_a_run_killed_often_is_the_run_left_alone(kills: int, store: Path, tmp_path: Path) -> None:
+    """Same weights, moments and cursor to the bit and same losses: no row was skipped, none was trained on twice."""
+    run_ranks(1, killed_often, store, tmp_path / "killed", kills, tmp_path / "out")
+    told = json.loads((tmp_path / "out").read_text())
+    print(told)
+    assert told["kills"] == kills
+    assert told["damaged"] == 0
+    assert told["while saving"] >= kills // 4
+    a, b = (checkpoint.find(tmp_path / name) for name in ("killed", "whole"))
+    assert a.state["cursor"] == b.state["cursor"]
+    for name in a.files[0].specs:
+        assert torch.equal(a.read(name), b.read(name)), name
+    losses = [[x["loss"] for x in read_log(tmp_path / name)] for name in ("killed", "whole")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6 * kills

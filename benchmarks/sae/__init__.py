@@ -1,0 +1,1 @@
+"""saetrain beside other trainers, from shuffled and unshuffled stores, on several ranks."""

@@ -1,0 +1,247 @@
+"""`sae-peers`: TopK training by saetrain and by other tools, on the same rows in the same order.
+
+Quality: one width, k, batch size and number of steps; each tool trains as its own trainer does and is measured by its
+own inference code on the same held-out rows.  Learning rates: each tool's default, and a grid that is the same for
+all; a tool's best is what counts.  Planted: the same on rows whose true features are known.
+
+Speed: one training step (forward, backward, update) of each on the same batch, in turn, round after round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import actshuffle
+from benchmarks import plots
+from benchmarks.results import Bench, ranged, spread, table
+from benchmarks.sae.planted import Planted, matched
+from benchmarks.sae.tools import Task, Tool, Trained, installed
+from saetrain.mesh import Mesh
+
+RATES = (1e-3, 2e-3)  # besides each tool's default
+PLANTED = {"d": 64, "features": 192, "active": 4.0}
+
+
+def run(
+    bench: Bench, *, store: Path | None, d_sae: int, k: int, steps: int, batch: int, rounds: int, speed_batch: int,
+    wide: list[int], planted_steps: int,
+) -> None:  # fmt: skip
+    warnings.filterwarnings("ignore")  # the tools' own
+    tools, versions = installed()
+    figures: dict[str, Any] = {
+        "versions": versions | {"torch": torch.__version__}, "threads": torch.get_num_threads(),
+        "speed": [], "quality": [], "planted": [],
+    }  # fmt: skip
+    shapes = [(384, d_sae, k), tuple(wide)] if rounds else []
+    tries = len(tools) * (1 + len(RATES))
+    bench.plan(len(shapes) + tries * (bool(steps) + bool(planted_steps)))
+    mesh = Mesh.start("cpu")
+    try:
+        for d, n, active in shapes:
+            figures["speed"] += _speed(bench, tools, mesh, d, n, active, speed_batch, rounds)
+        if steps:
+            rows = _rows(store, (steps + 16) * batch)
+            test, train = rows[-16 * batch :], rows[: -16 * batch]
+            task = Task(train, d_sae, k, steps, batch)
+            figures["quality"] = _quality(bench, tools, mesh, task, test, None)
+        if planted_steps:
+            known = Planted.make(256 * (planted_steps + 16), **PLANTED)  # type: ignore[arg-type]
+            test, train = known.rows[-4096:], known.rows[:-4096]
+            task = Task(train, 2 * PLANTED["features"], 4, planted_steps, 256)
+            figures["planted"] = _quality(bench, tools, mesh, task, test, known.dictionary)
+    finally:
+        mesh.close()
+    images = plots.draw(bench, lambda folder: [_draw(folder, figures)])
+    bench.publish(figures, page(figures), images)
+
+
+def _rows(store: Path | None, count: int) -> Tensor:
+    if store is None:  # only to see that the program works
+        return Planted.make(count, 64, 192).rows
+    data = actshuffle.open_dataset(store)
+    if data.rows < count:
+        raise ValueError(f"{store} has {data.rows:,} rows; {count:,} are needed, each seen once")
+    return torch.from_numpy(data.read("activations", 0, count)).float()
+
+
+def _speed(
+    bench: Bench, tools: dict[str, Tool], mesh: Mesh, d: int, n: int, k: int, batch: int, rounds: int
+) -> list[dict[str, Any]]:  # fmt: skip
+    rows = torch.randn(4 * batch, d, generator=torch.Generator().manual_seed(0))
+    task = Task(rows, n, k, 4, batch)
+    runs = {name: tool.make(task, None, mesh) for name, tool in tools.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, one in runs.items():
+            started = time.perf_counter()
+            one.step(task.batches()[turn % 4])
+            if turn:  # the first warms up
+                times[name].append(time.perf_counter() - started)
+    ours = times["saetrain"]
+    bench.did(f"speed, {d} -> {n}: {batch / statistics.median(ours):,.0f} tokens/s")
+    return [
+        {
+            "tool": name, "d_in": d, "d_sae": n, "k": k, "batch": batch,
+            "tokens_per_s": spread([batch / t for t in found]), "best": batch / min(found),
+            "of_saetrain": spread([a / b for a, b in zip(ours, found, strict=True)]),
+        }
+        for name, found in times.items()
+    ]  # fmt: skip
+
+
+def _quality(
+    bench: Bench, tools: dict[str, Tool], mesh: Mesh, task: Task, test: Tensor, truth: Tensor | None
+) -> list[dict[str, Any]]:
+    found = []
+    for name, tool in tools.items():
+        for lr in (None, *RATES):
+            one = tool.make(task, lr, mesh)
+            for rows in task.batches():
+                one.step(rows)
+            line = {"tool": name, "lr": lr or "default", **measured(one.finish(), test, truth)}
+            found.append(line)
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, float))
+            bench.did(f"{name}, lr {lr or 'default'}: {shown}")
+    return found
+
+
+def measured(trained: Trained, test: Tensor, truth: Tensor | None) -> dict[str, float]:
+    with torch.no_grad():
+        parts = [trained.use(rows) for rows in test.split(2048)]
+    out, active = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) != 0
+    error = (out - test).double().square().sum()
+    total = (test - test.mean(0)).double().square().sum()
+    line = {
+        "fvu": float(error / total), "l0": float(active.sum(1).double().mean()),
+        "never_fired": float((~active.any(0)).double().mean()),
+    }  # fmt: skip
+    if truth is not None:
+        line["mean_max_cosine"] = float(matched(trained.decoder, truth).mean())
+    return line
+
+
+def best(lines: list[dict[str, Any]], by: str, sign: int) -> dict[str, dict[str, Any]]:
+    """Each tool's best line."""
+    names = dict.fromkeys(line["tool"] for line in lines)
+    return {n: min((x for x in lines if x["tool"] == n), key=lambda x: sign * x[by]) for n in names}
+
+
+def page(figures: dict[str, Any]) -> Iterator[str]:
+    listed = ", ".join(f"{name} {what}" for name, what in figures["versions"].items())
+    yield f"{listed}; {figures['threads']} threads.\n"
+    if figures["quality"]:
+        yield "## Quality: held-out FVU at equal L0, steps, width and rows\n"
+        chosen = best(figures["quality"], "fvu", 1)
+        yield from table(
+            (
+                "tool",
+                "FVU, default rate",
+                "FVU, best rate",
+                "that rate",
+                "L0",
+                "fired on no held-out row",
+            ),
+            (
+                (
+                    name,
+                    f"{_default(figures['quality'], name)['fvu']:.4f}",
+                    f"{x['fvu']:.4f}",
+                    x["lr"],
+                    f"{x['l0']:.1f}",
+                    f"{x['never_fired']:.1%}",
+                )
+                for name, x in chosen.items()
+            ),
+        )
+        yield ""
+    if figures["planted"]:
+        yield "## Planted dictionary: cosine of each true feature with the closest decoder row, mean\n"
+        chosen = best(figures["planted"], "mean_max_cosine", -1)
+        yield from table(
+            ("tool", "cosine, default rate", "cosine, best rate", "that rate", "FVU"),
+            (
+                (
+                    name,
+                    f"{_default(figures['planted'], name)['mean_max_cosine']:.4f}",
+                    f"{x['mean_max_cosine']:.4f}",
+                    x["lr"],
+                    f"{x['fvu']:.4f}",
+                )
+                for name, x in chosen.items()
+            ),
+        )
+        yield ""
+    if figures["speed"]:
+        yield "## Speed of a training step: median (range) over rounds\n"
+        yield from table(
+            ("width", "latents", "k", "tokens a step", "tool", "tokens/s", "of saetrain's speed"),
+            (
+                (
+                    x["d_in"],
+                    x["d_sae"],
+                    x["k"],
+                    x["batch"],
+                    x["tool"],
+                    ranged(x["tokens_per_s"], "{:,.0f}"),
+                    ranged(x["of_saetrain"]),
+                )
+                for x in figures["speed"]
+            ),
+        )
+
+
+def _default(lines: list[dict[str, Any]], tool: str) -> dict[str, Any]:
+    return next(x for x in lines if x["tool"] == tool and x["lr"] == "default")
+
+
+def _draw(folder: Path, figures: dict[str, Any]) -> str:
+    import matplotlib.pyplot as plt
+
+    parts: list[tuple[str, dict[str, float]]] = []
+    if figures["quality"]:
+        chosen = best(figures["quality"], "fvu", 1)
+        parts.append(
+            (
+                "held-out FVU, best rate of each\n(lower is better)",
+                {n: x["fvu"] for n, x in chosen.items()},
+            )
+        )
+    if figures["planted"]:
+        chosen = best(figures["planted"], "mean_max_cosine", -1)
+        parts.append(
+            (
+                "planted features: mean max cosine\n(higher is better)",
+                {n: x["mean_max_cosine"] for n, x in chosen.items()},
+            )
+        )
+    for shape in dict.fromkeys((x["d_in"], x["d_sae"]) for x in figures["speed"]):
+        lines = [x for x in figures["speed"] if (x["d_in"], x["d_sae"]) == shape]
+        title = f"tokens/s of a training step\n{shape[0]} wide, {shape[1]:,} latents"
+        parts.append((title, {x["tool"]: x["tokens_per_s"]["median"] for x in lines}))
+    if not parts:
+        return ""
+    names = list(next(iter(parts))[1])
+    figure, axes = plt.subplots(
+        1, len(parts), figsize=(1.8 + 2.7 * len(parts), 2.6), sharey=True, squeeze=False
+    )
+    for axis, (title, values) in zip(axes[0], parts, strict=True):
+        colours = [plots.BLUE if name == "saetrain" else plots.GREY for name in names]
+        bars = axis.barh(names, [values[n] for n in names], 0.65, color=colours)
+        form = "{:.3f}" if max(values.values()) < 10 else "{:,.0f}"
+        axis.bar_label(bars, [form.format(values[n]) for n in names], padding=3, fontsize=8)
+        axis.set_title(title, fontsize=9)
+        axis.margins(x=0.25)
+        axis.grid(axis="x")
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(folder / "peers.png")
+    plt.close(figure)
+    return "peers.png"
