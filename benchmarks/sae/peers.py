@@ -4,11 +4,15 @@ Quality: one width, k, batch size and number of steps; each tool trains as its o
 own inference code on the same held-out rows.  Learning rates: each tool's default, and a grid that is the same for
 all; a tool's best is what counts.  Planted: the same on rows whose true features are known.
 
+What a run leaves out (--steps 0, --planted-steps 0, --rounds 0, --only) is kept from earlier runs of the same day, so
+that a long comparison can be made in parts.
+
 Speed: one training step (forward, backward, update) of each on the same batch, in turn, round after round.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 import warnings
@@ -32,14 +36,21 @@ PLANTED = {"d": 64, "features": 192, "active": 4.0}
 
 def run(
     bench: Bench, *, store: Path | None, d_sae: int, k: int, steps: int, batch: int, rounds: int, speed_batch: int,
-    wide: list[int], planted_steps: int,
+    wide: list[int], planted_steps: int, only: list[str] | None = None,
 ) -> None:  # fmt: skip
     warnings.filterwarnings("ignore")  # the tools' own
-    tools, versions = installed()
+    tools, versions = installed(only)
     figures: dict[str, Any] = {
         "versions": versions | {"torch": torch.__version__}, "threads": torch.get_num_threads(),
         "speed": [], "quality": [], "planted": [],
     }  # fmt: skip
+    earlier = bench.results / "results.json"
+    if earlier.exists():
+        found = json.loads(earlier.read_text())["figures"]
+        figures["versions"] = found["versions"] | figures["versions"]
+        again = {"speed": rounds, "quality": steps, "planted": planted_steps}
+        for part, done in again.items():
+            figures[part] = [x for x in found[part] if not done or x["tool"] not in tools]
     shapes = [(384, d_sae, k), tuple(wide)] if rounds else []
     tries = len(tools) * (1 + len(RATES))
     bench.plan(len(shapes) + tries * (bool(steps) + bool(planted_steps)))
@@ -51,12 +62,12 @@ def run(
             rows = _rows(store, (steps + 16) * batch)
             test, train = rows[-16 * batch :], rows[: -16 * batch]
             task = Task(train, d_sae, k, steps, batch)
-            figures["quality"] = _quality(bench, tools, mesh, task, test, None)
+            figures["quality"] += _quality(bench, tools, mesh, task, test, None)
         if planted_steps:
             known = Planted.make(256 * (planted_steps + 16), **PLANTED)  # type: ignore[arg-type]
             test, train = known.rows[-4096:], known.rows[:-4096]
             task = Task(train, 2 * PLANTED["features"], 4, planted_steps, 256)
-            figures["planted"] = _quality(bench, tools, mesh, task, test, known.dictionary)
+            figures["planted"] += _quality(bench, tools, mesh, task, test, known.dictionary)
     finally:
         mesh.close()
     images = plots.draw(bench, lambda folder: [_draw(folder, figures)])
@@ -85,7 +96,7 @@ def _speed(
             one.step(task.batches()[turn % 4])
             if turn:  # the first warms up
                 times[name].append(time.perf_counter() - started)
-    ours = times["saetrain"]
+    ours = times["saetrain"]  # with --only, it must be among them
     bench.did(f"speed, {d} -> {n}: {batch / statistics.median(ours):,.0f} tokens/s")
     return [
         {
@@ -107,6 +118,7 @@ def _quality(
             for rows in task.batches():
                 one.step(rows)
             line = {"tool": name, "lr": lr or "default", **measured(one.finish(), test, truth)}
+            line |= {"d_sae": task.d_sae, "k": task.k, "steps": task.steps, "batch": task.batch}
             found.append(line)
             shown = "  ".join(f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, float))
             bench.did(f"{name}, lr {lr or 'default'}: {shown}")
@@ -139,6 +151,9 @@ def page(figures: dict[str, Any]) -> Iterator[str]:
     yield f"{listed}; {figures['threads']} threads.\n"
     if figures["quality"]:
         yield "## Quality: held-out FVU at equal L0, steps, width and rows\n"
+        yield "{steps} steps of {batch:,} rows, {d_sae:,} latents, k = {k}.\n".format(
+            **figures["quality"][0]
+        )
         chosen = best(figures["quality"], "fvu", 1)
         yield from table(
             (

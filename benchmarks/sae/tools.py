@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import actshuffle
 import saetrain
 from saetrain import checkpoint
 from saetrain.config import Config, resolve
@@ -216,13 +217,17 @@ TOOLS = {
 }
 
 
-def installed() -> tuple[dict[str, Tool], dict[str, str]]:
-    """The tools that can be imported here; and the version of each, or why it cannot."""
+def installed(only: list[str] | None) -> tuple[dict[str, Tool], dict[str, str]]:
+    """The tools that can be imported here, or those of `only`; and the version of each, or why it cannot."""
     found, versions = {}, {}
     for name, tool in TOOLS.items():
+        if only and tool.module not in only:
+            continue
         try:
             import_module(tool.module)
-            found[name], versions[tool.package] = tool, version(tool.package)
+            found[name] = tool
+            ours = tool.module == "saetrain"  # may be run without being installed
+            versions[tool.package] = actshuffle.__version__ if ours else version(tool.package)
         except Exception as error:  # other people's imports fail in many ways
             versions[tool.package] = f"left out: {type(error).__name__}: {error}"
     return found, versions
