@@ -27,7 +27,7 @@ import actshuffle
 from benchmarks import plots
 from benchmarks.results import Bench, ranged, spread, table
 from benchmarks.sae.planted import Planted, matched
-from benchmarks.sae.tools import Task, Tool, Trained, installed
+from benchmarks.sae.tools import TOOLS, Task, Tool, Trained, installed
 from saetrain.mesh import Mesh
 
 RATES = (1e-3, 2e-3)  # besides each tool's default
@@ -44,13 +44,6 @@ def run(
         "versions": versions | {"torch": torch.__version__}, "threads": torch.get_num_threads(),
         "speed": [], "quality": [], "planted": [],
     }  # fmt: skip
-    earlier = bench.results / "results.json"
-    if earlier.exists():
-        found = json.loads(earlier.read_text())["figures"]
-        figures["versions"] = found["versions"] | figures["versions"]
-        again = {"speed": rounds, "quality": steps, "planted": planted_steps}
-        for part, done in again.items():
-            figures[part] = [x for x in found[part] if not done or x["tool"] not in tools]
     shapes = [(384, d_sae, k), tuple(wide)] if rounds else []
     tries = len(tools) * (1 + len(RATES))
     bench.plan(len(shapes) + tries * (bool(steps) + bool(planted_steps)))
@@ -70,8 +63,21 @@ def run(
             figures["planted"] += _quality(bench, tools, mesh, task, test, known.dictionary)
     finally:
         mesh.close()
+    _keep_earlier(bench.results / "results.json", figures, tools)
     images = plots.draw(bench, lambda folder: [_draw(folder, figures)])
     bench.publish(figures, page(figures), images)
+
+
+def _keep_earlier(path: Path, figures: dict[str, Any], tools: dict[str, Tool]) -> None:
+    """Add what earlier runs found and this one left out."""
+    if not path.exists():
+        return
+    found = json.loads(path.read_text())["figures"]
+    figures["versions"] = found["versions"] | figures["versions"]
+    order = list(TOOLS)
+    for part in ("speed", "quality", "planted"):
+        kept = [x for x in found[part] if not figures[part] or x["tool"] not in tools]
+        figures[part] = sorted(kept + figures[part], key=lambda x: order.index(x["tool"]))
 
 
 def _rows(store: Path | None, count: int) -> Tensor:
