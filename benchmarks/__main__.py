@@ -204,6 +204,7 @@ STORE = click.Path(path_type=Path)
 @click.option(
     "--wide", type=INTS, default="768,12288,64", help="Another width, latents, k for speed."
 )
+@click.option("--only", type=_List(str), default=None, help="These tools alone, by module.")
 @_common
 def sae_peers(**options: Any) -> None:
     """saetrain and other trainers on the same rows: FVU, planted features found, speed."""
