@@ -247,10 +247,7 @@ def sae_ranks(**options: Any) -> None:
 @_common
 def everything(**options: Any) -> None:
     """All of them, one after the other, as their defaults say."""
-    for command in (floor, shuffle, growth, scheduler, calibrate, peers):
-
-
-    for command in (floor, shuffle, growth, scheduler, peers, sae_ranks):
+    for command in (floor, shuffle, growth, scheduler, calibrate, peers, sae_ranks):
         with click.Context(command) as ctx:
             defaults = {p.name: p.get_default(ctx) for p in command.params if p.name}
             defaults = {
