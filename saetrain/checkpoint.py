@@ -56,9 +56,8 @@ def save(run: Path, model: Model, optimizer: Optimizer, step: int, cursor: dict[
         if mesh.dp_index == 0:
             held = _held(model, optimizer, mesh.tp_index == 0)
             specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in held.items()}
-            digest = bytes.fromhex(
-                write(building / name, specs, held.items(), {"format": "saetrain"})
-            )
+            written = write(building / name, specs, held.items(), {"format": "saetrain"})
+            digest = bytes.fromhex(written)
     digests = mesh.gather(torch.tensor(list(digest), dtype=torch.uint8, device=mesh.device), "tp")
     with _together(mesh, f"checkpoint {target}"):
         if mesh.rank == 0:
@@ -147,12 +146,9 @@ class Checkpoint:
     def verify(self, files: set[int] | None = None) -> None:
         """Compare the files (all, or some by number) with the digests in state.json."""
         for i, file in enumerate(self.files):
-            if (files is None or i in files) and sha256(file.path) != self.state["shards"][
-                file.path.name
-            ]:
-                raise CheckpointError(
-                    f"{file.path} is damaged: its SHA-256 is not that in state.json"
-                )
+            due = self.state["shards"][file.path.name]
+            if (files is None or i in files) and sha256(file.path) != due:
+                raise CheckpointError(f"{file.path} is damaged: its SHA-256 is not state.json's")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -162,13 +158,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{folder} has format {state['format']}; this reads {FORMAT}")
         if any("/" in name for name in state["shards"]):
             raise CheckpointError(f"{folder / 'state.json'} names files outside its folder")
-        return Checkpoint(
-            folder, state, tuple(TensorFile(folder / name) for name in state["shards"])
-        )
+        files = tuple(TensorFile(folder / name) for name in state["shards"])
+        return Checkpoint(folder, state, files)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} is no checkpoint: {type(error).__name__}: {error}"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder} is no checkpoint: {why}") from error
 
 
 def published(run: Path) -> list[Path]:

@@ -60,9 +60,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="a run, or one of its checkpoints")
     export.add_argument("to", type=Path, help="folder to write")
     export.add_argument("--format", choices=("saelens", "sparsify"), default="saelens")
-    bring = commands.add_parser(
-        "import", help="make a run of a folder that SAELens or sparsify wrote"
-    )
+    note = "make a run of a folder that SAELens or sparsify wrote"
+    bring = commands.add_parser("import", help=note)
     bring.add_argument("folder", type=Path)
     bring.add_argument("run", type=Path)
     return top

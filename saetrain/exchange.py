@@ -129,16 +129,14 @@ def _only(cfg: dict[str, Any], **allowed: Any) -> None:
 def _saelens(cfg: dict[str, Any], file: TensorFile) -> SAE:
     _only(cfg, reshape_activations="none", finetuning_scaling_factor=False)
     if cfg.get("normalize_activations") not in ("none", False, None):
-        raise ExchangeError(
-            f"normalize_activations {cfg['normalize_activations']!r}: fold it in SAELens first"
-        )
+        what = f"normalize_activations {cfg['normalize_activations']!r}"
+        raise ExchangeError(f"{what}: fold it in SAELens first")
     arch = cfg.get("architecture", "standard")
     if cfg.get("activation_fn_str") == "topk":  # before version 6
         arch, cfg = "topk", cfg | {"k": cfg["activation_fn_kwargs"]["k"]}
     if arch not in ("standard", "topk", "jumprelu"):
-        raise ExchangeError(
-            f"architecture {arch!r}; read are standard, topk and jumprelu (save it for inference)"
-        )
+        what = "read are standard, topk and jumprelu (save it for inference)"
+        raise ExchangeError(f"architecture {arch!r}; {what}")
     found = SAE(
         {"standard": "relu"}.get(arch, arch), file.read("W_enc").T.contiguous(), file.read("b_enc"),
         file.read("W_dec"), file.read("b_dec"), bool(cfg.get("apply_b_dec_to_input", True)),

@@ -77,9 +77,8 @@ def write(
                 left = specs[name].nbytes if name else 0
             piece = as_bytes(block)
             if of != name or len(piece) > left or block.dtype != specs[name].dtype:
-                raise ValueError(
-                    f"block of {of!r}, {len(piece)} bytes, where {left} of {name!r} are due"
-                )
+                what = f"block of {of!r}, {len(piece)} bytes"
+                raise ValueError(f"{what}, where {left} of {name!r} are due")
             file.write(piece)
             digest.update(piece)
             written, left = written + len(piece), left - len(piece)
@@ -114,14 +113,10 @@ class TensorFile:
             for name, entry in header.items():
                 spec = Spec(DTYPES[entry["dtype"]], tuple(int(s) for s in entry["shape"]))
                 a, b = (int(v) for v in entry["data_offsets"])
-                if (
-                    min(spec.shape, default=0) < 0
-                    or b - a != spec.nbytes
-                    or not 0 <= a <= b <= size - self.start
-                ):
-                    raise ValueError(
-                        f"{name!r} at [{a}, {b}) of {size - self.start} bytes does not fit {spec}"
-                    )
+                fits = b - a == spec.nbytes and 0 <= a <= b <= size - self.start
+                if min(spec.shape, default=0) < 0 or not fits:
+                    what = f"{name!r} at [{a}, {b}) of {size - self.start} bytes"
+                    raise ValueError(f"{what} does not fit {spec}")
                 self.specs[name], self.offsets[name] = spec, a
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is no safetensors file: {error}") from error
@@ -129,9 +124,7 @@ class TensorFile:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor, in memory of their own."""
         if name not in self.specs:
-            raise CheckpointError(
-                f"{self.path} has no tensor {name!r}; it has {sorted(self.specs)}"
-            )
+            raise CheckpointError(f"{self.path} has no {name!r}; it has {sorted(self.specs)}")
         spec = self.specs[name]
         rows = spec.shape[0] if spec.shape else 1
         start, stop, _ = slice(start, stop).indices(rows)
@@ -139,11 +132,8 @@ class TensorFile:
         with self.path.open("rb") as file:
             file.seek(self.start + self.offsets[name] + start * row_bytes)
             data = np.fromfile(file, np.uint8, max(stop - start, 0) * row_bytes)
-        flat = (
-            torch.from_numpy(data).view(spec.dtype)
-            if len(data)
-            else torch.empty(0, dtype=spec.dtype)
-        )
+        empty = torch.empty(0, dtype=spec.dtype)
+        flat = torch.from_numpy(data).view(spec.dtype) if len(data) else empty
         return flat.view(max(stop - start, 0), *spec.shape[1:]) if spec.shape else flat.view(())
 
     def blocks(self, name: str, rows: int = 1024) -> Iterator[Tensor]:
