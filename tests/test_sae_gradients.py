@@ -90,6 +90,14 @@ def test_topk_takes_the_lowest_columns_of_equal_values(levels: int, columns: int
         assert torch.equal(column[positive], expected.indices[:, :k][positive])
 
 
+def test_topk_of_bad_rows() -> None:
+    rows = torch.randn(4, 256)
+    rows[1], rows[2, 77] = torch.nan, torch.nan
+    value, _ = exact_topk(rows, 5)
+    assert value.isnan().sum(1).tolist() == [0, 5, 1, 0]  # it is seen in the loss
+    assert [part.shape for part in exact_topk(rows[:, :0], 5)] == [(4, 0), (4, 0)]
+
+
 def random_codes(
     generator: torch.Generator, bags: int = 30, latents: int = 20, density: float = 0.2
 ) -> Codes:
