@@ -194,10 +194,10 @@ STORE = click.Path(path_type=Path)
 @click.option("--store", type=STORE, default="demo/shuffled.zarr", help="Shuffled activations.")
 @click.option("--d-sae", type=COUNT, default=1024, help="Latents.")
 @click.option("--k", type=COUNT, default=32, help="Active latents a token.")
-@click.option("--steps", type=COUNT, default=200, help="On the store's rows; 0 leaves these out.")
+@click.option("--steps", type=COUNT, default=120, help="On the store's rows; 0 leaves these out.")
 @click.option("--batch", type=COUNT, default=1024, help="Rows of a step.")
 @click.option(
-    "--planted-steps", type=COUNT, default=300, help="On planted rows; 0 leaves these out."
+    "--planted-steps", type=COUNT, default=400, help="On planted rows; 0 leaves these out."
 )
 @click.option("--rounds", type=COUNT, default=10, help="Of the speed comparison; 0 leaves it out.")
 @click.option("--speed-batch", type=COUNT, default=2048, help="Rows of a step, for speed.")

@@ -4,8 +4,8 @@ Quality: one width, k, batch size and number of steps; each tool trains as its o
 own inference code on the same held-out rows.  Learning rates: each tool's default, and a grid that is the same for
 all; a tool's best is what counts.  Planted: the same on rows whose true features are known.
 
-What a run leaves out (--steps 0, --planted-steps 0, --rounds 0, --only) is kept from earlier runs of the same day, so
-that a long comparison can be made in parts.
+Results are written after each tool.  What was measured before on the same day with the same settings is not measured
+again, so a long comparison can be made in parts (--steps 0, --planted-steps 0, --rounds 0 and --only leave parts out).
 
 Speed: one training step (forward, backward, update) of each on the same batch, in turn, round after round.
 """
@@ -44,6 +44,7 @@ def run(
         "versions": versions | {"torch": torch.__version__}, "threads": torch.get_num_threads(),
         "speed": [], "quality": [], "planted": [],
     }  # fmt: skip
+    merge(bench, figures)
     shapes = [(384, d_sae, k), tuple(wide)] if rounds else []
     tries = len(tools) * (1 + len(RATES))
     bench.plan(len(shapes) + tries * (bool(steps) + bool(planted_steps)))
@@ -51,33 +52,43 @@ def run(
     try:
         for d, n, active in shapes:
             figures["speed"] += _speed(bench, tools, mesh, d, n, active, speed_batch, rounds)
+            publish(bench, figures)
         if steps:
             rows = _rows(store, (steps + 16) * batch)
             test, train = rows[-16 * batch :], rows[: -16 * batch]
             task = Task(train, d_sae, k, steps, batch)
-            figures["quality"] += _quality(bench, tools, mesh, task, test, None)
+            _quality(bench, tools, mesh, task, test, None, figures)
         if planted_steps:
             known = Planted.make(256 * (planted_steps + 16), **PLANTED)  # type: ignore[arg-type]
             test, train = known.rows[-4096:], known.rows[:-4096]
             task = Task(train, 2 * PLANTED["features"], 4, planted_steps, 256)
-            figures["planted"] += _quality(bench, tools, mesh, task, test, known.dictionary)
+            _quality(bench, tools, mesh, task, test, known.dictionary, figures)
     finally:
         mesh.close()
-    _keep_earlier(bench.results / "results.json", figures, tools)
+    publish(bench, figures)
+
+
+def publish(bench: Bench, figures: dict[str, Any]) -> None:
+    merge(bench, figures)
     images = plots.draw(bench, lambda folder: [_draw(folder, figures)])
     bench.publish(figures, page(figures), images)
 
 
-def _keep_earlier(path: Path, figures: dict[str, Any], tools: dict[str, Tool]) -> None:
-    """Add what earlier runs found and this one left out."""
+def merge(bench: Bench, figures: dict[str, Any]) -> None:
+    """Take in what was found earlier and not now."""
+    path = bench.results / "results.json"
     if not path.exists():
         return
     found = json.loads(path.read_text())["figures"]
     figures["versions"] = found["versions"] | figures["versions"]
     order = list(TOOLS)
     for part in ("speed", "quality", "planted"):
-        kept = [x for x in found[part] if not figures[part] or x["tool"] not in tools]
-        figures[part] = sorted(kept + figures[part], key=lambda x: order.index(x["tool"]))
+        lines = {_key(x): x for x in [*found[part], *figures[part]]}
+        figures[part] = sorted(lines.values(), key=lambda x: order.index(x["tool"]))
+
+
+def _key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line.get(n) for n in ("tool", "lr", "d_in", "d_sae", "k", "steps", "batch"))
 
 
 def _rows(store: Path | None, count: int) -> Tensor:
@@ -115,20 +126,25 @@ def _speed(
 
 
 def _quality(
-    bench: Bench, tools: dict[str, Tool], mesh: Mesh, task: Task, test: Tensor, truth: Tensor | None
-) -> list[dict[str, Any]]:
-    found = []
+    bench: Bench, tools: dict[str, Tool], mesh: Mesh, task: Task, test: Tensor, truth: Tensor | None,
+    figures: dict[str, Any],
+) -> None:  # fmt: skip
+    part = "quality" if truth is None else "planted"
+    same = {"d_sae": task.d_sae, "k": task.k, "steps": task.steps, "batch": task.batch}
     for name, tool in tools.items():
         for lr in (None, *RATES):
+            line: dict[str, Any] = {"tool": name, "lr": lr or "default", **same}
+            if _key(line) in map(_key, figures[part]):
+                bench.did(f"{name}, lr {lr or 'default'}: measured before")
+                continue
             one = tool.make(task, lr, mesh)
             for rows in task.batches():
                 one.step(rows)
-            line = {"tool": name, "lr": lr or "default", **measured(one.finish(), test, truth)}
-            line |= {"d_sae": task.d_sae, "k": task.k, "steps": task.steps, "batch": task.batch}
-            found.append(line)
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in line.items() if isinstance(v, float))
+            found = measured(one.finish(), test, truth)
+            figures[part].append(line | found)
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
             bench.did(f"{name}, lr {lr or 'default'}: {shown}")
-    return found
+        publish(bench, figures)
 
 
 def measured(trained: Trained, test: Tensor, truth: Tensor | None) -> dict[str, float]:
