@@ -46,6 +46,8 @@ TINY: dict[str, dict[str, Any]] = {
     "growth": {"start": 1 << 18, "factors": [1, 4], "memory": 28 << 20, "block": 1 << 17,
                "run_bytes": 1 << 14, "rounds": 1, "workers": 0},
     "scheduler": {"tasks": 300, "workers": 1},
+    "loader": {"size": 1 << 20, "widths": [384], "threads": [1, 2], "modes": ["cached", "disk"],
+               "batch_size": 64, "chunk": 1 << 18, "rounds": 1},
     "calibrate": {
         "known": [1 << 20, 1 << 21], "held_out": [3 << 20], "memories": [28 << 20], "rounds": 1,
         "held_memory": 28 << 20, "workers": [0, 1], "levels": [2],
@@ -171,6 +173,22 @@ def scheduler(**options: Any) -> None:
 
 
 @main.command()
+@click.option("--size", type=SIZE, default="1GB", help="Bytes of each store.")
+@click.option("--widths", type=INTS, default="384,4096", help="Values of a row.")
+@click.option("--threads", type=INTS, default=f"1,{cores()}", help="Of the loader and of the read.")
+@click.option("--modes", type=MODES, default="cached,disk", help="Where the data is.")
+@click.option("--batch-size", type=COUNT, default=4096, help="Rows of a batch.")
+@click.option("--chunk", type=SIZE, default="32MiB", help="Size of the chunk files.")
+@click.option("--rounds", type=COUNT, default=15, help="Times that everything is measured.")
+@_common
+def loader(**options: Any) -> None:
+    """The loader and stats, beside a plain sequential read of the same files."""
+    from benchmarks import loader as module
+
+    _start("loader", module.run, options)
+
+
+@main.command()
 @click.option("--known", type=SIZES, default="256MB,512MB", help="Sizes to learn from.")
 @click.option("--held-out", type=SIZES, default="1GB,1500MB", help="Sizes to foretell.")
 @click.option("--memories", type=SIZES, default="48MiB,96MiB", help="Of one worker, to learn from.")
@@ -247,7 +265,7 @@ def sae_ranks(**options: Any) -> None:
 @_common
 def everything(**options: Any) -> None:
     """All of them, one after the other, as their defaults say."""
-    for command in (floor, shuffle, growth, scheduler, calibrate, peers, sae_ranks):
+    for command in (floor, shuffle, loader, growth, scheduler, calibrate, peers, sae_ranks):
         with click.Context(command) as ctx:
             defaults = {p.name: p.get_default(ctx) for p in command.params if p.name}
             defaults = {

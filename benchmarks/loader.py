@@ -1,52 +1,43 @@
-"""The loader and the statistics beside a plain sequential read of the same files, in one run.
+"""`loader`: the loader and the statistics beside a plain sequential read of the same files, in one run.
 
-::
-
-    python -m benchmarks.loader                  page cache, 384 and 4096 x float16
-    python -m benchmarks.loader --cold           from disk
-
-In every round everything is measured once, the order turned by one each time; figures are medians over
-rounds, and of ratios the median of the ratios within a round.  "plain read" reads file after file, each
-whole, into one buffer that stays; "small reads" does so 4 MiB at a time, which is what stays in cache
-and so is the fastest way known.  Both on one thread.  "cpu" is processor time, which other load on the
-machine changes less than the clock.
+The plain read takes the same files, each whole, into a buffer that stays, on the same number of threads
+(which take the files in turn).  It runs right before each measurement, so that what else the machine
+does weighs on both, and a ratio is that of a neighbouring pair.  "read, small buffer" does so 4 MiB at a
+time, which stays in the processor's cache: the fastest way known, but no batch of any size is ever
+there as a whole.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
+import zarr
 
 from actshuffle.arrays import group_metadata
-from actshuffle.cli.options import COUNT, SIZE
 from actshuffle.data.dataset import Dataset, open_dataset
 from actshuffle.data.loader import Loader
-from actshuffle.data.prefetch import _allocate  # the same kind of memory for all
-from actshuffle.data.stats import stats
+from actshuffle.data.prefetch import allocate  # the same kind of memory for all
+from actshuffle.data.stats import Threads, stats
 from actshuffle.manifest import MARKER_KEY
 from actshuffle.objects import as_place, open_objects
 from actshuffle.units import format_bytes
-from benchmarks import cache, hardware
+from benchmarks import cache, plots
+from benchmarks.results import Bench, need_space, ranged, rate, spread, table
 
-WIDTHS = (384, 4096)
-CHUNK_BYTES = 32 << 20
 SMALL = 4 << 20
+Subject = Callable[[], int]  # handles all bytes once, and says how many
 
 
-def make_store(folder: Path, nbytes: int, width: int) -> Path:
+def make_store(folder: Path, nbytes: int, width: int, chunk_bytes: int) -> Path:
     """A finished store of rows of ``width`` float16."""
-    import zarr
-
-    rows, chunk = max(1, nbytes // (2 * width)), max(1, CHUNK_BYTES // (2 * width))
+    rows, chunk = max(1, nbytes // (2 * width)), max(1, chunk_bytes // (2 * width))
     path = folder / f"{width}.zarr"
     zarr.create_group(path)
     array = zarr.create_array(
@@ -63,8 +54,19 @@ def make_store(folder: Path, nbytes: int, width: int) -> Path:
     return path
 
 
-def plain_read(files: list[Path], buffer: memoryview) -> int:
-    """Bytes read, file after file."""
+class Plain:
+    """Reads all files, on some threads, each into its own buffer."""
+
+    def __init__(self, files: list[Path], threads: int, buffer_bytes: int) -> None:
+        self._shares = [files[i::threads] for i in range(threads)]
+        self._buffers = [memoryview(allocate(buffer_bytes).data) for _ in range(threads)]
+        self._pool = ThreadPoolExecutor(threads)
+
+    def __call__(self) -> int:
+        return sum(self._pool.map(_read, self._shares, self._buffers))
+
+
+def _read(files: list[Path], buffer: memoryview) -> int:
     total = 0
     for file in files:
         fd = os.open(file, os.O_RDONLY)
@@ -76,13 +78,13 @@ def plain_read(files: list[Path], buffer: memoryview) -> int:
     return total
 
 
-def subjects(dataset: Dataset, files: list[Path], batch_size: int) -> dict[str, Callable[[], int]]:
-    """What is measured: each call handles all bytes once.  Buffers and loaders live from round to round,
-    as they do in training."""
-    whole, small = (memoryview(_allocate(size).data) for size in (CHUNK_BYTES, SMALL))
+def subjects(
+    dataset: Dataset, files: list[Path], batch_size: int, threads: int
+) -> dict[str, Subject]:
+    """What is measured.  Buffers and loaders live from round to round, as they do in training."""
 
-    def loader(epoch: int = 0, **settings: Any) -> Callable[[], int]:
-        made = Loader(dataset, batch_size, buffer_rows=0, **settings)
+    def loader(epoch: int = 0, **settings: Any) -> Subject:
+        made = Loader(dataset, batch_size, buffer_rows=0, threads=threads, **settings)
 
         def load() -> int:
             made.seek(epoch)
@@ -90,102 +92,106 @@ def subjects(dataset: Dataset, files: list[Path], batch_size: int) -> dict[str, 
 
         return load
 
-    return {
-        "plain read": lambda: plain_read(files, whole),
-        "small reads": lambda: plain_read(files, small),
+    found: dict[str, Subject] = {
+        "read, small buffer": Plain(files, threads, SMALL),
         "loader": loader(),
-        "loader, 1 thread": loader(threads=1),
-        "loader, tensors": loader(as_torch=True),
         "loader, later epoch": loader(epoch=1),
-        "stats": lambda: stats(dataset, write=False).nbytes,
     }
+    if find_spec("torch"):
+        found["loader, tensors"] = loader(as_torch=True)
+    executor = Threads(threads)
+    found["stats"] = lambda: stats(dataset, write=False, executor=executor).nbytes
+    return found
 
 
-def measure(
-    path: Path, batch_size: int, rounds: int, cold: bool
-) -> Iterator[tuple[int, str, float, float]]:
-    """(round, subject, bytes a second, bytes a processor second)."""
+def run(
+    bench: Bench, *, size: int, widths: list[int], threads: list[int], modes: list[str],
+    batch_size: int, chunk: int, rounds: int,
+) -> None:  # fmt: skip
+    need_space(bench.work, int(1.1 * size * len(widths)))
+    bench.plan(len(widths) * len(modes) * len(threads) * rounds)
+    found: list[dict[str, Any]] = []
+    for width in widths:
+        path = make_store(bench.work, size, width, chunk)
+        cache.settle([path])
+        for mode in modes:
+            for count in threads:
+                for one in _measured(path, batch_size, count, mode, rounds, chunk):
+                    found.append({"width": width, "mode": mode, "threads": count} | one)
+                    if one["what"] == "loader":
+                        bench.did(f"{mode}, {width} x float16, {count} threads, loader: "
+                                  f"{rate(one['bytes'], one['seconds'])}")  # fmt: skip
+    rows = summary(found)
+    images = plots.draw(bench, lambda folder: [plots.loader(folder, rows)])
+    bench.publish({"rounds": found, "summary": rows}, page(rows, size, batch_size, chunk), images)
+
+
+def _measured(
+    path: Path, batch_size: int, threads: int, mode: str, rounds: int, chunk: int
+) -> Iterator[dict[str, Any]]:
     dataset = open_dataset(path)
     files = sorted((path / "data").glob("c.*"), key=lambda p: int(p.name.split(".")[1]))
-    measured = subjects(dataset, files, batch_size)
-    (cache.settle if cold else cache.warm)([path])
+    buffer_bytes = max(file.stat().st_size for file in files)
+    plain, all_ = Plain(files, threads, buffer_bytes), subjects(dataset, files, batch_size, threads)
     for number in range(-1, rounds):  # one to warm up
-        names = list(measured)
-        names = names[number % len(names) :] + names[: number % len(names)]
-        for name in names:
-            if cold:
-                cache.evict([path])
-            cpu, clock = time.process_time(), time.perf_counter()
-            nbytes = measured[name]()
-            clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+        names = list(all_)
+        turn = number % len(names)
+        cache.warm([path] if mode == "cached" else [])
+        for name in names[turn:] + names[:turn]:
+            beside, one = (_timed(subject, path, mode) for subject in (plain, all_[name]))
             if number >= 0:
-                yield number, name, nbytes / clock, nbytes / cpu
+                yield {"round": number, "what": name, "plain": beside} | one
 
 
-def summary(found: list[tuple[int, str, float, float]]) -> dict[str, dict[str, float]]:
-    """Medians by subject, and of the ratios to the plain reads of the same round."""
-    by = {(number, name): (rate, cpu) for number, name, rate, cpu in found}
-    rounds = sorted({number for number, _ in by})
-    result = {}
-    for name in dict.fromkeys(name for _, name, _, _ in found):
-        row = {
-            "rate": statistics.median(by[r, name][0] for r in rounds),
-            "cpu_rate": statistics.median(by[r, name][1] for r in rounds),
+def _timed(subject: Subject, path: Path, mode: str) -> dict[str, float]:
+    """Bytes, seconds, and processor seconds of all threads."""
+    if mode == "disk":
+        cache.evict([path])
+    cpu, clock = time.process_time(), time.perf_counter()
+    nbytes = subject()
+    return {"bytes": nbytes, "seconds": time.perf_counter() - clock,
+            "cpu": time.process_time() - cpu}  # fmt: skip
+
+
+def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rates, and ratios of neighbouring pairs, by case."""
+    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for one in found:
+        case = one["width"], one["mode"], one["threads"], one["what"]
+        cases.setdefault(case, []).append(one)
+    return [
+        {
+            "width": width, "mode": mode, "threads": threads, "what": what,
+            "rate": spread([one["bytes"] / one["seconds"] / 1e9 for one in ours]),
+            "plain": spread([one["bytes"] / one["plain"]["seconds"] / 1e9 for one in ours]),
+            "of_plain": spread([one["plain"]["seconds"] / one["seconds"] for one in ours]),
+            "of_plain_cpu": spread([one["plain"]["cpu"] / one["cpu"] for one in ours]),
         }
-        for other in ("plain read", "small reads"):
-            ratios = [by[r, name][0] / by[r, other][0] for r in rounds]
-            of_cpu = [by[r, name][1] / by[r, other][1] for r in rounds]
-            row[f"of {other}"] = statistics.median(ratios)
-            row[f"of {other}, cpu"] = statistics.median(of_cpu)
-        result[name] = row
-    return dict(
-        sorted(result.items(), key=lambda item: (item[0] == "stats", "loader" in item[0], item[0]))
-    )
+        for (width, mode, threads, what), ours in cases.items()
+    ]  # fmt: skip
 
 
-def table(width: int, rows: dict[str, dict[str, float]]) -> Iterator[str]:
-    yield (
-        f"{width} x float16:         rate    of plain read    of small reads  |  "
-        "per cpu second  of plain  of small"
-    )
-    for name, row in rows.items():
-        yield (
-            f"  {name:20}{format_bytes(row['rate']) + '/s':>10}{row['of plain read']:17.2f}"
-            f"{row['of small reads']:18.2f}  |  {format_bytes(row['cpu_rate']):>14}"
-            f"{row['of plain read, cpu']:10.2f}{row['of small reads, cpu']:10.2f}"
-        )
-
-
-@click.command(context_settings={"show_default": True})
-@click.option("--size", type=SIZE, default="1GB", help="Bytes of each store.")
-@click.option("--rounds", type=COUNT, default=9, help="Times that everything is measured.")
-@click.option("--batch-size", type=COUNT, default=4096, help="Rows of a batch.")
-@click.option("--widths", default="384,4096", help="Values of a row, with commas.")
-@click.option("--cold", is_flag=True, help="Out of the page cache before each measurement.")
-@click.option("--tiny", is_flag=True, help="In miniature, to see that it works.")
-@click.option("--work", type=click.Path(path_type=Path), help="Where the stores go.  [temporary]")
-def loader(
-    size: int, rounds: int, batch_size: int, widths: str, cold: bool, tiny: bool, work: Path | None
-) -> None:
-    """The loader and stats, beside a plain sequential read: a table, then one JSON object."""
-    if tiny:
-        size, rounds, batch_size = 1 << 20, 1, 64
-    if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {
-        "size": size, "rounds": rounds, "batch_size": batch_size, "cold": cold, "load": hardware.load(),
-        "widths": {},
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="actshuffle-loader-", dir=work) as folder:
-        document["machine"] = hardware.describe(Path(folder))
-        for width in map(int, widths.split(",")):
-            path = make_store(Path(folder), size, width)
-            rows = summary(list(measure(path, batch_size, rounds, cold)))
-            document["widths"][str(width)] = rows
-            click.echo("\n".join(table(width, rows)) + "\n")
-    document["load"] = [document["load"], hardware.load()]
-    click.echo(json.dumps(document))
-
-
-if __name__ == "__main__":
-    loader()
+def page(rows: list[dict[str, Any]], size: int, batch_size: int, chunk: int) -> list[str]:
+    return [
+        f"{format_bytes(size)} of float16 in files of {format_bytes(chunk)}, batches of "
+        f"{batch_size:,} rows; the consumer does nothing with them. GB/s and ratios: median (range) over "
+        "rounds. *of plain read*: rate over that of the plain read of the same files, on the same number "
+        "of threads, right before it. *by processor time*: the same of processor seconds, which other "
+        "load on the machine changes less. *cached*: files in the page cache. *disk*: out of it.",
+        "",
+        *table(
+            ("row", "mode", "threads", "", "GB/s", "plain read GB/s", "of plain read",
+             "by processor time"),
+            ((f"{r['width']} x float16", r["mode"], r["threads"], r["what"], ranged(r["rate"]),
+              ranged(r["plain"]), ranged(r["of_plain"]), ranged(r["of_plain_cpu"]))
+             for r in rows),
+        ),
+        "",
+        "The loader hands out batches where they were read to, and reads ahead, so its blocks pass "
+        "through memory; the plain read fills one buffer over and over, part of which stays in the "
+        "processor's cache.",
+        "",
+        "stats converts every value to float32 and takes it through seven more passes in cache (norm, "
+        "centre, square, two sums): 0.45 ns a value and core at the least in numpy, so it keeps up with "
+        "disks, not with the page cache.",
+    ]  # fmt: skip

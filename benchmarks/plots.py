@@ -98,6 +98,40 @@ def floor(folder: Path, rows: list[dict[str, Any]]) -> str:
     return _save(folder, figure, "floor.png")
 
 
+def loader(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Rates as shares of a plain read's, a panel for each row width and place of the data."""
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((r["width"], r["mode"]) for r in rows))
+    counts = list(dict.fromkeys(r["threads"] for r in rows))
+    names = list(dict.fromkeys(r["what"] for r in rows))
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(3.4 * len(panels) + 1, 3.0),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    height = 0.8 / len(counts)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for i, count in enumerate(counts):
+            ours = [r for r in rows if (r["width"], r["mode"], r["threads"]) == (*panel, count)]
+            at = [names.index(r["what"]) + (i - (len(counts) - 1) / 2) * height for r in ours]
+            label = f"{count} thread{'s' * (count > 1)}"
+            colour = (BLUE, ORANGE, GREEN)[i % 3]
+            _bars(axis, at, [r["of_plain"] for r in ours], 0.9 * height, colour, label)
+        axis.axvline(1, color=INK, linewidth=0.8)
+        axis.set(title=f"{panel[0]} x float16, {panel[1]}", xlabel="of a plain read",
+                 yticks=range(len(names)), yticklabels=names)  # fmt: skip
+        axis.margins(x=0.2)
+        axis.grid(axis="x")
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    _legend_below(figure, axes[0][0])
+    return _save(folder, figure, "loader.png")
+
+
 def _case(row: dict[str, Any]) -> str:
     crew = f"{row['workers']} worker{'s' * (row['workers'] != 1)}" if row["workers"] else "serial"
     return f"{row['row_bytes']} B rows, {crew}, {row['levels']} level{'s' * (row['levels'] > 1)}"

@@ -77,6 +77,17 @@ def test_shuffle(tmp_path):
         assert spent["write"] > 0
 
 
+def test_loader(tmp_path):
+    rows = miniature(tmp_path, "loader")["summary"]
+    assert {(r["mode"], r["threads"]) for r in rows} == {
+        (mode, threads) for mode in ("cached", "disk") for threads in (1, 2)
+    }
+    assert {"loader", "loader, later epoch", "read, small buffer", "stats"} <= {
+        r["what"] for r in rows
+    }
+    assert all(r["of_plain"]["low"] > 0 for r in rows)
+
+
 def test_growth(tmp_path):
     rows = miniature(tmp_path, "growth")["summary"]
     assert [r["factor"] for r in rows] == [1, 4]

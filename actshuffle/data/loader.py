@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from actshuffle.data.torchface import TorchDataset
 
 Batch = dict[str, Any]  # arrays or tensors by name
-BLOCK_BYTES = 8 << 20  # what one thread reads at a time; or one batch, if that is more
+BLOCK_BYTES = 16 << 20  # what one thread reads at a time; or one batch, if that is more
 STATE_FORMAT = 1
 SCORED_ROWS = 1 << 20
 _FOREVER = 1 << 62
@@ -180,6 +180,7 @@ class Loader:
                 self._pass_by(step)
                 yield batch
                 del batch
+            del loan
         if self._stride == 1 and self._turn == turn:
             self._cursor = until, 0
 
@@ -213,6 +214,7 @@ class Loader:
             for block, loan in in_order(pool, way.fill, work, depth, self._waited):
                 way.reached(block)
                 yield block, loan
+                del block, loan  # while the next is waited for, this memory can be filled again
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             way.close()

@@ -46,7 +46,7 @@ class Pool:
         except IndexError:
             memory = np.empty(0, np.uint8)
         if len(memory) < nbytes:
-            memory = _allocate(nbytes)
+            memory = allocate(nbytes)
         lent = np.asarray(_Lease(self._free, memory, nbytes))
         return Loan(lent, lent)
 
@@ -62,7 +62,8 @@ class _Lease:
         self._home.append(self._memory)
 
 
-def _allocate(nbytes: int) -> U8:
+def allocate(nbytes: int) -> U8:
+    """Fresh memory, in huge pages where they serve."""
     # Private: shared memory, which is mmap's default, gets no huge pages, so that its first touch costs
     # seven times as much, and a forked process would write into ours.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
