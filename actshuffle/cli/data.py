@@ -1,4 +1,4 @@
-"""Commands that look at the numbers of a store: `stats`, `quality`.  Attached by cli.py."""
+"""Commands that look at the numbers of a store: `stats`, `quality`.  `app` adds them."""
 
 from __future__ import annotations
 
