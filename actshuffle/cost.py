@@ -31,12 +31,12 @@ from actshuffle.objects import StoreObjects
 from actshuffle.planner import CHUNK_BYTES
 from actshuffle.types import Plan
 
-SPLIT_CPU = 0.45e-9  # seconds per byte, of a split's processor time beside its reads and writes
-LEAF_CPU = 0.45e-9  # and of a leaf's
+SPLIT_CPU = 0.7e-9  # seconds per byte, of a split's processor time beside its reads and writes
+LEAF_CPU = 0.9e-9  # and of a leaf's
 COUNT_CPU = 20e-9  # seconds per row and pass of the search for boundaries
 INDEX_CPU = 2e-6  # seconds per run that an index task reads of
 RECEIPT_CPU = 1e-4  # seconds per receipt that the driver reads
-OVERHEAD = 0.02  # seconds per task beside its bytes
+OVERHEAD = 0.01  # seconds per task beside its bytes
 DISPATCH = 1.5e-3  # seconds of scheduler and driver per task
 DRIVER_RATE = 300e6  # bytes per second of answers that a driver takes in; assumed
 LATENCY = 0.03  # seconds per request to an object store; assumed

@@ -136,8 +136,11 @@ def _connected(address: str, *, insecure: bool) -> Iterator[Executor]:
             client = stack.enter_context(Client(address))  # type: ignore[no-untyped-call]
         except (OSError, TimeoutError) as err:
             raise ClusterError(f"no Dask scheduler answers at {address} ({err})") from err
-        except ValueError as err:
-            raise RequestError(f"cannot use {address!r} as a scheduler's address: {err}") from err
+        except (ValueError, TypeError) as err:
+            hint = " (certificates: docs/scaling.md)" if address.startswith("tls") else ""
+            raise RequestError(
+                f"cannot use {address!r} as a scheduler's address: {err}{hint}"
+            ) from err
         yield stack.enter_context(executor_for(None, client))
 
 
