@@ -100,7 +100,8 @@ class _Playing:
         self.stage, self.c, self.rng, self.grain = stage, cluster, rng, grain
         self.events: list[tuple[float, int, str, Any]] = []
         self.number = 0  # of events, so that those of one moment keep their order
-        self.now = self.handed_out = self.idle_since = 0.0
+        self.now = self.handed_out = 0.0
+        self.idle_since: float | None = None
         self.store_free = self.requests_free = (
             0.0  # when what was asked of the store will be served
         )
@@ -130,7 +131,7 @@ class _Playing:
                 getattr(self, f"_{what}")(about)
             if not (self.times_done == 1).all():
                 raise AssertionError("a task was lost or done twice")
-        tail = self.now - self.idle_since if self.idle_since else 0.0
+        tail = 0.0 if self.idle_since is None else self.now - self.idle_since
         return Played(
             self.stage.name, self.stage.tasks, self.now + self.stage.driver, least, limit, tail,
             self.failures, self.lost, self.work * self.stage.read, self.work * self.stage.written,
@@ -153,7 +154,7 @@ class _Playing:
             turn = _Turn(host, first, count, share, max(self.now, self.handed_out))
             self.turns[host].add(turn)
             self._later(turn.started, "begin", turn)
-        if self.idle and not self.idle_since:
+        if self.idle and self.idle_since is None:
             self.idle_since = self.now
 
     def _take(self) -> tuple[int, int]:

@@ -7,8 +7,8 @@ Small runs are measured, level by level.  A level of n tasks of b bytes on w wor
 and what is left of a run (boundaries, index, publishing) a fixed time and some more per task.  The five
 numbers are fitted per number of workers, since workers of one machine are in each other's way.  Then runs
 of sizes and block sizes that were not measured are foretold by `actshuffle.simulate`, run, and compared.
-All is in the page cache and without fsync: it is the processor's part that is calibrated; the disk's is
-what `floor` measures.
+All is in memory and without fsync: it is the processor's part that is calibrated; the disk's is
+what `floor` measures.  Give ``--work`` a tmpfs, or the kernel writes back what the last run left.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def page(rows: list[dict[str, Any]], constants: dict[int, Constants]) -> list[st
     within = sum(off <= GOAL for off in unseen)
     crew = {count: "serial" if not count else f"{count} workers" for count in constants}
     return [
-        "In the page cache, without fsync. Constants are fitted to the *known* runs, per number of workers; "
+        "In memory (page cache or tmpfs), without fsync. Constants are fitted to the *known* runs, per number of workers; "
         "the others were run only to be compared with what the simulation had foretold.",
         "",
         *table(
