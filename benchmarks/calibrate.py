@@ -189,8 +189,8 @@ def page(rows: list[dict[str, Any]], constants: dict[int, Constants]) -> list[st
     within = sum(off <= GOAL for off in unseen)
     crew = {count: "serial" if not count else f"{count} workers" for count in constants}
     return [
-        "In memory (page cache or tmpfs), without fsync. Constants are fitted to the *known* runs, per number of workers; "
-        "the others were run only to be compared with what the simulation had foretold.",
+        "In memory (page cache or tmpfs), without fsync. Constants are fitted to the *known* runs, per "
+        "number of workers; the others were run only to be compared with what the simulation had foretold.",
         "",
         *table(
             ("", "overhead ms", "split s/GB", "leaf s/GB", "fixed ms", "more ms a task"),
