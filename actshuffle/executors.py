@@ -34,6 +34,8 @@ class Executor(Protocol):
     @property
     def dashboard(self) -> str | None: ...
 
+    @property
+    def one_machine(self) -> bool: ...  # are all workers on this machine, for sure?
     def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]: ...
     def task_memory(self) -> int: ...
     def close(self) -> None: ...
@@ -43,6 +45,7 @@ class Serial:
     """One after the other, here."""
 
     name: str = "serial"
+    one_machine: bool = True
     workers: int = 1
     dashboard: str | None = None
 
@@ -68,10 +71,13 @@ class Dask:
 
     name: str = "dask"
 
-    def __init__(self, client: Any, *, window: int = 4, retries: int = 2) -> None:
+    def __init__(
+        self, client: Any, *, window: int = 4, retries: int = 2, one_machine: bool = False
+    ) -> None:
         self.client = client
         self.window = window
         self.retries = retries
+        self.one_machine = one_machine
         has_page = find_spec("bokeh") is not None
         self.dashboard = client.dashboard_link if has_page else None
         self._seen = 1
@@ -215,7 +221,7 @@ def local_cluster(workers: int) -> Iterator[Dask]:
         ) as cluster,
         Client(cluster) as client,
     ):  # fmt: skip
-        yield Dask(client)
+        yield Dask(client, one_machine=True)
 
 
 def machine_memory() -> int:

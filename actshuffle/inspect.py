@@ -33,6 +33,7 @@ def plan(
     chunks_per_shard: int | None = None,
     codec: str = "none",
     fields: Iterable[str] | None = None,
+    spill_memory: str | int | None = None,
     workers: int | None = None,
     remote: bool = False,
     storage_options: dict[str, Any] | None = None,
@@ -51,6 +52,7 @@ def plan(
         "chunk_rows": chunk_rows,
         "chunks_per_shard": chunks_per_shard,
         "codec": codec,
+        "spill_memory": 0 if spill_memory is None else parse_bytes(spill_memory),
         "tasks_wanted": 3 * workers if workers and workers > 1 else 1,
     }
     if (src is None) == (rows is None or row_bytes is None):
@@ -67,6 +69,7 @@ def plan(
             block_bytes=given["block_bytes"], run_bytes=given["run_bytes"] or usual_run,
             chunk_rows=chunk_rows, chunks_per_shard=chunks_per_shard, tasks_wanted=given["tasks_wanted"],
             model=MemoryModel(width, remote=True, output_copies=2) if remote else None,
+            spill_memory=given["spill_memory"],
         )  # fmt: skip
     place = as_place(src, storage_options)
     arrays = source_arrays(place, None if fields is None else tuple(fields))
@@ -94,6 +97,7 @@ def plan_report(made: Plan) -> dict[str, Any]:
         },
         "read_bytes": sum(r for r, _ in reads_writes), "written_bytes": sum(w for _, w in reads_writes),
         "io_bytes": sum(r + w for r, w in reads_writes),
+        "spill_memory": made.kept_bytes, "disk_io_bytes": made.disk_io_bytes,
         "scratch_bytes": made.scratch_bytes, "disk_bytes": made.disk_bytes, "memory": made.memory,
         "reach": [{"levels": n, "bytes": b} for n, b in reach_table(made.block_bytes, made.run_bytes)],
     }  # fmt: skip
@@ -111,9 +115,15 @@ def plan_text(made: Plan) -> str:
         f"({format_bytes(made.leaf_rows * made.row_bytes)})",
         f"output       {r['objects']['output']:,} objects of {made.object_rows:,} rows in the widest array",
         f"tasks        {' + '.join(f'{t:,}' for t in r['tasks'])}",
-        f"memory       {format_bytes(made.memory)} per worker at most",
+        f"memory       {format_bytes(made.memory)} per worker at most"
+        + (f", and {format_bytes(r['spill_memory'])} of spill" if r["spill_memory"] else ""),
         f"disk         scratch up to {format_bytes(r['scratch_bytes'])}, "
-        f"with the output up to {format_bytes(r['disk_bytes'])}",
+        f"with the output up to {format_bytes(r['disk_bytes'])}"
+        + (
+            f"; {r['disk_io_bytes'] / max(1, 2 * r['bytes']):.2f} times what a copy moves"
+            if r["spill_memory"]
+            else ""
+        ),
         "",
         "reach at this M and P: "
         + ",  ".join(

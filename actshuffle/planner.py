@@ -43,6 +43,7 @@ def make_plan(
     widest_row: int | None = None,
     source_chunk_rows: int = 1,
     tasks_wanted: int = 1,
+    spill_memory: int = 0,
     model: MemoryModel | None = None,
 ) -> Plan:
     """Cut ``rows`` rows of ``row_bytes`` bytes into a feasible `Plan`, or raise `InfeasibleError`.
@@ -50,12 +51,15 @@ def make_plan(
     Give ``memory`` (bytes a worker may use) or ``block_bytes`` (M itself), or both.  ``widest_row`` is
     the row of the widest field, which sets the chunk size; ``source_chunk_rows`` aligns the first
     level's blocks; ``tasks_wanted`` makes blocks and leaves smaller than memory asks for, so that
-    all workers are busy, where that costs no extra level.
+    all workers are busy, where that costs no extra level; ``spill_memory`` is how many bytes of spill
+    stay in the machine's memory.
     """
     if rows < 0 or row_bytes <= 0:
         raise RequestError(
             f"need rows >= 0 and row bytes > 0, got {rows} rows of {row_bytes} bytes"
         )
+    if spill_memory < 0:
+        raise RequestError(f"spill memory must not be negative, got {spill_memory}")
     if levels != "auto" and not 1 <= levels <= MAX_LEVELS:
         raise RequestError(f"levels must be auto or 1 to {MAX_LEVELS}, got {levels}")
     if memory is None and block_bytes is None:
@@ -104,7 +108,7 @@ def make_plan(
         rows=rows, row_bytes=row_bytes, levels=levels, leaf_rows=leaf_rows, object_rows=object_rows,
         chunk_rows=chunk_rows, widths=widths, block_rows=block_rows,
         block_bytes=most_rows * row_bytes, run_bytes=run_bytes,
-        memory=peak if memory is None else memory, model=model,
+        memory=peak if memory is None else memory, model=model, spill_memory=spill_memory,
     )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ from actshuffle.keys import Keys
 from actshuffle.memory import MemoryModel
 from actshuffle.objects import Objects, as_place, local_path, open_objects
 from actshuffle.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan
+from actshuffle.tier import check_memory, clear_scratch
 from actshuffle.types import Field, Job, Place, Plan
 from actshuffle.units import format_bytes
 
@@ -59,6 +60,7 @@ class Request:
     fill_missing: bool | None = None
     scratch: str | None = None
     tasks_wanted: int | None = None
+    spill_memory: int | None = None
     key_bits: tuple[int, int] | None = None  # for tests: see keys.Keys
 
     def given(self) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def prepare(
         _check_space(job)
     if overwrite:
         _remove(open_objects(dst, fsync=fsync))
-        open_objects(job.scratch).delete_prefix("")
+        clear_scratch(job)
     return job
 
 
@@ -208,7 +210,7 @@ def make_job(
         arrays, fields, asked, remote=local_path(dst) is None, remote_source=local_path(src) is None
     )
     if kind != "shuffle":
-        plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=())
+        plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=(), spill_memory=0)
     rows = plan.rows
     scratch = scratch_place(dst, given.get("scratch"))
     outputs, widest = [], max(f.row_bytes for f in fields)
@@ -264,7 +266,7 @@ def plan_for(
         chunk_rows=given.get("chunk_rows"), chunks_per_shard=given.get("chunks_per_shard"),
         widest_row=max(widest.row_bytes, 8 if given.get("source_row", True) else 0),
         source_chunk_rows=widest.source_chunk_rows,
-        tasks_wanted=given.get("tasks_wanted", 1), model=model,
+        tasks_wanted=given.get("tasks_wanted", 1), spill_memory=given.get("spill_memory", 0), model=model,
     )  # fmt: skip
 
 
@@ -389,6 +391,8 @@ def _check_space(job: Job) -> None:
         (job.destination, out.free_bytes(), plan.output_bytes),
         (job.scratch, spill.free_bytes(), plan.scratch_bytes),
     ]
+    if plan.kept_bytes:
+        check_memory(job)
     places = [local_path(job.destination), local_path(job.scratch)]
     if all(places) and _device(places[0]) == _device(places[1]):
         needs = [(job.destination, out.free_bytes(), plan.disk_bytes)]

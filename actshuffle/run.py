@@ -37,6 +37,7 @@ from actshuffle.planner import Levels
 from actshuffle.prepare import Request, prepare
 from actshuffle.progress import Progress, Silent
 from actshuffle.spill import Spill
+from actshuffle.tier import claim_memory, clear_scratch
 from actshuffle.types import Job, Plan, Task
 from actshuffle.units import format_bytes, format_seconds, parse_bytes
 
@@ -86,6 +87,7 @@ def shuffle(
     source_row: bool | None = None,
     missing_chunks: str | None = None,
     scratch: str | Path | None = None,
+    spill_memory: str | int | None = None,
     workers: int | None = None,
     client: Any = None,
     executor: Executor | None = None,
@@ -115,6 +117,8 @@ def shuffle(
     source_row : also write the provenance array (default True).
     missing_chunks : "refuse" (default) or "fill": what an absent source chunk means.
     scratch : folder or URL for the intermediate; beside ``dst`` if not given.
+    spill_memory : how much of the intermediate may stay in this machine's memory ("8GB"), beside the
+        workers' own; the rest goes to ``scratch``.  Default none.
     workers : processes of an own local Dask cluster; 0 or None runs here, without Dask.
     client : a `distributed.Client` to run on instead.
     executor : what to run on instead of either; it stays open.
@@ -143,7 +147,13 @@ def shuffle(
             fill_missing=None if missing_chunks is None else missing_chunks == "fill",
             scratch=None if scratch is None else str(scratch),
             tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
+            spill_memory=None if spill_memory is None else parse_bytes(spill_memory),
         )  # fmt: skip
+        if request.spill_memory and not crew.one_machine:
+            raise RequestError(
+                "spill memory is this machine's, where workers on others would not find what was kept: "
+                "leave it out with a scheduler"
+            )
         job = prepare(
             as_place(src, storage_options), as_place(dst, storage_options), request,
             most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync,
@@ -196,8 +206,9 @@ def _claim(job: Job) -> None:
     except FormatError:
         body = None
     if body is None or body["job"] != job.identity:
-        scratch.delete_prefix("")  # of an earlier run to this destination, which is gone
+        clear_scratch(job)  # of an earlier run to this destination, which is gone
     scratch.settle([""])
+    claim_memory(job)
     open_objects(job.destination, fsync=job.fsync).settle([""])
     manifest.write_run(job)
     open_objects(job.destination, fsync=job.fsync).settle([OUR_GROUP])
@@ -267,7 +278,7 @@ def _clear(job: Job) -> None:
     objects = open_objects(job.destination, fsync=job.fsync)
     objects.settle([OUR_GROUP])  # the marker is durable before anything goes
     objects.delete_prefix(manifest.RECEIPTS)
-    open_objects(job.scratch).delete_prefix("")
+    clear_scratch(job)
     objects.settle([OUR_GROUP])
     objects.delete(manifest.RUN_KEY)
 

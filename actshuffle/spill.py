@@ -17,6 +17,10 @@ rows are its runs in block order.  ``sums[bucket]`` are the conservation digests
 words and of each field.  The last row of both is a checksum of the rest, the object's name and the job:
 a table that is damaged, another bucket's or another run's is seen before anything is read by it.
 
+Blocks that the plan keeps in memory (`Plan.is_kept`) lie in a folder of the machine's tmpfs instead,
+under the same keys.  A worker that dies leaves them there; when the machine dies they are gone, and
+their tasks count as not done.
+
 Copies: a row is copied once in memory on its way out (gathered into the staging buffer, then written
 by the kernel) and not at all on its way in (the kernel scatters a run into its columns).
 """
@@ -38,6 +42,7 @@ from actshuffle.errors import FormatError
 from actshuffle.files import Extent, Writer
 from actshuffle.keys import I64, U64
 from actshuffle.objects import Objects, open_objects
+from actshuffle.tier import memory_objects
 from actshuffle.types import Job
 
 CHECK_BYTES = 16  # of a table's checksum: one row of two words
@@ -76,6 +81,7 @@ class Spill:
     def __init__(self, job: Job, level: int) -> None:
         self.job, self.level = job, level
         self.objects: Objects = open_objects(job.scratch, fsync=job.fsync)
+        self._memory = memory_objects(job)
         self.prefix = f"level{level}"
         self.row_bytes = job.plan.model.spill_row_bytes
         self.block_bytes = job.plan.block_rows[level - 1] * self.row_bytes
@@ -83,10 +89,19 @@ class Spill:
     def block_key(self, block: int) -> str:
         return f"{self.prefix}/blocks/c.{block}.0"
 
+    def home(self, block: int) -> Objects:
+        """Where a block's object is."""
+        if self._memory is not None and self.job.plan.is_kept(self.level, block):
+            return self._memory
+        return self.objects
+
+    def has_block(self, block: int) -> bool:
+        return self.home(block).size(self.block_key(block)) == self.block_bytes
+
     def write_block(self, block: int, columns: Columns, order: I64, cuts: I64, staging: U8) -> None:
         """Gather rows run by run through ``staging`` into the block's object."""
         with (
-            self.objects.writer(self.block_key(block), self.block_bytes) as out,
+            self.home(block).writer(self.block_key(block), self.block_bytes) as out,
             behind() as writing,
         ):
             gather = _Gather(out, staging, writing)
@@ -154,7 +169,7 @@ class Spill:
         parent = _parent(self.job, self.level, bucket)
         first_block = parent * self.job.plan.blocks_per_parent(self.level)
         ends = np.cumsum(runs[:, 1].astype(np.int64))
-        extents: list[Extent] = []
+        extents: tuple[list[Extent], list[Extent]] = ([], [])  # on disk, in memory
         for number in range(int(np.searchsorted(ends, start, side="right")), len(runs)):
             offset, rows = int(runs[number, 0]), int(runs[number, 1])
             begins = int(ends[number]) - rows
@@ -164,12 +179,17 @@ class Spill:
                 a, b = max(start - begins, 0), min(stop - begins, rows)
                 key = self.block_key(first_block + number)
                 at = begins + a - start
-                extents += _extents(key, offset, rows, a, b, columns.parts(), at)
-        self.objects.read(extents)
+                kept = self.home(first_block + number) is not self.objects
+                extents[kept].extend(_extents(key, offset, rows, a, b, columns.parts(), at))
+        self.objects.read(extents[False])
+        if self._memory is not None:
+            self._memory.read(extents[True])
 
     def delete(self) -> None:
         """Remove the level: what it held is in the next one."""
         self.objects.delete_prefix(self.prefix)
+        if self._memory is not None:
+            self._memory.delete_prefix(self.prefix)
 
     def write_metadata(self) -> None:
         """``zarr.json`` of the level's arrays, so that a spill opens as Zarr when one must look."""

@@ -61,8 +61,7 @@ def is_done(job: Job, task: Task) -> bool:
     if receipt is None:
         return False
     if task.kind == "split":
-        spill = Spill(job, task.level)
-        return spill.objects.size(spill.block_key(task.number)) == spill.block_bytes
+        return Spill(job, task.level).has_block(task.number)
     if task.kind == "index":
         spill = Spill(job, task.level)
         children = job.plan.children(task.level - 1, task.number)

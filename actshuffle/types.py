@@ -21,8 +21,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from actshuffle import htmlrepr
@@ -61,6 +62,7 @@ class Plan:
     block_rows : rows of a full block at split levels 1 .. levels - 1.
     block_bytes, run_bytes : M and P of the arithmetic of passes.
     memory : bytes one worker uses at most beyond its idle footprint.
+    spill_memory : bytes of spill that may stay in the machine's memory, all workers together.
     """
 
     rows: int
@@ -75,6 +77,7 @@ class Plan:
     run_bytes: int
     memory: int
     model: MemoryModel
+    spill_memory: int = 0
 
     @property
     def leaves(self) -> int:
@@ -136,16 +139,52 @@ class Plan:
         bare, spilled = self.rows * self.row_bytes, self.rows * self.model.spill_row_bytes
         return (bare if level == 1 else spilled), (spilled if level < self.levels else bare)
 
+    def kept(self, level: int) -> int:
+        """How many spill blocks of a split level stay in memory; two levels' spills live side by side."""
+        share = self.spill_memory // min(2, self.levels - 1)
+        block = self.block_rows[level - 1] * self.model.spill_row_bytes
+        return min(self.blocks(level), share // block) if block else 0
+
+    def is_kept(self, level: int, block: int) -> bool:
+        """Does this block stay in memory?  They are spread evenly, so that disk and memory work at once."""
+        count, kept = self.blocks(level), self.kept(level)
+        return (block + 1) * kept // count > block * kept // count
+
+    @property
+    def kept_bytes(self) -> int:
+        """Most bytes of spill in memory at once."""
+        return max((sum(held) for held in self._side_by_side(self._kept_bytes)), default=0)
+
+    @property
+    def disk_io_bytes(self) -> int:
+        """Bytes that levels read from disk and write to it: all but the spill that stays in memory."""
+        moved = sum(sum(self.level_bytes(level)) for level in range(1, self.levels + 1))
+        return moved - 2 * sum(self._kept_bytes(level) for level in range(1, self.levels))
+
     @property
     def scratch_bytes(self) -> int:
         """Most bytes in scratch at once: one spill, or two while one is split into the next."""
-        return min(2, self.levels - 1) * self.rows * self.model.spill_row_bytes
+        return max((sum(held) for held in self._side_by_side(self._spilled_bytes)), default=0)
 
     @property
     def disk_bytes(self) -> int:
         """Most bytes in scratch and output together."""
-        spill = min(1, self.levels - 1) * self.rows * self.model.spill_row_bytes
-        return max(self.scratch_bytes, spill + self.output_bytes)
+        last = self._spilled_bytes(self.levels - 1) if self.levels > 1 else 0
+        return max(self.scratch_bytes, last + self.output_bytes)
+
+    def _side_by_side(self, size: Callable[[int], int]) -> Iterator[tuple[int, ...]]:
+        """Sizes of the spills that exist at once: one, then each with the one it is split into."""
+        sizes = [size(level) for level in range(1, self.levels)]
+        return pairwise(sizes) if len(sizes) > 1 else ((s,) for s in sizes)
+
+    def _kept_bytes(self, level: int) -> int:
+        whole = self.kept(level) * self.block_rows[level - 1]
+        return min(whole, self.rows) * self.model.spill_row_bytes
+
+    def _spilled_bytes(self, level: int) -> int:
+        """What of a level's spill goes to disk; any block may be the short one."""
+        left = (self.blocks(level) - self.kept(level)) * self.block_rows[level - 1]
+        return min(left, self.rows) * self.model.spill_row_bytes
 
     def _repr_html_(self) -> str:
         return htmlrepr.plan(self)

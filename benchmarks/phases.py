@@ -73,6 +73,10 @@ class Timed:
         return self.inner.workers
 
     @property
+    def one_machine(self) -> bool:
+        return self.inner.one_machine
+
+    @property
     def dashboard(self) -> str | None:
         return self.inner.dashboard
 

@@ -356,7 +356,7 @@ def test_rows_moved_in_all_fields_alike(change, quick, src, store):
     if quick and change is dropped:
         pytest.skip("one row in 120: that is what the full check is for")
     if quick:  # looks at some rows only: look often enough
-        assert any(complaints(src, dst, quick=True) for _ in range(20))
+        assert any(complaints(src, dst, quick=True) for _ in range(500))
     else:
         assert any(where.startswith("source_row") for where in complaints(src, dst))
 

@@ -1,0 +1,75 @@
+"""The part of the scratch that stays in the machine's memory: a folder in its tmpfs.
+
+Shared by all workers of the machine, so that it outlives any of them.  It does not outlive the machine:
+what was there is then missing, its tasks count as not done, and a run that resumes does them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from actshuffle.errors import InfeasibleError, StorageError
+from actshuffle.objects import Objects, open_objects
+from actshuffle.types import Job, Place
+from actshuffle.units import format_bytes
+
+MEMORY_FOLDER = Path("/dev/shm")  # a file system in memory on every Linux
+
+
+def memory_place(job: Job) -> Place:
+    """The folder in memory that belongs to this job's scratch, and to this user."""
+    tag = hashlib.sha256(job.scratch.url.encode()).hexdigest()[:16]
+    return Place(str(MEMORY_FOLDER / f"actshuffle-{os.geteuid()}-{tag}"))
+
+
+def memory_objects(job: Job) -> Objects | None:
+    """The part of the spill that is kept in memory, if there is one."""
+    return open_objects(memory_place(job), fsync=False) if job.plan.spill_memory else None
+
+
+def check_memory(job: Job) -> None:
+    """Refuse to keep more in memory than there is room for."""
+    need = job.plan.kept_bytes
+    if not MEMORY_FOLDER.is_dir():
+        raise InfeasibleError(f"no {MEMORY_FOLDER} to keep spill in; leave --spill-memory out")
+    held = sum(size for _, size in open_objects(memory_place(job)).sizes(""))
+    free = shutil.disk_usage(MEMORY_FOLDER).free + held
+    if need > free:
+        raise InfeasibleError(
+            f"{format_bytes(need)} of spill are to stay in memory, and {MEMORY_FOLDER} has "
+            f"{format_bytes(free)} free: give less --spill-memory"
+        )
+
+
+def claim_memory(job: Job) -> None:
+    """Make the folder in memory, for nobody else's eyes."""
+    if job.plan.spill_memory:
+        with contextlib.suppress(FileExistsError):
+            Path(memory_place(job).url).mkdir(mode=0o700)
+        _refuse_foreign(job)
+        open_objects(memory_place(job)).settle([""])
+
+
+def clear_scratch(job: Job) -> None:
+    """Remove all of a job's scratch, on disk and in memory."""
+    open_objects(job.scratch).delete_prefix("")
+    memory = memory_objects(job)
+    if memory is not None:
+        _refuse_foreign(job)
+        memory.delete_prefix("")
+
+
+def _refuse_foreign(job: Job) -> None:
+    """Anybody may make names in that file system; only a folder of ours, closed to others, is used."""
+    path = Path(memory_place(job).url)
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise StorageError(
+                f"{path} is not a folder of this user alone; remove it and run again"
+            )
