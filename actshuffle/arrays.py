@@ -28,10 +28,10 @@ from actshuffle import virtual
 from actshuffle.bfloat16 import BFloat16
 from actshuffle.digest import U8
 from actshuffle.errors import ActshuffleError, FormatError, RequestError, SourceError
-from actshuffle.files import Extent
 from actshuffle.guard import View, coding_of
 from actshuffle.keys import U64
 from actshuffle.objects import Objects, open_objects, wait
+from actshuffle.reading import Extent
 from actshuffle.types import Field, Job, Place
 
 data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed
@@ -277,7 +277,7 @@ class Source:
                 number = a // field.source_chunk_rows
                 offset = (a - number * field.source_chunk_rows) * field.row_bytes
                 key = field.source_key.format(number)
-                self.objects.read([Extent(key, offset, [into.data.cast("B")])])
+                self.objects.read([Extent(key, offset, [into.data.cast("B")], once=True)])
             else:
                 into[:] = self._decode(field, a, b)
 

@@ -1,14 +1,13 @@
 """Byte objects as files under a directory: the fast path between disk and our buffers.
 
 Large objects that must be durable are written with O_DIRECT: no copy into the page cache, and no cost
-of its pages, which on virtual machines is several times the disk's own.  Reads go through the page
-cache, which holds what is warm.  A put is a temporary name, fsync, rename.
+of its pages, which on virtual machines is several times the disk's own.  For reads see reading.py.
+A put is a temporary name, fsync, rename.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import os
 import secrets
@@ -17,24 +16,15 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from actshuffle.errors import SourceError, StorageError, StorageFullError
+from actshuffle.reading import DIRECT_BYTES, PAGE, Extent, read_full, set_direct
 from actshuffle.units import format_bytes
 
-PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
-DIRECT_BYTES = 1 << 20  # smaller objects are not worth it
 _PARTIAL = ".actshuffle-partial"
-
-
-class Extent(NamedTuple):
-    """Read ``sum(len(v) for v in views)`` bytes at ``offset`` of object ``key``, scattered into views."""
-
-    key: str
-    offset: int
-    views: Sequence[memoryview]
 
 
 class Writer(Protocol):
@@ -129,7 +119,7 @@ class LocalObjects:
                 fd = self._open(key)
                 try:
                     for extent in group:
-                        _read_full(fd, extent)
+                        read_full(fd, extent)
                 finally:
                     os.close(fd)
 
@@ -259,21 +249,7 @@ class _FileWriter:
 
     def _buffered(self) -> None:
         self._direct = False
-        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-
-
-def _read_full(fd: int, extent: Extent) -> None:
-    views, offset = [v for v in extent.views if len(v)], extent.offset
-    while views:
-        got = os.preadv(fd, views[:1024], offset)
-        if got == 0:
-            raise OSError(errno.EIO, f"file ends at byte {offset}, more was expected")
-        offset += got
-        while views and got >= len(views[0]):
-            got -= len(views.pop(0))
-        if got:
-            views[0] = views[0][got:]
+        set_direct(self._fd, on=False)
 
 
 @contextmanager

@@ -33,8 +33,8 @@ from zarr.abc.store import (
 )
 
 from actshuffle.errors import MissingChunkError, SourceError, StorageError
-from actshuffle.files import Extent
 from actshuffle.objects import Objects
+from actshuffle.reading import Extent
 
 T = TypeVar("T")
 METADATA_NAMES = {"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"}

@@ -19,9 +19,9 @@ import zarr
 from actshuffle import virtual
 from actshuffle.arrays import object_grid
 from actshuffle.errors import MissingChunkError, RequestError, SourceError
-from actshuffle.files import Extent
 from actshuffle.guard import stored_bytes
 from actshuffle.objects import Objects, open_objects
+from actshuffle.reading import Extent
 from actshuffle.types import Place
 
 FILLED = 10_000_000  # chunks of an array that has gaps, at most

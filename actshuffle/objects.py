@@ -25,7 +25,8 @@ from zarr.buffer import cpu
 from zarr.storage import FsspecStore, LocalStore
 
 from actshuffle.errors import ActshuffleError, RequestError, StorageError
-from actshuffle.files import Extent, LocalObjects, Writer, typed
+from actshuffle.files import LocalObjects, Writer, typed
+from actshuffle.reading import Extent
 from actshuffle.types import Place, has_secret, public_url
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ under the same keys.  A worker that dies leaves them there; when the machine die
 their tasks count as not done.
 
 Copies: a row is copied once in memory on its way out (gathered into the staging buffer, then written
-by the kernel) and not at all on its way in (the kernel scatters a run into its columns).
+by the kernel) and once on its way in (read as whole pages, then scattered into its columns).
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ from numpy.typing import NDArray
 from actshuffle.buffers import ALIGN, Arena, Behind, behind
 from actshuffle.digest import U8, RowHash
 from actshuffle.errors import FormatError
-from actshuffle.files import Extent, Writer
+from actshuffle.files import Writer
 from actshuffle.keys import I64, U64
 from actshuffle.objects import Objects, open_objects
+from actshuffle.reading import Extent
 from actshuffle.tier import memory_objects
 from actshuffle.types import Job
 
@@ -215,11 +216,11 @@ def _extents(
     """Byte ranges of rows ``[a, b)`` of a run, one for a whole run, else one per column."""
     views = [part[at : at + b - a].data.cast("B") for part in parts]
     if b - a == rows:
-        yield Extent(key, offset, views)
+        yield Extent(key, offset, views, once=True)
         return
     for part, view in zip(parts, views, strict=True):
         width = part.shape[1]
-        yield Extent(key, offset + a * width, [view])
+        yield Extent(key, offset + a * width, [view], once=True)
         offset += rows * width
 
 

@@ -56,12 +56,13 @@ from actshuffle.errors import (
     StorageError,
 )
 from actshuffle.executors import Serial
-from actshuffle.files import Extent, LocalObjects, Writer, typed
+from actshuffle.files import LocalObjects, Writer, typed
 from actshuffle.guard import View
 from actshuffle.keys import Keys
 from actshuffle.objects import Objects, as_place, open_objects, wrapped
 from actshuffle.prepare import Request, prepare, scratch_place
 from actshuffle.progress import Silent
+from actshuffle.reading import Extent
 from actshuffle.run import Result, execute
 from actshuffle.types import Job, Place
 from actshuffle.verify import verify

@@ -39,12 +39,12 @@ from actshuffle.errors import (
     SourceError,
 )
 from actshuffle.executors import Executor, Serial
-from actshuffle.files import Extent
 from actshuffle.inventory import look, take_inventory
 from actshuffle.keys import U64, Keys
 from actshuffle.mixing import MixingAccumulator, MixingReport
 from actshuffle.objects import as_place, open_objects
 from actshuffle.progress import Progress, Silent
+from actshuffle.reading import Extent
 from actshuffle.types import Field, Place
 from actshuffle.units import format_bytes, format_seconds
 

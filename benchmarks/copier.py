@@ -22,7 +22,8 @@ import numpy as np
 
 from actshuffle.buffers import arena, behind, padded
 from actshuffle.digest import U8
-from actshuffle.files import Extent, LocalObjects
+from actshuffle.files import LocalObjects
+from actshuffle.reading import Extent
 
 MEMCPY_REPEATS = 8
 
@@ -108,12 +109,12 @@ def _move(work: Work, buffers: Sequence[U8], numbers: Iterable[int]) -> None:
         for number in numbers:
             key = work.keys[number]
             if work.what != "write":
-                source.read([Extent(key, 0, [view])])
+                source.read([Extent(key, 0, [view], once=True)])
             if work.what != "read":
                 target.put(key, view)
         return
     with behind() as writing:
         for number in numbers:
             key, view = work.keys[number], buffers[writing.turn].data
-            source.read([Extent(key, 0, [view])])
+            source.read([Extent(key, 0, [view], once=True)])
             writing.submit(target.put, key, view)

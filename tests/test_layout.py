@@ -17,7 +17,7 @@ PACKAGE = Path(actshuffle.__file__).parent
 
 # In reading order: a module imports from those before it, and from no other.
 READING = """
-    _version errors units keys digest buffers memory htmlrepr types extras files objects guard bfloat16
+    _version errors units keys digest buffers memory htmlrepr types extras reading files objects guard bfloat16
     virtual arrays partition planner tier spill manifest bounds tasks inventory executors prepare progress run
     inspect mixing verify testing cost simulate forecast
     data.views data.rowreader data.dataset data.ranks data.columns data.epochs data.prefetch data.torchface

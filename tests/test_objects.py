@@ -15,8 +15,9 @@ import pytest
 import actshuffle
 from actshuffle.buffers import arena
 from actshuffle.errors import RequestError, StorageError, StorageFullError
-from actshuffle.files import Extent, LocalObjects
+from actshuffle.files import LocalObjects
 from actshuffle.objects import StoreObjects, as_place, local_path, open_objects
+from actshuffle.reading import Extent
 from helpers import array, assert_is_oracle, values
 
 

@@ -31,11 +31,11 @@ from actshuffle.data.dataset import Dataset, open_dataset, write_view
 from actshuffle.digest import U8
 from actshuffle.errors import DestinationExistsError, RequestError
 from actshuffle.executors import Executor, Serial
-from actshuffle.files import Extent
 from actshuffle.keys import U64, Keys
 from actshuffle.objects import as_place, local_path, open_objects
 from actshuffle.prepare import Request, prepare
 from actshuffle.progress import Progress, Silent
+from actshuffle.reading import Extent
 from actshuffle.run import Result, execute
 from actshuffle.types import Place
 from actshuffle.units import parse_bytes

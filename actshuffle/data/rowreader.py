@@ -17,7 +17,7 @@ import zarr
 from actshuffle.arrays import Source, source_field
 from actshuffle.digest import U8
 from actshuffle.errors import MissingChunkError, StorageError
-from actshuffle.files import Extent
+from actshuffle.reading import Extent
 from actshuffle.types import Field, Place
 
 PIECE_BYTES = 4 << 20  # of a shard with small inner chunks, how much is decoded at a time
