@@ -64,7 +64,7 @@ def done(src, dst):
 
 SHAPE = {
     "--levels", "--memory", "--block-bytes", "--run-bytes", "--chunk-rows", "--chunks-per-shard",
-    "--codec", "--fields",
+    "--codec", "--fields", "--spill-memory",
 }  # fmt: skip
 PUBLIC = {
     "run": {
