@@ -36,6 +36,8 @@ class Executor(Protocol):
 
     @property
     def one_machine(self) -> bool: ...  # are all workers on this machine, for sure?
+    @property
+    def tasks_per_worker(self) -> int: ...  # at the same time, in one process, sharing its memory
     def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]: ...
     def task_memory(self) -> int: ...
     def close(self) -> None: ...
@@ -46,6 +48,7 @@ class Serial:
 
     name: str = "serial"
     one_machine: bool = True
+    tasks_per_worker: int = 1
     workers: int = 1
     dashboard: str | None = None
 
@@ -88,6 +91,13 @@ class Dask:
         with self._asking(suppress=True):
             self._seen = max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
         return self._seen
+
+    @property
+    def tasks_per_worker(self) -> int:
+        """Threads of the worker that has most."""
+        self._threads()  # there are some
+        with self._asking():
+            return int(max(self.client.nthreads().values(), default=1))
 
     def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         from distributed import CancelledError, KilledWorker, as_completed

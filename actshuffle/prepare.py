@@ -60,6 +60,7 @@ class Request:
     fill_missing: bool | None = None
     scratch: str | None = None
     tasks_wanted: int | None = None
+    tasks_per_worker: int | None = None  # that share the memory
     spill_memory: int | None = None
     key_bits: tuple[int, int] | None = None  # for tests: see keys.Keys
 
@@ -100,7 +101,7 @@ def _checked_request(recorded: Any) -> dict[str, Any]:
 PREFERRED_MEMORY = 2 << 30  # more than this a worker takes only if it saves a level
 
 # Derived from the machine or the cluster, not from what the user typed: never a reason to refuse.
-_SOFT = {"tasks_wanted"}
+_SOFT = {"tasks_wanted", "tasks_per_worker"}
 
 
 def prepare(
@@ -138,7 +139,7 @@ def prepare(
         given.setdefault("seed", secrets.randbits(63))
         if "memory" not in given and "block_bytes" not in given:
             given["memory"] = _settle_memory(
-                arrays, given, most_memory(),
+                arrays, given, most_memory() * given.get("tasks_per_worker", 1),
                 remote=local_path(dst) is None, remote_source=local_path(src) is None,
             )  # fmt: skip
     job = make_job(src, dst, arrays, given, fsync=fsync)
@@ -258,9 +259,10 @@ def plan_for(
     )
     widest = max(fields, key=lambda f: f.row_bytes)
     usual_run = REMOTE_RUN_BYTES if remote else LOCAL_RUN_BYTES
-    return make_plan(
+    sharing, memory = given.get("tasks_per_worker", 1), given.get("memory")
+    plan = make_plan(
         next(iter(arrays.values())).shape[0], model.row_bytes,
-        levels=given.get("levels", "auto"), memory=given.get("memory"),
+        levels=given.get("levels", "auto"), memory=None if memory is None else memory // sharing,
         block_bytes=given.get("block_bytes"),
         run_bytes=usual_run if (run := given.get("run_bytes")) is None else run,
         chunk_rows=given.get("chunk_rows"), chunks_per_shard=given.get("chunks_per_shard"),
@@ -268,6 +270,7 @@ def plan_for(
         source_chunk_rows=widest.source_chunk_rows,
         tasks_wanted=given.get("tasks_wanted", 1), spill_memory=given.get("spill_memory", 0), model=model,
     )  # fmt: skip
+    return dataclasses.replace(plan, memory=plan.memory * sharing)
 
 
 def default_memory(workers: int) -> int:
@@ -280,7 +283,7 @@ def _settle_memory(
 ) -> int:
     """A moderate share of the worker, unless all of it saves a level."""
     fields = [source_field(name, array) for name, array in arrays.items()]
-    some = min(PREFERRED_MEMORY, most)
+    some = min(PREFERRED_MEMORY * given.get("tasks_per_worker", 1), most)
     try:
         wide = plan_for(arrays, fields, {**given, "memory": most}, **where)
         lean = plan_for(arrays, fields, {**given, "memory": some}, **where)

@@ -147,6 +147,7 @@ def shuffle(
             fill_missing=None if missing_chunks is None else missing_chunks == "fill",
             scratch=None if scratch is None else str(scratch),
             tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
+            tasks_per_worker=sharing if (sharing := crew.tasks_per_worker) > 1 else None,
             spill_memory=None if spill_memory is None else parse_bytes(spill_memory),
         )  # fmt: skip
         if request.spill_memory and not crew.one_machine:

@@ -77,6 +77,10 @@ class Timed:
         return self.inner.one_machine
 
     @property
+    def tasks_per_worker(self) -> int:
+        return self.inner.tasks_per_worker
+
+    @property
     def dashboard(self) -> str | None:
         return self.inner.dashboard
 

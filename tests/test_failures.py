@@ -470,6 +470,7 @@ class _Haunted:
     """Runs a third of the tasks again, some calls later."""
 
     name, workers, dashboard = "haunted", 1, None
+    one_machine, tasks_per_worker = True, 1
 
     def __init__(self, delay):
         self.dice, self.delay, self.owed, self.came = random.Random(3), delay, [], 0

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from distributed import Client, LocalCluster
 from zarr.codecs import ZstdCodec
 
 import actshuffle
-from actshuffle.executors import local_cluster
 
 MB = 1_000_000
 
@@ -176,17 +176,29 @@ def test_measuring_sees_memory_that_was_not_planned(big_source, tmp_path):
         check(greedy, 2, 0.7)
 
 
-def test_cluster_run_keeps_to_its_memory_in_every_worker(big_source, tmp_path):
-    src = big_source(16384, "zstd")
-    with local_cluster(2) as executor:
-        client = executor.client
+@pytest.mark.parametrize(("workers", "threads", "kind"), [(2, 1, "zstd"), (1, 3, "raw")])
+def test_cluster_run_keeps_to_its_memory_in_every_worker(
+    big_source, tmp_path, workers, threads, kind
+):
+    src = big_source(16384, kind)
+    with (
+        LocalCluster(
+            n_workers=workers, threads_per_worker=threads, host="127.0.0.1", memory_limit=None,
+            dashboard_address=None, local_directory=tmp_path,
+        ) as cluster,
+        Client(cluster) as client,
+    ):  # fmt: skip
         client.run(load_all, str(src))
         idle = client.run(status, "VmRSS")
         client.run(forget_peak)
-        result = actshuffle.shuffle(src, tmp_path / "dst", client=client, levels=2, memory=64 * MB)
+        result = actshuffle.shuffle(
+            src, tmp_path / "dst", client=client, levels=2, memory=64 * threads * MB
+        )
         peaks = client.run(status, "VmHWM")
     shutil.rmtree(tmp_path / "dst")
-    assert len(peaks) == 2
+    assert len(peaks) == workers
+    assert result.plan.memory == 64 * threads * MB
+    assert result.plan.model.split_bytes(result.plan.block_rows[0]) <= 64 * MB  # of one task
     for worker, peak in peaks.items():
         found = {
             "peak": peak - idle[worker],

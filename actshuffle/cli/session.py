@@ -40,7 +40,7 @@ class _Crew:
     So a request that is refused is refused at once, and a small one need not wait for a cluster.
     """
 
-    name, dashboard, one_machine = "lazy", None, True
+    name, dashboard, one_machine, tasks_per_worker = "lazy", None, True, 1
 
     def __init__(self, workers: int | None, display: Display) -> None:
         from actshuffle.executors import cores

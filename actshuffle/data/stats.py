@@ -287,7 +287,7 @@ def _seal(array: NDArray[Any]) -> str:
 class Threads:
     """An executor on threads of this process, for work that numpy does without the interpreter's lock."""
 
-    name, dashboard, one_machine = "threads", None, True
+    name, dashboard, one_machine, tasks_per_worker = "threads", None, True, 1
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers or cores()
