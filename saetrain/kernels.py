@@ -131,7 +131,7 @@ def exact_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     k = min(k, n)
     if not k:
         return pre[:, :0], pre[:, :0].long()
-    group = next((g for g in GROUPS if n % g == 0 and n // g >= k), 1)
+    group = next((g for g in GROUPS if n % g == 0 and n // g >= 2 * k), 1)
     maxima = pre.view(rows, n // group, group).amax(-1) if group > 1 else pre
     bound = maxima.topk(k, sorted=False).values.amin(1, keepdim=True)
     row, column = (pre < bound).logical_not_().nonzero(as_tuple=True)
