@@ -122,5 +122,37 @@ def test_tls_with_the_right_and_the_wrong_authority(tmp_path):
     assert_exact(src, tmp_path / "dst.zarr")
 
 
+@pytest.mark.parametrize("authority", ["right", "wrong"])
+def test_command_line_with_certificates_configured_the_dask_way(authority, tmp_path):
+    """The wrong authority is an error, not a run that nobody checked."""
+    import dask
+    from click.testing import CliRunner
+    from distributed import LocalCluster, Security
+
+    from actshuffle.cli.app import main
+
+    files = {name: _authority(tmp_path / name, name) for name in ("right", "wrong")}
+    src, dst = source(tmp_path / "src.zarr"), tmp_path / "dst.zarr"
+    ours = files[authority]
+    settings = {
+        "tls.ca-file": ours["tls_ca_file"], "tls.client.cert": ours["tls_client_cert"],
+        "tls.client.key": ours["tls_client_key"], "timeouts.connect": "2s",
+    }  # fmt: skip
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tls://", host="127.0.0.1",
+        security=Security(**files["right"]), dashboard_address=None,
+    ) as cluster:  # fmt: skip
+        with dask.config.set({f"distributed.comm.{key}": value for key, value in settings.items()}):
+            command = ["run", str(src), str(dst), "--seed", str(SEED), "--scheduler"]
+            told = CliRunner().invoke(main, [*command, cluster.scheduler_address])
+    if authority == "right":
+        assert told.exit_code == 0, told.stderr
+        assert_exact(src, dst)
+    else:
+        assert told.exit_code == 1
+        assert "error: no Dask scheduler answers at tls://" in told.stderr
+        assert not dst.exists()
+
+
 def test_environment_of_tests_is_no_proxy():
     assert not os.environ.get("DASK_DISTRIBUTED__COMM__DEFAULT_SCHEME")
