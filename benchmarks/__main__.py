@@ -189,8 +189,8 @@ def loader(**options: Any) -> None:
 
 
 @main.command()
-@click.option("--known", type=SIZES, default="256MB,512MB", help="Sizes to learn from.")
-@click.option("--held-out", type=SIZES, default="1GB,1500MB", help="Sizes to foretell.")
+@click.option("--known", type=SIZES, default="150MB,300MB", help="Sizes to learn from.")
+@click.option("--held-out", type=SIZES, default="500MB,700MB", help="Sizes to foretell.")
 @click.option("--memories", type=SIZES, default="48MiB,96MiB", help="Of one worker, to learn from.")
 @click.option("--held-memory", type=SIZE, default="72MiB", help="Of one worker, to foretell.")
 @click.option("--workers", type=INTS, default=f"0,1,{cores()}", help="Dask workers; 0 is serial.")

@@ -8,7 +8,7 @@ and what is left of a run (boundaries, index, publishing) a fixed time and some 
 numbers are fitted per number of workers, since workers of one machine are in each other's way.  Then runs
 of sizes and block sizes that were not measured are foretold by `actshuffle.simulate`, run, and compared.
 All is in memory and without fsync: it is the processor's part that is calibrated; the disk's is
-what `floor` measures.  Give ``--work`` a tmpfs, or the kernel writes back what the last run left.
+what `floor` measures.  Sizes are small, lest the kernel writes back in the midst of a run.
 """
 
 from __future__ import annotations
