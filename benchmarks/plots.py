@@ -332,14 +332,14 @@ def calibrate(folder: Path, rows: list[dict[str, Any]]) -> str:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(4.6, 4.2))
-    ends = [f(r["measured"]["median"] for r in rows) for f in (min, max)]
+    ends = [f(r["measured"]["low"] for r in rows) for f in (min, max)]
     axis.plot(ends, ends, color=GREY, linewidth=1)
     axis.fill_between(
         ends, [0.85 * x for x in ends], [1.15 * x for x in ends], color=LIGHT, label="15%"
     )
     for known, colour, label in ((True, GREY, "fitted to"), (False, BLUE, "held out")):
         ours = [r for r in rows if r["known"] == known]
-        axis.plot([r["measured"]["median"] for r in ours], [r["foretold"] for r in ours], "o", markersize=5,
+        axis.plot([r["measured"]["low"] for r in ours], [r["foretold"] for r in ours], "o", markersize=5,
                   color=colour, label=label)  # fmt: skip
     axis.set(xscale="log", yscale="log", xlabel="measured, seconds", ylabel="foretold, seconds")
     axis.legend()
