@@ -12,8 +12,9 @@ worker's host, the store, the scheduler and the driver can do bounds how fast al
 `limits` gives each of these terms; the largest is what to buy more of.  `simulate` plays the stages out,
 task by task, where the terms meet: waiting for the last task, stragglers, hosts that die.
 
-Sources of the constants: SPLIT_CPU, LEAF_CPU, OVERHEAD and DISPATCH are measured by
-``python -m benchmarks calibrate`` and ``scheduler``; those marked "assumed" are not.
+Sources of the constants: SPLIT_CPU, LEAF_CPU and OVERHEAD are what ``python -m benchmarks calibrate`` found with
+all cores at work, rounded up, DISPATCH what ``scheduler`` did; COUNT_CPU, INDEX_CPU and RECEIPT were timed by
+themselves; those marked "assumed" are not measured.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from actshuffle.types import Plan
 SPLIT_CPU = 0.7e-9  # seconds per byte, of a split's processor time beside its reads and writes
 LEAF_CPU = 0.9e-9  # and of a leaf's
 COUNT_CPU = 20e-9  # seconds per row and pass of the search for boundaries
-INDEX_CPU = 2e-6  # seconds per run that an index task reads of
-RECEIPT_CPU = 1e-4  # seconds per receipt that the driver reads
+INDEX_CPU = 2e-6  # seconds per run that an index task reads of; 2.9 on a busy core
+RECEIPT_CPU = 1e-4  # seconds per receipt that the driver reads; assumed
 OVERHEAD = 0.01  # seconds per task beside its bytes
 DISPATCH = 1.5e-3  # seconds of scheduler and driver per task
 DRIVER_RATE = 300e6  # bytes per second of answers that a driver takes in; assumed
