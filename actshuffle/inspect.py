@@ -11,6 +11,7 @@ import zarr
 
 from actshuffle import manifest, tasks
 from actshuffle.arrays import SOURCE_ROW, object_grid, open_node, source_arrays, source_field
+from actshuffle.data.dataset import open_dataset
 from actshuffle.errors import IncompleteStoreError, RequestError
 from actshuffle.memory import MemoryModel
 from actshuffle.objects import as_place, local_path, open_objects
@@ -135,7 +136,10 @@ def plan_text(made: Plan) -> str:
 
 
 def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a store holds: rows, arrays, chunks, codecs, and whether a run of ours finished it."""
+    """What a store holds: rows, arrays, chunks, codecs, and whether a run of ours finished it.
+
+    ``shuffled`` is the completion marker, whatever its kind.  A view has no objects of its own.
+    """
     place = as_place(path, storage_options)
     objects = open_objects(place)
     marker = manifest.read_marker(objects)
@@ -143,22 +147,27 @@ def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dic
     if half_done:
         raise IncompleteStoreError(f"{path} is a half-done shuffle: see `actshuffle status {path}`")
     node = open_node(place)
+    view = None
+    if marker is not None and marker["kind"] == "view":
+        view = open_dataset(path, storage_options=storage_options)
     arrays = source_arrays(
-        place, None if isinstance(node, zarr.Array) or marker is None else _names(marker)
+        place if view is None else view.root,
+        None if isinstance(node, zarr.Array) or marker is None else _names(marker),
     )
+    rows = next(iter(arrays.values())).shape[0] if view is None else view.rows
     described = {
         name: {
-            "shape": list(a.shape), "dtype": _dtype_name(a), "chunks": list(a.chunks),
+            "shape": [rows, *a.shape[1:]], "dtype": _dtype_name(a), "chunks": list(a.chunks),
             "shards": list(a.shards) if a.shards else None, "zarr_format": a.metadata.zarr_format,
-            "codecs": _codecs(a), "bytes": a.nbytes,
-            "objects": _count(a), "raw": bool(source_field(name, a).source_key),
+            "codecs": _codecs(a), "bytes": a.nbytes // max(1, a.shape[0]) * rows,
+            "objects": _count(a) if view is None else 0, "raw": bool(source_field(name, a).source_key),
         }
         for name, a in arrays.items()
     }  # fmt: skip
     return {
         "path": manifest.public_url(place.url),
-        "rows": next(iter(arrays.values())).shape[0],
-        "bytes": sum(a.nbytes for a in arrays.values()),
+        "rows": rows,
+        "bytes": sum(a["bytes"] for a in described.values()),
         "arrays": described,
         "attributes": dict(node.attrs),
         "shuffled": marker,
@@ -188,15 +197,23 @@ def info_text(found: dict[str, Any]) -> str:
         "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
         for row in table
     ]
-    m = found["shuffled"]
-    if m is None:
-        lines.append("not an actshuffle output")
-    else:
-        lines.append(
-            f"shuffled: complete, seed {m['seed']}, {m['levels']} level{'s' * (m['levels'] != 1)}, "
-            f"from {m['source']} (actshuffle {m['version']}, format {m['format']})"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, _made_by(found["shuffled"])])
+
+
+def _made_by(marker: dict[str, Any] | None) -> str:
+    """What a completion marker says, for people."""
+    if marker is None:
+        return "not an actshuffle output"
+    if marker["kind"] == "view":
+        return f"view: rows {marker['start']:,} to {marker['stop']:,} of {marker['of']}"
+    version = f"(actshuffle {marker.get('version', '?')}, format {marker['format']})"
+    source = f", from {marker['source']}" if marker.get("source") else ""
+    if marker["kind"] == "collection":
+        return f"collection: complete, in the order in which it was made{source} {version}"
+    part = marker.get("population", marker["rows"])
+    of = f", {marker['rows']:,} of {part:,} rows" if part != marker["rows"] else ""
+    levels = f"{marker['levels']} level{'s' * (marker['levels'] != 1)}"
+    return f"shuffled: complete, seed {marker['seed']}, {levels}{of}{source} {version}"
 
 
 def status(dst: str | Path, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -243,7 +260,7 @@ def status_text(found: dict[str, Any]) -> str:
 
 
 def _names(marker: dict[str, Any]) -> list[str]:
-    return [*marker["fields"], *([SOURCE_ROW] if marker["source_row"] else [])]
+    return [*marker["fields"], *([SOURCE_ROW] if marker.get("source_row") else [])]
 
 
 def _dtype_name(array: zarr.Array[Any]) -> str:

@@ -479,6 +479,12 @@ def test_the_command(
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["documents"] == len(corpus[1])
     assert {"layer_1", "layer_2", "h.0.mlp", "token"} <= set(open_dataset("x.zarr").fields)
+    done = CliRunner().invoke(main, [*command, "--hooks", "h.0.mlp", "--out", "h.zarr"])
+    assert done.exit_code == 0, done.output
+    assert "layer_1" not in open_dataset("h.zarr").fields
+    absent = ["collect", "--model", "./absent", "--text", str(corpus[0]), "--layers", "1", "--json"]
+    done = CliRunner().invoke(main, [*absent, "--out", "y.zarr"])
+    assert "no such folder" in json.loads(done.stdout)["message"]
     for options, code in [
         (["--layers", "9"], "bad-request"),
         (["--layers", "x"], "bad-request"),

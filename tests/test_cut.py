@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from actshuffle.errors import (
 )
 from actshuffle.executors import Serial
 from actshuffle.keys import Keys
-from helpers import array, group, opened, rows_of, run, values
+from helpers import array, files, group, opened, rows_of, run, values
 
 N = 150
 FIELDS = {"act": values(N, (5,)), "token": values(N, (), "<i4", seed=1)}
@@ -132,6 +133,31 @@ def test_a_copied_view_of_a_copy(shuffled: Path, tmp_path: Path) -> None:
     again = head(quarter.path, 20, tmp_path / "e", copy=True)
     np.testing.assert_array_equal(again.read("source_row", 0, 20), order[75 + 38 : 75 + 58])
     assert where_is(again, [order[75 + 40]])[0] == 2
+
+
+def test_what_is_in_the_way_of_one_part_stops_all(shuffled: Path, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/mine.txt").write_text("keep")
+    with pytest.raises(DestinationExistsError, match="b exists already; nothing was cut"):
+        split(shuffled, {"a": 0.5, "b": "rest"}, folder=tmp_path)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_split_into_copies_resumes(shuffled: Path, tmp_path: Path) -> None:
+    shares_of = {"a": 0.5, "b": "rest"}
+    made = split(shuffled, shares_of, folder=tmp_path, copy=True)
+    before = files(tmp_path / "b")
+    stamp = (tmp_path / "a/zarr.json").stat().st_mtime_ns
+    with pytest.raises(DestinationExistsError):  # nothing is left to do
+        split(shuffled, shares_of, folder=tmp_path, copy=True)
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(DestinationExistsError):  # "a" is not these rows
+        split(shuffled, {"a": 0.4, "b": "rest"}, folder=tmp_path, copy=True)
+    assert not (tmp_path / "b").exists()
+    again = split(shuffled, shares_of, folder=tmp_path, copy=True)
+    assert {k: d.identity for k, d in again.items()} == {k: d.identity for k, d in made.items()}
+    assert files(tmp_path / "b") == before
+    assert (tmp_path / "a/zarr.json").stat().st_mtime_ns == stamp
 
 
 def test_unshuffled_stores_are_split_only_on_request(source: Path, tmp_path: Path) -> None:
@@ -370,6 +396,7 @@ def test_commands_from_import_to_trace(tmp_path: Path, command: Callable[..., An
         )
         assert f"token: scalar int32 from 'tok{number}', 1 file: one row per item" in text
     assert command("concat", "0.zarr", "1.zarr", "--out", "both", "--json")["rows"] == N
+    assert "collection: complete" in command("info", "0.zarr")
     command("run", "0.zarr", "s.zarr", "--seed", "5", "--quiet", "--workers", "0")
     assert command("append", "s.zarr", "1.zarr", "--json", "--workers", "0")["rows"] == N
     command("verify", "both", "s.zarr", "--quiet", "--workers", "0")
@@ -381,8 +408,11 @@ def test_commands_from_import_to_trace(tmp_path: Path, command: Callable[..., An
     assert [part["rows"] for part in parts.values()] == [135, 15]
     assert command("where-is", "val", str(order[7]), "--json") == {"rows": [None]}
     assert "not in this store" in command("where-is", "val", str(order[7]))
+    assert command("info", "val", "--json")["arrays"]["act"]["shape"] == [15, 5]
+    assert "view: rows 135 to 150 of s.zarr" in command("info", "val").replace("../", "")
     command("sample", "both", "1e1", "few.zarr", "--seed", "5", "--quiet", "--workers", "0")
     assert command("head", "few.zarr", "10", "--json") == command("head", "s.zarr", "1e1", "--json")
+    assert "10 of 150 rows" in command("info", "few.zarr")
     assert command("head", "s.zarr", "20", "h.zarr", "--json")["rows"] == 20
     assert command("verify", "both", "few.zarr", "--json", code=2)["error"] == "bad-request"
 

@@ -19,11 +19,12 @@ PACKAGE = Path(actshuffle.__file__).parent
 READING = """
     _version errors units keys digest buffers memory htmlrepr types extras reading files objects guard bfloat16
     virtual arrays partition planner tier spill manifest bounds tasks inventory executors prepare progress run
-    inspect mixing verify testing cost simulate forecast
+    mixing verify testing cost simulate forecast
     data.views data.rowreader data.dataset data.ranks data.columns data.epochs data.prefetch data.torchface
     data.loader data.models data.tokens data.activations data.concat data.append data.cut data.trace
     data.foreign data.arrowfiles data.filesource data.importers data.collect data.moments data.statstypes
     data.statsview data.stats data.qualityreport data.quality
+    inspect
     cli.options cli.display cli.session cli.data cli.sources cli.tools cli.app __main__
 """
 ORDER = READING.split()

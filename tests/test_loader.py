@@ -214,6 +214,18 @@ def test_resumes_bitwise_at_100_random_stops_on_changing_ranks(
     assert sum(stop < steps for stop in stops) > 90
 
 
+def test_a_cursor_one_row_off_is_noticed(store: Path) -> None:
+    """The control of the test above: it would fail."""
+    loader, other = Loader(store, 53), Loader(store, 53)
+    batches = iter(loader)
+    next(batches)
+    expected, state = next(batches), loader.state_dict()
+    other.load_state_dict(state | {"row": 53})
+    assert same(next(iter(other)), expected)
+    other.load_state_dict(state | {"row": 54})
+    assert not same(next(iter(other)), expected)
+
+
 def test_resumes_to_the_end(store: Path) -> None:
     reference = list(Loader(store, 64, epochs=2))
     for stop in (0, 5, 15, 16, 17, 31):

@@ -185,6 +185,8 @@ def test_bad_input_is_refused(stores: tuple[Path, Path], tmp_path: Path) -> None
         quality(iter([{"document": np.zeros(5)}, {"source_row": np.zeros(5)}]))
     with pytest.raises(RequestError, match="not one integer a row"):
         quality(stores[1], BATCH, documents="data")
+    with pytest.raises(RequestError, match="no array named 'nope'"):
+        quality(stores[1], BATCH, documents="nope")
     bare = collection(tmp_path / "c", 1000)
     run(bare, tmp_path / "b", fields=("data",), source_row=False)
     with pytest.raises(RequestError, match="nothing tells its rows apart"):

@@ -9,6 +9,7 @@ import click
 
 from actshuffle.cli.options import COUNT, DEBUG, JSON, QUIET, SCHEDULER, STORAGE, WORKERS, Parsed
 from actshuffle.cli.session import at_work, show
+from actshuffle.errors import RequestError
 from actshuffle.units import format_bytes
 
 INCOMPLETE = click.option(
@@ -49,6 +50,8 @@ def stats(
     """
     from actshuffle.data import stats as module
 
+    if png is not None and not png.absolute().parent.is_dir():
+        raise RequestError(f"there is no folder {png.parent} for the picture")
     if only_read:
         found = module.read_stats(store, storage_options=storage_options)
     else:
@@ -58,10 +61,10 @@ def stats(
                 store, executor=None if threads else executor, write=write, incomplete=incomplete,
                 storage_options=storage_options, progress=display,
             )  # fmt: skip
-    if png is not None:
-        found.png(png)
     if not quiet or as_json:
         show(found.as_dict(), str(found), as_json)
+    if png is not None:
+        found.png(png)
 
 
 def _fraction(text: str) -> float:

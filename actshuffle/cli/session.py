@@ -1,6 +1,6 @@
 """What stands between a command and the library: who does the work, who watches it, how it is stopped.
 
-Like cli.py, it may print: results to stdout, all else to stderr.
+Like app.py, it may print: results to stdout, all else to stderr.
 """
 
 from __future__ import annotations

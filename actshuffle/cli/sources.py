@@ -133,12 +133,9 @@ def import_(
     "--layers",
     metavar="N,N",
     type=NUMBERS,
-    default="",
     help="Hidden states to take: 0 is the embedding.",
 )
-@click.option(
-    "--hooks", metavar="A,B", type=LIST, default="", help="Modules whose outputs to take."
-)
+@click.option("--hooks", metavar="A,B", type=LIST, help="Modules whose outputs to take.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32",
               help="Of the store.  [default: float32]")  # fmt: skip
 @click.option("--model-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32",

@@ -174,9 +174,7 @@ def _do_part(job: Job, part: tuple[int, int], crew: Executor, progress: Progress
         manifest.write_run(job)
     blocks = list(job.plan.tasks(1))
     mine = blocks[len(blocks) * (number - 1) // count : len(blocks) * number // count]
-    progress.begin(
-        f"collect, part {number} of {count}", len(mine), len(mine) * job.plan.block_bytes
-    )
+    progress.begin(f"part {number} of {count}", len(mine), len(mine) * job.plan.block_bytes)
     for done in crew.map(tasks.run_task, ((job, task) for task in mine)):
         progress.advance(done.nbytes, done.fresh)
     progress.end()
@@ -224,7 +222,9 @@ def _write_source(
     progress.end()
     cut.finish()
     if cut.rows == 0:
-        raise SourceError(f"no tokens in {len(files):,} files")
+        raise SourceError(
+            f"no tokens in {', '.join(map(str, files[:3]))}" + ", ..." * (len(files) > 3)
+        )
     dtype = {"float32": "<f4", "float16": "<f2"}.get(asked["dtype"], asked["dtype"])
     shapes = {name: (dtype, (width // DTYPES[asked["dtype"]],)) for name, width in widths.items()}
     arrays = {name: metadata_of(name, *shape, cut.rows) for name, shape in shapes.items()}

@@ -94,11 +94,20 @@ def split(
             f"{store.path} is not shuffled, so a range of its rows is no random sample: shuffle it "
             "first, or say that the order is what you want (--ordered)"
         )
-    crew, shown, made = executor or Serial(), progress or Silent(), {}
-    for name, (start, stop) in shares(store.rows, parts).items():
-        target = name if folder is None else f"{str(folder).rstrip('/')}/{name}"
-        made[name] = _part(store, target, start, stop, copy, crew, shown, storage_options)
-    return made
+    crew, shown = executor or Serial(), progress or Silent()
+    cuts = {
+        name: (name if folder is None else f"{str(folder).rstrip('/')}/{name}", *share)
+        for name, share in shares(store.rows, parts).items()
+    }
+    there = {name for name, cut in cuts.items() if _there(store, *cut, copy, storage_options)}
+    if len(there) == len(cuts):
+        raise DestinationExistsError(f"{next(iter(cuts.values()))[0]} is finished")
+    return {
+        name: open_dataset(cut[0], storage_options=storage_options)
+        if name in there
+        else _part(store, *cut, copy, crew, shown, storage_options)
+        for name, cut in cuts.items()
+    }
 
 
 def head(
@@ -256,6 +265,26 @@ class Chosen:
 
 def open_reader(place: Place, settings: dict[str, Any]) -> Chosen:
     return Chosen(place, settings)
+
+
+def _there(
+    store: Dataset, target: str, start: int, stop: int, copy: bool,
+    storage_options: dict[str, Any] | None,
+) -> bool:  # fmt: skip
+    """Is this very copy finished, by a split that was stopped?  Refuses whatever else is in the way."""
+    place = as_place(target, storage_options)
+    marker = manifest.read_marker(objects := open_objects(place))
+    if marker is not None and copy and store.shuffled:
+        whole = store.root_marker or {}
+        ours = {
+            "rows": stop - start, "seed": whole["seed"], "source_identity": whole["source_identity"],
+            "first_rank": whole.get("first_rank", 0) + store.start + start,
+        }  # fmt: skip
+        if {k: marker.get(k) for k in ours} == ours:
+            return True
+    if marker is not None or (not copy and next(iter(objects.list("")), None) is not None):
+        raise DestinationExistsError(f"{target} exists already; nothing was cut")
+    return False
 
 
 def _part(

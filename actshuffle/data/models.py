@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,8 @@ def load_model(name: str, dtype: str) -> Any:
 
 def load_tokenizer(name: str) -> Any:
     transformers = need("transformers", "collect")
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():  # no name on any hub
+        raise SourceError(f"cannot load the model {name}: there is no such folder")
     with quietly(transformers):
         try:
             return transformers.AutoTokenizer.from_pretrained(name)

@@ -31,12 +31,13 @@ from actshuffle.mixing import report
 SCORED_ROWS = 1 << 18  # of batches spread over the epoch
 SIMULATED = 100  # shuffles
 BLOCK = 128  # source rows that stand in for a document where there are none
+DOCUMENTS = "document"  # what that array is usually called; where it is not there, blocks will do
 MOST_ROWS = 1 << 26  # whose provenance is held in memory, about 40 bytes a row
 
 
 def quality(
     source: str | Path | Dataset | Loader | Iterable[Mapping[str, Any]], batch_size: int = 4096, *,
-    documents: str = "document", positions: str = "position", epoch: int = 0, alpha: float = 0.01,
+    documents: str = DOCUMENTS, positions: str = "position", epoch: int = 0, alpha: float = 0.01,
     seed: int = 0, incomplete: bool = False, storage_options: dict[str, Any] | None = None,
 ) -> QualityReport:  # fmt: skip
     """Score the batches that something yields against those of a uniform shuffle.
@@ -74,6 +75,9 @@ def _of_loader(
 ) -> QualityReport:
     dataset = next((d for d in loader.datasets.values() if documents in d.fields), None)
     grouped = dataset is not None
+    if not grouped and documents != DOCUMENTS:
+        known = sorted({name for d in loader.datasets.values() for name in d.fields})
+        raise RequestError(f"no array named {documents!r}; there are {known}")
     dataset = dataset or next(iter(loader.datasets.values()))
     if loader.rows > MOST_ROWS:
         raise RequestError(
@@ -194,7 +198,10 @@ def _spread(rows: int, batch: int) -> list[int]:
     """Starts of whole batches, spread evenly over the epoch."""
     whole = rows // batch
     if whole < 2:
-        raise RequestError(f"{rows:,} rows make {whole} whole batches of {batch:,}; two are needed")
+        raise RequestError(
+            f"{rows:,} rows make {whole} whole batches of {batch:,}; two are needed: "
+            "score smaller batches"
+        )
     count = min(whole, max(2, SCORED_ROWS // batch))
     return [whole * i // count * batch for i in range(count)]
 
