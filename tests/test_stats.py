@@ -18,7 +18,13 @@ from actshuffle.data import moments
 from actshuffle.data.dataset import open_dataset, write_view
 from actshuffle.data.stats import Stats, Threads, read_stats, stats
 from actshuffle.data.statstypes import QUANTILES, FloatStats, IntStats
-from actshuffle.errors import FormatError, IncompleteStoreError, RequestError, SourceError
+from actshuffle.errors import (
+    FormatError,
+    IncompleteStoreError,
+    RequestError,
+    SourceError,
+    StorageError,
+)
 from actshuffle.executors import Dask, Serial
 from data_helpers import N, collection, finish, shuffled
 from helpers import array
@@ -265,6 +271,22 @@ def test_they_are_kept_beside_the_rows(tmp_path: Path) -> None:
     timeless = [p for p in before if p.name != "stats.json" and "data" not in p.parts]
     assert all(p.read_bytes() == before[p] for p in timeless)
     assert open_dataset(store).rows == N
+
+
+def test_where_they_cannot_be_kept_they_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = shuffled(tmp_path / "s")
+
+    def refuse(*_: object) -> None:
+        raise StorageError("Permission denied: s/_actshuffle/stats/zarr.json")
+
+    monkeypatch.setattr("actshuffle.data.stats._write", refuse)
+    found = stats(store)
+    assert not found.written
+    assert found["data"].count == N  # type: ignore[union-attr]
+    assert "kept in the store" not in str(found)
+    assert "not kept in the store: Permission denied" in caplog.text
 
 
 def test_a_views_are_its_own(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,11 +45,12 @@ from actshuffle.data.moments import (
     merge,
 )
 from actshuffle.data.statstypes import NUMBERS, FloatStats, IntStats
-from actshuffle.errors import FormatError, RequestError
+from actshuffle.errors import FormatError, RequestError, StorageError
 from actshuffle.executors import Executor, cores, machine_memory
 from actshuffle.objects import Objects, open_objects
 from actshuffle.progress import Progress, Silent
 
+log = logging.getLogger("actshuffle")
 FORMAT = 1
 FOLDER = f"{OUR_GROUP}/stats"
 KEY = f"{FOLDER}/stats.json"
@@ -107,7 +109,8 @@ def stats(
     """Mean, variance, norms and faults of every field, in one pass.
 
     Written beside the rows (with ``write``, and only of a finished store and all its fields), where
-    `read_stats` finds them.  Runs on threads of this process unless given an executor.
+    `read_stats` finds them; a store that cannot be written to gets a line in the log.  Runs on threads
+    of this process unless given an executor.
 
     Raises
     ------
@@ -153,7 +156,11 @@ def stats(
         nbytes=dataset.rows * row_bytes, seconds=time.perf_counter() - started, written=finished,
     )  # fmt: skip
     if finished:
-        _write(open_objects(dataset.place), result)
+        try:
+            _write(open_objects(dataset.place), result)
+        except StorageError as err:  # where we may only read: what was found is no less true
+            log.warning("the statistics are not kept in the store: %s", err)
+            return replace(result, written=False)
     return result
 
 
