@@ -109,7 +109,7 @@ def test_tls_with_the_right_and_the_wrong_authority(tmp_path):
     src = source(tmp_path / "src.zarr")
     with LocalCluster(
         n_workers=1, threads_per_worker=1, processes=False, protocol="tls://", security=right,
-        host="127.0.0.1", dashboard_address=None,
+        host="127.0.0.1", dashboard_address="127.0.0.1:0",
     ) as cluster:  # fmt: skip
         assert cluster.scheduler_address.startswith("tls://")
         with Client(cluster.scheduler_address, security=right) as client:
@@ -140,7 +140,7 @@ def test_command_line_with_certificates_configured_the_dask_way(authority, tmp_p
     }  # fmt: skip
     with LocalCluster(
         n_workers=1, threads_per_worker=1, processes=False, protocol="tls://", host="127.0.0.1",
-        security=Security(**files["right"]), dashboard_address=None,
+        security=Security(**files["right"]), dashboard_address="127.0.0.1:0",
     ) as cluster:  # fmt: skip
         with dask.config.set({f"distributed.comm.{key}": value for key, value in settings.items()}):
             command = ["run", str(src), str(dst), "--seed", str(SEED), "--scheduler"]
