@@ -155,7 +155,7 @@ def test_peer_where_installed(tmp_path, name):
 def test_sae_peers(tmp_path):
     found = miniature(tmp_path, "sae-peers")
     assert {line["tool"] for line in found["speed"]} >= {"saetrain"}
-    assert {line["lr"] for line in found["quality"]} == {"default", 2e-3, 4e-3}
+    assert {line["lr"] for line in found["quality"]} == {"default", 2e-3, 4e-3, 8e-3}
     assert all(0 < line["fvu"] < 2 and line["l0"] <= 4 for line in found["quality"])
     assert all(0.2 < line["mean_max_cosine"] < 1 for line in found["planted"])
 

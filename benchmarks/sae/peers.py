@@ -30,7 +30,7 @@ from benchmarks.sae.planted import Planted, matched
 from benchmarks.sae.tools import TOOLS, Task, Tool, Trained, installed
 from saetrain.mesh import Mesh
 
-RATES = (2e-3, 4e-3)  # besides each tool's default; for runs this short
+RATES = (2e-3, 4e-3, 8e-3)  # besides each tool's default; for runs this short
 PLANTED = {"d": 64, "features": 192, "active": 4.0}
 
 
