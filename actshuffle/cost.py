@@ -133,8 +133,8 @@ class Stage:
     """Tasks that wait for those before and are waited for by those after.
 
     ``rows`` (int64) are those of each task, None if all are alike.  Bytes, requests and ``cpu`` seconds
-    are of all tasks together, ``driver`` seconds come after them.  Requests of a ``serial`` task follow
-    each other.  ``read_from`` and ``write_to`` are "disk" or "store".
+    are of all tasks together, ``driver`` seconds come after them.  A task has ``at_once`` requests under
+    way.  ``read_from`` and ``write_to`` are "disk" or "store".
     """
 
     name: str
@@ -148,11 +148,7 @@ class Stage:
     rows: I64 | None = None
     read_from: str = "store"
     write_to: str = "store"
-    serial: bool = False
-
-    @property
-    def concurrency(self) -> int:
-        return 1 if self.serial else StoreObjects.CONCURRENCY
+    at_once: float = StoreObjects.CONCURRENCY
 
     def on(self, place: str) -> tuple[float, float]:
         """Bytes read from and written to a place."""
@@ -209,17 +205,21 @@ def _split(plan: Plan, cluster: Cluster, level: int) -> Stage:
 
 
 def _index(plan: Plan, cluster: Cluster, level: int) -> Stage:
-    """One task per parent bucket reads the receipts of its blocks, one after the other."""
+    """One task per parent bucket reads the receipts of its blocks, and writes tables one by one."""
     parents, blocks, stored = (
         plan.buckets(level - 1),
         plan.blocks(level),
         cluster.scratch == "store",
     )
-    runs = blocks * _fan_out(plan, level)
+    runs, gets, puts = (
+        blocks * _fan_out(plan, level),
+        blocks + parents,
+        2 * plan.buckets(level) + parents,
+    )
     return Stage(
         f"index {level}", parents, RECEIPT * runs, 16 * runs, cpu=INDEX_CPU * runs,
-        gets=(blocks + parents) * stored, puts=(2 * plan.buckets(level) + parents) * stored,
-        read_from=cluster.scratch, write_to=cluster.scratch, serial=True,
+        gets=gets * stored, puts=puts * stored, read_from=cluster.scratch, write_to=cluster.scratch,
+        at_once=(gets + puts) / (gets / manifest.AT_ONCE + puts),
     )  # fmt: skip
 
 
@@ -259,7 +259,7 @@ def limits(stage: Stage, c: Cluster) -> dict[str, float]:
     own = stage.cpu + stage.tasks * c.overhead
     for nbytes, count in ((stage.read, stage.gets), (stage.written, stage.puts)):
         streamed = nbytes / c.stream if c.stream else 0.0
-        own += max(streamed, count * c.latency / stage.concurrency)
+        own += max(streamed, count * c.latency / stage.at_once)
     largest = 0.0
     if stage.tasks:
         share = (

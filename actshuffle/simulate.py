@@ -204,7 +204,7 @@ class _Playing:
         nbytes = turn.share * (stage.read if reads else stage.written)
         requests = turn.share * (stage.gets if reads else stage.puts)
         place = stage.read_from if reads else stage.write_to
-        turn.earliest = self.now + requests * c.latency / stage.concurrency
+        turn.earliest = self.now + requests * c.latency / stage.at_once
         if c.stream:
             turn.earliest = max(turn.earliest, self.now + nbytes / c.stream)
         if place == "store" and c.store:

@@ -135,8 +135,8 @@ def index(job: Job, task: Task) -> int:
     blocks = [Task("split", level, block) for block in plan.blocks_of(level, parent)]
     rows = np.zeros((len(blocks), len(children)), np.uint64)
     sums = np.zeros((len(children), 1 + len(job.fields), 2), np.uint64)
-    for number, block in enumerate(blocks):
-        receipt = manifest.read_receipt(job, block)
+    found = zip(blocks, manifest.read_receipts(job, blocks), strict=True)
+    for number, (block, receipt) in enumerate(found):
         if receipt is None:
             raise FormatError(
                 f"receipt of block {block.number} of level {level} vanished; run again"

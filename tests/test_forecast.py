@@ -46,7 +46,7 @@ def small_plan(size=10**12, **settings):
         (Stage("", 8, read=80.0), {"store": 4.0}, 20.0, "store"),
         (Stage("", 8, gets=80.0), {"requests": 5.0}, 16.0, "requests"),
         (Stage("", 8, gets=16.0), {"latency": 3.0, "network": 1e9}, 0.75, "workers"),  # 16 at once
-        (Stage("", 8, gets=16.0, serial=True), {"latency": 3.0}, 12.0, "workers"),  # one by one
+        (Stage("", 8, gets=16.0, at_once=1), {"latency": 3.0}, 12.0, "workers"),  # one by one
         (Stage("", 8), {"overhead": 2.0}, 4.0, "workers"),
         (Stage("", 8, read=80.0, written=40.0), {"stream": 2.0, "network": 1e9}, 15.0, "workers"),
         (Stage("", 1, cpu=7.0, driver=2.0), {}, 9.0, "one task"),
