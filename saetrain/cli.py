@@ -18,7 +18,6 @@ from saetrain.data import Store
 from saetrain.errors import ConfigError, SaetrainError
 from saetrain.launch import launch
 from saetrain.mesh import RENDEZVOUS, Mesh
-from saetrain.report import report
 from saetrain.train import fit
 
 SWEPT = ("arch", "d_sae", "k", "lr", "sparsity", "aux_coef")  # what runs of one sweep may differ in
@@ -74,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in ("fit", "sweep"):
             return _train(options, arguments)
         if options.command == "report":
+            from saetrain.report import report  # brings matplotlib
+
             for path in report(options.runs, options.out or options.runs[0]):
                 say(str(path))
         elif options.command == "export":

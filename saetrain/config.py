@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import textwrap
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -41,8 +42,9 @@ class Config:
     dead_tokens: int = 0
     """a latent is dead after so many tokens without firing; 0 takes the lesser of 10 million and a tenth of
     the run, but at least 20 batches"""
-    threshold_rate: float = 0.01
-    """batchtopk, matryoshka: rate of the running mean of the activation threshold used at inference"""
+    threshold_rate: float = 0.0
+    """batchtopk, matryoshka: rate of the running mean of the activation threshold used at inference; 0 takes
+    0.01, or 20 / steps if that is more"""
     bandwidth: float = 2.0
     """jumprelu: width of the straight-through kernel"""
     tanh_scale: float = 4.0
@@ -55,7 +57,8 @@ class Config:
     steps: int = 0
     """optimiser steps; 0 takes one pass, or up to 20 passes where one gives fewer than 2,000 steps"""
     lr: float = 0.0
-    """Adam's learning rate; 0 takes 2e-4 sqrt(16,384 / d_sae), times up to 5 for fewer than 20,000 steps"""
+    """Adam's learning rate; 0 takes 2e-4 sqrt(16,384 / d_sae), for fewer than 20,000 steps times
+    sqrt(20,000 / steps), at most 0.016 (jumprelu: at most 5 times)"""
     lr_warmup: float = 0.02
     """part of the run in which the learning rate rises from 0"""
     lr_decay: float = 0.2
@@ -157,15 +160,18 @@ def resolve(config: Config, d_in: int, rows: int) -> Config:
     # Activations of a latent grow as sqrt(d_in) in normalised units; the papers' lambdas are for wide models.
     narrow = min(d_in / 1024, 1.0)
     lambdas = {"relu": 5.0 * narrow**0.5, "jumprelu": 10.0 * narrow}
-    # Gao et al.'s rate is for long runs; short ones do better with more.
-    hurry = min(max((20_000 / steps) ** 0.5, 1.0), 5.0)
+    # Gao et al.'s rate is for long runs.  Shorter ones want more, as 1 / sqrt(steps): so says the theory of
+    # rates that fall at the end (Defazio et al. 2023, arXiv 2310.07831), and so it was seen (docs/training.md).
+    # jumprelu's thresholds, trained at the same rate, then rise until hardly a latent is active.
+    hurry = min(max((20_000 / steps) ** 0.5, 1.0), 5.0 if c.arch == "jumprelu" else math.inf)
     return replace(
         c, d_sae=d_sae, widths=widths, holdout=holdout, batch_size=batch, steps=steps,
         sparsity=c.sparsity if c.sparsity >= 0 else lambdas.get(c.arch, 0.0),
         sparsity_warmup=c.sparsity_warmup if c.sparsity_warmup >= 0 else 1.0 if c.arch == "jumprelu" else 0.05,
         aux_k=c.aux_k or max(d_in // 2, 1),
         dead_tokens=c.dead_tokens or max(min(10_000_000, steps * batch // 10), 20 * batch),
-        lr=c.lr or 2e-4 * (2**14 / d_sae) ** 0.5 * hurry,
+        threshold_rate=c.threshold_rate or min(max(0.01, 20 / steps), 1.0),
+        lr=c.lr or min(2e-4 * (2**14 / d_sae) ** 0.5 * hurry, 0.016),
         eval_every=c.eval_every or max(steps // 10, 1),
         checkpoint_every=c.checkpoint_every or min(max(steps // 10, 1), 1000),
     )  # fmt: skip

@@ -137,9 +137,6 @@ class Mesh:
         """Whether any rank says so; all get the same answer."""
         return bool(self.gather(torch.tensor([flag], device=self.device), "world").any())
 
-    def barrier(self) -> None:
-        self.any(False)
-
     def share(self, total: int, what: str) -> tuple[int, int]:
         """This rank's rows [lo, hi) of `total` latents."""
         if total % self.tp:

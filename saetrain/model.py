@@ -37,12 +37,8 @@ from saetrain.mesh import Mesh
 from saetrain.select import topk
 
 INIT_BLOCK = 1024  # latents whose initial rows come from one random stream
-SHARDED = (
-    "W_enc",
-    "b_enc",
-    "W_dec",
-    "log_threshold",
-)  # split by latent; others are whole everywhere
+# Split by latent; others are whole everywhere.
+SHARDED = ("W_enc", "b_enc", "W_dec", "log_threshold")
 
 
 class Norm(NamedTuple):

@@ -1,25 +1,29 @@
 """`saetrain report`: the curves of one or more runs, as one self-contained HTML page and a PNG.
 
-The page needs nothing but a browser: curves are inline SVG, drawn here.  The PNG needs matplotlib.
+Both show the same figure; the page has it as inline SVG, and needs nothing but a browser.
 """
 
 from __future__ import annotations
 
 import html
+import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from saetrain.errors import SaetrainError
 from saetrain.log import read_log
 from saetrain.metrics import EDGES
 
 COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#8a5ea8", "#c77f1a", "#3aa6a6", "#6b6b6b", "#a3315d")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 340, 220, 52, 26, 24
 Points = list[tuple[float, float]]
 
 
@@ -56,18 +60,20 @@ TABLE = (
 
 
 def report(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Write report.html, and report.png where matplotlib is installed; returns what was written."""
+    """Write report.html and report.png; returns their paths."""
     logs = {}
     for run in runs:
         logs[_name(run, runs)] = read_log(run)
         if not logs[_name(run, runs)]:
             raise SaetrainError(f"{run} has no metrics.jsonl with a line in it")
     configs = {_name(run, runs): _config(run) for run in runs}
-    panels = panels_of(logs)
+    colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(logs)}
+    figure = _draw(panels_of(logs), colours)
     out.mkdir(parents=True, exist_ok=True)
-    page = out / "report.html"
-    page.write_text(_page(logs, configs, panels))
-    return [page, *([out / "report.png"] if _png(panels, out / "report.png") else [])]
+    page, image = out / "report.html", out / "report.png"
+    page.write_text(_page(logs, configs, colours, _svg(figure)))
+    figure.savefig(image, dpi=110)
+    return [page, image]
 
 
 def panels_of(logs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
@@ -119,61 +125,12 @@ def _config(run: Path) -> dict[str, Any]:
         return {}
 
 
-def _frame(panel: Panel) -> tuple[float, float, float, float]:
-    """Limits of the axes; y in log10 if the panel is logarithmic."""
-    xs = [x for points in panel.curves.values() for x, _ in points]
-    ys = [y for points in panel.curves.values() for _, y in points]
-    edges = [v for band in panel.bands.values() for _, *ends in band for v in ends]
-    ys += [v for v in edges if v > 0 or not panel.log]
-    low, high = min(ys), max(ys)
-    if panel.share:
-        low, high = 0.0, max(high, 0.01)
-    if panel.log:
-        low, high = math.log10(low), math.log10(high)
-    elif low > 0 and low < 0.5 * high:
-        low = 0.0
-    pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    right = max(xs) if max(xs) > min(xs) else min(xs) + 1
-    return min(xs), right, low - (pad if low else 0), high + pad
-
-
-def svg(panel: Panel, colours: dict[str, str]) -> str:
-    x0, x1, y0, y1 = _frame(panel)
-
-    def at(x: float, y: float) -> str:
-        y = math.log10(max(y, 1e-300)) if panel.log else y
-        px = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - 8)
-        py = TOP + (1 - min(max((y - y0) / (y1 - y0), 0), 1)) * (HEIGHT - TOP - BOTTOM)
-        return f"{px:.1f},{py:.1f}"
-
-    parts = [f'<text x="{LEFT}" y="15" class="t">{html.escape(panel.title)}</text>']
-    for i in range(5):
-        y = y0 + (y1 - y0) * i / 4
-        shown = 10**y if panel.log else y
-        left, right = at(x0, shown), at(x1, shown)
-        parts.append(f'<path class="g" d="M{left}L{right}"/><text class="y" x="{LEFT - 5}" '
-                     f'y="{float(left.split(",")[1]) + 3:.1f}">{_number(shown)}</text>')  # fmt: skip
-    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        x = x0 + (x1 - x0) * share
-        parts.append(
-            f'<text x="{at(x, 1).split(",")[0]}" y="{HEIGHT - 8}" text-anchor="{anchor}">{x:.5g}</text>'
-        )
-    for run, points in panel.curves.items():
-        band = panel.bands.get(run) or []
-        colour, line = colours[run], " ".join(at(x, y) for x, y in points)
-        if band:
-            edge = [at(x, high) for x, _, high in band]
-            edge += [at(x, low) for x, low, _ in reversed(band)]
-            parts.append(f'<polygon points="{" ".join(edge)}" fill="{colour}" opacity="0.2"/>')
-        name = f"<title>{html.escape(run)}</title>"
-        parts.append(f'<polyline points="{line}" stroke="{colour}">{name}</polyline>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">{"".join(parts)}</svg>'
-
-
 def _page(
-    logs: dict[str, list[dict[str, Any]]], configs: dict[str, dict[str, Any]], panels: list[Panel]
+    logs: dict[str, list[dict[str, Any]]],
+    configs: dict[str, dict[str, Any]],
+    colours: dict[str, str],
+    figure: str,
 ) -> str:
-    colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(logs)}
     last = {run: {k: v for line in lines for k, v in line.items()} for run, lines in logs.items()}
     keys = [k for k in TABLE if any(k in values for values in last.values())]
 
@@ -194,48 +151,54 @@ def _page(
     )
     heads = "".join(f"<th>{html.escape(n)}</th>" for n in varied)
     return f"""<!doctype html><meta charset="utf-8"><title>saetrain: {html.escape(", ".join(logs))}</title><style>
-body{{font:14px system-ui,sans-serif;margin:24px;color:#222}} svg{{margin:4px;background:#fff;border:1px solid #ddd}}
-svg text{{font-size:10px;fill:#555}} svg .t{{font-size:12px;fill:#111}} svg .y{{text-anchor:end}}
-svg .g{{stroke:#e6e6e6}} polyline{{fill:none;stroke-width:1.5}} table{{border-collapse:collapse;margin:12px 0}}
+body{{font:14px system-ui,sans-serif;margin:24px;color:#222}} svg{{width:100%;height:auto}}
+table{{border-collapse:collapse;margin:12px 0}}
 td,th{{padding:3px 10px;border-bottom:1px solid #ddd;text-align:right}} th:first-child{{text-align:left}}
 code{{color:#555}}</style><h1>Sparse autoencoder runs</h1><table><tr><th>run, last values</th>
 {"".join(f"<th>{k}</th>" for k in keys)}</tr>{rows}</table>
-{"".join(svg(panel, colours) for panel in panels)}
+{figure}
 <h2>Settings</h2>{f"<table><tr><th>run</th>{heads}</tr>{settings}</table>" if varied else ""}
 <p>The same in all runs: <code>{html.escape(json.dumps(fixed))}</code></p>
 """
 
 
-def _png(panels: list[Panel], path: Path) -> bool:
-    try:
-        import_module("matplotlib").use("Agg")
-        pyplot, ticker = (import_module(f"matplotlib.{name}") for name in ("pyplot", "ticker"))
-    except ImportError:
-        return False
-    columns, rows = 4, -(-len(panels) // 4)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4 * columns, 2.8 * rows), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for i, (run, points) in enumerate(panel.curves.items()):
-            colour = COLOURS[i % len(COLOURS)]
-            axis.plot(*zip(*points, strict=True), color=colour, lw=1.2, label=run)
+def _draw(panels: list[Panel], colours: dict[str, str]) -> Figure:
+    """All panels, four in a row."""
+    rows = -(-len(panels) // 4)
+    figure = Figure(figsize=(16, 2.8 * rows), layout="tight")
+    for number, panel in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, 4, number)
+        for run, points in panel.curves.items():
+            axis.plot(*zip(*points, strict=True), color=colours[run], lw=1.2, label=run)
             if band := panel.bands.get(run):
-                axis.fill_between(*zip(*band, strict=True), color=colour, alpha=0.2, lw=0)
+                x, low, high = zip(*band, strict=True)
+                axis.fill_between(x, low, high, color=colours[run], alpha=0.2, lw=0)
+        if number == 1:
+            axis.legend(fontsize=7)
         axis.set_title(panel.title, fontsize=9)
-        _, _, low, high = _frame(panel)
-        axis.set_yscale("log" if panel.log else "linear")
-        axis.set_ylim(*((10**low, 10**high) if panel.log else (low, high)))
-        axis.yaxis.set_major_formatter(lambda y, _: _number(y))
-        if panel.log:
-            between = range(2, 10) if high - low < 0.5 else (2, 5) if high - low < 2 else ()
-            axis.yaxis.set_minor_locator(ticker.LogLocator(subs=list(between)))
-            axis.yaxis.set_minor_formatter(lambda y, _: _number(y))
         axis.set_xlabel(panel.x, fontsize=7)
         axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return True
+        if panel.log:
+            axis.set_yscale("log")
+        bottom, top = axis.get_ylim()
+        if panel.log:
+            decades = math.log10(top / bottom)
+            between = range(2, 10) if decades < 0.5 else (2, 5) if decades < 2 else ()
+            axis.yaxis.set_minor_locator(LogLocator(subs=list(between)))
+            axis.yaxis.set_minor_formatter(lambda y, _: _number(y))
+        elif panel.share:
+            axis.set_ylim(0, max(top, 0.01))
+        elif 0 < bottom < top / 2:
+            axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter(lambda y, _: _number(y))
+    return figure
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an element of a page; its text stays text."""
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(text, format="svg")
+    whole = text.getvalue()
+    return re.sub("<metadata>.*</metadata>", "", whole[whole.index("<svg") :], flags=re.DOTALL)

@@ -14,11 +14,8 @@ from torch import Tensor
 from saetrain.kernels import Codes, Encoder
 from saetrain.mesh import Mesh
 
-DIGITS = (
-    (20, 11),
-    (10, 10),
-    (0, 10),
-)  # (shift, width) of a positive float32's 31 bits, highest first
+# (shift, width) of a positive float32's 31 bits, highest first.
+DIGITS = ((20, 11), (10, 10), (0, 10))
 
 
 def topk(encoder: Encoder, x: Tensor, k: int, mesh: Mesh) -> Codes:
