@@ -147,7 +147,7 @@ def command_line(name: str, settings: dict[str, Any]) -> str:
             words.append(option)
         elif isinstance(value, list | tuple):
             words += [option, ",".join(map(str, value))] if value else []
-        elif value not in (None, False, ""):
+        elif value is not None and value is not False and value != "":  # 0 says something
             words += [option, str(value)]
     return " ".join(words)
 

@@ -24,6 +24,7 @@ from benchmarks.__main__ import main
 from benchmarks.peers import PEERS, Work, driver, formats
 from benchmarks.phases import OUTSIDE, PHASES
 from benchmarks.results import command_line, spread, table
+from benchmarks.sae.peers import RATES
 
 
 def miniature(tmp_path, *words):
@@ -155,7 +156,7 @@ def test_peer_where_installed(tmp_path, name):
 def test_sae_peers(tmp_path):
     found = miniature(tmp_path, "sae-peers")
     assert {line["tool"] for line in found["speed"]} >= {"saetrain"}
-    assert {line["lr"] for line in found["quality"]} == {"default", 2e-3, 4e-3, 8e-3}
+    assert {line["lr"] for line in found["quality"]} == {"default", *RATES}
     assert all(0 < line["fvu"] < 2 and line["l0"] <= 4 for line in found["quality"])
     assert all(0.2 < line["mean_max_cosine"] < 1 for line in found["planted"])
 
@@ -283,4 +284,7 @@ def test_words():
     assert list(table(("a", "b"), [("x", 1)])) == ["| a | b |", "| --- | ---: |", "| x | 1 |"]
     assert command_line("floor", {"size": 5, "modes": ["a", "b"], "tiny": True, "only": None}) == (
         "python -m benchmarks floor --size 5 --modes a,b --tiny"
+    )
+    assert command_line("floor", {"rounds": 0, "tiny": False, "modes": [], "out": ""}) == (
+        "python -m benchmarks floor --rounds 0"
     )

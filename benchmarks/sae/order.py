@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import zarr
 
@@ -68,6 +69,8 @@ def run(
         with contextlib.redirect_stdout(io.StringIO()):
             if saetrain(["fit", str(rows), "--out", str(out), *words, *more]):
                 raise RuntimeError(f"{name} failed")
+        if read_log(out)[-1]["step"] < steps:
+            raise click.ClickException(f"{name}: stopped; run again for what is missing")
         kept = ("tokens", *SHOWN)
         lines[name] = [{n: x[n] for n in kept if n in x} for x in read_log(out)]
         bench.did(f"{name}: held-out FVU {lines[name][-1]['eval_fvu']:.4f}")

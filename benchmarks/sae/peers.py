@@ -30,7 +30,7 @@ from benchmarks.sae.planted import Planted, matched
 from benchmarks.sae.tools import TOOLS, Task, Tool, Trained, installed
 from saetrain.mesh import Mesh
 
-RATES = (2e-3, 4e-3, 8e-3)  # besides each tool's default; for runs this short
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # besides each tool's default
 PLANTED = {"d": 64, "features": 192, "active": 4.0}
 
 
@@ -176,45 +176,14 @@ def page(figures: dict[str, Any]) -> Iterator[str]:
         yield "{steps} steps of {batch:,} rows, {d_sae:,} latents, k = {k}.\n".format(
             **figures["quality"][0]
         )
-        chosen = best(figures["quality"], "fvu", 1)
-        yield from table(
-            (
-                "tool",
-                "FVU, default rate",
-                "FVU, best rate",
-                "that rate",
-                "L0",
-                "fired on no held-out row",
-            ),
-            (
-                (
-                    name,
-                    f"{_default(figures['quality'], name)['fvu']:.4f}",
-                    f"{x['fvu']:.4f}",
-                    x["lr"],
-                    f"{x['l0']:.1f}",
-                    f"{x['never_fired']:.1%}",
-                )
-                for name, x in chosen.items()
-            ),
-        )
+        yield from table(*_by_rate(figures["quality"], "fvu", 1, ("l0", "never_fired")))
         yield ""
     if figures["planted"]:
         yield "## Planted dictionary: cosine of each true feature with the closest decoder row, mean\n"
-        chosen = best(figures["planted"], "mean_max_cosine", -1)
-        yield from table(
-            ("tool", "cosine, default rate", "cosine, best rate", "that rate", "FVU"),
-            (
-                (
-                    name,
-                    f"{_default(figures['planted'], name)['mean_max_cosine']:.4f}",
-                    f"{x['mean_max_cosine']:.4f}",
-                    x["lr"],
-                    f"{x['fvu']:.4f}",
-                )
-                for name, x in chosen.items()
-            ),
+        yield "{steps} steps of {batch:,} rows, {d_sae:,} latents, k = {k}; {features} true features.\n".format(
+            **figures["planted"][0], **PLANTED
         )
+        yield from table(*_by_rate(figures["planted"], "mean_max_cosine", -1, ("fvu", "l0")))
         yield ""
     if figures["speed"]:
         yield "## Speed of a training step: median (range) over rounds\n"
@@ -235,8 +204,18 @@ def page(figures: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _default(lines: list[dict[str, Any]], tool: str) -> dict[str, Any]:
-    return next(x for x in lines if x["tool"] == tool and x["lr"] == "default")
+def _by_rate(
+    lines: list[dict[str, Any]], what: str, sign: int, more: tuple[str, ...]
+) -> tuple[list[str], list[list[str]]]:
+    """A row for each tool: a figure at its default rate, its best, and at each rate; others at its best."""
+    rates = ["default", *RATES]
+    head = ["tool", "best", *(f"lr {r}" for r in rates), *(f"{n} at the best" for n in more)]
+    rows = []
+    for name, top in best(lines, what, sign).items():
+        at = {x["lr"]: f"{x[what]:.4f}" for x in lines if x["tool"] == name}
+        others = [f"{top[n]:.4g}" for n in more]
+        rows.append([name, f"{top[what]:.4f}", *(at.get(r, "") for r in rates), *others])
+    return head, rows
 
 
 def _draw(folder: Path, figures: dict[str, Any]) -> str:
