@@ -126,6 +126,9 @@ class Dask:
                     future.release()
                 again = []
                 for future in set(ready).difference(finished):
+                    if future.status in ("pending", "lost", "finished"):
+                        done.add(future)  # its result died with a worker, and is being made again
+                        continue
                     call, failures = running.pop(future)
                     if future.status != "error":
                         raise CancelledError(str(future.key))

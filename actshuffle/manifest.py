@@ -96,8 +96,10 @@ def _is_whole(job: Job, task: Task, body: dict[str, Any]) -> bool:
         )
     start, stop = plan.bucket_ranks(plan.levels - 1, task.number)
     digests = body.get("digests")
-    return isinstance(digests, dict) and all(
-        _is_list(digests.get(f.name), -(-(stop - start) // f.object_rows), lambda x: _is_hex(x, 32))
+    if not isinstance(digests, dict) or digests.keys() != {f.name for f in job.fields}:
+        return False
+    return all(
+        _is_list(digests[f.name], -(-(stop - start) // f.object_rows), lambda x: _is_hex(x, 32))
         for f in job.fields
     )
 

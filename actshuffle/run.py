@@ -151,17 +151,22 @@ def shuffle(
             spill_memory=None if spill_memory is None else parse_bytes(spill_memory),
         )  # fmt: skip
         if request.spill_memory and not crew.one_machine:
-            raise RequestError(
-                "spill memory is this machine's, where workers on others would not find what was kept: "
-                "leave it out with a scheduler"
-            )
+            raise RequestError(f"{_NOT_SHARED}: leave it out with a scheduler")
         job = prepare(
             as_place(src, storage_options), as_place(dst, storage_options), request,
             most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync,
         )  # fmt: skip
+        if job.plan.spill_memory and not crew.one_machine:  # of a half-done run
+            raise RequestError(
+                f"{_NOT_SHARED}: {dst} is half done with some; resume it without a scheduler, or "
+                "--overwrite starts again"
+            )
         if planned is not None:
             planned(job)
         return execute(job, crew, progress or Silent())
+
+
+_NOT_SHARED = "spill memory is this machine's, where workers on others would not find what was kept"
 
 
 def execute(job: Job, executor: Executor, progress: Progress) -> Result:
@@ -275,11 +280,15 @@ def publish(job: Job) -> None:
 
 
 def _clear(job: Job) -> None:
-    """Remove what only an unfinished run needs; ``run.json`` last, since it tells of the rest."""
+    """Remove what only an unfinished run needs; ``run.json`` last, since it tells of the rest.
+
+    Scratch goes before the receipts: Dask does a finished task again if its worker dies just then, and
+    one that comes so late must find either its receipt or nothing to work on.
+    """
     objects = open_objects(job.destination, fsync=job.fsync)
     objects.settle([OUR_GROUP])  # the marker is durable before anything goes
-    objects.delete_prefix(manifest.RECEIPTS)
     clear_scratch(job)
+    objects.delete_prefix(manifest.RECEIPTS)
     objects.settle([OUR_GROUP])
     objects.delete(manifest.RUN_KEY)
 

@@ -11,7 +11,8 @@ numbers the operations, and lets a schedule decide which of them go wrong and ho
     kill     the process dies before it happens; nothing that it does afterwards has any effect
     late     the process dies right after it happened
     torn     the process dies in the middle: half an object, where a store is not atomic
-    power    the machine dies: writes and deletions that were not settled may be undone
+    power    the machine dies: writes and deletions that were not settled may be undone, what was kept in
+             memory is gone
     silent   half an object is written, and the store says that all is well
 
     >>> faults = Faults(at({3: "kill"}))
@@ -64,6 +65,7 @@ from actshuffle.prepare import Request, prepare, scratch_place
 from actshuffle.progress import Silent
 from actshuffle.reading import Extent
 from actshuffle.run import Result, execute
+from actshuffle.tier import MEMORY_FOLDER, memory_beside
 from actshuffle.types import Job, Place
 from actshuffle.verify import verify
 
@@ -138,6 +140,7 @@ class Faults:
         self._stack = ExitStack()
         self._before: dict[tuple[str, str], bytes | None] = {}  # what a stale read sees
         self._undo: list[tuple[str, LocalObjects, str, bytes | None]] = []  # not settled, by url
+        self._in_memory: dict[str, Objects] = {}  # by url: gone with the machine
 
     def __enter__(self) -> Self:
         self._stack.enter_context(wrapped(self.wrap))
@@ -157,6 +160,8 @@ class Faults:
         self.__enter__()
 
     def wrap(self, objects: Objects, place: Place) -> Objects:
+        if place.url.startswith(f"{MEMORY_FOLDER}/actshuffle-"):
+            self._in_memory[place.url] = objects
         return _Faulty(self, objects, place.url)
 
     def next(self, name: str, url: str, key: str) -> str | None:
@@ -177,6 +182,8 @@ class Faults:
                 if self.dice.random() < 0.5:
                     _restore(objects, changed, before)
                     self._before.pop((url, changed), None)
+            for objects_in_memory in self._in_memory.values():
+                objects_in_memory.delete_prefix("")
         if self.real:
             os.kill(os.getpid(), signal.SIGKILL)
         raise Killed(self.dead)
@@ -486,6 +493,7 @@ def choose_plan(choice: Choice, store: StoreSpec) -> dict[str, Any]:
         "chunks_per_shard": choice.among([1, 1, 2]) if most >= 2 * chunk_rows else 1,
         "source_row": choice.among([True, True, False]),
         "tasks_wanted": choice.between(1, 4),
+        "spill_memory": choice.among([0, 0, 1, 2]) * store.rows * (store.row_bytes + 16) // 2,
     }
 
 
@@ -568,11 +576,13 @@ def _difference(array: zarr.Array[Any], expected: NDArray[Any]) -> str | None:
 
 
 def leftovers(dst: Path) -> list[str]:
-    """What a finished run should have cleared away: scratch beside dst, receipts, files half written."""
-    scratch = Path(scratch_place(as_place(dst), None).url)
+    """What a finished run should have cleared away: scratch beside dst and in memory, receipts, files
+    half written."""
+    place = scratch_place(as_place(dst), None)
+    scratch, memory = Path(place.url), Path(memory_beside(place).url)
     ours = dst / arrays.OUR_GROUP
-    paths = [scratch, ours / "run.json", ours / "receipts", *dst.rglob("*.actshuffle-partial")]
-    return [str(p) for p in paths if p.exists()]
+    paths = [scratch, memory, ours / "run.json", ours / "receipts"]
+    return [str(p) for p in (*paths, *dst.rglob("*.actshuffle-partial")) if p.exists()]
 
 
 @dataclass(frozen=True)

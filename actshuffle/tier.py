@@ -22,8 +22,13 @@ MEMORY_FOLDER = Path("/dev/shm")  # a file system in memory on every Linux
 
 
 def memory_place(job: Job) -> Place:
-    """The folder in memory that belongs to this job's scratch, and to this user."""
-    tag = hashlib.sha256(job.scratch.url.encode()).hexdigest()[:16]
+    """The folder in memory of a job's spill."""
+    return memory_beside(job.scratch)
+
+
+def memory_beside(scratch: Place) -> Place:
+    """The folder in memory that belongs to a scratch, and to this user."""
+    tag = hashlib.sha256(scratch.url.encode()).hexdigest()[:16]
     return Place(str(MEMORY_FOLDER / f"actshuffle-{os.geteuid()}-{tag}"))
 
 
@@ -58,18 +63,23 @@ def claim_memory(job: Job) -> None:
 def clear_scratch(job: Job) -> None:
     """Remove all of a job's scratch, on disk and in memory."""
     open_objects(job.scratch).delete_prefix("")
-    memory = memory_objects(job)
-    if memory is not None:
+    if job.plan.spill_memory:
         _refuse_foreign(job)
-        memory.delete_prefix("")
+    elif not _is_ours(job):  # an earlier run to this destination may have kept spill in memory
+        return
+    open_objects(memory_place(job), fsync=False).delete_prefix("")
+
+
+def _is_ours(job: Job) -> bool:
+    """Anybody may make names in that file system; a folder of ours is closed to others."""
+    with contextlib.suppress(FileNotFoundError):
+        found = Path(memory_place(job).url).lstat()
+        is_folder, closed = stat.S_ISDIR(found.st_mode), not found.st_mode & 0o077
+        return is_folder and closed and found.st_uid == os.geteuid()
+    return False
 
 
 def _refuse_foreign(job: Job) -> None:
-    """Anybody may make names in that file system; only a folder of ours, closed to others, is used."""
     path = Path(memory_place(job).url)
-    with contextlib.suppress(FileNotFoundError):
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise StorageError(
-                f"{path} is not a folder of this user alone; remove it and run again"
-            )
+    if os.path.lexists(path) and not _is_ours(job):
+        raise StorageError(f"{path} is not a folder of this user alone; remove it and run again")

@@ -18,7 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import dask
+
+from actshuffle import tasks
 from actshuffle.errors import ActshuffleError, ClusterError
+from actshuffle.executors import Dask
 from actshuffle.testing import Faults, differences, leftovers, matching
 from helpers import group, values
 
@@ -29,6 +33,7 @@ PATIENCE = 120.0  # seconds after which a process counts as stuck
 SEED = 5
 ROWS = 120
 PLAN = {"levels": 3, "block_bytes": 560, "run_bytes": 1, "chunk_rows": 7}
+KEPT = {"spill_memory": 5000}  # some blocks of each level's spill stay in memory, some go to disk
 
 # One operation in each phase, by what it writes.
 PHASES = {
@@ -66,8 +71,8 @@ def source(path: Path, rows: int = ROWS) -> Path:
 
 def assert_exact(src: Path, dst: Path, seed: int = SEED) -> None:
     """The exact output, and nothing left beside it."""
-    assert differences(src, dst, seed) == []
-    assert leftovers(dst) == []
+    found = differences(src, dst, seed) + leftovers(dst)
+    assert found == [], found
 
 
 # --- Processes ----------------------------------------------------------------------------------
@@ -88,28 +93,40 @@ def ended(process: Any, patience: float = PATIENCE) -> int:
     return int(process.exitcode)
 
 
-def drive(told: Path, src: Path, dst: Path, settings: dict[str, Any], fault: Any = None) -> None:
+def drive(
+    told: Path, src: Path, dst: Path, settings: dict[str, Any], fault: Any = None,
+    broken: Callable[[], None] | None = None,
+) -> None:  # fmt: skip
     """A driver: run a shuffle, write down how it ended.
 
-    ``settings`` are arguments of `actshuffle.shuffle`, or ``scheduler``, an address.  ``fault`` is
-    (pattern, kind) of an operation that is this process's last.
+    ``settings`` are arguments of `actshuffle.shuffle`, or ``scheduler``, an address, and ``wait``, how
+    long its return is waited for.  ``fault`` is (pattern, kind) of an operation that is this process's
+    last; ``broken`` breaks its engine.
     """
     _alone(told.with_suffix(".log"))
     import actshuffle
 
+    if broken is not None:
+        broken()
     if fault is not None:
         Faults(matching(*fault), real=True).install()
     settings = {"seed": SEED, "fsync": False, **PLAN, **settings}
-    scheduler = settings.pop("scheduler", None)
+    scheduler, wait = settings.pop("scheduler", None), settings.pop("wait", "3s")
     with ExitStack() as stack:
         try:
             if scheduler is not None:
                 from distributed import Client
 
                 try:
-                    settings["client"] = stack.enter_context(Client(scheduler))
+                    client = stack.enter_context(Client(scheduler))
                 except OSError as err:  # killed before we had anything to do with it
                     raise ClusterError(f"not connected: {err}") from err
+                if wait is not None:  # for a scheduler that was killed; Dask waits 30 s
+                    dask.config.set({"distributed.comm.timeouts.connect": wait})
+                if settings.get("spill_memory"):  # as in a cluster of our own
+                    settings["executor"] = Dask(client, one_machine=True)
+                else:
+                    settings["client"] = client
             result = actshuffle.shuffle(src, dst, **settings)
             body = {"end": "done", "resumed": result.resumed, "tasks": result.tasks}
         except ActshuffleError as err:
@@ -160,17 +177,22 @@ def schedule(pipe: Any, folder: Path) -> None:
         asyncio.run(run())
 
 
-def work(address: str, folder: Path, fault: Any = None, victim: int | None = None) -> None:
+def work(
+    address: str, folder: Path, fault: Any = None, victim: int | None = None,
+    broken: Callable[[], None] | None = None,
+) -> None:  # fmt: skip
     """A Dask worker without a nanny.
 
     ``fault`` is (pattern, kind) of an operation at which it dies, the first of all workers of a folder
-    to come to it; or, if a ``victim`` is given, at which that process does.
+    to come to it; or, if a ``victim`` is given, at which that process does.  ``broken`` breaks its engine.
     """
     import asyncio
 
     from distributed import Worker
 
     _alone(folder / "worker.log")
+    if broken is not None:
+        broken()
     if fault is not None:
         decide = matching(*fault)
 
@@ -205,6 +227,37 @@ def first_of_all(flag: Path) -> bool:
     return True
 
 
+# --- Broken engines, for controls --------------------------------------------------------------
+
+
+def says_too_early_that_it_is_done() -> None:
+    """Claims a destination and writes its completion marker in one go."""
+    from actshuffle import manifest
+    from actshuffle import run as runs
+
+    inner = runs._claim
+
+    def hasty(job: Any) -> None:
+        inner(job)
+        manifest.write_marker(job, {f.name: "0" * 32 for f in job.fields}, {})
+
+    runs._claim = hasty
+
+
+def takes_what_was_begun_for_done() -> None:
+    """Notes that a task is done before it does it."""
+    inner = tasks.run_task
+
+    def hasty(job: Any, task: Any) -> tasks.Done:
+        name = f"{job.scratch.url}.begun-{task.kind}-{task.level}-{task.number}"
+        if not first_of_all(Path(name)):
+            return tasks.Done(task, 0, 0.0, False)
+        time.sleep(0.03)  # so that there is time to die in
+        return inner(job, task)
+
+    tasks.run_task = hasty
+
+
 @dataclass
 class Cluster:
     """A scheduler and workers, each a process to kill."""
@@ -213,6 +266,7 @@ class Cluster:
     scheduler: Any = None
     address: str = ""
     workers: list[Any] = field(default_factory=list)
+    broken: Callable[[], None] | None = None
 
     def start_scheduler(self) -> None:
         ours, theirs = FORKS.Pipe()
@@ -221,7 +275,7 @@ class Cluster:
         self.address = ours.recv()
 
     def add_worker(self, fault: Any = None, victim: int | None = None) -> None:
-        self.workers.append(start(work, self.address, self.folder, fault, victim))
+        self.workers.append(start(work, self.address, self.folder, fault, victim, self.broken))
 
     def stop(self) -> None:
         for process in (*self.workers, self.scheduler):
@@ -233,10 +287,12 @@ class Cluster:
 
 
 @contextmanager
-def dask_cluster(folder: Path, workers: int = 2, fault: Any = None) -> Iterator[Cluster]:
-    """A scheduler with some workers, of which one will have the fault."""
+def dask_cluster(
+    folder: Path, workers: int = 2, fault: Any = None, broken: Callable[[], None] | None = None
+) -> Iterator[Cluster]:
+    """A scheduler with some workers, of which one will have the fault, and all are ``broken``."""
     folder.mkdir(parents=True, exist_ok=True)
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, broken=broken)
     try:
         cluster.start_scheduler()
         for _ in range(workers):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
 import os
 import random
 import shutil
@@ -18,7 +20,7 @@ import pytest
 import zarr
 
 import actshuffle
-from actshuffle import tasks
+from actshuffle import tasks, tier
 from actshuffle.errors import (
     ActshuffleError,
     ClusterError,
@@ -44,6 +46,7 @@ from actshuffle.testing import (
 from actshuffle.testing import run as serial_run
 from actshuffle.types import Task
 from faults import (
+    KEPT,
     PHASES,
     PLAN,
     SEED,
@@ -54,9 +57,11 @@ from faults import (
     ended,
     first_of_all,
     outcome,
+    says_too_early_that_it_is_done,
     shuffled,
     source,
     start,
+    takes_what_was_begun_for_done,
     until,
 )
 from helpers import values
@@ -96,31 +101,35 @@ def stop_at(src, dst, what, kind="kill", **plan):
 # --- A process is killed, once per phase --------------------------------------------------------
 
 
+@pytest.mark.parametrize("kept", [{}, KEPT], ids=["disk", "memory"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_killed_driver_during(phase, src, dst, told):
-    killed = start(drive, told, src, dst, {}, (PHASES[phase], "kill"))
+def test_killed_driver_during(phase, kept, src, dst, told):
+    killed = start(drive, told, src, dst, kept, (PHASES[phase], "kill"))
     assert ended(killed) == -signal.SIGKILL
     assert not told.exists()
     if phase != "clearing":
         with pytest.raises(ActshuffleError):
             actshuffle.verify(src, dst)
-    finish(src, dst)
+    if kept and list(PHASES).index(phase) % 2:  # the machine went down with it
+        shutil.rmtree(_in_memory(dst), ignore_errors=True)
+    finish(src, dst, **kept)
 
 
-@pytest.mark.parametrize("phase", TASKS)
-def test_killed_worker_during(phase, src, dst, told, tmp_path):
+@pytest.mark.parametrize(("phase", "kept"), [*zip(TASKS, itertools.cycle([{}, KEPT]))])
+def test_killed_worker_during(phase, kept, src, dst, told, tmp_path):
     with dask_cluster(tmp_path / "dask", 2, fault=(TASKS[phase], "kill")) as cluster:
-        assert shuffled(told, src, dst, scheduler=cluster.address)["end"] == "done"
+        assert shuffled(told, src, dst, scheduler=cluster.address, **kept)["end"] == "done"
         assert sorted(w.exitcode or 0 for w in cluster.workers) == [-signal.SIGKILL, 0]
     assert_exact(src, dst)
 
 
-@pytest.mark.parametrize("phase", ["split", "index", "leaf"])
-def test_killed_worker_of_own_cluster_during(phase, src, dst, tmp_path):
+@pytest.mark.parametrize(("phase", "kept"), [("split", KEPT), ("index", {}), ("leaf", KEPT)])
+def test_killed_worker_of_own_cluster_during(phase, kept, src, dst, tmp_path):
     with local_cluster(2) as executor:
         executor.client.run(_die_once, TASKS[phase], tmp_path / "flag")
         before = set(_pids(executor.client).values())
-        result = actshuffle.shuffle(src, dst, seed=SEED, fsync=False, executor=executor, **PLAN)
+        plan = PLAN | kept
+        result = actshuffle.shuffle(src, dst, seed=SEED, fsync=False, executor=executor, **plan)
         assert result.resumed == 0
         until(lambda: len(_pids(executor.client)) == 2)
         assert set(_pids(executor.client).values()) - before, "nobody died"
@@ -136,16 +145,16 @@ def _pids(client):
     return client.run(os.getpid)
 
 
-@pytest.mark.parametrize("phase", ["split", "index", "leaf"])
-def test_killed_scheduler_during(phase, src, dst, told, tmp_path):
+@pytest.mark.parametrize(("phase", "kept"), [("split", KEPT), ("index", {}), ("leaf", KEPT)])
+def test_killed_scheduler_during(phase, kept, src, dst, told, tmp_path):
     with dask_cluster(tmp_path / "dask", 0) as cluster:
         for _ in range(2):
             cluster.add_worker((TASKS[phase], "kill"), victim=cluster.scheduler.pid)
-        end = shuffled(told, src, dst, scheduler=cluster.address)
+        end = shuffled(told, src, dst, scheduler=cluster.address, **kept)
         assert ended(cluster.scheduler) == -signal.SIGKILL
         assert (end["end"], "run again to resume" in end["message"]) == ("ClusterError", True)
     with dask_cluster(tmp_path / "dask2", 2) as cluster:
-        assert shuffled(told, src, dst, scheduler=cluster.address)["end"] == "done"
+        assert shuffled(told, src, dst, scheduler=cluster.address, **kept)["end"] == "done"
     assert_exact(src, dst)
 
 
@@ -170,7 +179,7 @@ def test_killed_scheduler_of_the_dask_commands(src, dst, told, tmp_path):
     )  # fmt: skip
     try:
         until(address.exists)
-        settings = {"scheduler": json.loads(address.read_text())["address"]}
+        settings = {"scheduler": json.loads(address.read_text())["address"], "wait": None}
         driver = start(drive, told, src, dst, settings)
         scratch = Path(scratch_place(as_place(dst), None).url)
         until((scratch / "level1" / "receipts" / "0.json").exists)
@@ -322,10 +331,10 @@ def _finish_torn(src, dst, operation):
     "kind", ["kill", "late", "torn", "power", "error", "full", "lost", "stale"]
 )
 @pytest.mark.parametrize("plan", [
-    {"levels": 1}, TINY | {"levels": 2, "block_bytes": 500}, TINY,
+    {"levels": 1}, TINY | {"levels": 2, "block_bytes": 500}, TINY, TINY | KEPT,
     TINY | {"levels": 4, "codec": "crc32c"},
     TINY | {"levels": 2, "block_bytes": 500, "codec": "zstd", "chunks_per_shard": 2},
-], ids=["1", "2", "3", "4-crc32c", "2-zstd-sharded"])  # fmt: skip
+], ids=["1", "2", "3", "3-memory", "4-crc32c", "2-zstd-sharded"])  # fmt: skip
 def test_failing_at_every_operation(kind, plan, tiny, dst):
     for operation in _operations(tiny, dst, **plan):
         new_process()
@@ -402,42 +411,55 @@ def test_write_fails_at_every_write(kind, error, tiny, dst):
 # --- Kills at random times ----------------------------------------------------------------------
 
 
-def _kill_at_random(who, count, src, tmp_path, seed):
-    """Kill one process of a cluster again and again, at random times, resume, check; then the next."""
+def _kill_at_random(who, count, src, tmp_path, seed, broken=None):
+    """Kill one process of a cluster while a run is under way, at a random time, resume, check; and again.
+
+    Every second run keeps some of its spill in memory.  Kills that came before a run had begun or when it
+    was over are checked as well, and not counted.
+    """
     dice = random.Random(seed)
     told = tmp_path / "told.json"
-    seconds = 1.5
-    number = 0
-    while number < count:
+    seconds = 0.4  # about as long as a run takes; found out by how many kills come too late
+    number = struck = 0
+    while struck < count:
+        assert number < 50 + 5 * count, "kills hardly ever come in time"
         folder = tmp_path / f"dask{number}"
-        with dask_cluster(folder, 2) as cluster:
+        with dask_cluster(folder, 2, broken=broken) as cluster:
             for _ in range(10):
                 dst = tmp_path / f"dst{number}.zarr"
+                settings = {"scheduler": cluster.address} | (KEPT if number % 2 else {})
                 number += 1
                 told.unlink(missing_ok=True)
-                driver = start(drive, told, src, dst, {"scheduler": cluster.address})
-                time.sleep(dice.uniform(0.05, seconds))
+                driver = start(drive, told, src, dst, settings, None, broken)
+                claim = dst / "_actshuffle/run.json"
+                if dice.random() < 0.9:
+                    until(lambda: claim.exists() or told.exists())  # noqa: B023
+                time.sleep(dice.uniform(0, seconds))
                 victim = {
                     "driver": driver, "scheduler": cluster.scheduler,
                     "worker": dice.choice(cluster.workers),
                 }[who]  # fmt: skip
+                in_time = claim.exists() and not told.exists()
                 victim.kill()
                 victim.join()
+                struck += in_time
+                seconds *= 0.8 if told.exists() else 1.1
                 if who == "worker":
                     cluster.workers.remove(victim)
                     cluster.add_worker()
                 ended(driver)
-                end = outcome(told)["end"] if told.exists() else "killed"
+                said = outcome(told) if told.exists() else {"end": "killed"}
+                end = said["end"]
                 assert end in {"worker": ("done",), "driver": ("done", "killed"),
-                               "scheduler": ("done", "ClusterError")}[who], (seed, number, end)  # fmt: skip
+                               "scheduler": ("done", "ClusterError")}[who], (seed, number, said)  # fmt: skip
                 if who == "scheduler":
                     break
                 if end != "done":
-                    again = shuffled(told, src, dst, scheduler=cluster.address)["end"]
+                    again = shuffled(told, src, dst, **settings)["end"]
                     assert again in ("done", "DestinationExistsError"), (seed, number, again)
                 assert_exact(src, dst)
                 shutil.rmtree(dst)
-                if number >= count:
+                if struck >= count:
                     break
         if who == "scheduler":
             if end != "done":
@@ -457,6 +479,26 @@ def test_kills_at_random(who, count, src, tmp_path):
 @pytest.mark.parametrize(("who", "count"), [("worker", 30), ("scheduler", 10), ("driver", 10)])
 def test_kills_at_random_by_the_hundred(who, count, block, src, tmp_path):
     _kill_at_random(who, count, src, tmp_path, seed=1000 + block)
+
+
+@pytest.mark.parametrize(
+    ("who", "broken"),
+    [
+        ("driver", says_too_early_that_it_is_done),
+        ("scheduler", says_too_early_that_it_is_done),
+        ("worker", takes_what_was_begun_for_done),
+    ],
+)
+def test_control_kills_at_random_of_an_engine(who, broken, src, tmp_path):
+    """An engine that cannot be killed with impunity does not get through."""
+    with pytest.raises(AssertionError, match="absent|cannot be opened|FormatError"):
+        _kill_at_random(who, 20, src, tmp_path, seed=2, broken=broken)
+    for dst in tmp_path.glob("dst*.zarr"):
+        shutil.rmtree(_in_memory(dst), ignore_errors=True)
+
+
+def _in_memory(dst):
+    return Path(tier.memory_beside(scratch_place(as_place(dst), None)).url)
 
 
 # --- Tasks that run twice, and late -------------------------------------------------------------
@@ -513,6 +555,26 @@ def test_zombie_finishes_after_the_run(task, src, dst):
     shutil.rmtree(dst / "_actshuffle/receipts", ignore_errors=True)
     assert_exact(src, dst)
     assert actshuffle.verify(src, dst).ok
+
+
+def test_zombie_leaf_begins_while_a_run_is_cleared_away(src, dst):
+    """It was done before; whenever it looks, it finds that it was, or nothing to work on."""
+    job = prepared(src, dst, SEED, **PLAN)
+    zombie = Task("leaf", 3, 1)
+
+    came = []
+
+    def haunted(operation):
+        if operation.name in ("delete_prefix", "delete") and len(came) % 2 == 0:
+            came.append("in")
+            with suppress(ActshuffleError):
+                tasks.run_task(job, zombie)
+            came.append("out")
+
+    with Faults(haunted):
+        serial_run(src, dst, SEED, **PLAN)
+    assert len(came) >= 8
+    assert_exact(src, dst)
 
 
 @pytest.mark.parametrize("phase", ["split", "second split", "leaf"])
@@ -830,6 +892,27 @@ def test_own_errors_are_not_tried_again():
     with pytest.raises(StorageError):
         list(executor.map(fails, [(1,), (2,)]))
     assert calls == [1]
+
+
+def test_results_that_die_with_their_worker_are_made_again(tmp_path, monkeypatch):
+    """Finished, says Dask, and by the time that one looks what was finished is gone."""
+    import distributed
+
+    class Late(distributed.as_completed):
+        def next_batch(self, block=True):
+            batch = super().next_batch(block)
+            if len(cluster.workers) == 1:
+                cluster.workers[0].kill()
+                until(lambda: batch[0].status != "finished")
+                cluster.add_worker()
+            return batch
+
+    monkeypatch.setattr(distributed, "as_completed", Late)
+    with dask_cluster(tmp_path / "dask", 1) as cluster:
+        with distributed.Client(cluster.address) as client:
+            found = sorted(Dask(client).map(operator.neg, [(x,) for x in range(100)]))
+        assert len(cluster.workers) == 2
+    assert found == sorted(-x for x in range(100))
 
 
 def test_cluster_without_workers_is_a_clear_error(tmp_path, src, dst, monkeypatch):

@@ -28,7 +28,7 @@ import pytest
 import zarr
 
 import actshuffle
-from actshuffle import guard
+from actshuffle import guard, manifest
 from actshuffle.errors import ActshuffleError, ResumeMismatchError, SourceError
 from actshuffle.files import LocalObjects
 from actshuffle.objects import as_place, open_objects
@@ -1005,6 +1005,20 @@ def fuzz_metadata(folder, seeds, zarr_format):
         assert time.process_time() - started < SECONDS, seed
         shutil.rmtree(dst, ignore_errors=True)
         shutil.rmtree(scratch_place(as_place(dst), None).url, ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["", "z", "source_row"])
+def test_receipts_of_fields_that_are_not_there_count_for_nothing(name, tmp_path):
+    """Sealed as ours are."""
+    src, dst = source(tmp_path / "src.zarr"), tmp_path / "dst.zarr"
+    _stop(src, dst, "put _actshuffle/receipts/1.json")
+    path = dst / "_actshuffle/receipts/0.json"
+    body = json.loads(path.read_text())["body"]
+    body["digests"][name] = body["digests"]["x"]
+    path.write_bytes(manifest._sealed(body))
+    new_process()
+    serial_run(src, dst, SEED, **PLAN)
+    assert differences(src, dst, SEED) == []
 
 
 RECORDS = ["out/_actshuffle/run.json", "out/_actshuffle/receipts/0.json", "scratch/run.json",

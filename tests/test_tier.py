@@ -200,11 +200,36 @@ def test_a_damaged_block_in_memory_is_noticed_and_made_again(src: Path, tmp_path
     assert_is_oracle(src, dst, 3)
 
 
-def test_overwrite_clears_it(src: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [50_000, None])
+def test_overwrite_clears_it(src: Path, tmp_path: Path, memory: int | None) -> None:
     dst = tmp_path / "d.zarr"
     with pytest.raises(KeyboardInterrupt):
         shuffle(src, dst, executor=Stops(20), levels=2, spill_memory=90_000, fsync=False, **SHAPE)
-    shuffle(src, dst, levels=2, spill_memory=50_000, overwrite=True, fsync=False, **SHAPE)
+    shuffle(src, dst, levels=2, spill_memory=memory, overwrite=True, fsync=False, **SHAPE)
+    assert_is_oracle(src, dst, 3)
+
+
+def test_a_folder_of_others_is_left_to_those_who_keep_nothing_there(
+    src: Path, tmp_path: Path
+) -> None:
+    dst = tmp_path / "d.zarr"
+    folder = Path(tier.memory_beside(scratch_place(as_place(dst), None)).url)
+    folder.mkdir(mode=0o755)
+    try:
+        shuffle(src, dst, levels=2, fsync=False, **SHAPE)
+        assert_is_oracle(src, dst, 3)
+        assert folder.is_dir()
+    finally:
+        folder.rmdir()
+
+
+def test_a_half_done_run_is_not_resumed_where_its_memory_is_not(src: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "d.zarr"
+    with pytest.raises(KeyboardInterrupt):
+        shuffle(src, dst, executor=Stops(20), levels=2, spill_memory=90_000, fsync=False, **SHAPE)
+    with pytest.raises(RequestError, match="resume it without a scheduler"):
+        shuffle(src, dst, executor=_Elsewhere(), **SHAPE)
+    shuffle(src, dst, fsync=False, **SHAPE)
     assert_is_oracle(src, dst, 3)
 
 

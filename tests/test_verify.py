@@ -192,6 +192,8 @@ def test_every_byte_of_the_marker_counts(src, store):
         b'"kind"',
         b'"fields"',
         b'"files"',
+        b'"doc"',  # a field, which the source then does not have
+        b'shuffle"',  # the kind
     ]
     for at in (whole.rindex(name) + 1 for name in names):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
@@ -446,6 +448,18 @@ def test_damaged_metadata_is_named(name, damage, src, store):
     else:
         flip(path, 8 * (path.stat().st_size // 2))
     assert name in complaints(src, dst)
+
+
+def test_metadata_that_promises_endless_objects_is_named(src, store):
+    dst = store()
+    path = dst / "source_row/zarr.json"
+    document = json.loads(path.read_text())
+    document["shape"] = [2**60]
+    path.write_text(json.dumps(document))
+    report = actshuffle.verify(src, dst)
+    assert report.problems[0].where == "source_row/zarr.json"
+    assert len(report.problems) <= 1001
+    assert "1,000" in report.notes[0]
 
 
 def test_changed_attributes_are_named(src, store):
