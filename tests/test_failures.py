@@ -475,8 +475,8 @@ def test_kills_at_random(who, count, src, tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("block", range(10))
-@pytest.mark.parametrize(("who", "count"), [("worker", 30), ("scheduler", 10), ("driver", 10)])
+@pytest.mark.parametrize("block", range(20))
+@pytest.mark.parametrize(("who", "count"), [("worker", 15), ("scheduler", 5), ("driver", 5)])
 def test_kills_at_random_by_the_hundred(who, count, block, src, tmp_path):
     _kill_at_random(who, count, src, tmp_path, seed=1000 + block)
 
