@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import dask
-
 from actshuffle import tasks
 from actshuffle.errors import ActshuffleError, ClusterError
 from actshuffle.executors import Dask
@@ -100,7 +98,7 @@ def drive(
     """A driver: run a shuffle, write down how it ended.
 
     ``settings`` are arguments of `actshuffle.shuffle`, or ``scheduler``, an address, and ``wait``, how
-    long its return is waited for.  ``fault`` is (pattern, kind) of an operation that is this process's
+    many seconds its return is waited for.  ``fault`` is (pattern, kind) of an operation that is this process's
     last; ``broken`` breaks its engine.
     """
     _alone(told.with_suffix(".log"))
@@ -111,7 +109,7 @@ def drive(
     if fault is not None:
         Faults(matching(*fault), real=True).install()
     settings = {"seed": SEED, "fsync": False, **PLAN, **settings}
-    scheduler, wait = settings.pop("scheduler", None), settings.pop("wait", "3s")
+    scheduler, wait = settings.pop("scheduler", None), settings.pop("wait", 2.0)
     with ExitStack() as stack:
         try:
             if scheduler is not None:
@@ -122,7 +120,7 @@ def drive(
                 except OSError as err:  # killed before we had anything to do with it
                     raise ClusterError(f"not connected: {err}") from err
                 if wait is not None:  # for a scheduler that was killed; Dask waits 30 s
-                    dask.config.set({"distributed.comm.timeouts.connect": wait})
+                    client._timeout = wait
                 if settings.get("spill_memory"):  # as in a cluster of our own
                     settings["executor"] = Dask(client, one_machine=True)
                 else:
