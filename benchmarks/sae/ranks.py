@@ -112,22 +112,15 @@ def _draw(folder: Path, rows: list[dict[str, Any]]) -> str:
 
     figure, axis = plt.subplots(figsize=(4.6, 3.2))
     ranks = [x["ranks"] for x in rows]
-    axis.plot(
-        ranks,
-        [x["ideal"] * rows[0]["parameters"] / 1e9 for x in rows],
-        "--",
-        color=plots.GREY,
-        label="1 / ranks",
-    )
-    axis.plot(
-        ranks, [x["parameters"] / 1e9 for x in rows], "o-", color=plots.BLUE, label="measured"
-    )
+    ideal = [x["ideal"] * rows[0]["parameters"] / 1e9 for x in rows]
+    measured = [x["parameters"] / 1e9 for x in rows]
+    axis.plot(ranks, ideal, "--", color=plots.GREY, label="1 / ranks")
+    axis.plot(ranks, measured, "o-", color=plots.BLUE, label="measured")
     axis.set(
         title="Peak memory of a rank, above its base, GB", xlabel="ranks that share the dictionary"
     )
-    axis.set(xscale="log", yscale="log", xticks=ranks, xticklabels=ranks)
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.set(xscale="log", yscale="log", xticks=ranks, xticklabels=ranks, yticks=ideal)
+    axis.yaxis.set_major_formatter("{x:.2g}")
     axis.minorticks_off()
     axis.legend()
     axis.grid(axis="y")
