@@ -4,7 +4,7 @@ Quality: one width, k, batch size and number of steps; each tool trains as its o
 own inference code on the same held-out rows.  Learning rates: each tool's default, and a grid that is the same for
 all; a tool's best is what counts.  Planted: the same on rows whose true features are known.
 
-Results are written after each tool.  What was measured before on the same day with the same settings is not measured
+Results are written after each rate.  What was measured before on the same day with the same settings is not measured
 again, so a long comparison can be made in parts (--steps 0, --planted-steps 0, --rounds 0 and --only leave parts out).
 
 Speed: one training step (forward, backward, update) of each on the same batch, in turn, round after round.
@@ -144,7 +144,7 @@ def _quality(
             figures[part].append(line | found)
             shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
             bench.did(f"{name}, lr {lr or 'default'}: {shown}")
-        publish(bench, figures)
+            publish(bench, figures)
 
 
 def measured(trained: Trained, test: Tensor, truth: Tensor | None) -> dict[str, float]:
