@@ -244,15 +244,16 @@ def _draw(folder: Path, figures: dict[str, Any]) -> str:
         parts.append((title, {x["tool"]: x["tokens_per_s"]["median"] for x in lines}))
     if not parts:
         return ""
-    names = list(next(iter(parts))[1])
+    names = [name for name in TOOLS if any(name in values for _, values in parts)]
     figure, axes = plt.subplots(
         1, len(parts), figsize=(1.8 + 2.7 * len(parts), 2.6), sharey=True, squeeze=False
     )
     for axis, (title, values) in zip(axes[0], parts, strict=True):
         colours = [plots.BLUE if name == "saetrain" else plots.GREY for name in names]
-        bars = axis.barh(names, [values[n] for n in names], 0.65, color=colours)
+        bars = axis.barh(names, [values.get(n, 0.0) for n in names], 0.65, color=colours)
         form = "{:.3f}" if max(values.values()) < 10 else "{:,.0f}"
-        axis.bar_label(bars, [form.format(values[n]) for n in names], padding=3, fontsize=8)
+        shown = [form.format(values[n]) if n in values else "not measured" for n in names]
+        axis.bar_label(bars, shown, padding=3, fontsize=8)
         axis.set_title(title, fontsize=9)
         axis.margins(x=0.25)
         axis.grid(axis="x")
