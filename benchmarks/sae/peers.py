@@ -256,6 +256,7 @@ def _draw(folder: Path, figures: dict[str, Any]) -> str:
         axis.bar_label(bars, shown, padding=3, fontsize=8)
         axis.set_title(title, fontsize=9)
         axis.margins(x=0.25)
+        axis.locator_params(axis="x", nbins=4)
         axis.grid(axis="x")
     axes[0][0].invert_yaxis()
     figure.tight_layout()
