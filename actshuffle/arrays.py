@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -266,8 +266,14 @@ class Source:
 
     def read(self, field: Field, start: int, out: U8) -> None:
         """Rows ``[start, start + len(out))`` into ``out``, uint8 ``(m, row_bytes)``, contiguous."""
+        for _ in self.parts(field, start, out):
+            pass
+
+    def parts(self, field: Field, start: int, out: U8) -> Iterator[tuple[int, int]]:
+        """The same, a part at a time; yields which rows of ``out`` are there, ``(first, stop)``."""
         if self._elsewhere is not None:
             self._elsewhere.read(field.name, start, out)
+            yield 0, len(out)
             return
         stop, step = start + len(out), field.read_rows
         for part in range(start // step, -(-stop // step)):
@@ -280,6 +286,7 @@ class Source:
                 self.objects.read([Extent(key, offset, [into.data.cast("B")], once=True)])
             else:
                 into[:] = self._decode(field, a, b)
+            yield a - start, b - start
 
     def numbers(self, start: int, stop: int) -> U64:
         """What rows ``[start, stop)`` are called in ``source_row``."""

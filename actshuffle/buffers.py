@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 ALIGN = 4096
+HUGE = 2 << 20  # bytes of a huge page
 
 
 class Arena:
@@ -35,12 +36,7 @@ class Arena:
         """Start over with room for ``nbytes``; arrays handed out before are no longer valid."""
         if nbytes > len(self._memory):
             self._memory = np.empty(0, np.uint8)  # let the old block go first
-            # Private: by default a process forked from this one would share the pages.
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            block = mmap.mmap(-1, max(nbytes, ALIGN), flags=flags)
-            if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 64 << 20:
-                block.madvise(mmap.MADV_HUGEPAGE)
-            self._memory = np.frombuffer(block, np.uint8)
+            self._memory = pages(max(nbytes, ALIGN))
         self._at = 0
         return self
 
@@ -52,6 +48,23 @@ class Arena:
         if self._at > len(self._memory):
             raise AssertionError(f"arena of {len(self._memory)} bytes asked for {self._at}")
         return self._memory[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def pages(nbytes: int) -> NDArray[np.uint8]:
+    """Fresh memory that begins on a page, in huge pages where it is large enough to have some.
+
+    With O_DIRECT a device is told of every page by itself: reading into pages of 4 KiB took 2 to 3
+    times as long on a virtio disk as reading into huge ones.
+    """
+    # Private: by default a process forked from this one would share the pages.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < HUGE:
+        return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), np.uint8)
+    block = mmap.mmap(-1, nbytes + HUGE, flags=flags)  # what is over is never touched
+    block.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(block, np.uint8)
+    start = -memory.ctypes.data % HUGE
+    return memory[start : start + nbytes]
 
 
 def padded(nbytes: int) -> int:

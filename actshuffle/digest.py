@@ -73,14 +73,11 @@ def add_up(hashes: U64) -> U64:
     return total
 
 
-def add_up_groups(hashes: U64, order: NDArray[np.int64], cuts: NDArray[np.int64]) -> U64:
-    """Digest of each group, uint64 ``(k, 2)``; group j is rows ``order[cuts[j]:cuts[j + 1]]``."""
-    sums = np.empty((len(cuts) - 1, 2), np.uint64)
-    running = np.zeros(len(order) + 1, np.uint64)
+def add_to_groups(sums: U64, hashes: U64, group: NDArray[np.uint16]) -> None:
+    """Add each row's hash to the digest of its group; ``sums`` is uint64 ``(groups, 2)``."""
+    at = group.astype(np.intp)
     for word in range(2):
-        np.cumsum(hashes[order, word], out=running[1:])
-        sums[:, word] = running[cuts[1:]] - running[cuts[:-1]]
-    return sums
+        np.add.at(sums[:, word], at, hashes[:, word])
 
 
 def to_hex(digest: U64) -> str:

@@ -12,7 +12,8 @@ Both follow the total order (hi, lo, source row) of keys.py.  `lo` is computed o
 >>> hi, rows = keys.hi(0, 8), np.arange(8, dtype=np.uint64)
 >>> key_order(keys, hi, rows)
 array([1, 4, 5, 6, 2, 0, 3, 7])
->>> group(keys, hi, rows, boundaries_at(keys, np.array([2, 3], np.uint64)))
+>>> buckets = bucket_of(keys, hi, rows, boundaries_at(keys, np.array([2, 3], np.uint64)))
+>>> group(buckets, 3)
 (array([1, 4, 5, 6, 0, 2, 3, 7]), array([0, 4, 6, 8]))
 """
 
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from actshuffle.keys import I64, U64, Keys
 
-MAX_FAN_OUT = 1 << 16  # bucket labels are uint16, which numpy sorts by radix
+MAX_FAN_OUT = 1 << 16  # bucket numbers are uint16, which numpy sorts by radix
 
 
 def boundaries_at(keys: Keys, rows: U64) -> U64:
@@ -33,21 +34,29 @@ def boundaries_at(keys: Keys, rows: U64) -> U64:
     return np.stack([keys.hi_at(rows), keys.lo_at(rows), rows], axis=1)
 
 
-def group(keys: Keys, hi: U64, source_row: U64, bounds: U64) -> tuple[I64, I64]:
-    """Group rows by bucket, keeping their order within it.
+def bucket_of(keys: Keys, hi: U64, source_row: U64, bounds: U64) -> NDArray[np.uint16]:
+    """The bucket of each row, uint16 ``(m,)``.
 
     ``bounds`` is uint64 ``(k - 1, 3)``, ascending full keys; a row goes to bucket j when exactly j
-    bounds are less than or equal to its key.  Returns ``order`` int64 ``(m,)`` and ``cuts`` int64
-    ``(k + 1,)``: bucket j is rows ``order[cuts[j]:cuts[j + 1]]``.
+    bounds are less than or equal to its key.
     """
-    labels = np.searchsorted(bounds[:, 0], hi, side="right").astype(np.uint16)
+    buckets = np.searchsorted(bounds[:, 0], hi, side="right").astype(np.uint16)
     if len(bounds):
-        met = np.flatnonzero(bounds[np.maximum(labels, 1) - 1, 0] == hi)
+        met = np.flatnonzero(bounds[np.maximum(buckets, 1) - 1, 0] == hi)
         if len(met):
-            labels[met] = _labels_by_full_key(keys, hi[met], source_row[met], bounds)
-    order = np.argsort(labels, kind="stable")
-    cuts = np.zeros(len(bounds) + 2, np.int64)
-    np.cumsum(np.bincount(labels, minlength=len(bounds) + 1), out=cuts[1:])
+            buckets[met] = _buckets_by_full_key(keys, hi[met], source_row[met], bounds)
+    return buckets
+
+
+def group(buckets: NDArray[np.uint16], count: int) -> tuple[I64, I64]:
+    """Group rows by bucket, keeping their order within it.
+
+    Returns ``order`` int64 ``(m,)`` and ``cuts`` int64 ``(count + 1,)``: bucket j is rows
+    ``order[cuts[j]:cuts[j + 1]]``.
+    """
+    order = np.argsort(buckets, kind="stable")
+    cuts = np.zeros(count + 1, np.int64)
+    np.cumsum(np.bincount(buckets, minlength=count), out=cuts[1:])
     return order, cuts
 
 
@@ -89,14 +98,14 @@ def _full_order(keys: Keys, hi: U64, source_row: U64) -> NDArray[Any]:
     return np.lexsort((source_row, lo, hi))
 
 
-def _labels_by_full_key(keys: Keys, hi: U64, source_row: U64, bounds: U64) -> NDArray[Any]:
+def _buckets_by_full_key(keys: Keys, hi: U64, source_row: U64, bounds: U64) -> NDArray[Any]:
     # Rows and bounds in one sort; a bound goes before the row that equals it, since buckets are
-    # closed on the left.  The label is the number of bounds passed.
+    # closed on the left.  The bucket is the number of bounds passed.
     lo = keys.lo_at(source_row)
     is_row = np.repeat(np.array([False, True]), [len(bounds), len(hi)])
     both = [np.concatenate([bounds[:, i], x]) for i, x in enumerate((hi, lo, source_row))]
     order = np.lexsort((is_row, both[2], both[1], both[0]))
     passed = np.cumsum(~is_row[order])
-    labels = np.empty(len(order), np.int64)
-    labels[order] = passed
-    return labels[len(bounds) :]
+    buckets = np.empty(len(order), np.int64)
+    buckets[order] = passed
+    return buckets[len(bounds) :]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from actshuffle.buffers import pages
 
 PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
 DIRECT_BYTES = 1 << 20  # smaller reads and writes are not worth it
@@ -132,6 +133,6 @@ _local = threading.local()
 def _piece() -> memoryview:
     """This thread's own."""
     if not hasattr(_local, "piece"):
-        _local.piece = memoryview(mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        _local.piece = pages(PIECE).data
     held: memoryview = _local.piece
     return held

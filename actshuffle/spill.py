@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -41,11 +41,14 @@ from actshuffle.digest import U8, RowHash
 from actshuffle.errors import FormatError
 from actshuffle.files import Writer
 from actshuffle.keys import I64, U64
+from actshuffle.memory import REQUESTS
 from actshuffle.objects import Objects, open_objects
 from actshuffle.reading import Extent
 from actshuffle.tier import memory_objects
 from actshuffle.types import Job
 
+PIECE = 16 << 20  # bytes read before they are handed on, to be worked on while the next are read
+Ready = Callable[[int, int], None]  # told of rows [a, b) that are there
 CHECK_BYTES = 16  # of a table's checksum: one row of two words
 
 
@@ -70,9 +73,16 @@ class Columns:
             *self.fields,
         ]
 
-    def hashes(self, job: Job) -> Iterator[U64]:
-        """Row hashes, uint64 ``(m, 2)``, of the hi words and then of each field."""
-        for number, part in enumerate([self.parts()[0], *self.fields]):
+    def rows(self, start: int, stop: int) -> Columns:
+        """Some of the rows: views."""
+        fields = tuple(field[start:stop] for field in self.fields)
+        return Columns(self.hi[start:stop], self.source_row[start:stop], fields)
+
+    def hashes(self, job: Job, of: Iterable[int] | None = None) -> Iterator[U64]:
+        """Row hashes, uint64 ``(m, 2)``, of the hi words (number 0) and of each field (from 1), or of some."""
+        hashed = [self.parts()[0], *self.fields]
+        for number in range(len(hashed)) if of is None else of:
+            part = hashed[number]
             yield RowHash(job.keys.seed, number, part.shape[1]).hashes(part, self.source_row)
 
 
@@ -163,13 +173,18 @@ class Spill:
             key, data = f"{self.prefix}/{name}/c.{bucket}.0.0", table.astype("<u8").tobytes()
             self.objects.put(key, data + self._check(key, data))
 
-    def read(self, bucket: int, start: int, columns: Columns) -> None:
-        """Rows ``[start, start + m)`` of a bucket, in run order, into columns of m rows."""
+    def read(self, bucket: int, start: int, columns: Columns, ready: Ready | None = None) -> None:
+        """Rows ``[start, start + m)`` of a bucket, in run order, into columns of m rows.
+
+        ``ready`` is called with every range of the m rows, in order, once it is there.
+        """
         runs = self.runs(bucket)
         stop = start + len(columns.hi)
         parent = _parent(self.job, self.level, bucket)
         first_block = parent * self.job.plan.blocks_per_parent(self.level)
         ends = np.cumsum(runs[:, 1].astype(np.int64))
+        step = REQUESTS if self.job.plan.model.remote else PIECE
+        at = there = 0  # rows asked for, rows read
         extents: tuple[list[Extent], list[Extent]] = ([], [])  # on disk, in memory
         for number in range(int(np.searchsorted(ends, start, side="right")), len(runs)):
             offset, rows = int(runs[number, 0]), int(runs[number, 1])
@@ -179,12 +194,21 @@ class Spill:
             if rows:
                 a, b = max(start - begins, 0), min(stop - begins, rows)
                 key = self.block_key(first_block + number)
-                at = begins + a - start
                 kept = self.home(first_block + number) is not self.objects
                 extents[kept].extend(_extents(key, offset, rows, a, b, columns.parts(), at))
+                at += b - a
+            if (at - there) * self.row_bytes >= step or at == len(columns.hi):
+                self._fetch(extents)
+                if ready is not None:
+                    ready(there, at)
+                there = at
+
+    def _fetch(self, extents: tuple[list[Extent], list[Extent]]) -> None:
         self.objects.read(extents[False])
         if self._memory is not None:
             self._memory.read(extents[True])
+        for done in extents:
+            done.clear()
 
     def delete(self) -> None:
         """Remove the level: what it held is in the next one."""

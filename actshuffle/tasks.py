@@ -14,9 +14,10 @@ digests), writes data first and its receipt last, and does nothing if a valid re
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,11 @@ from numpy.typing import NDArray
 from actshuffle import bounds, manifest
 from actshuffle.arrays import Output, Source
 from actshuffle.buffers import arena, behind, lean_heap, padded
-from actshuffle.digest import RowHash, add_up, add_up_groups, from_hex, to_hex
+from actshuffle.digest import RowHash, add_to_groups, add_up, from_hex, to_hex
 from actshuffle.errors import ConservationError, FormatError
 from actshuffle.keys import U64
 from actshuffle.objects import open_objects
-from actshuffle.partition import group, key_order
+from actshuffle.partition import bucket_of, group, key_order
 from actshuffle.spill import Columns, Spill
 from actshuffle.types import Field, Job, Task
 
@@ -111,15 +112,30 @@ def split(job: Job, task: Task) -> int:
     staging_bytes = plan.model.staging_bytes
     memory = arena().reset(_columns_bytes(job, rows) + padded(staging_bytes))
     columns = Columns.allocate(job, memory, rows)
-    if level == 1:
-        _read_source(job, block.start, columns)
-    else:
-        Spill(job, level - 1).read(block.parent, block.start, columns)
     children = plan.children(level - 1, block.parent)
     width = plan.widths[level]
     cutting = boundaries(job)[np.array(children[1:], np.int64) * width - 1]
-    order, cuts = group(job.keys, columns.hi, columns.source_row, cutting)
-    sums = [add_up_groups(h, order, cuts) for h in columns.hashes(job)]
+    buckets = np.empty(rows, np.uint16)
+    sums = np.zeros((1 + len(job.fields), len(children), 2), np.uint64)
+
+    def look(parts: Sequence[int], start: int, stop: int) -> None:
+        """Find the buckets of rows that have just been read, and add up the hashes of some of their parts."""
+        part, of = columns.rows(start, stop), buckets[start:stop]
+        if parts[0] == 0:  # the hi words, which come before or with the others
+            of[:] = bucket_of(job.keys, part.hi, part.source_row, cutting)
+        for number, hashes in zip(parts, part.hashes(job, parts), strict=True):
+            add_to_groups(sums[number], hashes, of)
+
+    with behind() as beside:  # looks at rows while the next are read
+        if level == 1:
+            for parts, start, stop in _read_source(job, block.start, columns):
+                beside.submit(look, parts, start, stop)
+        else:
+            everything = range(1 + len(job.fields))
+            Spill(job, level - 1).read(
+                block.parent, block.start, columns, partial(beside.submit, look, everything)
+            )
+    order, cuts = group(buckets, len(children))
     Spill(job, level).write_block(task.number, columns, order, cuts, memory.take((staging_bytes,)))
     manifest.write_receipt(job, task, {
         "rows": np.diff(cuts).tolist(),
@@ -170,7 +186,8 @@ def leaf(job: Job, task: Task) -> int:
     memory = arena().reset(_columns_bytes(job, rows) + 2 * padded(out_bytes))
     columns = Columns.allocate(job, memory, rows)
     if plan.levels == 1:
-        _read_source(job, first, columns)
+        for _ in _read_source(job, first, columns):
+            pass
         expected = np.array([add_up(h) for h in columns.hashes(job)])
     else:
         before = Spill(job, plan.levels - 1)
@@ -267,7 +284,10 @@ def _check_conserved(
               f"read by level {level} are not the rows that were put into it")  # fmt: skip
 
 
-def _read_source(job: Job, start: int, columns: Columns) -> None:
+def _read_source(
+    job: Job, start: int, columns: Columns
+) -> Iterator[tuple[Sequence[int], int, int]]:
+    """Fill columns from the source; yields which parts (0: hi words; then fields) of which rows are there."""
     stop = start + len(columns.hi)
     source = Source(job.source, job.fill_missing)
     columns.source_row[:] = numbers = source.numbers(start, stop)
@@ -278,8 +298,10 @@ def _read_source(job: Job, start: int, columns: Columns) -> None:
         columns.hi[:] = job.keys.hi(first, last + 1)
     else:
         columns.hi[:] = job.keys.hi_at(numbers)
-    for field, rows in zip(job.fields, columns.fields, strict=True):
-        source.read(field, start, rows)
+    yield [0], 0, len(columns.hi)
+    for number, field in enumerate(job.fields):
+        for a, b in source.parts(field, start, columns.fields[number]):
+            yield [1 + number], a, b
 
 
 def _leaf_objects(job: Job, field: Field, leaf: int) -> range:

@@ -3,8 +3,9 @@
 Nothing in actshuffle knows of this.  `Timed` wraps any executor and sends `timed_task` in place of
 `tasks.run_task`; that sets timers around a few functions of the engine while the task runs, and notes
 when it began and ended.  A timer counts its own time alone, not that of timers inside it;
-what is left is "other".  Time of the thread that writes behind a task runs beside all that and is kept
-apart as "behind"; what the task itself loses by writing is what it waits, "write".
+what is left is "other".  Time of the thread that works beside a task (looks at rows that were read,
+writes those that were gathered) is kept apart as "behind"; what the task itself loses by that is what
+it waits, "write".
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
     ("read", spill.Spill, "read"),
     ("key", keys.Keys, "hi"),
     ("key", keys.Keys, "hi_at"),
+    ("partition", tasks, "bucket_of"),
     ("partition", tasks, "group"),
     ("partition", tasks, "key_order"),
     ("hash", digest.RowHash, "hashes"),
-    ("hash", tasks, "add_up_groups"),
+    ("hash", tasks, "add_to_groups"),
     ("gather", spill._Gather, "append"),
     ("gather", tasks, "leaf"),  # what is left of a leaf is the gathering of its rows
     ("write", spill.Spill, "write_block"),  # what is left of it is fsync and rename
@@ -167,7 +169,7 @@ def _timers() -> Iterator[defaultdict[str, float]]:
     submit = buffers.Behind.submit
 
     def submit_timed(self: buffers.Behind, call: Callable[..., None], *args: Any) -> None:
-        submit(self, _timer(spent, "behind", call), *args)
+        submit(self, _beside(spent, call), *args)
 
     try:
         for phase, owner, name in PROBES:
@@ -180,11 +182,28 @@ def _timers() -> Iterator[defaultdict[str, float]]:
             setattr(owner, name, function)
 
 
+def _beside(spent: defaultdict[str, float], call: Callable[..., None]) -> Callable[..., None]:
+    """A call on the other thread: timers inside it would count what the task does not wait for."""
+
+    def run(*args: Any) -> None:
+        started, _here.beside = time.perf_counter(), True
+        try:
+            call(*args)
+        finally:
+            _here.beside = False
+            with _lock:
+                spent["behind"] += time.perf_counter() - started
+
+    return run
+
+
 def _timer(
     spent: defaultdict[str, float], phase: str, function: Callable[..., Any]
 ) -> Callable[..., Any]:
     @functools.wraps(function)
     def timed(*args: Any, **kwargs: Any) -> Any:
+        if getattr(_here, "beside", False):
+            return function(*args, **kwargs)
         inside: list[float] = _here.__dict__.setdefault("inside", [])  # of each timer under way
         inside.append(0.0)
         started = time.perf_counter()

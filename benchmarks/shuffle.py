@@ -178,8 +178,9 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
         "",
         "## Where the time goes",
         "",
-        "Percent of the workers' time. *write* is what a task waits for its writer, fsync and rename "
-        "included; *behind* is how busy the writing thread is, beside all the rest. *scheduler*: "
+        "Percent of the workers' time. *write* is what a task waits for the thread beside it, fsync and "
+        "rename included; *behind* is how busy that thread is with hashing what was read and writing what "
+        "was gathered, beside all the rest. *scheduler*: "
         "between tasks. *idle*: after a worker's last task of a level. *driver*: preparing, boundaries, "
         "publishing, while no level has tasks to run.",
         "",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actshuffle.keys import Keys
-from actshuffle.partition import MAX_FAN_OUT, boundaries_at, group, key_order
+from actshuffle.partition import MAX_FAN_OUT, boundaries_at, bucket_of, group, key_order
 
 few_bits = st.builds(Keys, st.integers(0, 50), st.integers(0, 7), st.sampled_from([0, 1, 2, 64]))
 
@@ -71,7 +71,7 @@ def test_group_counts_bounds_at_or_below_each_key(keys, n, data):
     bounds = boundaries_at(keys, keys.order(n)[ranks].astype(np.uint64))
     some = rows[: data.draw(st.integers(0, n))]  # a block holds some of the rows, in any order
     hi = keys.hi_at(some)
-    order, cuts = group(keys, hi, some, bounds)
+    order, cuts = group(bucket_of(keys, hi, some, bounds), len(bounds) + 1)
 
     limits = [tuple(b) for b in bounds.tolist()]
     labels = [sum(limit <= key for limit in limits) for key in triples(keys, hi, some)]
@@ -88,7 +88,7 @@ def test_group_of_everything_then_key_order_is_the_oracle():
     rows = np.arange(n, dtype=np.uint64)
     hi, oracle = keys.hi(0, n), keys.order(n)
     bounds = boundaries_at(keys, oracle[leaf::leaf].astype(np.uint64))
-    order, cuts = group(keys, hi, rows, bounds)
+    order, cuts = group(bucket_of(keys, hi, rows, bounds), len(bounds) + 1)
     assert np.diff(cuts).tolist() == [leaf] * (n // leaf) + [n % leaf]
     parts = [order[a:b] for a, b in itertools.pairwise(cuts)]
     found = np.concatenate([part[key_order(keys, hi[part], rows[part])] for part in parts])
@@ -102,6 +102,7 @@ def test_group_at_the_largest_fan_out():
     oracle = keys.order(n).astype(np.uint64)
     bounds = boundaries_at(keys, oracle[3::3])
     assert len(bounds) == MAX_FAN_OUT - 1
-    order, cuts = group(keys, keys.hi(0, n), np.arange(n, dtype=np.uint64), bounds)
+    buckets = bucket_of(keys, keys.hi(0, n), np.arange(n, dtype=np.uint64), bounds)
+    order, cuts = group(buckets, MAX_FAN_OUT)
     assert set(np.diff(cuts).tolist()) == {3}
     np.testing.assert_array_equal(np.sort(order.reshape(-1, 3)), np.sort(oracle.reshape(-1, 3)))
