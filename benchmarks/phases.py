@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from actshuffle import arrays, buffers, digest, keys, manifest, spill, tasks
+from actshuffle import arrays, buffers, digest, files, keys, manifest, spill, tasks
 from actshuffle.executors import Executor
 from actshuffle.types import Job, Task
 
@@ -28,7 +28,8 @@ PHASES = ("read", "key", "partition", "hash", "gather", "write", "receipt", "oth
 OUTSIDE = ("scheduler", "idle", "driver")
 
 PROBES: tuple[tuple[str, Any, str], ...] = (
-    ("read", arrays.Source, "read"),
+    ("read", arrays.Source, "_decode"),
+    ("read", files.LocalObjects, "read"),
     ("read", spill.Spill, "read"),
     ("key", keys.Keys, "hi"),
     ("key", keys.Keys, "hi_at"),
