@@ -45,6 +45,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "growth": {"start": 1 << 18, "factors": [1, 4], "memory": 28 << 20, "block": 1 << 17,
                "run_bytes": 1 << 14, "rounds": 1, "workers": 0},
+    "costs": {"size": 1 << 20, "row_bytes": 512, "memory": 96 << 20, "rounds": 1},
     "scheduler": {"tasks": 300, "workers": 1},
     "loader": {"size": 1 << 20, "widths": [384], "threads": [1, 2], "modes": ["cached", "disk"],
                "batch_size": 64, "chunk": 1 << 18, "rounds": 1},
@@ -162,6 +163,23 @@ def growth(**options: Any) -> None:
 
 
 @main.command()
+@click.option("--size", type=SIZE, default="1GB", help="Data to shuffle.")
+@click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")
+@click.option("--levels", type=COUNT, default=2, help="Passes over the data.")
+@click.option("--memory", type=SIZE, default="256MiB", help="Of the process.")
+@click.option(
+    "--mode", type=click.Choice(["cached", "disk"]), default="disk", help="Where the data is."
+)
+@click.option("--rounds", type=COUNT, default=5, help="Times that everything is measured.")
+@_common
+def costs(**options: Any) -> None:
+    """What digests, the cluster and the source's codecs add to a shuffle."""
+    from benchmarks import costs as module
+
+    _start("costs", module.run, options)
+
+
+@main.command()
 @click.option("--tasks", type=COUNT, default=1_000_000, help="Tasks that do nothing.")
 @click.option("--workers", type=COUNT, default=cores(), help="Dask worker processes.")
 @_common
@@ -265,7 +283,7 @@ def sae_ranks(**options: Any) -> None:
 @_common
 def everything(**options: Any) -> None:
     """All of them, one after the other, as their defaults say."""
-    for command in (floor, shuffle, loader, growth, scheduler, calibrate, peers, sae_ranks):
+    for command in (floor, shuffle, costs, loader, growth, scheduler, calibrate, peers, sae_ranks):
         with click.Context(command) as ctx:
             defaults = {p.name: p.get_default(ctx) for p in command.params if p.name}
             defaults = {

@@ -244,6 +244,20 @@ def scheduler(folder: Path, samples: list[dict[str, float]], workers: int) -> st
     return _save(folder, figure, "scheduler.png")
 
 
+def costs(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """What each thing costs, as a ratio, and a line where it is meant to stay below."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 0.5 * len(rows) + 1))
+    at = [-float(i) for i in range(len(rows))]
+    _bars(axis, at, [r["ratio"] for r in rows], 0.5, BLUE)
+    axis.plot([r["limit"] for r in rows], at, "|", color=RED, markersize=18, markeredgewidth=2)
+    axis.set_yticks(at, [r["what"] for r in rows])
+    axis.set_xlabel("time over that of the same without (red: meant to be below)")
+    axis.grid(axis="x")
+    return _save(folder, figure, "costs.png")
+
+
 def growth(folder: Path, rows: list[dict[str, Any]], line: dict[str, float], memory: int) -> str:
     """Time against bytes x levels, and memory against size; a colour for each number of levels."""
     import matplotlib.pyplot as plt

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from actshuffle.digest import RowHash
 from actshuffle.executors import Serial
 from actshuffle.planner import make_plan
 
@@ -19,7 +20,7 @@ sys.path.insert(
     0, str(Path(__file__).parents[1])
 )  # benchmarks are run from the root, not installed
 
-from benchmarks import cache, calibrate, growth, measure, shuffle, sources
+from benchmarks import cache, calibrate, costs, growth, measure, shuffle, sources
 from benchmarks.__main__ import main
 from benchmarks.peers import PEERS, Work, driver, formats
 from benchmarks.phases import OUTSIDE, PHASES
@@ -93,6 +94,20 @@ def test_growth(tmp_path):
     rows = miniature(tmp_path, "growth")["summary"]
     assert [r["factor"] for r in rows] == [1, 4]
     assert all(r["memory"]["median"] > 10e6 for r in rows)
+
+
+def test_costs(tmp_path):
+    found = miniature(tmp_path, "costs")
+    assert len(found["summary"]) == 4
+    assert all(r["ratio"]["low"] > 0 for r in found["summary"])
+    assert 0 < found["receipts"] < 1
+
+
+def test_unchecked_rows_hash_to_nothing_for_a_while_only():
+    rows, numbers = np.ones((3, 8), np.uint8), np.arange(3, dtype=np.uint64)
+    with costs.unchecked():
+        assert not RowHash(1, 0, 8).hashes(rows, numbers).any()
+    assert RowHash(1, 0, 8).hashes(rows, numbers).all()
 
 
 def test_scheduler(tmp_path):
