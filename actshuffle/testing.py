@@ -35,6 +35,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import signal
 import time
 import warnings
@@ -623,6 +624,7 @@ def simulate(
     told: list[tuple[int, str, str, str | None]] = []
 
     def fail(what: str) -> SimulationError:
+        shutil.rmtree(memory_beside(scratch_place(as_place(dst), None)).url, ignore_errors=True)
         story = Story(seed, store, plan, tuple(ends), (), False)
         again = f"simulate({seed}, folder, kinds={tuple(kinds)}, rate={rate}, attempts={attempts})"
         return SimulationError(f"{what}\nto see it again: actshuffle.testing.{again}\n{story}")
