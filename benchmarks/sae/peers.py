@@ -71,7 +71,21 @@ def run(
 def publish(bench: Bench, figures: dict[str, Any]) -> None:
     merge(bench, figures)
     images = plots.draw(bench, lambda folder: [_draw(folder, figures)])
+    bench.settings |= _at_once(figures) if not bench.settings.get("tiny") else {}
     bench.publish(figures, page(figures), images)
+
+
+def _at_once(figures: dict[str, Any]) -> dict[str, Any]:
+    """The settings that give in one go what may have been measured in parts."""
+    speed, quality, planted = (figures[part] for part in ("speed", "quality", "planted"))
+    found: dict[str, Any] = {
+        "only": None, "steps": quality[0]["steps"] if quality else 0,
+        "planted_steps": planted[0]["steps"] if planted else 0,
+        "rounds": speed[0]["tokens_per_s"]["rounds"] if speed else 0,
+    }  # fmt: skip
+    if speed:
+        found["wide"] = [speed[-1][n] for n in ("d_in", "d_sae", "k")]
+    return found
 
 
 def merge(bench: Bench, figures: dict[str, Any]) -> None:
