@@ -20,9 +20,8 @@ from actshuffle.buffers import pages
 
 PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiples of
 DIRECT_BYTES = 1 << 20  # smaller reads and writes are not worth it
-PIECE = (
-    2 << 20
-)  # read past the cache in one go where rows do not lie on pages, and copied from there
+# Read past the cache in one go where rows do not lie on pages, and copied from there.
+PIECE = 2 << 20
 
 
 class Extent(NamedTuple):
