@@ -34,6 +34,10 @@ from actshuffle.partition import bucket_of, group, key_order
 from actshuffle.spill import Columns, Spill
 from actshuffle.types import Field, Job, Task
 
+LOOK_ROWS = (
+    1 << 15
+)  # hashed and told apart at a time: 1 MB of temporaries, whatever the block holds
+
 
 @dataclass(frozen=True)
 class Done:
@@ -120,11 +124,13 @@ def split(job: Job, task: Task) -> int:
 
     def look(parts: Sequence[int], start: int, stop: int) -> None:
         """Find the buckets of rows that have just been read, and add up the hashes of some of their parts."""
-        part, of = columns.rows(start, stop), buckets[start:stop]
-        if parts[0] == 0:  # the hi words, which come before or with the others
-            of[:] = bucket_of(job.keys, part.hi, part.source_row, cutting)
-        for number, hashes in zip(parts, part.hashes(job, parts), strict=True):
-            add_to_groups(sums[number], hashes, of)
+        for a in range(start, stop, LOOK_ROWS):
+            b = min(a + LOOK_ROWS, stop)
+            seen = columns.rows(a, b)
+            if parts[0] == 0:  # the hi words, which come before the others or with them
+                buckets[a:b] = bucket_of(job.keys, seen.hi, seen.source_row, cutting)
+            for number, hashes in zip(parts, seen.hashes(job, parts), strict=True):
+                add_to_groups(sums[number], hashes, buckets[a:b])
 
     with behind() as beside:  # looks at rows while the next are read
         if level == 1:
