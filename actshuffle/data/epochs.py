@@ -29,23 +29,26 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import pairwise
 
 import numpy as np
 
 from actshuffle.keys import I64, U64
 
 Range = tuple[int, int]
-MOST_UNITS = 256  # units are smaller than objects to have as many, where that costs nothing
+# Units are smaller than objects to have as many.  Every unit is a read of its own, so of those that pass
+# through no window there are fewer: at 1 GB they are 16 MB, two reads to a block of the loader.
+MOST_UNITS, MOST_UNITS_BUFFERED = 64, 256
 _UNITS, _WINDOW = 3, 4  # spawn keys; 0, 1 and 2 belong to keys.py and digest.py
 
 
-def unit_rows(rows: int, object_rows: int, piece_rows: int) -> int:
+def unit_rows(rows: int, object_rows: int, piece_rows: int, buffered: bool) -> int:
     """Rows of a unit: what is decoded together, or of objects that can be read in parts as few as do."""
-    return max(1, piece_rows, min(object_rows, max(64, -(-rows // MOST_UNITS))))
+    most = MOST_UNITS_BUFFERED if buffered else MOST_UNITS
+    return max(1, piece_rows, min(object_rows, max(64, -(-rows // most))))
 
 
 @dataclass(frozen=True)
@@ -89,16 +92,12 @@ class Order:
         found: list[Range] = []
         for a, b in _wrapped(start + turn, stop + turn, self.rows):
             first = int(np.searchsorted(edges, a, side="right")) - 1
-            for at in count(first):
-                low, high = max(a, int(edges[at])), min(b, int(edges[at + 1]))
-                row = int(units[at]) * self.unit + low - int(edges[at])
-                if found and found[-1][1] == row:
-                    found[-1] = (found[-1][0], row + high - low)
-                else:
-                    found.append((row, row + high - low))
-                if high == b:
-                    break
-        return found
+            last = int(np.searchsorted(edges, b, side="left"))
+            ends = pairwise(edges[first : last + 1].tolist())
+            for unit, (begin, end) in zip(units[first:last].tolist(), ends, strict=True):
+                row = unit * self.unit - begin
+                found.append((row + max(a, begin), row + min(b, end)))
+        return joined(found)
 
     def rows_at(self, epoch: int, start: int, stop: int) -> I64:
         """Store rows at positions ``[start, stop)``, int64."""
@@ -110,6 +109,16 @@ class Order:
             inner = self.within(epoch, number)[max(start, a) - a : min(stop, b) - a]
             parts.append(expand(self.ranges(epoch, a, b))[inner])
         return np.concatenate(parts)
+
+
+def joined(ranges: Iterable[Range]) -> list[Range]:
+    """Ranges one after the other, those that continue each other as one."""
+    found: list[Range] = []
+    for start, stop in ranges:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return found
 
 
 def expand(ranges: list[Range]) -> I64:

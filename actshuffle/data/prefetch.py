@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from actshuffle.data.columns import Layout
-from actshuffle.data.epochs import Order, Range, Step
+from actshuffle.data.epochs import Order, Range, Step, joined
 from actshuffle.digest import U8
 
 T = TypeVar("T")
@@ -109,13 +109,10 @@ class Reading:
 
     def fill(self, block: Block) -> tuple[Block, Loan]:
         loan = self._lend(self._layout.nbytes(block.rows))
-        ranges: list[Range] = []
-        for step, (a, b) in zip(block.steps, block.parts, strict=True):
-            for start, stop in self._order.ranges(step.epoch, a, b):
-                if ranges and ranges[-1][1] == start:
-                    start = ranges.pop()[0]
-                ranges.append((start, stop))
-        _read(self._layout, ranges, loan.memory, block.rows, 0)
+        epoch = block.steps[0].epoch
+        spans = joined(block.parts)  # of all ranks one, else one a step
+        found = (rows for a, b in spans for rows in self._order.ranges(epoch, a, b))
+        _read(self._layout, joined(found), loan.memory, block.rows, 0)
         return block, loan
 
     def reached(self, block: Block) -> None:
