@@ -19,13 +19,10 @@ from actshuffle.cli import data, tools
 from actshuffle.cli.options import (
     CLUSTER,
     COUNT,
-    DEBUG,
-    JSON,
-    QUIET,
-    SCHEDULER,
+    LOOK,
     SHAPE,
     SIZE,
-    STORAGE,
+    WORK,
     WORKERS,
     forecast_cluster,
 )
@@ -132,16 +129,11 @@ def main() -> None:
 @click.option(
     "--scratch", type=click.Path(), help="Where the intermediate goes.  [default: beside DST]"
 )
-@WORKERS
-@SCHEDULER
 @click.option("--overwrite", is_flag=True, help="Replace a store at DST.")
 @click.option(
     "--fsync/--no-fsync", default=True, help="Make objects durable at once.  [default: yes]"
 )
-@STORAGE
-@JSON
-@QUIET
-@DEBUG
+@WORK
 @click.pass_context
 def run(
     ctx: click.Context, /, src: str, dst: str, workers: int | None, scheduler: str | None,
@@ -197,9 +189,7 @@ def _plan_line(plan: Plan) -> str:
 @SHAPE
 @WORKERS
 @CLUSTER
-@STORAGE
-@JSON
-@DEBUG
+@LOOK
 def plan(
     as_json: bool, levels: int | str | None, codec: str | None, simulate: bool, simulation_seed: int,
     **options: Any,
@@ -238,12 +228,7 @@ def plan(
     "--rows", "sample_rows", type=COUNT, default=4096, help="... that many.  [default: 4096]"
 )
 @click.option("--mixing", is_flag=True, help="Add statistics of how well the order mixes.")
-@WORKERS
-@SCHEDULER
-@STORAGE
-@JSON
-@QUIET
-@DEBUG
+@WORK
 @click.pass_context
 def verify(
     ctx: click.Context, /, src: str, dst: str, workers: int | None, scheduler: str | None,
@@ -267,9 +252,7 @@ def verify(
 
 @main.command()
 @click.argument("path", type=click.Path())
-@STORAGE
-@JSON
-@DEBUG
+@LOOK
 def info(path: str, storage_options: dict[str, Any] | None, as_json: bool) -> None:
     """Say what a store holds, and whether a run finished it.
 
@@ -285,9 +268,7 @@ def info(path: str, storage_options: dict[str, Any] | None, as_json: bool) -> No
 
 @main.command()
 @click.argument("dst", type=click.Path())
-@STORAGE
-@JSON
-@DEBUG
+@LOOK
 def status(dst: str, storage_options: dict[str, Any] | None, as_json: bool) -> None:
     """Say how far the run that writes DST is.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from actshuffle.cli.options import COUNT, DEBUG, JSON, QUIET, SCHEDULER, STORAGE, WORKERS, Parsed
+from actshuffle.cli.options import COUNT, LOOK, WORK, Parsed
 from actshuffle.cli.session import at_work, show
 from actshuffle.errors import RequestError
 from actshuffle.units import format_bytes
@@ -27,12 +27,7 @@ INCOMPLETE = click.option(
     "--write/--no-write", default=True, help="Keep them in a finished store.  [default: yes]"
 )
 @INCOMPLETE
-@WORKERS
-@SCHEDULER
-@STORAGE
-@JSON
-@QUIET
-@DEBUG
+@WORK
 @click.pass_context
 def stats(
     ctx: click.Context, store: str, png: Path | None, only_read: bool, write: bool, incomplete: bool,
@@ -94,9 +89,7 @@ def _fraction(text: str) -> float:
     help="Chance that a uniform shuffle fails.",
 )  # fmt: skip
 @INCOMPLETE
-@STORAGE
-@JSON
-@DEBUG
+@LOOK
 @click.pass_context
 def quality(
     ctx: click.Context, store: str, batch_size: int, documents: str, positions: str,

@@ -128,6 +128,8 @@ QUIET = click.option("--quiet", is_flag=True, help="Print errors only, and what 
 DEBUG = click.option(
     "--debug", is_flag=True, expose_value=False, help="Show tracebacks and Dask's own log."
 )
+LOOK = _options(STORAGE, JSON, DEBUG)  # of commands that look at something
+WORK = _options(WORKERS, SCHEDULER, STORAGE, JSON, QUIET, DEBUG)  # of those with work to share
 
 
 # The hosts of a forecast; their names are those of `forecast_cluster`.

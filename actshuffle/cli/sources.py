@@ -8,17 +8,7 @@ from typing import Any
 
 import click
 
-from actshuffle.cli.options import (
-    COUNT,
-    DEBUG,
-    JSON,
-    QUIET,
-    SCHEDULER,
-    SIZE,
-    STORAGE,
-    WORKERS,
-    Parsed,
-)
+from actshuffle.cli.options import COUNT, SIZE, WORK, Parsed
 from actshuffle.cli.session import at_work, show, wrapped
 from actshuffle.errors import RequestError
 
@@ -94,12 +84,7 @@ def done(document: dict[str, Any], text: str, as_json: bool, quiet: bool) -> Non
 @CODEC
 @SCRATCH
 @OVERWRITE
-@WORKERS
-@SCHEDULER
-@STORAGE
-@JSON
-@QUIET
-@DEBUG
+@WORK
 @click.pass_context
 def import_(
     ctx: click.Context, /, paths: tuple[str, ...], out: str, names: tuple[tuple[str, str], ...],
@@ -160,12 +145,7 @@ def import_(
 @CHUNK_ROWS
 @CODEC
 @OVERWRITE
-@WORKERS
-@SCHEDULER
-@STORAGE
-@JSON
-@QUIET
-@DEBUG
+@WORK
 @click.pass_context
 def collect(
     ctx: click.Context, /, model: str, text: tuple[str, ...], out: str, workers: int | None,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from actshuffle.cli.options import COUNT, DEBUG, JSON, QUIET, SCHEDULER, STORAGE, WORKERS, Parsed
+from actshuffle.cli.options import COUNT, LOOK, WORK, Parsed
 from actshuffle.cli.session import at_work, show
 from actshuffle.cli.sources import (
     CHUNK_ROWS,
@@ -56,9 +56,7 @@ COPY = click.option(
     default=True,
     help="Decode tokens, if the tokenizer is here.  [default: yes]",
 )
-@STORAGE
-@JSON
-@DEBUG
+@LOOK
 def came_from(dst: str, rows: tuple[int, ...], as_json: bool, **options: Any) -> None:
     """Say where rows of DST came from: source row, document, position, token and its neighbours.
 
@@ -75,9 +73,7 @@ def came_from(dst: str, rows: tuple[int, ...], as_json: bool, **options: Any) ->
 @click.command("where-is")
 @click.argument("dst", type=click.Path())
 @click.argument("source_rows", type=COUNT, nargs=-1, required=True, metavar="SOURCE_ROW...")
-@STORAGE
-@JSON
-@DEBUG
+@LOOK
 def where_is(dst: str, source_rows: tuple[int, ...], as_json: bool, **options: Any) -> None:
     """Say at which rows of DST some source rows are.
 
@@ -101,12 +97,7 @@ def where_is(dst: str, source_rows: tuple[int, ...], as_json: bool, **options: A
 @click.option("--folder", type=click.Path(), help="Where the parts go.  [default: here]")
 @COPY
 @ORDERED
-@WORKERS
-@SCHEDULER
-@STORAGE
-@JSON
-@QUIET
-@DEBUG
+@WORK
 @click.pass_context
 def split(
     ctx: click.Context, /, store: str, parts: tuple[tuple[str, Any], ...], workers: int | None,
@@ -138,9 +129,7 @@ def split(
 @click.argument("out", type=click.Path(), required=False)
 @COPY
 @ORDERED
-@STORAGE
-@JSON
-@DEBUG
+@LOOK
 def head(store: str, rows: int, out: str | None, as_json: bool, **options: Any) -> None:
     """Show the first ROWS rows of STORE, or make them the store OUT.
 
@@ -175,12 +164,7 @@ def head(store: str, rows: int, out: str | None, as_json: bool, **options: Any) 
 @CODEC
 @SCRATCH
 @OVERWRITE
-@WORKERS
-@SCHEDULER
-@STORAGE
-@JSON
-@QUIET
-@DEBUG
+@WORK
 @click.pass_context
 def sample(
     ctx: click.Context, /, src: str, rows: int, dst: str, workers: int | None, scheduler: str | None,
@@ -209,9 +193,7 @@ def sample(
 @click.argument("sources", type=click.Path(), nargs=-1, required=True)
 @click.option("--out", type=click.Path(), required=True, help="The folder that will name them.")
 @click.option("--fields", metavar="A,B", type=LIST, help="Arrays to take.  [default: all]")
-@STORAGE
-@JSON
-@DEBUG
+@LOOK
 def concat(sources: tuple[str, ...], out: str, as_json: bool, **options: Any) -> None:
     """Make several SOURCES one source for run, without copying a row.
 
@@ -236,12 +218,7 @@ def concat(sources: tuple[str, ...], out: str, as_json: bool, **options: Any) ->
 @CHUNK_ROWS
 @SCRATCH
 @OVERWRITE
-@WORKERS
-@SCHEDULER
-@STORAGE
-@JSON
-@QUIET
-@DEBUG
+@WORK
 @click.pass_context
 def append(
     ctx: click.Context, /, dst: str, new: str, workers: int | None, scheduler: str | None, as_json: bool,
