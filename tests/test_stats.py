@@ -102,6 +102,63 @@ def test_bfloat16_outside_the_squares_of_float32(tmp_path: Path, scale: float) -
     check(one(tmp_path / "s", bits, dtype=BFloat16()), values, 1e-5)
 
 
+def uneven(dtype: str, n: int = 1500, width: int = 1100) -> tuple[np.ndarray, np.ndarray]:
+    """What is stored, and its values: dimensions near zero, far from it, and some that move."""
+    data = activations(n, width, "<f8")
+    for j, away in enumerate([0.0, 1.5, 1.9, 2.1, 3.0, 30.0, -300.0]):  # standard deviations
+        data[:, j] = (away + np.random.default_rng(j).standard_normal(n)) * 0.1
+    data[700:, 7] += 500
+    data[: n - 1, 8] = 100
+    data[:1000, 9] = 0
+    data[:, 10:13] = 0, 3, 0.1
+    data[3, 13] = 6e4
+    if dtype != "bfloat16":
+        return data.astype(dtype), data.astype(dtype)
+    bits = (data.astype("<f4").view(np.uint32) >> 16).astype(np.uint16)
+    return bits, (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "bfloat16"])
+@pytest.mark.parametrize("width", [64, 515, 1100])
+def test_wide_rows_of_16_bits(tmp_path: Path, dtype: str, width: int) -> None:
+    data, values = uneven(dtype, width=width)
+    found = one(tmp_path / "s", data, **({} if dtype == "<f2" else {"dtype": BFloat16()}))
+    moving = np.delete(np.arange(width), [10, 11, 12])
+    check_columns(found, values, moving, 1e-5)
+    assert found.variance[10:13].tolist() == [0, 0, 0]
+    assert found.mean[10:13].tolist() == values[0, 10:13].tolist()
+
+
+def check_columns(
+    found: FloatStats, values: np.ndarray, columns: np.ndarray, tolerance: float
+) -> None:
+    exact = values[:, columns].astype(np.float64)
+    np.testing.assert_allclose(found.variance[columns], exact.var(axis=0), rtol=tolerance)
+    size = np.abs(exact).mean(axis=0)
+    assert (np.abs(found.mean[columns] - exact.mean(axis=0)) <= tolerance / 10 * size).all()
+
+
+def test_a_centre_that_stays_at_zero_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moments, "_FAR", np.inf)
+    data, values = uneven("<f2")
+    with pytest.raises(AssertionError):
+        check_columns(one(tmp_path / "s", data), values, np.array([6]), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "bfloat16"])
+def test_a_slice_with_a_nan_changes_no_other_sum(tmp_path: Path, dtype: str) -> None:
+    data, values = uneven(dtype)
+    bits = data.view(np.uint16)
+    bits[[40, 1300], [1099, 5]] = 0x7FFF, 0x7C00 if dtype == "<f2" else 0x7F80
+    found = one(tmp_path / "s", data, **({} if dtype == "<f2" else {"dtype": BFloat16()}))
+    assert (found.first_nan, found.first_inf) == ((40, 1099), (1300, 5))
+    assert (found.nans, found.infs, found.left_out) == (1, 1, 2)
+    rest = np.delete(values, [40, 1300], axis=0)
+    check_columns(found, rest, np.delete(np.arange(1100), [10, 11, 12]), 1e-5)
+
+
 def test_all_values_of_float16(tmp_path: Path) -> None:
     every = np.arange(1 << 16, dtype=np.uint16).view("<f2").reshape(-1, 1)
     finite = every[np.isfinite(every[:, 0])]

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +45,7 @@ from actshuffle.data.moments import (
     is_integer,
     merge,
 )
+from actshuffle.data.prefetch import in_order
 from actshuffle.data.statstypes import NUMBERS, FloatStats, IntStats
 from actshuffle.errors import FormatError, RequestError, StorageError
 from actshuffle.executors import Executor, cores, machine_memory
@@ -165,17 +167,26 @@ def stats(
 
 
 def sums(dataset: Dataset, names: tuple[str, ...], start: int, stop: int) -> tuple[int, list[Part]]:
-    """One task: the sums over rows ``[start, stop)`` of each field."""
+    """One task: the sums over rows ``[start, stop)`` of each field.  Reads on while it adds."""
     found: list[Part] = []
-    for name in names:
-        info = dataset.fields[name]
-        summed = FloatSums(info) if is_float(info) else IntSums(info)
-        step = max(1, READ_BYTES // info.row_bytes)
-        buffer = arena().reset(padded(step * info.row_bytes)).take((step, info.row_bytes))
-        for a in range(start, stop, step):
-            b = min(a + step, stop)
-            summed.add(dataset.read(name, a, b, buffer[: b - a]), a)
-        found.append(summed.part())
+    with ThreadPoolExecutor(1, "actshuffle-read") as reader:
+        for name in names:
+            info = dataset.fields[name]
+            summed = FloatSums(info) if is_float(info) else IntSums(info)
+            step = max(1, READ_BYTES // info.row_bytes)
+            memory = arena().reset(2 * padded(step * info.row_bytes))
+            buffers = cycle([memory.take((step, info.row_bytes)) for _ in range(2)])
+            pieces = ((a, min(a + step, stop), next(buffers)) for a in range(start, stop, step))
+
+            def read(
+                piece: tuple[int, int, NDArray[np.uint8]], name: str = name
+            ) -> tuple[NDArray[Any], int]:
+                a, b, buffer = piece
+                return dataset.read(name, a, b, buffer[: b - a]), a
+
+            for rows, first in in_order(reader, read, pieces, 2, lambda _: None):
+                summed.add(rows, first)
+            found.append(summed.part())
     return start, found
 
 
