@@ -48,7 +48,7 @@ TINY: dict[str, dict[str, Any]] = {
     "costs": {"size": 1 << 20, "row_bytes": 512, "memory": 96 << 20, "rounds": 1},
     "scheduler": {"tasks": 300, "workers": 1},
     "loader": {"size": 1 << 20, "widths": [384], "threads": [1, 2], "modes": ["cached", "disk"],
-               "batch_size": 64, "chunk": 1 << 18, "rounds": 1},
+               "batch_size": 64, "chunk": 1 << 18, "rounds": 1, "disk_rounds": 1},
     "calibrate": {
         "known": [1 << 20, 1 << 21], "held_out": [3 << 20], "memories": [28 << 20], "rounds": 1,
         "held_memory": 28 << 20, "workers": [0, 1], "levels": [2],
@@ -198,6 +198,7 @@ def scheduler(**options: Any) -> None:
 @click.option("--batch-size", type=COUNT, default=4096, help="Rows of a batch.")
 @click.option("--chunk", type=SIZE, default="32MiB", help="Size of the chunk files.")
 @click.option("--rounds", type=COUNT, default=15, help="Times that everything is measured.")
+@click.option("--disk-rounds", type=COUNT, default=5, help="The same, where the data is on disk.")
 @_common
 def loader(**options: Any) -> None:
     """The loader and stats, beside a plain sequential read of the same files."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from actshuffle.manifest import MARKER_KEY
 from actshuffle.objects import as_place, open_objects
 from actshuffle.units import format_bytes
 from benchmarks import cache, plots
-from benchmarks.results import Bench, need_space, ranged, rate, spread, table
+from benchmarks.results import Bench, need_space, ranged, spread, table
 
 SMALL = 4 << 20
 Subject = Callable[[], int]  # handles all bytes once, and says how many
@@ -106,28 +107,32 @@ def subjects(
 
 def run(
     bench: Bench, *, size: int, widths: list[int], threads: list[int], modes: list[str],
-    batch_size: int, chunk: int, rounds: int,
+    batch_size: int, chunk: int, rounds: int, disk_rounds: int,
 ) -> None:  # fmt: skip
     need_space(bench.work, int(1.1 * size * len(widths)))
-    bench.plan(len(widths) * len(modes) * len(threads) * rounds)
+    times = {mode: disk_rounds if mode == "disk" else rounds for mode in modes}
+    bench.plan(len(widths) * len(threads) * sum(times.values()))
     found: list[dict[str, Any]] = []
     for width in widths:
         path = make_store(bench.work, size, width, chunk)
         cache.settle([path])
         for mode in modes:
             for count in threads:
-                for one in _measured(path, batch_size, count, mode, rounds, chunk):
-                    found.append({"width": width, "mode": mode, "threads": count} | one)
-                    if one["what"] == "loader":
-                        bench.did(f"{mode}, {width} x float16, {count} threads, loader: "
-                                  f"{rate(one['bytes'], one['seconds'])}")  # fmt: skip
+                measured = _measured(path, batch_size, count, mode, times[mode])
+                for _, ones in groupby(measured, lambda one: one["round"]):
+                    here = [{"width": width, "mode": mode, "threads": count} | one for one in ones]
+                    found += here
+                    told = ", ".join(f"{one['what']} {_of_plain(one):.2f}" for one in here)
+                    bench.did(
+                        f"{mode}, {width} x float16, {count} threads, of the plain read: {told}"
+                    )
     rows = summary(found)
     images = plots.draw(bench, lambda folder: [plots.loader(folder, rows)])
     bench.publish({"rounds": found, "summary": rows}, page(rows, size, batch_size, chunk), images)
 
 
 def _measured(
-    path: Path, batch_size: int, threads: int, mode: str, rounds: int, chunk: int
+    path: Path, batch_size: int, threads: int, mode: str, rounds: int
 ) -> Iterator[dict[str, Any]]:
     dataset = open_dataset(path)
     files = sorted((path / "data").glob("c.*"), key=lambda p: int(p.name.split(".")[1]))
@@ -153,6 +158,10 @@ def _timed(subject: Subject, path: Path, mode: str) -> dict[str, float]:
             "cpu": time.process_time() - cpu}  # fmt: skip
 
 
+def _of_plain(one: dict[str, Any]) -> float:
+    return float(one["plain"]["seconds"] / one["seconds"])
+
+
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rates, and ratios of neighbouring pairs, by case."""
     cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -164,7 +173,7 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "width": width, "mode": mode, "threads": threads, "what": what,
             "rate": spread([one["bytes"] / one["seconds"] / 1e9 for one in ours]),
             "plain": spread([one["bytes"] / one["plain"]["seconds"] / 1e9 for one in ours]),
-            "of_plain": spread([one["plain"]["seconds"] / one["seconds"] for one in ours]),
+            "of_plain": spread(list(map(_of_plain, ours))),
             "of_plain_cpu": spread([one["plain"]["cpu"] / one["cpu"] for one in ours]),
         }
         for (width, mode, threads, what), ours in cases.items()
