@@ -10,8 +10,14 @@ from typing import Any
 import zarr
 
 from actshuffle import manifest, tasks
-from actshuffle.arrays import SOURCE_ROW, object_grid, open_node, source_arrays, source_field
-from actshuffle.data.dataset import open_dataset
+from actshuffle.arrays import (
+    SOURCE_ROW,
+    object_grid,
+    open_node,
+    source_arrays,
+    source_field,
+)
+from actshuffle.data.dataset import is_ours, open_dataset
 from actshuffle.errors import IncompleteStoreError, RequestError
 from actshuffle.memory import MemoryModel
 from actshuffle.objects import as_place, local_path, open_objects
@@ -138,14 +144,15 @@ def plan_text(made: Plan) -> str:
 def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
     """What a store holds: rows, arrays, chunks, codecs, and whether a run of ours finished it.
 
-    ``shuffled`` is the completion marker, whatever its kind.  A view has no objects of its own.
+    ``shuffled`` is the completion marker, whatever its kind; ``unmarked`` says that there is none in a
+    store of ours.  A view has no objects of its own.
     """
     place = as_place(path, storage_options)
     objects = open_objects(place)
     marker = manifest.read_marker(objects)
     half_done = marker is None and objects.size(manifest.RUN_KEY) is not None
     if half_done:
-        raise IncompleteStoreError(f"{path} is a half-done shuffle: see `actshuffle status {path}`")
+        raise IncompleteStoreError(f"{path} is half done: see `actshuffle status {path}`")
     node = open_node(place)
     view = None
     if marker is not None and marker["kind"] == "view":
@@ -171,6 +178,7 @@ def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dic
         "arrays": described,
         "attributes": dict(node.attrs),
         "shuffled": marker,
+        "unmarked": marker is None and is_ours(objects),
     }
 
 
@@ -197,7 +205,11 @@ def info_text(found: dict[str, Any]) -> str:
         "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
         for row in table
     ]
-    return "\n".join([*lines, _made_by(found["shuffled"])])
+    if found["unmarked"]:
+        made_by = "no completion marker: half written, or damaged since"
+    else:
+        made_by = _made_by(found["shuffled"])
+    return "\n".join([*lines, made_by])
 
 
 def _made_by(marker: dict[str, Any] | None) -> str:

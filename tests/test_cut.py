@@ -19,7 +19,7 @@ from actshuffle import shuffle, verify
 from actshuffle.cli.app import main
 from actshuffle.data.append import append
 from actshuffle.data.concat import concat
-from actshuffle.data.cut import head, sample, shares, split
+from actshuffle.data.cut import first_rows, head, sample, shares, split
 from actshuffle.data.dataset import open_dataset
 from actshuffle.data.trace import came_from, where_is
 from actshuffle.errors import (
@@ -172,12 +172,16 @@ def test_unshuffled_stores_are_split_only_on_request(source: Path, tmp_path: Pat
     marker.write_text(json.dumps(body))
     with pytest.raises(RequestError, match="not shuffled"):
         head(tmp_path / "dst.zarr", 10, tmp_path / "x")
+    assert list(first_rows(source, 2)["token"]) == [str(t) for t in FIELDS["token"][:2]]
     part = head(tmp_path / "dst.zarr", 10, tmp_path / "x", ordered=True, copy=True)
     assert part.kind == "collection"
     assert not part.shuffled
     np.testing.assert_array_equal(
         rows_of(part.read("token", 0, 10)), rows_of(FIELDS["token"][Keys(5).order(N)[:10]])
     )
+    marker.unlink()
+    with pytest.raises(IncompleteStoreError, match="may be half written"):
+        first_rows(tmp_path / "dst.zarr", 2)
     assert layout_of(part)["codec"] is None
 
 

@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 
 from actshuffle import shuffle
-from actshuffle.data.dataset import Dataset, open_dataset, write_view
+from actshuffle.data.concat import concat
+from actshuffle.data.dataset import (
+    Dataset,
+    open_dataset,
+    open_finished_or_plain,
+    write_view,
+)
 from actshuffle.errors import (
     DestinationExistsError,
     FormatError,
@@ -224,16 +230,25 @@ def test_views_are_of_finished_stores_and_never_overwrite(tmp_path: Path) -> Non
 
 def test_a_store_without_its_marker_is_refused(tmp_path: Path) -> None:
     store = shuffled(tmp_path / "s")
-    with pytest.raises(IncompleteStoreError, match="no completion marker"):
+    with pytest.raises(IncompleteStoreError, match="no completion marker: it was not made by"):
         open_dataset(tmp_path / "s.src")
+    assert open_finished_or_plain(tmp_path / "s.src").rows == N
     (store / "_actshuffle" / "zarr.json").unlink()
-    with pytest.raises(IncompleteStoreError, match="no completion marker"):
+    with pytest.raises(IncompleteStoreError, match="may be half written"):
+        open_finished_or_plain(store)
+    with pytest.raises(IncompleteStoreError, match="no completion marker, so it may be"):
         open_dataset(store)
     assert open_dataset(store, incomplete=True).rows == N
     (store / "_actshuffle" / "run.json").write_text("{}")
     (store / "zarr.json").unlink()
     with pytest.raises(IncompleteStoreError, match="has not finished"):
         open_dataset(store)
+
+
+def test_a_concatenation_needs_no_marker(tmp_path: Path) -> None:
+    shuffled(tmp_path / "s")
+    concat([tmp_path / "s.src", tmp_path / "s.src"], tmp_path / "both")
+    assert open_finished_or_plain(tmp_path / "both").rows == 2 * N
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:

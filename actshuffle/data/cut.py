@@ -27,7 +27,7 @@ from actshuffle import bounds, manifest, virtual
 from actshuffle.arrays import SOURCE_ROW
 from actshuffle.data.append import layout_of
 from actshuffle.data.concat import Concat, present, write_concat
-from actshuffle.data.dataset import Dataset, open_dataset, write_view
+from actshuffle.data.dataset import Dataset, open_dataset, open_finished_or_plain, write_view
 from actshuffle.digest import U8
 from actshuffle.errors import DestinationExistsError, RequestError
 from actshuffle.executors import Executor, Serial
@@ -65,7 +65,7 @@ def shares(rows: int, parts: Mapping[str, Share]) -> dict[str, tuple[int, int]]:
     wanted = {name: _rows_of(name, share, rows) for name, share in parts.items()}
     total = sum(w for w in wanted.values() if w is not None)
     if total > rows + 1e-9 * rows:
-        raise RequestError(f"the parts ask for {total:,.0f} rows in all, and there are {rows:,}")
+        raise RequestError(f"{total:,.0f} rows are asked for in all, and there are {rows:,}")
     counts, exact = {}, 0.0
     for name, count in wanted.items():
         if isinstance(count, float):
@@ -127,7 +127,7 @@ def first_rows(
     path: str | Path, rows: int, storage_options: dict[str, Any] | None = None
 ) -> dict[str, list[str]]:
     """The first rows of each array, as text: what a look at a store needs."""
-    store = open_dataset(path, incomplete=True, storage_options=storage_options)
+    store = open_finished_or_plain(path, storage_options=storage_options)
     count, shown = min(rows, store.rows), {}
     for name, info in store.fields.items():
         values = store.read(name, 0, count)

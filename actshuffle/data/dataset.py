@@ -25,7 +25,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from actshuffle import manifest
+from actshuffle import manifest, virtual
 from actshuffle.arrays import (
     OUR_GROUP,
     SOURCE_ROW,
@@ -44,7 +44,7 @@ from actshuffle.errors import (
     RequestError,
 )
 from actshuffle.htmlrepr import page
-from actshuffle.objects import as_place, open_objects
+from actshuffle.objects import Objects, as_place, open_objects
 from actshuffle.types import Field, Place
 from actshuffle.units import format_bytes
 
@@ -254,8 +254,15 @@ def open_finished_or_plain(
 ) -> Dataset:
     """For looking at any store: a finished one, or one that has nothing of ours and so needs no marker."""
     place = as_place(path, storage_options)
-    ours = next(iter(open_objects(place).list(OUR_GROUP)), None) is not None
-    return _open(place, incomplete or not ours, ())
+    return _open(place, incomplete or not is_ours(open_objects(place)), ())
+
+
+def is_ours(objects: Objects) -> bool:
+    """Is there anything that only we put into a store?  A virtual source has none of the rows, and no
+    marker: what describes it is written in one step."""
+    if objects.size(virtual.KEY) is not None:
+        return False
+    return next(iter(objects.list(OUR_GROUP)), None) is not None
 
 
 def _open(place: Place, incomplete: bool, views: tuple[str, ...]) -> Dataset:
@@ -265,9 +272,13 @@ def _open(place: Place, incomplete: bool, views: tuple[str, ...]) -> Dataset:
         half_done = objects.size(manifest.RUN_KEY) is not None
         if not half_done:
             open_node(place)  # says so if there is nothing at all
+        why = ", so it may be half written"
+        if half_done:
+            why = ": what writes it has not finished; the same command again goes on"
+        elif not is_ours(objects):
+            why = ": it was not made by actshuffle, whose `run` would shuffle it"
         raise IncompleteStoreError(
-            f"{manifest.public_url(place.url)} has no completion marker"
-            + (": its run has not finished" if half_done else ", so it may be half written")
+            f"{manifest.public_url(place.url)} has no completion marker{why}"
         )
     if marker is not None and marker["kind"] == "view":
         return _open_view(place, marker, views)

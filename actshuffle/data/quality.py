@@ -64,7 +64,9 @@ def quality(
         source = Loader(dataset, batch_size, buffer_rows=None if dataset.shuffled else 0)
         what = dataset.path
     elif isinstance(source, Loader):
-        what = repr(source)
+        what = ", ".join(d.path for d in source.datasets.values())
+        if source.order.buffer_rows:
+            what += f", through a buffer of {source.order.buffer_rows:,} rows"
     else:
         return _of_batches(source, documents, positions, alpha, seed)
     return _of_loader(source, what, documents, positions, epoch, alpha, seed)
