@@ -80,7 +80,7 @@ def test_shares_are_contiguous_and_exact() -> None:
         ({"a": -1}, "no number"),
         ({"a": float("nan")}, "no number"),
         ({"a": "most"}, "no number"),
-        ({"a": 100, "b": 0.5}, "ask for 175"),
+        ({"a": 100, "b": 0.5}, "175 rows are asked for"),
         ({"a": "rest", "b": "rest"}, "only one"),
     ],
 )
@@ -158,6 +158,15 @@ def test_a_split_into_copies_resumes(shuffled: Path, tmp_path: Path) -> None:
     assert {k: d.identity for k, d in again.items()} == {k: d.identity for k, d in made.items()}
     assert files(tmp_path / "b") == before
     assert (tmp_path / "a/zarr.json").stat().st_mtime_ns == stamp
+
+
+def test_no_more_rows_are_shown_than_one_can_read(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actshuffle.data.cut.SHOWN_ROWS", N - 1)
+    assert len(first_rows(source, N - 1)["token"]) == N - 1
+    with pytest.raises(RequestError, match="name a store to write them to"):
+        first_rows(source, 10**12)
 
 
 def test_unshuffled_stores_are_split_only_on_request(source: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import pytest
 
 from actshuffle import shuffle
 from actshuffle.data import prefetch
-from actshuffle.data.dataset import open_dataset, write_view
-from actshuffle.data.epochs import Order
+from actshuffle.data.dataset import Dataset, open_dataset, write_view
+from actshuffle.data.epochs import Order, unit_rows
 from actshuffle.data.loader import Loader
 from actshuffle.errors import (
     IncompleteStoreError,
@@ -152,6 +152,33 @@ def test_epochs_differ_and_depend_on_the_seed_alone(store: Path) -> None:
     assert one == epochs(1)
     assert one[0] == two[0]
     assert len({*one, *two}) == 7
+
+
+def test_units_are_small_where_windows_mix_them_and_larger_where_each_is_a_read() -> None:
+    assert unit_rows(10**6, 50_000, 1, buffered=False) == 15_625
+    assert unit_rows(10**6, 50_000, 1, buffered=True) == 3_907
+    assert unit_rows(10**6, 1_000, 1, buffered=False) == 1_000  # never more than an object
+    assert unit_rows(10**6, 50_000, 20_000, buffered=True) == 20_000  # what is decoded together
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_a_block_reads_each_unit_once(
+    store: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
+) -> None:
+    reads: list[list[Any]] = []
+    real = Dataset.read_ranges
+
+    def noted(self: Dataset, name: str, ranges: Any, out: Any) -> None:
+        reads.append(list(ranges))
+        real(self, name, ranges, out)
+
+    monkeypatch.setattr(Dataset, "read_ranges", noted)
+    loader = Loader(store, 10, fields=["data"])  # 101 steps, all in one block
+    loader.seek(epoch)
+    assert sum(len(b["data"]) for b in loader) == 1003
+    units = -(-1003 // loader.order.unit)
+    assert len(reads) == 1
+    assert len(reads[0]) <= (units + 1 if epoch else 1)
 
 
 def test_units_stay_together_in_later_epochs_as_we_say() -> None:

@@ -44,6 +44,7 @@ ROWS_KEY = "_actshuffle/rows"  # the chosen rows, ascending, as little-endian ui
 REMOTE_GAP_BYTES = 1 << 20
 GAP_BYTES = 16 << 10  # between two chosen rows, less than this is read through
 SPAN_BYTES = 4 << 20  # read at a time
+SHOWN_ROWS = 10_000
 _SLICE = 1 << 18  # keys made at a time
 
 Share = int | float | str
@@ -129,6 +130,11 @@ def first_rows(
     """The first rows of each array, as text: what a look at a store needs."""
     store = open_finished_or_plain(path, storage_options=storage_options)
     count, shown = min(rows, store.rows), {}
+    if count > SHOWN_ROWS:
+        raise RequestError(
+            f"{count:,} rows are more than the {SHOWN_ROWS:,} that are shown at most; name a store to "
+            "write them to"
+        )
     for name, info in store.fields.items():
         values = store.read(name, 0, count)
         if info.bfloat16:

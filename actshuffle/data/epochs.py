@@ -45,7 +45,7 @@ MOST_UNITS, MOST_UNITS_BUFFERED = 64, 256
 _UNITS, _WINDOW = 3, 4  # spawn keys; 0, 1 and 2 belong to keys.py and digest.py
 
 
-def unit_rows(rows: int, object_rows: int, piece_rows: int, buffered: bool) -> int:
+def unit_rows(rows: int, object_rows: int, piece_rows: int, *, buffered: bool) -> int:
     """Rows of a unit: what is decoded together, or of objects that can be read in parts as few as do."""
     most = MOST_UNITS_BUFFERED if buffered else MOST_UNITS
     return max(1, piece_rows, min(object_rows, max(64, -(-rows // most))))

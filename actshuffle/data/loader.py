@@ -121,7 +121,7 @@ class Loader:
         self.prefetch_bytes = parse_bytes(prefetch_bytes)
         self.rows = first.rows
         buffer_rows = min(buffer_rows or 0, self.rows)
-        self.order = Order(self.rows, self._unit(buffer_rows > 0), seed, buffer_rows)
+        self.order = Order(self.rows, self._unit(buffered=buffer_rows > 0), seed, buffer_rows)
         self.wait_seconds = 0.0
         self.rows_seen = 0
         self._cursor = 0, 0  # epoch and row of the next step
@@ -138,10 +138,10 @@ class Loader:
             torchface.check_types(self.layout)
             self._pinned = pin and torchface.can_pin()
 
-    def _unit(self, buffered: bool) -> int:
+    def _unit(self, *, buffered: bool) -> int:
         info = widest(self.datasets.values())
         pieces = (f.piece_rows for d in self.datasets.values() for f in d.fields.values())
-        return unit_rows(self.rows, info.object_rows, max(pieces), buffered)
+        return unit_rows(self.rows, info.object_rows, max(pieces), buffered=buffered)
 
     @property
     def fields(self) -> dict[str, FieldInfo]:
