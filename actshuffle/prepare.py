@@ -378,7 +378,7 @@ def _recorded(dst: Place, overwrite: bool) -> dict[str, Any] | None:
     if recorded is not None:  # beside a marker: done, but for the clearing away
         return recorded
     if finished or manifest.read_marker(objects) is not None:
-        raise DestinationExistsError(f"{dst.url} is a finished shuffle; --overwrite replaces it")
+        raise DestinationExistsError(f"{dst.url} is finished; --overwrite replaces it")
     if next(iter(objects.list("")), None) is not None:
         raise DestinationExistsError(
             f"{dst.url} exists and is not a half-done shuffle; choose another path"

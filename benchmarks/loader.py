@@ -200,6 +200,7 @@ def page(rows: list[dict[str, Any]], size: int, batch_size: int, chunk: int) -> 
         "through memory; the plain read fills one buffer over and over, part of which stays in the "
         "processor's cache.",
         "",
-        "stats is bound by the processor, not by reading: it brings every value to float32 and takes it "
-        "through norm, centre, square and two sums, nine passes of numpy's over a slice in cache.",
+        "stats is bound by the processor, not by reading: it brings every value to float32, takes its "
+        "square and adds up both, about eight passes of numpy's over a tile in cache. Each of its threads "
+        "has another that reads on meanwhile.",
     ]  # fmt: skip

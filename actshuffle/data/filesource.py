@@ -16,7 +16,7 @@ from zarr.storage import MemoryStore
 from actshuffle import virtual
 from actshuffle.arrays import output_field, source_field
 from actshuffle.bfloat16 import BFloat16
-from actshuffle.data.foreign import Column, Part, table_of
+from actshuffle.data.foreign import Column, Part, dtype_name, table_of
 from actshuffle.digest import U8
 from actshuffle.errors import FormatError, SourceError
 from actshuffle.keys import U64
@@ -51,8 +51,7 @@ class Mapped:
             if self.column
             else "(new)"
         )
-        kind = self.dtype if self.dtype == "bfloat16" else np.dtype(self.dtype).name
-        return f"{self.array}: {shape} {kind} from {origin}: {told[self.rule]}"
+        return f"{self.array}: {shape} {dtype_name(self.dtype)} from {origin}: {told[self.rule]}"
 
 
 def write_files(

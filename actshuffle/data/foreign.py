@@ -89,14 +89,20 @@ def table_of(kind: str, options: dict[str, Any]) -> Table:
     return tables[kind](options)
 
 
+def dtype_name(dtype: str) -> str:
+    """What people call a column's type: float32, not <f4."""
+    return dtype if dtype == "bfloat16" else np.dtype(dtype).name
+
+
 def joined(found: Sequence[Column]) -> Column:
     """Columns of one name, file after file, as one; refused where they differ in type or width."""
     first = found[0]
     for other in found[1:]:
         if (other.dtype, other.shape) != (first.dtype, first.shape):
             raise SourceError(
-                f"mixed widths: {first.name!r} has items of shape {first.shape}, {first.dtype}, in "
-                f"{first.parts[0].file}, and of {other.shape}, {other.dtype}, in {other.parts[0].file}"
+                f"mixed widths: {first.name!r} has items of shape {first.shape}, "
+                f"{dtype_name(first.dtype)}, in {first.parts[0].file}, and of {other.shape}, "
+                f"{dtype_name(other.dtype)}, in {other.parts[0].file}"
             )
     return Column(first.name, first.dtype, first.shape, tuple(p for c in found for p in c.parts))
 
@@ -161,7 +167,7 @@ class Raw(_Bytes):
     def columns(self, files: Sequence[Path]) -> Iterator[Column]:
         dtype, shape = self.options.get("dtype"), self.options.get("row_shape")
         if dtype is None or shape is None:
-            raise RequestError("files without a header need --dtype and --row-shape")
+            raise RequestError(f"{files[0]} has no header: give --dtype and --row-shape")
         try:
             name = dtype if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<").str
         except TypeError as err:

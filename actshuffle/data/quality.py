@@ -201,8 +201,8 @@ def _spread(rows: int, batch: int) -> list[int]:
     whole = rows // batch
     if whole < 2:
         raise RequestError(
-            f"{rows:,} rows make {whole} whole batches of {batch:,}; two are needed: "
-            "score smaller batches"
+            f"{rows:,} rows hold {whole} whole batch{'es' * (whole != 1)} of {batch:,}, and two are "
+            "needed: give a smaller --batch-size"
         )
     count = min(whole, max(2, SCORED_ROWS // batch))
     return [whole * i // count * batch for i in range(count)]
