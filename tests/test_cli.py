@@ -478,7 +478,7 @@ def test_other_arguments_on_a_half_done_destination(src, dst, monkeypatch):
     assert status["state"] == "half done"
     assert status["levels"][0]["done"] == status["levels"][0]["tasks"]
     assert "level 2 of 2   0 of" in call("status", dst).stdout
-    assert "half-done" in call("info", dst, code=2).stderr
+    assert "half done" in call("info", dst, code=2).stderr
     result = json.loads(call("run", src, dst, *ALONE, "--json").stdout)
     assert result["seed"] == 5
     assert_is_oracle(src, dst)

@@ -16,7 +16,7 @@ to about 1e-5 relative.  A slice is taken in tiles that stay in the processor's 
 of them::
 
     rows of 16 bits --4 passes--> float32 --> norms (a dot product a row)
-                                   |  \--> S, by halves: rows 0..127 + rows 128..255, and so on
+                                   |  \--> S (ones times 16 rows, and so on)
                                    squared --> Q, likewise
 
 The centre is 0, which saves a pass, unless a dimension is further from it than twice its own standard
@@ -44,7 +44,7 @@ from actshuffle.data.dataset import FieldInfo
 from actshuffle.keys import I64, U64
 
 F64 = NDArray[np.float64]
-SLICE_VALUES = 1 << 17  # most values of a tile: 512 KiB as float32
+SLICE_VALUES = 1 << 18  # most values of a tile: 1 MiB as float32
 SLICE_ROWS, TILE_WIDTH = 512, 512
 NARROW = 64  # rows of fewer values are summed in float64: float32 gains nothing on so short ones
 SKETCH = 1024
@@ -55,7 +55,7 @@ _TINY = 1e-30  # sums of squares below this may have lost terms to underflow in 
 _FAR = (
     4 / 5
 )  # of m Q, which S^2 passes where the mean is over two standard deviations from the centre
-_FOLDED = 32  # rows that are left to a plain sum
+STRIP_VALUES = 8192  # OpenBLAS shares products of 9,216 and more among threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +110,10 @@ class FloatSums:
         edges = [self._width * i // tiles for i in range(tiles + 1)]
         self._tiles = list(pairwise(edges))
         self._step = max(1, SLICE_VALUES // max(b - a for a, b in self._tiles))
-        if self._small:  # a power of two, which halves without a rest
+        if self._small:  # a power of two: whole strips
             self._step = min(SLICE_ROWS, 1 << (self._step.bit_length() - 1))
         values = self._step * max(b - a for a, b in self._tiles)
         self._work: NDArray[Any] = np.empty(values, np.int32 if self._small else np.float64)
-        self._half_work = np.empty(values // 2 if self._small else 0, np.float32)
         self._centre: NDArray[Any] = np.zeros(self._width, np.float32)
         self._sum, self._sum2 = np.zeros((2, self._width))
         self._count = 0
@@ -139,9 +138,9 @@ class FloatSums:
             norms += np.vecdot(values, values)
             if self._centre[a:b].any():
                 np.subtract(values, self._centre[a:b], out=values)
-            sums[a:b] = _column_sums(values, self._half_work)
+            sums[a:b] = _column_sums(values)
             np.multiply(values, values, out=values)
-            squares[a:b] = _column_sums(values, values)
+            squares[a:b] = _column_sums(values)
         if not self._held(part, norms, squares):
             return False
         far = sums * sums > _FAR * len(part) * squares
@@ -241,23 +240,29 @@ def _widened(bits: NDArray[Any]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _column_sums(values: NDArray[np.float32], out: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sums over rows, by halves, which is quick and rounds least.  ``out`` has room for half, or is it."""
+def _column_sums(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sums over rows: of strips of rows by BLAS, then over strips.
+
+    A strip is too small for BLAS to share it among threads, whose number would then show in the last bit.
+    """
     rows, width = values.shape
-    out = out.reshape(-1)[: rows // 2 * width].reshape(-1, width)
-    while rows > _FOLDED:
-        half = rows // 2
-        np.add(values[:half], values[half : 2 * half], out=out[:half])
-        if rows % 2:
-            out[0] += values[rows - 1]
-        values, rows = out, half
-    found: NDArray[np.float32] = np.add.reduce(values[:rows], axis=0)
-    return found
+    strip = 1 << (max(1, STRIP_VALUES // width).bit_length() - 1)
+    whole = rows // strip * strip
+    strips = np.matmul(np.ones(strip, np.float32), values[:whole].reshape(-1, strip, width))
+    found: NDArray[np.float32] = np.add.reduce(strips, axis=0)
+    return found if whole == rows else found + np.add.reduce(values[whole:], axis=0)
 
 
 def _histogram(norms: F64) -> tuple[I64, I64]:
-    keys, counts = np.unique(norms.view(np.uint64) >> _KEY_BITS, return_counts=True)
-    return keys.astype(np.int64), counts.astype(np.int64)
+    keys = (norms.view(np.uint64) >> _KEY_BITS).astype(
+        np.int64
+    )  # below 2^19, so they can be counted
+    if not len(keys):
+        return keys, keys
+    first = keys.min()
+    counts = np.bincount(keys - first)
+    bins = np.flatnonzero(counts)
+    return bins + first, counts[bins].astype(np.int64)
 
 
 def bin_edges(bins: I64) -> tuple[F64, F64]:
