@@ -44,8 +44,7 @@ from actshuffle.data.dataset import FieldInfo
 from actshuffle.keys import I64, U64
 
 F64 = NDArray[np.float64]
-# Most values of a tile: 2 MiB as float32.  Smaller ones fit the nearest cache and were slower: every call
-# of numpy's has a price.  A fourth of it where all is done in float64.
+# Most values of a tile, 2 MiB as float32; a fourth in float64.  Smaller ones take more calls, and were slower.
 SLICE_VALUES = 1 << 19
 SLICE_ROWS, TILE_WIDTH = 1024, 512
 NARROW = 64  # rows of fewer values are summed in float64: float32 gains nothing on so short ones
