@@ -52,6 +52,10 @@ def open_node(place: Place) -> zarr.Array[Any] | zarr.Group:
     except (FileNotFoundError, NotADirectoryError) as err:
         if open_objects(place).size("") is None and "://" not in place.url:
             raise SourceError(f"no such source: {place.url}") from err
+        if next(iter(open_objects(place).list(OUR_GROUP)), None) is not None:
+            raise SourceError(
+                f"{place.url} is half done, or damaged: there is no zarr.json"
+            ) from err
         raise SourceError(
             f"not a Zarr array or group (no zarr.json, .zarray or .zgroup): {place.url}"
         ) from err

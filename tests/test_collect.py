@@ -414,6 +414,7 @@ def test_bad_requests(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -
     (tmp_path / "blank.txt").write_text("")
     (tmp_path / "lines.jsonl").write_text('{"text": "w1"}\n{"body": "w2"}\n')
     (tmp_path / "numbers.jsonl").write_text('{"text": 3}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "w1"\n')
     refused(SourceError, r"cannot load the (model|tokenizer)", model=tmp_path / "absent")
     refused(RequestError, r"no layer 4: .* has hidden states 0 to 3", layers=[4])
     refused(RequestError, "no layer -1", layers=[-1])
@@ -427,7 +428,8 @@ def test_bad_requests(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -
     refused(SourceError, "no such file", text=tmp_path / "absent.txt")
     refused(SourceError, "no files", text=tmp_path / "empty")
     refused(SourceError, "no tokens", text=tmp_path / "blank.txt")
-    refused(SourceError, "line 2: no JSON object with 'text'", text=tmp_path / "lines.jsonl")
+    refused(SourceError, "line 2: no 'text', but 'body'; --field", text=tmp_path / "lines.jsonl")
+    refused(SourceError, "line 1 is no JSON", text=tmp_path / "broken.jsonl")
     refused(SourceError, "line 1: 'text' is no text", text=tmp_path / "numbers.jsonl")
 
 

@@ -243,6 +243,8 @@ def test_a_store_without_its_marker_is_refused(tmp_path: Path) -> None:
     (store / "zarr.json").unlink()
     with pytest.raises(IncompleteStoreError, match="has not finished"):
         open_dataset(store)
+    with pytest.raises(SourceError, match="half done, or damaged"):
+        open_dataset(store, incomplete=True)
 
 
 def test_a_concatenation_needs_no_marker(tmp_path: Path) -> None:

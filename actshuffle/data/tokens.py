@@ -173,11 +173,16 @@ def documents(file: Path, field: str) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[field]
-            except (ValueError, KeyError, TypeError) as err:
+                found = json.loads(line)
+            except ValueError as err:
+                raise SourceError(f"{file}, line {number:,} is no JSON: {err}") from err
+            if not isinstance(found, dict) or field not in found:
+                has = ", ".join(map(repr, found)) if isinstance(found, dict) else "no object"
                 raise SourceError(
-                    f"{file}, line {number:,}: no JSON object with {field!r} ({err})"
-                ) from err
+                    f"{file}, line {number:,}: no {field!r}, but {has or 'nothing'}; --field names "
+                    "another"
+                )
+            text = found[field]
             if not isinstance(text, str):
                 raise SourceError(f"{file}, line {number:,}: {field!r} is no text")
             yield text
