@@ -22,9 +22,9 @@ import numpy as np
 import zarr
 
 from actshuffle.arrays import group_metadata
+from actshuffle.buffers import pages  # the same kind of memory for all
 from actshuffle.data.dataset import Dataset, open_dataset
 from actshuffle.data.loader import Loader
-from actshuffle.data.prefetch import allocate  # the same kind of memory for all
 from actshuffle.data.stats import Threads, stats
 from actshuffle.manifest import MARKER_KEY
 from actshuffle.objects import as_place, open_objects
@@ -60,7 +60,7 @@ class Plain:
 
     def __init__(self, files: list[Path], threads: int, buffer_bytes: int) -> None:
         self._shares = [files[i::threads] for i in range(threads)]
-        self._buffers = [memoryview(allocate(buffer_bytes).data) for _ in range(threads)]
+        self._buffers = [memoryview(pages(buffer_bytes).data) for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads)
 
     def __call__(self) -> int:

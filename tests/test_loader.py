@@ -340,8 +340,8 @@ def test_memory_is_used_again_when_nobody_holds_it(
     store: Path, monkeypatch: pytest.MonkeyPatch, buffer_rows: int | None
 ) -> None:
     allocated = []
-    inner = prefetch.allocate
-    monkeypatch.setattr(prefetch, "allocate", lambda n: (allocated.append(n), inner(n))[1])
+    inner = prefetch.pages
+    monkeypatch.setattr(prefetch, "pages", lambda n: (allocated.append(n), inner(n))[1])
     monkeypatch.setattr("actshuffle.data.loader.BLOCK_BYTES", 2000)
     loader = Loader(store, 20, epochs=10, prefetch_bytes=1, threads=2, buffer_rows=buffer_rows)
     assert sum(1 for _ in loader) == 510

@@ -8,7 +8,6 @@ keeps batches costs memory, never correctness.
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,13 +17,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from actshuffle.buffers import pages
 from actshuffle.data.columns import Layout
 from actshuffle.data.epochs import Order, Range, Step, joined
 from actshuffle.digest import U8
 
 T = TypeVar("T")
 PIECE_BYTES = 8 << 20  # of a window, read by one thread at a time
-HUGE = 2 << 20
 
 
 class Loan(NamedTuple):
@@ -46,7 +45,7 @@ class Pool:
         except IndexError:
             memory = np.empty(0, np.uint8)
         if len(memory) < nbytes:
-            memory = allocate(nbytes)
+            memory = pages(max(nbytes, 1))
         lent = np.asarray(_Lease(self._free, memory, nbytes))
         return Loan(lent, lent)
 
@@ -60,17 +59,6 @@ class _Lease:
 
     def __del__(self) -> None:
         self._home.append(self._memory)
-
-
-def allocate(nbytes: int) -> U8:
-    """Fresh memory, in huge pages where they serve."""
-    # Private: shared memory, which is mmap's default, gets no huge pages, so that its first touch costs
-    # seven times as much, and a forked process would write into ours.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    block = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=flags)
-    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= HUGE:
-        block.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(block, np.uint8)
 
 
 @dataclass(frozen=True)
