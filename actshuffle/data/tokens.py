@@ -175,7 +175,8 @@ def documents(file: Path, field: str) -> Iterator[str]:
             try:
                 found = json.loads(line)
             except ValueError as err:
-                raise SourceError(f"{file}, line {number:,} is no JSON: {err}") from err
+                why = str(err).split(":")[0]  # the rest counts lines within this one
+                raise SourceError(f"{file}, line {number:,} is no JSON: {why}") from err
             if not isinstance(found, dict) or field not in found:
                 has = ", ".join(map(repr, found)) if isinstance(found, dict) else "no object"
                 raise SourceError(
