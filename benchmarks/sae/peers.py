@@ -41,7 +41,7 @@ def run(
     warnings.filterwarnings("ignore")  # the tools' own
     tools, versions = installed(only)
     figures: dict[str, Any] = {
-        "versions": versions | {"torch": torch.__version__}, "threads": torch.get_num_threads(),
+        "versions": versions | {"torch": torch.__version__},
         "speed": [], "quality": [], "planted": [],
     }  # fmt: skip
     merge(bench, figures)
@@ -131,7 +131,7 @@ def _speed(
     bench.did(f"speed, {d} -> {n}: {batch / statistics.median(ours):,.0f} tokens/s")
     return [
         {
-            "tool": name, "d_in": d, "d_sae": n, "k": k, "batch": batch,
+            "tool": name, "d_in": d, "d_sae": n, "k": k, "batch": batch, "threads": torch.get_num_threads(),
             "tokens_per_s": spread([batch / t for t in found]), "best": batch / min(found),
             "of_saetrain": spread([a / b for a, b in zip(ours, found, strict=True)]),
         }
@@ -184,7 +184,7 @@ def best(lines: list[dict[str, Any]], by: str, sign: int) -> dict[str, dict[str,
 
 def page(figures: dict[str, Any]) -> Iterator[str]:
     listed = ", ".join(f"{name} {what}" for name, what in figures["versions"].items())
-    yield f"{listed}; {figures['threads']} threads.\n"
+    yield f"{listed}.\n"
     if figures["quality"]:
         yield "## Quality: held-out FVU at equal L0, steps, width and rows\n"
         yield "{steps} steps of {batch:,} rows, {d_sae:,} latents, k = {k}.\n".format(
@@ -202,13 +202,23 @@ def page(figures: dict[str, Any]) -> Iterator[str]:
     if figures["speed"]:
         yield "## Speed of a training step: median (range) over rounds\n"
         yield from table(
-            ("width", "latents", "k", "tokens a step", "tool", "tokens/s", "of saetrain's speed"),
+            (
+                "width",
+                "latents",
+                "k",
+                "tokens a step",
+                "threads",
+                "tool",
+                "tokens/s",
+                "of saetrain's speed",
+            ),
             (
                 (
                     x["d_in"],
                     x["d_sae"],
                     x["k"],
                     x["batch"],
+                    x["threads"],
                     x["tool"],
                     ranged(x["tokens_per_s"], "{:,.0f}"),
                     ranged(x["of_saetrain"]),
