@@ -184,8 +184,8 @@ def _draw(panels: list[Panel], colours: dict[str, str]) -> Figure:
         bottom, top = axis.get_ylim()
         if panel.log:
             decades = math.log10(top / bottom)
-            between = range(2, 10) if decades < 0.5 else (2, 5) if decades < 2 else ()
-            axis.yaxis.set_minor_locator(LogLocator(subs=list(between)))
+            few = [2, 3, 4, 6] if decades < 1.2 else [2, 5] if decades < 2 else []
+            axis.yaxis.set_minor_locator(LogLocator(subs=range(2, 10) if decades < 0.5 else few))
             axis.yaxis.set_minor_formatter(lambda y, _: _number(y))
         elif panel.share:
             axis.set_ylim(0, max(top, 0.01))
