@@ -255,9 +255,8 @@ def _column_sums(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _histogram(norms: F64) -> tuple[I64, I64]:
-    keys = (norms.view(np.uint64) >> _KEY_BITS).astype(
-        np.int64
-    )  # below 2^19, so they can be counted
+    # Below 2^19, so that they can be counted.
+    keys = (norms.view(np.uint64) >> _KEY_BITS).astype(np.int64)
     if not len(keys):
         return keys, keys
     first = keys.min()
