@@ -21,7 +21,9 @@ from actshuffle.buffers import ALIGN
 
 BASE = 12 << 20  # zarr, receipts, run tables, hash slices: 3 to 5 MB raw, 5 to 9 MB through codecs
 SPILL_ROW = 16  # bytes that travel with each row: its key's hi word and its source row
-AUX_SPLIT = 48  # per row: bucket 8 + 2, order 8, hashes and their sums; 46 measured
+# Per row: bucket 2, order 8, and the sort's own.  46 were measured when hashes of a whole block were held; a
+# lower figure would cut half-done runs another way, which could then not be resumed.
+AUX_SPLIT = 48
 AUX_LEAF = 44  # per row: order 8, source row 8, radix digits and argsorts; 38 measured
 STAGING = 8 << 20  # a split fills one half while the other is written
 REQUESTS = 128 << 20  # range reads in flight to an object store, and their copies

@@ -34,9 +34,8 @@ from actshuffle.partition import bucket_of, group, key_order
 from actshuffle.spill import Columns, Spill
 from actshuffle.types import Field, Job, Task
 
-LOOK_ROWS = (
-    1 << 15
-)  # hashed and told apart at a time: 1 MB of temporaries, whatever the block holds
+# Hashed and told apart at a time: 1 MB of temporaries, whatever the block holds.
+LOOK_ROWS = 1 << 15
 
 
 @dataclass(frozen=True)

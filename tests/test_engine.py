@@ -15,8 +15,9 @@ from scipy import stats
 from zarr.storage import FsspecStore
 
 import actshuffle
+from actshuffle import spill, tasks
 from actshuffle.bfloat16 import BFloat16
-from actshuffle.errors import MissingChunkError, RequestError
+from actshuffle.errors import ConservationError, MissingChunkError, RequestError
 from actshuffle.executors import Serial
 from actshuffle.keys import Keys, order
 from helpers import (
@@ -240,6 +241,37 @@ def test_cut_any_way_serial(source, reference, tmp_path, name):
     assert_same_bytes(tmp_path / "dst", reference)
     # Nothing else is left beside it.
     assert [p.name for p in tmp_path.iterdir()] == ["dst"]
+
+
+def looks(monkeypatch, forget=None):
+    """Blocks are read and looked at a few rows at a time; returns how many rows each look adds up."""
+    seen, add = [], tasks.add_to_groups
+
+    def noted(sums, hashes, group):
+        seen.append(len(hashes))
+        if len(seen) != forget:
+            add(sums, hashes, group)
+
+    monkeypatch.setattr(spill, "PIECE", 1)  # a run at a time
+    monkeypatch.setattr(tasks, "LOOK_ROWS", 7)
+    monkeypatch.setattr(tasks, "add_to_groups", noted)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["two", "three", "four"])
+def test_rows_are_looked_at_while_others_are_read(source, reference, tmp_path, monkeypatch, name):
+    seen = looks(monkeypatch)
+    result = run(source, tmp_path / "dst", **cut(name))
+    assert max(seen) == 7
+    # Every row once per split level, for its key and each of the three fields.
+    assert sum(seen) == ROWS * (result.plan.levels - 1) * 4
+    assert_same_bytes(tmp_path / "dst", reference)
+
+
+def test_rows_that_were_not_looked_at_stop_the_run(source, tmp_path, monkeypatch):
+    looks(monkeypatch, forget=100)
+    with pytest.raises(ConservationError):
+        run(source, tmp_path / "dst", **cut("three"))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
