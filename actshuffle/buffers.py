@@ -36,7 +36,7 @@ class Arena:
         """Start over with room for ``nbytes``; arrays handed out before are no longer valid."""
         if nbytes > len(self._memory):
             self._memory = np.empty(0, np.uint8)  # let the old block go first
-            self._memory = pages(max(nbytes, ALIGN))
+            self._memory = pages(max(nbytes, ALIGN), huge_from=64 << 20)  # they round up
         self._at = 0
         return self
 
@@ -50,7 +50,7 @@ class Arena:
         return self._memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def pages(nbytes: int) -> NDArray[np.uint8]:
+def pages(nbytes: int, *, huge_from: int = HUGE) -> NDArray[np.uint8]:
     """Fresh memory that begins on a page, in huge pages where it is large enough to have some.
 
     With O_DIRECT a device is told of every page by itself: reading into pages of 4 KiB took 2 to 3
@@ -58,7 +58,7 @@ def pages(nbytes: int) -> NDArray[np.uint8]:
     """
     # Private: by default a process forked from this one would share the pages.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    if not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < HUGE:
+    if not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < huge_from:
         return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), np.uint8)
     block = mmap.mmap(-1, nbytes + HUGE, flags=flags)  # what is over is never touched
     block.madvise(mmap.MADV_HUGEPAGE)

@@ -34,8 +34,8 @@ from actshuffle.partition import bucket_of, group, key_order
 from actshuffle.spill import Columns, Spill
 from actshuffle.types import Field, Job, Task
 
-# Hashed and told apart at a time: 1 MB of temporaries, whatever the block holds.
-LOOK_ROWS = 1 << 15
+# Hashed and told apart at a time: a few 100 KB of temporaries, whatever the block holds.
+LOOK_ROWS = 1 << 13
 
 
 @dataclass(frozen=True)
