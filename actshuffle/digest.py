@@ -33,7 +33,7 @@ U8 = NDArray[np.uint8]
 
 _STREAM = 2  # spawn key; 0 and 1 are the shuffle's own
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_SLICE_BYTES = 1 << 19  # rows are hashed in slices: these, and a copy of as much, stay in the second-level cache
+_SLICE_BYTES = 1 << 19  # rows hashed at a time: these and a copy stay in the second-level cache
 
 
 @dataclass(frozen=True)

@@ -208,10 +208,15 @@ def loader(**options: Any) -> None:
 
 
 @main.command()
-@click.option("--known", type=SIZES, default="150MB,300MB", help="Sizes to learn from.")
-@click.option("--held-out", type=SIZES, default="500MB,700MB", help="Sizes to foretell.")
-@click.option("--memories", type=SIZES, default="48MiB,96MiB", help="Of one worker, to learn from.")
-@click.option("--held-memory", type=SIZE, default="72MiB", help="Of one worker, to foretell.")
+@click.option("--known", type=SIZES, default="400MB,800MB", help="Sizes to learn from.")
+@click.option("--held-out", type=SIZES, default="1.2GB,1.6GB", help="Sizes to foretell.")
+@click.option(
+    "--memories", type=SIZES, default="96MiB,192MiB", help="Of one worker, to learn from."
+)
+@click.option("--held-memory", type=SIZE, default="144MiB", help="Of one worker, to foretell.")
+@click.option(
+    "--mode", type=click.Choice(["disk", "cached"]), default="disk", help="Where the data is."
+)
 @click.option("--workers", type=INTS, default=f"0,1,{cores()}", help="Dask workers; 0 is serial.")
 @click.option("--levels", type=INTS, default="2,3", help="Passes over the data.")
 @click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")

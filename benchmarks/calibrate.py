@@ -4,11 +4,15 @@ Small runs are measured, level by level.  A level of n tasks of b bytes on w wor
 
     ceil(n / w) x (overhead + CPU per byte x b)
 
-and what is left of a run (boundaries, index, publishing) a fixed time and some more per task.  The five
-numbers are fitted per number of workers, since workers of one machine are in each other's way.  Then runs
-of sizes and block sizes that were not measured are foretold by `actshuffle.simulate`, run, and compared.
-All is in memory and without fsync: it is the processor's part that is calibrated; the disk's is
-what `floor` measures.  Sizes are small, lest the kernel writes back in the midst of a run.
+and what is left of a run (boundaries, index, publishing, clearing) a fixed time, some more per task and some
+per byte of spill, which is removed.  The six numbers are fitted per number of workers, since workers of one
+machine are in each other's way.  Then runs of sizes and block sizes that were not measured are foretold by
+`actshuffle.simulate`, run, and compared.
+
+In mode "disk" the source is out of the cache and all that is written durable, so a byte's seconds have its
+reads and writes in them.  In mode "cached" all is in memory and without fsync, and they are the processor's
+alone, which is what the cost model wants beside the rates of other disks; keep sizes small there,
+lest the kernel writes back in the midst of a run.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ from actshuffle.errors import InfeasibleError
 from actshuffle.executors import Executor, Serial, local_cluster
 from actshuffle.types import Plan
 from actshuffle.units import format_bytes
-from benchmarks import cache, plots
+from benchmarks import plots
+from benchmarks.floor import durable, prepare
 from benchmarks.phases import Timed
 from benchmarks.results import Bench, need_space, spread, table
 from benchmarks.sources import make_source
@@ -38,6 +43,7 @@ from benchmarks.sources import make_source
 RUN_BYTES = 32 << 10  # small, so that small data has as many levels as one likes
 UNLIMITED = 1e15  # bytes a second
 GOAL = 0.15
+PER_BYTE = ("split_cpu", "leaf_cpu", "clear")
 
 
 @dataclass(frozen=True)
@@ -60,11 +66,12 @@ class Constants:
     leaf_cpu: float
     fixed: float
     per_task: float
+    clear: float  # per byte of spill
 
 
 def run(
     bench: Bench, *, known: list[int], held_out: list[int], memories: list[int], held_memory: int,
-    workers: list[int], levels: list[int], row_bytes: int, rounds: int,
+    workers: list[int], levels: list[int], row_bytes: int, rounds: int, mode: str,
 ) -> None:  # fmt: skip
     need_space(bench.work, int(4.5 * max(*known, *held_out)))
     cases = [Case(size, memory, count, level, True)
@@ -82,12 +89,12 @@ def run(
             source = make_source(bench.work, size, row_bytes, 8 << 20)
             ours = [case for case in cases if case.size == size]
             for crew in crews.values():  # buffers are touched, code is loaded
-                _one(crew, source, bench.work / "out", ours[0])
+                _one(crew, source, bench.work / "out", ours[0], mode)
             for _ in range(rounds):
                 for case in ours:
                     try:
                         plans[case], one = _one(
-                            crews[case.workers], source, bench.work / "out", case
+                            crews[case.workers], source, bench.work / "out", case, mode
                         )
                     except InfeasibleError as err:
                         bench.did(f"{case}: {err}")
@@ -115,17 +122,19 @@ def run(
         row["off"] = row["foretold"] / row["measured"]["low"] - 1
     fitted = {str(count): asdict(c) for count, c in constants.items()}
     images = plots.draw(bench, lambda folder: [plots.calibrate(folder, rows)])
-    bench.publish({"constants": fitted, "runs": rows}, page(rows, constants), images)
+    bench.publish({"constants": fitted, "runs": rows}, page(rows, constants, mode), images)
 
 
-def _one(crew: Executor, source: Path, target: Path, case: Case) -> tuple[Plan, dict[str, Any]]:
-    """A run, from the call to the marker: seconds in all, and of each level's tasks."""
-    cache.warm([source])
+def _one(
+    crew: Executor, source: Path, target: Path, case: Case, mode: str
+) -> tuple[Plan, dict[str, Any]]:
+    """A run, from the call to its end: seconds in all, and of each level's tasks."""
+    prepare(mode, [source])
     timed = Timed(crew)
     start = time.monotonic()
     result = actshuffle.shuffle(
         source, target, seed=1, levels=case.levels, memory=case.memory, run_bytes=RUN_BYTES,
-        executor=timed, fsync=False, progress=timed,
+        executor=timed, fsync=durable(mode), progress=timed,
     )  # fmt: skip
     seconds = time.monotonic() - start
     shutil.rmtree(target)
@@ -154,11 +163,14 @@ def fit(runs: list[tuple[Plan, dict[str, Any]]], workers: int) -> Constants:
             turns = -(-n // max(1, workers))
             split, moved = level < plan.levels, turns * nbytes / n
             levels.append(([turns, moved * split, moved * (not split)], seconds))
-        tasks = sum(plan.task_count(level) for level in range(1, plan.levels + 1))
-        rests.append(([1.0, tasks], one["seconds"] - sum(one["walls"])))
-    overhead, split_cpu, leaf_cpu = _solve(levels)
-    fixed, per_task = _solve(rests)
-    return Constants(overhead, split_cpu, leaf_cpu, fixed, per_task)
+        rests.append(([1.0, *_amounts(plan)], one["seconds"] - sum(one["walls"])))
+    return Constants(*_solve(levels), *_solve(rests))
+
+
+def _amounts(plan: Plan) -> tuple[int, int]:
+    """Tasks of all levels, and bytes of spill."""
+    tasks = sum(plan.task_count(level) for level in range(1, plan.levels + 1))
+    return tasks, sum(plan.level_bytes(level)[1] for level in range(1, plan.levels))
 
 
 def _solve(equations: list[tuple[list[float], float]]) -> list[float]:
@@ -179,25 +191,32 @@ def foretell(plan: Plan, constants: Constants, workers: int) -> float:
         overhead=constants.overhead, split_cpu=constants.split_cpu, leaf_cpu=constants.leaf_cpu,
     )  # fmt: skip
     played = simulate.simulate(plan, cluster, grain=0)
-    tasks = sum(plan.task_count(level) for level in range(1, plan.levels + 1))
+    tasks, spilled = _amounts(plan)
     seconds = sum(stage.seconds for stage in played if stage.name.startswith("level"))
-    return seconds + constants.fixed + constants.per_task * tasks
+    return seconds + constants.fixed + constants.per_task * tasks + constants.clear * spilled
 
 
-def page(rows: list[dict[str, Any]], constants: dict[int, Constants]) -> list[str]:
+MODES = {
+    "disk": "Source out of the page cache, everything written durable: a byte's seconds have its reads and "
+    "writes in them",
+    "cached": "In memory (page cache or tmpfs), without fsync",
+}
+
+
+def page(rows: list[dict[str, Any]], constants: dict[int, Constants], mode: str) -> list[str]:
     names = [f.name for f in dataclasses.fields(Constants)]
     unseen = [abs(r["off"]) for r in rows if not r["known"]]
     within = sum(off <= GOAL for off in unseen)
     crew = {count: "serial" if not count else f"{count} workers" for count in constants}
     return [
-        "In memory (page cache or tmpfs), without fsync. Constants are fitted to the *known* runs, per "
+        f"{MODES[mode]}. Constants are fitted to the *known* runs, per "
         "number of workers; the others were run only to be compared with what the simulation had foretold. "
         "The fastest of the rounds counts, in both: what else the machine does can only slow a run down. "
         "In brackets is the range of the rounds.",
         "",
         *table(
-            ("", "overhead ms", "split s/GB", "leaf s/GB", "fixed ms", "more ms a task"),
-            ((crew[count], *(f"{getattr(c, n) * (1e9 if n.endswith('cpu') else 1e3):.2f}" for n in names))
+            ("", "overhead ms", "split s/GB", "leaf s/GB", "fixed ms", "more ms a task", "clearing s/GB"),
+            ((crew[count], *(f"{getattr(c, n) * (1e9 if n in PER_BYTE else 1e3):.2f}" for n in names))
              for count, c in constants.items()),
         ),
         "",

@@ -125,7 +125,7 @@ def test_calibrate(tmp_path):
 
 def test_constants_are_found_again(tmp_path):
     """Times made up from known constants give these back, and foretell a run with them."""
-    true = calibrate.Constants(0.01, 2e-9, 3e-9, 0.2, 0.001)
+    true = calibrate.Constants(0.01, 2e-9, 3e-9, 0.2, 0.001, 1e-10)
     plans = [make_plan(size // 8192, 8192, memory=memory, levels=levels, run_bytes=32 << 10)
              for size in (10**8, 3 * 10**8) for memory in (48 << 20, 96 << 20) for levels in (2, 3)]  # fmt: skip
 
@@ -133,11 +133,13 @@ def test_constants_are_found_again(tmp_path):
         walls = [plan.task_count(n) * 0.01 + plan.level_bytes(n)[0] * (2e-9 if n < plan.levels else 3e-9)
                  for n in range(1, plan.levels + 1)]  # fmt: skip
         tasks = sum(plan.task_count(n) for n in range(1, plan.levels + 1))
-        return {"walls": walls, "seconds": sum(walls) + 0.2 + 0.001 * tasks}
+        spilled = sum(plan.level_bytes(n)[1] for n in range(1, plan.levels))
+        return {"walls": walls, "seconds": sum(walls) + 0.2 + 0.001 * tasks + 1e-10 * spilled}
 
     found = calibrate.fit([(plan, measured(plan)) for plan in plans], 1)
     assert found.split_cpu == pytest.approx(true.split_cpu, rel=1e-3)
     assert found.overhead == pytest.approx(true.overhead, rel=1e-2)
+    assert found.clear == pytest.approx(true.clear, rel=1e-2)
     other = make_plan(10**9 // 8192, 8192, memory=64 << 20, levels=3, run_bytes=32 << 10)
     assert calibrate.foretell(other, found, 1) == pytest.approx(
         measured(other)["seconds"], rel=0.03

@@ -63,30 +63,29 @@ class _Lease:
 
 @dataclass(frozen=True)
 class Block:
-    """Some steps, and this rank's part of each as positions in its epoch."""
+    """Some steps, and this rank's part of each as positions in its epoch; ``rows`` in all."""
 
     steps: tuple[Step, ...]
     parts: tuple[Range, ...]
-
-    @property
-    def rows(self) -> int:
-        return sum(b - a for a, b in self.parts)
+    rows: int
 
 
 def blocks(steps: Iterable[Step], rank: int, world_size: int, most_rows: int) -> Iterator[Block]:
     """Steps in blocks of one epoch and ``most_rows`` rows of this rank at most, but a step at least."""
-    held: list[tuple[Step, Range]] = []
+    held: list[Step] = []
+    parts: list[Range] = []
     rows = 0
     for step in steps:
         part = step.of_rank(rank, world_size)
         full = rows + part[1] - part[0] > most_rows
-        if held and (full or step.epoch != held[0][0].epoch):
-            yield Block(*zip(*held, strict=True))
-            held, rows = [], 0
-        held.append((step, part))
+        if held and (full or step.epoch != held[0].epoch):
+            yield Block(tuple(held), tuple(parts), rows)
+            held, parts, rows = [], [], 0
+        held.append(step)
+        parts.append(part)
         rows += part[1] - part[0]
     if held:
-        yield Block(*zip(*held, strict=True))
+        yield Block(tuple(held), tuple(parts), rows)
 
 
 class Reading:
