@@ -14,6 +14,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,7 @@ from actshuffle.reading import DIRECT_BYTES, PAGE, Extent, read_full, set_direct
 from actshuffle.units import format_bytes
 
 _PARTIAL = ".actshuffle-partial"
+DELETIONS = 8  # at once
 
 
 class Writer(Protocol):
@@ -168,6 +170,7 @@ class LocalObjects:
                     if prefix and path.is_symlink():
                         path.unlink()
                     elif path.is_dir():
+                        _unlink_below(path)
                         shutil.rmtree(path)
                     return
                 except OSError as err:
@@ -189,6 +192,20 @@ class LocalObjects:
     def free_bytes(self) -> int | None:
         existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         return shutil.disk_usage(existing).free
+
+
+def _unlink_below(top: Path) -> None:
+    """Remove all files, many at once: each waits for its space to be freed, or for a file server."""
+    with ThreadPoolExecutor(DELETIONS, thread_name_prefix="actshuffle-delete") as pool:
+        for folder, _, names in os.walk(top):
+            shares = [names[i::DELETIONS] for i in range(min(DELETIONS, len(names)))]
+            for done in [pool.submit(_unlink, Path(folder), share) for share in shares]:
+                done.result()
+
+
+def _unlink(folder: Path, names: list[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _open_file(path: str | Path, flags: int = 0) -> int:

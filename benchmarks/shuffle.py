@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,11 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         cases.setdefault(case, []).append(one)
     rows = []
     for case, ours in cases.items():
+        widest = cases[max((c for c in cases if replace(c, row_bytes=case.row_bytes) == case),
+                           key=lambda c: c.row_bytes)]  # fmt: skip
         rows.append(asdict(case) | {
+            "of_widest": spread([w["seconds"] / one["seconds"] * one["bytes"] / w["bytes"]
+                                 for w, one in zip(widest, ours, strict=False)]),
             "rate": spread([one["bytes"] / one["seconds"] / 1e9 for one in ours]),
             "copy_rate": spread([one["bytes"] / s / 1e9 for one in ours for s in one["copies"]]),
             "of_copy": spread([one["of_copy"] for one in ours]),
@@ -164,15 +168,16 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
         f"At most {format_bytes(memory)} a worker; median (range) over interleaved rounds. *of copy*: "
         "the rate of a copy by our own copier with as many processes, over that of the shuffle, the "
         "other way up: 0.50 is half as fast as copying. *of floor*: the same against one copy per "
-        "level, which no shuffle that reads and writes everything at each level can beat. Workers are "
-        "running when the clock starts. *leaves* is the number of pieces sorted in memory.",
+        "level, which no shuffle that reads and writes everything at each level can beat. *of widest*: its "
+        "rate over that of the widest rows in the same round. Workers are running when the clock starts. "
+        "*leaves* is the number of pieces sorted in memory.",
         "",
         *table(
             ("mode", "data", "row", "workers", "levels", "leaves", "GB/s", "copy GB/s", "of copy",
-             "of floor", "CPU s/GB"),
+             "of floor", "of widest", "CPU s/GB"),
             ((r["mode"], format_bytes(r["size"]), f"{r['row_bytes']} B", r["workers"] or "serial",
               r["levels"], r["leaves"], ranged(r["rate"]), ranged(r["copy_rate"]), ranged(r["of_copy"]),
-              ranged(r["of_floor"]), ranged(r["cpu_per_gb"]))
+              ranged(r["of_floor"]), ranged(r["of_widest"]), ranged(r["cpu_per_gb"]))
              for r in rows),
         ),
         "",
