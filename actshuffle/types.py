@@ -23,6 +23,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -296,7 +297,7 @@ class Job:
             document[place] = public_url(document[place]["url"])
         return document
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Digest of everything that decides what tasks read and write; receipts carry it."""
         document = self.to_json()

@@ -30,7 +30,11 @@ class Optimizer:
         c = model.config
         self.model = model
         self.adam = torch.optim.Adam(
-            list(model.params.values()), lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True
+            list(model.params.values()),
+            lr=c.lr,
+            betas=(float(c.beta1), float(c.beta2)),
+            eps=c.eps,
+            fused=True,
         )
 
     def apply(self, grads: dict[str, Tensor], lr: float) -> dict[str, float]:

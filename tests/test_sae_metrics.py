@@ -108,10 +108,11 @@ def test_decoder_cosines() -> None:
         assert found["decoder_norm"] == pytest.approx(1.0)
 
 
-def test_gradient_and_update_norms() -> None:
+@pytest.mark.parametrize("beta1", [0.9, 0])
+def test_gradient_and_update_norms(beta1: float) -> None:
     with one_rank() as mesh:
         rows = torch.randn(64, 16)
-        model = small_model("relu", mesh, rows, clip=0.0, eps=1e-8)
+        model = small_model("relu", mesh, rows, clip=0.0, eps=1e-8, beta1=beta1)
         optimizer = Optimizer(model)
         for _ in range(3):
             before = {n: p.clone() for n, p in model.params.items()}
