@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +21,15 @@ from typing import Protocol
 
 import numpy as np
 
-from actshuffle.errors import SourceError, StorageError, StorageFullError
-from actshuffle.reading import DIRECT_BYTES, PAGE, Extent, read_full, set_direct
+from actshuffle.errors import ActshuffleError, SourceError, StorageError, StorageFullError
+from actshuffle.reading import DIRECT_BYTES, PAGE, Extent, OpenFile, read_full, set_direct
 from actshuffle.units import format_bytes
 
 _PARTIAL = ".actshuffle-partial"
 DELETIONS = 8  # at once
+OPEN_AHEAD = (
+    4  # files of one read to come; of all that are prepared, far fewer than a process may have
+)
 
 
 class Writer(Protocol):
@@ -117,13 +120,36 @@ class LocalObjects:
 
     def read(self, extents: Sequence[Extent]) -> None:
         for key, group in itertools.groupby(extents, key=lambda e: e.key):
-            with typed(self.root, key):
-                fd = self._open(key)
-                try:
-                    for extent in group:
-                        read_full(fd, extent)
-                finally:
-                    os.close(fd)
+            self._read(key, group, None)
+
+    def reading(self, extents: Sequence[Extent]) -> Callable[[], None]:
+        """`read` as a call for later, with the first files open already."""
+        groups = ((key, [*group]) for key, group in itertools.groupby(extents, key=lambda e: e.key))
+        ready = [
+            (key, group, self._ahead(key) if number < OPEN_AHEAD else None)
+            for number, (key, group) in enumerate(groups)
+        ]
+
+        def read() -> None:
+            for key, group, file in ready:
+                self._read(key, group, file)
+
+        return read
+
+    def _ahead(self, key: str) -> OpenFile | None:
+        try:
+            return OpenFile(self._open(key))
+        except (OSError, ActshuffleError):  # which is told when it is read
+            return None
+
+    def _read(self, key: str, extents: Iterable[Extent], file: OpenFile | None) -> None:
+        with typed(self.root, key):
+            file = file or OpenFile(self._open(key))
+            try:
+                for extent in extents:
+                    read_full(file.fd, extent)
+            finally:
+                file.close()
 
     def size(self, key: str) -> int | None:
         with typed(self.root, key):

@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -39,6 +39,7 @@ class Objects(Protocol):
     def put(self, key: str, data: bytes | memoryview) -> None: ...
     def writer(self, key: str, size: int) -> Any: ...
     def read(self, extents: Sequence[Extent]) -> None: ...
+    def reading(self, extents: Sequence[Extent]) -> Callable[[], None]: ...
     def size(self, key: str) -> int | None: ...
     def list(self, prefix: str) -> Iterator[str]: ...
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]: ...
@@ -138,6 +139,10 @@ class StoreObjects:
         writer = _MemoryWriter(size)
         yield writer
         self.put(key, memoryview(writer.data))
+
+    def reading(self, extents: Sequence[Extent]) -> Callable[[], None]:
+        """`read` as a call for later; there is nothing to prepare."""
+        return partial(self.read, extents)
 
     def read(self, extents: Sequence[Extent]) -> None:
         async def all_of_them() -> None:

@@ -36,6 +36,20 @@ class Extent(NamedTuple):
     once: bool = False
 
 
+class OpenFile:
+    """A file's descriptor; closed at the latest when nobody refers to it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
+
+
 def read_full(fd: int, extent: Extent) -> None:
     """Read all of an extent, or raise OSError."""
     views, offset = [v for v in extent.views if len(v)], extent.offset

@@ -42,6 +42,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
@@ -294,6 +295,9 @@ class _Faulty:
             )
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"\xa5" * (size // 2))
+
+    def reading(self, extents: Sequence[Extent]) -> Callable[[], None]:
+        return partial(self.read, extents)
 
     def read(self, extents: Sequence[Extent]) -> None:
         def stale() -> None:

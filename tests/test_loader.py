@@ -166,13 +166,13 @@ def test_a_block_reads_each_unit_once(
     store: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
 ) -> None:
     reads: list[list[Any]] = []
-    real = Dataset.read_ranges
+    real = Dataset.reading
 
-    def noted(self: Dataset, name: str, ranges: Any, out: Any) -> None:
+    def noted(self: Dataset, name: str, ranges: Any, out: Any) -> Any:
         reads.append(list(ranges))
-        real(self, name, ranges, out)
+        return real(self, name, ranges, out)
 
-    monkeypatch.setattr(Dataset, "read_ranges", noted)
+    monkeypatch.setattr(Dataset, "reading", noted)
     loader = Loader(store, 10, fields=["data"])  # 101 steps, all in one block
     loader.seek(epoch)
     assert sum(len(b["data"]) for b in loader) == 1003

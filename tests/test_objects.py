@@ -100,6 +100,44 @@ def test_writer_that_fails_leaves_what_was_there(objects):
     assert list(objects.list("")) == ["k"]
 
 
+def test_reading_is_a_read_for_later(objects):
+    for key in "abcdefg":
+        objects.put(key, key.encode() * 4)
+    into = bytearray(14)
+    at = memoryview(into)
+    call = objects.reading([Extent(k, 1, [at[2 * i : 2 * i + 2]]) for i, k in enumerate("abcdefg")])
+    assert into == bytes(14)
+    call()
+    assert into == b"aabbccddeeffgg"
+
+
+def test_what_is_read_later_is_open_already_and_is_closed_in_any_case(tmp_path):
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    objects, before = LocalObjects(tmp_path), open_files()
+    for key in ("a", "b"):
+        objects.put(key, b"1234")
+    into = bytearray(8)
+    at = memoryview(into)
+    call = objects.reading([Extent("a", 0, [at[:4]]), Extent("b", 0, [at[4:]])])
+    forgotten = objects.reading([Extent("a", 0, [at[:4]])])
+    assert open_files() == before + 3
+    objects.delete("a")  # too late: it is open
+    call()
+    assert into == b"12341234"
+    del call, forgotten
+    assert open_files() == before
+
+
+def test_what_is_missing_is_told_when_it_is_read(objects):
+    objects.put("a", b"1234")
+    into = memoryview(bytearray(8))
+    call = objects.reading([Extent("a", 0, [into[:4]]), Extent("nothing", 0, [into[4:]])])
+    with pytest.raises((StorageError, FileNotFoundError)):
+        call()
+
+
 def test_read_scatters_ranges_into_views(objects):
     data = np.arange(200, dtype=np.uint8)
     objects.put("a", data.tobytes())

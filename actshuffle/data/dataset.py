@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -154,16 +154,20 @@ class Dataset:
         if out is None:
             out = np.empty((rows, *info.row_shape), info.dtype)
         flat = self._flat(info, rows, out)
-        self._read_into(name, [(start, stop)], flat)
+        self._reading(name, [(start, stop)], flat)()
         return flat.view(info.dtype).reshape(rows, *info.row_shape)
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]], out: U8) -> None:
         """Row ranges of a field one after the other into ``out``, uint8 ``(rows in all, row_bytes)``."""
+        self.reading(name, ranges, out)()
+
+    def reading(self, name: str, ranges: Sequence[tuple[int, int]], out: U8) -> Callable[[], None]:
+        """`read_ranges` as a call for later, once, by any thread: files are found, and the first open, by now."""
         for start, stop in ranges:
             if not 0 <= start <= stop <= self.rows:
                 raise RequestError(f"rows {start:,} to {stop:,} of {self.rows:,} in {self.path}")
-        info = self._info(name)
-        self._read_into(name, ranges, self._flat(info, sum(b - a for a, b in ranges), out))
+        flat = self._flat(self._info(name), sum(b - a for a, b in ranges), out)
+        return self._reading(name, ranges, flat)
 
     def take(self, name: str, rows: Iterable[int] | NDArray[Any]) -> NDArray[Any]:
         """Any rows of a field, in the order given; neighbours are read together, nothing else is."""
@@ -176,7 +180,7 @@ class Dataset:
         cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
         ranges = [(int(r[0]), int(r[-1]) + 1) for r in np.split(wanted, cuts) if len(r)]
         out = np.empty((len(wanted), *info.row_shape), info.dtype)
-        self._read_into(name, ranges, self._flat(info, len(wanted), out))
+        self._reading(name, ranges, self._flat(info, len(wanted), out))()
         return out[back]
 
     def _info(self, name: str) -> FieldInfo:
@@ -197,11 +201,13 @@ class Dataset:
             )
         return out.reshape(-1).view(np.uint8)
 
-    def _read_into(self, name: str, ranges: Sequence[tuple[int, int]], flat: U8) -> None:
+    def _reading(
+        self, name: str, ranges: Sequence[tuple[int, int]], flat: U8
+    ) -> Callable[[], None]:
         if self._held is None or self._held.process != os.getpid():
             self._held = Reader(self.root, self._root_rows)
         moved = [(a + self.start, b + self.start) for a, b in ranges if b > a]
-        self._held.read(self._stored[name], moved, flat)
+        return self._held.reading(self._stored[name], moved, flat)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_held": None}

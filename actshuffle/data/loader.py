@@ -209,12 +209,11 @@ class Loader:
         way: Reading | Buffering
         if self.order.buffer_rows:
             way = Buffering(self.layout, self.order, lend, self.threads)
-            work = map(way.plan, work)
         else:
             way = Reading(self.layout, self.order, lend)
         pool = ThreadPoolExecutor(self.threads, "actshuffle-load")
         try:
-            for block, loan in in_order(pool, way.fill, work, depth, self._waited):
+            for block, loan in in_order(pool, way.fill, map(way.plan, work), depth, self._waited):
                 way.reached(block)
                 yield block, loan
                 del block, loan  # while the next is waited for, this memory can be filled again

@@ -23,6 +23,7 @@ from actshuffle.data.epochs import Order, Range, Step, joined
 from actshuffle.digest import U8
 
 T = TypeVar("T")
+Read = Callable[[], None]
 PIECE_BYTES = 8 << 20  # of a window, read by one thread at a time
 
 
@@ -94,12 +95,21 @@ class Reading:
     def __init__(self, layout: Layout, order: Order, lend: Callable[[int], Loan]) -> None:
         self._layout, self._order, self._lend = layout, order, lend
 
-    def fill(self, block: Block) -> tuple[Block, Loan]:
+    def plan(self, block: Block) -> tuple[Block, Loan, list[Read]]:
+        """Called in order, as blocks are handed out to threads, to which only reading is left.
+
+        Each pass through the interpreter there is slow, since what was read has driven it out of the cache.
+        """
         loan = self._lend(self._layout.nbytes(block.rows))
         epoch = block.steps[0].epoch
         spans = joined(block.parts)  # of all ranks one, else one a step
         found = (rows for a, b in spans for rows in self._order.ranges(epoch, a, b))
-        _read(self._layout, joined(found), loan.memory, block.rows, 0)
+        return block, loan, _reads(self._layout, joined(found), loan.memory, block.rows, 0)
+
+    def fill(self, planned: tuple[Block, Loan, list[Read]]) -> tuple[Block, Loan]:
+        block, loan, reads = planned
+        for read in reads:
+            read()
         return block, loan
 
     def reached(self, block: Block) -> None:
@@ -186,7 +196,8 @@ class _Window:
         ]
 
     def _piece(self, ranges: list[Range], at: int) -> None:
-        _read(self._layout, ranges, self._memory, self._rows, at)
+        for read in _reads(self._layout, ranges, self._memory, self._rows, at):
+            read()
 
     def gather(self, start: int, stop: int, memory: U8, rows: int, at: int) -> None:
         """The shuffled rows ``[start, stop)`` of the window, to row ``at`` of a block of ``rows``."""
@@ -201,11 +212,13 @@ class _Window:
             np.take(source, places, axis=0, out=goal, mode="clip")
 
 
-def _read(layout: Layout, ranges: list[Range], memory: U8, rows: int, at: int) -> None:
-    """Row ranges of every column, to row ``at`` and on of a block of ``rows``."""
+def _reads(layout: Layout, ranges: list[Range], memory: U8, rows: int, at: int) -> list[Read]:
+    """Calls that read row ranges of every column, to row ``at`` and on of a block of ``rows``."""
     size = sum(b - a for a, b in ranges)
-    for column, first, last in layout.spans(rows, at, at + size):
-        column.dataset.read_ranges(column.field, ranges, memory[first:last])
+    return [
+        column.dataset.reading(column.field, ranges, memory[first:last])
+        for column, first, last in layout.spans(rows, at, at + size)
+    ]
 
 
 def in_order(
@@ -224,6 +237,7 @@ def in_order(
     try:
         for item in items:
             pending.append(pool.submit(fn, item))
+            del item  # nor is what it refers to, once the call is done
             if len(pending) >= depth:
                 yield next_one()
         while pending:

@@ -43,14 +43,21 @@ class Reader:
         self._source = Source(place)
         self._pieces = _Pieces()
 
-    def read(self, stored: Field, ranges: Sequence[tuple[int, int]], flat: U8) -> None:
-        """Row ranges one after the other into ``flat``, uint8 of exactly their bytes."""
+    def reading(
+        self, stored: Field, ranges: Sequence[tuple[int, int]], flat: U8
+    ) -> Callable[[], None]:
+        """A call that reads row ranges one after the other into ``flat``, uint8 of exactly their bytes.
+
+        What can be done before is done here, so that a thread that reads does little else.
+        """
         view, at, extents = memoryview(flat.data), 0, []
+        calls: list[Callable[[], None]] = []
         step, width = stored.source_chunk_rows, stored.row_bytes
         for start, stop in ranges:
             size = (stop - start) * width
             if not stored.source_key:
-                self._decode(stored, start, stop, flat[at : at + size].reshape(-1, width))
+                out = flat[at : at + size].reshape(-1, width)
+                calls.append(partial(self._decode, stored, start, stop, out))
                 at += size
                 continue
             for number in range(start // step, -(-stop // step)):
@@ -61,12 +68,18 @@ class Reader:
                 )
                 at += size
         if extents:
+            calls.append(self._source.objects.reading(extents))
+
+        def read() -> None:
             try:
-                self._source.objects.read(extents)
+                for call in calls:
+                    call()
             except StorageError as err:
                 if isinstance(err.__cause__, FileNotFoundError):
                     raise MissingChunkError(f"a chunk is missing: {err}") from err
                 raise
+
+        return read
 
     def _decode(self, stored: Field, start: int, stop: int, out: U8) -> None:
         """Whole pieces straight into ``out``; of cut ones the rows that are wanted."""
