@@ -95,18 +95,18 @@ def test_reads_and_writes_the_old_data_once(
     shape = {"block_bytes": 2_000_000, "chunk_rows": 1000}
     shuffle(tmp_path / "old.zarr", tmp_path / "dst.zarr", seed=5, fsync=False, **shape)
     read, written = Counter[str](), Counter[str]()
-    was_read, was_written = LocalObjects.read, LocalObjects.writer
+    was_read, was_written = LocalObjects._read, LocalObjects.writer
 
-    def counting_read(self: LocalObjects, extents: Any) -> None:
+    def counting_read(self: LocalObjects, key: str, extents: Any, file: Any) -> None:
         extents = list(extents)
         read[self.root.name] += sum(len(v) for e in extents for v in e.views)
-        was_read(self, extents)
+        was_read(self, key, extents, file)
 
     def counting_write(self: LocalObjects, key: str, size: int) -> Any:
         written[self.root.name] += size
         return was_written(self, key, size)
 
-    monkeypatch.setattr(LocalObjects, "read", counting_read)
+    monkeypatch.setattr(LocalObjects, "_read", counting_read)
     monkeypatch.setattr(LocalObjects, "writer", counting_write)
     append(
         tmp_path / "dst.zarr", tmp_path / "new.zarr", tmp_path / "grown.zarr", fsync=False, **shape
