@@ -11,7 +11,9 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ from actshuffle.errors import ActshuffleError, FormatError, RequestError, Source
 from actshuffle.guard import View, coding_of
 from actshuffle.keys import U64
 from actshuffle.objects import Objects, open_objects, wait
-from actshuffle.reading import Extent
+from actshuffle.reading import Extent, by_two
 from actshuffle.types import Field, Job, Place
 
 data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed
@@ -279,18 +281,31 @@ class Source:
             self._elsewhere.read(field.name, start, out)
             yield 0, len(out)
             return
+        if field.source_key:
+            yield from self._raw_parts(field, start, out)
+            return
         stop, step = start + len(out), field.read_rows
         for part in range(start // step, -(-stop // step)):
             a, b = max(start, part * step), min(stop, (part + 1) * step)
-            into = out[a - start : b - start]
-            if field.source_key:
-                number = a // field.source_chunk_rows
-                offset = (a - number * field.source_chunk_rows) * field.row_bytes
-                key = field.source_key.format(number)
-                self.objects.read([Extent(key, offset, [into.data.cast("B")], once=True)])
-            else:
-                into[:] = self._decode(field, a, b)
+            out[a - start : b - start] = self._decode(field, a, b)
             yield a - start, b - start
+
+    def _raw_parts(self, field: Field, start: int, out: U8) -> Iterator[tuple[int, int]]:
+        """Two chunks at a time, straight from their files."""
+        stop, step = start + len(out), field.source_chunk_rows
+        edges = [start, *range((start // step + 1) * step, stop, step), stop]
+        parts = list(pairwise(edges)) if len(out) else []
+        with ThreadPoolExecutor(1, thread_name_prefix="actshuffle-read") as beside:
+            for two in (parts[at : at + 2] for at in range(0, len(parts), 2)):
+                extents = [
+                    Extent(
+                        field.source_key.format(a // step), a % step * field.row_bytes,
+                        [out[a - start : b - start].data.cast("B")], once=True,
+                    )
+                    for a, b in two
+                ]  # fmt: skip
+                by_two(self.objects.read, extents, beside)
+                yield two[0][0] - start, two[-1][1] - start
 
     def numbers(self, start: int, stop: int) -> U64:
         """What rows ``[start, stop)`` are called in ``source_row``."""

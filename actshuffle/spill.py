@@ -30,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -43,7 +44,7 @@ from actshuffle.files import Writer
 from actshuffle.keys import I64, U64
 from actshuffle.memory import REQUESTS
 from actshuffle.objects import Objects, open_objects
-from actshuffle.reading import Extent
+from actshuffle.reading import Extent, by_two
 from actshuffle.tier import memory_objects
 from actshuffle.types import Job
 
@@ -186,25 +187,27 @@ class Spill:
         step = REQUESTS if self.job.plan.model.remote else PIECE
         at = there = 0  # rows asked for, rows read
         extents: tuple[list[Extent], list[Extent]] = ([], [])  # on disk, in memory
-        for number in range(int(np.searchsorted(ends, start, side="right")), len(runs)):
-            offset, rows = int(runs[number, 0]), int(runs[number, 1])
-            begins = int(ends[number]) - rows
-            if begins >= stop:
-                break
-            if rows:
-                a, b = max(start - begins, 0), min(stop - begins, rows)
-                key = self.block_key(first_block + number)
-                kept = self.home(first_block + number) is not self.objects
-                extents[kept].extend(_extents(key, offset, rows, a, b, columns.parts(), at))
-                at += b - a
-            if (at - there) * self.row_bytes >= step or at == len(columns.hi):
-                self._fetch(extents)
-                if ready is not None:
-                    ready(there, at)
-                there = at
+        with ThreadPoolExecutor(1, thread_name_prefix="actshuffle-read") as beside:
+            for number in range(int(np.searchsorted(ends, start, side="right")), len(runs)):
+                offset, rows = int(runs[number, 0]), int(runs[number, 1])
+                begins = int(ends[number]) - rows
+                if begins >= stop:
+                    break
+                if rows:
+                    a, b = max(start - begins, 0), min(stop - begins, rows)
+                    key = self.block_key(first_block + number)
+                    kept = self.home(first_block + number) is not self.objects
+                    extents[kept].extend(_extents(key, offset, rows, a, b, columns.parts(), at))
+                    at += b - a
+                enough = (at - there) * self.row_bytes >= step and len(extents[False]) != 1
+                if enough or at == len(columns.hi):
+                    self._fetch(extents, beside)
+                    if ready is not None:
+                        ready(there, at)
+                    there = at
 
-    def _fetch(self, extents: tuple[list[Extent], list[Extent]]) -> None:
-        self.objects.read(extents[False])
+    def _fetch(self, extents: tuple[list[Extent], list[Extent]], beside: Executor) -> None:
+        by_two(self.objects.read, extents[False], beside)
         if self._memory is not None:
             self._memory.read(extents[True])
         for done in extents:

@@ -31,6 +31,7 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
     ("read", arrays.Source, "_decode"),
     ("read", files.LocalObjects, "read"),
     ("read", spill.Spill, "read"),
+    ("read", arrays, "by_two"),
     ("key", keys.Keys, "hi"),
     ("key", keys.Keys, "hi_at"),
     ("partition", tasks, "bucket_of"),
@@ -166,6 +167,7 @@ def timed_task(job: Job, task: Task) -> tuple[tasks.Done, Trace]:
 def _timers() -> Iterator[defaultdict[str, float]]:
     """Timers around the engine's functions, for one task that has the process to itself."""
     spent: defaultdict[str, float] = defaultdict(float)
+    task_thread = threading.get_ident()
     before = [(owner, name, getattr(owner, name)) for _, owner, name in PROBES]
     submit = buffers.Behind.submit
 
@@ -174,7 +176,7 @@ def _timers() -> Iterator[defaultdict[str, float]]:
 
     try:
         for phase, owner, name in PROBES:
-            setattr(owner, name, _timer(spent, phase, getattr(owner, name)))
+            setattr(owner, name, _timer(spent, phase, getattr(owner, name), task_thread))
         buffers.Behind.submit = submit_timed  # type: ignore[method-assign]
         yield spent
     finally:
@@ -184,14 +186,13 @@ def _timers() -> Iterator[defaultdict[str, float]]:
 
 
 def _beside(spent: defaultdict[str, float], call: Callable[..., None]) -> Callable[..., None]:
-    """A call on the other thread: timers inside it would count what the task does not wait for."""
+    """A call on the thread beside the task."""
 
     def run(*args: Any) -> None:
-        started, _here.beside = time.perf_counter(), True
+        started = time.perf_counter()
         try:
             call(*args)
         finally:
-            _here.beside = False
             with _lock:
                 spent["behind"] += time.perf_counter() - started
 
@@ -199,11 +200,13 @@ def _beside(spent: defaultdict[str, float], call: Callable[..., None]) -> Callab
 
 
 def _timer(
-    spent: defaultdict[str, float], phase: str, function: Callable[..., Any]
+    spent: defaultdict[str, float], phase: str, function: Callable[..., Any], thread: int
 ) -> Callable[..., Any]:
+    """Times the task's own thread alone: for what others do it waits, or does not."""
+
     @functools.wraps(function)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        if getattr(_here, "beside", False):
+        if threading.get_ident() != thread:
             return function(*args, **kwargs)
         inside: list[float] = _here.__dict__.setdefault("inside", [])  # of each timer under way
         inside.append(0.0)
@@ -215,7 +218,6 @@ def _timer(
             own = seconds - inside.pop()
             if inside:
                 inside[-1] += seconds
-            with _lock:
-                spent[phase] += own
+            spent[phase] += own
 
     return timed

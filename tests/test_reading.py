@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 
 from actshuffle import reading
 from actshuffle.buffers import Arena
-from actshuffle.reading import PAGE, Extent, read_full
+from actshuffle.reading import PAGE, Extent, by_two, read_full
 
 SIZE = 3 * reading.PIECE + 12_345
 
@@ -165,3 +168,32 @@ def test_other_errors_are_not_swallowed(file: Path, monkeypatch: pytest.MonkeyPa
     Calls(monkeypatch, cached=errno.EAGAIN, direct=errno.EIO)
     with pytest.raises(OSError, match="refused"):
         read(file, 0, [SIZE])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+@pytest.mark.parametrize("each", [10, reading.DIRECT_BYTES])
+def test_two_threads_read_what_is_large(count: int, each: int) -> None:
+    seen: dict[str, int] = {}
+
+    def read(extents: Sequence[Extent]) -> None:
+        for extent in extents:
+            assert extent.key not in seen
+            seen[extent.key] = threading.get_ident()
+
+    extents = [Extent(str(i), 0, [memoryview(bytes(each))]) for i in range(count)]
+    with ThreadPoolExecutor(1) as beside:
+        by_two(read, extents, beside)
+    assert set(seen) == {str(i) for i in range(count)}
+    large = count > 1 and each == reading.DIRECT_BYTES
+    assert len(set(seen.values())) == (2 if large else min(count, 1))
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_error_of_either_thread_is_told(bad: int) -> None:
+    def read(extents: Sequence[Extent]) -> None:
+        if any(e.key == str(bad) for e in extents):
+            raise OSError(errno.EIO, "broken")
+
+    extents = [Extent(str(i), 0, [memoryview(bytes(reading.DIRECT_BYTES))]) for i in range(2)]
+    with ThreadPoolExecutor(1) as beside, pytest.raises(OSError, match="broken"):
+        by_two(read, extents, beside)
