@@ -11,7 +11,6 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -33,7 +32,7 @@ from actshuffle.errors import ActshuffleError, FormatError, RequestError, Source
 from actshuffle.guard import View, coding_of
 from actshuffle.keys import U64
 from actshuffle.objects import Objects, open_objects, wait
-from actshuffle.reading import Extent, by_two
+from actshuffle.reading import Extent, two_readers
 from actshuffle.types import Field, Job, Place
 
 data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed
@@ -295,7 +294,7 @@ class Source:
         stop, step = start + len(out), field.source_chunk_rows
         edges = [start, *range((start // step + 1) * step, stop, step), stop]
         parts = list(pairwise(edges)) if len(out) else []
-        with ThreadPoolExecutor(1, thread_name_prefix="actshuffle-read") as beside:
+        with two_readers(self.objects.read, out.nbytes) as read:
             for two in (parts[at : at + 2] for at in range(0, len(parts), 2)):
                 extents = [
                     Extent(
@@ -304,7 +303,7 @@ class Source:
                     )
                     for a, b in two
                 ]  # fmt: skip
-                by_two(self.objects.read, extents, beside)
+                read(extents)
                 yield two[0][0] - start, two[-1][1] - start
 
     def numbers(self, start: int, stop: int) -> U64:

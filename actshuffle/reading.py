@@ -11,8 +11,10 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +27,9 @@ DIRECT_BYTES = 1 << 20  # smaller reads and writes are not worth it
 PIECE = 2 << 20
 
 
+TWO_FROM = 128 << 20  # a task that reads so much has a second thread that reads
+
+
 class Extent(NamedTuple):
     """Read ``sum(len(v) for v in views)`` bytes at ``offset`` of object ``key``, scattered into views.
 
@@ -35,6 +40,9 @@ class Extent(NamedTuple):
     offset: int
     views: Sequence[memoryview]
     once: bool = False
+
+
+Read = Callable[[Sequence[Extent]], None]
 
 
 class OpenFile:
@@ -65,13 +73,20 @@ def read_full(fd: int, extent: Extent) -> None:
         offset += _advance(views, _some(os.preadv(fd, views[:1024], offset), offset))
 
 
-def by_two(
-    read: Callable[[Sequence[Extent]], None], extents: Sequence[Extent], beside: Executor
-) -> None:
-    """Read extents, if they are large half of them on another thread: disks do more with two requests."""
-    if len(extents) < 2 or sum(len(v) for e in extents for v in e.views) < 2 * DIRECT_BYTES:
-        read(extents)
+@contextmanager
+def two_readers(read: Read, nbytes: int) -> Iterator[Read]:
+    """`read`, by two threads if ``nbytes`` in all are much: a disk does more with two requests at a time.
+
+    The other thread has its own piece of memory, which is little beside what is read then.
+    """
+    if nbytes < TWO_FROM:
+        yield read
         return
+    with ThreadPoolExecutor(1, thread_name_prefix="actshuffle-read") as beside:
+        yield partial(_by_two, read, beside)
+
+
+def _by_two(read: Read, beside: Executor, extents: Sequence[Extent]) -> None:
     half = len(extents) // 2
     other = beside.submit(read, extents[half:])
     read(extents[:half])

@@ -30,7 +30,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -44,7 +43,7 @@ from actshuffle.files import Writer
 from actshuffle.keys import I64, U64
 from actshuffle.memory import REQUESTS
 from actshuffle.objects import Objects, open_objects
-from actshuffle.reading import Extent, by_two
+from actshuffle.reading import Extent, Read, two_readers
 from actshuffle.tier import memory_objects
 from actshuffle.types import Job
 
@@ -187,7 +186,7 @@ class Spill:
         step = REQUESTS if self.job.plan.model.remote else PIECE
         at = there = 0  # rows asked for, rows read
         extents: tuple[list[Extent], list[Extent]] = ([], [])  # on disk, in memory
-        with ThreadPoolExecutor(1, thread_name_prefix="actshuffle-read") as beside:
+        with two_readers(self.objects.read, len(columns.hi) * self.row_bytes) as read:
             for number in range(int(np.searchsorted(ends, start, side="right")), len(runs)):
                 offset, rows = int(runs[number, 0]), int(runs[number, 1])
                 begins = int(ends[number]) - rows
@@ -201,13 +200,13 @@ class Spill:
                     at += b - a
                 enough = (at - there) * self.row_bytes >= step and len(extents[False]) != 1
                 if enough or at == len(columns.hi):
-                    self._fetch(extents, beside)
+                    self._fetch(extents, read)
                     if ready is not None:
                         ready(there, at)
                     there = at
 
-    def _fetch(self, extents: tuple[list[Extent], list[Extent]], beside: Executor) -> None:
-        by_two(self.objects.read, extents[False], beside)
+    def _fetch(self, extents: tuple[list[Extent], list[Extent]], read: Read) -> None:
+        read(extents[False])
         if self._memory is not None:
             self._memory.read(extents[True])
         for done in extents:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from actshuffle import arrays, buffers, digest, files, keys, manifest, spill, tasks
+from actshuffle import arrays, buffers, digest, files, keys, manifest, reading, spill, tasks
 from actshuffle.executors import Executor
 from actshuffle.types import Job, Task
 
@@ -31,7 +31,7 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
     ("read", arrays.Source, "_decode"),
     ("read", files.LocalObjects, "read"),
     ("read", spill.Spill, "read"),
-    ("read", arrays, "by_two"),
+    ("read", reading, "_by_two"),
     ("key", keys.Keys, "hi"),
     ("key", keys.Keys, "hi_at"),
     ("partition", tasks, "bucket_of"),

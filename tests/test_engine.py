@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections import Counter
 
 import numpy as np
@@ -15,10 +16,11 @@ from scipy import stats
 from zarr.storage import FsspecStore
 
 import actshuffle
-from actshuffle import spill, tasks
+from actshuffle import reading, spill, tasks
 from actshuffle.bfloat16 import BFloat16
 from actshuffle.errors import ConservationError, MissingChunkError, RequestError
 from actshuffle.executors import Serial
+from actshuffle.files import LocalObjects
 from actshuffle.keys import Keys, order
 from helpers import (
     SOURCES,
@@ -270,6 +272,34 @@ def test_rows_are_looked_at_while_others_are_read(source, reference, tmp_path, m
 
 def test_rows_that_were_not_looked_at_stop_the_run(source, tmp_path, monkeypatch):
     looks(monkeypatch, forget=100)
+    with pytest.raises(ConservationError):
+        run(source, tmp_path / "dst", **cut("three"))
+
+
+def readers(monkeypatch, losing=False):
+    """Has every read go by two threads; returns the names of those that read, and can have one lose bytes."""
+    seen, read = set(), LocalObjects._read
+
+    def noted(self, key, extents, file):
+        seen.add(threading.current_thread().name.split("_")[0])
+        if not losing or threading.current_thread() is threading.main_thread():
+            read(self, key, extents, file)
+
+    monkeypatch.setattr(reading, "TWO_FROM", 0)
+    monkeypatch.setattr(LocalObjects, "_read", noted)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["one", "two", "three", "four"])
+def test_two_threads_read(source, reference, tmp_path, monkeypatch, name):
+    seen = readers(monkeypatch)
+    run(source, tmp_path / "dst", **cut(name))
+    assert {"actshuffle-read", "MainThread"} <= seen
+    assert_same_bytes(tmp_path / "dst", reference)
+
+
+def test_what_the_second_thread_did_not_read_stops_the_run(source, tmp_path, monkeypatch):
+    readers(monkeypatch, losing=True)
     with pytest.raises(ConservationError):
         run(source, tmp_path / "dst", **cut("three"))
 

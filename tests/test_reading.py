@@ -7,7 +7,6 @@ import os
 import random
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pytest
 
 from actshuffle import reading
 from actshuffle.buffers import Arena
-from actshuffle.reading import PAGE, Extent, by_two, read_full
+from actshuffle.reading import PAGE, Extent, read_full, two_readers
 
 SIZE = 3 * reading.PIECE + 12_345
 
@@ -171,8 +170,8 @@ def test_other_errors_are_not_swallowed(file: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-@pytest.mark.parametrize("each", [10, reading.DIRECT_BYTES])
-def test_two_threads_read_what_is_large(count: int, each: int) -> None:
+@pytest.mark.parametrize("nbytes", [10, reading.TWO_FROM])
+def test_two_threads_read_what_is_much(count: int, nbytes: int) -> None:
     seen: dict[str, int] = {}
 
     def read(extents: Sequence[Extent]) -> None:
@@ -180,12 +179,11 @@ def test_two_threads_read_what_is_large(count: int, each: int) -> None:
             assert extent.key not in seen
             seen[extent.key] = threading.get_ident()
 
-    extents = [Extent(str(i), 0, [memoryview(bytes(each))]) for i in range(count)]
-    with ThreadPoolExecutor(1) as beside:
-        by_two(read, extents, beside)
+    with two_readers(read, nbytes) as both:
+        both([Extent(str(i), 0, [memoryview(bytes(1))]) for i in range(count)])
     assert set(seen) == {str(i) for i in range(count)}
-    large = count > 1 and each == reading.DIRECT_BYTES
-    assert len(set(seen.values())) == (2 if large else min(count, 1))
+    much = count > 1 and nbytes == reading.TWO_FROM
+    assert len(set(seen.values())) == (2 if much else min(count, 1))
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -194,6 +192,6 @@ def test_an_error_of_either_thread_is_told(bad: int) -> None:
         if any(e.key == str(bad) for e in extents):
             raise OSError(errno.EIO, "broken")
 
-    extents = [Extent(str(i), 0, [memoryview(bytes(reading.DIRECT_BYTES))]) for i in range(2)]
-    with ThreadPoolExecutor(1) as beside, pytest.raises(OSError, match="broken"):
-        by_two(read, extents, beside)
+    extents = [Extent(str(i), 0, [memoryview(bytes(1))]) for i in range(2)]
+    with pytest.raises(OSError, match="broken"), two_readers(read, reading.TWO_FROM) as both:
+        both(extents)
