@@ -12,9 +12,9 @@ worker's host, the store, the scheduler and the driver can do bounds how fast al
 `limits` gives each of these terms; the largest is what to buy more of.  `simulate` plays the stages out,
 task by task, where the terms meet: waiting for the last task, stragglers, hosts that die.
 
-Sources of the constants: SPLIT_CPU, LEAF_CPU and OVERHEAD are what ``python -m benchmarks calibrate`` found with
-all cores at work, rounded up, DISPATCH what ``scheduler`` did; COUNT_CPU, INDEX_CPU and RECEIPT were timed by
-themselves; those marked "assumed" are not measured.
+Sources of the constants: SPLIT_CPU, LEAF_CPU and OVERHEAD are what ``python -m benchmarks calibrate --mode cached``
+found with all cores at work, rounded up, DISPATCH what ``scheduler`` did; COUNT_CPU, INDEX_CPU and RECEIPT were
+timed by themselves; those marked "assumed" are not measured.
 """
 
 from __future__ import annotations

@@ -25,8 +25,6 @@ PAGE = 4096  # what O_DIRECT wants offsets, lengths and addresses to be multiple
 DIRECT_BYTES = 1 << 20  # smaller reads and writes are not worth it
 # Read past the cache in one go where rows do not lie on pages, and copied from there.
 PIECE = 2 << 20
-
-
 TWO_FROM = 128 << 20  # a task that reads so much has a second thread that reads
 
 

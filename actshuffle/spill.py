@@ -198,6 +198,7 @@ class Spill:
                     kept = self.home(first_block + number) is not self.objects
                     extents[kept].extend(_extents(key, offset, rows, a, b, columns.parts(), at))
                     at += b - a
+                # Not one extent by itself: there may be two readers.
                 enough = (at - there) * self.row_bytes >= step and len(extents[False]) != 1
                 if enough or at == len(columns.hi):
                     self._fetch(extents, read)
