@@ -312,7 +312,7 @@ def peers(folder: Path, rows: list[dict[str, Any]], nbytes: int) -> str:
 
     def colour(row: dict[str, Any]) -> str:
         good = row["exact"] and row["verdict"] == "pass"
-        return (ORANGE if row["peer"] == "actshuffle" else BLUE) if good else GREY
+        return (ORANGE if row["peer"].startswith("actshuffle") else BLUE) if good else GREY
 
     for i, row in enumerate(done):
         _bars(pace, [i], [row["seconds"]], 0.7, colour(row))

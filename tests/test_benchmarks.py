@@ -152,10 +152,12 @@ def test_constants_are_found_again(tmp_path):
 
 
 def test_peers(tmp_path):
-    rows = miniature(tmp_path, "peers", "--only", "actshuffle,numpy,zarr,k-jobs,dask-take")[
-        "summary"
-    ]
-    assert {r["peer"] for r in rows} == {"actshuffle", "numpy", "zarr", "k-jobs", "dask-take"}
+    rows = miniature(
+        tmp_path, "peers", "--only", "actshuffle,actshuffle-memory,numpy,zarr,k-jobs,dask-take"
+    )["summary"]
+    assert {r["peer"] for r in rows} == {
+        "actshuffle", "actshuffle-memory", "numpy", "zarr", "k-jobs", "dask-take",
+    }  # fmt: skip
     for row in rows:
         assert row["outcome"] == "done", row
         assert row["verdict"] == "pass", row

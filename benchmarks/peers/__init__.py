@@ -56,6 +56,10 @@ PEERS: dict[str, Peer] = {
     "actshuffle": Peer(
         "actshuffle", "arrays", "ours", ("actshuffle", "zarr"), True, "order of 128-bit keys",
     ),
+    "actshuffle-memory": Peer(
+        "actshuffle, its spill in memory", "arrays", "ours_in_memory", ("actshuffle", "zarr"), True,
+        "order of 128-bit keys",
+    ),
     "numpy": Peer(
         "numpy, all in memory", "arrays", "in_memory", ("numpy", "zarr"), True, "a permutation",
     ),

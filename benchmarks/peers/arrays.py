@@ -17,11 +17,17 @@ from benchmarks.peers import Work
 K_JOB_BYTES = 256 << 20  # rows that one of the K jobs keeps, where no memory is given
 
 
-def ours(work: Work) -> None:
+def ours(work: Work, spill_memory: int | None = None) -> None:
     import actshuffle
 
     each = None if work.memory is None else work.memory // work.workers
-    actshuffle.shuffle(work.source, work.target, seed=work.seed, workers=work.workers, memory=each)
+    actshuffle.shuffle(work.source, work.target, seed=work.seed, workers=work.workers, memory=each,
+                       spill_memory=spill_memory)  # fmt: skip
+
+
+def ours_in_memory(work: Work) -> None:
+    """As with numpy the rows are in memory, once, beside what the workers use."""
+    ours(work, work.nbytes + work.nbytes // 8)  # keys and row numbers go with them
 
 
 def in_memory(work: Work) -> None:
