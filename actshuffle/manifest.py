@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from actshuffle._version import __version__
 from actshuffle.arrays import OUR_GROUP, get_array, group_metadata, put_array
@@ -36,6 +36,7 @@ from actshuffle.objects import Objects, local_path, open_objects
 from actshuffle.types import Field, Job, Place, Plan, Task
 from actshuffle.types import public_url as public_url
 
+T = TypeVar("T")
 FORMAT = 1  # of everything named above
 RUN_KEY = f"{OUR_GROUP}/run.json"
 MARKER_KEY = f"{OUR_GROUP}/zarr.json"
@@ -70,14 +71,23 @@ def read_receipt(job: Job, task: Task) -> dict[str, Any] | None:
 
 
 def read_receipts(job: Job, tasks: Iterable[Task]) -> Iterator[dict[str, Any] | None]:
-    """The receipts of many tasks, in order; from an object store, which takes its time, many at once."""
-    tasks = iter(tasks)
+    """The receipts of many tasks, in order."""
+    return each(job, read_receipt, tasks)
+
+
+def each(job: Job, look: Callable[[Job, Task], T], tasks: Iterable[Task]) -> Iterator[T]:
+    """``look(job, task)`` for many tasks, in order; in an object store, which takes its time, many at once.
+
+    One at first and more with every step, so that who stops early has not asked for much.
+    """
+    tasks, size = iter(tasks), 1
     if local_path(job.scratch) is not None and local_path(job.destination) is not None:
-        yield from (read_receipt(job, task) for task in tasks)
+        yield from (look(job, task) for task in tasks)
         return
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        while batch := list(islice(tasks, 32 * AT_ONCE)):
-            yield from pool.map(partial(read_receipt, job), batch)
+        while batch := list(islice(tasks, size)):
+            yield from pool.map(partial(look, job), batch)
+            size = min(AT_ONCE * size, 32 * AT_ONCE)
 
 
 def _is_whole(job: Job, task: Task, body: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -93,13 +94,10 @@ def first_level(job: Job) -> int:
 def complete(job: Job, level: int) -> bool:
     """Are all results of a level there?"""
     plan = job.plan
-    index = (
-        [Task("index", level, b) for b in range(plan.buckets(level - 1))]
-        if level < plan.levels
-        else []
-    )
+    parents = plan.buckets(level - 1) if level < plan.levels else 0
+    index = (Task("index", level, parent) for parent in range(parents))
     # Index receipts come last, so an unfinished level is usually told by the first look.
-    return all(is_done(job, task) for task in (*index, *plan.tasks(level)))
+    return all(manifest.each(job, is_done, chain(index, plan.tasks(level))))
 
 
 def count(job: Job, start: int, stop: int, query: bounds.Query) -> NDArray[Any]:

@@ -6,6 +6,7 @@ import itertools
 import math
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from scipy import stats
 from zarr.storage import FsspecStore
 
 import actshuffle
-from actshuffle import reading, spill, tasks
+from actshuffle import manifest, reading, spill, tasks
 from actshuffle.bfloat16 import BFloat16
 from actshuffle.errors import ConservationError, MissingChunkError, RequestError
 from actshuffle.executors import Serial
 from actshuffle.files import LocalObjects
 from actshuffle.keys import Keys, order
+from actshuffle.objects import as_place
+from actshuffle.types import Task
 from helpers import (
     SOURCES,
     STRUCT,
@@ -437,6 +440,27 @@ def test_source_in_an_object_store(tmp_path):
         found = zarr.open(FsspecStore.from_url(dst, read_only=True), mode="r")
         np.testing.assert_array_equal(found["source_row"][:], order(300, 5))
         np.testing.assert_array_equal(rows_of(found["data"][:]), rows_of(data)[order(300, 5)])
+
+
+@pytest.mark.parametrize("place", ["memory://somewhere", "somewhere"])
+def test_tasks_of_a_store_are_looked_at_many_at_once(place):
+    job = SimpleNamespace(scratch=as_place(place), destination=as_place(place))
+    count, seen = manifest.AT_ONCE, []
+    together = threading.Barrier(count, timeout=30 if "://" in place else 0.1)
+
+    def look(_, task):
+        seen.append(task.number)
+        if task.number:
+            together.wait()
+        return task.number
+
+    found = manifest.each(job, look, (Task("leaf", 2, number) for number in range(1 + 2 * count)))
+    assert (next(found), seen) == (0, [0])  # who stops here has asked for one
+    if "://" in place:
+        assert list(found) == list(range(1, 1 + 2 * count))
+    else:  # a disk answers at once, so one by one; which this test sees
+        with pytest.raises(threading.BrokenBarrierError):
+            next(found)
 
 
 def test_source_chunks_left_out_are_refused_or_filled(tmp_path):
