@@ -308,7 +308,7 @@ def concerns(plan: Plan, c: Cluster) -> list[str]:
         found.append(f"boundaries: the driver may hold {format_bytes(waiting)} of counts at once")
     for level in range(1, plan.levels):
         blocks = min(plan.blocks(level), plan.blocks_per_parent(level))
-        held = 3 * 8 * blocks * _fan_out(plan, level)
+        held = 8 * blocks * _fan_out(plan, level)
         if held > plan.memory:
             found.append(
                 f"index {level}: one task holds {format_bytes(held)} of tables, more than --memory"

@@ -172,10 +172,10 @@ def index(job: Job, task: Task) -> int:
         expected = Spill(job, level - 1).sums(parent)
         _check_conserved(job, level, parent, expected, add_up(sums), blocks)
     spill = Spill(job, level)
-    width = np.uint64(plan.model.spill_row_bytes)
-    offsets = (np.cumsum(rows, axis=1) - rows) * width
+    begins = np.zeros(len(blocks), np.uint64)  # of the child's run in each block
     for at, child in enumerate(children):
-        spill.put_tables(child, np.stack([offsets[:, at], rows[:, at]], axis=1), sums[at])
+        spill.put_tables(child, np.stack([begins, rows[:, at]], axis=1), sums[at])
+        begins += rows[:, at] * np.uint64(plan.model.spill_row_bytes)
     manifest.write_receipt(job, task, {"blocks": len(blocks)})
     return 0
 

@@ -1,7 +1,8 @@
 """A command in processes of its own: time, peak memory of all of them, and limits on both.
 
 Memory is what the system could not take back: anonymous and shared pages, each shared page divided
-among those who map it (proportional set size).  File pages that happen to be mapped are kept apart.
+among those who map it (proportional set size), and files in the machine's memory (/dev/shm), mapped or not.
+File pages that happen to be mapped are kept apart.
 All descendants are found by a mark in their environment, daemons that left the family among them.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +20,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 _MARK = "ACTSHUFFLE_BENCHMARK"
 _INTERVAL = 0.1
+MEMORY_FILES = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,18 @@ def run(
     mark = secrets.token_hex(8)
     env = {**os.environ, **(environment or {}), _MARK: mark, "PYTHONPATH": str(ROOT)}
     peak, largest, mapped, outcome = 0, 0, 0, "done"
+    before = _in_memory_files()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.monotonic()
         child = subprocess.Popen(command, stdout=out, stderr=err, env=env, cwd=ROOT)
         try:
             while child.poll() is None:
                 sizes = [_sizes(pid) for pid in marked(mark)]
-                now = sum(held for held, _ in sizes)
+                shared = max(sum(size.shared for size in sizes), _in_memory_files() - before)
+                now = sum(size.own for size in sizes) + shared
                 peak = max(peak, now)
-                largest = max([largest, *(held for held, _ in sizes)])
-                mapped = max(mapped, sum(files for _, files in sizes))
+                largest = max([largest, *(size.own + size.shared for size in sizes)])
+                mapped = max(mapped, sum(size.files for size in sizes))
                 if time.monotonic() - started > seconds:
                     outcome = "out of time"
                 elif memory is not None and now > memory:
@@ -104,21 +109,32 @@ def marked(mark: str) -> list[int]:
 
 def memory_of(pid: int) -> int:
     """Bytes that one process holds; 0 if it is gone."""
-    return _sizes(pid)[0]
+    size = _sizes(pid)
+    return size.own + size.shared
 
 
-def _sizes(pid: int) -> tuple[int, int]:
+class _Sizes(NamedTuple):
+    own: int
+    shared: int
+    files: int
+
+
+def _in_memory_files() -> int:
+    return shutil.disk_usage(MEMORY_FILES).used if MEMORY_FILES.is_dir() else 0
+
+
+def _sizes(pid: int) -> _Sizes:
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
-        return 0, 0
+        return _Sizes(0, 0, 0)
     kilobytes = {
         parts[0]: int(parts[1])
         for parts in (line.split() for line in text.splitlines())
         if parts[0].startswith("Pss_")
     }
-    held = kilobytes.get("Pss_Anon:", 0) + kilobytes.get("Pss_Shmem:", 0)
-    return held * 1024, kilobytes.get("Pss_File:", 0) * 1024
+    kinds = (1024 * kilobytes.get(f"Pss_{kind}:", 0) for kind in ("Anon", "Shmem", "File"))
+    return _Sizes(*kinds)
 
 
 def _end(child: subprocess.Popen[Any], mark: str) -> None:

@@ -209,6 +209,17 @@ def test_measured_memory_and_time():
     assert 0.6 < held.seconds < 20
 
 
+def test_measured_memory_counts_files_in_memory():
+    code = (
+        "import tempfile, time; f = tempfile.TemporaryFile(dir='/dev/shm'); "
+        "f.write(bytes({} << 20)); f.flush(); time.sleep(0.6)"
+    )
+    big, small = (measure.run(measure.python("-c", code.format(size))) for size in (100, 1))
+    assert big.outcome == small.outcome == "done"
+    assert 100 << 20 < big.memory < 230 << 20
+    assert small.memory < 50 << 20  # the control: it is not the rest of the process
+
+
 def test_measured_memory_counts_children_that_leave():
     code = (
         "import subprocess, sys; subprocess.Popen([sys.executable, '-c', "

@@ -109,7 +109,7 @@ def _zarr_order(target: Path) -> NDArray[Any]:
     assert isinstance(node, zarr.Array)
     step = node.chunks[0]
     return np.concatenate(
-        [np.asarray(node[a : a + step])[:, 0] for a in range(0, node.shape[0], step)]
+        [np.asarray(node[a : a + step])[:, 0].copy() for a in range(0, node.shape[0], step)]
     )
 
 
