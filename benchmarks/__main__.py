@@ -208,8 +208,8 @@ def loader(**options: Any) -> None:
 
 
 @main.command()
-@click.option("--known", type=SIZES, default="400MB,1.6GB", help="Sizes to learn from.")
-@click.option("--held-out", type=SIZES, default="1GB,2.4GB", help="Sizes to foretell.")
+@click.option("--known", type=SIZES, default="400MB,1.2GB", help="Sizes to learn from.")
+@click.option("--held-out", type=SIZES, default="800MB,1.6GB", help="Sizes to foretell.")
 @click.option(
     "--memories", type=SIZES, default="96MiB,192MiB", help="Of one worker, to learn from."
 )

@@ -18,6 +18,7 @@ lest the kernel writes back in the midst of a run.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import shutil
 import time
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import actshuffle
 from actshuffle import simulate
@@ -73,7 +75,7 @@ def run(
     bench: Bench, *, known: list[int], held_out: list[int], memories: list[int], held_memory: int,
     workers: list[int], levels: list[int], row_bytes: int, rounds: int, mode: str,
 ) -> None:  # fmt: skip
-    need_space(bench.work, int(4.5 * max(*known, *held_out)))
+    need_space(bench.work, int(sum({*known, *held_out}) + 3.5 * max(*known, *held_out)))
     cases = [Case(size, memory, count, level, True)
              for size in known for memory in memories for count in workers for level in levels]  # fmt: skip
     cases += [Case(size, held_memory, count, level, False)
@@ -85,24 +87,22 @@ def run(
         crews: dict[int, Executor] = {
             n: stack.enter_context(local_cluster(n)) if n else Serial() for n in workers
         }
-        for size in sorted({case.size for case in cases}):
-            source = make_source(bench.work, size, row_bytes, 8 << 20)
-            ours = [case for case in cases if case.size == size]
-            for crew in crews.values():  # buffers are touched, code is loaded
-                _one(crew, source, bench.work / "out", ours[0], mode)
-            for _ in range(rounds):
-                for case in ours:
-                    try:
-                        plans[case], one = _one(
-                            crews[case.workers], source, bench.work / "out", case, mode
-                        )
-                    except InfeasibleError as err:
-                        bench.did(f"{case}: {err}")
-                        continue
-                    found[case].append(one)
-                    bench.did(f"{format_bytes(size)}, {case.workers} workers, {case.levels} levels: "
-                              f"{one['seconds']:.2f} s")  # fmt: skip
-            shutil.rmtree(source)
+        sizes = sorted({case.size for case in cases})
+        sources = {size: make_source(bench.work, size, row_bytes, 8 << 20) for size in sizes}
+        for crew in crews.values():  # buffers are touched, code is loaded
+            _one(crew, sources[sizes[0]], bench.work / "out", cases[0], mode)
+        for _ in range(rounds):  # all sizes in each, since a disk is not the same all the time
+            for case in cases:
+                try:
+                    plans[case], one = _one(
+                        crews[case.workers], sources[case.size], bench.work / "out", case, mode
+                    )
+                except InfeasibleError as err:
+                    bench.did(f"{case}: {err}")
+                    continue
+                found[case].append(one)
+                bench.did(f"{format_bytes(case.size)}, {case.workers} workers, {case.levels} levels: "
+                          f"{one['seconds']:.2f} s")  # fmt: skip
     cases = [case for case in cases if found[case]]
     constants = {
         count: fit(
@@ -148,10 +148,7 @@ def _one(
 
 def _fastest(found: list[dict[str, Any]]) -> dict[str, Any]:
     """What else the machine does can only slow a run down."""
-    return {
-        "seconds": min(one["seconds"] for one in found),
-        "walls": np.min([one["walls"] for one in found], axis=0).tolist(),
-    }
+    return min(found, key=operator.itemgetter("seconds"))
 
 
 def fit(runs: list[tuple[Plan, dict[str, Any]]], workers: int) -> Constants:
@@ -174,14 +171,29 @@ def _amounts(plan: Plan) -> tuple[int, int]:
 
 
 def _solve(equations: list[tuple[list[float], float]]) -> list[float]:
-    """Coefficients, none below 0, that reproduce the right sides."""
-    a = np.array([[x / y for x in left] for left, y in equations])
-    used = list(range(a.shape[1]))
+    """Coefficients, none below 0, that reproduce the right sides, by their relative errors.
+
+    Relative to what is foretold: to what was measured, runs that were slow by chance would weigh less than
+    those that were quick, and all would be foretold too fast.
+    """
+    left, right = np.array([a for a, _ in equations]), np.array([y for _, y in equations])
+    scale = right
+    for _ in range(5):
+        found = _not_negative(left / scale[:, None], right / scale)
+        scale = np.maximum(left @ found, right / 4)  # never 0
+    return found.tolist()
+
+
+def _not_negative(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+    """Least squares, without the coefficients that would come out below 0."""
+    found, used = np.zeros(left.shape[1]), list(range(left.shape[1]))
     while True:
-        found = np.linalg.lstsq(a[:, used], np.ones(len(a)), rcond=None)[0]
+        found[used] = np.linalg.lstsq(left[:, used], right, rcond=None)[0]
         if (found >= 0).all():
-            return [float(found[used.index(i)]) if i in used else 0.0 for i in range(a.shape[1])]
-        del used[int(np.argmin(found * np.abs(a[:, used]).max(axis=0)))]
+            return found
+        worst = used[int(np.argmin(found[used] * np.abs(left[:, used]).max(axis=0)))]
+        found[worst] = 0.0
+        used.remove(worst)
 
 
 def foretell(plan: Plan, constants: Constants, workers: int) -> float:

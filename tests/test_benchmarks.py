@@ -123,6 +123,14 @@ def test_calibrate(tmp_path):
     assert all(r["foretold"] > 0 for r in found["runs"])
 
 
+def test_constants_are_those_of_the_mean_run():
+    """Of two runs that should take as long, not nearer to the quick one, as errors relative to each would have it."""
+    assert calibrate._solve([([1.0], 0.5), ([1.0], 1.5)]) == pytest.approx([1.0])
+    assert (
+        calibrate._solve([([1.0, 1.0], 1.0), ([1.0, 2.0], 0.5)])[1] == 0
+    )  # no byte takes less than no time
+
+
 def test_constants_are_found_again(tmp_path):
     """Times made up from known constants give these back, and foretell a run with them."""
     true = calibrate.Constants(0.01, 2e-9, 3e-9, 0.2, 0.001, 5e-10)
