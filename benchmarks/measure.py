@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from actshuffle.tier import MEMORY_FOLDER
+
 ROOT = Path(__file__).parents[1]
 _MARK = "ACTSHUFFLE_BENCHMARK"
 _INTERVAL = 0.1
-MEMORY_FILES = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class _Sizes(NamedTuple):
 
 
 def _in_memory_files() -> int:
-    return shutil.disk_usage(MEMORY_FILES).used if MEMORY_FILES.is_dir() else 0
+    return shutil.disk_usage(MEMORY_FOLDER).used if MEMORY_FOLDER.is_dir() else 0
 
 
 def _sizes(pid: int) -> _Sizes:

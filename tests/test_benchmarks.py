@@ -217,7 +217,7 @@ def test_measured_memory_and_time():
     assert 0.6 < held.seconds < 20
 
 
-@pytest.mark.skipif(not measure.MEMORY_FILES.is_dir(), reason="no file system in memory")
+@pytest.mark.skipif(not measure.MEMORY_FOLDER.is_dir(), reason="no file system in memory")
 def test_measured_memory_counts_files_in_memory():
     code = (
         "import tempfile, time; f = tempfile.TemporaryFile(dir='/dev/shm'); "

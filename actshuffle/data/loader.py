@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]  # arrays or tensors by name
 # What one thread reads at a time; or one batch, if that is more.  A block costs 0.1 ms to hand over and to
-# find the files of, as long as it takes to copy 1 MB from the page cache: 32 MiB were 2% slower there.
+# find the files of, as long as it takes to copy 1 MB from the page cache.  Of 32 MiB it was 2 to 6% slower there
+# with rows of 4096 float16, and no slower with 384.
 BLOCK_BYTES = 64 << 20
 STATE_FORMAT = 1
 SCORED_ROWS = 1 << 20
