@@ -64,7 +64,7 @@ def start_scheduler(host: Host) -> str:
     note = host.folder / "scheduler.json"
     host.start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
                "--scheduler-file", str(note))  # fmt: skip
-    until(note.exists)
+    until(lambda: note.exists() and note.read_text().endswith("}"))  # Dask writes it in pieces
     return str(json.loads(note.read_text())["address"])
 
 
