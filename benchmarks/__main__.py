@@ -48,7 +48,7 @@ TINY: dict[str, dict[str, Any]] = {
     "costs": {"size": 1 << 20, "row_bytes": 512, "memory": 96 << 20, "rounds": 1},
     "scheduler": {"tasks": 300, "workers": 1},
     "loader": {"size": 1 << 20, "widths": [384], "threads": [1, 2], "modes": ["cached", "disk"],
-               "batch_size": 64, "chunk": 1 << 18, "rounds": 1, "disk_rounds": 1},
+               "batch_sizes": [64], "chunk": 1 << 18, "rounds": 1, "disk_rounds": 1},
     "calibrate": {
         "known": [1 << 20, 1 << 21], "held_out": [3 << 20], "memories": [28 << 20], "rounds": 1,
         "held_memory": 28 << 20, "workers": [0, 1], "levels": [2],
@@ -195,7 +195,7 @@ def scheduler(**options: Any) -> None:
 @click.option("--widths", type=INTS, default="384,4096", help="Values of a row.")
 @click.option("--threads", type=INTS, default=f"1,{cores()}", help="Of the loader and of the read.")
 @click.option("--modes", type=MODES, default="cached,disk", help="Where the data is.")
-@click.option("--batch-size", type=COUNT, default=4096, help="Rows of a batch.")
+@click.option("--batch-sizes", type=INTS, default="1024,4096", help="Rows of a batch.")
 @click.option("--chunk", type=SIZE, default="32MiB", help="Size of the chunk files.")
 @click.option("--rounds", type=COUNT, default=15, help="Times that everything is measured.")
 @click.option("--disk-rounds", type=COUNT, default=5, help="The same, where the data is on disk.")

@@ -4,7 +4,8 @@ The plain read takes the same files, each whole, into a buffer that stays, on th
 (which take the files in turn).  It runs right before each measurement, so that what else the machine
 does weighs on both, and a ratio is that of a neighbouring pair.  "read, small buffer" does so 4 MiB at a
 time, which stays in the processor's cache: the fastest way known, but no batch of any size is ever
-there as a whole.
+there as a whole.  "read, three buffers" fills three in turn, as one must to hand out a file's rows whole
+while the next are read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import cycle, groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,22 @@ def make_store(folder: Path, nbytes: int, width: int, chunk_bytes: int) -> Path:
 class Plain:
     """Reads all files, on some threads, each into its own buffer."""
 
-    def __init__(self, files: list[Path], threads: int, buffer_bytes: int) -> None:
+    def __init__(
+        self, files: list[Path], threads: int, buffer_bytes: int, buffers: int = 1
+    ) -> None:
         self._shares = [files[i::threads] for i in range(threads)]
-        self._buffers = [memoryview(pages(buffer_bytes).data) for _ in range(threads)]
+        self._buffers = [
+            [memoryview(pages(buffer_bytes).data) for _ in range(buffers)] for _ in range(threads)
+        ]
         self._pool = ThreadPoolExecutor(threads)
 
     def __call__(self) -> int:
         return sum(self._pool.map(_read, self._shares, self._buffers))
 
 
-def _read(files: list[Path], buffer: memoryview) -> int:
+def _read(files: list[Path], buffers: list[memoryview]) -> int:
     total = 0
-    for file in files:
+    for file, buffer in zip(files, cycle(buffers), strict=False):
         fd = os.open(file, os.O_RDONLY)
         at = 0
         while got := os.preadv(fd, [buffer], at):
@@ -95,6 +100,7 @@ def subjects(
 
     found: dict[str, Subject] = {
         "read, small buffer": Plain(files, threads, SMALL),
+        "read, three buffers": Plain(files, threads, _largest(files), buffers=3),
         "loader": loader(),
         "loader, later epoch": loader(epoch=1),
     }
@@ -107,28 +113,27 @@ def subjects(
 
 def run(
     bench: Bench, *, size: int, widths: list[int], threads: list[int], modes: list[str],
-    batch_size: int, chunk: int, rounds: int, disk_rounds: int,
+    batch_sizes: list[int], chunk: int, rounds: int, disk_rounds: int,
 ) -> None:  # fmt: skip
     need_space(bench.work, int(1.1 * size * len(widths)))
     times = {mode: disk_rounds if mode == "disk" else rounds for mode in modes}
-    bench.plan(len(widths) * len(threads) * sum(times.values()))
+    bench.plan(len(widths) * len(threads) * len(batch_sizes) * sum(times.values()))
     found: list[dict[str, Any]] = []
     for width in widths:
         path = make_store(bench.work, size, width, chunk)
         cache.settle([path])
-        for mode in modes:
-            for count in threads:
-                measured = _measured(path, batch_size, count, mode, times[mode])
-                for _, ones in groupby(measured, lambda one: one["round"]):
-                    here = [{"width": width, "mode": mode, "threads": count} | one for one in ones]
-                    found += here
-                    told = ", ".join(f"{one['what']} {_of_plain(one):.2f}" for one in here)
-                    bench.did(
-                        f"{mode}, {width} x float16, {count} threads, of the plain read: {told}"
-                    )
+        for mode, count, batch in product(modes, threads, batch_sizes):
+            case = {"width": width, "mode": mode, "threads": count, "batch": batch}
+            measured = _measured(path, batch, count, mode, times[mode])
+            for _, ones in groupby(measured, lambda one: one["round"]):
+                here = [case | one for one in ones]
+                found += here
+                told = ", ".join(f"{one['what']} {_of_plain(one):.2f}" for one in here)
+                bench.did(f"{mode}, {width} x float16, {count} threads, batches of {batch:,}, "
+                          f"of the plain read: {told}")  # fmt: skip
     rows = summary(found)
     images = plots.draw(bench, lambda folder: [plots.loader(folder, rows)])
-    bench.publish({"rounds": found, "summary": rows}, page(rows, size, batch_size, chunk), images)
+    bench.publish({"rounds": found, "summary": rows}, page(rows, size, chunk), images)
 
 
 def _measured(
@@ -136,8 +141,10 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     dataset = open_dataset(path)
     files = sorted((path / "data").glob("c.*"), key=lambda p: int(p.name.split(".")[1]))
-    buffer_bytes = max(file.stat().st_size for file in files)
-    plain, all_ = Plain(files, threads, buffer_bytes), subjects(dataset, files, batch_size, threads)
+    plain, all_ = (
+        Plain(files, threads, _largest(files)),
+        subjects(dataset, files, batch_size, threads),
+    )
     for number in range(-1, rounds):  # one to warm up
         names = list(all_)
         turn = number % len(names)
@@ -160,6 +167,10 @@ def _timed(subject: Subject, path: Path, mode: str) -> dict[str, float]:
             "cpu": time.process_time() - cpu}  # fmt: skip
 
 
+def _largest(files: list[Path]) -> int:
+    return max(file.stat().st_size for file in files)
+
+
 def _of_plain(one: dict[str, Any]) -> float:
     return float(one["plain"]["seconds"] / one["seconds"])
 
@@ -168,40 +179,40 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rates, and ratios of neighbouring pairs, by case."""
     cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for one in found:
-        case = one["width"], one["mode"], one["threads"], one["what"]
+        case = one["width"], one["mode"], one["threads"], one["batch"], one["what"]
         cases.setdefault(case, []).append(one)
     return [
         {
-            "width": width, "mode": mode, "threads": threads, "what": what,
+            "width": width, "mode": mode, "threads": threads, "batch": batch, "what": what,
             "rate": spread([one["bytes"] / one["seconds"] / 1e9 for one in ours]),
             "plain": spread([one["bytes"] / one["plain"]["seconds"] / 1e9 for one in ours]),
             "of_plain": spread(list(map(_of_plain, ours))),
             "of_plain_cpu": spread([one["plain"]["cpu"] / one["cpu"] for one in ours]),
         }
-        for (width, mode, threads, what), ours in cases.items()
+        for (width, mode, threads, batch, what), ours in cases.items()
     ]  # fmt: skip
 
 
-def page(rows: list[dict[str, Any]], size: int, batch_size: int, chunk: int) -> list[str]:
+def page(rows: list[dict[str, Any]], size: int, chunk: int) -> list[str]:
     return [
-        f"{format_bytes(size)} of float16 in files of {format_bytes(chunk)}, batches of "
-        f"{batch_size:,} rows; the consumer does nothing with them. GB/s and ratios: median (range) over "
+        f"{format_bytes(size)} of float16 in files of {format_bytes(chunk)}, in batches of so many rows; "
+        "the consumer does nothing with them. GB/s and ratios: median (range) over "
         "rounds. *of plain read*: rate over that of the plain read of the same files, on the same number "
         "of threads, right before it. *by processor time*: the same of processor seconds, which other "
         "load on the machine changes less. *cached*: files in the page cache; of two passes, the second. "
         "*disk*: out of it.",
         "",
         *table(
-            ("row", "mode", "threads", "", "GB/s", "plain read GB/s", "of plain read",
+            ("row", "mode", "threads", "batch", "", "GB/s", "plain read GB/s", "of plain read",
              "by processor time"),
-            ((f"{r['width']} x float16", r["mode"], r["threads"], r["what"], ranged(r["rate"]),
+            ((f"{r['width']} x float16", r["mode"], r["threads"], f"{r['batch']:,}", r["what"], ranged(r["rate"]),
               ranged(r["plain"]), ranged(r["of_plain"]), ranged(r["of_plain_cpu"]))
              for r in rows),
         ),
         "",
-        "The loader hands out batches where they were read to, and reads ahead, so its blocks pass "
-        "through memory; the plain read fills one buffer over and over, part of which stays in the "
-        "processor's cache.",
+        "The loader hands out batches where they were read to, and reads ahead, into three or four blocks in "
+        "turn: of 8 MiB, or one batch if that is more. The plain read fills one buffer over and over, as large as "
+        "a file. How much of either stays in the processor's cache is most of what sets them apart.",
         "",
         "stats is bound by the processor, not by reading: it brings every value to float32, takes its "
         "square and adds up both, about eight passes of numpy's over a tile in cache. Each of its threads "

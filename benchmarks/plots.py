@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -99,30 +99,32 @@ def floor(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def loader(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """Rates as shares of a plain read's, a panel for each row width and place of the data."""
+    """Rates as shares of a plain read's: a panel for each row width and place of the data, by batch size."""
     import matplotlib.pyplot as plt
 
     panels = list(dict.fromkeys((r["width"], r["mode"]) for r in rows))
+    batches = list(dict.fromkeys(r["batch"] for r in rows))
     counts = list(dict.fromkeys(r["threads"] for r in rows))
     names = list(dict.fromkeys(r["what"] for r in rows))
     figure, axes = plt.subplots(
-        1,
+        len(batches),
         len(panels),
-        figsize=(3.4 * len(panels) + 1, 3.0),
+        figsize=(3.4 * len(panels) + 1, 2.8 * len(batches) + 0.4),
         sharex=True,
         sharey=True,
         squeeze=False,
     )
     height = 0.8 / len(counts)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    for axis, (batch, panel) in zip(axes.flat, product(batches, panels), strict=True):
         for i, count in enumerate(counts):
-            ours = [r for r in rows if (r["width"], r["mode"], r["threads"]) == (*panel, count)]
+            case = (*panel, batch, count)
+            ours = [r for r in rows if (r["width"], r["mode"], r["batch"], r["threads"]) == case]
             at = [names.index(r["what"]) + (i - (len(counts) - 1) / 2) * height for r in ours]
             label = f"{count} thread{'s' * (count > 1)}"
             colour = (BLUE, ORANGE, GREEN)[i % 3]
             _bars(axis, at, [r["of_plain"] for r in ours], 0.9 * height, colour, label)
         axis.axvline(1, color=INK, linewidth=0.8)
-        axis.set(title=f"{panel[0]} x float16, {panel[1]}", xlabel="of a plain read",
+        axis.set(title=f"{batch:,} x {panel[0]} x float16, {panel[1]}", xlabel="of a plain read",
                  yticks=range(len(names)), yticklabels=names)  # fmt: skip
         axis.margins(x=0.2)
         axis.grid(axis="x")

@@ -316,7 +316,7 @@ def test_a_state_of_another_loader_is_refused(store: Path, plain: Path) -> None:
 def test_a_batch_stays_as_it_is_for_as_long_as_it_is_held(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actshuffle.data.loader.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("actshuffle.data.loader.CACHED_BLOCK_BYTES", 2000)
     loader = Loader(store, 20, epochs=6, prefetch_bytes=1, threads=4)
     expected = list(map(copy.deepcopy, Loader(store, 20, epochs=6)))
     dice = random.Random(1)
@@ -335,6 +335,29 @@ def test_a_batch_stays_as_it_is_for_as_long_as_it_is_held(
         np.testing.assert_array_equal(rows["data"], like)
 
 
+@pytest.mark.parametrize(
+    ("kind", "memory", "batches"), [("bare", 1 << 30, 2), ("bare", 1000, 8), ("zstd", 1 << 30, 8)]
+)
+def test_blocks_are_small_where_all_comes_from_the_page_cache(
+    kind: str, memory: int, batches: int, sources: Callable[[str, int], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Not of a store that is larger than that, or must be decoded."""
+    dataset = open_dataset(sources(kind, N), incomplete=True)
+    size = 10 * dataset.row_bytes
+    monkeypatch.setattr("actshuffle.data.loader.machine_memory", lambda: memory)
+    monkeypatch.setattr("actshuffle.data.loader.CACHED_BLOCK_BYTES", 2 * size)
+    monkeypatch.setattr("actshuffle.data.loader.BLOCK_BYTES", 8 * size)
+    filled = []
+    fill = prefetch.Reading.fill
+    monkeypatch.setattr(
+        prefetch.Reading, "fill", lambda self, p: (filled.append(p[0].rows), fill(self, p))[1]
+    )
+    rows = sum(len(next(iter(batch.values()))) for batch in Loader(dataset, 10, buffer_rows=0))
+    assert rows == N == sum(filled)
+    assert max(filled) == 10 * batches
+
+
 @pytest.mark.parametrize("buffer_rows", [None, 100])
 def test_memory_is_used_again_when_nobody_holds_it(
     store: Path, monkeypatch: pytest.MonkeyPatch, buffer_rows: int | None
@@ -342,7 +365,7 @@ def test_memory_is_used_again_when_nobody_holds_it(
     allocated = []
     inner = prefetch.pages
     monkeypatch.setattr(prefetch, "pages", lambda n: (allocated.append(n), inner(n))[1])
-    monkeypatch.setattr("actshuffle.data.loader.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("actshuffle.data.loader.CACHED_BLOCK_BYTES", 2000)
     loader = Loader(store, 20, epochs=10, prefetch_bytes=1, threads=2, buffer_rows=buffer_rows)
     assert sum(1 for _ in loader) == 510
     assert len(allocated) <= 8 + 3 * bool(buffer_rows)
