@@ -22,7 +22,15 @@ from typing import Protocol
 import numpy as np
 
 from actshuffle.errors import ActshuffleError, SourceError, StorageError, StorageFullError
-from actshuffle.reading import DIRECT_BYTES, PAGE, Extent, OpenFile, read_full, set_direct
+from actshuffle.reading import (
+    DIRECT_BYTES,
+    PAGE,
+    Extent,
+    OpenFile,
+    has_cached,
+    read_full,
+    set_direct,
+)
 from actshuffle.units import format_bytes
 
 _PARTIAL = ".actshuffle-partial"
@@ -150,6 +158,11 @@ class LocalObjects:
                     read_full(file.fd, extent)
             finally:
                 file.close()
+
+    def is_cached(self, key: str, offset: int) -> bool:
+        """Does the page cache have a byte of a file?"""
+        file = self._ahead(key)
+        return file is not None and has_cached(file.fd, offset)
 
     def size(self, key: str) -> int | None:
         with typed(self.root, key):

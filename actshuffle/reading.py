@@ -103,6 +103,11 @@ def set_direct(fd: int, *, on: bool) -> bool:
     return True
 
 
+def has_cached(fd: int, offset: int) -> bool:
+    """Does the page cache have a byte of a file?  False where the system does not say."""
+    return _cached(fd, [memoryview(bytearray(1))], offset) > offset
+
+
 def _cached(fd: int, views: list[memoryview], offset: int) -> int:
     """Take what the cache has, up to its first gap; returns where that is."""
     while views:

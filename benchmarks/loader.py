@@ -210,9 +210,10 @@ def page(rows: list[dict[str, Any]], size: int, chunk: int) -> list[str]:
              for r in rows),
         ),
         "",
-        "The loader hands out batches where they were read to, and reads ahead, into three or four blocks in "
-        "turn: of 8 MiB, or one batch if that is more. The plain read fills one buffer over and over, as large as "
-        "a file. How much of either stays in the processor's cache is most of what sets them apart.",
+        "The loader hands out batches where they were read to, and reads ahead, into three or four blocks "
+        "in turn: of 8 MiB where all is in the page cache when it begins, else of 64, or one batch if "
+        "that is more. The plain read fills one buffer over and over, as large as a file. How much of "
+        "either stays in the processor's cache is most of what sets them apart.",
         "",
         "stats is bound by the processor, not by reading: it brings every value to float32, takes its "
         "square and adds up both, about eight passes of numpy's over a tile in cache. Each of its threads "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -309,3 +310,10 @@ def files(store: Path) -> dict[str, bytes]:
     """Every file of a store but the run's own records, by path."""
     found = {str(p.relative_to(store)): p for p in sorted(store.rglob("*")) if p.is_file()}
     return {k: p.read_bytes() for k, p in found.items() if not k.startswith("_actshuffle/")}
+
+
+def evict(path: Path) -> None:
+    """Put a file out of the page cache."""
+    with path.open("rb") as held:
+        os.fsync(held)
+        os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

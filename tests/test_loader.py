@@ -28,7 +28,7 @@ from actshuffle.errors import (
     SourceError,
 )
 from data_helpers import N, collection, finish, shuffled
-from helpers import SOURCES, group, run, values
+from helpers import SOURCES, evict, group, run, values
 
 Batch = dict[str, Any]
 
@@ -336,16 +336,15 @@ def test_a_batch_stays_as_it_is_for_as_long_as_it_is_held(
 
 
 @pytest.mark.parametrize(
-    ("kind", "memory", "batches"), [("bare", 1 << 30, 2), ("bare", 1000, 8), ("zstd", 1 << 30, 8)]
+    ("kind", "cached", "batches"), [("bare", True, 2), ("bare", False, 8), ("zstd", True, 8)]
 )
 def test_blocks_are_small_where_all_comes_from_the_page_cache(
-    kind: str, memory: int, batches: int, sources: Callable[[str, int], Path],
+    kind: str, cached: bool, batches: int, sources: Callable[[str, int], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Not of a store that is larger than that, or must be decoded."""
-    dataset = open_dataset(sources(kind, N), incomplete=True)
+    """Not from a disk, nor of what must be decoded."""
+    dataset = open_dataset(path := sources(kind, N), incomplete=True)
     size = 10 * dataset.row_bytes
-    monkeypatch.setattr("actshuffle.data.loader.machine_memory", lambda: memory)
     monkeypatch.setattr("actshuffle.data.loader.CACHED_BLOCK_BYTES", 2 * size)
     monkeypatch.setattr("actshuffle.data.loader.BLOCK_BYTES", 8 * size)
     filled = []
@@ -353,6 +352,8 @@ def test_blocks_are_small_where_all_comes_from_the_page_cache(
     monkeypatch.setattr(
         prefetch.Reading, "fill", lambda self, p: (filled.append(p[0].rows), fill(self, p))[1]
     )
+    for file in (p for p in path.rglob("*") if p.is_file()):
+        file.read_bytes() if cached else evict(file)
     rows = sum(len(next(iter(batch.values()))) for batch in Loader(dataset, 10, buffer_rows=0))
     assert rows == N == sum(filled)
     assert max(filled) == 10 * batches

@@ -16,6 +16,7 @@ import pytest
 from actshuffle import reading
 from actshuffle.buffers import Arena
 from actshuffle.reading import PAGE, Extent, read_full, two_readers
+from helpers import evict
 
 SIZE = 3 * reading.PIECE + 12_345
 
@@ -25,12 +26,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reading") / "f"
     path.write_bytes(random.Random(0).randbytes(SIZE))
     return path
-
-
-def evict(path: Path) -> None:
-    with path.open("rb") as held:
-        os.fsync(held)
-        os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Calls:

@@ -124,14 +124,8 @@ class Dataset:
         if m is None or m["kind"] != "shuffle":
             return ("stored", self.rows)
         first = m.get("first_rank", 0) + self.start  # a copied range, or a sample, is part of more
-        return (
-            "shuffle",
-            m["seed"],
-            m.get("population", m["rows"]),
-            *m.get("key_bits", ()),
-            first,
-            self.rows,
-        )
+        keys = m["seed"], m.get("population", m["rows"]), *m.get("key_bits", ())
+        return ("shuffle", *keys, first, self.rows)
 
     @property
     def identity(self) -> str:
@@ -169,6 +163,11 @@ class Dataset:
         flat = self._flat(self._info(name), sum(b - a for a, b in ranges), out)
         return self._reading(name, ranges, flat)
 
+    def is_cached(self, name: str, row: int) -> bool:
+        """Would a row of a field come straight from the system's page cache?"""
+        self._info(name)
+        return self._reader().is_cached(self._stored[name], row + self.start)
+
     def take(self, name: str, rows: Iterable[int] | NDArray[Any]) -> NDArray[Any]:
         """Any rows of a field, in the order given; neighbours are read together, nothing else is."""
         info = self._info(name)
@@ -204,10 +203,13 @@ class Dataset:
     def _reading(
         self, name: str, ranges: Sequence[tuple[int, int]], flat: U8
     ) -> Callable[[], None]:
+        moved = [(a + self.start, b + self.start) for a, b in ranges if b > a]
+        return self._reader().reading(self._stored[name], moved, flat)
+
+    def _reader(self) -> Reader:
         if self._held is None or self._held.process != os.getpid():
             self._held = Reader(self.root, self._root_rows)
-        moved = [(a + self.start, b + self.start) for a, b in ranges if b > a]
-        return self._held.reading(self._stored[name], moved, flat)
+        return self._held
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_held": None}

@@ -17,6 +17,7 @@ import zarr
 from actshuffle.arrays import Source, source_field
 from actshuffle.digest import U8
 from actshuffle.errors import MissingChunkError, StorageError
+from actshuffle.files import LocalObjects
 from actshuffle.reading import Extent
 from actshuffle.types import Field, Place
 
@@ -80,6 +81,15 @@ class Reader:
                 raise
 
         return read
+
+    def is_cached(self, stored: Field, row: int) -> bool:
+        """Would a row come straight from the page cache?"""
+        objects, step = self._source.objects, stored.source_chunk_rows
+        if not stored.source_key or not isinstance(objects, LocalObjects):
+            return False
+        return objects.is_cached(
+            stored.source_key.format(row // step), row % step * stored.row_bytes
+        )
 
     def _decode(self, stored: Field, start: int, stop: int, out: U8) -> None:
         """Whole pieces straight into ``out``; of cut ones the rows that are wanted."""
