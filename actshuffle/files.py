@@ -29,6 +29,7 @@ from actshuffle.reading import (
     OpenFile,
     has_cached,
     read_full,
+    read_rows,
     set_direct,
 )
 from actshuffle.units import format_bytes
@@ -143,6 +144,17 @@ class LocalObjects:
                 self._read(key, group, file)
 
         return read
+
+    def read_rows(
+        self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]
+    ) -> None:
+        """``width`` bytes at each offset of a file, to places in ``out``."""
+        with typed(self.root, key):
+            file = OpenFile(self._open(key))
+            try:
+                read_rows(file.fd, width, offsets, out, goals)
+            finally:
+                file.close()
 
     def _ahead(self, key: str) -> OpenFile | None:
         try:

@@ -19,6 +19,7 @@ from actshuffle.arrays import (
 )
 from actshuffle.data.dataset import is_ours, open_dataset
 from actshuffle.errors import IncompleteStoreError, RequestError
+from actshuffle.gather import check as check_gather
 from actshuffle.memory import MemoryModel
 from actshuffle.objects import as_place, local_path, open_objects
 from actshuffle.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan, reach_table
@@ -41,6 +42,7 @@ def plan(
     codec: str = "none",
     fields: Iterable[str] | None = None,
     spill_memory: str | int | None = None,
+    gather: bool = False,
     workers: int | None = None,
     remote: bool = False,
     storage_options: dict[str, Any] | None = None,
@@ -60,10 +62,13 @@ def plan(
         "chunks_per_shard": chunks_per_shard,
         "codec": codec,
         "spill_memory": 0 if spill_memory is None else parse_bytes(spill_memory),
+        "gather": gather,
         "tasks_wanted": 3 * workers if workers and workers > 1 else 1,
     }
     if (src is None) == (rows is None or row_bytes is None):
         raise RequestError("give a source, or both rows and row bytes")
+    if gather and src is None:
+        raise RequestError("rows are gathered from a store: give one")
     if src is None:
         if given["memory"] is None and given["block_bytes"] is None:
             given["memory"] = default_memory(workers or 1)
@@ -83,6 +88,8 @@ def plan(
     if given["memory"] is None and given["block_bytes"] is None:
         given["memory"] = default_memory(workers or 1)
     described = [source_field(name, array) for name, array in arrays.items()]
+    if gather:
+        check_gather(place, described, next(iter(arrays.values())).shape[0], given)
     return plan_for(
         arrays, described, given, remote=remote, remote_source=local_path(place) is None
     )

@@ -40,6 +40,9 @@ class Objects(Protocol):
     def writer(self, key: str, size: int) -> Any: ...
     def read(self, extents: Sequence[Extent]) -> None: ...
     def reading(self, extents: Sequence[Extent]) -> Callable[[], None]: ...
+    def read_rows(
+        self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]
+    ) -> None: ...
     def size(self, key: str) -> int | None: ...
     def list(self, prefix: str) -> Iterator[str]: ...
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]: ...
@@ -143,6 +146,14 @@ class StoreObjects:
     def reading(self, extents: Sequence[Extent]) -> Callable[[], None]:
         """`read` as a call for later; there is nothing to prepare."""
         return partial(self.read, extents)
+
+    def read_rows(
+        self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]
+    ) -> None:
+        """``width`` bytes at each offset of an object, to places in ``out``: a request each."""
+        self.read(
+            [Extent(key, at, [out[g : g + width]]) for at, g in zip(offsets, goals, strict=True)]
+        )
 
     def read(self, extents: Sequence[Extent]) -> None:
         async def all_of_them() -> None:

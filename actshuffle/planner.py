@@ -44,6 +44,7 @@ def make_plan(
     source_chunk_rows: int = 1,
     tasks_wanted: int = 1,
     spill_memory: int = 0,
+    gather: bool = False,
     model: MemoryModel | None = None,
 ) -> Plan:
     """Cut ``rows`` rows of ``row_bytes`` bytes into a feasible `Plan`, or raise `InfeasibleError`.
@@ -52,7 +53,8 @@ def make_plan(
     the row of the widest field, which sets the chunk size; ``source_chunk_rows`` aligns the first
     level's blocks; ``tasks_wanted`` makes blocks and leaves smaller than memory asks for, so that
     all workers are busy, where that costs no extra level; ``spill_memory`` is how many bytes of spill
-    stay in the machine's memory.
+    stay in the machine's memory; with ``gather`` there are leaves alone, which take their rows from a source
+    that lies in memory.
     """
     if rows < 0 or row_bytes <= 0:
         raise RequestError(
@@ -77,21 +79,25 @@ def make_plan(
     run = max(run_bytes, row_bytes)
     fan_out = min(most_rows * row_bytes // run, MAX_FAN_OUT)
     leaf_rows = _round_down(most_rows, object_rows)
-    needed = _levels_needed(rows, most_rows, leaf_rows, fan_out, row_bytes, run)
+    needed = 1
+    if not gather:
+        needed = _levels_needed(rows, most_rows, leaf_rows, fan_out, row_bytes, run)
     if levels == "auto":
         levels = needed
     elif levels < needed:
         raise InfeasibleError(_too_few(levels, needed, rows, row_bytes, most_rows, run, fan_out))
 
-    if levels == 1 or _reach(leaf_rows, fan_out, levels) < rows or rows <= leaf_rows:
+    out_of_reach = levels == 1 or _reach(leaf_rows, fan_out, levels) < rows
+    if rows <= leaf_rows or (out_of_reach and not gather):
         leaf_rows = max(object_rows, -(-rows // object_rows) * object_rows)
-    if levels > 1 and tasks_wanted > 1:
+    if (levels > 1 or gather) and tasks_wanted > 1:
         smaller = -(-rows // (tasks_wanted * object_rows)) * object_rows
-        if 0 < smaller < leaf_rows and _reach(smaller, fan_out, levels) >= rows:
+        if 0 < smaller < leaf_rows and (gather or _reach(smaller, fan_out, levels) >= rows):
             leaf_rows = smaller
     leaves = -(-rows // leaf_rows)
     k = _root(leaves, levels - 1)
-    widths = (max(leaves, 1), *(k ** (levels - 1 - depth) for depth in range(1, levels)))
+    top = 1 if gather else max(leaves, 1)
+    widths = (top, *(k ** (levels - 1 - depth) for depth in range(1, levels)))
     block_rows = tuple(
         _block_rows(level, rows, min(widths[level - 1] * leaf_rows, rows), most_rows,
                     source_chunk_rows, tasks_wanted)

@@ -14,7 +14,7 @@ from typing import Any
 
 import zarr
 
-from actshuffle import manifest, virtual
+from actshuffle import gather, manifest, virtual
 from actshuffle.arrays import (
     CODECS,
     OUR_GROUP,
@@ -62,6 +62,7 @@ class Request:
     tasks_wanted: int | None = None
     tasks_per_worker: int | None = None  # that share the memory
     spill_memory: int | None = None
+    gather: bool | None = None
     key_bits: tuple[int, int] | None = None  # for tests: see keys.Keys
 
     def given(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class Request:
         return result
 
 
-_TEXTS, _SWITCHES = ("codec", "scratch"), ("source_row", "fill_missing")
+_TEXTS, _SWITCHES = ("codec", "scratch"), ("source_row", "fill_missing", "gather")
 _KINDS: dict[str, Callable[[Any], bool]] = {
     **{f.name: lambda x: type(x) is int and x >= 0 for f in dataclasses.fields(Request)},
     **{name: lambda x: isinstance(x, str) for name in _TEXTS},
@@ -205,12 +206,15 @@ def make_job(
     if codec not in CODECS:
         raise RequestError(f"unknown codec {codec!r}; choose from {', '.join(CODECS)}")
     kind, asked = beyond.get("kind", "shuffle"), given
-    if kind != "shuffle":  # leaves alone, as many as memory asks for: nothing is split into runs
+    if given.get("gather"):
+        gather.check(src, fields, next(iter(arrays.values())).shape[0], given)
+        kind = "gather"
+    elif kind != "shuffle":  # leaves alone, as many as memory asks for: nothing is split into runs
         asked = {**given, "run_bytes": 1}
     plan = plan_for(
         arrays, fields, asked, remote=local_path(dst) is None, remote_source=local_path(src) is None
     )
-    if kind != "shuffle":
+    if kind not in ("shuffle", "gather"):
         plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=(), spill_memory=0)
     rows = plan.rows
     scratch = scratch_place(dst, given.get("scratch"))
@@ -268,7 +272,8 @@ def plan_for(
         chunk_rows=given.get("chunk_rows"), chunks_per_shard=given.get("chunks_per_shard"),
         widest_row=max(widest.row_bytes, 8 if given.get("source_row", True) else 0),
         source_chunk_rows=widest.source_chunk_rows,
-        tasks_wanted=given.get("tasks_wanted", 1), spill_memory=given.get("spill_memory", 0), model=model,
+        tasks_wanted=given.get("tasks_wanted", 1), spill_memory=given.get("spill_memory", 0),
+        gather=bool(given.get("gather")), model=model,
     )  # fmt: skip
     return dataclasses.replace(plan, memory=plan.memory * sharing)
 
@@ -283,7 +288,7 @@ def _settle_memory(
 ) -> int:
     """A moderate share of the worker, unless all of it saves a level."""
     fields = [source_field(name, array) for name, array in arrays.items()]
-    some = min(PREFERRED_MEMORY * given.get("tasks_per_worker", 1), most)
+    some: int = min(PREFERRED_MEMORY * given.get("tasks_per_worker", 1), most)
     try:
         wide = plan_for(arrays, fields, {**given, "memory": most}, **where)
         lean = plan_for(arrays, fields, {**given, "memory": some}, **where)

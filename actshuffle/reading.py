@@ -71,6 +71,21 @@ def read_full(fd: int, extent: Extent) -> None:
         offset += _advance(views, _some(os.preadv(fd, views[:1024], offset), offset))
 
 
+def read_rows(
+    fd: int, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]
+) -> None:
+    """``width`` bytes at each offset, to places in ``out``: a microsecond of ours for each.
+
+    Nothing is made that Python's garbage collector would count: with an `Extent` for every row, its rounds
+    took a fifth of all processor time.
+    """
+    preadv = os.preadv
+    for offset, goal in zip(offsets, goals, strict=True):
+        view = out[goal : goal + width]
+        if preadv(fd, (view,), offset) != width:
+            read_full(fd, Extent("", offset, [view]))
+
+
 @contextmanager
 def two_readers(read: Read, nbytes: int) -> Iterator[Read]:
     """`read`, by two threads if ``nbytes`` in all are much: a disk does more with two requests at a time.

@@ -31,6 +31,7 @@ from actshuffle.arrays import OUR_GROUP, group_metadata, put_array
 from actshuffle.digest import from_hex, to_hex
 from actshuffle.errors import ConservationError, FormatError, RequestError
 from actshuffle.executors import Dask, Executor, Serial
+from actshuffle.gather import READING, warm, warm_calls
 from actshuffle.keys import U64
 from actshuffle.objects import as_place, open_objects
 from actshuffle.planner import Levels
@@ -88,6 +89,7 @@ def shuffle(
     missing_chunks: str | None = None,
     scratch: str | Path | None = None,
     spill_memory: str | int | None = None,
+    gather: bool | None = None,
     workers: int | None = None,
     client: Any = None,
     executor: Executor | None = None,
@@ -119,6 +121,8 @@ def shuffle(
     scratch : folder or URL for the intermediate; beside ``dst`` if not given.
     spill_memory : how much of the intermediate may stay in this machine's memory ("8GB"), beside the
         workers' own; the rest goes to ``scratch``.  Default none.
+    gather : one pass without spill, each row taken from the source by itself; for a source that fits into
+        this machine's memory, as plain bytes on its disk.
     workers : processes of an own local Dask cluster; 0 or None runs here, without Dask.
     client : a `distributed.Client` to run on instead.
     executor : what to run on instead of either; it stays open.
@@ -149,16 +153,17 @@ def shuffle(
             tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
             tasks_per_worker=sharing if (sharing := crew.tasks_per_worker) > 1 else None,
             spill_memory=None if spill_memory is None else parse_bytes(spill_memory),
+            gather=gather or None,
         )  # fmt: skip
-        if request.spill_memory and not crew.one_machine:
+        if (request.spill_memory or request.gather) and not crew.one_machine:
             raise RequestError(f"{_NOT_SHARED}: leave it out with a scheduler")
         job = prepare(
             as_place(src, storage_options), as_place(dst, storage_options), request,
             most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync,
         )  # fmt: skip
-        if job.plan.spill_memory and not crew.one_machine:  # of a half-done run
+        if (job.plan.spill_memory or job.kind == "gather") and not crew.one_machine:  # half done
             raise RequestError(
-                f"{_NOT_SHARED}: {dst} is half done with some; resume it without a scheduler, or "
+                f"{_NOT_SHARED}: {dst} is half done with it; resume it without a scheduler, or "
                 "--overwrite starts again"
             )
         if planned is not None:
@@ -166,7 +171,10 @@ def shuffle(
         return execute(job, crew, progress or Silent())
 
 
-_NOT_SHARED = "spill memory is this machine's, where workers on others would not find what was kept"
+_NOT_SHARED = (
+    "spill memory and gathering use this machine's memory, where workers on others would not find what "
+    "is in it"
+)
 
 
 def execute(job: Job, executor: Executor, progress: Progress) -> Result:
@@ -178,6 +186,8 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
         return Result(plan, job.keys.seed, str(job.destination), 0.0, 0, 0, executor.workers)
     _claim(job)
     _find_boundaries(job, executor, progress)
+    if job.kind == "gather" and tasks.first_level(job) == 1:
+        _warm(job, executor, progress)
     for level in range(tasks.first_level(job), plan.levels + 1):
         progress.begin(_stage(job, level), plan.task_count(level), plan.rows * plan.row_bytes)
         if level < plan.levels:
@@ -200,7 +210,7 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
 
 
 def _stage(job: Job, level: int) -> str:
-    if job.kind == "shuffle":
+    if job.kind in ("shuffle", "gather"):
         return f"level {level} of {job.plan.levels}"
     return str(json.loads(job.facts).get("stage", job.kind))
 
@@ -222,7 +232,7 @@ def _claim(job: Job) -> None:
 
 def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
     plan = job.plan
-    if job.kind != "shuffle" or manifest.read_bounds(job) is not None:
+    if job.kind not in ("shuffle", "gather") or manifest.read_bounds(job) is not None:
         return
     first, stop = job.key_rows or (0, plan.rows)
     step = bounds.range_rows(stop - first)
@@ -239,6 +249,15 @@ def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
     progress.begin("boundaries", len(starts), 0)
     ranks = np.arange(1, plan.leaves, dtype=np.int64) * plan.leaf_rows
     manifest.write_bounds(job, bounds.find(job.keys, ranks, ask))
+    progress.end()
+
+
+def _warm(job: Job, executor: Executor, progress: Progress) -> None:
+    """Have the whole source in the page cache, from where leaves take their rows."""
+    calls = warm_calls(job)
+    progress.begin(READING, len(calls), job.plan.rows * job.plan.row_bytes)
+    for nbytes in executor.map(warm, calls):
+        progress.advance(nbytes, True)
     progress.end()
 
 

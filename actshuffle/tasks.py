@@ -6,6 +6,7 @@
     split    one block of rows              -> one spill object, grouped by bucket, and a receipt
     index    receipts of a bucket's blocks  -> where each child's runs are, and their digests
     leaf     all runs of one leaf           -> its objects in the output, and a receipt
+    warm     one object of the source       -> the page cache (before leaves that gather from there)
 
 Each checks what it is given against what the step before it said (rows per bucket, conservation
 digests), writes data first and its receipt last, and does nothing if a valid receipt is there.
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle import bounds, manifest
+from actshuffle import bounds, gather, manifest
 from actshuffle.arrays import Output, Source
 from actshuffle.buffers import arena, behind, lean_heap, padded
 from actshuffle.digest import RowHash, add_to_groups, add_up, from_hex, to_hex
@@ -181,14 +182,30 @@ def index(job: Job, task: Task) -> int:
 
 
 def leaf(job: Job, task: Task) -> int:
-    """Read one leaf, sort it by key, write its output objects."""
+    """Read one leaf, sort it by key, write its output objects.
+
+    Of a job that gathers, wide fields are read straight to where they are written from: with nothing in
+    between, there is nothing to compare their digest with.
+    """
     plan = job.plan
     first, stop = plan.bucket_ranks(plan.levels - 1, task.number)
     rows = stop - first
     out_bytes = max(f.object_rows * f.row_bytes for f in output_fields(job))
     memory = arena().reset(_columns_bytes(job, rows) + 2 * padded(out_bytes))
     columns = Columns.allocate(job, memory, rows)
-    if plan.levels == 1:
+    source = Source(job.source, job.fill_missing)
+    by_row = [job.kind == "gather" and gather.is_read_by_row(job, f) for f in job.fields]
+    if job.kind == "gather":
+        gather.find_rows(
+            job.keys, boundaries(job), task.number, columns.hi, columns.source_row, plan.rows
+        )
+        for field, rows_of, apart in zip(job.fields, columns.fields, by_row, strict=True):
+            if not apart:
+                gather.read_column(source, field, columns.source_row, rows_of)
+        read = [n for n in range(1 + len(by_row)) if n == 0 or not by_row[n - 1]]
+        expected = np.zeros((1 + len(by_row), 2), np.uint64)
+        expected[read] = [add_up(h) for h in columns.hashes(job, read)]
+    elif plan.levels == 1:
         for _ in _read_source(job, first, columns):
             pass
         expected = np.array([add_up(h) for h in columns.hashes(job)])
@@ -214,12 +231,16 @@ def leaf(job: Job, task: Task) -> int:
                 b = min(a + field.object_rows, rows)
                 whole = buffers[writing.turn][: field.object_rows * width].reshape(-1, width)
                 used = whole[: b - a]
-                np.take(parts[number], order[a:b], axis=0, out=used, mode="clip")
+                if number < len(by_row) and by_row[number]:
+                    gather.read_rows(source, field, source_row[a:b], used)
+                else:
+                    np.take(parts[number], order[a:b], axis=0, out=used, mode="clip")
                 if field is not job.source_row:
                     digest = row_hash.total(used, source_row[a:b])
                     found[1 + number] += digest
                     digests[field.name].append(to_hex(digest))
                 writing.submit(output.write, field, at, whole, b - a)
+    expected = np.where(np.array([False, *by_row])[:, None], found, expected)
     _check_conserved(job, plan.levels, task.number, expected, found, [])
     manifest.write_receipt(job, task, {"rows": rows, "digests": digests})
     return rows

@@ -306,6 +306,11 @@ class _Faulty:
         key = extents[0].key if extents else ""
         self._do("read", key, lambda: self._inner.read(extents), stale)
 
+    def read_rows(
+        self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]
+    ) -> None:
+        self._do("read", key, lambda: self._inner.read_rows(key, width, offsets, out, goals))
+
     def list(self, prefix: str) -> Iterator[str]:
         return iter(self._do("list", prefix, lambda: sorted(self._inner.list(prefix))))
 

@@ -283,7 +283,7 @@ class Job:
     fill_missing: bool = False  # absent source chunks are fill values, because the user said so
     fsync: bool = True
     # "shuffle"; or, with leaves alone, "merge": a leaf's rows come in any order and are sorted by key;
-    # "copy": they stay as they come.
+    # "copy": they stay as they come; "gather": each leaf takes its own from the source.
     kind: str = "shuffle"
     key_rows: tuple[int, int] | None = (
         None  # ranks are counted among these rows' keys; None: all rows

@@ -40,7 +40,7 @@ MODES = _List(str, ("cached", "disk"))
 TINY: dict[str, dict[str, Any]] = {
     "floor": {"size": 1 << 20, "rounds": 1, "processes": [1], "chunk": 1 << 18},
     "shuffle": {
-        "sizes": [1 << 20], "rounds": 1, "workers": [0, 1], "row_bytes": [512], "levels": [2, 3],
+        "sizes": [1 << 20], "rounds": 1, "workers": [0, 1], "row_bytes": [512], "levels": [1, 2, 3],
         "memory": 28 << 20, "chunk": 1 << 18,
     },
     "growth": {"start": 1 << 18, "factors": [1, 4], "memory": 28 << 20, "block": 1 << 17,
@@ -109,7 +109,7 @@ def floor(**options: Any) -> None:
 @click.option("--sizes", type=SIZES, default="2GB", help="Data sizes.")
 @click.option("--row-bytes", type=SIZES, default="64B,512B,2KiB,8KiB", help="Row widths.")
 @click.option("--workers", type=INTS, default=f"0,1,{cores()}", help="Dask workers; 0 is serial.")
-@click.option("--levels", type=INTS, default="2,3", help="Passes over the data.")
+@click.option("--levels", type=INTS, default="1,2,3", help="Passes over the data; 1 gathers rows.")
 @click.option("--modes", type=MODES, default="cached,disk", help="Where the data is.")
 @click.option("--rounds", type=COUNT, default=5, help="Times that everything is measured.")
 @click.option("--memory", type=SIZE, default="256MiB", help="Of one worker.")

@@ -20,8 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from actshuffle import arrays, buffers, digest, files, keys, manifest, reading, spill, tasks
+from actshuffle import arrays, buffers, digest, files, gather, keys, manifest, reading, spill, tasks
 from actshuffle.executors import Executor
+from actshuffle.gather import READING
 from actshuffle.types import Job, Task
 
 PHASES = ("read", "key", "partition", "hash", "gather", "write", "receipt", "other")
@@ -40,6 +41,9 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
     ("hash", digest.RowHash, "hashes"),
     ("hash", tasks, "add_to_groups"),
     ("gather", spill._Gather, "append"),
+    ("read", gather, "read_rows"),
+    ("read", gather, "read_column"),
+    ("partition", gather, "find_rows"),
     ("gather", tasks, "leaf"),  # what is left of a leaf is the gathering of its rows
     ("write", spill.Spill, "write_block"),  # what is left of it is fsync and rename
     ("write", buffers.Behind, "wait"),
@@ -114,11 +118,16 @@ def breakdown(timed: Timed, start: float, stop: float) -> dict[str, float]:
     """Worker-seconds of a run by phase; they add up to (stop - start) x workers.
 
     "scheduler" is a worker's time between tasks of a level, "idle" after its last one while others
-    still work, "driver" all time in which no level has tasks to run.
+    still work, "driver" all time in which no level has tasks to run.  Reading the source into the
+    page cache beforehand is "read" as a whole.
     """
     spent: dict[str, float] = dict.fromkeys((*PHASES, *OUTSIDE, "behind"), 0.0)
     working = 0.0
     for name, begin, end in timed.stages:
+        if name == READING:  # into the page cache, by all workers
+            spent["read"] += (end - begin) * timed.workers
+            working += end - begin
+            continue
         traces = [t for t in timed.traces if begin <= t.start and t.stop <= end]
         if not name.startswith("level") or not traces:
             continue

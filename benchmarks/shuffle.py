@@ -45,7 +45,7 @@ class Case:
     def __str__(self) -> str:
         crew = f"{self.workers} workers" if self.workers else "serial"
         return (f"{self.mode}, {format_bytes(self.size)}, rows of {self.row_bytes} B, {crew}, "
-                f"{self.levels} levels")  # fmt: skip
+                f"{self.levels} level{'s' * (self.levels > 1)}")  # fmt: skip
 
 
 def run(
@@ -125,7 +125,7 @@ def _shuffle(
     start = time.monotonic()
     result = actshuffle.shuffle(
         source, target, seed=SEED, levels=levels, memory=memory, executor=timed, fsync=fsync,
-        progress=timed, planned=jobs.append,
+        gather=levels == 1, progress=timed, planned=jobs.append,
     )  # fmt: skip
     stop = time.monotonic()
     shutil.rmtree(target)
@@ -169,7 +169,8 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
         "the rate of a copy by our own copier with as many processes, over that of the shuffle, the "
         "other way up: 0.50 is half as fast as copying. *of floor*: the same against one copy per "
         "level, which no shuffle that reads and writes everything at each level can beat. *of widest*: its "
-        "rate over that of the widest rows in the same round. Workers are running when the clock starts. "
+        "rate over that of the widest rows in the same round. *1 level* is `--gather`: no spill, rows "
+        "come from the page cache, into which the source is read first if it is not there. Workers are running when the clock starts. "
         "*leaves* is the number of pieces sorted in memory.",
         "",
         *table(

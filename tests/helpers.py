@@ -317,3 +317,20 @@ def evict(path: Path) -> None:
     with path.open("rb") as held:
         os.fsync(held)
         os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class Stops(Serial):
+    """Dies after some tasks, as a machine does; ``seen`` tells which were found done."""
+
+    def __init__(self, after: int = -1) -> None:
+        self.left, self.seen = after, list[bool]()
+
+    def map(self, fn: Any, calls: Any) -> Any:
+        for call in calls:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            done = fn(*call)
+            if fn is tasks.run_task:
+                self.left -= 1
+                self.seen.append(done.fresh)
+            yield done

@@ -64,7 +64,7 @@ def done(src, dst):
 
 SHAPE = {
     "--levels", "--memory", "--block-bytes", "--run-bytes", "--chunk-rows", "--chunks-per-shard",
-    "--codec", "--fields", "--spill-memory",
+    "--codec", "--fields", "--spill-memory", "--gather",
 }  # fmt: skip
 PUBLIC = {
     "run": {

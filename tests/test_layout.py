@@ -18,7 +18,7 @@ PACKAGE = Path(actshuffle.__file__).parent
 # In reading order: a module imports from those before it, and from no other.
 READING = """
     _version errors units keys digest buffers memory htmlrepr types extras reading files objects guard bfloat16
-    virtual arrays partition planner tier spill manifest bounds tasks inventory executors prepare progress run
+    virtual arrays partition planner tier spill manifest bounds executors gather tasks inventory prepare progress run
     mixing verify testing cost simulate forecast
     data.views data.rowreader data.dataset data.ranks data.columns data.epochs data.prefetch data.torchface
     data.loader data.models data.tokens data.activations data.concat data.append data.cut data.trace

@@ -167,6 +167,13 @@ def test_serial_run_in_one_level_keeps_to_its_memory(big_source, tmp_path):
     check(measured(big_source(1024, "zstd"), tmp_path / "dst", memory=220 * MB), 1, 0.7)
 
 
+@pytest.mark.parametrize("row_bytes", [64, 1024, 16384])
+def test_serial_run_that_gathers_keeps_to_its_memory(big_source, tmp_path, row_bytes):
+    """What lies in the page cache is the system's, and is not counted; rows are read where they are written from."""
+    src = big_source(row_bytes, "raw")
+    check(measured(src, tmp_path / "dst", memory=64 * MB, gather=True), 1, 0.2)
+
+
 def test_measuring_sees_memory_that_was_not_planned(big_source, tmp_path):
     src = big_source(1024, "raw")
     honest = measured(src, tmp_path / "dst", memory=48 * MB, levels=2)

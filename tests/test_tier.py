@@ -15,7 +15,7 @@ from actshuffle.executors import Dask, Serial, local_cluster
 from actshuffle.objects import Objects, as_place, open_objects, wrapped
 from actshuffle.prepare import scratch_place
 from actshuffle.types import Job, Place, Plan
-from helpers import array, assert_is_oracle, values
+from helpers import Stops, array, assert_is_oracle, values
 
 ROWS, ROW = 3000, 48
 SHAPE: dict[str, Any] = {"seed": 3, "chunk_rows": 25, "block_bytes": 100 * ROW, "run_bytes": 1}
@@ -41,23 +41,6 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
     left = list(folder.rglob("*")) if folder.exists() else None
     shutil.rmtree(folder, ignore_errors=True)
     assert left is None, left
-
-
-class Stops(Serial):
-    """Dies after some tasks, as a machine does; ``seen`` tells which were found done."""
-
-    def __init__(self, after: int = -1) -> None:
-        self.left, self.seen = after, list[bool]()
-
-    def map(self, fn: Any, calls: Any) -> Any:
-        for call in calls:
-            if self.left == 0:
-                raise KeyboardInterrupt
-            done = fn(*call)
-            if fn is tasks.run_task:
-                self.left -= 1
-                self.seen.append(done.fresh)
-            yield done
 
 
 def held(src: Path, dst: Path, **settings: Any) -> tuple[Plan, int, int]:

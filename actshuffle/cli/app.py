@@ -208,6 +208,8 @@ def plan(
     from actshuffle.forecast import forecast, text
 
     cluster = forecast_cluster(options)
+    if cluster is not None and options["gather"]:
+        raise RequestError("--gather is for one machine: leave --hosts out")
     if cluster is not None:
         options["workers"] = options["workers"] or cluster.workers
         options["memory"] = options["memory"] or "4GB"  # of theirs; this machine's is not theirs

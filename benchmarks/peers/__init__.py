@@ -60,6 +60,10 @@ PEERS: dict[str, Peer] = {
         "actshuffle, its spill in memory", "arrays", "ours_in_memory", ("actshuffle", "zarr"), True,
         "order of 128-bit keys",
     ),
+    "actshuffle-gather": Peer(
+        "actshuffle, rows from the page cache", "arrays", "ours_gathered", ("actshuffle", "zarr"), True,
+        "order of 128-bit keys",
+    ),
     "numpy": Peer(
         "numpy, all in memory", "arrays", "in_memory", ("numpy", "zarr"), True, "a permutation",
     ),

@@ -17,17 +17,22 @@ from benchmarks.peers import Work
 K_JOB_BYTES = 256 << 20  # rows that one of the K jobs keeps, where no memory is given
 
 
-def ours(work: Work, spill_memory: int | None = None) -> None:
+def ours(work: Work, spill_memory: int | None = None, gather: bool = False) -> None:
     import actshuffle
 
     each = None if work.memory is None else work.memory // work.workers
     actshuffle.shuffle(work.source, work.target, seed=work.seed, workers=work.workers, memory=each,
-                       spill_memory=spill_memory)  # fmt: skip
+                       spill_memory=spill_memory, gather=gather)  # fmt: skip
 
 
 def ours_in_memory(work: Work) -> None:
     """As with numpy the rows are in memory, once, beside what the workers use."""
     ours(work, work.nbytes + work.nbytes // 8)  # keys and row numbers go with them
+
+
+def ours_gathered(work: Work) -> None:
+    """One pass, from the page cache: it has room for the source, as numpy has in its own memory."""
+    ours(work, gather=True)
 
 
 def in_memory(work: Work) -> None:

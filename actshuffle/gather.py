@@ -1,0 +1,157 @@
+"""One pass and no spill: every leaf takes its rows from a source that lies in the machine's memory.
+
+Where the page cache has room for the whole source, rows need not be put down in between.  A leaf finds
+which rows are its own from their keys alone, and reads them where they are::
+
+    source, in the page cache    | r0 r1 r2 r3 r4 r5 r6 r7 r8 ...
+    rows of one leaf                   .     .        .
+    output object                | r6 r1 r4 ...     in key order, each by a read of its own
+
+So the source is read once from the disk, in order (`warm`), and the output written once: the bytes of a
+copy.  Wide rows go straight to where they are written from.  A read of its own costs as much processor
+time as some `READ_BYTES` read in one go, so a column of which a leaf wants one row in fewer bytes than
+that is read as a whole by every leaf, and its rows are picked out.
+
+Copies: a wide row is copied once in memory on its way in, a narrow one twice more; none on the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from actshuffle import virtual
+from actshuffle.arrays import Source
+from actshuffle.digest import U8
+from actshuffle.errors import FormatError, InfeasibleError, RequestError
+from actshuffle.executors import machine_memory
+from actshuffle.files import LocalObjects
+from actshuffle.keys import U64, Keys
+from actshuffle.objects import local_path
+from actshuffle.partition import bucket_of
+from actshuffle.reading import Extent
+from actshuffle.types import Field, Job, Place
+from actshuffle.units import format_bytes
+
+READ_BYTES = 16 << 10  # as long as one more read takes, the page cache copies so many bytes
+KEY_ROWS = 1 << 18  # whose keys are looked at in one go
+PIECE = 1 << 20  # bytes of a column that are read in one go
+LOOKS = 8  # at the page cache, for each object
+READING = "reading"  # the stage in which the source comes into the page cache
+WARM_BYTES = 256 << 20  # read by one task
+
+
+def check(src: Place, fields: Sequence[Field], rows: int, given: dict[str, Any]) -> None:
+    """Refuse to gather rows from where they cannot be had one by one, from memory."""
+    if given.get("levels", "auto") not in ("auto", 1) or given.get("spill_memory"):
+        raise RequestError(
+            "gathering is one level without spill: leave --levels and --spill-memory out"
+        )
+    if virtual.open_reader(src) is not None or local_path(src) is None:
+        raise RequestError(
+            f"rows can be gathered from a store on this machine alone, and {src} is none"
+        )
+    decoded = [f.name for f in fields if not f.source_key]
+    if decoded:
+        raise RequestError(
+            f"rows of {', '.join(decoded)} must be decoded by the chunk, so they cannot be gathered one by "
+            "one: leave --gather out"
+        )
+    size, memory = rows * sum(f.row_bytes for f in fields), machine_memory()
+    need = size + int(given.get("memory") or given.get("block_bytes") or 0)
+    if need > memory:
+        raise InfeasibleError(
+            f"to gather rows, the source's {format_bytes(size)} must lie in memory beside what a worker takes, "
+            f"{format_bytes(need)} in all, and there are {format_bytes(memory)}: leave --gather out"
+        )
+
+
+def is_read_by_row(job: Job, field: Field) -> bool:
+    """Are a field's rows read one by one, straight to where they are written from?"""
+    return field.row_bytes * job.plan.leaves > READ_BYTES
+
+
+def find_rows(keys: Keys, bounds: U64, leaf: int, hi: U64, source_row: U64, total: int) -> None:
+    """The rows of a leaf in source order, and their first key words, into ``source_row`` and ``hi``.
+
+    ``bounds`` are the full keys at the first rank of leaves 1, 2, ..., uint64 ``(leaves - 1, 3)``.  Looks at
+    all ``total`` keys: some 8 ns each.
+    """
+    around = bounds[max(0, leaf - 1) : leaf + 1]  # of its two ends those that are inside
+    inside = min(leaf, 1)  # the bucket between them
+    low = around[0, 0] if leaf else np.uint64(0)
+    high = around[-1, 0] if leaf < len(bounds) else np.uint64(2**64 - 1)
+    at = 0
+    for start in range(0, total, KEY_ROWS):
+        words = keys.hi(start, min(start + KEY_ROWS, total))
+        near = np.flatnonzero((words >= low) & (words <= high))
+        rows = near.astype(np.uint64) + np.uint64(start)
+        words = words[near]
+        ours = bucket_of(keys, words, rows, around) == inside
+        end = at + int(np.count_nonzero(ours))
+        if end > len(hi):
+            break
+        hi[at:end], source_row[at:end] = words[ours], rows[ours]
+        at = end
+    if at != len(hi) or end > len(hi):
+        raise FormatError(
+            f"leaf {leaf} has other rows than the {len(hi):,} that were planned: the bucket boundaries are "
+            "damaged; --overwrite starts again"
+        )
+
+
+def read_column(source: Source, field: Field, rows: U64, out: U8) -> None:
+    """Some rows of a field, ascending, picked from all that lies between them, into uint8 ``(m, row_bytes)``."""
+    width, step = field.row_bytes, field.source_chunk_rows
+    piece = np.empty((max(1, PIECE // width), width), np.uint8)
+    at = 0
+    while at < len(rows):
+        first = int(rows[at])
+        stop = min(first + len(piece), (first // step + 1) * step)
+        end = at + int(np.searchsorted(rows[at:], np.uint64(stop)))
+        part = piece[: int(rows[end - 1]) - first + 1]
+        key, offset = field.source_key.format(first // step), first % step * width
+        source.objects.read([Extent(key, offset, [part.data.cast("B")])])
+        picked = (rows[at:end] - np.uint64(first)).astype(np.intp)
+        np.take(part, picked, axis=0, out=out[at:end], mode="clip")
+        at = end
+
+
+def read_rows(source: Source, field: Field, rows: U64, out: U8) -> None:
+    """Any rows of a field, in the order given, by a read each, into uint8 ``(m, row_bytes)``."""
+    width, view = field.row_bytes, out.data.cast("B")
+    objects, places = np.divmod(rows.astype(np.int64), field.source_chunk_rows)
+    by_object = np.argsort(objects, kind="stable")  # each is opened once
+    for part in np.split(by_object, np.flatnonzero(np.diff(objects[by_object])) + 1):
+        if len(part):
+            key = field.source_key.format(objects[part[0]])
+            offsets, goals = places[part] * width, part * width
+            source.objects.read_rows(key, width, offsets.tolist(), view, goals.tolist())
+
+
+def warm_calls(job: Job) -> list[tuple[Job, Field, int, int]]:
+    """Calls of `warm` for the whole source."""
+    calls = []
+    for field in job.fields:
+        objects = -(-job.plan.rows // field.source_chunk_rows)
+        some = max(1, WARM_BYTES // (field.source_chunk_rows * field.row_bytes))
+        calls += [(job, field, at, min(at + some, objects)) for at in range(0, objects, some)]
+    return calls
+
+
+def warm(job: Job, field: Field, first: int, stop: int) -> int:
+    """Objects of the source, read in order into the page cache, unless they are there; their bytes."""
+    objects, step, total = Source(job.source).objects, field.source_chunk_rows, 0
+    piece = memoryview(bytearray(PIECE))
+    for number in range(first, stop):
+        size = (min((number + 1) * step, job.plan.rows) - number * step) * field.row_bytes
+        key, looks = field.source_key.format(number), range(0, size, max(1, size // LOOKS))
+        if not (
+            isinstance(objects, LocalObjects) and all(objects.is_cached(key, at) for at in looks)
+        ):
+            for at in range(0, size, PIECE):
+                objects.read([Extent(key, at, [piece[: min(PIECE, size - at)]])])
+        total += size
+    return total
