@@ -68,9 +68,32 @@ def check(src: Place, fields: Sequence[Field], rows: int, given: dict[str, Any])
         )
 
 
-def is_read_by_row(job: Job, field: Field) -> bool:
-    """Are a field's rows read one by one, straight to where they are written from?"""
-    return field.row_bytes * job.plan.leaves > READ_BYTES
+class Gather:
+    """Takes the rows of one leaf from the source of a job.
+
+    Attributes
+    ----------
+    straight : numbers of the fields whose rows are read one by one, to where they are written from.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self._source = job, Source(job.source)
+        leaves = job.plan.leaves
+        self.straight = [n for n, f in enumerate(job.fields) if f.row_bytes * leaves > READ_BYTES]
+
+    def fill(
+        self, bounds: U64, leaf: int, hi: U64, source_row: U64, fields: Sequence[U8]
+    ) -> list[int]:
+        """The leaf's keys and numbers, in source order, and rows of the other fields; returns these' numbers."""
+        find_rows(self.job.keys, bounds, leaf, hi, source_row, self.job.plan.rows)
+        others = [n for n in range(len(fields)) if n not in self.straight]
+        for number in others:
+            read_column(self._source, self.job.fields[number], source_row, fields[number])
+        return others
+
+    def read(self, number: int, rows: U64, out: U8) -> None:
+        """Any rows of a field, in the order given, straight from the source."""
+        read_rows(self._source, self.job.fields[number], rows, out)
 
 
 def find_rows(keys: Keys, bounds: U64, leaf: int, hi: U64, source_row: U64, total: int) -> None:

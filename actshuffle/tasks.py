@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle import bounds, gather, manifest
+from actshuffle import bounds, manifest
 from actshuffle.arrays import Output, Source
 from actshuffle.buffers import arena, behind, lean_heap, padded
 from actshuffle.digest import RowHash, add_to_groups, add_up, from_hex, to_hex
 from actshuffle.errors import ConservationError, FormatError
+from actshuffle.gather import Gather
 from actshuffle.keys import U64
 from actshuffle.objects import open_objects
 from actshuffle.partition import bucket_of, group, key_order
@@ -193,18 +194,15 @@ def leaf(job: Job, task: Task) -> int:
     out_bytes = max(f.object_rows * f.row_bytes for f in output_fields(job))
     memory = arena().reset(_columns_bytes(job, rows) + 2 * padded(out_bytes))
     columns = Columns.allocate(job, memory, rows)
-    source = Source(job.source, job.fill_missing)
-    by_row = [job.kind == "gather" and gather.is_read_by_row(job, f) for f in job.fields]
-    if job.kind == "gather":
-        gather.find_rows(
-            job.keys, boundaries(job), task.number, columns.hi, columns.source_row, plan.rows
+    gather = Gather(job) if job.kind == "gather" else None
+    straight = gather.straight if gather else []
+    if gather:
+        read = gather.fill(
+            boundaries(job), task.number, columns.hi, columns.source_row, columns.fields
         )
-        for field, rows_of, apart in zip(job.fields, columns.fields, by_row, strict=True):
-            if not apart:
-                gather.read_column(source, field, columns.source_row, rows_of)
-        read = [n for n in range(1 + len(by_row)) if n == 0 or not by_row[n - 1]]
-        expected = np.zeros((1 + len(by_row), 2), np.uint64)
-        expected[read] = [add_up(h) for h in columns.hashes(job, read)]
+        hashed = [0, *(1 + number for number in read)]
+        expected = np.zeros((1 + len(job.fields), 2), np.uint64)
+        expected[hashed] = [add_up(h) for h in columns.hashes(job, hashed)]
     elif plan.levels == 1:
         for _ in _read_source(job, first, columns):
             pass
@@ -231,8 +229,8 @@ def leaf(job: Job, task: Task) -> int:
                 b = min(a + field.object_rows, rows)
                 whole = buffers[writing.turn][: field.object_rows * width].reshape(-1, width)
                 used = whole[: b - a]
-                if number < len(by_row) and by_row[number]:
-                    gather.read_rows(source, field, source_row[a:b], used)
+                if gather and number in straight:
+                    gather.read(number, source_row[a:b], used)
                 else:
                     np.take(parts[number], order[a:b], axis=0, out=used, mode="clip")
                 if field is not job.source_row:
@@ -240,7 +238,8 @@ def leaf(job: Job, task: Task) -> int:
                     found[1 + number] += digest
                     digests[field.name].append(to_hex(digest))
                 writing.submit(output.write, field, at, whole, b - a)
-    expected = np.where(np.array([False, *by_row])[:, None], found, expected)
+    for number in straight:
+        expected[1 + number] = found[1 + number]
     _check_conserved(job, plan.levels, task.number, expected, found, [])
     manifest.write_receipt(job, task, {"rows": rows, "digests": digests})
     return rows

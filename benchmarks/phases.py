@@ -41,7 +41,7 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
     ("hash", digest.RowHash, "hashes"),
     ("hash", tasks, "add_to_groups"),
     ("gather", spill._Gather, "append"),
-    ("read", gather, "read_rows"),
+    ("read", gather.Gather, "read"),
     ("read", gather, "read_column"),
     ("partition", gather, "find_rows"),
     ("gather", tasks, "leaf"),  # what is left of a leaf is the gathering of its rows

@@ -170,8 +170,8 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
         "other way up: 0.50 is half as fast as copying. *of floor*: the same against one copy per "
         "level, which no shuffle that reads and writes everything at each level can beat. *of widest*: its "
         "rate over that of the widest rows in the same round. *1 level* is `--gather`: no spill, rows "
-        "come from the page cache, into which the source is read first if it is not there. Workers are running when the clock starts. "
-        "*leaves* is the number of pieces sorted in memory.",
+        "come from the page cache, into which the source is read first if it is not there. Workers are "
+        "running when the clock starts. *leaves* is the number of pieces sorted in memory.",
         "",
         *table(
             ("mode", "data", "row", "workers", "levels", "leaves", "GB/s", "copy GB/s", "of copy",

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +61,8 @@ def test_floor(tmp_path):
 
 def test_shuffle(tmp_path):
     found = miniature(tmp_path, "shuffle")
-    assert {(r["workers"], r["levels"]) for r in found["summary"]} == {
-        (0, 2),
-        (0, 3),
-        (1, 2),
-        (1, 3),
-    }
+    ran = {(r["workers"], r["levels"]) for r in found["summary"]}
+    assert ran == set(product((0, 1), (1, 2, 3)))
     for one in found["rounds"]:
         spent = one["phases"]
         workers = max(1, one["workers"])

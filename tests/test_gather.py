@@ -63,9 +63,8 @@ def test_the_output_is_that_of_any_other_run(src: Path, tmp_path: Path, block_ro
     assert (made.levels, made.scratch_bytes, made.level_bytes(1)[0]) == (1, 0, ROWS * 2444)
     assert crew.kinds.count("leaf") == made.leaves == -(-ROWS // made.leaf_rows)
     assert "split" not in crew.kinds
-    by_row = [gather.is_read_by_row(jobs[0], field) for field in jobs[0].fields]
-    assert any(by_row) == (block_rows < 5000)
-    assert not all(by_row)
+    straight = gather.Gather(jobs[0]).straight
+    assert [jobs[0].fields[n].name for n in straight] == ["wide"] * (block_rows < 5000)
     assert not Path(jobs[0].scratch.url).exists()
 
 
