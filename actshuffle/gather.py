@@ -17,6 +17,7 @@ Copies: a wide row is copied once in memory on its way in, a narrow one twice mo
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from actshuffle import virtual
 from actshuffle.arrays import Source
-from actshuffle.digest import U8
+from actshuffle.digest import U8, RowHash
 from actshuffle.errors import FormatError, InfeasibleError, RequestError
 from actshuffle.executors import machine_memory
 from actshuffle.files import LocalObjects
@@ -32,26 +33,31 @@ from actshuffle.keys import U64, Keys
 from actshuffle.objects import local_path
 from actshuffle.partition import bucket_of
 from actshuffle.reading import Extent
-from actshuffle.types import Field, Job, Place
+from actshuffle.types import Field, Job, Place, Plan
 from actshuffle.units import format_bytes
 
 READ_BYTES = 16 << 10  # as long as one more read takes, the page cache copies so many bytes
 KEY_ROWS = 1 << 18  # whose keys are looked at in one go
+AT_ONCE = 1 << 15  # rows of their own reads that are asked for in one go
 PIECE = 1 << 20  # bytes of a column that are read in one go
 LOOKS = 8  # at the page cache, for each object
 READING = "reading"  # the stage in which the source comes into the page cache
 WARM_BYTES = 256 << 20  # read by one task
 
 
-def check(src: Place, fields: Sequence[Field], rows: int, given: dict[str, Any]) -> None:
-    """Refuse to gather rows from where they cannot be had one by one, from memory."""
+def check(src: Place, fields: Sequence[Field], given: dict[str, Any]) -> None:
+    """Refuse to gather rows from where they cannot be had one by one."""
     if given.get("levels", "auto") not in ("auto", 1) or given.get("spill_memory"):
         raise RequestError(
             "gathering is one level without spill: leave --levels and --spill-memory out"
         )
-    if virtual.open_reader(src) is not None or local_path(src) is None:
+    if local_path(src) is None:
         raise RequestError(
-            f"rows can be gathered from a store on this machine alone, and {src} is none"
+            f"rows can be gathered from a store on this machine, and {src} is elsewhere: leave --gather out"
+        )
+    if virtual.open_reader(src) is not None:
+        raise RequestError(
+            f"rows of {src} lie in other stores or files, and cannot be gathered one by one: leave --gather out"
         )
     decoded = [f.name for f in fields if not f.source_key]
     if decoded:
@@ -59,13 +65,28 @@ def check(src: Place, fields: Sequence[Field], rows: int, given: dict[str, Any])
             f"rows of {', '.join(decoded)} must be decoded by the chunk, so they cannot be gathered one by "
             "one: leave --gather out"
         )
-    size, memory = rows * sum(f.row_bytes for f in fields), machine_memory()
-    need = size + int(given.get("memory") or given.get("block_bytes") or 0)
+
+
+def check_room(plan: Plan, workers: int) -> None:
+    """Refuse to gather from a source that has no room in memory beside the workers."""
+    size, memory = plan.rows * plan.row_bytes, machine_memory()
+    need = size + workers * plan.memory
     if need > memory:
         raise InfeasibleError(
-            f"to gather rows, the source's {format_bytes(size)} must lie in memory beside what a worker takes, "
-            f"{format_bytes(need)} in all, and there are {format_bytes(memory)}: leave --gather out"
+            f"to gather rows, the source's {format_bytes(size)} must lie in memory beside "
+            f"{workers} worker{'s' * (workers != 1)} with {format_bytes(plan.memory)} each, and there are "
+            f"{format_bytes(memory)}: give less --memory, fewer --workers, or leave --gather out"
         )
+
+
+def keys_total(keys: Keys, rows: int) -> U64:
+    """Digest of the first key words of all rows: what those of the leaves must add up to."""
+    total, row_hash = np.zeros(2, np.uint64), RowHash(keys.seed, 0, 8)
+    for start in range(0, rows, KEY_ROWS):
+        stop = min(start + KEY_ROWS, rows)
+        words = keys.hi(start, stop).view(np.uint8).reshape(-1, 8)
+        total += row_hash.total(words, np.arange(start, stop, dtype=np.uint64))
+    return total
 
 
 class Gather:
@@ -145,12 +166,13 @@ def read_column(source: Source, field: Field, rows: U64, out: U8) -> None:
 def read_rows(source: Source, field: Field, rows: U64, out: U8) -> None:
     """Any rows of a field, in the order given, by a read each, into uint8 ``(m, row_bytes)``."""
     width, view = field.row_bytes, out.data.cast("B")
-    objects, places = np.divmod(rows.astype(np.int64), field.source_chunk_rows)
-    by_object = np.argsort(objects, kind="stable")  # each is opened once
-    for part in np.split(by_object, np.flatnonzero(np.diff(objects[by_object])) + 1):
-        if len(part):
+    for start in range(0, len(rows), AT_ONCE):
+        some = rows[start : start + AT_ONCE].astype(np.int64)
+        objects, places = np.divmod(some, field.source_chunk_rows)
+        by_object = np.argsort(objects, kind="stable")  # each is opened once
+        for part in np.split(by_object, np.flatnonzero(np.diff(objects[by_object])) + 1):
             key = field.source_key.format(objects[part[0]])
-            offsets, goals = places[part] * width, part * width
+            offsets, goals = places[part] * width, (start + part) * width
             source.objects.read_rows(key, width, offsets.tolist(), view, goals.tolist())
 
 
@@ -170,7 +192,11 @@ def warm(job: Job, field: Field, first: int, stop: int) -> int:
     piece = memoryview(bytearray(PIECE))
     for number in range(first, stop):
         size = (min((number + 1) * step, job.plan.rows) - number * step) * field.row_bytes
-        key, looks = field.source_key.format(number), range(0, size, max(1, size // LOOKS))
+        # At other places each time: a look at what is not there brings it there.
+        key, looks = (
+            field.source_key.format(number),
+            [secrets.randbelow(size) for _ in range(LOOKS)],
+        )
         if not (
             isinstance(objects, LocalObjects) and all(objects.is_cached(key, at) for at in looks)
         ):

@@ -20,6 +20,7 @@ from actshuffle.arrays import (
 from actshuffle.data.dataset import is_ours, open_dataset
 from actshuffle.errors import IncompleteStoreError, RequestError
 from actshuffle.gather import check as check_gather
+from actshuffle.gather import check_room
 from actshuffle.memory import MemoryModel
 from actshuffle.objects import as_place, local_path, open_objects
 from actshuffle.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan, reach_table
@@ -89,10 +90,13 @@ def plan(
         given["memory"] = default_memory(workers or 1)
     described = [source_field(name, array) for name, array in arrays.items()]
     if gather:
-        check_gather(place, described, next(iter(arrays.values())).shape[0], given)
-    return plan_for(
+        check_gather(place, described, given)
+    made = plan_for(
         arrays, described, given, remote=remote, remote_source=local_path(place) is None
     )
+    if gather:
+        check_room(made, workers or 1)
+    return made
 
 
 def plan_report(made: Plan) -> dict[str, Any]:

@@ -105,6 +105,8 @@ def _is_whole(job: Job, task: Task, body: dict[str, Any]) -> bool:
             and _is_list(sums, 1 + len(job.fields), lambda x: _is_hex(x, 32 * children))
         )
     start, stop = plan.bucket_ranks(plan.levels - 1, task.number)
+    if job.kind == "gather" and not _is_hex(body.get("keys"), 32):
+        return False
     digests = body.get("digests")
     if not isinstance(digests, dict) or digests.keys() != {f.name for f in job.fields}:
         return False

@@ -111,6 +111,7 @@ def prepare(
     request: Request,
     *,
     most_memory: Callable[[], int],  # asked only when nobody says how much memory
+    workers: int = 1,
     overwrite: bool = False,
     fsync: bool = True,
 ) -> Job:
@@ -124,7 +125,8 @@ def prepare(
     recorded = _recorded(dst, overwrite)
     if recorded is not None:
         before = _checked_request(recorded["request"])
-        differing = {k for k, v in given.items() if k not in _SOFT and before.get(k) != v}
+        held = {"gather": False, **before}
+        differing = {k for k, v in given.items() if k not in _SOFT and held.get(k) != v}
         if differing:
             raise ResumeMismatchError(
                 f"{dst.url} is half done with other arguments: "
@@ -157,6 +159,8 @@ def prepare(
             )
     else:
         _check_space(job)
+        if job.kind == "gather":
+            gather.check_room(job.plan, workers)
     if overwrite:
         _remove(open_objects(dst, fsync=fsync))
         clear_scratch(job)
@@ -189,11 +193,13 @@ def make_job(
     fill_missing = bool(given.get("fill_missing", False))
     beyond: dict[str, Any] = {}
     gappy: set[str] = set()
+    fields = [source_field(name, array) for name, array in arrays.items()]
+    if given.get("gather"):
+        gather.check(src, fields, given)
     if not fill_missing and (found := virtual.inventory(src, list(arrays))) is not None:
         identity, beyond = found
     else:
         identity, gappy = take_inventory(src, arrays, fill_missing=fill_missing)
-    fields = [source_field(name, array) for name, array in arrays.items()]
     # A missing chunk has no file to read: leave that array to zarr, which makes up fill values.
     fields = [dataclasses.replace(f, source_key="") if f.name in gappy else f for f in fields]
     with_rows = bool(given.get("source_row", True))
@@ -207,7 +213,10 @@ def make_job(
         raise RequestError(f"unknown codec {codec!r}; choose from {', '.join(CODECS)}")
     kind, asked = beyond.get("kind", "shuffle"), given
     if given.get("gather"):
-        gather.check(src, fields, next(iter(arrays.values())).shape[0], given)
+        if gappy:
+            raise RequestError(
+                f"{', '.join(sorted(gappy))} of {src} lacks chunks, whose rows cannot be gathered: leave --gather out"
+            )
         kind = "gather"
     elif kind != "shuffle":  # leaves alone, as many as memory asks for: nothing is split into runs
         asked = {**given, "run_bytes": 1}

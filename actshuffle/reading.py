@@ -119,8 +119,14 @@ def set_direct(fd: int, *, on: bool) -> bool:
 
 
 def has_cached(fd: int, offset: int) -> bool:
-    """Does the page cache have a byte of a file?  False where the system does not say."""
-    return _cached(fd, [memoryview(bytearray(1))], offset) > offset
+    """Does the page cache have a byte of a file?  False where the system does not say.
+
+    Where it has not, the system may begin to read the page that was asked for.
+    """
+    try:
+        return _cached(fd, [memoryview(bytearray(1))], offset) > offset
+    except OSError:  # which is told when it is read
+        return False
 
 
 def _cached(fd: int, views: list[memoryview], offset: int) -> int:

@@ -31,7 +31,7 @@ from actshuffle.arrays import OUR_GROUP, group_metadata, put_array
 from actshuffle.digest import from_hex, to_hex
 from actshuffle.errors import ConservationError, FormatError, RequestError
 from actshuffle.executors import Dask, Executor, Serial
-from actshuffle.gather import READING, warm, warm_calls
+from actshuffle.gather import READING, keys_total, warm, warm_calls
 from actshuffle.keys import U64
 from actshuffle.objects import as_place, open_objects
 from actshuffle.planner import Levels
@@ -153,13 +153,13 @@ def shuffle(
             tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
             tasks_per_worker=sharing if (sharing := crew.tasks_per_worker) > 1 else None,
             spill_memory=None if spill_memory is None else parse_bytes(spill_memory),
-            gather=gather or None,
+            gather=gather,
         )  # fmt: skip
         if (request.spill_memory or request.gather) and not crew.one_machine:
             raise RequestError(f"{_NOT_SHARED}: leave it out with a scheduler")
         job = prepare(
             as_place(src, storage_options), as_place(dst, storage_options), request,
-            most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync,
+            most_memory=crew.task_memory, workers=crew.workers, overwrite=overwrite, fsync=fsync,
         )  # fmt: skip
         if (job.plan.spill_memory or job.kind == "gather") and not crew.one_machine:  # half done
             raise RequestError(
@@ -186,9 +186,10 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
         return Result(plan, job.keys.seed, str(job.destination), 0.0, 0, 0, executor.workers)
     _claim(job)
     _find_boundaries(job, executor, progress)
-    if job.kind == "gather" and tasks.first_level(job) == 1:
+    begin = tasks.first_level(job)
+    if job.kind == "gather" and begin == 1:
         _warm(job, executor, progress)
-    for level in range(tasks.first_level(job), plan.levels + 1):
+    for level in range(begin, plan.levels + 1):
         progress.begin(_stage(job, level), plan.task_count(level), plan.rows * plan.row_bytes)
         if level < plan.levels:
             Spill(job, level).write_metadata()
@@ -265,6 +266,7 @@ def publish(job: Job) -> None:
     """Digests, metadata, marker.  Every step can be done again."""
     plan, objects = job.plan, open_objects(job.destination, fsync=job.fsync)
     digests: dict[str, list[U64]] = {f.name: [] for f in job.fields}
+    keys = np.zeros(2, np.uint64)
     leaves = plan.tasks(plan.levels)
     for task, receipt in zip(
         leaves, manifest.read_receipts(job, plan.tasks(plan.levels)), strict=True
@@ -275,6 +277,12 @@ def publish(job: Job) -> None:
             )
         for name, texts in receipt["digests"].items():
             digests[name] += [from_hex(text) for text in texts]
+        if job.kind == "gather":
+            keys += from_hex(receipt["keys"])
+    if job.kind == "gather" and not np.array_equal(keys, keys_total(job.keys, plan.rows)):
+        raise ConservationError(
+            "the rows of the leaves are not all rows, each once; nothing was published: --overwrite starts again"
+        )
     sums: dict[str, str] = {}
     files: dict[str, bytes] = {}
     for name, found in digests.items():

@@ -6,7 +6,6 @@
     split    one block of rows              -> one spill object, grouped by bucket, and a receipt
     index    receipts of a bucket's blocks  -> where each child's runs are, and their digests
     leaf     all runs of one leaf           -> its objects in the output, and a receipt
-    warm     one object of the source       -> the page cache (before leaves that gather from there)
 
 Each checks what it is given against what the step before it said (rows per bucket, conservation
 digests), writes data first and its receipt last, and does nothing if a valid receipt is there.
@@ -186,7 +185,8 @@ def leaf(job: Job, task: Task) -> int:
     """Read one leaf, sort it by key, write its output objects.
 
     Of a job that gathers, wide fields are read straight to where they are written from: with nothing in
-    between, there is nothing to compare their digest with.
+    between, there is nothing to compare their digest with.  That all rows are there once is seen at the
+    end, by the digests of their keys.
     """
     plan = job.plan
     first, stop = plan.bucket_ranks(plan.levels - 1, task.number)
@@ -241,7 +241,8 @@ def leaf(job: Job, task: Task) -> int:
     for number in straight:
         expected[1 + number] = found[1 + number]
     _check_conserved(job, plan.levels, task.number, expected, found, [])
-    manifest.write_receipt(job, task, {"rows": rows, "digests": digests})
+    keys = {"keys": to_hex(found[0])} if gather else {}
+    manifest.write_receipt(job, task, {"rows": rows, "digests": digests, **keys})
     return rows
 
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+# By its plugin it would be imported when a session ends, by way of `ast.parse`, which fails in CPython 3.11
+# if just then an error that nobody retrieved from asyncio (as of a store that died) is collected and logged.
+import hypothesis  # noqa: F401
 import pytest
 
 from actshuffle.executors import Dask, local_cluster

@@ -31,7 +31,7 @@ from actshuffle.errors import (
     StorageError,
 )
 from data_helpers import N, collection, shuffled
-from helpers import SOURCES, array, opened
+from helpers import SOURCES, array, evict, opened
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -323,3 +323,22 @@ def test_a_store_that_is_not_on_disk(tmp_path: Path) -> None:
         np.testing.assert_array_equal(view.take(name, [79, 0]), here.take(name, [99, 20]))
     with pytest.raises(SourceError):
         open_dataset(f"{url}/nothing")
+
+
+def test_is_cached_looks_at_the_row_that_is_asked_for(tmp_path: Path) -> None:
+    """Of a view, in the store that has it."""
+    parent = collection(tmp_path / "p", 200)
+    view = write_view(tmp_path / "v", parent, 100, 200)
+    name = next(iter(view.fields))
+    files = [p for p in (parent / name).rglob("*") if p.is_file()]
+    for file in files:
+        evict(file)
+    if open_dataset(parent).is_cached(name, 0):
+        pytest.skip("a file system that is in memory itself")
+    chunk = str(100 // view.fields[name].object_rows)
+    for file in files:
+        if file.relative_to(parent / name).parts[:2] == ("c", chunk):
+            file.read_bytes()
+    assert view.is_cached(name, 0)
+    assert not view.is_cached(name, 99)
+    assert not open_dataset(parent).is_cached(name, 50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
-from actshuffle import concat, gather, plan, shuffle, tasks, verify
+from actshuffle import concat, gather, plan, prepare, shuffle, tasks, verify
 from actshuffle.errors import (
     ActshuffleError,
     ConservationError,
@@ -18,9 +20,12 @@ from actshuffle.errors import (
     FormatError,
     InfeasibleError,
     RequestError,
+    ResumeMismatchError,
+    StorageError,
 )
 from actshuffle.executors import Serial, local_cluster
 from actshuffle.keys import Keys
+from actshuffle.objects import as_place, open_objects
 from actshuffle.partition import boundaries_at
 from actshuffle.testing import Faults, Killed, drawn
 from actshuffle.types import Job
@@ -102,6 +107,29 @@ def test_both_ways_were_taken_of_those_sources(sources: Any) -> None:
     assert not all(kinds)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 65])
+@pytest.mark.parametrize(
+    "output", [{}, {"codec": "zstd"}, {"codec": "crc32c", "source_row": False}, {"chunks_per_shard": 2}]
+)  # fmt: skip
+def test_few_rows_and_coded_outputs(tmp_path: Path, rows: int, output: dict[str, Any]) -> None:
+    array(tmp_path / "s.zarr", values(rows, (12,)))
+    shuffle(tmp_path / "s.zarr", tmp_path / "d.zarr", gather=True, seed=5, memory="64MB", chunk_rows=8,
+            block_bytes=40 * 48, fsync=False, **output)  # fmt: skip
+    assert_is_oracle(
+        tmp_path / "s.zarr", tmp_path / "d.zarr", 5, source_row=output.get("source_row", True)
+    )
+
+
+def test_some_of_the_fields_into_an_object_store(src: Path) -> None:
+    url = f"memory://gather-{src.parent.name}/d.zarr"
+    shuffle(src, url, gather=True, memory="400MB", fields=["middle", "wide"], seed=3)
+    order = Keys(3).order(ROWS)
+    found, source = zarr.open_group(url, mode="r"), zarr.open_group(src, mode="r")
+    assert set(found.array_keys()) == {"middle", "wide", "source_row"}
+    for name in ("middle", "wide"):
+        np.testing.assert_array_equal(found[name][:], source[name][:][order])
+
+
 def test_workers_of_a_cluster_share_the_leaves(src: Path, tmp_path: Path) -> None:
     with local_cluster(2) as crew:
         result = shuffle(
@@ -140,6 +168,8 @@ def test_deaths_and_errors_at_random_change_no_byte(src: Path, tmp_path: Path) -
             attempt += 1
             assert attempt < 10
         assert_is_oracle(src, dst, 3)
+    with Faults():  # what died in zarr's event loop is collected before it is of any interest
+        gc.collect()
     assert ends["Killed"] > 10
     assert ends["StorageError"] > 5
 
@@ -211,6 +241,21 @@ def test_control_rows_that_are_read_wrong_end_the_run(
         shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", **SHAPE)
 
 
+def test_control_rows_that_are_taken_twice_end_the_run(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And as many others never."""
+    find = gather.find_rows
+
+    def again(keys: Keys, bounds: Any, leaf: int, *rest: Any) -> None:
+        find(keys, bounds, 0 if leaf == 1 else leaf, *rest)
+
+    monkeypatch.setattr(gather, "find_rows", again)
+    with pytest.raises(ConservationError, match="not all rows, each once"):
+        shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes=500 * 2444, **SHAPE)
+    assert not (tmp_path / "d.zarr/zarr.json").exists()
+
+
 def test_control_wide_rows_that_are_read_wrong_are_seen_by_verify(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,23 +272,78 @@ def test_refusals_come_before_anything_is_written(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dst = tmp_path / "d.zarr"
-    for settings, message in [
-        ({"levels": 2}, "is one level without spill"),
-        ({"spill_memory": "1MB"}, "is one level without spill"),
-        ({"executor": _Elsewhere()}, "leave it out with a scheduler"),
+    with pytest.raises(RequestError, match="leave it out with a scheduler"):
+        shuffle(src, dst, gather=True, executor=_Elsewhere(), **SHAPE)
+    hole = tmp_path / "hole.zarr"
+    array(hole, values(50, (12,)))
+    (hole / "c/3/0").unlink()
+    monkeypatch.setattr(prepare, "take_inventory", lambda *_, **__: pytest.fail("too late"))
+    for source, settings, message in [
+        (src, {"levels": 2}, "is one level without spill"),
+        (src, {"spill_memory": "1MB"}, "is one level without spill"),
+        (_virtual(tmp_path), {}, "lie in other stores or files"),
+        ("memory://no/x.zarr", {}, "is elsewhere"),
     ]:
+        if "memory" in str(source):
+            array(source, values(5, (2,)))
         with pytest.raises(RequestError, match=message):
-            shuffle(src, dst, gather=True, **SHAPE, **settings)
-    with pytest.raises(RequestError, match="a store on this machine alone"):
-        shuffle(_virtual(tmp_path), dst, gather=True, **SHAPE)
-    monkeypatch.setattr("actshuffle.gather.machine_memory", lambda: 8_000_000)
-    with pytest.raises(
-        InfeasibleError, match="7.33 MB must lie in memory .* 47.3 MB in all, and there are 8 MB"
-    ):
-        shuffle(src, dst, gather=True, memory="40MB", **SHAPE)
+            shuffle(source, dst, gather=True, **SHAPE, **settings)
+    monkeypatch.undo()
+    with pytest.raises(RequestError, match="lacks chunks"):
+        shuffle(hole, dst, gather=True, missing_chunks="fill", **SHAPE)
     assert not dst.exists()
     with pytest.raises(RequestError, match="rows are gathered from a store"):
         plan(rows=10, row_bytes=8, gather=True)
+
+
+def test_source_and_all_workers_must_have_room(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Two(Serial):
+        workers = 2
+
+    dst = tmp_path / "d.zarr"
+    monkeypatch.setattr("actshuffle.gather.machine_memory", lambda: 87_000_000)
+    with pytest.raises(InfeasibleError, match="7.33 MB .* 2 workers with 40 MB each, .* 87 MB"):
+        shuffle(src, dst, gather=True, memory="40MB", executor=Two(), **SHAPE)
+    with pytest.raises(InfeasibleError, match="2 workers"):
+        plan(src, gather=True, memory="40MB", workers=2)
+    assert not dst.exists()
+    shuffle(src, dst, gather=True, memory="40MB", **SHAPE)
+    assert_is_oracle(src, dst, 3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_half_done_run_goes_on_as_it_began(src: Path, tmp_path: Path, first: bool) -> None:
+    dst, settings = tmp_path / "d.zarr", {**SHAPE, "block_bytes": 200 * 2444, "run_bytes": 1}
+    with pytest.raises(KeyboardInterrupt):
+        shuffle(src, dst, gather=first, executor=Stops(3), **settings)
+    with pytest.raises(ResumeMismatchError, match="gather was"):
+        shuffle(src, dst, gather=not first, **settings)
+    shuffle(src, dst, gather=first, **settings)
+    assert_is_oracle(src, dst, 3)
+
+
+def test_a_file_that_ends_early_is_told(src: Path, tmp_path: Path) -> None:
+    class Cuts(Serial):
+        def map(self, fn: Any, calls: Any) -> Any:
+            for call in calls:
+                if fn is tasks.run_task:
+                    os.truncate(src / "wide/c/4/0", 1000)
+                yield fn(*call)
+
+    with pytest.raises(StorageError, match="wide/c/4/0"):
+        shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", executor=Cuts(), **SHAPE)
+
+
+def test_rows_from_an_object_store_are_a_request_each() -> None:
+    """Which `gather` refuses; the places' interface has it all the same."""
+    data = np.random.default_rng(0).integers(0, 256, 1000).astype(np.uint8)
+    objects = open_objects(as_place("memory://rows"))
+    objects.put("k", data.data)
+    out = bytearray(30)
+    objects.read_rows("k", 10, [500, 0, 990], memoryview(out), [20, 0, 10])
+    assert bytes(out) == b"".join(data[a : a + 10].tobytes() for a in (0, 990, 500))
 
 
 def _virtual(folder: Path) -> Path:

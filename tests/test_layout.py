@@ -58,7 +58,7 @@ LONGER = {  # lines, and why not less
     "verify": 540,  # full and quick checks, which share nothing with the engine
     "testing": 750,  # strategies, faulty stores and the state machine, for other people's tests
     "arrays": 440,  # all that is known of Zarr metadata, and reading rows by it
-    "prepare": 420,  # all refusals
+    "prepare": 430,  # all refusals
     "data.dataset": 380,  # what a finished store can be asked
     "guard": 350,
 }

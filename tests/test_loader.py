@@ -354,6 +354,8 @@ def test_blocks_are_small_where_all_comes_from_the_page_cache(
     )
     for file in (p for p in path.rglob("*") if p.is_file()):
         file.read_bytes() if cached else evict(file)
+    if dataset.is_cached(next(iter(dataset.fields)), 0) and not cached:
+        pytest.skip("a file system that is in memory itself")
     rows = sum(len(next(iter(batch.values()))) for batch in Loader(dataset, 10, buffer_rows=0))
     assert rows == N == sum(filled)
     assert max(filled) == 10 * batches

@@ -93,7 +93,7 @@ SHAPE = _options(
                  help="Least that is read in one piece (P).  [default: 256KiB; remote, 4MiB]"),
     click.option("--spill-memory", type=SIZE,
                  help="How much of the spill may stay in memory, beside the workers'.  [default: none]"),
-    click.option("--gather", is_flag=True,
+    click.option("--gather", is_flag=True, default=None,
                  help="One pass without spill, from a source that fits into this machine's memory."),
     click.option("--chunk-rows", type=COUNT,
                  help="Rows of a chunk of the widest array.  [default: about 32MiB]"),

@@ -26,6 +26,7 @@ batch size.  What was read ahead and not handed out does not count.
 from __future__ import annotations
 
 import copy
+import secrets
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -133,7 +134,7 @@ class Loader:
         )  # steps to leave out, now and between: DataLoader workers share
         self._turn = 0
         self._pinned = False
-        self._pool: Pool | None = None
+        self._pool: tuple[int, Pool] | None = None  # by the size of blocks
         if as_torch:
             from actshuffle.data import torchface
 
@@ -147,7 +148,8 @@ class Loader:
 
     def _block_bytes(self) -> int:
         """Small if what is read is in the page cache now, by a look at a few rows."""
-        rows = np.linspace(0, max(0, self.rows - 1), LOOKS).astype(int).tolist()
+        # Other rows each time: a look at what is not there brings it there.
+        rows = [secrets.randbelow(max(1, self.rows)) for _ in range(LOOKS)]
         cached = self.rows and all(
             c.dataset.is_cached(c.field, row) for c in self.layout.columns for row in rows
         )
@@ -211,9 +213,9 @@ class Loader:
         most_rows = max(1, block_bytes // row_bytes)
         batch_bytes = -(-self.batch_size // self.world_size) * row_bytes
         depth = max(self.threads + 1, self.prefetch_bytes // max(batch_bytes, block_bytes))
-        if self._pool is None:  # kept for the passes to come
-            self._pool = Pool(depth + 1)
-        lend = self._pool.lend
+        if self._pool is None or self._pool[0] != block_bytes:  # kept for the passes to come
+            self._pool = block_bytes, Pool(depth + 1)
+        lend = self._pool[1].lend
         if self._pinned:
             from actshuffle.data.torchface import lend_pinned as lend
         work: Iterable[Any] = blocks(mine, self.rank, self.world_size, most_rows)
