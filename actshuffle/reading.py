@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from random import randrange
 from typing import NamedTuple
 
 import numpy as np
@@ -60,8 +61,12 @@ class OpenFile:
 def read_full(fd: int, extent: Extent) -> None:
     """Read all of an extent, or raise OSError."""
     views, offset = [v for v in extent.views if len(v)], extent.offset
-    if extent.once and sum(map(len, views)) >= DIRECT_BYTES:
-        offset = _cached(fd, views, offset)
+    size = sum(map(len, views))
+    if extent.once and size >= DIRECT_BYTES:
+        # A look first, as asking for all has the system begin to read up to 8 MiB into the cache, beside us; and at
+        # a random place, since where one is looked for, some pages are left behind.
+        if _peek(fd, offset + randrange(size)):
+            offset = _cached(fd, views, offset)
         if views and set_direct(fd, on=True):
             try:
                 offset = _past_cache(fd, views, offset)
@@ -124,9 +129,13 @@ def has_cached(fd: int, offset: int) -> bool:
     Where it has not, the system may begin to read the page that was asked for.
     """
     try:
-        return _cached(fd, [memoryview(bytearray(1))], offset) > offset
+        return _peek(fd, offset)
     except OSError:  # which is told when it is read
         return False
+
+
+def _peek(fd: int, offset: int) -> bool:
+    return _cached(fd, [memoryview(bytearray(1))], offset) > offset
 
 
 def _cached(fd: int, views: list[memoryview], offset: int) -> int:

@@ -181,12 +181,17 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for one in found:
         case = one["width"], one["mode"], one["threads"], one["batch"], one["what"]
         cases.setdefault(case, []).append(one)
+    loaders = {(*case[:-1], one["round"]): one["seconds"]
+               for case, ours in cases.items() if case[-1] == "loader" for one in ours}  # fmt: skip
     return [
         {
             "width": width, "mode": mode, "threads": threads, "batch": batch, "what": what,
             "rate": spread([one["bytes"] / one["seconds"] / 1e9 for one in ours]),
             "plain": spread([one["bytes"] / one["plain"]["seconds"] / 1e9 for one in ours]),
             "of_plain": spread(list(map(_of_plain, ours))),
+            "of_loader": spread([
+                loaders[width, mode, threads, batch, one["round"]] / one["seconds"] for one in ours
+            ]),
             "of_plain_cpu": spread([one["plain"]["cpu"] / one["cpu"] for one in ours]),
         }
         for (width, mode, threads, batch, what), ours in cases.items()
@@ -199,14 +204,14 @@ def page(rows: list[dict[str, Any]], size: int, chunk: int) -> list[str]:
         "the consumer does nothing with them. GB/s and ratios: median (range) over "
         "rounds. *of plain read*: rate over that of the plain read of the same files, on the same number "
         "of threads, right before it. *by processor time*: the same of processor seconds, which other "
-        "load on the machine changes less. *cached*: files in the page cache; of two passes, the second. "
-        "*disk*: out of it.",
+        "load on the machine changes less. *of loader*: rate over that of the loader in the same round. "
+        "*cached*: files in the page cache; of two passes, the second. *disk*: out of it.",
         "",
         *table(
             ("row", "mode", "threads", "batch", "", "GB/s", "plain read GB/s", "of plain read",
-             "by processor time"),
+             "by processor time", "of loader"),
             ((f"{r['width']} x float16", r["mode"], r["threads"], f"{r['batch']:,}", r["what"], ranged(r["rate"]),
-              ranged(r["plain"]), ranged(r["of_plain"]), ranged(r["of_plain_cpu"]))
+              ranged(r["plain"]), ranged(r["of_plain"]), ranged(r["of_plain_cpu"]), ranged(r["of_loader"]))
              for r in rows),
         ),
         "",
@@ -215,7 +220,7 @@ def page(rows: list[dict[str, Any]], size: int, chunk: int) -> list[str]:
         "that is more. The plain read fills one buffer over and over, as large as a file. How much of "
         "either stays in the processor's cache is most of what sets them apart.",
         "",
-        "stats is bound by the processor, not by reading: it brings every value to float32, takes its "
-        "square and adds up both, about eight passes of numpy's over a tile in cache. Each of its threads "
-        "has another that reads on meanwhile.",
+        "stats of cached files is bound by the processor, not by reading: it brings every value to float32, "
+        "takes its square and adds up both, about eight passes of numpy's over a tile in cache. Each of its "
+        "threads has another that reads on meanwhile, past the page cache what is not there yet.",
     ]  # fmt: skip

@@ -59,7 +59,7 @@ LONGER = {  # lines, and why not less
     "testing": 750,  # strategies, faulty stores and the state machine, for other people's tests
     "arrays": 440,  # all that is known of Zarr metadata, and reading rows by it
     "prepare": 430,  # all refusals
-    "data.dataset": 380,  # what a finished store can be asked
+    "data.dataset": 390,  # what a finished store can be asked
     "guard": 350,
 }
 PRINTERS = {"cli.app", "cli.data", "cli.display", "cli.session"}

@@ -27,6 +27,7 @@ from actshuffle.errors import (
     RequestError,
     SourceError,
 )
+from benchmarks.cache import cached_share
 from data_helpers import N, collection, finish, shuffled
 from helpers import SOURCES, evict, group, run, values
 
@@ -168,9 +169,9 @@ def test_a_block_reads_each_unit_once(
     reads: list[list[Any]] = []
     real = Dataset.reading
 
-    def noted(self: Dataset, name: str, ranges: Any, out: Any) -> Any:
+    def noted(self: Dataset, name: str, ranges: Any, out: Any, **how: Any) -> Any:
         reads.append(list(ranges))
-        return real(self, name, ranges, out)
+        return real(self, name, ranges, out, **how)
 
     monkeypatch.setattr(Dataset, "reading", noted)
     loader = Loader(store, 10, fields=["data"])  # 101 steps, all in one block
@@ -359,6 +360,23 @@ def test_blocks_are_small_where_all_comes_from_the_page_cache(
     rows = sum(len(next(iter(batch.values()))) for batch in Loader(dataset, 10, buffer_rows=0))
     assert rows == N == sum(filled)
     assert max(filled) == 10 * batches
+
+
+@pytest.mark.parametrize(("memory", "share"), [(1 << 40, 1.0), (1 << 20, 0.0)])
+def test_a_store_larger_than_memory_is_read_past_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, share: float
+) -> None:
+    data = np.random.default_rng(0).integers(0, 99, (4096, 1024), dtype="<i4")
+    group(tmp_path / "s", {"data": data}, chunks=(1024, 1024))
+    files = [p for p in (tmp_path / "s" / "data").rglob("*") if p.is_file()]
+    for file in files:
+        evict(file)
+    if cached_share([tmp_path / "s" / "data"]) > 0.01:
+        pytest.skip("a file system that is in memory itself")
+    monkeypatch.setattr("actshuffle.data.loader.machine_memory", lambda: memory)
+    loader = Loader(tmp_path / "s", 1024, buffer_rows=0, incomplete=True)
+    np.testing.assert_array_equal(np.concatenate([batch["data"] for batch in loader]), data)
+    assert cached_share([tmp_path / "s" / "data"]) == pytest.approx(share, abs=0.1)
 
 
 @pytest.mark.parametrize("buffer_rows", [None, 100])

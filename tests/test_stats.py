@@ -26,8 +26,9 @@ from actshuffle.errors import (
     StorageError,
 )
 from actshuffle.executors import Dask, Serial
+from benchmarks.cache import cached_share
 from data_helpers import N, collection, finish, shuffled
-from helpers import array
+from helpers import array, evict
 
 
 def one(path: Path, data: np.ndarray, **settings: Any) -> FloatStats:
@@ -294,6 +295,29 @@ def test_workers_change_nothing(tmp_path: Path, cluster: Callable[[int], Dask]) 
     serial = stats(store, executor=Serial())
     assert isinstance(serial["data"], FloatStats)
     np.testing.assert_allclose(serial["data"].variance, threads["data"].variance, rtol=1e-5)  # type: ignore[union-attr]
+
+
+def test_rows_are_read_past_the_page_cache(tmp_path: Path) -> None:
+    """Half of them is there, and stays; the rest is not there afterwards either, and is counted all the same."""
+    data = activations(3000, 384, "<f4")
+    array(tmp_path / "s", data, chunks=(1500, 384))
+    files = sorted(p for p in (tmp_path / "s").rglob("*") if p.is_file() and p.name != "zarr.json")
+    assert len(files) == 2
+    dataset = open_dataset(tmp_path / "s", incomplete=True)
+    (name,) = dataset.fields
+    first, second = (file.parent for file in files)
+    for file in files:
+        evict(file)
+    if cached_share([first]) > 0:
+        pytest.skip("a file system that is in memory itself")
+    files[1].read_bytes()
+    found = stats(dataset, executor=Serial())[name]  # tasks of a whole file
+    assert isinstance(found, FloatStats)
+    check(found, data, 1e-9)
+    assert cached_share([second]) == 1
+    assert cached_share([first]) < 0.1  # a look leaves some pages
+    dataset.read(name, 0, 1500)  # as whoever wants them again does
+    assert cached_share([first]) == 1
 
 
 def test_a_damaged_order_of_results_changes_nothing(tmp_path: Path) -> None:

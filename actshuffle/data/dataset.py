@@ -155,13 +155,18 @@ class Dataset:
         """Row ranges of a field one after the other into ``out``, uint8 ``(rows in all, row_bytes)``."""
         self.reading(name, ranges, out)()
 
-    def reading(self, name: str, ranges: Sequence[tuple[int, int]], out: U8) -> Callable[[], None]:
-        """`read_ranges` as a call for later, once, by any thread: files are found, and the first open, by now."""
+    def reading(
+        self, name: str, ranges: Sequence[tuple[int, int]], out: U8, *, once: bool = False
+    ) -> Callable[[], None]:
+        """`read_ranges` as a call for later by any thread: files are found, and the first open, by now.
+
+        ``once``: nobody will want these rows again soon; what the page cache has not is read past it.
+        """
         for start, stop in ranges:
             if not 0 <= start <= stop <= self.rows:
                 raise RequestError(f"rows {start:,} to {stop:,} of {self.rows:,} in {self.path}")
         flat = self._flat(self._info(name), sum(b - a for a, b in ranges), out)
-        return self._reading(name, ranges, flat)
+        return self._reading(name, ranges, flat, once=once)
 
     def is_cached(self, name: str, row: int) -> bool:
         """Would a row of a field come straight from the system's page cache?"""
@@ -201,10 +206,10 @@ class Dataset:
         return out.reshape(-1).view(np.uint8)
 
     def _reading(
-        self, name: str, ranges: Sequence[tuple[int, int]], flat: U8
+        self, name: str, ranges: Sequence[tuple[int, int]], flat: U8, *, once: bool = False
     ) -> Callable[[], None]:
         moved = [(a + self.start, b + self.start) for a, b in ranges if b > a]
-        return self._reader().reading(self._stored[name], moved, flat)
+        return self._reader().reading(self._stored[name], moved, flat, once=once)
 
     def _reader(self) -> Reader:
         if self._held is None or self._held.process != os.getpid():

@@ -39,7 +39,7 @@ from actshuffle.data.dataset import Dataset, FieldInfo
 from actshuffle.data.epochs import Order, Step, steps, unit_rows
 from actshuffle.data.prefetch import Block, Buffering, Loan, Pool, Reading, blocks, in_order
 from actshuffle.errors import RequestError
-from actshuffle.executors import cores
+from actshuffle.executors import cores, machine_memory
 from actshuffle.mixing import MixingAccumulator, MixingReport
 from actshuffle.units import format_bytes, parse_bytes
 
@@ -223,7 +223,8 @@ class Loader:
         if self.order.buffer_rows:
             way = Buffering(self.layout, self.order, lend, self.threads)
         else:
-            way = Reading(self.layout, self.order, lend)
+            once = self.rows * row_bytes > machine_memory() // 2
+            way = Reading(self.layout, self.order, lend, once=once)
         pool = ThreadPoolExecutor(self.threads, "actshuffle-load")
         try:
             for block, loan in in_order(pool, way.fill, map(way.plan, work), depth, self._waited):

@@ -49,6 +49,9 @@ SLICE_VALUES = 1 << 19
 SLICE_ROWS, TILE_WIDTH = 1024, 512
 NARROW = 64  # rows of fewer values are summed in float64: float32 gains nothing on so short ones
 SKETCH = 1024
+HASHED_VALUES = (
+    1 << 15
+)  # at a time; of all but the first only those that belong to the sketch are sorted
 _KEY_BITS = np.uint64(44)  # of a float64, so that 8 bits of its mantissa are left
 _SHIFT, _MASK = np.int32(13), np.int32(0x8FFFE000 - (1 << 32))
 _SCALE = np.float32(2.0**112)
@@ -280,11 +283,11 @@ class IntSums:
         self._part = IntPart(0)
 
     def add(self, rows: NDArray[Any], first: int) -> None:
-        values = rows.reshape(-1)
-        if len(values):
-            hashes = _smallest(_mixed(values.astype(np.int64).view(np.uint64)), self._part.hashes)
-            here = IntPart(len(rows), int(values.min()), int(values.max()), hashes)
-            self._part = _merge_ints(self._part, here)
+        flat, part = rows.reshape(-1), self._part
+        for values in (flat[i : i + HASHED_VALUES] for i in range(0, len(flat), HASHED_VALUES)):
+            hashes = _smallest(_mixed(values.astype(np.int64).view(np.uint64)), part.hashes)
+            part = _merge_ints(part, IntPart(0, int(values.min()), int(values.max()), hashes))
+        self._part = replace(part, count=part.count + len(rows))
 
     def part(self) -> IntPart:
         return self._part

@@ -90,10 +90,15 @@ def blocks(steps: Iterable[Step], rank: int, world_size: int, most_rows: int) ->
 
 
 class Reading:
-    """Fills blocks in plain order: from the files to the block, and nothing between."""
+    """Fills blocks in plain order: from the files to the block, and nothing between.
 
-    def __init__(self, layout: Layout, order: Order, lend: Callable[[int], Loan]) -> None:
-        self._layout, self._order, self._lend = layout, order, lend
+    ``once``: past the page cache, which does not hold all of it until the next epoch.
+    """
+
+    def __init__(
+        self, layout: Layout, order: Order, lend: Callable[[int], Loan], *, once: bool
+    ) -> None:
+        self._layout, self._order, self._lend, self._once = layout, order, lend, once
 
     def plan(self, block: Block) -> tuple[Block, Loan, list[Read]]:
         """Called in order, as blocks are handed out to threads, to which only reading is left.
@@ -104,7 +109,8 @@ class Reading:
         epoch = block.steps[0].epoch
         spans = joined(block.parts)  # of all ranks one, else one a step
         found = (rows for a, b in spans for rows in self._order.ranges(epoch, a, b))
-        return block, loan, _reads(self._layout, joined(found), loan.memory, block.rows, 0)
+        reads = _reads(self._layout, joined(found), loan.memory, block.rows, 0, once=self._once)
+        return block, loan, reads
 
     def fill(self, planned: tuple[Block, Loan, list[Read]]) -> tuple[Block, Loan]:
         block, loan, reads = planned
@@ -212,11 +218,13 @@ class _Window:
             np.take(source, places, axis=0, out=goal, mode="clip")
 
 
-def _reads(layout: Layout, ranges: list[Range], memory: U8, rows: int, at: int) -> list[Read]:
+def _reads(
+    layout: Layout, ranges: list[Range], memory: U8, rows: int, at: int, *, once: bool = False
+) -> list[Read]:
     """Calls that read row ranges of every column, to row ``at`` and on of a block of ``rows``."""
     size = sum(b - a for a, b in ranges)
     return [
-        column.dataset.reading(column.field, ranges, memory[first:last])
+        column.dataset.reading(column.field, ranges, memory[first:last], once=once)
         for column, first, last in layout.spans(rows, at, at + size)
     ]
 

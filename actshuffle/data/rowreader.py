@@ -45,7 +45,7 @@ class Reader:
         self._pieces = _Pieces()
 
     def reading(
-        self, stored: Field, ranges: Sequence[tuple[int, int]], flat: U8
+        self, stored: Field, ranges: Sequence[tuple[int, int]], flat: U8, *, once: bool = False
     ) -> Callable[[], None]:
         """A call that reads row ranges one after the other into ``flat``, uint8 of exactly their bytes.
 
@@ -64,9 +64,8 @@ class Reader:
             for number in range(start // step, -(-stop // step)):
                 a, b = max(start, number * step), min(stop, (number + 1) * step)
                 size, offset = (b - a) * width, (a - number * step) * width
-                extents.append(
-                    Extent(stored.source_key.format(number), offset, [view[at : at + size]])
-                )
+                key = stored.source_key.format(number)
+                extents.append(Extent(key, offset, [view[at : at + size]], once))
                 at += size
         if extents:
             calls.append(self._source.objects.reading(extents))

@@ -56,8 +56,10 @@ log = logging.getLogger("actshuffle")
 FORMAT = 1
 FOLDER = f"{OUR_GROUP}/stats"
 KEY = f"{FOLDER}/stats.json"
-READ_BYTES = 8 << 20
-TASK_BYTES = 256 << 20
+READ_BYTES = 8 << 20  # at a time, past the page cache; a task has two such pieces in memory
+TASK_BYTES = (
+    1 << 30
+)  # long beside the reading of the first piece and the adding of the last, which nothing overlaps
 T = TypeVar("T")
 _ARRAYS = ("mean", "variance", "norms")
 
@@ -173,7 +175,7 @@ def sums(dataset: Dataset, names: tuple[str, ...], start: int, stop: int) -> tup
         for name in names:
             info = dataset.fields[name]
             summed = FloatSums(info) if is_float(info) else IntSums(info)
-            step = max(1, READ_BYTES // info.row_bytes)
+            step = max(1, min(READ_BYTES // info.row_bytes, stop - start))
             memory = arena().reset(2 * padded(step * info.row_bytes))
             buffers = cycle([memory.take((step, info.row_bytes)) for _ in range(2)])
             pieces = ((a, min(a + step, stop), next(buffers)) for a in range(start, stop, step))
@@ -182,7 +184,9 @@ def sums(dataset: Dataset, names: tuple[str, ...], start: int, stop: int) -> tup
                 piece: tuple[int, int, NDArray[np.uint8]], name: str = name
             ) -> tuple[NDArray[Any], int]:
                 a, b, buffer = piece
-                return dataset.read(name, a, b, buffer[: b - a]), a
+                info, buffer = dataset.fields[name], buffer[: b - a]
+                dataset.reading(name, [(a, b)], buffer, once=True)()
+                return buffer.view(info.dtype).reshape(b - a, *info.row_shape), a
 
             for rows, first in in_order(reader, read, pieces, 2, lambda _: None):
                 summed.add(rows, first)
