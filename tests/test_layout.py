@@ -61,6 +61,7 @@ LONGER = {  # lines, and why not less
     "prepare": 430,  # all refusals
     "data.dataset": 390,  # what a finished store can be asked
     "guard": 350,
+    "data.moments": 360,  # sums and their merging, which must fit each other
 }
 PRINTERS = {"cli.app", "cli.data", "cli.display", "cli.session"}
 

@@ -16,6 +16,7 @@ import pytest
 from actshuffle import reading
 from actshuffle.buffers import Arena
 from actshuffle.reading import PAGE, Extent, read_full, two_readers
+from benchmarks.cache import cached_share
 from helpers import evict
 
 SIZE = 3 * reading.PIECE + 12_345
@@ -105,6 +106,18 @@ def test_what_is_not_cached_bypasses_it(
     assert set(calls.seen) == {"cached", "direct"}
     whole_pages_in_one_go = 3 if offset % PAGE == 0 else 5
     assert len(calls.seen) <= whole_pages_in_one_go
+
+
+def test_the_system_does_not_read_ahead_beside_us(tmp_path: Path) -> None:
+    """Asking the cache for all has it read up to 8 MiB: twice the bytes from the disk."""
+    path = tmp_path / "f"
+    path.write_bytes(whole := random.Random(0).randbytes(4 * reading.PIECE))
+    evict(path)
+    if cached_share([tmp_path]) > 0:
+        pytest.skip("a file system that is in memory itself")
+    for at in range(0, len(whole), reading.PIECE):
+        assert read(path, at, [reading.PIECE]) == whole[at : at + reading.PIECE]
+    assert cached_share([tmp_path]) < 0.2  # a look has a few pages read
 
 
 def test_small_reads_and_those_that_will_be_wanted_again_are_plain(
