@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from actshuffle._version import __version__
 from actshuffle.arrays import OUR_GROUP, get_array, group_metadata, put_array
-from actshuffle.buffers import arena, padded
+from actshuffle.buffers import pages
 from actshuffle.data import statsview
 from actshuffle.data.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.data.moments import (
@@ -176,8 +176,9 @@ def sums(dataset: Dataset, names: tuple[str, ...], start: int, stop: int) -> tup
             info = dataset.fields[name]
             summed = FloatSums(info) if is_float(info) else IntSums(info)
             step = max(1, min(READ_BYTES // info.row_bytes, stop - start))
-            memory = arena().reset(2 * padded(step * info.row_bytes))
-            buffers = cycle([memory.take((step, info.row_bytes)) for _ in range(2)])
+            # Each its own, as an arena of so little would not be in huge pages, which a disk fills faster.
+            memory = [pages(step * info.row_bytes) for _ in range(2)]
+            buffers = cycle([one.reshape(step, info.row_bytes) for one in memory])
             pieces = ((a, min(a + step, stop), next(buffers)) for a in range(start, stop, step))
 
             def read(
