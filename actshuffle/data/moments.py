@@ -49,9 +49,8 @@ SLICE_VALUES = 1 << 19
 SLICE_ROWS, TILE_WIDTH = 1024, 512
 NARROW = 64  # rows of fewer values are summed in float64: float32 gains nothing on so short ones
 SKETCH = 1024
-HASHED_VALUES = (
-    1 << 15
-)  # at a time; of all but the first only those that belong to the sketch are sorted
+# At a time.  Of all but the first only those that belong to the sketch are sorted.
+HASHED_VALUES = 1 << 15
 _KEY_BITS = np.uint64(44)  # of a float64, so that 8 bits of its mantissa are left
 _SHIFT, _MASK = np.int32(13), np.int32(0x8FFFE000 - (1 << 32))
 _SCALE = np.float32(2.0**112)

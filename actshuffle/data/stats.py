@@ -57,9 +57,8 @@ FORMAT = 1
 FOLDER = f"{OUR_GROUP}/stats"
 KEY = f"{FOLDER}/stats.json"
 READ_BYTES = 8 << 20  # at a time, past the page cache; a task has two such pieces in memory
-TASK_BYTES = (
-    1 << 30
-)  # long beside the reading of the first piece and the adding of the last, which nothing overlaps
+# Long beside the reading of the first piece and the adding of the last, which nothing overlaps.
+TASK_BYTES = 1 << 30
 T = TypeVar("T")
 _ARRAYS = ("mean", "variance", "norms")
 
