@@ -9,7 +9,7 @@ class Progress(Protocol):
     """Receives the stages of a run.  Called from the driver, in order."""
 
     def begin(self, stage: str, tasks: int, nbytes: int) -> None:
-        """A stage starts: "boundaries", "reading", "level 1 of 3", ..., "verify"; nbytes of rows will pass."""
+        """A stage starts ("boundaries", "level 1 of 3", "clearing", "verify"...); nbytes of rows will pass."""
 
     def advance(self, nbytes: int, fresh: bool) -> None:
         """A task is done; ``fresh`` is False if it had been done by an earlier run."""

@@ -42,6 +42,8 @@ from actshuffle.tier import claim_memory, clear_scratch
 from actshuffle.types import Job, Plan, Task
 from actshuffle.units import format_bytes, format_seconds, parse_bytes
 
+CLEARING = "clearing"  # the stage in which spill that was used, or all of the scratch, is removed
+
 
 @dataclass(frozen=True)
 class Result:
@@ -182,7 +184,7 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
     started = time.perf_counter()
     plan, done, total = job.plan, 0, 0
     if manifest.is_finished(open_objects(job.destination)):
-        _clear(job)  # an earlier run got this far
+        _clear(job, progress)  # an earlier run got this far
         return Result(plan, job.keys.seed, str(job.destination), 0.0, 0, 0, executor.workers)
     _claim(job)
     _find_boundaries(job, executor, progress)
@@ -200,10 +202,11 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
             parents = (Task("index", level, parent) for parent in range(plan.buckets(level - 1)))
             for _ in executor.map(tasks.run_task, ((job, task) for task in parents)):
                 pass
-        if 1 < level < plan.levels:
-            Spill(job, level - 1).delete()  # what it held is in the next one
         progress.end()
-    publish(job)
+        if 1 < level < plan.levels:
+            with _clearing(progress):
+                Spill(job, level - 1).delete()  # what it held is in the next one
+    publish(job, progress)
     return Result(
         plan, job.keys.seed, manifest.public_url(job.destination.url),
         time.perf_counter() - started, total, done, executor.workers,
@@ -262,8 +265,8 @@ def _warm(job: Job, executor: Executor, progress: Progress) -> None:
     progress.end()
 
 
-def publish(job: Job) -> None:
-    """Digests, metadata, marker.  Every step can be done again."""
+def publish(job: Job, progress: Progress) -> None:
+    """Digests, metadata, marker; then clears up.  Every step can be done again."""
     plan, objects = job.plan, open_objects(job.destination, fsync=job.fsync)
     digests: dict[str, list[U64]] = {f.name: [] for f in job.fields}
     keys = np.zeros(2, np.uint64)
@@ -303,10 +306,10 @@ def publish(job: Job) -> None:
         objects.put(key, data)
     objects.settle([""])
     manifest.write_marker(job, sums, files | metadata)
-    _clear(job)
+    _clear(job, progress)
 
 
-def _clear(job: Job) -> None:
+def _clear(job: Job, progress: Progress) -> None:
     """Remove what only an unfinished run needs; ``run.json`` last, since it tells of the rest.
 
     Scratch goes before the receipts: Dask does a finished task again if its worker dies just then, and
@@ -314,10 +317,20 @@ def _clear(job: Job) -> None:
     """
     objects = open_objects(job.destination, fsync=job.fsync)
     objects.settle([OUR_GROUP])  # the marker is durable before anything goes
-    clear_scratch(job)
-    objects.delete_prefix(manifest.RECEIPTS)
-    objects.settle([OUR_GROUP])
-    objects.delete(manifest.RUN_KEY)
+    with _clearing(progress):
+        clear_scratch(job)
+        objects.delete_prefix(manifest.RECEIPTS)
+        objects.settle([OUR_GROUP])
+        objects.delete(manifest.RUN_KEY)
+
+
+@contextmanager
+def _clearing(progress: Progress) -> Iterator[None]:
+    """A stage that shows itself where it takes long: some disks give their space back slowly."""
+    progress.begin(CLEARING, 1, 0)
+    yield
+    progress.advance(0, True)
+    progress.end()
 
 
 @contextmanager

@@ -23,10 +23,11 @@ from typing import Any
 from actshuffle import arrays, buffers, digest, files, gather, keys, manifest, reading, spill, tasks
 from actshuffle.executors import Executor
 from actshuffle.gather import READING
+from actshuffle.run import CLEARING
 from actshuffle.types import Job, Task
 
 PHASES = ("read", "key", "partition", "hash", "gather", "write", "receipt", "other")
-OUTSIDE = ("scheduler", "idle", "driver")
+OUTSIDE = ("scheduler", "idle", "driver", "clearing")
 
 PROBES: tuple[tuple[str, Any, str], ...] = (
     ("read", arrays.Source, "_decode"),
@@ -118,14 +119,18 @@ def breakdown(timed: Timed, start: float, stop: float) -> dict[str, float]:
     """Worker-seconds of a run by phase; they add up to (stop - start) x workers.
 
     "scheduler" is a worker's time between tasks of a level, "idle" after its last one while others
-    still work, "driver" all time in which no level has tasks to run.  Reading the source into the
-    page cache beforehand is "read" as a whole.
+    still work, "clearing" what it takes to remove spill, "driver" all other time in which no level has
+    tasks to run.  Reading the source into the page cache beforehand is "read" as a whole.
     """
     spent: dict[str, float] = dict.fromkeys((*PHASES, *OUTSIDE, "behind"), 0.0)
     working = 0.0
     for name, begin, end in timed.stages:
         if name == READING:  # into the page cache, by all workers
             spent["read"] += (end - begin) * timed.workers
+            working += end - begin
+            continue
+        if name == CLEARING:
+            spent["clearing"] += (end - begin) * timed.workers
             working += end - begin
             continue
         traces = [t for t in timed.traces if begin <= t.start and t.stop <= end]
@@ -147,6 +152,12 @@ def breakdown(timed: Timed, start: float, stop: float) -> dict[str, float]:
             spent[phase] += seconds
     spent["driver"] = (stop - start - working) * timed.workers
     return spent
+
+
+def published(timed: Timed, stop: float) -> float:
+    """When a run that ended at ``stop`` had its result complete, and only spill to remove."""
+    name, begin, _ = timed.stages[-1]
+    return float(begin) if name == CLEARING else stop
 
 
 def summarise(parts: Sequence[dict[str, float]]) -> dict[str, float]:

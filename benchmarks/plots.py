@@ -16,7 +16,7 @@ BLUE, ORANGE, GREEN, RED = "#2f6fb0", "#d9822b", "#3f8f5b", "#b5423b"
 PHASE_COLOURS = {
     "read": "#2f6fb0", "key": "#8fb8de", "partition": "#3f8f5b", "hash": "#9ac7a6",
     "gather": "#d9a72b", "write": "#b5423b", "receipt": "#d79a96", "other": "#6b5b95",
-    "scheduler": "#bdbdbd", "idle": "#dedede", "driver": "#8a8a8a",
+    "scheduler": "#bdbdbd", "idle": "#dedede", "driver": "#8a8a8a", "clearing": "#5f5f5f",
 }  # fmt: skip
 
 

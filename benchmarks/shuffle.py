@@ -21,7 +21,7 @@ from actshuffle.units import format_bytes
 from benchmarks import plots
 from benchmarks.copier import Copier
 from benchmarks.floor import Floor, durable, prepare
-from benchmarks.phases import OUTSIDE, PHASES, Timed, breakdown, summarise
+from benchmarks.phases import OUTSIDE, PHASES, Timed, breakdown, published, summarise
 from benchmarks.results import Bench, need_space, ranged, rate, spread, table
 from benchmarks.sources import make_source, rows_of
 
@@ -114,7 +114,12 @@ def _group(
         bench.did(f"{case}: {rate(one['bytes'], one['seconds'])}")
     copies.append(floor.measure("copy", 2, mode)["seconds"])
     bench.did(f"{mode}, {floor.copier.processes} processes, copy: {rate(floor.nbytes, copies[1])}")
-    return [one | {"copies": copies, "of_copy": sum(copies) / 2 / one["seconds"]} for one in found]
+    mean = sum(copies) / 2
+    return [
+        one | {"copies": copies, "of_copy": mean / one["seconds"],
+               "of_copy_published": mean / one["published"]}
+        for one in found
+    ]  # fmt: skip
 
 
 def _shuffle(
@@ -131,7 +136,8 @@ def _shuffle(
     shutil.rmtree(target)
     plan = result.plan
     return {
-        "seconds": stop - start, "bytes": result.nbytes, "rows": rows_of(source),
+        "seconds": stop - start, "published": published(timed, stop) - start,
+        "bytes": result.nbytes, "rows": rows_of(source),
         "tasks": len(timed.traces), "leaves": plan.leaves,
         "block_bytes": plan.block_bytes, "leaf_bytes": plan.leaf_rows * plan.row_bytes,
         "task_cpu": sum(t.cpu for t in timed.traces), "phases": breakdown(timed, start, stop),
@@ -154,6 +160,7 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "rate": spread([one["bytes"] / one["seconds"] / 1e9 for one in ours]),
             "copy_rate": spread([one["bytes"] / s / 1e9 for one in ours for s in one["copies"]]),
             "of_copy": spread([one["of_copy"] for one in ours]),
+            "of_copy_published": spread([one["of_copy_published"] for one in ours]),
             "of_floor": spread([one["of_copy"] * case.levels for one in ours]),
             "cpu_per_gb": spread([one["task_cpu"] / one["bytes"] * 1e9 for one in ours]),
             "leaves": ours[0]["leaves"], "leaf_bytes": ours[0]["leaf_bytes"],
@@ -167,18 +174,20 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
     return [
         f"At most {format_bytes(memory)} a worker; median (range) over interleaved rounds. *of copy*: "
         "the rate of a copy by our own copier with as many processes, over that of the shuffle, the "
-        "other way up: 0.50 is half as fast as copying. *of floor*: the same against one copy per "
-        "level, which no shuffle that reads and writes everything at each level can beat. *of widest*: its "
+        "other way up: 0.50 is half as fast as copying. *published*: the same up to where the result is "
+        "complete and only the last spill is left to be removed, which a copy has none of, and which a "
+        "disk may take its time for. *of floor*: *of copy* against one copy per level, which no shuffle "
+        "that reads and writes everything at each level can beat. *of widest*: its "
         "rate over that of the widest rows in the same round. *1 level* is `--gather`: no spill, rows "
         "come from the page cache, into which the source is read first if it is not there. Workers are "
         "running when the clock starts. *leaves* is the number of pieces sorted in memory.",
         "",
         *table(
             ("mode", "data", "row", "workers", "levels", "leaves", "GB/s", "copy GB/s", "of copy",
-             "of floor", "of widest", "CPU s/GB"),
+             "published", "of floor", "of widest", "CPU s/GB"),
             ((r["mode"], format_bytes(r["size"]), f"{r['row_bytes']} B", r["workers"] or "serial",
               r["levels"], r["leaves"], ranged(r["rate"]), ranged(r["copy_rate"]), ranged(r["of_copy"]),
-              ranged(r["of_floor"]), ranged(r["of_widest"]), ranged(r["cpu_per_gb"]))
+              ranged(r["of_copy_published"]), ranged(r["of_floor"]), ranged(r["of_widest"]), ranged(r["cpu_per_gb"]))
              for r in rows),
         ),
         "",
@@ -187,8 +196,8 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
         "Percent of the workers' time. *write* is what a task waits for the thread beside it, fsync and "
         "rename included; *behind* is how busy that thread is with hashing what was read and writing what "
         "was gathered, beside all the rest. *scheduler*: "
-        "between tasks. *idle*: after a worker's last task of a level. *driver*: preparing, boundaries, "
-        "publishing, while no level has tasks to run.",
+        "between tasks. *idle*: after a worker's last task of a level. *clearing*: removing spill. "
+        "*driver*: preparing, boundaries, publishing, while no level has tasks to run.",
         "",
         *table(
             ("mode", "row", "workers", "levels", *names, "(behind)"),

@@ -74,6 +74,8 @@ def test_shuffle(tmp_path):
         assert spent["hash"] > 0
         assert spent["gather"] > 0
         assert spent["write"] > 0
+        assert spent["clearing"] > 0
+        assert 0 < one["published"] < one["seconds"]
 
 
 def test_loader(tmp_path):

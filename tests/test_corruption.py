@@ -168,7 +168,7 @@ def test_control_sums_that_are_not_compared(states, monkeypatch):
 
 
 def test_control_a_run_that_does_not_clear_away(states, monkeypatch):
-    monkeypatch.setattr(runs, "_clear", lambda job: None)
+    monkeypatch.setattr(runs, "_clear", lambda *_: None)
     with pytest.raises(AssertionError, match=r"receipts|DestinationExists|finished"):
         campaign(states, "delete", range(10))
 

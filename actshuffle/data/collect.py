@@ -183,7 +183,7 @@ def _do_part(job: Job, part: tuple[int, int], crew: Executor, progress: Progress
     if not tasks.complete(job, 1):
         return manifest.read_marker(objects) is not None
     try:
-        publish(job)
+        publish(job, progress)
     except FormatError:  # a receipt is gone: another part publishes, or has published
         if manifest.read_marker(objects) is None:
             raise
