@@ -1,8 +1,9 @@
 """`peers`: the same rows through what one would use instead, each in processes of its own.
 
 Time is that of the whole process, from start to exit, and until what it wrote is on disk (as actshuffle's
-is when it says so).  Sources begin out of the page cache.  Whether the order is uniform is asked twice: of
-the design, and of the row numbers in what the peer wrote, by actshuffle's own mixing statistics.
+is when it says so).  Sources begin out of the page cache, and free memory has been touched just before.
+Whether the order is uniform is asked twice: of the design, and of the row numbers in what the peer wrote,
+by actshuffle's own mixing statistics.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def _one(
         return {"outcome": "failed", "message": str(err)}
     given = asdict(work) | {"source": str(source)}
     cache.evict([source])
+    cache.touch_free_memory(work.nbytes)  # which most of them will hold, one way or another
     try:
         measured = measure.run(_command(interpreter, "run", name, json.dumps(given)), seconds=seconds,
                                memory=limit)  # fmt: skip
