@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from actshuffle import buffers
-from actshuffle.errors import ActshuffleError, ClusterError
+from actshuffle.errors import ActshuffleError, ClusterError, RequestError
 
 T = TypeVar("T")
 LEAST_WINDOW = 64  # calls in the scheduler, however few threads there are
@@ -235,6 +235,28 @@ def local_cluster(workers: int) -> Iterator[Dask]:
         Client(cluster) as client,
     ):  # fmt: skip
         yield Dask(client, one_machine=True)
+
+
+@contextmanager
+def executor_for(workers: int | None, client: Any = None) -> Iterator[Executor]:
+    """The executor a user asked for: their client, an own local cluster, or none."""
+    if workers is not None and workers < 0:
+        raise RequestError(f"workers must be 0 (no cluster) or more, got {workers}")
+    if client is not None:
+        executor: Executor = Dask(client)
+        try:
+            yield executor
+        finally:
+            executor.close()
+    elif workers:
+        with local_cluster(workers) as executor:
+            yield executor
+    else:
+        executor = Serial()
+        try:
+            yield executor
+        finally:
+            executor.close()
 
 
 def machine_memory() -> int:

@@ -26,6 +26,9 @@ REMOTE_RUN_BYTES = 4 << 20  # and an object store
 CHUNK_BYTES = 32 << 20  # output chunks, for a loader that reads in order
 MAX_OBJECTS = 1_000_000  # more chunks of one array than this are packed into shards
 MAX_LEVELS = 16
+# A worker's first task pays for its memory, which those after it find there: seconds for a gigabyte on some
+# virtual machines.  So larger tasks are cut in three, as long as they stay so large and their runs so long.
+FINER, LARGE_BYTES, LONG_RUN = 3, 512 << 20, 16 << 20
 
 Levels = int | Literal["auto"]
 
@@ -90,8 +93,11 @@ def make_plan(
     out_of_reach = levels == 1 or _reach(leaf_rows, fan_out, levels) < rows
     if rows <= leaf_rows or (out_of_reach and not gather):
         leaf_rows = max(object_rows, -(-rows // object_rows) * object_rows)
+    wanted = max(1, -(-rows // tasks_wanted))
+    if levels > 1 and tasks_wanted > 1:
+        wanted = _finer(wanted, rows, row_bytes, levels)
     if (levels > 1 or gather) and tasks_wanted > 1:
-        smaller = -(-rows // (tasks_wanted * object_rows)) * object_rows
+        smaller = -(-wanted // object_rows) * object_rows
         if 0 < smaller < leaf_rows and (gather or _reach(smaller, fan_out, levels) >= rows):
             leaf_rows = smaller
     leaves = -(-rows // leaf_rows)
@@ -99,8 +105,8 @@ def make_plan(
     top = 1 if gather else max(leaves, 1)
     widths = (top, *(k ** (levels - 1 - depth) for depth in range(1, levels)))
     block_rows = tuple(
-        _block_rows(level, rows, min(widths[level - 1] * leaf_rows, rows), most_rows,
-                    source_chunk_rows, tasks_wanted)
+        _block_rows(level, min(widths[level - 1] * leaf_rows, rows), most_rows,
+                    source_chunk_rows, wanted)
         for level in range(1, levels)
     )  # fmt: skip
     peak = model.leaf_bytes(min(leaf_rows, rows), object_rows * widest)
@@ -246,13 +252,18 @@ def _root(leaves: int, power: int) -> int:
     return k
 
 
-def _block_rows(
-    level: int, rows: int, parent_rows: int, most_rows: int, align: int, tasks_wanted: int
-) -> int:
+def _finer(wanted: int, rows: int, row_bytes: int, levels: int) -> int:
+    """Rows of a task that was to have ``wanted``, in a third of the memory if that costs nothing."""
+    finer = max(-(-wanted // FINER), LARGE_BYTES // row_bytes)
+    run = finer * row_bytes // _root(-(-rows // finer), levels - 1)
+    return finer if finer < wanted and run >= LONG_RUN else wanted
+
+
+def _block_rows(level: int, parent_rows: int, most_rows: int, align: int, wanted: int) -> int:
     """Even blocks of a parent bucket; at level 1, blocks of whole source chunks where they fit."""
     if level > 1:
         return max(1, -(-parent_rows // max(1, -(-parent_rows // most_rows))))
-    step = max(1, min(most_rows, -(-rows // tasks_wanted)))
+    step = min(most_rows, wanted)
     if align <= most_rows:
         step = min(-(-step // align) * align, most_rows // align * align)
     return step

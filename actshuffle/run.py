@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle import bounds, executors, manifest, tasks
+from actshuffle import bounds, manifest, tasks
 from actshuffle.arrays import OUR_GROUP, group_metadata, put_array
 from actshuffle.digest import from_hex, to_hex
 from actshuffle.errors import ConservationError, FormatError, RequestError
-from actshuffle.executors import Dask, Executor, Serial
+from actshuffle.executors import Executor, Serial, executor_for
 from actshuffle.gather import READING, keys_total, warm, warm_calls
 from actshuffle.keys import U64
 from actshuffle.objects import as_place, open_objects
@@ -331,25 +331,3 @@ def _clearing(progress: Progress) -> Iterator[None]:
     yield
     progress.advance(0, True)
     progress.end()
-
-
-@contextmanager
-def executor_for(workers: int | None, client: Any = None) -> Iterator[Executor]:
-    """The executor a user asked for: their client, an own local cluster, or none."""
-    if workers is not None and workers < 0:
-        raise RequestError(f"workers must be 0 (no cluster) or more, got {workers}")
-    if client is not None:
-        executor: Executor = Dask(client)
-        try:
-            yield executor
-        finally:
-            executor.close()
-    elif workers:
-        with executors.local_cluster(workers) as executor:
-            yield executor
-    else:
-        executor = Serial()
-        try:
-            yield executor
-        finally:
-            executor.close()

@@ -249,3 +249,16 @@ def test_level_bytes_and_disk_of_a_plan():
     ]
     assert plan.scratch_bytes == 2 * spilled
     assert plan.disk_bytes == max(2 * spilled, spilled + 1008 * 10**6)
+
+
+def test_large_tasks_are_cut_so_that_several_share_a_workers_memory():
+    big = {"memory": 7 << 30, "tasks_wanted": 6}
+    made = make_plan(10**6, 8192, **big)  # 8 GB
+    blocks = made.block_rows[0] * made.row_bytes, made.leaf_rows * made.row_bytes
+    assert made.levels == 2
+    assert all(500e6 < size < 600e6 for size in blocks)
+    assert make_plan(10**6, 8192, gather=True, **big).leaves == 6, "needs no memory for its rows"
+    assert make_plan(10**6, 8192, memory=7 << 30).block_rows[0] * 8192 > 4e9, "one worker"
+    # Not where runs would be short: 100 TB in blocks of 3.5 GB has them of 100 KB.
+    wide = make_plan(12_200_000_000, 8192, memory=16 * 10**9, tasks_wanted=9600)
+    assert wide.block_rows[0] * 8192 > 10e9

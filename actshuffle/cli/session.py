@@ -57,7 +57,7 @@ class _Crew:
     def ready(self, nbytes: int) -> Executor:
         """Open the executor for work of so many bytes, if it is not open."""
         if self._inner is None:
-            from actshuffle.run import executor_for
+            from actshuffle.executors import executor_for
 
             alone = self._alone or nbytes <= self._small
             if not alone:
@@ -126,7 +126,7 @@ def _connected(address: str, *, insecure: bool) -> Iterator[Executor]:
     """The executor of somebody else's cluster."""
     from distributed import Client
 
-    from actshuffle.run import executor_for
+    from actshuffle.executors import executor_for
 
     with ExitStack() as stack:
         try:
