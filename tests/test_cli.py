@@ -215,7 +215,8 @@ def test_log_lines_are_dated_and_say_where_stages_begin_and_end(src, dst):
     said = [re.sub(r"  +", "  ", re.sub(LOG_LINE, "", line)) for line in lines]
     assert re.fullmatch(r"plan  2 levels, \d+ blocks, 18 KB scratch, \S+ MB per worker", said[0])
     found = [
-        re.match(r"(boundaries|level . of 2|clearing)  (begins|done)", line).groups() for line in said[1:]
+        re.match(r"(boundaries|level . of 2|clearing)  (begins|done)", line).groups()
+        for line in said[1:]
     ]
     stages = ("boundaries", "level 1 of 2", "level 2 of 2", "clearing")
     assert found == [(stage, what) for stage in stages for what in ("begins", "done")]
