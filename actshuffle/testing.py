@@ -494,7 +494,7 @@ def choose_plan(choice: Choice, store: StoreSpec) -> dict[str, Any]:
     chunk_rows = choice.between(1, 6)
     least = max(chunk_rows, 4, -(-store.rows // 6))
     most = least if levels > 1 else max(store.rows, chunk_rows, 1)
-    return {
+    plan = {
         "levels": levels,
         "block_bytes": choice.between(most, 2 * most) * store.row_bytes,
         "run_bytes": 1,
@@ -505,6 +505,9 @@ def choose_plan(choice: Choice, store: StoreSpec) -> dict[str, Any]:
         "tasks_wanted": choice.between(1, 4),
         "spill_memory": choice.among([0, 0, 1, 2]) * store.rows * (store.row_bytes + 16) // 2,
     }
+    if choice.among([False, False, True]) and all(spec.codec == "none" for spec in store.arrays):
+        plan |= {"gather": True, "levels": "auto", "spill_memory": 0}
+    return plan
 
 
 def stores() -> Any:
