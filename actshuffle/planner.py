@@ -55,9 +55,9 @@ def make_plan(
     Give ``memory`` (bytes a worker may use) or ``block_bytes`` (M itself), or both.  ``widest_row`` is
     the row of the widest field, which sets the chunk size; ``source_chunk_rows`` aligns the first
     level's blocks; ``tasks_wanted`` makes blocks and leaves smaller than memory asks for, so that
-    all workers are busy, where that costs no extra level; ``spill_memory`` is how many bytes of spill
-    stay in the machine's memory; with ``gather`` there are leaves alone, which take their rows from a source
-    that lies in memory.
+    all workers are busy and several tasks use the memory that the first touched, where that costs no extra
+    level; ``spill_memory`` is how many bytes of spill stay in the machine's memory; with ``gather`` there are
+    leaves alone, which take their rows from a source that lies in memory.
     """
     if rows < 0 or row_bytes <= 0:
         raise RequestError(

@@ -154,6 +154,8 @@ def shuffled(told: Path, src: Path, dst: Path, **settings: Any) -> dict[str, Any
 def _alone(log: Path) -> None:
     """In a process group of its own: signals to the tests are not for us, nor ours for them."""
     os.setpgrp()
+    # Shells have what they start in the background ignore it, children included.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
