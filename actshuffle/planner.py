@@ -95,8 +95,8 @@ def make_plan(
         leaf_rows = max(object_rows, -(-rows // object_rows) * object_rows)
     wanted = max(1, -(-rows // tasks_wanted))
     if levels > 1 and tasks_wanted > 1:
-        wanted = _finer(wanted, rows, row_bytes, levels)
-    if (levels > 1 or gather) and tasks_wanted > 1:
+        wanted = _finer(wanted, rows, row_bytes, levels, run)
+    if levels > 1 or gather:
         smaller = -(-wanted // object_rows) * object_rows
         if 0 < smaller < leaf_rows and (gather or _reach(smaller, fan_out, levels) >= rows):
             leaf_rows = smaller
@@ -252,11 +252,11 @@ def _root(leaves: int, power: int) -> int:
     return k
 
 
-def _finer(wanted: int, rows: int, row_bytes: int, levels: int) -> int:
-    """Rows of a task that was to have ``wanted``, in a third of the memory if that costs nothing."""
+def _finer(wanted: int, rows: int, row_bytes: int, levels: int, least_run: int) -> int:
+    """Rows of a task that was to have ``wanted``: down to a third of them where that costs nothing."""
     finer = max(-(-wanted // FINER), LARGE_BYTES // row_bytes)
     run = finer * row_bytes // _root(-(-rows // finer), levels - 1)
-    return finer if finer < wanted and run >= LONG_RUN else wanted
+    return finer if finer < wanted and run >= max(LONG_RUN, least_run) else wanted
 
 
 def _block_rows(level: int, parent_rows: int, most_rows: int, align: int, wanted: int) -> int:

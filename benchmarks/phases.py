@@ -28,6 +28,7 @@ from actshuffle.types import Job, Task
 
 PHASES = ("read", "key", "partition", "hash", "gather", "write", "receipt", "other")
 OUTSIDE = ("scheduler", "idle", "driver", "clearing")
+WHOLE = {READING: "read", CLEARING: "clearing"}  # stages that are one phase of all workers
 
 PROBES: tuple[tuple[str, Any, str], ...] = (
     ("read", arrays.Source, "_decode"),
@@ -125,12 +126,8 @@ def breakdown(timed: Timed, start: float, stop: float) -> dict[str, float]:
     spent: dict[str, float] = dict.fromkeys((*PHASES, *OUTSIDE, "behind"), 0.0)
     working = 0.0
     for name, begin, end in timed.stages:
-        if name == READING:  # into the page cache, by all workers
-            spent["read"] += (end - begin) * timed.workers
-            working += end - begin
-            continue
-        if name == CLEARING:
-            spent["clearing"] += (end - begin) * timed.workers
+        if name in WHOLE:
+            spent[WHOLE[name]] += (end - begin) * timed.workers
             working += end - begin
             continue
         traces = [t for t in timed.traces if begin <= t.start and t.stop <= end]
@@ -154,10 +151,9 @@ def breakdown(timed: Timed, start: float, stop: float) -> dict[str, float]:
     return spent
 
 
-def published(timed: Timed, stop: float) -> float:
-    """When a run that ended at ``stop`` had its result complete, and only spill to remove."""
-    name, begin, _ = timed.stages[-1]
-    return float(begin) if name == CLEARING else stop
+def published(timed: Timed) -> float:
+    """When a run had its result complete, and only spill to remove, which is its last stage."""
+    return float(timed.stages[-1][1])
 
 
 def summarise(parts: Sequence[dict[str, float]]) -> dict[str, float]:

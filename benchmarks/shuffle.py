@@ -136,7 +136,7 @@ def _shuffle(
     shutil.rmtree(target)
     plan = result.plan
     return {
-        "seconds": stop - start, "published": published(timed, stop) - start,
+        "seconds": stop - start, "published": published(timed) - start,
         "bytes": result.nbytes, "rows": rows_of(source),
         "tasks": len(timed.traces), "leaves": plan.leaves,
         "block_bytes": plan.block_bytes, "leaf_bytes": plan.leaf_rows * plan.row_bytes,

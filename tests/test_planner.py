@@ -259,6 +259,10 @@ def test_large_tasks_are_cut_so_that_several_share_a_workers_memory():
     assert all(500e6 < size < 600e6 for size in blocks)
     assert make_plan(10**6, 8192, gather=True, **big).leaves == 6, "needs no memory for its rows"
     assert make_plan(10**6, 8192, memory=7 << 30).block_rows[0] * 8192 > 4e9, "one worker"
+    asked = make_plan(
+        10**6, 8192, run_bytes=64 << 20, **big
+    )  # of 8 GB in 15 blocks they have 36 MB
+    assert asked.block_rows[0] * 8192 > 1.3e9
     # Not where runs would be short: 100 TB in blocks of 3.5 GB has them of 100 KB.
     wide = make_plan(12_200_000_000, 8192, memory=16 * 10**9, tasks_wanted=9600)
     assert wide.block_rows[0] * 8192 > 10e9

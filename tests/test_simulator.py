@@ -21,6 +21,7 @@ from actshuffle.testing import (
     Killed,
     SimulationError,
     at,
+    choose_plan,
     choose_store,
     differences,
     drawn,
@@ -39,6 +40,11 @@ from actshuffle.testing import (
 @pytest.mark.parametrize("seed", range(50))
 def test_every_story_ends_well(seed, tmp_path):
     simulate(seed, tmp_path)
+
+
+def test_stories_gather_too():
+    told = [choose_plan(dice, choose_store(dice)).get("gather") for dice in map(Dice, range(50))]
+    assert 0 < sum(map(bool, told)) < 25
 
 
 def test_a_claim_torn_at_the_last_is_begun_again(tmp_path):

@@ -297,6 +297,23 @@ def test_workers_change_nothing(tmp_path: Path, cluster: Callable[[int], Dask]) 
     np.testing.assert_allclose(serial["data"].variance, threads["data"].variance, rtol=1e-5)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("distinct", [500, 50_000])
+def test_slices_of_integers_change_nothing(distinct: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extremes lie in other slices than the first, and the last slice is short."""
+    rows = np.random.default_rng(1).integers(0, distinct, 3 * moments.HASHED_VALUES + 7)
+    rows[-1], rows[moments.HASHED_VALUES + 5] = -9, distinct + 9
+    parts = []
+    for size in (moments.HASHED_VALUES, len(rows)):
+        monkeypatch.setattr(moments, "HASHED_VALUES", size)
+        summed = moments.IntSums(open_info("<i8"))
+        summed.add(rows, 0)
+        parts.append(summed.part())
+    sliced, whole = parts
+    assert (sliced.count, sliced.least, sliced.most) == (len(rows), -9, distinct + 9)
+    assert (whole.count, whole.least, whole.most) == (sliced.count, sliced.least, sliced.most)
+    np.testing.assert_array_equal(sliced.hashes, whole.hashes)
+
+
 def test_rows_are_read_past_the_page_cache(tmp_path: Path) -> None:
     """Half of them is there, and stays; the rest is not there afterwards either, and is counted all the same."""
     data = activations(3000, 384, "<f4")
