@@ -33,7 +33,8 @@ U8 = NDArray[np.uint8]
 
 _STREAM = 2  # spawn key; 0 and 1 are the shuffle's own
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_SLICE_BYTES = 1 << 19  # rows hashed at a time: these and a copy stay in the second-level cache
+_SLICE_BYTES = 1 << 19  # rows multiplied at a time: these and a copy stay in the second-level cache
+_MIXED_ROWS = 1 << 12  # rows mixed at a time: what many small numpy calls cost, and a little memory
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,17 @@ class RowHash:
         words = _words(rows)
         step = max(1, _SLICE_BYTES // self.row_bytes)
         high = np.empty((min(step, len(rows)), words.shape[1]), np.uint64)
-        for at in range(0, len(rows), step):
-            part = slice(at, min(at + step, len(rows)))
-            place = source_row[part] * _GOLDEN
-            out[0, part] = _mix(_dot(words[part], w) + place + a)
-            out[1, part] = _mix(_dot(_high(words[part], high), v) + place + b)
+        for start in range(0, len(rows), mixed := max(step, _MIXED_ROWS // step * step)):
+            stop = min(start + mixed, len(rows))
+            for at in range(start, stop, step):
+                part = slice(at, min(at + step, stop))
+                out[0, part] = _dot(words[part], w)
+                out[1, part] = _dot(_high(words[part], high), v)
+            place = source_row[start:stop] * _GOLDEN
+            for form, offset in zip(out[:, start:stop], (a, b), strict=True):
+                form += place
+                form += offset
+                _mix(form)
         return out.T
 
     def total(self, rows: U8, source_row: U64) -> U64:

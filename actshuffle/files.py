@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import resource
 import secrets
 import shutil
 import stat
@@ -39,6 +40,7 @@ DELETIONS = 8  # at once
 OPEN_AHEAD = (
     4  # files of one read to come; of all that are prepared, far fewer than a process may have
 )
+KEPT = 512  # files that stay open for rows to come, if a process may have twice as many
 
 
 class Writer(Protocol):
@@ -54,6 +56,7 @@ class LocalObjects:
         self.fsync = fsync
         self._inside: set[Path] = set()  # folders that were seen to be no links out of the root
         self._folders: dict[str, str] = {}  # the path of each by its key, if a file in it was read
+        self._kept: dict[str, OpenFile] = {}  # by `read_rows`, as long as these objects are used
 
     def _path(self, key: str, *, follow: bool = True) -> Path:
         """The file of a key.  Not one outside the root: stores come from others, links and all."""
@@ -148,13 +151,18 @@ class LocalObjects:
     def read_rows(
         self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]
     ) -> None:
-        """``width`` bytes at each offset of a file, to places in ``out``."""
+        """``width`` bytes at each offset of a file, to places in ``out``.
+
+        The first files stay open: to open one takes as long as to read ten rows, and each is asked for again
+        and again.
+        """
         with typed(self.root, key):
-            file = OpenFile(self._open(key))
-            try:
-                read_rows(file.fd, width, offsets, out, goals)
-            finally:
-                file.close()
+            file = self._kept.get(key)
+            if file is None:
+                file = OpenFile(self._open(key))
+                if len(self._kept) < min(KEPT, _most_files() // 2):
+                    self._kept[key] = file
+            read_rows(file.fd, width, offsets, out, goals)
 
     def _ahead(self, key: str) -> OpenFile | None:
         try:
@@ -269,6 +277,12 @@ def _open_file(path: str | Path, flags: int = 0) -> int:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     raise SourceError(f"{path} is not a file, but a pipe or a device")
+
+
+def _most_files() -> int:
+    """How many files this process may have open."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return KEPT * 2 if most == resource.RLIM_INFINITY else most
 
 
 def _create(path: Path, *, direct: bool) -> tuple[int, bool]:

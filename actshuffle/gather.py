@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -169,11 +170,13 @@ def read_rows(source: Source, field: Field, rows: U64, out: U8) -> None:
     for start in range(0, len(rows), AT_ONCE):
         some = rows[start : start + AT_ONCE].astype(np.int64)
         objects, places = np.divmod(some, field.source_chunk_rows)
-        by_object = np.argsort(objects, kind="stable")  # each is opened once
-        for part in np.split(by_object, np.flatnonzero(np.diff(objects[by_object])) + 1):
-            key = field.source_key.format(objects[part[0]])
-            offsets, goals = places[part] * width, (start + part) * width
-            source.objects.read_rows(key, width, offsets.tolist(), view, goals.tolist())
+        by_object = np.argsort(objects, kind="stable")  # those of one are asked for together
+        objects, goals = objects[by_object], ((start + by_object) * width).tolist()
+        offsets = (places[by_object] * width).tolist()
+        cuts = [0, *(np.flatnonzero(np.diff(objects)) + 1).tolist(), len(some)]
+        for number, (a, b) in zip(objects[cuts[:-1]].tolist(), pairwise(cuts), strict=True):
+            key = field.source_key.format(number)
+            source.objects.read_rows(key, width, offsets[a:b], view, goals[a:b])
 
 
 def warm_calls(job: Job) -> list[tuple[Job, Field, int, int]]:
