@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
+from random import randrange
 
 import numpy as np
 
 PAGE = 4096
-_DROP = Path("/proc/sys/vm/drop_caches")
+HOLES = 1 << 40  # bytes of a file that takes no space
+FILLED = 16 << 20  # of it that are read in a row
+KEPT_FREE = 256 << 20  # above what the system keeps for itself
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def evict(folders: Iterable[Path]) -> None:
-    """Put the files below some folders out of the page cache: all caches where we may, else theirs."""
+    """Put the files below some folders out of the page cache."""
     for path in _files(folders):
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -25,8 +29,6 @@ def evict(folders: Iterable[Path]) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
-    with contextlib.suppress(OSError):
-        _DROP.write_text("1")
 
 
 def warm(folders: Iterable[Path]) -> None:
@@ -38,22 +40,28 @@ def warm(folders: Iterable[Path]) -> None:
                 pass
 
 
-def touch_free_memory(nbytes: int) -> None:
-    """Have the machine own so much of its free memory, or half of what is free.
+def fill_memory(folder: Path, keep: int = KEPT_FREE) -> int:
+    """Have free memory be full of pages of a file of holes, all but ``keep`` bytes; returns how many it read.
 
-    A virtual machine's host takes free memory back within seconds, and to get it again costs more than a
-    second for a gigabyte, ten times what copying it does: whoever comes first would pay for it.
+    So it is on a machine in use, full of other files' pages: who wants memory has some of them dropped.  What
+    is free, a virtual machine's host takes back within seconds, and to get it again costs more than a second
+    for a gigabyte, ten times what copying it does: whoever comes first would pay for it.
     """
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    size = min(nbytes, available // 2) // PAGE * PAGE
-    if not size:
-        return
-    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            block.madvise(mmap.MADV_HUGEPAGE)
-        pages = np.frombuffer(block, np.uint8)
-        pages[::PAGE] = 1
-        del pages
+    done, most = 0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    buffer = bytearray(1 << 20)
+    while done < most and os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > keep:
+        first = randrange(HOLES // FILLED) * FILLED  # at a place that is not cached yet
+        for at in range(first, first + FILLED, len(buffer)):
+            done += os.preadv(_holes(folder), [buffer], at)
+    return done
+
+
+@lru_cache(maxsize=1)
+def _holes(folder: Path) -> int:
+    """A file without a name, open until this process ends: when it goes, so do its pages."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(HOLES)
+        return os.dup(file.fileno())
 
 
 def settle(folders: Iterable[Path]) -> None:

@@ -14,7 +14,7 @@ from benchmarks.sources import chunk_keys, make_source
 
 KINDS = (("memcpy", 1), ("read", 1), ("write", 1), ("copy", 1), ("copy", 2))
 ROW_BYTES = 8192  # a copier does not look at rows
-FILES_MADE = 3  # times the source, at most, by what is measured: spill of two levels, and output
+LEAST_FILLED = 256 << 20  # bytes of a source that make it worth the seconds to fill memory
 
 
 class Floor:
@@ -50,14 +50,14 @@ def label(what: str, buffers: int) -> str:
 
 
 def prepare(mode: str, folders: list[Path]) -> None:
-    """Sources as the mode wants them: "cached" in memory, "disk" on disk alone."""
+    """Sources as the mode wants them: "cached" in memory, "disk" on disk alone; other memory is in use."""
     if mode == "disk":
         cache.evict(folders)
-    else:
-        cache.warm(folders)
     size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*"))
-    # From the disk the most that may be needed is a page cache for the source.
-    cache.touch_free_memory(size if mode == "disk" else FILES_MADE * size)
+    if size >= LEAST_FILLED:
+        cache.fill_memory(folders[0].parent)
+    if mode == "cached":
+        cache.warm(folders)  # after that, or their pages would be the first to go
 
 
 def durable(mode: str) -> bool:

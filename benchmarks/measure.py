@@ -26,7 +26,8 @@ from actshuffle.tier import MEMORY_FOLDER
 
 ROOT = Path(__file__).parents[1]
 _MARK = "ACTSHUFFLE_BENCHMARK"
-_INTERVAL = 0.1
+_INTERVAL, _LONGEST = 0.1, 1.0  # seconds between looks at memory
+_LOOKS = 0.03  # of the time at most, as a look takes a processor, and holds up those it looks at
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def run(
         child = subprocess.Popen(command, stdout=out, stderr=err, env=env, cwd=ROOT)
         try:
             while child.poll() is None:
+                looked = time.monotonic()
                 sizes = [_sizes(pid) for pid in marked(mark)]
                 shared = max(sum(size.shared for size in sizes), _in_memory_files() - before)
                 now = sum(size.own for size in sizes) + shared
@@ -74,8 +76,9 @@ def run(
                     outcome = "out of memory"
                 if outcome != "done":
                     break
+                pause = (time.monotonic() - looked) / _LOOKS
                 try:
-                    child.wait(_INTERVAL)
+                    child.wait(min(max(_INTERVAL, pause), _LONGEST))
                 except subprocess.TimeoutExpired:
                     pass
             elapsed = time.monotonic() - started

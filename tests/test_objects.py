@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import actshuffle
+from actshuffle import files
 from actshuffle.buffers import arena
 from actshuffle.errors import RequestError, StorageError, StorageFullError
 from actshuffle.files import LocalObjects
@@ -111,23 +113,47 @@ def test_reading_is_a_read_for_later(objects):
     assert into == b"aabbccddeeffgg"
 
 
-def test_what_is_read_later_is_open_already_and_is_closed_in_any_case(tmp_path):
-    def open_files() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
-    objects, before = LocalObjects(tmp_path), open_files()
+
+def test_what_is_read_later_is_open_already_and_is_closed_in_any_case(tmp_path):
+    objects, before = LocalObjects(tmp_path), _open_files()
     for key in ("a", "b"):
         objects.put(key, b"1234")
     into = bytearray(8)
     at = memoryview(into)
     call = objects.reading([Extent("a", 0, [at[:4]]), Extent("b", 0, [at[4:]])])
     forgotten = objects.reading([Extent("a", 0, [at[:4]])])
-    assert open_files() == before + 3
+    assert _open_files() == before + 3
     objects.delete("a")  # too late: it is open
     call()
     assert into == b"12341234"
     del call, forgotten
-    assert open_files() == before
+    assert _open_files() == before
+
+
+@pytest.mark.parametrize(
+    ("most", "limit", "stay"),
+    [(9, 1024, 4), (3, 1024, 3), (9, 5, 2), (9, resource.RLIM_INFINITY, 4)],
+)
+def test_files_that_rows_come_from_stay_open_as_far_as_a_process_may(
+    tmp_path, monkeypatch, most, limit, stay
+):
+    monkeypatch.setattr(files, "KEPT", most)
+    monkeypatch.setattr(files.resource, "getrlimit", lambda what: (limit, limit))
+    objects, before = LocalObjects(tmp_path), _open_files()
+    for key in "abcd":
+        objects.put(key, key.encode() * 4 + b"-" * 4)
+    into = bytearray(6)
+    for _ in range(2):
+        for number, key in enumerate("abca"):
+            objects.read_rows(key, 2, [2], memoryview(into), [number])
+        objects.read_rows("d", 2, [4, 0], memoryview(into), [4, 2])
+        assert into == b"abdd--"
+        assert _open_files() == before + stay
+    del objects
+    assert _open_files() == before
 
 
 def test_what_is_missing_is_told_when_it_is_read(objects):

@@ -1,7 +1,7 @@
 """`peers`: the same rows through what one would use instead, each in processes of its own.
 
 Time is that of the whole process, from start to exit, and until what it wrote is on disk (as actshuffle's
-is when it says so).  Sources begin out of the page cache, and free memory has been touched just before.
+is when it says so).  Sources begin out of the page cache, which is full of another file's pages.
 Whether the order is uniform is asked twice: of the design, and of the row numbers in what the peer wrote,
 by actshuffle's own mixing statistics.
 """
@@ -23,6 +23,7 @@ from actshuffle import mixing
 from actshuffle.executors import machine_memory
 from actshuffle.units import format_bytes, format_seconds
 from benchmarks import cache, measure, plots
+from benchmarks.floor import prepare
 from benchmarks.peers import IMPORTS, PEERS, Work, formats, versions
 from benchmarks.results import Bench, need_space, ranged, spread, table
 from benchmarks.sources import make_source
@@ -131,8 +132,7 @@ def _one(
     except RuntimeError as err:
         return {"outcome": "failed", "message": str(err)}
     given = asdict(work) | {"source": str(source)}
-    cache.evict([source])
-    cache.touch_free_memory(work.nbytes)  # which most of them will hold, one way or another
+    prepare("disk", [source])
     try:
         measured = measure.run(_command(interpreter, "run", name, json.dumps(given)), seconds=seconds,
                                memory=limit)  # fmt: skip
