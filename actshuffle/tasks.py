@@ -233,11 +233,11 @@ def leaf(job: Job, task: Task) -> int:
                     gather.read(number, source_row[a:b], used)
                 else:
                     np.take(parts[number], order[a:b], axis=0, out=used, mode="clip")
-                if field is not job.source_row:
+                writing.submit(output.write, field, at, whole, b - a)
+                if field is not job.source_row:  # while they are written
                     digest = row_hash.total(used, source_row[a:b])
                     found[1 + number] += digest
                     digests[field.name].append(to_hex(digest))
-                writing.submit(output.write, field, at, whole, b - a)
     for number in straight:
         expected[1 + number] = found[1 + number]
     _check_conserved(job, plan.levels, task.number, expected, found, [])
