@@ -268,6 +268,34 @@ def test_plan_of_a_store(src):
     assert (found["rows"], found["row_bytes"], found["levels"]) == (500, 20, 1)
 
 
+TWO_LEVELS = ("--block-bytes", "100KB", "--run-bytes", 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "codec", "options", "hinted"),
+    [
+        (2048, None, TWO_LEVELS, True),
+        (2048, None, (), False),  # one level, which moves as little
+        (
+            2040,
+            None,
+            TWO_LEVELS,
+            False,
+        ),  # a read for each of so narrow rows takes as long as a level
+        (2048, "auto", TWO_LEVELS, False),  # rows must be decoded
+        (2048, None, (*TWO_LEVELS, "--workers", 10**9), False),  # no room beside so many
+        (2048, None, ("--gather",), None),
+    ],
+)
+def test_plan_says_where_gathering_would_do(tmp_path, width, codec, options, hinted):
+    src = tmp_path / "wide.zarr"
+    array(src, values(300, (width,), "u1"), chunks=(20, width), compressors=codec)
+    found = json.loads(call("plan", src, *options, "--json").stdout)
+    assert found.get("gathers_well") is hinted
+    assert found["levels"] == (2 if TWO_LEVELS[1] in options else 1)
+    assert ("with --gather" in call("plan", src, *options).stdout) is bool(hinted)
+
+
 def test_verify_info_and_status_of_a_good_store(src, done):
     report = json.loads(call("verify", src, done, "--json", "--workers", 0).stdout)
     assert report["ok"] is True

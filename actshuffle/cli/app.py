@@ -182,6 +182,9 @@ def _plan_line(plan: Plan) -> str:
     )
 
 
+GATHER_HINT = "The source fits into this machine's memory: with --gather it is read and written once, without scratch."
+
+
 @main.command()
 @click.argument("src", type=click.Path(), required=False)
 @click.option("--rows", type=COUNT, help="Rows, where there is no SRC yet: 100e9.")
@@ -216,6 +219,11 @@ def plan(
         options["remote"] = cluster.scratch == "store"
     made = inspect.plan(levels=levels or "auto", codec=codec or "none", **options)  # type: ignore[arg-type]
     report, told = inspect.plan_report(made), inspect.plan_text(made)
+    if options["src"] and cluster is None and not options["gather"]:
+        known = {name: options[name] for name in ("src", "fields", "workers", "storage_options")}
+        report["gathers_well"] = inspect.gathers_well(made=made, **known)
+        if report["gathers_well"]:
+            told += "\n\n" + GATHER_HINT
     if cluster is not None:
         report["forecast"] = forecast(made, cluster, simulated=simulate, seed=simulation_seed)
         told += "\n\n" + text(report["forecast"])
