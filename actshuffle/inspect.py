@@ -28,9 +28,8 @@ from actshuffle.prepare import default_memory, plan_for, recorded_scratch
 from actshuffle.types import Plan
 from actshuffle.units import format_bytes, parse_bytes, parse_count
 
-WIDE_ROW = (
-    2 << 10
-)  # bytes; measured: rows of 8 KiB are gathered in 0.6 of two levels' time, of 512 B in 1.1
+# Bytes.  Measured: rows of 8 KiB are gathered in 0.6 of the time of two levels, of 512 B in 1.1 of it.
+WIDE_ROW = 2 << 10
 
 
 def plan(
