@@ -25,7 +25,7 @@ from actshuffle.memory import MemoryModel
 from actshuffle.objects import as_place, local_path, open_objects
 from actshuffle.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan, reach_table
 from actshuffle.prepare import default_memory, plan_for, recorded_scratch
-from actshuffle.types import Plan
+from actshuffle.types import Field, Place, Plan
 from actshuffle.units import format_bytes, parse_bytes, parse_count
 
 # Bytes.  Measured: rows of 8 KiB are gathered in 0.6 of the time of two levels, of 512 B in 1.1 of it.
@@ -88,10 +88,9 @@ def plan(
             spill_memory=given["spill_memory"],
         )  # fmt: skip
     place = as_place(src, storage_options)
-    arrays = source_arrays(place, None if fields is None else tuple(fields))
+    arrays, described = _described(place, fields)
     if given["memory"] is None and given["block_bytes"] is None:
         given["memory"] = default_memory(workers or 1)
-    described = [source_field(name, array) for name, array in arrays.items()]
     if gather:
         check_gather(place, described, given)
     made = plan_for(
@@ -116,14 +115,20 @@ def gathers_well(
     longer than another level are better left to it.
     """
     place = as_place(src, storage_options)
-    arrays = source_arrays(place, None if fields is None else tuple(fields))
-    described = [source_field(name, array) for name, array in arrays.items()]
+    _, described = _described(place, fields)
     try:
         check_gather(place, described, {})
         check_room(made, workers or 1)
     except (RequestError, InfeasibleError):
         return False
     return made.levels > 1 and max(f.row_bytes for f in described) >= WIDE_ROW
+
+
+def _described(
+    place: Place, fields: Iterable[str] | None
+) -> tuple[dict[str, zarr.Array[Any]], list[Field]]:
+    arrays = source_arrays(place, None if fields is None else tuple(fields))
+    return arrays, [source_field(name, array) for name, array in arrays.items()]
 
 
 def plan_report(made: Plan) -> dict[str, Any]:

@@ -262,8 +262,8 @@ def test_cache_is_evicted_and_warmed(tmp_path):
     assert cache.cached_share([tmp_path]) == 1
 
 
-def test_free_memory_is_filled_and_given_back_at_the_end():
-    """Each in a process of its own, with which its pages go; others come and go beside it."""
+def test_free_memory_is_filled():
+    """In processes of their own, with which their pages go."""
     code = (
         "import os; from pathlib import Path; from benchmarks import cache; "
         "free = lambda: os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'); before = free(); "
