@@ -54,12 +54,8 @@ def open_node(place: Place) -> zarr.Array[Any] | zarr.Group:
         if open_objects(place).size("") is None and "://" not in place.url:
             raise SourceError(f"no such source: {place.url}") from err
         if next(iter(open_objects(place).list(OUR_GROUP)), None) is not None:
-            raise SourceError(
-                f"{place.url} is half done, or damaged: there is no zarr.json"
-            ) from err
-        raise SourceError(
-            f"not a Zarr array or group (no zarr.json, .zarray or .zgroup): {place.url}"
-        ) from err
+            raise SourceError(f"{place.url} is half done, or damaged: there is no zarr.json") from err
+        raise SourceError(f"not a Zarr array or group (no zarr.json, .zarray or .zgroup): {place.url}") from err
     except ActshuffleError:
         raise
     except Exception as err:  # whatever zarr makes of damaged metadata
@@ -80,16 +76,12 @@ def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str,
         arrays = {"data": node}
     else:
         members = _members(place, node)
-        groups = sorted(
-            k for k, v in members.items() if isinstance(v, zarr.Group) and k != OUR_GROUP
-        )
+        groups = sorted(k for k, v in members.items() if isinstance(v, zarr.Group) and k != OUR_GROUP)
         arrays = {k: v for k, v in sorted(members.items()) if isinstance(v, zarr.Array)}
         if names is not None:
             absent = sorted(set(names) - set(arrays))
             if absent:
-                raise RequestError(
-                    f"no array named {absent[0]!r} in {place.url}; it has {sorted(arrays)}"
-                )
+                raise RequestError(f"no array named {absent[0]!r} in {place.url}; it has {sorted(arrays)}")
             arrays = {k: arrays[k] for k in sorted(set(names))}
         elif groups:
             raise SourceError(
@@ -103,17 +95,13 @@ def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str,
     lengths = {name: array.shape[0] for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{k}: {v:,}" for k, v in lengths.items())
-        raise SourceError(
-            f"arrays of unequal length in {place.url} ({listed}); choose some with --fields"
-        )
+        raise SourceError(f"arrays of unequal length in {place.url} ({listed}); choose some with --fields")
     return arrays
 
 
 def _members(place: Place, group: zarr.Group) -> dict[str, zarr.Array[Any] | zarr.Group]:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ZarrUserWarning
-        )  # stray files beside arrays are not ours to judge
+        warnings.simplefilter("ignore", ZarrUserWarning)  # stray files beside arrays are not ours to judge
         try:
             return dict(group.members())
         except ActshuffleError:
@@ -132,9 +120,7 @@ def _check_array(place: Place, name: str, array: zarr.Array[Any]) -> None:
         raise SourceError(f"{where} is a scalar, it has no rows; choose arrays with --fields")
     dtype = array.dtype
     if dtype.hasobject or dtype.kind in "OT" or dtype.itemsize == 0:
-        raise SourceError(
-            f"{where} has dtype {dtype}, whose items have no fixed width; it cannot be shuffled"
-        )
+        raise SourceError(f"{where} has dtype {dtype}, whose items have no fixed width; it cannot be shuffled")
     if 0 in array.shape[1:]:
         raise SourceError(f"{where} has shape {array.shape}: its rows are empty")
     if min(*array.shape, *object_grid(array)) < 0 or min(*object_grid(array), *array.chunks) < 1:
@@ -158,12 +144,17 @@ def source_field(name: str, array: zarr.Array[Any]) -> Field:
     # Through zarr, enough chunks at a time to keep its decoders busy, and no more for memory's sake.
     chunks = max(1, READ_BYTES // max(1, array.chunks[0] * row_bytes))
     return Field(
-        name=name, source=array.path, row_bytes=row_bytes, row_shape=row_shape,
+        name=name,
+        source=array.path,
+        row_bytes=row_bytes,
+        row_shape=row_shape,
         source_chunk_rows=grid[0],
-        read_rows=grid[0] if raw else (min(chunks * array.chunks[0], grid[0]) if array.shards
-                                       else chunks * array.chunks[0]),
-        source_key=template if raw else "", object_key=template,
-    )  # fmt: skip
+        read_rows=grid[0]
+        if raw
+        else (min(chunks * array.chunks[0], grid[0]) if array.shards else chunks * array.chunks[0]),
+        source_key=template if raw else "",
+        object_key=template,
+    )
 
 
 # Decoded bytes of one read through zarr; twice as many are no faster, and take 24 MB more.
@@ -192,15 +183,9 @@ def is_raw(array: zarr.Array[Any]) -> bool:
     if array.metadata.zarr_format == 2:
         plain = not meta.get("compressor") and not meta.get("filters")
         return plain and (meta.get("order") == "C" or array.ndim == 1)
-    codecs: list[dict[str, Any]] = [
-        c if isinstance(c, dict) else c.to_dict() for c in meta["codecs"]
-    ]
+    codecs: list[dict[str, Any]] = [c if isinstance(c, dict) else c.to_dict() for c in meta["codecs"]]
     endian = (codecs[0].get("configuration") or {}).get("endian", "little")
-    return (
-        len(codecs) == 1
-        and codecs[0]["name"] == "bytes"
-        and str(endian) in ("little", "Endian.little")
-    )
+    return len(codecs) == 1 and codecs[0]["name"] == "bytes" and str(endian) in ("little", "Endian.little")
 
 
 def source_buffer(arrays: Sequence[zarr.Array[Any]], *, remote: bool = False) -> int:
@@ -210,12 +195,7 @@ def source_buffer(arrays: Sequence[zarr.Array[Any]], *, remote: bool = False) ->
 
 
 def output_field(
-    field: Field,
-    array: zarr.Array[Any] | None,
-    rows: int,
-    chunk_rows: int,
-    object_rows: int,
-    codec: str,
+    field: Field, array: zarr.Array[Any] | None, rows: int, chunk_rows: int, object_rows: int, codec: str
 ) -> Field:
     """The field with its output array's metadata; ``array`` None makes the ``source_row`` array."""
     if array is None:
@@ -234,21 +214,32 @@ def output_field(
         dims = ["row", *(f"{field.name}_{i + 1}" for i in range(len(field.row_shape)))]
     memory = MemoryStore()
     zarr.create_array(
-        memory, name=field.name, shape=(rows, *field.row_shape), dtype=dtype,
-        chunks=(chunk_rows, *field.row_shape), fill_value=fill, attributes=attributes,
+        memory,
+        name=field.name,
+        shape=(rows, *field.row_shape),
+        dtype=dtype,
+        chunks=(chunk_rows, *field.row_shape),
+        fill_value=fill,
+        attributes=attributes,
         shards=None if object_rows == chunk_rows else (object_rows, *field.row_shape),
-        compressors={"none": None, "crc32c": [Crc32cCodec()], "zstd": "auto"}[codec], filters=None,
+        compressors={"none": None, "crc32c": [Crc32cCodec()], "zstd": "auto"}[codec],
+        filters=None,
         dimension_names=dims,
         # A flat key: with "/" every chunk of a matrix would be a directory of its own.
         chunk_key_encoding={"name": "default", "separator": "."},
-    )  # fmt: skip
+    )
     text = wait(memory.get(f"{field.name}/zarr.json", cpu.buffer_prototype))
     assert text is not None
     return Field(
-        **{**vars(field), "metadata": text.to_bytes().decode(), "chunk_rows": chunk_rows,
-           "object_rows": object_rows, "raw_output": codec == "none" and object_rows == chunk_rows,
-           "object_key": f"{_literal(field.name)}/c.{{}}" + ".0" * len(field.row_shape)},
-    )  # fmt: skip
+        **{
+            **vars(field),
+            "metadata": text.to_bytes().decode(),
+            "chunk_rows": chunk_rows,
+            "object_rows": object_rows,
+            "raw_output": codec == "none" and object_rows == chunk_rows,
+            "object_key": f"{_literal(field.name)}/c.{{}}" + ".0" * len(field.row_shape),
+        }
+    )
 
 
 def _dimension_names(array: zarr.Array[Any]) -> list[str | None] | None:
@@ -298,11 +289,13 @@ class Source:
             for two in (parts[at : at + 2] for at in range(0, len(parts), 2)):
                 extents = [
                     Extent(
-                        field.source_key.format(a // step), a % step * field.row_bytes,
-                        [out[a - start : b - start].data.cast("B")], once=True,
+                        field.source_key.format(a // step),
+                        a % step * field.row_bytes,
+                        [out[a - start : b - start].data.cast("B")],
+                        once=True,
                     )
                     for a, b in two
-                ]  # fmt: skip
+                ]
                 read(extents)
                 yield two[0][0] - start, two[-1][1] - start
 
@@ -398,10 +391,15 @@ def put_array(objects: Objects, name: str, array: NDArray[Any]) -> dict[str, byt
     """Store a small array of our own as a Zarr v3 array in one chunk; returns what was put, by key."""
     memory, files = MemoryStore(), dict[str, bytes]()
     zarr.create_array(
-        memory, name=name, data=array, chunks=tuple(max(1, s) for s in array.shape),
-        compressors=None, filters=None, chunk_key_encoding={"name": "default", "separator": "."},
+        memory,
+        name=name,
+        data=array,
+        chunks=tuple(max(1, s) for s in array.shape),
+        compressors=None,
+        filters=None,
+        chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": True},
-    )  # fmt: skip
+    )
     for key in [f"{name}/c." + ".".join("0" * array.ndim), f"{name}/zarr.json"]:
         data = wait(memory.get(key, cpu.buffer_prototype))
         if data is not None:

@@ -55,9 +55,7 @@ def answer(keys: Keys, start: int, stop: int, query: Query) -> NDArray[Any]:
         counts = np.zeros(len(query.marked) << query.more, np.int64)
         for _, hi in _slices(keys, start, stop):
             at, which = _inside(hi, query)
-            digit = (hi[at] >> _shift(query.bits + query.more)).view(np.int64) & (
-                (1 << query.more) - 1
-            )
+            digit = (hi[at] >> _shift(query.bits + query.more)).view(np.int64) & ((1 << query.more) - 1)
             counts += np.bincount((which << query.more) + digit, minlength=len(counts))
         return counts
     found = [np.zeros((0, 2), np.uint64)]

@@ -91,9 +91,15 @@ class Cluster:
     scratch_price: float = 0.0
 
     def __post_init__(self) -> None:
-        positive = {"hosts": self.hosts, "workers per host": self.workers_per_host,
-                    "network": self.network, "disk": self.disk, "store rate": self.store,
-                    "requests": self.requests, "stream": self.stream}  # fmt: skip
+        positive = {
+            "hosts": self.hosts,
+            "workers per host": self.workers_per_host,
+            "network": self.network,
+            "disk": self.disk,
+            "store rate": self.store,
+            "requests": self.requests,
+            "stream": self.stream,
+        }
         for name, value in positive.items():
             if value is not None and not 0 < value < math.inf:
                 raise RequestError(f"{name} must be positive, got {value}")
@@ -185,9 +191,8 @@ def _boundaries(plan: Plan) -> Stage:
     answers = bounds.answers(plan.rows, plan.leaves)
     gathered = ranges * sum(answers) if ranges > 1 else 0
     return Stage(
-        "boundaries", ranges * len(answers), cpu=plan.rows * COUNT_CPU * len(answers),
-        driver=gathered / DRIVER_RATE,
-    )  # fmt: skip
+        "boundaries", ranges * len(answers), cpu=plan.rows * COUNT_CPU * len(answers), driver=gathered / DRIVER_RATE
+    )
 
 
 def _split(plan: Plan, cluster: Cluster, level: int) -> Stage:
@@ -197,30 +202,35 @@ def _split(plan: Plan, cluster: Cluster, level: int) -> Stage:
     gets = read / CHUNK_BYTES if level == 1 else _range_reads(plan, level)
     block = plan.block_rows[level - 1] * plan.model.spill_row_bytes
     return Stage(
-        f"level {level}", len(rows), read, written + len(rows) * RECEIPT * k,
+        f"level {level}",
+        len(rows),
+        read,
+        written + len(rows) * RECEIPT * k,
         gets=(gets if source == "store" else 0) + 3 * len(rows) * stored,
-        puts=len(rows) * (_uploads(block) + 1) * stored, cpu=cluster.split_cpu * read,
-        rows=rows, read_from=source, write_to=cluster.scratch,
-    )  # fmt: skip
+        puts=len(rows) * (_uploads(block) + 1) * stored,
+        cpu=cluster.split_cpu * read,
+        rows=rows,
+        read_from=source,
+        write_to=cluster.scratch,
+    )
 
 
 def _index(plan: Plan, cluster: Cluster, level: int) -> Stage:
     """One task per parent bucket reads the receipts of its blocks, and writes tables one by one."""
-    parents, blocks, stored = (
-        plan.buckets(level - 1),
-        plan.blocks(level),
-        cluster.scratch == "store",
-    )
-    runs, gets, puts = (
-        blocks * _fan_out(plan, level),
-        blocks + parents,
-        2 * plan.buckets(level) + parents,
-    )
+    parents, blocks, stored = (plan.buckets(level - 1), plan.blocks(level), cluster.scratch == "store")
+    runs, gets, puts = (blocks * _fan_out(plan, level), blocks + parents, 2 * plan.buckets(level) + parents)
     return Stage(
-        f"index {level}", parents, RECEIPT * runs, 16 * runs, cpu=INDEX_CPU * runs,
-        gets=gets * stored, puts=puts * stored, read_from=cluster.scratch, write_to=cluster.scratch,
+        f"index {level}",
+        parents,
+        RECEIPT * runs,
+        16 * runs,
+        cpu=INDEX_CPU * runs,
+        gets=gets * stored,
+        puts=puts * stored,
+        read_from=cluster.scratch,
+        write_to=cluster.scratch,
         at_once=(gets + puts) / (gets / manifest.AT_ONCE + puts),
-    )  # fmt: skip
+    )
 
 
 def _leaves(plan: Plan, cluster: Cluster) -> Stage:
@@ -230,10 +240,17 @@ def _leaves(plan: Plan, cluster: Cluster) -> Stage:
     objects = -(-plan.rows // plan.object_rows)
     puts = objects * _uploads(plan.object_rows * plan.row_bytes) + 2 * len(rows)
     return Stage(
-        f"level {plan.levels}", len(rows), read, written + 8 * plan.rows,
-        gets=(gets + 3 * len(rows)) * (source == "store"), puts=puts * (cluster.ends == "store"),
-        cpu=cluster.leaf_cpu * read, rows=rows, read_from=source, write_to=cluster.ends,
-    )  # fmt: skip
+        f"level {plan.levels}",
+        len(rows),
+        read,
+        written + 8 * plan.rows,
+        gets=(gets + 3 * len(rows)) * (source == "store"),
+        puts=puts * (cluster.ends == "store"),
+        cpu=cluster.leaf_cpu * read,
+        rows=rows,
+        read_from=source,
+        write_to=cluster.ends,
+    )
 
 
 def _fan_out(plan: Plan, level: int) -> int:
@@ -262,9 +279,7 @@ def limits(stage: Stage, c: Cluster) -> dict[str, float]:
         own += max(streamed, count * c.latency / stage.at_once)
     largest = 0.0
     if stage.tasks:
-        share = (
-            1 / stage.tasks if stage.rows is None else float(stage.rows.max() / stage.rows.sum())
-        )
+        share = 1 / stage.tasks if stage.rows is None else float(stage.rows.max() / stage.rows.sum())
         largest = (own - stage.tasks * c.overhead) * share + c.overhead
     return {
         "network": max(into, out) / (c.hosts * c.network),
@@ -274,7 +289,7 @@ def limits(stage: Stage, c: Cluster) -> dict[str, float]:
         "workers": own / c.workers if stage.tasks else 0.0,
         "one task": largest,
         "scheduler": stage.tasks * c.dispatch,
-    }  # fmt: skip
+    }
 
 
 def least_seconds(stage: Stage, c: Cluster) -> tuple[float, str]:
@@ -310,7 +325,5 @@ def concerns(plan: Plan, c: Cluster) -> list[str]:
         blocks = min(plan.blocks(level), plan.blocks_per_parent(level))
         held = 8 * blocks * _fan_out(plan, level)
         if held > plan.memory:
-            found.append(
-                f"index {level}: one task holds {format_bytes(held)} of tables, more than --memory"
-            )
+            found.append(f"index {level}: one task holds {format_bytes(held)} of tables, more than --memory")
     return found

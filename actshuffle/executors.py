@@ -74,9 +74,7 @@ class Dask:
 
     name: str = "dask"
 
-    def __init__(
-        self, client: Any, *, window: int = 4, retries: int = 2, one_machine: bool = False
-    ) -> None:
+    def __init__(self, client: Any, *, window: int = 4, retries: int = 2, one_machine: bool = False) -> None:
         self.client = client
         self.window = window
         self.retries = retries
@@ -177,10 +175,7 @@ class Dask:
         with self._asking():
             found = self.client.scheduler_info(n_workers=-1)["workers"].values()
         threads = sum(w["nthreads"] for w in found) or 1
-        limits = [
-            (w["memory_limit"] or machine_memory() * w["nthreads"] / threads) / w["nthreads"]
-            for w in found
-        ]
+        limits = [(w["memory_limit"] or machine_memory() * w["nthreads"] / threads) / w["nthreads"] for w in found]
         return int(SHARE * min(limits, default=machine_memory()))
 
     def close(self) -> None:
@@ -213,8 +208,7 @@ class _Theirs(Exception):
 
 def _went_away(err: BaseException) -> ClusterError:
     return ClusterError(
-        f"the Dask cluster went away ({type(err).__name__}: {err}); what was finished is kept, "
-        "run again to resume"
+        f"the Dask cluster went away ({type(err).__name__}: {err}); what was finished is kept, run again to resume"
     )
 
 
@@ -228,12 +222,17 @@ def local_cluster(workers: int) -> Iterator[Dask]:
         tempfile.TemporaryDirectory(prefix="actshuffle-dask-") as folder,
         config.set({"distributed.admin.low-level-log-length": 100}),
         LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1",
-            dashboard_address="127.0.0.1:0", silence_logs=logging.ERROR, local_directory=folder,
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.ERROR,
+            local_directory=folder,
             memory_limit=None,  # the plan bounds memory; Dask need not pause or kill
         ) as cluster,
         Client(cluster) as client,
-    ):  # fmt: skip
+    ):
         yield Dask(client, one_machine=True)
 
 

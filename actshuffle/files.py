@@ -23,23 +23,12 @@ from typing import Protocol
 import numpy as np
 
 from actshuffle.errors import ActshuffleError, SourceError, StorageError, StorageFullError
-from actshuffle.reading import (
-    DIRECT_BYTES,
-    PAGE,
-    Extent,
-    OpenFile,
-    has_cached,
-    read_full,
-    read_rows,
-    set_direct,
-)
+from actshuffle.reading import DIRECT_BYTES, PAGE, Extent, OpenFile, has_cached, read_full, read_rows, set_direct
 from actshuffle.units import format_bytes
 
 _PARTIAL = ".actshuffle-partial"
 DELETIONS = 8  # at once
-OPEN_AHEAD = (
-    4  # files of one read to come; of all that are prepared, far fewer than a process may have
-)
+OPEN_AHEAD = 4  # files of one read to come; of all that are prepared, far fewer than a process may have
 KEPT = 512  # files that stay open for rows to come, if a process may have twice as many
 
 
@@ -148,9 +137,7 @@ class LocalObjects:
 
         return read
 
-    def read_rows(
-        self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]
-    ) -> None:
+    def read_rows(self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]) -> None:
         """``width`` bytes at each offset of a file, to places in ``out``.
 
         The first files stay open: to open one takes as long as to read ten rows, and each is asked for again
@@ -344,7 +331,6 @@ def typed(where: object, key: str, size: int | None = None) -> Iterator[None]:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
             need = "" if size is None else f" while writing {format_bytes(size)}"
             raise StorageFullError(
-                f"no space left{need}: {place}; free some, or give --scratch on a larger disk, "
-                "and run again to resume"
+                f"no space left{need}: {place}; free some, or give --scratch on a larger disk, and run again to resume"
             ) from err
         raise StorageError(f"{err.strerror or err}: {place}") from err

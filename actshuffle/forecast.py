@@ -11,9 +11,7 @@ from actshuffle.types import Plan
 from actshuffle.units import format_bytes, format_seconds
 
 
-def forecast(
-    plan: Plan, cluster: Cluster, *, simulated: bool = False, seed: int = 0
-) -> dict[str, Any]:
+def forecast(plan: Plan, cluster: Cluster, *, simulated: bool = False, seed: int = 0) -> dict[str, Any]:
     """Stages with their limits, seconds, bytes, requests and dollars, as plain values.
 
     Seconds are the least by arithmetic, or, if ``simulated``, what a simulated run took.
@@ -22,26 +20,45 @@ def forecast(
     rows: list[dict[str, Any]] = []
     for stage in found:
         least, limit = cost.least_seconds(stage, cluster)
-        rows.append({
-            "stage": stage.name, "tasks": stage.tasks, "seconds": least, "least_seconds": least,
-            "limit": limit, "limits": cost.limits(stage, cluster) | {"driver": stage.driver},
-            "read_bytes": stage.read, "written_bytes": stage.written, "gets": stage.gets, "puts": stage.puts,
-        })  # fmt: skip
+        rows.append(
+            {
+                "stage": stage.name,
+                "tasks": stage.tasks,
+                "seconds": least,
+                "least_seconds": least,
+                "limit": limit,
+                "limits": cost.limits(stage, cluster) | {"driver": stage.driver},
+                "read_bytes": stage.read,
+                "written_bytes": stage.written,
+                "gets": stage.gets,
+                "puts": stage.puts,
+            }
+        )
     if simulated:
         for row, played in zip(rows, simulate.simulate(plan, cluster, seed=seed), strict=True):
-            row |= {"seconds": played.seconds, "tail_seconds": played.tail,
-                    "failures": played.failures, "lost_tasks": played.lost}  # fmt: skip
+            row |= {
+                "seconds": played.seconds,
+                "tail_seconds": played.tail,
+                "failures": played.failures,
+                "lost_tasks": played.lost,
+            }
     seconds = sum(row["seconds"] for row in rows)
     return {
-        "simulated": simulated, "hosts": cluster.hosts, "workers": cluster.workers,
-        "scratch_on": cluster.scratch, "source_and_destination_on": cluster.ends,
-        "seconds": seconds, "bytes_per_second": plan.rows * plan.row_bytes / seconds if seconds else 0.0,
-        "gets": sum(s.gets for s in found), "puts": sum(s.puts for s in found),
+        "simulated": simulated,
+        "hosts": cluster.hosts,
+        "workers": cluster.workers,
+        "scratch_on": cluster.scratch,
+        "source_and_destination_on": cluster.ends,
+        "seconds": seconds,
+        "bytes_per_second": plan.rows * plan.row_bytes / seconds if seconds else 0.0,
+        "gets": sum(s.gets for s in found),
+        "puts": sum(s.puts for s in found),
         "dollars": cost.dollars(plan, found, cluster, seconds),
         "failures": sum(row.get("failures", 0) for row in rows),
         "lost_tasks": sum(row.get("lost_tasks", 0) for row in rows),
-        "stages": rows, "concerns": cost.concerns(plan, cluster),
-    }  # fmt: skip
+        "stages": rows,
+        "concerns": cost.concerns(plan, cluster),
+    }
 
 
 def text(told: dict[str, Any]) -> str:
@@ -55,8 +72,7 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
     scratch, ends = places[told["scratch_on"]], places[told["source_and_destination_on"]]
     where = f"all on {ends}" if scratch == ends else f"scratch on {scratch}, the rest on {ends}"
     yield (
-        f"forecast     {format_seconds(told['seconds'])} {how}, "
-        f"{format_bytes(told['bytes_per_second'])}/s end to end"
+        f"forecast     {format_seconds(told['seconds'])} {how}, {format_bytes(told['bytes_per_second'])}/s end to end"
     )
     yield f"             {told['hosts']:,} hosts, {told['workers']:,} workers; {where}"
     head = f"  {'stage':<12}{'tasks':>11}{'time':>14}{'moved':>10}{'requests':>10}  limited by"

@@ -49,9 +49,7 @@ WARM_BYTES = 256 << 20  # read by one task
 def check(src: Place, fields: Sequence[Field], given: dict[str, Any]) -> None:
     """Refuse to gather rows from where they cannot be had one by one."""
     if given.get("levels", "auto") not in ("auto", 1) or given.get("spill_memory"):
-        raise RequestError(
-            "gathering is one level without spill: leave --levels and --spill-memory out"
-        )
+        raise RequestError("gathering is one level without spill: leave --levels and --spill-memory out")
     if local_path(src) is None:
         raise RequestError(
             f"rows can be gathered from a store on this machine, and {src} is elsewhere: leave --gather out"
@@ -103,9 +101,7 @@ class Gather:
         leaves = job.plan.leaves
         self.straight = [n for n, f in enumerate(job.fields) if f.row_bytes * leaves > READ_BYTES]
 
-    def fill(
-        self, bounds: U64, leaf: int, hi: U64, source_row: U64, fields: Sequence[U8]
-    ) -> list[int]:
+    def fill(self, bounds: U64, leaf: int, hi: U64, source_row: U64, fields: Sequence[U8]) -> list[int]:
         """The leaf's keys and numbers, in source order, and rows of the other fields; returns these' numbers."""
         find_rows(self.job.keys, bounds, leaf, hi, source_row, self.job.plan.rows)
         others = [n for n in range(len(fields)) if n not in self.straight]
@@ -196,13 +192,8 @@ def warm(job: Job, field: Field, first: int, stop: int) -> int:
     for number in range(first, stop):
         size = (min((number + 1) * step, job.plan.rows) - number * step) * field.row_bytes
         # At other places each time: a look at what is not there brings it there.
-        key, looks = (
-            field.source_key.format(number),
-            [secrets.randbelow(size) for _ in range(LOOKS)],
-        )
-        if not (
-            isinstance(objects, LocalObjects) and all(objects.is_cached(key, at) for at in looks)
-        ):
+        key, looks = (field.source_key.format(number), [secrets.randbelow(size) for _ in range(LOOKS)])
+        if not (isinstance(objects, LocalObjects) and all(objects.is_cached(key, at) for at in looks)):
             for at in range(0, size, PIECE):
                 objects.read([Extent(key, at, [piece[: min(PIECE, size - at)]])])
         total += size

@@ -24,13 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import zarr
-from zarr.abc.store import (
-    ByteRequest,
-    OffsetByteRequest,
-    RangeByteRequest,
-    Store,
-    SuffixByteRequest,
-)
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 
 from actshuffle.errors import MissingChunkError, SourceError, StorageError
 from actshuffle.objects import Objects
@@ -113,9 +107,7 @@ def _described(codec: Any) -> tuple[str, dict[str, Any]]:
 def _checked(chain: list[tuple[str, dict[str, Any]]], size: int, where: str) -> tuple[str, int]:
     for name, settings in chain:
         if name not in _UNPACKERS | _AT_THE_END | _SAME_SIZE | _OTHER:
-            raise SourceError(
-                f"{where} is stored with codec {name!r}, which actshuffle does not run"
-            )
+            raise SourceError(f"{where} is stored with codec {name!r}, which actshuffle does not run")
         for key in ("dtype", "astype", "encode_dtype", "decode_dtype"):
             if isinstance(settings.get(key), str) and np.dtype(settings[key]).hasobject:
                 raise SourceError(f"{where}: codec {name!r} makes Python objects; it is not run")
@@ -132,8 +124,10 @@ def check_chunk(data: bytes, packed: str, limit: int, where: str) -> None:
     """Refuse a packed chunk that would unpack to more than ``limit`` bytes."""
     size = _unpacked_size(data, packed, limit)
     if size > limit:
-        raise SourceError(f"chunk {where} unpacks to {'more than ' * (size == limit + 1)}"
-                          f"{size:,} bytes, its array has room for {limit - 1024:,}")  # fmt: skip
+        raise SourceError(
+            f"chunk {where} unpacks to {'more than ' * (size == limit + 1)}"
+            f"{size:,} bytes, its array has room for {limit - 1024:,}"
+        )
 
 
 def _unpacked_size(data: bytes, packed: str, limit: int) -> int:
@@ -201,9 +195,7 @@ def check_document(data: bytes, where: str) -> None:
         if len(found) < len(pairs):
             names = [k for k, _ in pairs]
             twice = next(k for k in names if names.count(k) > 1)
-            raise SourceError(
-                f"{where} says {twice[:80]!r} twice, and readers differ on which counts"
-            )
+            raise SourceError(f"{where} says {twice[:80]!r} twice, and readers differ on which counts")
         return found
 
     try:
@@ -289,9 +281,7 @@ class View(Store):
             raise
         return bytes(data)
 
-    def _packed(
-        self, key: str, data: bytes, wanted: ByteRequest | None
-    ) -> Iterator[tuple[bytes, Coding]]:
+    def _packed(self, key: str, data: bytes, wanted: ByteRequest | None) -> Iterator[tuple[bytes, Coding]]:
         """The packed chunks in what was read of an object."""
         paths = [p for p in self._codings if not p or key.startswith(p + "/")]
         if not paths or not (coding := self._codings[max(paths, key=len)]).packed:
@@ -324,8 +314,9 @@ class View(Store):
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         names = await self.call(self.objects.names, prefix.rstrip("/"))
         if len(names) > MEMBERS:
-            raise SourceError(f"{prefix or 'the top'} of {self.name} holds {len(names):,} names; "
-                              "no group has so many arrays")  # fmt: skip
+            raise SourceError(
+                f"{prefix or 'the top'} of {self.name} holds {len(names):,} names; no group has so many arrays"
+            )
         for name in names:
             yield name
 

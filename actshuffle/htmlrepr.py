@@ -40,9 +40,7 @@ def page(
         f'<div style="font-weight:600;font-size:14px;margin-bottom:4px;{colour}">{escape(title)}</div>',
     ]
     if facts:
-        parts.append(
-            _table([(f"<b>{escape(str(k))}</b>", escape(str(v))) for k, v in facts.items()])
-        )
+        parts.append(_table([(f"<b>{escape(str(k))}</b>", escape(str(v))) for k, v in facts.items()]))
     parts.append(extra)
     body = [tuple(escape(str(cell)) for cell in row) for row in rows]
     if header and body:
@@ -53,22 +51,19 @@ def page(
 def plan(made: Plan) -> str:
     """A plan: what it reads, writes and needs."""
     facts = {
-        "data": f"{made.rows:,} rows x {format_bytes(made.row_bytes)} = "
-                f"{format_bytes(made.rows * made.row_bytes)}",
+        "data": f"{made.rows:,} rows x {format_bytes(made.row_bytes)} = {format_bytes(made.rows * made.row_bytes)}",
         "levels": made.levels,
         "blocks": f"M = {format_bytes(made.block_bytes)}, runs P >= {format_bytes(made.run_bytes)}",
         "leaves": f"{made.leaves:,} of {made.leaf_rows:,} rows",
         "memory": f"{format_bytes(made.memory)} per worker at most",
         "disk": f"scratch up to {format_bytes(made.scratch_bytes)}, with the output up to "
-                f"{format_bytes(made.disk_bytes)}",
-    }  # fmt: skip
+        f"{format_bytes(made.disk_bytes)}",
+    }
     rows = []
     for level in range(1, made.levels + 1):
         read, written = made.level_bytes(level)
         work = "split" if level < made.levels else "sort"
-        rows.append(
-            (level, work, f"{made.task_count(level):,}", format_bytes(read), format_bytes(written))
-        )
+        rows.append((level, work, f"{made.task_count(level):,}", format_bytes(read), format_bytes(written)))
     return page("Shuffle plan", facts, ("level", "work", "tasks", "reads", "writes"), rows)
 
 

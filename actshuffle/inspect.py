@@ -10,13 +10,7 @@ from typing import Any
 import zarr
 
 from actshuffle import manifest, tasks
-from actshuffle.arrays import (
-    SOURCE_ROW,
-    object_grid,
-    open_node,
-    source_arrays,
-    source_field,
-)
+from actshuffle.arrays import SOURCE_ROW, object_grid, open_node, source_arrays, source_field
 from actshuffle.data.dataset import is_ours, open_dataset
 from actshuffle.errors import IncompleteStoreError, InfeasibleError, RequestError
 from actshuffle.gather import check as check_gather
@@ -81,21 +75,25 @@ def plan(
         usual_run = REMOTE_RUN_BYTES if remote else LOCAL_RUN_BYTES
         width = parse_bytes(row_bytes)
         return make_plan(
-            parse_count(rows), width, levels=levels, memory=given["memory"],
-            block_bytes=given["block_bytes"], run_bytes=given["run_bytes"] or usual_run,
-            chunk_rows=chunk_rows, chunks_per_shard=chunks_per_shard, tasks_wanted=given["tasks_wanted"],
+            parse_count(rows),
+            width,
+            levels=levels,
+            memory=given["memory"],
+            block_bytes=given["block_bytes"],
+            run_bytes=given["run_bytes"] or usual_run,
+            chunk_rows=chunk_rows,
+            chunks_per_shard=chunks_per_shard,
+            tasks_wanted=given["tasks_wanted"],
             model=MemoryModel(width, remote=True, output_copies=2) if remote else None,
             spill_memory=given["spill_memory"],
-        )  # fmt: skip
+        )
     place = as_place(src, storage_options)
     arrays, described = _described(place, fields)
     if given["memory"] is None and given["block_bytes"] is None:
         given["memory"] = default_memory(workers or 1)
     if gather:
         check_gather(place, described, given)
-    made = plan_for(
-        arrays, described, given, remote=remote, remote_source=local_path(place) is None
-    )
+    made = plan_for(arrays, described, given, remote=remote, remote_source=local_path(place) is None)
     if gather:
         check_room(made, workers or 1)
     return made
@@ -124,9 +122,7 @@ def gathers_well(
     return made.levels > 1 and max(f.row_bytes for f in described) >= WIDE_ROW
 
 
-def _described(
-    place: Place, fields: Iterable[str] | None
-) -> tuple[dict[str, zarr.Array[Any]], list[Field]]:
+def _described(place: Place, fields: Iterable[str] | None) -> tuple[dict[str, zarr.Array[Any]], list[Field]]:
     arrays = source_arrays(place, None if fields is None else tuple(fields))
     return arrays, [source_field(name, array) for name, array in arrays.items()]
 
@@ -136,21 +132,30 @@ def plan_report(made: Plan) -> dict[str, Any]:
     depths = range(1, made.levels)
     reads_writes = [made.level_bytes(level) for level in range(1, made.levels + 1)]
     return {
-        "levels": made.levels, "rows": made.rows, "row_bytes": made.row_bytes,
-        "bytes": made.rows * made.row_bytes, "block_bytes": made.block_bytes, "run_bytes": made.run_bytes,
+        "levels": made.levels,
+        "rows": made.rows,
+        "row_bytes": made.row_bytes,
+        "bytes": made.rows * made.row_bytes,
+        "block_bytes": made.block_bytes,
+        "run_bytes": made.run_bytes,
         "fan_out": [-(-made.widths[d - 1] // made.widths[d]) for d in depths],
-        "leaves": made.leaves, "leaf_rows": made.leaf_rows, "block_rows": list(made.block_rows),
-        "chunk_rows": made.chunk_rows, "object_rows": made.object_rows,
+        "leaves": made.leaves,
+        "leaf_rows": made.leaf_rows,
+        "block_rows": list(made.block_rows),
+        "chunk_rows": made.chunk_rows,
+        "object_rows": made.object_rows,
         "tasks": [made.task_count(level) for level in range(1, made.levels + 1)],
-        "objects": {
-            "output": -(-made.rows // made.object_rows), "spill": [made.blocks(level) for level in depths],
-        },
-        "read_bytes": sum(r for r, _ in reads_writes), "written_bytes": sum(w for _, w in reads_writes),
+        "objects": {"output": -(-made.rows // made.object_rows), "spill": [made.blocks(level) for level in depths]},
+        "read_bytes": sum(r for r, _ in reads_writes),
+        "written_bytes": sum(w for _, w in reads_writes),
         "io_bytes": sum(r + w for r, w in reads_writes),
-        "spill_memory": made.kept_bytes, "disk_io_bytes": made.disk_io_bytes,
-        "scratch_bytes": made.scratch_bytes, "disk_bytes": made.disk_bytes, "memory": made.memory,
+        "spill_memory": made.kept_bytes,
+        "disk_io_bytes": made.disk_io_bytes,
+        "scratch_bytes": made.scratch_bytes,
+        "disk_bytes": made.disk_bytes,
+        "memory": made.memory,
         "reach": [{"levels": n, "bytes": b} for n, b in reach_table(made.block_bytes, made.run_bytes)],
-    }  # fmt: skip
+    }
 
 
 def plan_text(made: Plan) -> str:
@@ -161,25 +166,17 @@ def plan_text(made: Plan) -> str:
         f"levels       {made.levels}   ({format_bytes(r['io_bytes'])} read and written)",
         f"blocks       M = {format_bytes(made.block_bytes)}, runs P >= {format_bytes(made.run_bytes)}"
         + (f", fan-out {' x '.join(map(str, r['fan_out']))}" if r["fan_out"] else ""),
-        f"leaves       {made.leaves:,} of {made.leaf_rows:,} rows "
-        f"({format_bytes(made.leaf_rows * made.row_bytes)})",
+        f"leaves       {made.leaves:,} of {made.leaf_rows:,} rows ({format_bytes(made.leaf_rows * made.row_bytes)})",
         f"output       {r['objects']['output']:,} objects of {made.object_rows:,} rows in the widest array",
         f"tasks        {' + '.join(f'{t:,}' for t in r['tasks'])}",
         f"memory       {format_bytes(made.memory)} per worker at most"
         + (f", and {format_bytes(r['spill_memory'])} of spill" if r["spill_memory"] else ""),
         f"disk         scratch up to {format_bytes(r['scratch_bytes'])}, "
         f"with the output up to {format_bytes(r['disk_bytes'])}"
-        + (
-            f"; {r['disk_io_bytes'] / max(1, 2 * r['bytes']):.2f} times what a copy moves"
-            if r["spill_memory"]
-            else ""
-        ),
+        + (f"; {r['disk_io_bytes'] / max(1, 2 * r['bytes']):.2f} times what a copy moves" if r["spill_memory"] else ""),
         "",
         "reach at this M and P: "
-        + ",  ".join(
-            f"{x['levels']} level{'s' * (x['levels'] > 1)} {format_bytes(x['bytes'])}"
-            for x in r["reach"]
-        ),
+        + ",  ".join(f"{x['levels']} level{'s' * (x['levels'] > 1)} {format_bytes(x['bytes'])}" for x in r["reach"]),
     ]
     return "\n".join(lines)
 
@@ -201,19 +198,23 @@ def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dic
     if marker is not None and marker["kind"] == "view":
         view = open_dataset(path, storage_options=storage_options)
     arrays = source_arrays(
-        place if view is None else view.root,
-        None if isinstance(node, zarr.Array) or marker is None else _names(marker),
+        place if view is None else view.root, None if isinstance(node, zarr.Array) or marker is None else _names(marker)
     )
     rows = next(iter(arrays.values())).shape[0] if view is None else view.rows
     described = {
         name: {
-            "shape": [rows, *a.shape[1:]], "dtype": _dtype_name(a), "chunks": list(a.chunks),
-            "shards": list(a.shards) if a.shards else None, "zarr_format": a.metadata.zarr_format,
-            "codecs": _codecs(a), "bytes": a.nbytes // max(1, a.shape[0]) * rows,
-            "objects": _count(a) if view is None else 0, "raw": bool(source_field(name, a).source_key),
+            "shape": [rows, *a.shape[1:]],
+            "dtype": _dtype_name(a),
+            "chunks": list(a.chunks),
+            "shards": list(a.shards) if a.shards else None,
+            "zarr_format": a.metadata.zarr_format,
+            "codecs": _codecs(a),
+            "bytes": a.nbytes // max(1, a.shape[0]) * rows,
+            "objects": _count(a) if view is None else 0,
+            "raw": bool(source_field(name, a).source_key),
         }
         for name, a in arrays.items()
-    }  # fmt: skip
+    }
     return {
         "path": manifest.public_url(place.url),
         "rows": rows,
@@ -230,24 +231,12 @@ def info_text(found: dict[str, Any]) -> str:
     lines = [f"{found['path']}: {found['rows']:,} rows, {format_bytes(found['bytes'])}"]
     table = [("array", "shape", "dtype", "chunk", "objects", "codecs")]
     for name, a in found["arrays"].items():
-        chunk = "x".join(map(str, a["chunks"])) + (
-            f" in {'x'.join(map(str, a['shards']))}" if a["shards"] else ""
-        )
+        chunk = "x".join(map(str, a["chunks"])) + (f" in {'x'.join(map(str, a['shards']))}" if a["shards"] else "")
         table.append(
-            (
-                name,
-                "x".join(map(str, a["shape"])),
-                a["dtype"],
-                chunk,
-                f"{a['objects']:,}",
-                " ".join(a["codecs"]),
-            )
+            (name, "x".join(map(str, a["shape"])), a["dtype"], chunk, f"{a['objects']:,}", " ".join(a["codecs"]))
         )
     widths = [max(len(row[i]) for row in table) for i in range(6)]
-    lines += [
-        "  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
+    lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
     if found["unmarked"]:
         made_by = "no completion marker: half written, or damaged since"
     else:
@@ -281,11 +270,7 @@ def status(dst: str | Path, storage_options: dict[str, Any] | None = None) -> di
     if body is None:
         raise IncompleteStoreError(f"{dst} is no output of actshuffle, finished or half done")
     # Its own places are not gone to: the file may be somebody else's.
-    job = replace(
-        manifest.job_from(body, place.options),
-        destination=place,
-        scratch=recorded_scratch(place, body),
-    )
+    job = replace(manifest.job_from(body, place.options), destination=place, scratch=recorded_scratch(place, body))
     levels = []
     first = tasks.first_level(job)
     for level in range(1, job.plan.levels + 1):
@@ -304,12 +289,9 @@ def status_text(found: dict[str, Any]) -> str:
     for x in found["levels"]:
         share = x["done"] / x["tasks"] if x["tasks"] else 1.0
         lines.append(
-            f"  level {x['level']} of {len(found['levels'])}   "
-            f"{x['done']:,} of {x['tasks']:,} tasks ({share:.0%})"
+            f"  level {x['level']} of {len(found['levels'])}   {x['done']:,} of {x['tasks']:,} tasks ({share:.0%})"
         )
-    lines.append(
-        "  arguments: " + ", ".join(f"{k}={v}" for k, v in sorted(found["request"].items()))
-    )
+    lines.append("  arguments: " + ", ".join(f"{k}={v}" for k, v in sorted(found["request"].items())))
     lines.append(f"  scratch: {found['scratch']}")
     return "\n".join(lines)
 
@@ -324,9 +306,7 @@ def _dtype_name(array: zarr.Array[Any]) -> str:
 
 
 def _codecs(array: zarr.Array[Any]) -> list[str]:
-    names = [
-        type(c).__name__.removesuffix("Codec").lower() for c in (*array.filters, *array.compressors)
-    ]
+    names = [type(c).__name__.removesuffix("Codec").lower() for c in (*array.filters, *array.compressors)]
     return names or ["none"]
 
 

@@ -43,9 +43,7 @@ def take_inventory(
         return behind[0], set()
     seal, gappy = hashlib.sha256(), set()
     for name, array in arrays.items():
-        seal.update(
-            json.dumps([name, array.metadata.to_dict()], default=str, sort_keys=True).encode()
-        )
+        seal.update(json.dumps([name, array.metadata.to_dict()], default=str, sort_keys=True).encode())
         for found in look(place, array, fill_missing=fill_missing):
             if found.problem:
                 hint = (
@@ -94,9 +92,7 @@ def look(place: Place, array: zarr.Array[Any], *, fill_missing: bool = False) ->
         elif size > most:
             problem = f"chunk {here} has {size:,} bytes, too many for {full:,} bytes of rows"
         elif shard is not None and size > 0:
-            problem, absent = _shard_problem(
-                objects, here, array, shard, where, key, size, fill_missing
-            )
+            problem, absent = _shard_problem(objects, here, array, shard, where, key, size, fill_missing)
         yield Found(key, size, problem, absent)
 
 
@@ -143,9 +139,15 @@ def _plain(value: Any) -> Any:
 
 
 def _shard_problem(
-    objects: Objects, here: str, array: zarr.Array[Any], settings: dict[str, Any],
-    where: tuple[int, ...], key: str, size: int, fill_missing: bool,
-) -> tuple[str, bool]:  # fmt: skip
+    objects: Objects,
+    here: str,
+    array: zarr.Array[Any],
+    settings: dict[str, Any],
+    where: tuple[int, ...],
+    key: str,
+    size: int,
+    fill_missing: bool,
+) -> tuple[str, bool]:
     """What a shard's index says is wrong with it, and whether that is inner chunks left out."""
     inner = settings["chunk_shape"]
     per = [s // c for s, c in zip(object_grid(array), inner, strict=True)]
@@ -153,10 +155,7 @@ def _shard_problem(
     if length > INDEX_BYTES:
         return f"shard {here} has {math.prod(per):,} inner chunks, more than are read", False
     if size < length:
-        return (
-            f"shard {here} has {size:,} bytes, less than its index of {length:,}: truncated",
-            False,
-        )
+        return (f"shard {here} has {size:,} bytes, less than its index of {length:,}: truncated", False)
     raw = bytearray(length)
     objects.read([Extent(key, size - length, [memoryview(raw)])])
     table = np.frombuffer(raw[:-4], "<u8").reshape(*per, 2)
@@ -172,6 +171,4 @@ def _shard_problem(
     present = table[inside & ~absent]
     room = np.uint64(size - length)  # compared one by one: their sum may wrap round
     beyond = (present[:, 0] > room) | (present[:, 1] > room - np.minimum(present[:, 0], room))
-    return (
-        f"shard {here} is truncated: its index points past its end" if beyond.any() else ""
-    ), False
+    return (f"shard {here} is truncated: its index points past its end" if beyond.any() else ""), False

@@ -100,9 +100,7 @@ _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 def _round_keys(seed: int, stream: int) -> tuple[tuple[np.uint64, np.uint64], ...]:
     state = np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(2, np.uint64)
     k0, k1, mod = int(state[0]), int(state[1]), 1 << 64
-    return tuple(
-        (np.uint64((k0 + r * _W0) % mod), np.uint64((k1 + r * _W1) % mod)) for r in range(10)
-    )
+    return tuple((np.uint64((k0 + r * _W0) % mod), np.uint64((k1 + r * _W1) % mod)) for r in range(10))
 
 
 def _philox(keys: tuple[tuple[np.uint64, np.uint64], ...], index: U64) -> U64:

@@ -111,8 +111,7 @@ def _is_whole(job: Job, task: Task, body: dict[str, Any]) -> bool:
     if not isinstance(digests, dict) or digests.keys() != {f.name for f in job.fields}:
         return False
     return all(
-        _is_list(digests[f.name], -(-(stop - start) // f.object_rows), lambda x: _is_hex(x, 32))
-        for f in job.fields
+        _is_list(digests[f.name], -(-(stop - start) // f.object_rows), lambda x: _is_hex(x, 32)) for f in job.fields
     )
 
 
@@ -146,11 +145,7 @@ def read_run(objects: Objects, key: str = RUN_KEY) -> dict[str, Any] | None:
     kinds = {"job": str, "request": dict, "plan": dict}
     if body is None or any(not isinstance(body.get(k), kind) for k, kind in kinds.items()):
         other = _format_of(data)
-        what = (
-            "is damaged"
-            if other in (None, FORMAT)
-            else f"has format {other!r}, this reads {FORMAT}"
-        )
+        what = "is damaged" if other in (None, FORMAT) else f"has format {other!r}, this reads {FORMAT}"
         raise FormatError(
             f"{key} {what}, so this half-done run cannot be resumed; delete the destination "
             "(or give --overwrite) and start again"
@@ -171,18 +166,22 @@ def job_from(body: dict[str, Any], options: str = "{}") -> Job:
     d = dict(body["plan"])
     try:
         plan = d.pop("plan")
-        tupled: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in plan.items() if k != "model"
-        }
-        fields = [None if f is None else Field(**{**f, "row_shape": tuple(f["row_shape"])})
-                  for f in (*d.pop("fields"), d.pop("source_row"))]  # fmt: skip
+        tupled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.items() if k != "model"}
+        fields = [
+            None if f is None else Field(**{**f, "row_shape": tuple(f["row_shape"])})
+            for f in (*d.pop("fields"), d.pop("source_row"))
+        ]
         return Job(
-            plan=Plan(**tupled, model=MemoryModel(**plan["model"])), keys=Keys(**d.pop("keys")),
-            source=Place(d.pop("source"), options), destination=Place(d.pop("destination"), options),
+            plan=Plan(**tupled, model=MemoryModel(**plan["model"])),
+            keys=Keys(**d.pop("keys")),
+            source=Place(d.pop("source"), options),
+            destination=Place(d.pop("destination"), options),
             scratch=Place(d.pop("scratch"), options),
-            fields=tuple(f for f in fields[:-1] if f is not None), source_row=fields[-1],
-            key_rows=None if (keyed := d.pop("key_rows", None)) is None else (keyed[0], keyed[1]), **d,
-        )  # fmt: skip
+            fields=tuple(f for f in fields[:-1] if f is not None),
+            source_row=fields[-1],
+            key_rows=None if (keyed := d.pop("key_rows", None)) is None else (keyed[0], keyed[1]),
+            **d,
+        )
     except (KeyError, TypeError, ValueError) as err:
         raise FormatError(f"{RUN_KEY} is damaged: {type(err).__name__}: {err}") from err
 
@@ -218,13 +217,20 @@ def write_marker(job: Job, sums: dict[str, str], files: dict[str, bytes]) -> Non
     """
     plan = job.plan
     body: dict[str, Any] = {
-        "format": FORMAT, "kind": "shuffle", "version": __version__, "rows": plan.rows, "seed": job.keys.seed,
-        "order": ORDER_NAME, "levels": plan.levels, "source": public_url(job.source.url),
-        "source_identity": job.source_identity, "source_row": job.source_row is not None,
+        "format": FORMAT,
+        "kind": "shuffle",
+        "version": __version__,
+        "rows": plan.rows,
+        "seed": job.keys.seed,
+        "order": ORDER_NAME,
+        "levels": plan.levels,
+        "source": public_url(job.source.url),
+        "source_identity": job.source_identity,
+        "source_row": job.source_row is not None,
         "fill_missing": job.fill_missing,
         "fields": {f.name: {"sum": sums[f.name], "object_rows": f.object_rows} for f in job.fields},
         "files": {key: hashlib.sha256(data).hexdigest() for key, data in sorted(files.items())},
-    }  # fmt: skip
+    }
     if (job.keys.hi_bits, job.keys.lo_bits) != (64, 64):
         body["key_bits"] = [job.keys.hi_bits, job.keys.lo_bits]
     body |= json.loads(job.facts).get("marker", {})
@@ -239,10 +245,7 @@ def altered_files(objects: Objects, marker: dict[str, Any]) -> Iterator[tuple[st
     """Key and what is wrong of each small file, the marker among them, that is not what was written."""
     body = {k: v for k, v in marker.items() if k != "sha256"}
     around = json.loads(group_metadata({"actshuffle": marker}))  # what no checksum of the body sees
-    if (
-        marker.get("sha256") != _digest(body)
-        or json.loads(objects.get(MARKER_KEY) or "{}") != around
-    ):
+    if marker.get("sha256") != _digest(body) or json.loads(objects.get(MARKER_KEY) or "{}") != around:
         yield MARKER_KEY, "is not what was written"
     for key, check in marker.get("files", {}).items():
         data = objects.get(key)
@@ -279,9 +282,7 @@ def read_marker(objects: Objects) -> dict[str, Any] | None:
     try:
         body = json.loads(data)["attributes"]["actshuffle"]
         if body["format"] != FORMAT:
-            raise FormatError(
-                f"{MARKER_KEY} has format {body['format']}, this actshuffle {__version__} reads {FORMAT}"
-            )
+            raise FormatError(f"{MARKER_KEY} has format {body['format']}, this actshuffle {__version__} reads {FORMAT}")
         kind = body.setdefault("kind", "shuffle")
         if kind not in _MARKERS:
             raise FormatError(f"{MARKER_KEY} is of kind {kind!r}; known are {', '.join(_MARKERS)}")
@@ -317,10 +318,7 @@ def _unsealed(data: bytes) -> dict[str, Any] | None:
         document = json.loads(data)
         body: dict[str, Any] = document["body"]
         text = json.dumps(body, sort_keys=True)
-        if (
-            hashlib.sha256(text.encode()).hexdigest() != document["sha256"]
-            or body["format"] != FORMAT
-        ):
+        if hashlib.sha256(text.encode()).hexdigest() != document["sha256"] or body["format"] != FORMAT:
             return None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

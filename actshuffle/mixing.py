@@ -122,9 +122,7 @@ class MixingReport:
 
     def table(self) -> str:
         """A terminal table: for each name, the test of smallest p-value; then the verdict."""
-        lines = [
-            f"{'test':14}{'tests':>6}{'worst at':>11}{'observed':>13}{'expected':>13}  p-value"
-        ]
+        lines = [f"{'test':14}{'tests':>6}{'worst at':>11}{'observed':>13}{'expected':>13}  p-value"]
         for name, group in itertools.groupby(self.tests, key=lambda t: t.name):
             same = list(group)
             t = min(same, key=lambda t: t.p_value)
@@ -140,9 +138,7 @@ class MixingReport:
         return "\n".join(lines)
 
 
-def report(
-    source_row: npt.ArrayLike, *, src_chunk_rows: int, dst_chunk_rows: int, alpha: float = 0.01
-) -> MixingReport:
+def report(source_row: npt.ArrayLike, *, src_chunk_rows: int, dst_chunk_rows: int, alpha: float = 0.01) -> MixingReport:
     """Test an in-memory order: `source_row`, an integer permutation of ``0..n-1``, shape (n,).
 
     Raises ValueError if `source_row` is no such permutation, or a chunk size or `alpha` is out of
@@ -151,9 +147,7 @@ def report(
     order = np.asarray(source_row)
     if order.ndim != 1:
         raise ValueError(f"source_row must be 1-D, not of shape {order.shape}")
-    scorer = MixingAccumulator(
-        len(order), src_chunk_rows=src_chunk_rows, dst_chunk_rows=dst_chunk_rows
-    )
+    scorer = MixingAccumulator(len(order), src_chunk_rows=src_chunk_rows, dst_chunk_rows=dst_chunk_rows)
     scorer.update(0, order)
     return scorer.report(alpha)
 
@@ -168,8 +162,7 @@ class MixingAccumulator:
     def __init__(self, rows: int, *, src_chunk_rows: int, dst_chunk_rows: int) -> None:
         if rows < 0 or src_chunk_rows < 1 or dst_chunk_rows < 1:
             raise ValueError(
-                "need rows >= 0 and chunks of at least one row, "
-                f"not {rows=}, {src_chunk_rows=}, {dst_chunk_rows=}"
+                f"need rows >= 0 and chunks of at least one row, not {rows=}, {src_chunk_rows=}, {dst_chunk_rows=}"
             )
         self.rows = rows
         self._src = min(src_chunk_rows, max(rows, 1))
@@ -253,12 +246,7 @@ class MixingAccumulator:
             raise ValueError(f"only {self._seen} of {self.rows} rows were given")
         if self._fingerprint % 2**64:
             raise ValueError(f"source_row is not a permutation of 0..{self.rows - 1}: rows repeat")
-        found = [
-            *self._table_tests(),
-            *self._position_tests(),
-            *self._spectrum_test(),
-            *self._count_tests(),
-        ]
+        found = [*self._table_tests(), *self._position_tests(), *self._spectrum_test(), *self._count_tests()]
         return MixingReport(
             rows=self.rows,
             alpha=alpha,

@@ -147,13 +147,9 @@ class StoreObjects:
         """`read` as a call for later; there is nothing to prepare."""
         return partial(self.read, extents)
 
-    def read_rows(
-        self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]
-    ) -> None:
+    def read_rows(self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]) -> None:
         """``width`` bytes at each offset of an object, to places in ``out``: a request each."""
-        self.read(
-            [Extent(key, at, [out[g : g + width]]) for at, g in zip(offsets, goals, strict=True)]
-        )
+        self.read([Extent(key, at, [out[g : g + width]]) for at, g in zip(offsets, goals, strict=True)])
 
     def read(self, extents: Sequence[Extent]) -> None:
         async def all_of_them() -> None:

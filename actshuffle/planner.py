@@ -60,9 +60,7 @@ def make_plan(
     leaves alone, which take their rows from a source that lies in memory.
     """
     if rows < 0 or row_bytes <= 0:
-        raise RequestError(
-            f"need rows >= 0 and row bytes > 0, got {rows} rows of {row_bytes} bytes"
-        )
+        raise RequestError(f"need rows >= 0 and row bytes > 0, got {rows} rows of {row_bytes} bytes")
     if spill_memory < 0:
         raise RequestError(f"spill memory must not be negative, got {spill_memory}")
     if levels != "auto" and not 1 <= levels <= MAX_LEVELS:
@@ -105,10 +103,9 @@ def make_plan(
     top = 1 if gather else max(leaves, 1)
     widths = (top, *(k ** (levels - 1 - depth) for depth in range(1, levels)))
     block_rows = tuple(
-        _block_rows(level, min(widths[level - 1] * leaf_rows, rows), most_rows,
-                    source_chunk_rows, wanted)
+        _block_rows(level, min(widths[level - 1] * leaf_rows, rows), most_rows, source_chunk_rows, wanted)
         for level in range(1, levels)
-    )  # fmt: skip
+    )
     peak = model.leaf_bytes(min(leaf_rows, rows), object_rows * widest)
     peak = max([peak, *(model.split_bytes(b) for b in block_rows)])
     if memory is not None and peak > memory:
@@ -117,11 +114,20 @@ def make_plan(
             f"blocks of {format_bytes(most_rows * row_bytes)}; lower --block-bytes or raise --memory"
         )
     return Plan(
-        rows=rows, row_bytes=row_bytes, levels=levels, leaf_rows=leaf_rows, object_rows=object_rows,
-        chunk_rows=chunk_rows, widths=widths, block_rows=block_rows,
-        block_bytes=most_rows * row_bytes, run_bytes=run_bytes,
-        memory=peak if memory is None else memory, model=model, spill_memory=spill_memory,
-    )  # fmt: skip
+        rows=rows,
+        row_bytes=row_bytes,
+        levels=levels,
+        leaf_rows=leaf_rows,
+        object_rows=object_rows,
+        chunk_rows=chunk_rows,
+        widths=widths,
+        block_rows=block_rows,
+        block_bytes=most_rows * row_bytes,
+        run_bytes=run_bytes,
+        memory=peak if memory is None else memory,
+        model=model,
+        spill_memory=spill_memory,
+    )
 
 
 def reach_table(block_bytes: int, run_bytes: int, up_to: int = 4) -> list[tuple[int, int]]:
@@ -135,9 +141,15 @@ def reach_table(block_bytes: int, run_bytes: int, up_to: int = 4) -> list[tuple[
 
 
 def _fit(
-    rows: int, row_bytes: int, widest: int, memory: int | None, block_bytes: int | None,
-    chunk_rows: int | None, per_shard: int | None, model: MemoryModel,
-) -> tuple[int, int, int]:  # fmt: skip
+    rows: int,
+    row_bytes: int,
+    widest: int,
+    memory: int | None,
+    block_bytes: int | None,
+    chunk_rows: int | None,
+    per_shard: int | None,
+    model: MemoryModel,
+) -> tuple[int, int, int]:
     """Rows of the largest block, rows of an output chunk, chunks of an output shard."""
 
     def most(object_rows: int) -> int:
@@ -154,14 +166,10 @@ def _fit(
             chunk_rows = max(rows, 1)
         elif block_bytes is not None:
             chunk_rows = _dividing(block_bytes // row_bytes, target) or chunk_rows
-        while chunk_rows > 1 and most(chunk_rows * (per_shard or 1)) < chunk_rows * (
-            per_shard or 1
-        ):
+        while chunk_rows > 1 and most(chunk_rows * (per_shard or 1)) < chunk_rows * (per_shard or 1):
             chunk_rows //= 2  # narrow rows take more for their keys than for themselves
     if chunk_rows < 1 or (per_shard is not None and per_shard < 1):
-        raise RequestError(
-            f"chunk rows and chunks per shard must be positive, got {chunk_rows}, {per_shard}"
-        )
+        raise RequestError(f"chunk rows and chunks per shard must be positive, got {chunk_rows}, {per_shard}")
     if per_shard is None:
         wanted = max(1, -(-rows // (chunk_rows * MAX_OBJECTS)))
         allowed = max(1, room // (8 * (2 + model.output_copies) * chunk_rows * widest))
@@ -173,16 +181,17 @@ def _fit(
     object_rows = chunk_rows * per_shard
     most_rows = most(object_rows)
     if most_rows < min(object_rows, max(rows, 1)):
-        least = max(
-            model.leaf_bytes(object_rows, object_rows * widest), model.split_bytes(object_rows)
-        )
+        least = max(model.leaf_bytes(object_rows, object_rows * widest), model.split_bytes(object_rows))
         raise InfeasibleError(
             f"memory too small for its rows: one output object is {object_rows} rows of {row_bytes} bytes "
             f"and {'no' if most_rows < 1 else most_rows} rows fit; give at least --memory "
             f"{format_bytes(math.ceil(least / 1e6) * 1e6).replace(' ', '')}"
-            + (f" (the source's chunks take {format_bytes(model.source_buffer)} to decode)"
-               if model.source_buffer else "")
-        )  # fmt: skip
+            + (
+                f" (the source's chunks take {format_bytes(model.source_buffer)} to decode)"
+                if model.source_buffer
+                else ""
+            )
+        )
     return most_rows, chunk_rows, per_shard
 
 
@@ -206,9 +215,7 @@ def _reach(leaf_rows: int, fan_out: int, levels: int) -> int:
     return reach
 
 
-def _levels_needed(
-    rows: int, most_rows: int, leaf_rows: int, fan_out: int, row_bytes: int, run: int
-) -> int:
+def _levels_needed(rows: int, most_rows: int, leaf_rows: int, fan_out: int, row_bytes: int, run: int) -> int:
     if rows <= max(most_rows, leaf_rows):
         return 1
     if fan_out < 2:
@@ -218,9 +225,7 @@ def _levels_needed(
             f"and blocks of that size cannot be split into runs of {format_bytes(run)} (M/P < 2); "
             "raise --memory or lower --run-bytes"
         )
-    levels = next(
-        (n for n in range(2, MAX_LEVELS + 1) if _reach(leaf_rows, fan_out, n) >= rows), None
-    )
+    levels = next((n for n in range(2, MAX_LEVELS + 1) if _reach(leaf_rows, fan_out, n) >= rows), None)
     if levels is None:
         raise InfeasibleError(
             f"{format_bytes(rows * row_bytes)} need more than {MAX_LEVELS} levels at M/P = {fan_out}; "
@@ -229,9 +234,7 @@ def _levels_needed(
     return levels
 
 
-def _too_few(
-    levels: int, needed: int, rows: int, row_bytes: int, most_rows: int, run: int, fan_out: int
-) -> str:
+def _too_few(levels: int, needed: int, rows: int, row_bytes: int, most_rows: int, run: int, fan_out: int) -> str:
     m, reach = most_rows * row_bytes, most_rows * row_bytes * max(fan_out, 1) ** (levels - 1)
     return (
         f"{levels} level{'s' * (levels != 1)} reach M x (M/P)^{levels - 1} = {format_bytes(reach)} "

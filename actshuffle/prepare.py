@@ -25,13 +25,7 @@ from actshuffle.arrays import (
     source_buffer,
     source_field,
 )
-from actshuffle.errors import (
-    DestinationExistsError,
-    FormatError,
-    InfeasibleError,
-    RequestError,
-    ResumeMismatchError,
-)
+from actshuffle.errors import DestinationExistsError, FormatError, InfeasibleError, RequestError, ResumeMismatchError
 from actshuffle.executors import SHARE, machine_memory
 from actshuffle.inventory import take_inventory
 from actshuffle.keys import Keys
@@ -67,9 +61,7 @@ class Request:
 
     def given(self) -> dict[str, Any]:
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        result: dict[str, Any] = json.loads(
-            json.dumps(values)
-        )  # tuples as they come back from disk
+        result: dict[str, Any] = json.loads(json.dumps(values))  # tuples as they come back from disk
         return result
 
 
@@ -87,14 +79,11 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 def _checked_request(recorded: Any) -> dict[str, Any]:
     """The arguments that a file says a run was given."""
     if not isinstance(recorded, dict) or "seed" not in recorded:
-        raise FormatError(
-            f"{manifest.RUN_KEY} is damaged: it names no seed; --overwrite starts again"
-        )
+        raise FormatError(f"{manifest.RUN_KEY} is damaged: it names no seed; --overwrite starts again")
     for name, value in recorded.items():
         if name not in _KINDS or not _KINDS[name](value):
             raise FormatError(
-                f"{manifest.RUN_KEY} is damaged: {name[:40]} cannot be {str(value)[:40]!r}; "
-                "--overwrite starts again"
+                f"{manifest.RUN_KEY} is damaged: {name[:40]} cannot be {str(value)[:40]!r}; --overwrite starts again"
             )
     return recorded
 
@@ -130,9 +119,7 @@ def prepare(
         if differing:
             raise ResumeMismatchError(
                 f"{dst.url} is half done with other arguments: "
-                + "; ".join(
-                    f"{k} was {before.get(k)!r}, now {given[k]!r}" for k in sorted(differing)
-                )
+                + "; ".join(f"{k} was {before.get(k)!r}, now {given[k]!r}" for k in sorted(differing))
                 + ". Give the same to resume, or --overwrite to start again"
             )
         given = before
@@ -142,9 +129,12 @@ def prepare(
         given.setdefault("seed", secrets.randbits(63))
         if "memory" not in given and "block_bytes" not in given:
             given["memory"] = _settle_memory(
-                arrays, given, most_memory() * given.get("tasks_per_worker", 1),
-                remote=local_path(dst) is None, remote_source=local_path(src) is None,
-            )  # fmt: skip
+                arrays,
+                given,
+                most_memory() * given.get("tasks_per_worker", 1),
+                remote=local_path(dst) is None,
+                remote_source=local_path(src) is None,
+            )
     job = make_job(src, dst, arrays, given, fsync=fsync)
     for part in json.loads(job.facts).get("behind", ()):
         check_places(Place(part, src.options), dst, request.scratch)
@@ -182,12 +172,7 @@ _METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 
 def make_job(
-    src: Place,
-    dst: Place,
-    arrays: dict[str, zarr.Array[Any]],
-    given: dict[str, Any],
-    *,
-    fsync: bool = True,
+    src: Place, dst: Place, arrays: dict[str, zarr.Array[Any]], given: dict[str, Any], *, fsync: bool = True
 ) -> Job:
     """Plan a request whose values are all settled.  Reads metadata and lists the source's objects."""
     fill_missing = bool(given.get("fill_missing", False))
@@ -220,9 +205,7 @@ def make_job(
         kind = "gather"
     elif kind != "shuffle":  # leaves alone, as many as memory asks for: nothing is split into runs
         asked = {**given, "run_bytes": 1}
-    plan = plan_for(
-        arrays, fields, asked, remote=local_path(dst) is None, remote_source=local_path(src) is None
-    )
+    plan = plan_for(arrays, fields, asked, remote=local_path(dst) is None, remote_source=local_path(src) is None)
     if kind not in ("shuffle", "gather"):
         plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=(), spill_memory=0)
     rows = plan.rows
@@ -230,25 +213,34 @@ def make_job(
     outputs, widest = [], max(f.row_bytes for f in fields)
     for field in fields:
         spans = _spans(field.row_bytes, widest, plan)
-        outputs.append(output_field(field, arrays[field.name], rows, spans * plan.chunk_rows,
-                                    spans * plan.object_rows, codec))  # fmt: skip
+        outputs.append(
+            output_field(field, arrays[field.name], rows, spans * plan.chunk_rows, spans * plan.object_rows, codec)
+        )
     provenance = None
     if with_rows:
         bare = Field(SOURCE_ROW, "", 8, (), 1, "")
         spans = _spans(8, widest, plan)
-        provenance = output_field(
-            bare, None, rows, spans * plan.chunk_rows, spans * plan.object_rows, codec
-        )
+        provenance = output_field(bare, None, rows, spans * plan.chunk_rows, spans * plan.object_rows, codec)
     node = open_node(src)
     attributes = dict(node.attrs) if isinstance(node, zarr.Group) else {}
     hi_bits, lo_bits = given.get("key_bits", (64, 64))
     return Job(
-        plan=plan, keys=Keys(given["seed"], hi_bits, lo_bits), source=src, destination=dst, scratch=scratch,
-        fields=tuple(outputs), source_row=provenance, attributes=json.dumps(attributes, sort_keys=True),
-        source_identity=identity, request=json.dumps(given, sort_keys=True), fill_missing=fill_missing,
-        fsync=fsync, kind=kind, key_rows=beyond.get("key_rows") and tuple(beyond["key_rows"]),
+        plan=plan,
+        keys=Keys(given["seed"], hi_bits, lo_bits),
+        source=src,
+        destination=dst,
+        scratch=scratch,
+        fields=tuple(outputs),
+        source_row=provenance,
+        attributes=json.dumps(attributes, sort_keys=True),
+        source_identity=identity,
+        request=json.dumps(given, sort_keys=True),
+        fill_missing=fill_missing,
+        fsync=fsync,
+        kind=kind,
+        key_rows=beyond.get("key_rows") and tuple(beyond["key_rows"]),
         facts=json.dumps({k: beyond[k] for k in ("marker", "sums", "stage", "behind") if k in beyond}, sort_keys=True),
-    )  # fmt: skip
+    )
 
 
 def plan_for(
@@ -274,16 +266,21 @@ def plan_for(
     usual_run = REMOTE_RUN_BYTES if remote else LOCAL_RUN_BYTES
     sharing, memory = given.get("tasks_per_worker", 1), given.get("memory")
     plan = make_plan(
-        next(iter(arrays.values())).shape[0], model.row_bytes,
-        levels=given.get("levels", "auto"), memory=None if memory is None else memory // sharing,
+        next(iter(arrays.values())).shape[0],
+        model.row_bytes,
+        levels=given.get("levels", "auto"),
+        memory=None if memory is None else memory // sharing,
         block_bytes=given.get("block_bytes"),
         run_bytes=usual_run if (run := given.get("run_bytes")) is None else run,
-        chunk_rows=given.get("chunk_rows"), chunks_per_shard=given.get("chunks_per_shard"),
+        chunk_rows=given.get("chunk_rows"),
+        chunks_per_shard=given.get("chunks_per_shard"),
         widest_row=max(widest.row_bytes, 8 if given.get("source_row", True) else 0),
         source_chunk_rows=widest.source_chunk_rows,
-        tasks_wanted=given.get("tasks_wanted", 1), spill_memory=given.get("spill_memory", 0),
-        gather=bool(given.get("gather")), model=model,
-    )  # fmt: skip
+        tasks_wanted=given.get("tasks_wanted", 1),
+        spill_memory=given.get("spill_memory", 0),
+        gather=bool(given.get("gather")),
+        model=model,
+    )
     return dataclasses.replace(plan, memory=plan.memory * sharing)
 
 
@@ -292,9 +289,7 @@ def default_memory(workers: int) -> int:
     return min(PREFERRED_MEMORY, int(SHARE * machine_memory() / workers))
 
 
-def _settle_memory(
-    arrays: dict[str, zarr.Array[Any]], given: dict[str, Any], most: int, **where: bool
-) -> int:
+def _settle_memory(arrays: dict[str, zarr.Array[Any]], given: dict[str, Any], most: int, **where: bool) -> int:
     """A moderate share of the worker, unless all of it saves a level."""
     fields = [source_field(name, array) for name, array in arrays.items()]
     some: int = min(PREFERRED_MEMORY * given.get("tasks_per_worker", 1), most)
@@ -365,8 +360,7 @@ def recorded_scratch(dst: Place, recorded: dict[str, Any]) -> Place:
             body = manifest.read_run(open_objects(found), "run.json")
     if body is None or body["job"] != recorded["job"]:
         raise ResumeMismatchError(
-            f"{dst} is half done with its scratch in {folder}, where nothing of it is: give --scratch "
-            "to resume"
+            f"{dst} is half done with its scratch in {folder}, where nothing of it is: give --scratch to resume"
         )
     return found
 
@@ -381,9 +375,7 @@ def _recorded(dst: Place, overwrite: bool) -> dict[str, Any] | None:
     stored = names & {"zarr.json", ".zgroup", ".zarray"}
     if overwrite:
         if names and not stored and OUR_GROUP not in names:
-            raise DestinationExistsError(
-                f"{dst.url} is no Zarr store; it is not overwritten, remove it by hand"
-            )
+            raise DestinationExistsError(f"{dst.url} is no Zarr store; it is not overwritten, remove it by hand")
         return None
     finished = manifest.is_finished(objects)
     recorded = None

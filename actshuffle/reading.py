@@ -76,9 +76,7 @@ def read_full(fd: int, extent: Extent) -> None:
         offset += _advance(views, _some(os.preadv(fd, views[:1024], offset), offset))
 
 
-def read_rows(
-    fd: int, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]
-) -> None:
+def read_rows(fd: int, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]) -> None:
     """``width`` bytes at each offset, to places in ``out``: a microsecond of ours for each.
 
     Nothing is made that Python's garbage collector would count: with an `Extent` for every row, its rounds

@@ -69,9 +69,7 @@ class Result:
             f"{format_seconds(self.seconds)}, {rate} end to end on {self.workers} "
             f"worker{'s' * (self.workers != 1)}"
         )
-        return text + (
-            f"; {self.resumed} of {self.tasks} tasks were done before" if self.resumed else ""
-        )
+        return text + (f"; {self.resumed} of {self.tasks} tasks were done before" if self.resumed else "")
 
 
 def shuffle(
@@ -144,29 +142,37 @@ def shuffle(
         raise RequestError(f"seed must be a non-negative whole number, got {seed!r}")
     with executor_for(workers, client) if executor is None else nullcontext(executor) as crew:
         request = Request(
-            seed=seed, levels=levels,
+            seed=seed,
+            levels=levels,
             memory=None if memory is None else parse_bytes(memory),
             block_bytes=None if block_bytes is None else parse_bytes(block_bytes),
             run_bytes=None if run_bytes is None else parse_bytes(run_bytes),
-            chunk_rows=chunk_rows, chunks_per_shard=chunks_per_shard, codec=codec,
-            fields=None if fields is None else tuple(fields), source_row=source_row,
+            chunk_rows=chunk_rows,
+            chunks_per_shard=chunks_per_shard,
+            codec=codec,
+            fields=None if fields is None else tuple(fields),
+            source_row=source_row,
             fill_missing=None if missing_chunks is None else missing_chunks == "fill",
             scratch=None if scratch is None else str(scratch),
             tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
             tasks_per_worker=sharing if (sharing := crew.tasks_per_worker) > 1 else None,
             spill_memory=None if spill_memory is None else parse_bytes(spill_memory),
             gather=gather,
-        )  # fmt: skip
+        )
         if (request.spill_memory or request.gather) and not crew.one_machine:
             raise RequestError(f"{_NOT_SHARED}: leave it out with a scheduler")
         job = prepare(
-            as_place(src, storage_options), as_place(dst, storage_options), request,
-            most_memory=crew.task_memory, workers=crew.workers, overwrite=overwrite, fsync=fsync,
-        )  # fmt: skip
+            as_place(src, storage_options),
+            as_place(dst, storage_options),
+            request,
+            most_memory=crew.task_memory,
+            workers=crew.workers,
+            overwrite=overwrite,
+            fsync=fsync,
+        )
         if (job.plan.spill_memory or job.kind == "gather") and not crew.one_machine:  # half done
             raise RequestError(
-                f"{_NOT_SHARED}: {dst} is half done with it; resume it without a scheduler, or "
-                "--overwrite starts again"
+                f"{_NOT_SHARED}: {dst} is half done with it; resume it without a scheduler, or --overwrite starts again"
             )
         if planned is not None:
             planned(job)
@@ -174,8 +180,7 @@ def shuffle(
 
 
 _NOT_SHARED = (
-    "spill memory and gathering use this machine's memory, where workers on others would not find what "
-    "is in it"
+    "spill memory and gathering use this machine's memory, where workers on others would not find what is in it"
 )
 
 
@@ -208,9 +213,14 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
                 Spill(job, level - 1).delete()  # what it held is in the next one
     publish(job, progress)
     return Result(
-        plan, job.keys.seed, manifest.public_url(job.destination.url),
-        time.perf_counter() - started, total, done, executor.workers,
-    )  # fmt: skip
+        plan,
+        job.keys.seed,
+        manifest.public_url(job.destination.url),
+        time.perf_counter() - started,
+        total,
+        done,
+        executor.workers,
+    )
 
 
 def _stage(job: Job, level: int) -> str:
@@ -271,13 +281,9 @@ def publish(job: Job, progress: Progress) -> None:
     digests: dict[str, list[U64]] = {f.name: [] for f in job.fields}
     keys = np.zeros(2, np.uint64)
     leaves = plan.tasks(plan.levels)
-    for task, receipt in zip(
-        leaves, manifest.read_receipts(job, plan.tasks(plan.levels)), strict=True
-    ):
+    for task, receipt in zip(leaves, manifest.read_receipts(job, plan.tasks(plan.levels)), strict=True):
         if receipt is None:
-            raise FormatError(
-                f"receipt of leaf {task.number} vanished from {job.destination.url}; run again"
-            )
+            raise FormatError(f"receipt of leaf {task.number} vanished from {job.destination.url}; run again")
         for name, texts in receipt["digests"].items():
             digests[name] += [from_hex(text) for text in texts]
         if job.kind == "gather":

@@ -102,9 +102,7 @@ class _Playing:
         self.number = 0  # of events, so that those of one moment keep their order
         self.now = self.handed_out = 0.0
         self.idle_since: float | None = None
-        self.store_free = self.requests_free = (
-            0.0  # when what was asked of the store will be served
-        )
+        self.store_free = self.requests_free = 0.0  # when what was asked of the store will be served
         self.next_task, self.left = 0, stage.tasks
         self.again: deque[tuple[int, int]] = deque()
         self.idle: deque[int] = deque()  # hosts, once per idle worker
@@ -133,9 +131,17 @@ class _Playing:
                 raise AssertionError("a task was lost or done twice")
         tail = 0.0 if self.idle_since is None else self.now - self.idle_since
         return Played(
-            self.stage.name, self.stage.tasks, self.now + self.stage.driver, least, limit, tail,
-            self.failures, self.lost, self.work * self.stage.read, self.work * self.stage.written,
-        )  # fmt: skip
+            self.stage.name,
+            self.stage.tasks,
+            self.now + self.stage.driver,
+            least,
+            limit,
+            tail,
+            self.failures,
+            self.lost,
+            self.work * self.stage.read,
+            self.work * self.stage.written,
+        )
 
     def _later(self, time: float, what: str, about: Any) -> None:
         self.number += 1
@@ -196,9 +202,7 @@ class _Playing:
         stage, c = self.stage, self.c
         if turn.phase == 1:
             vary = 1 + c.jitter * self.rng.uniform(-1, 1) / math.sqrt(turn.count)
-            self._later(
-                self.now + stage.cpu * turn.share * vary + c.overhead * turn.count, "phase", turn
-            )
+            self._later(self.now + stage.cpu * turn.share * vary + c.overhead * turn.count, "phase", turn)
             return
         reads = turn.phase == 0
         nbytes = turn.share * (stage.read if reads else stage.written)

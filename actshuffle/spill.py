@@ -67,11 +67,7 @@ class Columns:
 
     def parts(self) -> list[U8]:
         """All columns as uint8 ``(m, width)``, in spill order."""
-        return [
-            self.hi.view(np.uint8).reshape(-1, 8),
-            self.source_row.view(np.uint8).reshape(-1, 8),
-            *self.fields,
-        ]
+        return [self.hi.view(np.uint8).reshape(-1, 8), self.source_row.view(np.uint8).reshape(-1, 8), *self.fields]
 
     def rows(self, start: int, stop: int) -> Columns:
         """Some of the rows: views."""
@@ -111,10 +107,7 @@ class Spill:
 
     def write_block(self, block: int, columns: Columns, order: I64, cuts: I64, staging: U8) -> None:
         """Gather rows run by run through ``staging`` into the block's object."""
-        with (
-            self.home(block).writer(self.block_key(block), self.block_bytes) as out,
-            behind() as writing,
-        ):
+        with self.home(block).writer(self.block_key(block), self.block_bytes) as out, behind() as writing:
             gather = _Gather(out, staging, writing)
             for start, stop in pairwise(cuts.tolist()):
                 for part in columns.parts():
@@ -155,9 +148,7 @@ class Spill:
     def _damaged(self, key: str, what: str) -> FormatError:
         """Drop a table that cannot be right, so that the next run makes it again."""
         self.objects.delete(key)
-        return FormatError(
-            f"{key} in {self.job.scratch} is damaged ({what}); run again to have it made again"
-        )
+        return FormatError(f"{key} in {self.job.scratch} is damaged ({what}); run again to have it made again")
 
     def distrust(self, bucket: int) -> None:
         """Drop the tables of a bucket, since something that they say is not so."""
@@ -237,9 +228,7 @@ def _parent(job: Job, level: int, bucket: int) -> int:
     return bucket * plan.widths[level] // plan.widths[level - 1]
 
 
-def _extents(
-    key: str, offset: int, rows: int, a: int, b: int, parts: list[U8], at: int
-) -> Iterator[Extent]:
+def _extents(key: str, offset: int, rows: int, a: int, b: int, parts: list[U8], at: int) -> Iterator[Extent]:
     """Byte ranges of rows ``[a, b)`` of a run, one for a whole run, else one per column."""
     views = [part[at : at + b - a].data.cast("B") for part in parts]
     if b - a == rows:
@@ -287,10 +276,16 @@ class _Gather:
 
 
 def _one_row_per_chunk(dtype: str, shape: tuple[int, ...]) -> bytes:
-    return json.dumps({
-        "zarr_format": 3, "node_type": "array", "shape": shape, "data_type": dtype,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": (1, *shape[1:])}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": 0, "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-        "attributes": {},
-    }).encode()  # fmt: skip
+    return json.dumps(
+        {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": shape,
+            "data_type": dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": (1, *shape[1:])}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": 0,
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            "attributes": {},
+        }
+    ).encode()

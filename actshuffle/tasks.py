@@ -77,9 +77,7 @@ def is_done(job: Job, task: Task) -> bool:
         for field in output_fields(job):
             for number in _leaf_objects(job, field, task.number):
                 size = objects.size(field.object_key.format(number))
-                if size is None or (
-                    field.raw_output and size != field.object_rows * field.row_bytes
-                ):
+                if size is None or (field.raw_output and size != field.object_rows * field.row_bytes):
                     return False
     return True
 
@@ -136,15 +134,14 @@ def split(job: Job, task: Task) -> int:
                 beside.submit(look, parts, start, stop)
         else:
             everything = range(1 + len(job.fields))
-            Spill(job, level - 1).read(
-                block.parent, block.start, columns, partial(beside.submit, look, everything)
-            )
+            Spill(job, level - 1).read(block.parent, block.start, columns, partial(beside.submit, look, everything))
     order, cuts = group(buckets, len(children))
     Spill(job, level).write_block(task.number, columns, order, cuts, memory.take((staging_bytes,)))
-    manifest.write_receipt(job, task, {
-        "rows": np.diff(cuts).tolist(),
-        "sums": ["".join(to_hex(s) for s in per_child) for per_child in sums],
-    })  # fmt: skip
+    manifest.write_receipt(
+        job,
+        task,
+        {"rows": np.diff(cuts).tolist(), "sums": ["".join(to_hex(s) for s in per_child) for per_child in sums]},
+    )
     return rows
 
 
@@ -158,17 +155,20 @@ def index(job: Job, task: Task) -> int:
     found = zip(blocks, manifest.read_receipts(job, blocks), strict=True)
     for number, (block, receipt) in enumerate(found):
         if receipt is None:
-            raise FormatError(
-                f"receipt of block {block.number} of level {level} vanished; run again"
-            )
+            raise FormatError(f"receipt of block {block.number} of level {level} vanished; run again")
         rows[number] = receipt["rows"]
         for field, text in enumerate(receipt["sums"]):
             sums[:, field] += _unpack(text)
     for at, child in enumerate(children):
         start, stop = plan.bucket_ranks(level, child)
         if int(rows[:, at].sum()) != stop - start:
-            blame(job, level, parent, blocks, f"bucket {child} of level {level} got "
-                  f"{int(rows[:, at].sum()):,} rows, the plan says {stop - start:,}")  # fmt: skip
+            blame(
+                job,
+                level,
+                parent,
+                blocks,
+                f"bucket {child} of level {level} got {int(rows[:, at].sum()):,} rows, the plan says {stop - start:,}",
+            )
     if level > 1:
         expected = Spill(job, level - 1).sums(parent)
         _check_conserved(job, level, parent, expected, add_up(sums), blocks)
@@ -197,9 +197,7 @@ def leaf(job: Job, task: Task) -> int:
     gather = Gather(job) if job.kind == "gather" else None
     straight = gather.straight if gather else []
     if gather:
-        read = gather.fill(
-            boundaries(job), task.number, columns.hi, columns.source_row, columns.fields
-        )
+        read = gather.fill(boundaries(job), task.number, columns.hi, columns.source_row, columns.fields)
         hashed = [0, *(1 + number for number in read)]
         expected = np.zeros((1 + len(job.fields), 2), np.uint64)
         expected[hashed] = [add_up(h) for h in columns.hashes(job, hashed)]
@@ -256,9 +254,7 @@ def boundaries(job: Job) -> U64:
     """Full keys at the first rank of leaves 1, 2, ...; uint64 ``(leaves - 1, 3)``."""
     found = manifest.read_bounds(job)
     if found is None:
-        raise FormatError(
-            f"the bucket boundaries in {job.scratch.url} are damaged; run again to remake them"
-        )
+        raise FormatError(f"the bucket boundaries in {job.scratch.url} are damaged; run again to remake them")
     return found
 
 
@@ -293,24 +289,24 @@ def blame(job: Job, level: int, parent: int, blocks: list[Task], what: str) -> N
     if not guilty and level > 1:  # or the sums that this level was told are wrong
         Spill(job, level - 1).distrust(parent)
     where = f"; damaged in scratch: {', '.join(guilty[:5])}" if guilty else ""
-    raise ConservationError(
-        f"{what}{where}; nothing of it was published; run again to redo those rows"
-    )
+    raise ConservationError(f"{what}{where}; nothing of it was published; run again to redo those rows")
 
 
-def _check_conserved(
-    job: Job, level: int, bucket: int, expected: U64, found: U64, blocks: list[Task]
-) -> None:
+def _check_conserved(job: Job, level: int, bucket: int, expected: U64, found: U64, blocks: list[Task]) -> None:
     wrong = np.flatnonzero((expected != found).any(axis=1))
     if len(wrong):
         names = ["keys", *(f.name for f in job.fields)]
-        blame(job, level, bucket, blocks, f"rows of {', '.join(names[i] for i in wrong)} in bucket {bucket} "
-              f"read by level {level} are not the rows that were put into it")  # fmt: skip
+        blame(
+            job,
+            level,
+            bucket,
+            blocks,
+            f"rows of {', '.join(names[i] for i in wrong)} in bucket {bucket} "
+            f"read by level {level} are not the rows that were put into it",
+        )
 
 
-def _read_source(
-    job: Job, start: int, columns: Columns
-) -> Iterator[tuple[Sequence[int], int, int]]:
+def _read_source(job: Job, start: int, columns: Columns) -> Iterator[tuple[Sequence[int], int, int]]:
     """Fill columns from the source; yields which parts (0: hi words; then fields) of which rows are there."""
     stop = start + len(columns.hi)
     source = Source(job.source, job.fill_missing)
@@ -340,6 +336,4 @@ def _columns_bytes(job: Job, rows: int) -> int:
 
 def _unpack(text: str) -> U64:
     """Digests of all children of a block, uint64 ``(children, 2)``."""
-    return np.array(
-        [from_hex(text[i : i + 32]) for i in range(0, len(text), 32)], np.uint64
-    ).reshape(-1, 2)
+    return np.array([from_hex(text[i : i + 32]) for i in range(0, len(text), 32)], np.uint64).reshape(-1, 2)

@@ -51,13 +51,7 @@ import zarr
 from numpy.typing import NDArray
 
 from actshuffle import arrays, buffers, tasks
-from actshuffle.errors import (
-    ActshuffleError,
-    DestinationExistsError,
-    FormatError,
-    InfeasibleError,
-    StorageError,
-)
+from actshuffle.errors import ActshuffleError, DestinationExistsError, FormatError, InfeasibleError, StorageError
 from actshuffle.executors import Serial
 from actshuffle.files import LocalObjects, Writer, typed
 from actshuffle.guard import View
@@ -202,9 +196,7 @@ class Faults:
         return (url, key) in self._before, self._before.get((url, key))
 
     def settled(self, url: str, prefixes: Sequence[str]) -> None:
-        self._undo = [
-            u for u in self._undo if u[0] != url or not any(u[2].startswith(p) for p in prefixes)
-        ]
+        self._undo = [u for u in self._undo if u[0] != url or not any(u[2].startswith(p) for p in prefixes)]
 
 
 def _restore(objects: LocalObjects, key: str, before: bytes | None) -> None:
@@ -222,9 +214,7 @@ class _Faulty:
     def __init__(self, faults: Faults, inner: Objects, url: str) -> None:
         self._faults, self._inner, self._url = faults, inner, url
 
-    def _do(
-        self, name: str, key: str, call: Callable[[], T], stale: Callable[[], T] | None = None
-    ) -> T:
+    def _do(self, name: str, key: str, call: Callable[[], T], stale: Callable[[], T] | None = None) -> T:
         """Count a call, and do it, or not, or not quite."""
         kind = self._faults.next(name, self._url, key)
         if kind in ("error", "full"):
@@ -289,10 +279,7 @@ class _Faulty:
     def _leave_partial(self, key: str, size: int) -> None:
         """What a killed writer leaves on a local disk: a temporary file, half written."""
         if isinstance(self._inner, LocalObjects):
-            path = (
-                self._inner.root
-                / f"{key}.{self._faults.dice.getrandbits(64):016x}.actshuffle-partial"
-            )
+            path = self._inner.root / f"{key}.{self._faults.dice.getrandbits(64):016x}.actshuffle-partial"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"\xa5" * (size // 2))
 
@@ -306,9 +293,7 @@ class _Faulty:
         key = extents[0].key if extents else ""
         self._do("read", key, lambda: self._inner.read(extents), stale)
 
-    def read_rows(
-        self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]
-    ) -> None:
+    def read_rows(self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]) -> None:
         self._do("read", key, lambda: self._inner.read_rows(key, width, offsets, out, goals))
 
     def list(self, prefix: str) -> Iterator[str]:
@@ -465,9 +450,15 @@ def _write_array(path: Path, name: str, spec: ArraySpec, rows: int, zarr_format:
     elif spec.codec == "sharded" and zarr_format == 3:
         settings["shards"] = (2 * spec.chunk_rows, *spec.row_shape)
     array = zarr.create_array(
-        path, name=name or None, shape=(rows, *spec.row_shape), dtype=spec.dtype, filters=None,
-        zarr_format=zarr_format, config={"write_empty_chunks": True}, **settings,  # type: ignore[arg-type]
-    )  # fmt: skip
+        path,
+        name=name or None,
+        shape=(rows, *spec.row_shape),
+        dtype=spec.dtype,
+        filters=None,
+        zarr_format=zarr_format,
+        config={"write_empty_chunks": True},
+        **settings,  # type: ignore[arg-type]
+    )
     if rows:
         array[...] = spec.data(rows)
 
@@ -617,9 +608,7 @@ class SimulationError(AssertionError):
     """The simulator found what must not be."""
 
 
-def simulate(
-    seed: int, folder: Path, *, kinds: Sequence[str] = HONEST, rate: float = 0.03, attempts: int = 8
-) -> Story:
+def simulate(seed: int, folder: Path, *, kinds: Sequence[str] = HONEST, rate: float = 0.03, attempts: int = 8) -> Story:
     """Run a small shuffle in which things go wrong until it is done, and check that it is right.
 
     Every attempt must end in the exact output, in an error of ours, or in death; then the next one
@@ -676,9 +665,7 @@ def simulate(
     found, alarm = differences(src, dst, seed), _alarm(src, dst)
     if found and not ("silent" in kinds and alarm):
         raise fail(f"not the exact output: {'; '.join(found)}")
-    if (
-        alarm and "silent" not in kinds
-    ):  # beside the rows, which may be right, the records may be torn
+    if alarm and "silent" not in kinds:  # beside the rows, which may be right, the records may be torn
         raise fail(f"a false alarm: {alarm}")
     if (left := leftovers(dst)) and not found:
         raise fail(f"left behind: {left}")
@@ -702,10 +689,7 @@ def run(src: Path, dst: Path, seed: int, *, overwrite: bool = False, **plan: Any
 def prepared(src: Path, dst: Path, seed: int, *, overwrite: bool = False, **plan: Any) -> Job:
     """The job of such a run."""
     request = Request(**({"seed": seed, "block_bytes": 1 << 30, "run_bytes": 1} | plan))
-    return prepare(
-        as_place(src), as_place(dst), request, most_memory=lambda: 1 << 30, overwrite=overwrite,
-        fsync=False,
-    )  # fmt: skip
+    return prepare(as_place(src), as_place(dst), request, most_memory=lambda: 1 << 30, overwrite=overwrite, fsync=False)
 
 
 __all__ = [

@@ -132,9 +132,7 @@ class Plan:
 
     def tasks(self, level: int) -> Iterator[Task]:
         """The row-moving tasks of a level, in order."""
-        kind, count = (
-            ("split", self.blocks(level)) if level < self.levels else ("leaf", self.leaves)
-        )
+        kind, count = ("split", self.blocks(level)) if level < self.levels else ("leaf", self.leaves)
         return (Task(kind, level, i) for i in range(count))
 
     def task_count(self, level: int) -> int:
@@ -285,9 +283,7 @@ class Job:
     # "shuffle"; or, with leaves alone, "merge": a leaf's rows come in any order and are sorted by key;
     # "copy": they stay as they come; "gather": each leaf takes its own from the source.
     kind: str = "shuffle"
-    key_rows: tuple[int, int] | None = (
-        None  # ranks are counted among these rows' keys; None: all rows
-    )
+    key_rows: tuple[int, int] | None = None  # ranks are counted among these rows' keys; None: all rows
     facts: str = "{}"  # JSON text of what a virtual source adds to the marker, and of its digests
 
     def to_json(self) -> dict[str, Any]:

@@ -31,13 +31,7 @@ from numpy.typing import NDArray
 from actshuffle import htmlrepr, manifest
 from actshuffle.arrays import SOURCE_ROW, Source, get_array, source_arrays, source_field
 from actshuffle.digest import RowHash
-from actshuffle.errors import (
-    ActshuffleError,
-    FormatError,
-    IncompleteStoreError,
-    RequestError,
-    SourceError,
-)
+from actshuffle.errors import ActshuffleError, FormatError, IncompleteStoreError, RequestError, SourceError
 from actshuffle.executors import Executor, Serial
 from actshuffle.inventory import look, take_inventory
 from actshuffle.keys import U64, Keys
@@ -92,23 +86,23 @@ class VerifyReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            "ok": self.ok, "rows": self.rows, "checked": self.checked, "quick": self.quick,
-            "bytes": self.nbytes, "seconds": self.seconds, "problems": [vars(p) for p in self.problems],
-            "notes": list(self.notes), "mixing": self.mixing and self.mixing.as_dict(),
-        }  # fmt: skip
+            "ok": self.ok,
+            "rows": self.rows,
+            "checked": self.checked,
+            "quick": self.quick,
+            "bytes": self.nbytes,
+            "seconds": self.seconds,
+            "problems": [vars(p) for p in self.problems],
+            "notes": list(self.notes),
+            "mixing": self.mixing and self.mixing.as_dict(),
+        }
 
     def __str__(self) -> str:
-        how = (
-            f"{self.checked:,} of {self.rows:,} rows sampled"
-            if self.quick
-            else f"all {self.rows:,} rows"
-        )
+        how = f"{self.checked:,} of {self.rows:,} rows sampled" if self.quick else f"all {self.rows:,} rows"
         took = f"{format_bytes(self.nbytes)} in {format_seconds(self.seconds)}"
         lines = []
         if self.problems:
-            lines.append(
-                f"NOT the shuffle it claims to be ({how}, {took}); {len(self.problems)} found:"
-            )
+            lines.append(f"NOT the shuffle it claims to be ({how}, {took}); {len(self.problems)} found:")
             lines += [f"  {p}" for p in self.problems[:20]]
             if len(self.problems) > 20:
                 lines.append(f"  ... and {len(self.problems) - 20} more")
@@ -136,10 +130,16 @@ class Pair:
 
 
 def verify(
-    src: str | Path, dst: str | Path, *, quick: bool = False, mixing: bool = False, sample_rows: int = 4096,
-    executor: Executor | None = None, storage_options: dict[str, Any] | None = None,
+    src: str | Path,
+    dst: str | Path,
+    *,
+    quick: bool = False,
+    mixing: bool = False,
+    sample_rows: int = 4096,
+    executor: Executor | None = None,
+    storage_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
-) -> VerifyReport:  # fmt: skip
+) -> VerifyReport:
     """Check that ``dst`` is a complete, exact shuffle of ``src``.
 
     ``quick`` compares about ``sample_rows`` random rows; ``mixing`` adds the two-sided statistics of
@@ -158,9 +158,7 @@ def verify(
         raise IncompleteStoreError(
             f"{dst} has no completion marker: not an actshuffle output, or its run has not finished"
         )
-    altered = [
-        Problem("metadata", *a) for a in manifest.altered_files(open_objects(destination), marker)
-    ]
+    altered = [Problem("metadata", *a) for a in manifest.altered_files(open_objects(destination), marker)]
     names = tuple(marker["fields"])
     try:
         _refuse_others(dst, marker)
@@ -170,20 +168,18 @@ def verify(
             raise
         theirs = {}
     try:
-        ours = source_arrays(
-            destination, (*names, SOURCE_ROW) if marker.get("source_row") else names
-        )
+        ours = source_arrays(destination, (*names, SOURCE_ROW) if marker.get("source_row") else names)
     except (SourceError, RequestError) as err:
         altered.append(Problem("metadata", str(dst), str(err)))
         theirs = {}
     if not theirs:
-        return VerifyReport(
-            marker["rows"], 0, 0, quick, time.perf_counter() - started, tuple(altered)
-        )
+        return VerifyReport(marker["rows"], 0, 0, quick, time.perf_counter() - started, tuple(altered))
     identity, gappy = take_inventory(source, theirs, fill_missing=marker["fill_missing"])
-    notes = [] if identity == marker["source_identity"] else [
-        "the source's metadata or object sizes are not those of the run"
-    ]  # fmt: skip
+    notes = (
+        []
+        if identity == marker["source_identity"]
+        else ["the source's metadata or object sizes are not those of the run"]
+    )
     problems = list(_metadata_problems(theirs, ours, names, marker["rows"]))
     for array in ours.values():
         # Not all of them: metadata that was altered may promise any number of objects.
@@ -193,13 +189,17 @@ def verify(
             notes.append(f"of what {array.path} lacks no more than {LISTED:,} objects are named")
     fields = {k: source_field(k, a) for k, a in theirs.items()}
     pair = Pair(
-        source, destination, Keys(marker["seed"], *marker.get("key_bits", (64, 64))), marker["rows"], names,
+        source,
+        destination,
+        Keys(marker["seed"], *marker.get("key_bits", (64, 64))),
+        marker["rows"],
+        names,
         # A missing chunk has no file to read: leave that array to zarr, which makes up fill values.
         tuple(replace(fields[k], source_key="") if k in gappy else fields[k] for k in names),
         tuple(source_field(k, ours[k]) for k in names),
         source_field(SOURCE_ROW, ours[SOURCE_ROW]) if marker["source_row"] else None,
         marker["fill_missing"],
-    )  # fmt: skip
+    )
     if pair.source_row is None and pair.rows > ORDER_ROWS:
         raise RequestError(
             f"without source_row, verify sorts {pair.rows:,} keys in memory; the limit is {ORDER_ROWS:,}"
@@ -215,25 +215,20 @@ def verify(
         except ValueError as err:  # after a quick check it may still turn out to be no permutation
             problems.append(Problem("order", SOURCE_ROW, str(err)))
     return VerifyReport(
-        pair.rows, checked, nbytes, quick, time.perf_counter() - started,
-        (*altered, *problems), tuple(notes), scored,
-    )  # fmt: skip
+        pair.rows, checked, nbytes, quick, time.perf_counter() - started, (*altered, *problems), tuple(notes), scored
+    )
 
 
 def _refuse_others(dst: str | Path, marker: dict[str, Any]) -> None:
     """Only a whole shuffle can be verified."""
     if marker["kind"] != "shuffle":
-        raise RequestError(
-            f"{dst} is a {marker['kind']}; only a shuffle can be verified against its source"
-        )
+        raise RequestError(f"{dst} is a {marker['kind']}; only a shuffle can be verified against its source")
     if marker.get("population", marker["rows"]) != marker["rows"]:  # a sample, or a copied range
         whole = f"a shuffle of {marker['population']:,} rows"
         raise RequestError(f"{dst} is a part of {whole}; only a whole one can be verified")
 
 
-def _full(
-    pair: Pair, executor: Executor, progress: Progress, _sample: int
-) -> tuple[int, int, list[Problem]]:
+def _full(pair: Pair, executor: Executor, progress: Progress, _sample: int) -> tuple[int, int, list[Problem]]:
     row_bytes = sum(f.row_bytes for f in pair.fields)
     step = max(1, TASK_BYTES // row_bytes, -(-pair.rows // 10_000))
     starts = range(0, pair.rows, step)
@@ -242,9 +237,7 @@ def _full(
     edges: dict[int, tuple[U64, U64]] = {}
     problems: list[Problem] = []
     progress.begin("verify", 2 * len(starts), 2 * pair.rows * row_bytes)
-    calls = [
-        (pair, side, start, min(start + step, pair.rows)) for start in starts for side in (0, 1)
-    ]
+    calls = [(pair, side, start, min(start + step, pair.rows)) for start in starts for side in (0, 1)]
     for side, start, stop, sums, edge, found in executor.map(check_range, calls):
         problems += found
         for number, parts in enumerate(sums):
@@ -276,9 +269,7 @@ def check_range(pair: Pair, side: int, start: int, stop: int) -> Any:
 
     Returns (side, start, stop, per field {object number: uint64 (2,)}, first and last full key, problems).
     """
-    place, fields = (
-        (pair.source, pair.source_fields) if side == 0 else (pair.destination, pair.fields)
-    )
+    place, fields = (pair.source, pair.source_fields) if side == 0 else (pair.destination, pair.fields)
     store = Source(place, pair.fill_missing and side == 0)
     sums: list[dict[int, U64]] = [{} for _ in fields]
     edge = None
@@ -338,15 +329,11 @@ def _locate(
     """
     recorded = None
     with suppress(FormatError):  # told of elsewhere
-        recorded = get_array(
-            open_objects(pair.destination), f"{manifest.DIGESTS}/{pair.names[number]}"
-        )
+        recorded = get_array(open_objects(pair.destination), f"{manifest.DIGESTS}/{pair.names[number]}")
     known = recorded is not None and max(found, default=-1) < len(recorded)
     differing = [at for at in sorted(found) if known and (recorded[at] != found[at]).any()]  # type: ignore[index]
     if not differing and whole:
-        since = (
-            ", though every object is as it was written: has the source changed?" if known else ""
-        )
+        since = ", though every object is as it was written: has the source changed?" if known else ""
         yield Problem("rows", pair.names[number], f"its rows are not the source's{since}")
     for at in differing[COMPARED:] if whole else ():
         yield Problem("rows", _object_key(field, at), "is not what was written")
@@ -367,19 +354,11 @@ def compare_object(pair: Pair, number: int, at: int) -> list[Problem]:
         return [Problem("unreadable", _object_key(field, at), str(err))]
     if not len(wrong):
         return []
-    shown = ", ".join(f"{int(r):,}" for r in wrong[:SHOWN]) + (
-        ", ..." if len(wrong) > SHOWN else ""
-    )
-    return [
-        Problem(
-            "rows", _object_key(field, at), f"{len(wrong):,} rows differ from their source: {shown}"
-        )
-    ]
+    shown = ", ".join(f"{int(r):,}" for r in wrong[:SHOWN]) + (", ..." if len(wrong) > SHOWN else "")
+    return [Problem("rows", _object_key(field, at), f"{len(wrong):,} rows differ from their source: {shown}")]
 
 
-def _differing_rows(
-    pair: Pair, number: int, store: Source, start: int, rows: U64
-) -> NDArray[np.int64]:
+def _differing_rows(pair: Pair, number: int, store: Source, start: int, rows: U64) -> NDArray[np.int64]:
     """Output rows from ``start`` on whose bytes are not those of source rows ``rows``."""
     field, theirs = pair.fields[number], pair.source_fields[number]
     source = Source(pair.source, pair.fill_missing)
@@ -398,9 +377,7 @@ def _differing_rows(
     return np.concatenate(wrong) if wrong else np.zeros(0, np.int64)
 
 
-def _quick(
-    pair: Pair, executor: Executor, progress: Progress, sample: int
-) -> tuple[int, int, list[Problem]]:
+def _quick(pair: Pair, executor: Executor, progress: Progress, sample: int) -> tuple[int, int, list[Problem]]:
     """Random stretches of dst: keys ascend and are where their rank says, rows equal their source's."""
     rng = np.random.default_rng()
     count = max(1, min(sample, pair.rows) // STRETCH) if pair.rows else 0
@@ -512,17 +489,10 @@ def _padding_problems(pair: Pair, field: Field) -> Iterator[Problem]:
 
 
 def _metadata_problems(
-    theirs: dict[str, zarr.Array[Any]],
-    ours: dict[str, zarr.Array[Any]],
-    names: tuple[str, ...],
-    rows: int,
+    theirs: dict[str, zarr.Array[Any]], ours: dict[str, zarr.Array[Any]], names: tuple[str, ...], rows: int
 ) -> Iterator[Problem]:
     for name, a, b in ((k, theirs[k], ours[k]) for k in names):
         if a.shape != b.shape or a.shape[0] != rows:
-            yield Problem(
-                "metadata",
-                name,
-                f"shape is {b.shape}, the source's {a.shape}, the marker's rows {rows:,}",
-            )
+            yield Problem("metadata", name, f"shape is {b.shape}, the source's {a.shape}, the marker's rows {rows:,}")
         elif a.dtype.newbyteorder("<") != b.dtype.newbyteorder("<"):
             yield Problem("metadata", name, f"dtype is {b.dtype}, the source's {a.dtype}")

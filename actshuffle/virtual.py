@@ -70,9 +70,13 @@ def describe(place: Place) -> dict[str, Any] | None:
 
 
 def write(
-    place: Place, reader: str, settings: Mapping[str, Any], arrays: Mapping[str, str],
-    attributes: Mapping[str, Any], **facts: Any,
-) -> None:  # fmt: skip
+    place: Place,
+    reader: str,
+    settings: Mapping[str, Any],
+    arrays: Mapping[str, str],
+    attributes: Mapping[str, Any],
+    **facts: Any,
+) -> None:
     """Write a virtual source: array metadata (texts of ``zarr.json`` by name) first, what it is last.
 
     Facts are optional: ``key_rows`` are the rows ``[start, stop)`` among whose keys its own stand when
@@ -96,9 +100,7 @@ def array_names(place: Place) -> list[str]:
     """The arrays that a virtual source presents."""
     prefix, suffix = f"{ARRAYS}/", "/zarr.json"
     keys = open_objects(place).list(ARRAYS)
-    return sorted(
-        k[len(prefix) : -len(suffix)] for k in keys if k.endswith(suffix) and k != ARRAYS + suffix
-    )
+    return sorted(k[len(prefix) : -len(suffix)] for k in keys if k.endswith(suffix) and k != ARRAYS + suffix)
 
 
 def open_reader(place: Place) -> Reader | None:

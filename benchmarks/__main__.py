@@ -40,36 +40,73 @@ MODES = _List(str, ("cached", "disk"))
 TINY: dict[str, dict[str, Any]] = {
     "floor": {"size": 1 << 20, "rounds": 1, "processes": [1], "chunk": 1 << 18},
     "shuffle": {
-        "sizes": [1 << 20], "rounds": 1, "workers": [0, 1], "row_bytes": [512], "levels": [1, 2, 3],
-        "memory": 28 << 20, "chunk": 1 << 18,
+        "sizes": [1 << 20],
+        "rounds": 1,
+        "workers": [0, 1],
+        "row_bytes": [512],
+        "levels": [1, 2, 3],
+        "memory": 28 << 20,
+        "chunk": 1 << 18,
     },
-    "growth": {"start": 1 << 18, "factors": [1, 4], "memory": 28 << 20, "block": 1 << 17,
-               "run_bytes": 1 << 14, "rounds": 1, "workers": 0},
+    "growth": {
+        "start": 1 << 18,
+        "factors": [1, 4],
+        "memory": 28 << 20,
+        "block": 1 << 17,
+        "run_bytes": 1 << 14,
+        "rounds": 1,
+        "workers": 0,
+    },
     "costs": {"size": 1 << 20, "row_bytes": 512, "memory": 96 << 20, "rounds": 1},
     "scheduler": {"tasks": 300, "workers": 1},
-    "loader": {"size": 1 << 20, "widths": [384], "threads": [1, 2], "modes": ["cached", "disk"],
-               "batch_sizes": [64], "chunk": 1 << 18, "rounds": 1, "disk_rounds": 1},
-    "calibrate": {
-        "known": [1 << 20, 1 << 21], "held_out": [3 << 20], "memories": [28 << 20], "rounds": 1,
-        "held_memory": 28 << 20, "workers": [0, 1], "levels": [2],
+    "loader": {
+        "size": 1 << 20,
+        "widths": [384],
+        "threads": [1, 2],
+        "modes": ["cached", "disk"],
+        "batch_sizes": [64],
+        "chunk": 1 << 18,
+        "rounds": 1,
+        "disk_rounds": 1,
     },
-    "peers": {"size": 1 << 20, "row_bytes": 512, "memory": None, "workers": 1, "rounds": 1,
-              "seconds": 60.0},
-    "sae-peers": {"store": None, "d_sae": 128, "k": 4, "steps": 6, "batch": 64, "rounds": 1, "speed_batch": 64,
-                  "wide": [32, 64, 4], "planted_steps": 6},
+    "calibrate": {
+        "known": [1 << 20, 1 << 21],
+        "held_out": [3 << 20],
+        "memories": [28 << 20],
+        "rounds": 1,
+        "held_memory": 28 << 20,
+        "workers": [0, 1],
+        "levels": [2],
+    },
+    "peers": {"size": 1 << 20, "row_bytes": 512, "memory": None, "workers": 1, "rounds": 1, "seconds": 60.0},
+    "sae-peers": {
+        "store": None,
+        "d_sae": 128,
+        "k": 4,
+        "steps": 6,
+        "batch": 64,
+        "rounds": 1,
+        "speed_batch": 64,
+        "wide": [32, 64, 4],
+        "planted_steps": 6,
+    },
     "sae-order": {"store": None, "d_sae": 64, "k": 4, "batch": 128, "buffer": 512, "dead": 2},
     "sae-ranks": {"width": 16, "d_sae": 2048, "small": 64, "ranks": [1, 2]},
-}  # fmt: skip
+}
 
 
 def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--tiny", is_flag=True, help="In miniature, to see that it works."),
-        click.option("--out", type=click.Path(path_type=Path),
-                     help="Results folder.  [default: benchmarks/results/DATE-NAME]"),
-        click.option("--work", type=click.Path(path_type=Path),
-                     help="Where data goes; on the disk to be measured.  [default: benchmarks/.work]"),
-    ):  # fmt: skip
+        click.option(
+            "--out", type=click.Path(path_type=Path), help="Results folder.  [default: benchmarks/results/DATE-NAME]"
+        ),
+        click.option(
+            "--work",
+            type=click.Path(path_type=Path),
+            help="Where data goes; on the disk to be measured.  [default: benchmarks/.work]",
+        ),
+    ):
         command = option(command)
     return command
 
@@ -125,18 +162,24 @@ def shuffle(**options: Any) -> None:
 @main.command()
 @click.option("--size", type=SIZE, default="2GB", help="Data to shuffle.")
 @click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")
-@click.option(
-    "--memory", type=SIZE, help="In all, for those that can be told.  [default: their own]"
-)
+@click.option("--memory", type=SIZE, help="In all, for those that can be told.  [default: their own]")
 @click.option("--workers", type=COUNT, default=cores(), help="Processes or threads of each.")
 @click.option("--rounds", type=COUNT, default=3, help="Times that each is run.")
 @click.option("--seconds", type=float, default=1800.0, help="Time limit of one run.")
 @click.option("--most-memory", type=SIZE, help="A run that holds more is ended.  [default: 80%]")
 @click.option("--only", type=_List(str), default=None, help="These peers alone.")
-@click.option("--python", type=(str, click.Path(exists=True)), multiple=True,
-              help="PEER INTERPRETER: run a peer by another Python.")  # fmt: skip
-@click.option("--add", type=click.Path(exists=True, path_type=Path), multiple=True,
-              help="results.json of earlier peers, to be in the same table.")  # fmt: skip
+@click.option(
+    "--python",
+    type=(str, click.Path(exists=True)),
+    multiple=True,
+    help="PEER INTERPRETER: run a peer by another Python.",
+)
+@click.option(
+    "--add",
+    type=click.Path(exists=True, path_type=Path),
+    multiple=True,
+    help="results.json of earlier peers, to be in the same table.",
+)
 @_common
 def peers(**options: Any) -> None:
     """The same rows through what one would use instead: time, memory, and is it uniform."""
@@ -167,9 +210,7 @@ def growth(**options: Any) -> None:
 @click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")
 @click.option("--levels", type=COUNT, default=2, help="Passes over the data.")
 @click.option("--memory", type=SIZE, default="256MiB", help="Of the process.")
-@click.option(
-    "--mode", type=click.Choice(["cached", "disk"]), default="disk", help="Where the data is."
-)
+@click.option("--mode", type=click.Choice(["cached", "disk"]), default="disk", help="Where the data is.")
 @click.option("--rounds", type=COUNT, default=5, help="Times that everything is measured.")
 @_common
 def costs(**options: Any) -> None:
@@ -210,13 +251,9 @@ def loader(**options: Any) -> None:
 @main.command()
 @click.option("--known", type=SIZES, default="400MB,1.2GB", help="Sizes to learn from.")
 @click.option("--held-out", type=SIZES, default="800MB,1.6GB", help="Sizes to foretell.")
-@click.option(
-    "--memories", type=SIZES, default="96MiB,192MiB", help="Of one worker, to learn from."
-)
+@click.option("--memories", type=SIZES, default="96MiB,192MiB", help="Of one worker, to learn from.")
 @click.option("--held-memory", type=SIZE, default="144MiB", help="Of one worker, to foretell.")
-@click.option(
-    "--mode", type=click.Choice(["disk", "cached"]), default="disk", help="Where the data is."
-)
+@click.option("--mode", type=click.Choice(["disk", "cached"]), default="disk", help="Where the data is.")
 @click.option("--workers", type=INTS, default=f"0,1,{cores()}", help="Dask workers; 0 is serial.")
 @click.option("--levels", type=INTS, default="2,3", help="Passes over the data.")
 @click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")
@@ -238,14 +275,10 @@ STORE = click.Path(path_type=Path)
 @click.option("--k", type=COUNT, default=32, help="Active latents a token.")
 @click.option("--steps", type=COUNT, default=120, help="On the store's rows; 0 leaves these out.")
 @click.option("--batch", type=COUNT, default=1024, help="Rows of a step.")
-@click.option(
-    "--planted-steps", type=COUNT, default=400, help="On planted rows; 0 leaves these out."
-)
+@click.option("--planted-steps", type=COUNT, default=400, help="On planted rows; 0 leaves these out.")
 @click.option("--rounds", type=COUNT, default=10, help="Of the speed comparison; 0 leaves it out.")
 @click.option("--speed-batch", type=COUNT, default=2048, help="Rows of a step, for speed.")
-@click.option(
-    "--wide", type=INTS, default="768,12288,64", help="Another width, latents, k for speed."
-)
+@click.option("--wide", type=INTS, default="768,12288,64", help="Another width, latents, k for speed.")
 @click.option("--only", type=_List(str), default=None, help="These tools alone, by module.")
 @_common
 def sae_peers(**options: Any) -> None:
@@ -261,9 +294,7 @@ def sae_peers(**options: Any) -> None:
 @click.option("--k", type=COUNT, default=32, help="Active latents a token.")
 @click.option("--batch", type=COUNT, default=512, help="Rows of a step.")
 @click.option("--buffer", type=COUNT, default=16_384, help="Rows of the shuffle buffer.")
-@click.option(
-    "--dead", type=COUNT, default=40, help="Steps without firing after which a latent is dead."
-)
+@click.option("--dead", type=COUNT, default=40, help="Steps without firing after which a latent is dead.")
 @_common
 def sae_order(**options: Any) -> None:
     """The same SAE from shuffled rows, from a shuffle buffer, and in the order of the harvest."""
@@ -292,9 +323,7 @@ def everything(**options: Any) -> None:
     for command in (floor, shuffle, costs, loader, growth, scheduler, calibrate, peers, sae_ranks):
         with click.Context(command) as ctx:
             defaults = {p.name: p.get_default(ctx) for p in command.params if p.name}
-            defaults = {
-                p.name: p.type_cast_value(ctx, defaults[p.name]) for p in command.params if p.name
-            }
+            defaults = {p.name: p.type_cast_value(ctx, defaults[p.name]) for p in command.params if p.name}
         ctx.invoke(command, **(defaults | {k: v for k, v in options.items() if k != "out"}))
 
 

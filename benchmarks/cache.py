@@ -80,10 +80,7 @@ def cached_share(folders: Iterable[Path]) -> float:
     for path in _files(folders):
         size = path.stat().st_size
         if size:
-            with (
-                path.open("rb") as file,
-                mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as map_,
-            ):
+            with path.open("rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as map_:
                 view = np.frombuffer(map_, np.uint8)
                 found = np.zeros(-(-size // PAGE), np.uint8)
                 args = view.ctypes.data, size, found.ctypes.data

@@ -72,21 +72,34 @@ class Constants:
 
 
 def run(
-    bench: Bench, *, known: list[int], held_out: list[int], memories: list[int], held_memory: int,
-    workers: list[int], levels: list[int], row_bytes: int, rounds: int, mode: str,
-) -> None:  # fmt: skip
+    bench: Bench,
+    *,
+    known: list[int],
+    held_out: list[int],
+    memories: list[int],
+    held_memory: int,
+    workers: list[int],
+    levels: list[int],
+    row_bytes: int,
+    rounds: int,
+    mode: str,
+) -> None:
     need_space(bench.work, int(sum({*known, *held_out}) + 3.5 * max(*known, *held_out)))
-    cases = [Case(size, memory, count, level, True)
-             for size in known for memory in memories for count in workers for level in levels]  # fmt: skip
-    cases += [Case(size, held_memory, count, level, False)
-              for size in held_out for count in workers for level in levels]  # fmt: skip
+    cases = [
+        Case(size, memory, count, level, True)
+        for size in known
+        for memory in memories
+        for count in workers
+        for level in levels
+    ]
+    cases += [
+        Case(size, held_memory, count, level, False) for size in held_out for count in workers for level in levels
+    ]
     bench.plan(rounds * len(cases))
     found: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     plans: dict[Case, Plan] = {}
     with ExitStack() as stack:
-        crews: dict[int, Executor] = {
-            n: stack.enter_context(local_cluster(n)) if n else Serial() for n in workers
-        }
+        crews: dict[int, Executor] = {n: stack.enter_context(local_cluster(n)) if n else Serial() for n in workers}
         sizes = sorted({case.size for case in cases})
         sources = {size: make_source(bench.work, size, row_bytes, 8 << 20) for size in sizes}
         for crew in crews.values():  # buffers are touched, code is loaded
@@ -94,30 +107,28 @@ def run(
         for _ in range(rounds):  # all sizes in each, since a disk is not the same all the time
             for case in cases:
                 try:
-                    plans[case], one = _one(
-                        crews[case.workers], sources[case.size], bench.work / "out", case, mode
-                    )
+                    plans[case], one = _one(crews[case.workers], sources[case.size], bench.work / "out", case, mode)
                 except InfeasibleError as err:
                     bench.did(f"{case}: {err}")
                     continue
                 found[case].append(one)
-                bench.did(f"{format_bytes(case.size)}, {case.workers} workers, {case.levels} levels: "
-                          f"{one['seconds']:.2f} s")  # fmt: skip
+                bench.did(
+                    f"{format_bytes(case.size)}, {case.workers} workers, {case.levels} levels: {one['seconds']:.2f} s"
+                )
     cases = [case for case in cases if found[case]]
     constants = {
-        count: fit(
-            [(plans[c], _fastest(found[c])) for c in cases if c.known and c.workers == count], count
-        )
+        count: fit([(plans[c], _fastest(found[c])) for c in cases if c.known and c.workers == count], count)
         for count in workers
     }
     rows = [
-        asdict(case) | {
+        asdict(case)
+        | {
             "tasks": [plans[case].task_count(level) for level in range(1, case.levels + 1)],
             "measured": spread([one["seconds"] for one in found[case]]),
             "foretold": foretell(plans[case], constants[case.workers], case.workers),
         }
         for case in cases
-    ]  # fmt: skip
+    ]
     for row in rows:
         row["off"] = row["foretold"] / row["measured"]["low"] - 1
     fitted = {str(count): asdict(c) for count, c in constants.items()}
@@ -125,24 +136,28 @@ def run(
     bench.publish({"constants": fitted, "runs": rows}, page(rows, constants, mode), images)
 
 
-def _one(
-    crew: Executor, source: Path, target: Path, case: Case, mode: str
-) -> tuple[Plan, dict[str, Any]]:
+def _one(crew: Executor, source: Path, target: Path, case: Case, mode: str) -> tuple[Plan, dict[str, Any]]:
     """A run, from the call to its end: seconds in all, and of each level's tasks."""
     prepare(mode, [source])
     timed = Timed(crew)
     start = time.monotonic()
     result = actshuffle.shuffle(
-        source, target, seed=1, levels=case.levels, memory=case.memory, run_bytes=RUN_BYTES,
-        executor=timed, fsync=durable(mode), progress=timed,
-    )  # fmt: skip
+        source,
+        target,
+        seed=1,
+        levels=case.levels,
+        memory=case.memory,
+        run_bytes=RUN_BYTES,
+        executor=timed,
+        fsync=durable(mode),
+        progress=timed,
+    )
     seconds = time.monotonic() - start
     shutil.rmtree(target)
     walls = []
     for name, begin, end in timed.stages:
         if name.startswith("level"):
-            walls.append(max(t.stop for t in timed.traces
-                             if begin <= t.stop <= end and t.task.kind != "index") - begin)  # fmt: skip
+            walls.append(max(t.stop for t in timed.traces if begin <= t.stop <= end and t.task.kind != "index") - begin)
     return result.plan, {"seconds": seconds, "walls": walls}
 
 
@@ -199,9 +214,15 @@ def _not_negative(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
 def foretell(plan: Plan, constants: Constants, workers: int) -> float:
     """Seconds of a run: its levels simulated, the rest by its line."""
     cluster = Cluster(
-        hosts=1, workers_per_host=max(1, workers), network=UNLIMITED, disk=UNLIMITED, dispatch=0.0,
-        overhead=constants.overhead, split_cpu=constants.split_cpu, leaf_cpu=constants.leaf_cpu,
-    )  # fmt: skip
+        hosts=1,
+        workers_per_host=max(1, workers),
+        network=UNLIMITED,
+        disk=UNLIMITED,
+        dispatch=0.0,
+        overhead=constants.overhead,
+        split_cpu=constants.split_cpu,
+        leaf_cpu=constants.leaf_cpu,
+    )
     played = simulate.simulate(plan, cluster, grain=0)
     tasks, spilled = _amounts(plan)
     seconds = sum(stage.seconds for stage in played if stage.name.startswith("level"))
@@ -228,19 +249,30 @@ def page(rows: list[dict[str, Any]], constants: dict[int, Constants], mode: str)
         "",
         *table(
             ("", "overhead ms", "split s/GB", "leaf s/GB", "fixed ms", "more ms a task", "clearing s/GB"),
-            ((crew[count], *(f"{getattr(c, n) * (1e9 if n in PER_BYTE else 1e3):.2f}" for n in names))
-             for count, c in constants.items()),
+            (
+                (crew[count], *(f"{getattr(c, n) * (1e9 if n in PER_BYTE else 1e3):.2f}" for n in names))
+                for count, c in constants.items()
+            ),
         ),
         "",
         *table(
             ("", "data", "memory", "", "levels", "tasks", "measured s", "foretold s", "off"),
-            (("known" if r["known"] else "**held out**", format_bytes(r["size"]), format_bytes(r["memory"]),
-              crew[r["workers"]], r["levels"], " + ".join(map(str, r["tasks"])),
-              "{low:.2f} ({low:.2f} to {high:.2f})".format(**r["measured"]),
-              f"{r['foretold']:.2f}", f"{100 * r['off']:+.0f}%")
-             for r in rows),
+            (
+                (
+                    "known" if r["known"] else "**held out**",
+                    format_bytes(r["size"]),
+                    format_bytes(r["memory"]),
+                    crew[r["workers"]],
+                    r["levels"],
+                    " + ".join(map(str, r["tasks"])),
+                    "{low:.2f} ({low:.2f} to {high:.2f})".format(**r["measured"]),
+                    f"{r['foretold']:.2f}",
+                    f"{100 * r['off']:+.0f}%",
+                )
+                for r in rows
+            ),
         ),
         "",
         f"Held out: {within} of {len(unseen)} within {100 * GOAL:.0f}%, the worst "
         f"{100 * max(unseen, default=0):.0f}% off.",
-    ]  # fmt: skip
+    ]

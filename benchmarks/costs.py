@@ -57,9 +57,7 @@ RATIOS = (
 )
 
 
-def run(
-    bench: Bench, *, size: int, row_bytes: int, levels: int, memory: int, mode: str, rounds: int
-) -> None:
+def run(bench: Bench, *, size: int, row_bytes: int, levels: int, memory: int, mode: str, rounds: int) -> None:
     need_space(bench.work, 6 * size)
     plain = make_source(bench.work, size, row_bytes)
     coded = {name: _encode(plain, bench.work / f"{name}.zarr", name) for name in CODED}
@@ -72,8 +70,9 @@ def run(
         def shuffle(what: str, source: Path, crew: Executor = serial) -> dict[str, float]:
             prepare(mode, [source])
             start = time.monotonic()
-            done = actshuffle.shuffle(source, target, seed=1, levels=levels, memory=memory,
-                                      executor=crew, fsync=durable(mode))  # fmt: skip
+            done = actshuffle.shuffle(
+                source, target, seed=1, levels=levels, memory=memory, executor=crew, fsync=durable(mode)
+            )
             seconds = time.monotonic() - start
             shutil.rmtree(target)
             bench.did(f"{what}: {rate(done.nbytes, seconds)}")
@@ -108,10 +107,13 @@ def run(
 def summary(found: list[dict[str, float]]) -> list[dict[str, Any]]:
     """Median and range of each ratio over the rounds."""
     return [
-        {"what": r.name, "limit": r.limit,
-         "ratio": spread([one[r.of] / sum(one[over] for over in r.over) for one in found])}
+        {
+            "what": r.name,
+            "limit": r.limit,
+            "ratio": spread([one[r.of] / sum(one[over] for over in r.over) for one in found]),
+        }
         for r in RATIOS
-    ]  # fmt: skip
+    ]
 
 
 @contextmanager
@@ -128,8 +130,9 @@ def unchecked() -> Iterator[None]:
 def _receipts(source: Path, target: Path, levels: int, memory: int, fsync: bool) -> float:
     """The share of a serial run's time that goes to writing and reading receipts."""
     timed, start = Timed(Serial()), time.monotonic()
-    actshuffle.shuffle(source, target, seed=1, levels=levels, memory=memory, executor=timed,
-                       progress=timed, fsync=fsync)  # fmt: skip
+    actshuffle.shuffle(
+        source, target, seed=1, levels=levels, memory=memory, executor=timed, progress=timed, fsync=fsync
+    )
     stop = time.monotonic()
     shutil.rmtree(target)
     return breakdown(timed, start, stop)["receipt"] / (stop - start)
@@ -142,10 +145,13 @@ def _encode(plain: Path, path: Path, name: str) -> Path:
     chunk = max(1, CHUNK // width)
     step = chunk * max(1, SHARD // CHUNK)
     array = zarr.create_array(
-        path, shape=source.shape, dtype=source.dtype, chunks=(chunk, source.shape[1]),
+        path,
+        shape=source.shape,
+        dtype=source.dtype,
+        chunks=(chunk, source.shape[1]),
         shards=(step, source.shape[1]) if name == "sharded" else None,
         config={"write_empty_chunks": True},
-    )  # fmt: skip
+    )
     for start in range(0, source.shape[0], step):
         array[start : start + step] = np.asarray(source[start : start + step]) & HALF
     return path
@@ -155,23 +161,21 @@ def _decode(path: Path) -> int:
     """Decode every row once, a shard's worth at a time; bytes of the rows."""
     array = zarr.open_array(path, mode="r")
     step = max(1, SHARD // (array.dtype.itemsize * array.shape[1]))
-    return sum(
-        np.asarray(array[start : start + step]).nbytes for start in range(0, array.shape[0], step)
-    )
+    return sum(np.asarray(array[start : start + step]).nbytes for start in range(0, array.shape[0], step))
 
 
 def page(
-    rows: list[dict[str, Any]], found: list[dict[str, float]], receipts: float, size: int,
-    row_bytes: int, levels: int,
-) -> list[str]:  # fmt: skip
+    rows: list[dict[str, Any]], found: list[dict[str, float]], receipts: float, size: int, row_bytes: int, levels: int
+) -> list[str]:
     return [
         f"{format_bytes(size)} in rows of {row_bytes} B, {levels} levels; median (range) of "
         f"{len(found)} interleaved rounds. Chunks of the coded sources hold {format_bytes(CHUNK)}, "
         f"shards {format_bytes(SHARD)}. Receipts took {100 * receipts:.1f}% of a plain run.",
         "",
-        *table(("", "ratio", "meant to be below"),
-               ((r["what"], ranged(r["ratio"], "{:.3f}"), f"{r['limit']:.2f}") for r in rows)),
+        *table(
+            ("", "ratio", "meant to be below"),
+            ((r["what"], ranged(r["ratio"], "{:.3f}"), f"{r['limit']:.2f}") for r in rows),
+        ),
         "",
-        *table(("", "seconds"),
-               ((name, ranged(spread([one[name] for one in found]))) for name in found[0])),
-    ]  # fmt: skip
+        *table(("", "seconds"), ((name, ranged(spread([one[name] for one in found]))) for name in found[0])),
+    ]

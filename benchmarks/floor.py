@@ -37,8 +37,14 @@ class Floor:
         moved = self.nbytes
         if what == "memcpy":
             moved = MEMCPY_REPEATS * self._size * self.copier.processes
-        return {"what": label(what, buffers), "mode": mode, "processes": self.copier.processes,
-                "seconds": seconds, "bytes": moved, "cached": share}  # fmt: skip
+        return {
+            "what": label(what, buffers),
+            "mode": mode,
+            "processes": self.copier.processes,
+            "seconds": seconds,
+            "bytes": moved,
+            "cached": share,
+        }
 
     def warm_up(self) -> None:
         """Start the processes and touch their buffers."""
@@ -65,8 +71,7 @@ def durable(mode: str) -> bool:
     return mode == "disk"
 
 
-def run(bench: Bench, *, size: int, processes: list[int], modes: list[str], rounds: int,
-        chunk: int) -> None:  # fmt: skip
+def run(bench: Bench, *, size: int, processes: list[int], modes: list[str], rounds: int, chunk: int) -> None:
     need_space(bench.work, int(2.5 * size))
     source = make_source(bench.work, size, ROW_BYTES, chunk)
     bench.plan(rounds * len(processes) * len(modes) * len(KINDS))
@@ -82,8 +87,10 @@ def run(bench: Bench, *, size: int, processes: list[int], modes: list[str], roun
                     for what, buffers in KINDS:
                         one = floor.measure(what, buffers, mode)
                         found.append(one | {"round": number})
-                        bench.did(f"{mode}, {floor.copier.processes} processes, {one['what']}: "
-                                  f"{rate(one['bytes'], one['seconds'])}")  # fmt: skip
+                        bench.did(
+                            f"{mode}, {floor.copier.processes} processes, {one['what']}: "
+                            f"{rate(one['bytes'], one['seconds'])}"
+                        )
     finally:
         for copier in copiers:
             copier.__exit__()
@@ -92,20 +99,16 @@ def run(bench: Bench, *, size: int, processes: list[int], modes: list[str], roun
     bench.publish({"rounds": found, "summary": rows}, page(rows, size, chunk), images)
 
 
-def summary(
-    found: list[dict[str, Any]], processes: list[int], modes: list[str]
-) -> list[dict[str, Any]]:
+def summary(found: list[dict[str, Any]], processes: list[int], modes: list[str]) -> list[dict[str, Any]]:
     rows = []
     for mode in modes:
         for count in processes:
             for what, buffers in KINDS:
                 name = label(what, buffers)
-                ours = [f for f in found
-                        if (f["mode"], f["processes"], f["what"]) == (mode, count, name)]  # fmt: skip
+                ours = [f for f in found if (f["mode"], f["processes"], f["what"]) == (mode, count, name)]
                 rates = spread([f["bytes"] / f["seconds"] / 1e9 for f in ours])
                 cached = spread([f["cached"] for f in ours])["median"]
-                rows.append({"mode": mode, "processes": count, "what": name, "rate": rates,
-                             "cached": cached})  # fmt: skip
+                rows.append({"mode": mode, "processes": count, "what": name, "rate": rates, "cached": cached})
     return rows
 
 
@@ -118,7 +121,6 @@ def page(rows: list[dict[str, Any]], size: int, chunk: int) -> list[str]:
         "",
         *table(
             ("mode", "processes", "", "GB/s", "cached before"),
-            ((r["mode"], r["processes"], r["what"], ranged(r["rate"]), f"{r['cached']:.2f}")
-             for r in rows),
+            ((r["mode"], r["processes"], r["what"], ranged(r["rate"]), f"{r['cached']:.2f}") for r in rows),
         ),
-    ]  # fmt: skip
+    ]

@@ -24,9 +24,17 @@ KINK = 0.2  # beyond this share of the line's value a size is off the line
 
 
 def run(
-    bench: Bench, *, start: int, factors: list[int], row_bytes: int = 8192, memory: int,
-    block: int | None, run_bytes: int, workers: int, rounds: int,
-) -> None:  # fmt: skip
+    bench: Bench,
+    *,
+    start: int,
+    factors: list[int],
+    row_bytes: int = 8192,
+    memory: int,
+    block: int | None,
+    run_bytes: int,
+    workers: int,
+    rounds: int,
+) -> None:
     need_space(bench.work, int(4.5 * start * max(factors)))
     bench.plan(len(factors) * rounds)
     found: list[dict[str, Any]] = []
@@ -36,9 +44,11 @@ def run(
         for number in range(rounds):
             one = _one(source, bench.work / "out.zarr", memory, block, run_bytes, workers)
             found.append({"factor": factor, "round": number} | one)
-            bench.did(f"{factor}x, {format_bytes(one['bytes'])}, {one['levels']} levels: "
-                      f"{format_seconds(one['seconds'])}, largest process "
-                      f"{format_bytes(one['largest'])}")  # fmt: skip
+            bench.did(
+                f"{factor}x, {format_bytes(one['bytes'])}, {one['levels']} levels: "
+                f"{format_seconds(one['seconds'])}, largest process "
+                f"{format_bytes(one['largest'])}"
+            )
         shutil.rmtree(source)
     rows, line = summary(found, idle)
     images = plots.draw(bench, lambda folder: [plots.growth(folder, rows, line, memory)])
@@ -46,15 +56,26 @@ def run(
     bench.publish(figures, page(rows, line, memory, workers), images)
 
 
-def _one(
-    source: Path, target: Path, memory: int, block: int | None, run_bytes: int, workers: int
-) -> dict[str, Any]:
+def _one(source: Path, target: Path, memory: int, block: int | None, run_bytes: int, workers: int) -> dict[str, Any]:
     cache.evict([source])
     command = measure.python(
-        "-m", "actshuffle", "run", str(source), str(target), "--json", "--quiet", "--seed", "1",
-        "--memory", str(memory), "--run-bytes", str(run_bytes), "--workers", str(workers),
+        "-m",
+        "actshuffle",
+        "run",
+        str(source),
+        str(target),
+        "--json",
+        "--quiet",
+        "--seed",
+        "1",
+        "--memory",
+        str(memory),
+        "--run-bytes",
+        str(run_bytes),
+        "--workers",
+        str(workers),
         *(["--block-bytes", str(block)] if block else []),
-    )  # fmt: skip
+    )
     measured = measure.run(command)
     shutil.rmtree(target, ignore_errors=True)
     if measured.outcome != "done":
@@ -62,9 +83,13 @@ def _one(
     told = json.loads(measured.stdout)
     plan = told["plan"]
     return {
-        "bytes": told["bytes"], "levels": plan["levels"], "seconds": measured.seconds,
-        "engine_seconds": told["seconds"], "memory": measured.memory, "largest": measured.largest,
-    }  # fmt: skip
+        "bytes": told["bytes"],
+        "levels": plan["levels"],
+        "seconds": measured.seconds,
+        "engine_seconds": told["seconds"],
+        "memory": measured.memory,
+        "largest": measured.largest,
+    }
 
 
 def _idle(work: Path) -> dict[str, float]:
@@ -75,9 +100,7 @@ def _idle(work: Path) -> dict[str, float]:
     return {"seconds": one["seconds"], "memory": one["largest"]}
 
 
-def summary(
-    found: list[dict[str, Any]], idle: dict[str, float]
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def summary(found: list[dict[str, Any]], idle: dict[str, float]) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Medians by size, and the line seconds = fixed + per_gb x levels x GB through them.
 
     The line minimises relative errors (Theil and Sen: the median of the slopes of all pairs), so that
@@ -86,16 +109,18 @@ def summary(
     rows = []
     for factor in dict.fromkeys(one["factor"] for one in found):
         ours = [one for one in found if one["factor"] == factor]
-        rows.append({
-            "factor": factor, "bytes": ours[0]["bytes"], "levels": ours[0]["levels"],
-            "seconds": spread([one["seconds"] for one in ours]),
-            "memory": spread([one["largest"] for one in ours]),
-            "beyond_idle": spread([one["largest"] - idle["memory"] for one in ours]),
-        })  # fmt: skip
+        rows.append(
+            {
+                "factor": factor,
+                "bytes": ours[0]["bytes"],
+                "levels": ours[0]["levels"],
+                "seconds": spread([one["seconds"] for one in ours]),
+                "memory": spread([one["largest"] for one in ours]),
+                "beyond_idle": spread([one["largest"] - idle["memory"] for one in ours]),
+            }
+        )
     work = [(r["bytes"] * r["levels"] / 1e9, r["seconds"]["median"]) for r in rows]
-    slopes = [
-        (t2 - t1) / (w2 - w1) for i, (w1, t1) in enumerate(work) for w2, t2 in work[:i] if w1 != w2
-    ]
+    slopes = [(t2 - t1) / (w2 - w1) for i, (w1, t1) in enumerate(work) for w2, t2 in work[:i] if w1 != w2]
     per_gb = statistics.median(slopes) if slopes else 0.0
     fixed = statistics.median(t - per_gb * w for w, t in work)
     for row, (w, t) in zip(rows, work, strict=True):
@@ -104,31 +129,47 @@ def summary(
     return rows, {"fixed": fixed, "per_gb": per_gb}
 
 
-def page(
-    rows: list[dict[str, Any]], line: dict[str, float], memory: int, workers: int
-) -> list[str]:
+def page(rows: list[dict[str, Any]], line: dict[str, float], memory: int, workers: int) -> list[str]:
     crew = f"{workers} Dask workers" if workers else "one process"
     peaks = [r["memory"]["median"] for r in rows]
     kinks = [f"{r['factor']}x ({100 * r['off']:+.0f}%)" for r in rows if abs(r["off"]) > KINK]
-    changes = [f"{b['factor']}x ({a['levels']} to {b['levels']})"
-               for a, b in pairwise(rows) if a["levels"] != b["levels"]]  # fmt: skip
+    changes = [
+        f"{b['factor']}x ({a['levels']} to {b['levels']})" for a, b in pairwise(rows) if a["levels"] != b["levels"]
+    ]
     return [
         f"{crew}, --memory {format_bytes(memory)} at every size; whole processes, start to exit. Memory "
         "is the largest process's peak; *beyond idle* subtracts that of a run with one row.",
         "",
         *table(
-            ("", "data", "levels", "seconds", "line", "off the line", "s/(GB level)", "peak memory MB",
-             "beyond idle MB"),
-            ((f"{r['factor']}x", format_bytes(r["bytes"]), r["levels"], ranged(r["seconds"], "{:.1f}"),
-              f"{r['predicted']:.1f}", f"{100 * r['off']:+.0f}%",
-              f"{r['seconds']['median'] / r['levels'] / r['bytes'] * 1e9:.2f}",
-              ranged({k: v / 1e6 if k != "rounds" else v for k, v in r["memory"].items()}, "{:.0f}"),
-              f"{r['beyond_idle']['median'] / 1e6:.0f}")
-             for r in rows),
+            (
+                "",
+                "data",
+                "levels",
+                "seconds",
+                "line",
+                "off the line",
+                "s/(GB level)",
+                "peak memory MB",
+                "beyond idle MB",
+            ),
+            (
+                (
+                    f"{r['factor']}x",
+                    format_bytes(r["bytes"]),
+                    r["levels"],
+                    ranged(r["seconds"], "{:.1f}"),
+                    f"{r['predicted']:.1f}",
+                    f"{100 * r['off']:+.0f}%",
+                    f"{r['seconds']['median'] / r['levels'] / r['bytes'] * 1e9:.2f}",
+                    ranged({k: v / 1e6 if k != "rounds" else v for k, v in r["memory"].items()}, "{:.0f}"),
+                    f"{r['beyond_idle']['median'] / 1e6:.0f}",
+                )
+                for r in rows
+            ),
         ),
         "",
         f"Line: {line['fixed']:.1f} s + {line['per_gb']:.2f} s per GB and level. Levels change at: "
         f"{', '.join(changes) or 'none'}. Further than {100 * KINK:.0f}% off the line: "
         f"{', '.join(kinks) or 'none'}. Peak memory from the smallest to the largest data: "
         f"{100 * (max(peaks) / min(peaks) - 1):.0f}% apart.",
-    ]  # fmt: skip
+    ]

@@ -43,10 +43,15 @@ def make_store(folder: Path, nbytes: int, width: int, chunk_bytes: int) -> Path:
     path = folder / f"{width}.zarr"
     zarr.create_group(path)
     array = zarr.create_array(
-        path, name="data", shape=(rows, width), chunks=(min(chunk, rows), width), dtype="<f2",
-        compressors=None, chunk_key_encoding={"name": "default", "separator": "."},
+        path,
+        name="data",
+        shape=(rows, width),
+        chunks=(min(chunk, rows), width),
+        dtype="<f2",
+        compressors=None,
+        chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": True},
-    )  # fmt: skip
+    )
     rng = np.random.default_rng(0)
     values = rng.standard_normal((min(chunk, rows), width), np.float32).astype("<f2")
     for start in range(0, rows, chunk):
@@ -59,13 +64,9 @@ def make_store(folder: Path, nbytes: int, width: int, chunk_bytes: int) -> Path:
 class Plain:
     """Reads all files, on some threads, each into its own buffer."""
 
-    def __init__(
-        self, files: list[Path], threads: int, buffer_bytes: int, buffers: int = 1
-    ) -> None:
+    def __init__(self, files: list[Path], threads: int, buffer_bytes: int, buffers: int = 1) -> None:
         self._shares = [files[i::threads] for i in range(threads)]
-        self._buffers = [
-            [memoryview(pages(buffer_bytes).data) for _ in range(buffers)] for _ in range(threads)
-        ]
+        self._buffers = [[memoryview(pages(buffer_bytes).data) for _ in range(buffers)] for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads)
 
     def __call__(self) -> int:
@@ -84,9 +85,7 @@ def _read(files: list[Path], buffers: list[memoryview]) -> int:
     return total
 
 
-def subjects(
-    dataset: Dataset, files: list[Path], batch_size: int, threads: int
-) -> dict[str, Subject]:
+def subjects(dataset: Dataset, files: list[Path], batch_size: int, threads: int) -> dict[str, Subject]:
     """What is measured.  Buffers and loaders live from round to round, as they do in training."""
 
     def loader(epoch: int = 0, **settings: Any) -> Subject:
@@ -112,9 +111,17 @@ def subjects(
 
 
 def run(
-    bench: Bench, *, size: int, widths: list[int], threads: list[int], modes: list[str],
-    batch_sizes: list[int], chunk: int, rounds: int, disk_rounds: int,
-) -> None:  # fmt: skip
+    bench: Bench,
+    *,
+    size: int,
+    widths: list[int],
+    threads: list[int],
+    modes: list[str],
+    batch_sizes: list[int],
+    chunk: int,
+    rounds: int,
+    disk_rounds: int,
+) -> None:
     need_space(bench.work, int(1.1 * size * len(widths)))
     times = {mode: disk_rounds if mode == "disk" else rounds for mode in modes}
     bench.plan(len(widths) * len(threads) * len(batch_sizes) * sum(times.values()))
@@ -129,22 +136,18 @@ def run(
                 here = [case | one for one in ones]
                 found += here
                 told = ", ".join(f"{one['what']} {_of_plain(one):.2f}" for one in here)
-                bench.did(f"{mode}, {width} x float16, {count} threads, batches of {batch:,}, "
-                          f"of the plain read: {told}")  # fmt: skip
+                bench.did(
+                    f"{mode}, {width} x float16, {count} threads, batches of {batch:,}, of the plain read: {told}"
+                )
     rows = summary(found)
     images = plots.draw(bench, lambda folder: [plots.loader(folder, rows)])
     bench.publish({"rounds": found, "summary": rows}, page(rows, size, chunk), images)
 
 
-def _measured(
-    path: Path, batch_size: int, threads: int, mode: str, rounds: int
-) -> Iterator[dict[str, Any]]:
+def _measured(path: Path, batch_size: int, threads: int, mode: str, rounds: int) -> Iterator[dict[str, Any]]:
     dataset = open_dataset(path)
     files = sorted((path / "data").glob("c.*"), key=lambda p: int(p.name.split(".")[1]))
-    plain, all_ = (
-        Plain(files, threads, _largest(files)),
-        subjects(dataset, files, batch_size, threads),
-    )
+    plain, all_ = (Plain(files, threads, _largest(files)), subjects(dataset, files, batch_size, threads))
     for number in range(-1, rounds):  # one to warm up
         names = list(all_)
         turn = number % len(names)
@@ -163,8 +166,7 @@ def _timed(subject: Subject, path: Path, mode: str) -> dict[str, float]:
         subject()  # memory that was left alone for seconds is slow at first, on a virtual machine
     cpu, clock = time.process_time(), time.perf_counter()
     nbytes = subject()
-    return {"bytes": nbytes, "seconds": time.perf_counter() - clock,
-            "cpu": time.process_time() - cpu}  # fmt: skip
+    return {"bytes": nbytes, "seconds": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
 
 
 def _largest(files: list[Path]) -> int:
@@ -181,21 +183,27 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for one in found:
         case = one["width"], one["mode"], one["threads"], one["batch"], one["what"]
         cases.setdefault(case, []).append(one)
-    loaders = {(*case[:-1], one["round"]): one["seconds"]
-               for case, ours in cases.items() if case[-1] == "loader" for one in ours}  # fmt: skip
+    loaders = {
+        (*case[:-1], one["round"]): one["seconds"]
+        for case, ours in cases.items()
+        if case[-1] == "loader"
+        for one in ours
+    }
     return [
         {
-            "width": width, "mode": mode, "threads": threads, "batch": batch, "what": what,
+            "width": width,
+            "mode": mode,
+            "threads": threads,
+            "batch": batch,
+            "what": what,
             "rate": spread([one["bytes"] / one["seconds"] / 1e9 for one in ours]),
             "plain": spread([one["bytes"] / one["plain"]["seconds"] / 1e9 for one in ours]),
             "of_plain": spread(list(map(_of_plain, ours))),
-            "of_loader": spread([
-                loaders[width, mode, threads, batch, one["round"]] / one["seconds"] for one in ours
-            ]),
+            "of_loader": spread([loaders[width, mode, threads, batch, one["round"]] / one["seconds"] for one in ours]),
             "of_plain_cpu": spread([one["plain"]["cpu"] / one["cpu"] for one in ours]),
         }
         for (width, mode, threads, batch, what), ours in cases.items()
-    ]  # fmt: skip
+    ]
 
 
 def page(rows: list[dict[str, Any]], size: int, chunk: int) -> list[str]:
@@ -208,11 +216,33 @@ def page(rows: list[dict[str, Any]], size: int, chunk: int) -> list[str]:
         "*cached*: files in the page cache; of two passes, the second. *disk*: out of it.",
         "",
         *table(
-            ("row", "mode", "threads", "batch", "", "GB/s", "plain read GB/s", "of plain read",
-             "by processor time", "of loader"),
-            ((f"{r['width']} x float16", r["mode"], r["threads"], f"{r['batch']:,}", r["what"], ranged(r["rate"]),
-              ranged(r["plain"]), ranged(r["of_plain"]), ranged(r["of_plain_cpu"]), ranged(r["of_loader"]))
-             for r in rows),
+            (
+                "row",
+                "mode",
+                "threads",
+                "batch",
+                "",
+                "GB/s",
+                "plain read GB/s",
+                "of plain read",
+                "by processor time",
+                "of loader",
+            ),
+            (
+                (
+                    f"{r['width']} x float16",
+                    r["mode"],
+                    r["threads"],
+                    f"{r['batch']:,}",
+                    r["what"],
+                    ranged(r["rate"]),
+                    ranged(r["plain"]),
+                    ranged(r["of_plain"]),
+                    ranged(r["of_plain_cpu"]),
+                    ranged(r["of_loader"]),
+                )
+                for r in rows
+            ),
         ),
         "",
         "The loader hands out batches where they were read to, and reads ahead, into three or four blocks "
@@ -223,4 +253,4 @@ def page(rows: list[dict[str, Any]], size: int, chunk: int) -> list[str]:
         "stats of cached files is bound by the processor, not by reading: it brings every value to float32, "
         "takes its square and adds up both, about eight passes of numpy's over a tile in cache. Each of its "
         "threads has another that reads on meanwhile, past the page cache what is not there yet.",
-    ]  # fmt: skip
+    ]

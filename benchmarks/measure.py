@@ -89,8 +89,7 @@ def run(
         out.seek(0)
         err.seek(0)
         text, complaint = out.read(), err.read()
-    return Measured(outcome, elapsed, peak, largest, mapped, text,
-                    _complaint(complaint) if outcome == "failed" else "")  # fmt: skip
+    return Measured(outcome, elapsed, peak, largest, mapped, text, _complaint(complaint) if outcome == "failed" else "")
 
 
 def python(*words: str, interpreter: str | None = None) -> list[str]:
@@ -133,9 +132,7 @@ def _sizes(pid: int) -> _Sizes:
     except OSError:
         return _Sizes(0, 0, 0)
     kilobytes = {
-        parts[0]: int(parts[1])
-        for parts in (line.split() for line in text.splitlines())
-        if parts[0].startswith("Pss_")
+        parts[0]: int(parts[1]) for parts in (line.split() for line in text.splitlines()) if parts[0].startswith("Pss_")
     }
     kinds = (1024 * kilobytes.get(f"Pss_{kind}:", 0) for kind in ("Anon", "Shmem", "File"))
     return _Sizes(*kinds)

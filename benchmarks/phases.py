@@ -215,9 +215,7 @@ def _beside(spent: defaultdict[str, float], call: Callable[..., None]) -> Callab
     return run
 
 
-def _timer(
-    spent: defaultdict[str, float], phase: str, function: Callable[..., Any], thread: int
-) -> Callable[..., Any]:
+def _timer(spent: defaultdict[str, float], phase: str, function: Callable[..., Any], thread: int) -> Callable[..., Any]:
     """Times the task's own thread alone: for what others do it waits, or does not."""
 
     @functools.wraps(function)

@@ -14,10 +14,19 @@ from benchmarks.results import Bench
 INK, GREY, LIGHT = "#222222", "#8a8a8a", "#e6e6e6"
 BLUE, ORANGE, GREEN, RED = "#2f6fb0", "#d9822b", "#3f8f5b", "#b5423b"
 PHASE_COLOURS = {
-    "read": "#2f6fb0", "key": "#8fb8de", "partition": "#3f8f5b", "hash": "#9ac7a6",
-    "gather": "#d9a72b", "write": "#b5423b", "receipt": "#d79a96", "other": "#6b5b95",
-    "scheduler": "#bdbdbd", "idle": "#dedede", "driver": "#8a8a8a", "clearing": "#5f5f5f",
-}  # fmt: skip
+    "read": "#2f6fb0",
+    "key": "#8fb8de",
+    "partition": "#3f8f5b",
+    "hash": "#9ac7a6",
+    "gather": "#d9a72b",
+    "write": "#b5423b",
+    "receipt": "#d79a96",
+    "other": "#6b5b95",
+    "scheduler": "#bdbdbd",
+    "idle": "#dedede",
+    "driver": "#8a8a8a",
+    "clearing": "#5f5f5f",
+}
 
 
 def draw(bench: Bench, make: Callable[[Path], Sequence[str]]) -> list[str]:
@@ -28,12 +37,25 @@ def draw(bench: Bench, make: Callable[[Path], Sequence[str]]) -> list[str]:
         bench.say("matplotlib is not installed: no plots")
         return []
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({
-        "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
-        "axes.edgecolor": GREY, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.axisbelow": True, "grid.color": LIGHT, "legend.frameon": False, "figure.dpi": 130,
-        "axes.titlesize": 10, "axes.titlelocation": "left", "savefig.bbox": "tight",
-    })  # fmt: skip
+    matplotlib.rcParams.update(
+        {
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "text.color": INK,
+            "axes.edgecolor": GREY,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "axes.axisbelow": True,
+            "grid.color": LIGHT,
+            "legend.frameon": False,
+            "figure.dpi": 130,
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "savefig.bbox": "tight",
+        }
+    )
     return [name for name in make(bench.results) if name]
 
 
@@ -45,22 +67,35 @@ def _save(folder: Path, figure: Any, name: str) -> str:
     return name
 
 
-def _bars(axis: Any, at: Sequence[float], found: Sequence[dict[str, float]], height: float,
-          colour: str, label: str | None = None) -> None:  # fmt: skip
+def _bars(
+    axis: Any,
+    at: Sequence[float],
+    found: Sequence[dict[str, float]],
+    height: float,
+    colour: str,
+    label: str | None = None,
+) -> None:
     """Horizontal bars at the medians, with a line from the lowest to the highest round."""
     middle = [f["median"] for f in found]
     reach = [[f["median"] - f["low"] for f in found], [f["high"] - f["median"] for f in found]]
     axis.barh(at, middle, height, color=colour, label=label)
     axis.errorbar(middle, at, xerr=reach, fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
     for y, f in zip(at, found, strict=True):
-        axis.annotate(f"{f['median']:.2f}", (f["high"], y), (4, 0), textcoords="offset points",
-                      va="center", fontsize=8)  # fmt: skip
+        axis.annotate(f"{f['median']:.2f}", (f["high"], y), (4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _legend_below(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncol=len(labels),
-                  columnspacing=1.0, handlelength=1.2, fontsize=8)  # fmt: skip
+    figure.legend(
+        handles,
+        labels,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncol=len(labels),
+        columnspacing=1.0,
+        handlelength=1.2,
+        fontsize=8,
+    )
 
 
 def floor(folder: Path, rows: list[dict[str, Any]]) -> str:
@@ -70,23 +105,14 @@ def floor(folder: Path, rows: list[dict[str, Any]]) -> str:
     modes = list(dict.fromkeys(r["mode"] for r in rows))
     counts = list(dict.fromkeys(r["processes"] for r in rows))
     names = list(dict.fromkeys(r["what"] for r in rows))
-    figure, axes = plt.subplots(
-        1, len(modes), figsize=(4.6 * len(modes), 3.2), sharex=True, sharey=True, squeeze=False
-    )
+    figure, axes = plt.subplots(1, len(modes), figsize=(4.6 * len(modes), 3.2), sharex=True, sharey=True, squeeze=False)
     height = 0.8 / len(counts)
     for axis, mode in zip(axes[0], modes, strict=True):
         for i, count in enumerate(counts):
             ours = [r for r in rows if (r["mode"], r["processes"]) == (mode, count)]
             at = [names.index(r["what"]) + (i - (len(counts) - 1) / 2) * height for r in ours]
             label = f"{count} process{'es' * (count > 1)}"
-            _bars(
-                axis,
-                at,
-                [r["rate"] for r in ours],
-                0.9 * height,
-                (BLUE, ORANGE, GREEN)[i % 3],
-                label,
-            )
+            _bars(axis, at, [r["rate"] for r in ours], 0.9 * height, (BLUE, ORANGE, GREEN)[i % 3], label)
         axis.set(title=mode, xlabel="GB/s", yticks=range(len(names)), yticklabels=names)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}")
@@ -124,8 +150,12 @@ def loader(folder: Path, rows: list[dict[str, Any]]) -> str:
             colour = (BLUE, ORANGE, GREEN)[i % 3]
             _bars(axis, at, [r["of_plain"] for r in ours], 0.9 * height, colour, label)
         axis.axvline(1, color=INK, linewidth=0.8)
-        axis.set(title=f"{batch:,} x {panel[0]} x float16, {panel[1]}", xlabel="of a plain read",
-                 yticks=range(len(names)), yticklabels=names)  # fmt: skip
+        axis.set(
+            title=f"{batch:,} x {panel[0]} x float16, {panel[1]}",
+            xlabel="of a plain read",
+            yticks=range(len(names)),
+            yticklabels=names,
+        )
         axis.margins(x=0.2)
         axis.grid(axis="x")
     axes[0][0].invert_yaxis()
@@ -142,10 +172,7 @@ def _case(row: dict[str, Any]) -> str:
 def _panels(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     kinds = list(dict.fromkeys((r["mode"], r["size"]) for r in rows))
     return [
-        (
-            f"{mode}, {format_bytes(size)}",
-            [r for r in rows if (r["mode"], r["size"]) == (mode, size)],
-        )
+        (f"{mode}, {format_bytes(size)}", [r for r in rows if (r["mode"], r["size"]) == (mode, size)])
         for mode, size in kinds
     ]
 
@@ -158,17 +185,24 @@ def fractions(folder: Path, rows: list[dict[str, Any]]) -> str:
         return ""
     panels = _panels(rows)
     longest = max(len(ours) for _, ours in panels)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 0.8 + 0.34 * longest), squeeze=False
-    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 0.8 + 0.34 * longest), squeeze=False)
     for axis, (title, ours) in zip(axes[0], panels, strict=True):
         for i, row in enumerate(ours):
             colour = (GREY, BLUE, ORANGE, GREEN)[(row["levels"] - 1) % 4]
             _bars(axis, [i], [row["of_copy"]], 0.7, colour)
-            axis.plot([1 / row["levels"]] * 2, [i - 0.45, i + 0.45], color=RED, linewidth=1.6,
-                      label="one copy per level" if i == 0 else None)  # fmt: skip
-        axis.set(title=title, xlabel="rate, as a fraction of copying the same files",
-                 yticks=range(len(ours)), yticklabels=[_case(r) for r in ours])  # fmt: skip
+            axis.plot(
+                [1 / row["levels"]] * 2,
+                [i - 0.45, i + 0.45],
+                color=RED,
+                linewidth=1.6,
+                label="one copy per level" if i == 0 else None,
+            )
+        axis.set(
+            title=title,
+            xlabel="rate, as a fraction of copying the same files",
+            yticks=range(len(ours)),
+            yticklabels=[_case(r) for r in ours],
+        )
         axis.invert_yaxis()
         axis.set_xlim(left=0)
         axis.margins(x=0.12)
@@ -186,16 +220,12 @@ def phases(folder: Path, rows: list[dict[str, Any]]) -> str:
         return ""
     panels = _panels(rows)
     longest = max(len(ours) for _, ours in panels)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 1.2 + 0.34 * longest), squeeze=False
-    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 1.2 + 0.34 * longest), squeeze=False)
     for axis, (title, ours) in zip(axes[0], panels, strict=True):
         left = [0.0] * len(ours)
         for phase in (*PHASES, *OUTSIDE):
             shares = [100 * r["phases"][phase] for r in ours]
-            axis.barh(
-                range(len(ours)), shares, 0.72, left=left, color=PHASE_COLOURS[phase], label=phase
-            )
+            axis.barh(range(len(ours)), shares, 0.72, left=left, color=PHASE_COLOURS[phase], label=phase)
             for y, (at, share) in enumerate(zip(left, shares, strict=True)):
                 if share >= 5:
                     axis.text(
@@ -208,8 +238,13 @@ def phases(folder: Path, rows: list[dict[str, Any]]) -> str:
                         color="white" if phase in ("read", "partition", "write", "other") else INK,
                     )
             left = [at + share for at, share in zip(left, shares, strict=True)]
-        axis.set(title=title, xlabel="% of the workers' time", xlim=(0, 100), yticks=range(len(ours)),
-                 yticklabels=[_case(r) for r in ours])  # fmt: skip
+        axis.set(
+            title=title,
+            xlabel="% of the workers' time",
+            xlim=(0, 100),
+            yticks=range(len(ours)),
+            yticklabels=[_case(r) for r in ours],
+        )
         axis.invert_yaxis()
     figure.tight_layout()
     _legend_below(figure, axes[0][0])
@@ -231,12 +266,14 @@ def scheduler(folder: Path, samples: list[dict[str, float]], workers: int) -> st
         ("scheduler_cpu", BLUE, "scheduler"),
         ("driver_cpu", ORANGE, "driver"),
     ):
-        steps = [(b["tasks"], 1000 * (b[name] - a[name]) / (b["tasks"] - a["tasks"]))
-                 for a, b in pairwise(coarse)]  # fmt: skip
+        steps = [(b["tasks"], 1000 * (b[name] - a[name]) / (b["tasks"] - a["tasks"])) for a, b in pairwise(coarse)]
         pace.plot([d / unit for d, _ in steps], [ms for _, ms in steps], color=colour, label=label)
     memory.set(title="memory", xlabel=f"{word}tasks done", ylabel="MB")
-    pace.set(title=f"time a task, {workers} worker{'s' * (workers != 1)}: wall clock, and processor of",
-             xlabel=f"{word}tasks done", ylabel="ms")  # fmt: skip
+    pace.set(
+        title=f"time a task, {workers} worker{'s' * (workers != 1)}: wall clock, and processor of",
+        xlabel=f"{word}tasks done",
+        ylabel="ms",
+    )
     for axis in (memory, pace):
         axis.margins(y=0.15)
         axis.set_ylim(bottom=0)
@@ -267,8 +304,13 @@ def growth(folder: Path, rows: list[dict[str, Any]], line: dict[str, float], mem
     figure, (pace, held) = plt.subplots(1, 2, figsize=(9.6, 3.6))
     colours = dict(enumerate((GREY, BLUE, ORANGE, GREEN, RED), 1))
     work = [r["bytes"] * r["levels"] / 1e9 for r in rows]
-    pace.plot([0, max(work)], [line["fixed"], line["fixed"] + line["per_gb"] * max(work)], color=GREY,
-              linewidth=1, label=f"{line['fixed']:.1f} s + {line['per_gb']:.2f} s/GB")  # fmt: skip
+    pace.plot(
+        [0, max(work)],
+        [line["fixed"], line["fixed"] + line["per_gb"] * max(work)],
+        color=GREY,
+        linewidth=1,
+        label=f"{line['fixed']:.1f} s + {line['per_gb']:.2f} s/GB",
+    )
     for levels in dict.fromkeys(r["levels"] for r in rows):
         at = [i for i, r in enumerate(rows) if r["levels"] == levels]
         label = f"{levels} level{'s' * (levels > 1)}"
@@ -278,16 +320,35 @@ def growth(folder: Path, rows: list[dict[str, Any]], line: dict[str, float], mem
         ):
             found = [rows[i][key] for i in at]
             middle = [f["median"] / unit for f in found]
-            reach = [[(f["median"] - f["low"]) / unit for f in found],
-                     [(f["high"] - f["median"]) / unit for f in found]]  # fmt: skip
-            axis.errorbar([x[i] for i in at], middle, yerr=reach, fmt="o", markersize=5, capsize=3,
-                          color=colours.get(levels, INK), ecolor=GREY, label=label)  # fmt: skip
+            reach = [
+                [(f["median"] - f["low"]) / unit for f in found],
+                [(f["high"] - f["median"]) / unit for f in found],
+            ]
+            axis.errorbar(
+                [x[i] for i in at],
+                middle,
+                yerr=reach,
+                fmt="o",
+                markersize=5,
+                capsize=3,
+                color=colours.get(levels, INK),
+                ecolor=GREY,
+                label=label,
+            )
     pace.set(title="time", xlabel="GB x levels", ylabel="seconds")
     pace.legend(loc="lower right")
     pace.locator_params(axis="x", nbins=6)
     held.axhline(memory / 1e6, color=RED, linewidth=1, linestyle="--")
-    held.annotate("--memory", (1.0, memory / 1e6), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                  textcoords="offset points", color=RED, fontsize=8, ha="right")  # fmt: skip
+    held.annotate(
+        "--memory",
+        (1.0, memory / 1e6),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        color=RED,
+        fontsize=8,
+        ha="right",
+    )
     held.set(title="peak memory, interpreter and imports included", xlabel="data, MB", ylabel="MB")
     held.set_xscale("log", base=2)
     sizes = [r["bytes"] / 1e6 for r in rows]
@@ -308,9 +369,7 @@ def peers(folder: Path, rows: list[dict[str, Any]], nbytes: int) -> str:
     done = sorted((r for r in rows if "seconds" in r), key=lambda r: r["seconds"]["median"])
     if not done:
         return ""
-    figure, (pace, held) = plt.subplots(
-        1, 2, figsize=(9.6, 1.1 + 0.32 * len(done)), sharey=True, width_ratios=(3, 2)
-    )
+    figure, (pace, held) = plt.subplots(1, 2, figsize=(9.6, 1.1 + 0.32 * len(done)), sharey=True, width_ratios=(3, 2))
 
     def colour(row: dict[str, Any]) -> str:
         good = row["exact"] and row["verdict"] == "pass"
@@ -321,15 +380,21 @@ def peers(folder: Path, rows: list[dict[str, Any]], nbytes: int) -> str:
         memory = {k: v / 1e9 if k != "rounds" else v for k, v in row["memory"].items()}
         _bars(held, [i], [memory], 0.7, colour(row))
     names = [r["title"] + ("" if r["exact"] and r["verdict"] == "pass" else " *") for r in done]
-    pace.set(title=f"seconds for {format_bytes(nbytes)}, start-up included", yticks=range(len(done)),
-             yticklabels=names)  # fmt: skip
+    pace.set(title=f"seconds for {format_bytes(nbytes)}, start-up included", yticks=range(len(done)), yticklabels=names)
     if done[-1]["seconds"]["median"] > 20 * done[0]["seconds"]["median"]:
         pace.set_xscale("log")
         pace.xaxis.set_major_formatter("{x:g}")
     held.set(title="peak memory, GB")
     held.axvline(nbytes / 1e9, color=RED, linewidth=1, linestyle="--")
-    held.annotate("the data", (nbytes / 1e9, 0.0), xycoords=("data", "axes fraction"), xytext=(3, 3),
-                  textcoords="offset points", color=RED, fontsize=8)  # fmt: skip
+    held.annotate(
+        "the data",
+        (nbytes / 1e9, 0.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, 3),
+        textcoords="offset points",
+        color=RED,
+        fontsize=8,
+    )
     pace.invert_yaxis()
     for axis in (pace, held):
         axis.margins(x=0.2)
@@ -337,9 +402,7 @@ def peers(folder: Path, rows: list[dict[str, Any]], nbytes: int) -> str:
     figure.tight_layout()
     notes = ["* not exactly uniform"] if any(n.endswith("*") for n in names) else []
     notes += [f"{r['title']}: {r['outcome']}" for r in rows if "seconds" not in r]
-    figure.text(
-        0.01, 0.0, "; ".join(notes), ha="left", va="top", fontsize=7.5, color=GREY, wrap=True
-    )
+    figure.text(0.01, 0.0, "; ".join(notes), ha="left", va="top", fontsize=7.5, color=GREY, wrap=True)
     return _save(folder, figure, "peers.png")
 
 
@@ -350,13 +413,17 @@ def calibrate(folder: Path, rows: list[dict[str, Any]]) -> str:
     figure, axis = plt.subplots(figsize=(4.6, 4.2))
     ends = [f(r["measured"]["low"] for r in rows) for f in (min, max)]
     axis.plot(ends, ends, color=GREY, linewidth=1)
-    axis.fill_between(
-        ends, [0.85 * x for x in ends], [1.15 * x for x in ends], color=LIGHT, label="15%"
-    )
+    axis.fill_between(ends, [0.85 * x for x in ends], [1.15 * x for x in ends], color=LIGHT, label="15%")
     for known, colour, label in ((True, GREY, "fitted to"), (False, BLUE, "held out")):
         ours = [r for r in rows if r["known"] == known]
-        axis.plot([r["measured"]["low"] for r in ours], [r["foretold"] for r in ours], "o", markersize=5,
-                  color=colour, label=label)  # fmt: skip
+        axis.plot(
+            [r["measured"]["low"] for r in ours],
+            [r["foretold"] for r in ours],
+            "o",
+            markersize=5,
+            color=colour,
+            label=label,
+        )
     axis.set(xscale="log", yscale="log", xlabel="measured, seconds", ylabel="foretold, seconds")
     axis.legend()
     return _save(folder, figure, "calibrate.png")

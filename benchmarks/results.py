@@ -82,9 +82,7 @@ class Bench:
 
 
 @contextmanager
-def bench(
-    name: str, work: Path | None, out: Path | None, settings: dict[str, Any]
-) -> Iterator[Bench]:
+def bench(name: str, work: Path | None, out: Path | None, settings: dict[str, Any]) -> Iterator[Bench]:
     """A work folder that goes when the benchmark is over, and a dated folder for its results."""
     base = work or HERE / ".work"
     folder = base / name
@@ -113,10 +111,7 @@ def need_space(folder: Path, nbytes: int) -> None:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range of what several rounds gave."""
-    return {
-        "median": statistics.median(values), "low": min(values), "high": max(values),
-        "rounds": len(values),
-    }  # fmt: skip
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "rounds": len(values)}
 
 
 def ranged(found: dict[str, float], form: str = "{:.2f}") -> str:

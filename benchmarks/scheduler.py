@@ -52,9 +52,7 @@ def run(bench: Bench, *, tasks: int, workers: int) -> None:
     bench.publish({"samples": samples, "summary": figures}, page(figures), images)
 
 
-def _watch(
-    bench: Bench, crew: Dask, job: Job, tasks: int, processes: dict[str, int]
-) -> Iterator[dict[str, float]]:
+def _watch(bench: Bench, crew: Dask, job: Job, tasks: int, processes: dict[str, int]) -> Iterator[dict[str, float]]:
     """Time, processor time and memory after every so many tasks, from none to all."""
     pids = processes | {"driver": os.getpid()}
     started, step = time.monotonic(), max(1, tasks // SAMPLES)
@@ -70,9 +68,11 @@ def _watch(
         if done % step == 0 or done == tasks:
             found = sample(done)
             if done % step == 0:
-                bench.did(f"{done:,} tasks, {1000 * found['seconds'] / done:.2f} ms each, scheduler "
-                          f"{format_bytes(found['scheduler_memory'])}, driver "
-                          f"{format_bytes(found['driver_memory'])}")  # fmt: skip
+                bench.did(
+                    f"{done:,} tasks, {1000 * found['seconds'] / done:.2f} ms each, scheduler "
+                    f"{format_bytes(found['scheduler_memory'])}, driver "
+                    f"{format_bytes(found['driver_memory'])}"
+                )
             yield found
 
 
@@ -83,14 +83,17 @@ def summary(samples: list[dict[str, float]], tasks: int, workers: int) -> dict[s
     for name in ("scheduler", "driver"):
         per_task[name] = _slope(settled, f"{name}_memory")
     return {
-        "tasks": tasks, "workers": workers, "seconds": last["seconds"],
+        "tasks": tasks,
+        "workers": workers,
+        "seconds": last["seconds"],
         "ms_per_task": 1000 * last["seconds"] / tasks,
-        "cpu_ms_per_task": {n: 1000 * (last[f"{n}_cpu"] - samples[0][f"{n}_cpu"]) / tasks
-                            for n in ("scheduler", "driver")},
+        "cpu_ms_per_task": {
+            n: 1000 * (last[f"{n}_cpu"] - samples[0][f"{n}_cpu"]) / tasks for n in ("scheduler", "driver")
+        },
         "memory_first": {n: settled[0][f"{n}_memory"] for n in ("scheduler", "driver")},
         "memory_last": {n: last[f"{n}_memory"] for n in ("scheduler", "driver")},
         "bytes_per_task": per_task,
-    }  # fmt: skip
+    }
 
 
 def page(figures: dict[str, Any]) -> list[str]:
@@ -102,11 +105,18 @@ def page(figures: dict[str, Any]) -> list[str]:
         "",
         *table(
             ("", "CPU ms a task", "memory after a tenth", "at the end", "bytes left by a task"),
-            ((name, f"{figures['cpu_ms_per_task'][name]:.2f}", format_bytes(figures["memory_first"][name]),
-              format_bytes(figures["memory_last"][name]), f"{per_task[name]:.0f}")
-             for name in ("scheduler", "driver")),
+            (
+                (
+                    name,
+                    f"{figures['cpu_ms_per_task'][name]:.2f}",
+                    format_bytes(figures["memory_first"][name]),
+                    format_bytes(figures["memory_last"][name]),
+                    f"{per_task[name]:.0f}",
+                )
+                for name in ("scheduler", "driver")
+            ),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _slope(samples: list[dict[str, float]], name: str) -> float:
@@ -134,16 +144,20 @@ def _job(work: Path) -> Job:
 def _cluster(work: Path, workers: int) -> Iterator[tuple[str, dict[str, int]]]:
     """A scheduler and workers by Dask's own commands; its address, and pids to watch."""
     note = work / "scheduler.json"
-    env = {**os.environ, "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100",
-           "DASK_LOGGING__DISTRIBUTED": "critical", "PYTHONPATH": str(measure.ROOT)}  # fmt: skip
+    env = {
+        **os.environ,
+        "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "100",
+        "DASK_LOGGING__DISTRIBUTED": "critical",
+        "PYTHONPATH": str(measure.ROOT),
+    }
 
     def start(module: str, *words: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", f"distributed.cli.{module}", *words]
-        return subprocess.Popen(command, env=env, cwd=work, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL)  # fmt: skip
+        return subprocess.Popen(command, env=env, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    scheduler = start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
-                      "--scheduler-file", str(note))  # fmt: skip
+    scheduler = start(
+        "dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(note)
+    )
     crew = []
     try:
         deadline = time.monotonic() + 60
@@ -153,8 +167,9 @@ def _cluster(work: Path, workers: int) -> Iterator[tuple[str, dict[str, int]]]:
             time.sleep(0.1)
         address = json.loads(note.read_text())["address"]
         for _ in range(workers):
-            crew.append(start("dask_worker", address, "--nthreads", "1", "--no-nanny",
-                              "--memory-limit", "0", "--no-dashboard"))  # fmt: skip
+            crew.append(
+                start("dask_worker", address, "--nthreads", "1", "--no-nanny", "--memory-limit", "0", "--no-dashboard")
+            )
         yield address, {"scheduler": scheduler.pid}
     finally:
         for process in (*crew, scheduler):

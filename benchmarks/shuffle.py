@@ -44,54 +44,50 @@ class Case:
 
     def __str__(self) -> str:
         crew = f"{self.workers} workers" if self.workers else "serial"
-        return (f"{self.mode}, {format_bytes(self.size)}, rows of {self.row_bytes} B, {crew}, "
-                f"{self.levels} level{'s' * (self.levels > 1)}")  # fmt: skip
+        return (
+            f"{self.mode}, {format_bytes(self.size)}, rows of {self.row_bytes} B, {crew}, "
+            f"{self.levels} level{'s' * (self.levels > 1)}"
+        )
 
 
 def run(
-    bench: Bench, *, sizes: list[int], row_bytes: list[int], workers: list[int], levels: list[int],
-    modes: list[str], rounds: int, memory: int, chunk: int,
-) -> None:  # fmt: skip
+    bench: Bench,
+    *,
+    sizes: list[int],
+    row_bytes: list[int],
+    workers: list[int],
+    levels: list[int],
+    modes: list[str],
+    rounds: int,
+    memory: int,
+    chunk: int,
+) -> None:
     # Source, spill with keys and source rows, output: as much again for each.
     need_space(bench.work, int(max(sizes) * (len(row_bytes) + 3.5)))
     bench.plan(rounds * len(sizes) * len(row_bytes) * len(workers) * len(modes) * (len(levels) + 2))
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        crews: dict[int, Executor] = {
-            n: stack.enter_context(local_cluster(n)) if n else Serial() for n in workers
-        }
+        crews: dict[int, Executor] = {n: stack.enter_context(local_cluster(n)) if n else Serial() for n in workers}
         copiers = {n: stack.enter_context(Copier(n)) for n in sorted({max(1, w) for w in workers})}
         for size in sizes:
             sources = {width: make_source(bench.work, size, width, chunk) for width in row_bytes}
-            floors = {(width, n): Floor(copiers[n], sources[width], bench.work)
-                      for width in row_bytes for n in copiers}  # fmt: skip
+            floors = {(width, n): Floor(copiers[n], sources[width], bench.work) for width in row_bytes for n in copiers}
             for floor in floors.values():
                 floor.warm_up()
             # Once without looking: buffers are touched, code is loaded, the allocator has its memory.
             for crew in crews.values():
-                _shuffle(
-                    crew,
-                    next(iter(sources.values())),
-                    bench.work / "out",
-                    memory,
-                    max(levels),
-                    True,
-                )
+                _shuffle(crew, next(iter(sources.values())), bench.work / "out", memory, max(levels), True)
             for number in range(rounds):
                 for mode in modes:
                     for count, crew in crews.items():
                         for width, source in sources.items():
                             cases = [Case(mode, size, width, count, level) for level in levels]
-                            group = _group(
-                                bench, cases, crew, source, floors[width, max(1, count)], memory
-                            )
+                            group = _group(bench, cases, crew, source, floors[width, max(1, count)], memory)
                             found += [one | {"round": number} for one in group]
             for path in sources.values():
                 shutil.rmtree(path)
     rows = summary(found)
-    images = plots.draw(
-        bench, lambda folder: [plots.fractions(folder, rows), plots.phases(folder, rows)]
-    )
+    images = plots.draw(bench, lambda folder: [plots.fractions(folder, rows), plots.phases(folder, rows)])
     bench.publish({"rounds": found, "summary": rows}, page(rows, memory), images)
 
 
@@ -116,32 +112,42 @@ def _group(
     bench.did(f"{mode}, {floor.copier.processes} processes, copy: {rate(floor.nbytes, copies[1])}")
     mean = sum(copies) / 2
     return [
-        one | {"copies": copies, "of_copy": mean / one["seconds"],
-               "of_copy_published": mean / one["published"]}
+        one | {"copies": copies, "of_copy": mean / one["seconds"], "of_copy_published": mean / one["published"]}
         for one in found
-    ]  # fmt: skip
+    ]
 
 
-def _shuffle(
-    crew: Executor, source: Path, target: Path, memory: int, levels: int, fsync: bool
-) -> dict[str, Any]:
+def _shuffle(crew: Executor, source: Path, target: Path, memory: int, levels: int, fsync: bool) -> dict[str, Any]:
     """One shuffle, from the call to the completion marker; workers are running already."""
     timed, jobs = Timed(crew), list[Job]()
     start = time.monotonic()
     result = actshuffle.shuffle(
-        source, target, seed=SEED, levels=levels, memory=memory, executor=timed, fsync=fsync,
-        gather=levels == 1, progress=timed, planned=jobs.append,
-    )  # fmt: skip
+        source,
+        target,
+        seed=SEED,
+        levels=levels,
+        memory=memory,
+        executor=timed,
+        fsync=fsync,
+        gather=levels == 1,
+        progress=timed,
+        planned=jobs.append,
+    )
     stop = time.monotonic()
     shutil.rmtree(target)
     plan = result.plan
     return {
-        "seconds": stop - start, "published": published(timed) - start,
-        "bytes": result.nbytes, "rows": rows_of(source),
-        "tasks": len(timed.traces), "leaves": plan.leaves,
-        "block_bytes": plan.block_bytes, "leaf_bytes": plan.leaf_rows * plan.row_bytes,
-        "task_cpu": sum(t.cpu for t in timed.traces), "phases": breakdown(timed, start, stop),
-    }  # fmt: skip
+        "seconds": stop - start,
+        "published": published(timed) - start,
+        "bytes": result.nbytes,
+        "rows": rows_of(source),
+        "tasks": len(timed.traces),
+        "leaves": plan.leaves,
+        "block_bytes": plan.block_bytes,
+        "leaf_bytes": plan.leaf_rows * plan.row_bytes,
+        "task_cpu": sum(t.cpu for t in timed.traces),
+        "phases": breakdown(timed, start, stop),
+    }
 
 
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -152,20 +158,29 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         cases.setdefault(case, []).append(one)
     rows = []
     for case, ours in cases.items():
-        widest = cases[max((c for c in cases if replace(c, row_bytes=case.row_bytes) == case),
-                           key=lambda c: c.row_bytes)]  # fmt: skip
-        rows.append(asdict(case) | {
-            "of_widest": spread([w["seconds"] / one["seconds"] * one["bytes"] / w["bytes"]
-                                 for w, one in zip(widest, ours, strict=False)]),
-            "rate": spread([one["bytes"] / one["seconds"] / 1e9 for one in ours]),
-            "copy_rate": spread([one["bytes"] / s / 1e9 for one in ours for s in one["copies"]]),
-            "of_copy": spread([one["of_copy"] for one in ours]),
-            "of_copy_published": spread([one["of_copy_published"] for one in ours]),
-            "of_floor": spread([one["of_copy"] * case.levels for one in ours]),
-            "cpu_per_gb": spread([one["task_cpu"] / one["bytes"] * 1e9 for one in ours]),
-            "leaves": ours[0]["leaves"], "leaf_bytes": ours[0]["leaf_bytes"],
-            "phases": summarise([one["phases"] for one in ours]),
-        })  # fmt: skip
+        widest = cases[
+            max((c for c in cases if replace(c, row_bytes=case.row_bytes) == case), key=lambda c: c.row_bytes)
+        ]
+        rows.append(
+            asdict(case)
+            | {
+                "of_widest": spread(
+                    [
+                        w["seconds"] / one["seconds"] * one["bytes"] / w["bytes"]
+                        for w, one in zip(widest, ours, strict=False)
+                    ]
+                ),
+                "rate": spread([one["bytes"] / one["seconds"] / 1e9 for one in ours]),
+                "copy_rate": spread([one["bytes"] / s / 1e9 for one in ours for s in one["copies"]]),
+                "of_copy": spread([one["of_copy"] for one in ours]),
+                "of_copy_published": spread([one["of_copy_published"] for one in ours]),
+                "of_floor": spread([one["of_copy"] * case.levels for one in ours]),
+                "cpu_per_gb": spread([one["task_cpu"] / one["bytes"] * 1e9 for one in ours]),
+                "leaves": ours[0]["leaves"],
+                "leaf_bytes": ours[0]["leaf_bytes"],
+                "phases": summarise([one["phases"] for one in ours]),
+            }
+        )
     return rows
 
 
@@ -183,12 +198,39 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
         "running when the clock starts. *leaves* is the number of pieces sorted in memory.",
         "",
         *table(
-            ("mode", "data", "row", "workers", "levels", "leaves", "GB/s", "copy GB/s", "of copy",
-             "published", "of floor", "of widest", "CPU s/GB"),
-            ((r["mode"], format_bytes(r["size"]), f"{r['row_bytes']} B", r["workers"] or "serial",
-              r["levels"], r["leaves"], ranged(r["rate"]), ranged(r["copy_rate"]), ranged(r["of_copy"]),
-              ranged(r["of_copy_published"]), ranged(r["of_floor"]), ranged(r["of_widest"]), ranged(r["cpu_per_gb"]))
-             for r in rows),
+            (
+                "mode",
+                "data",
+                "row",
+                "workers",
+                "levels",
+                "leaves",
+                "GB/s",
+                "copy GB/s",
+                "of copy",
+                "published",
+                "of floor",
+                "of widest",
+                "CPU s/GB",
+            ),
+            (
+                (
+                    r["mode"],
+                    format_bytes(r["size"]),
+                    f"{r['row_bytes']} B",
+                    r["workers"] or "serial",
+                    r["levels"],
+                    r["leaves"],
+                    ranged(r["rate"]),
+                    ranged(r["copy_rate"]),
+                    ranged(r["of_copy"]),
+                    ranged(r["of_copy_published"]),
+                    ranged(r["of_floor"]),
+                    ranged(r["of_widest"]),
+                    ranged(r["cpu_per_gb"]),
+                )
+                for r in rows
+            ),
         ),
         "",
         "## Where the time goes",
@@ -201,8 +243,15 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
         "",
         *table(
             ("mode", "row", "workers", "levels", *names, "(behind)"),
-            ((r["mode"], f"{r['row_bytes']} B", r["workers"] or "serial", r["levels"],
-              *(f"{100 * r['phases'][n]:.0f}" for n in (*names, "behind")))
-             for r in rows),
+            (
+                (
+                    r["mode"],
+                    f"{r['row_bytes']} B",
+                    r["workers"] or "serial",
+                    r["levels"],
+                    *(f"{100 * r['phases'][n]:.0f}" for n in (*names, "behind")),
+                )
+                for r in rows
+            ),
         ),
-    ]  # fmt: skip
+    ]

@@ -23,10 +23,15 @@ def make_source(folder: Path, nbytes: int, row_bytes: int, chunk_bytes: int = CH
     partial = path.with_suffix(".making")
     width = row_bytes // WORD
     array = zarr.create_array(
-        partial, shape=(rows, width), dtype="<u8", chunks=(chunk_rows, width), compressors=None,
-        chunk_key_encoding={"name": "default", "separator": "."}, overwrite=True,
+        partial,
+        shape=(rows, width),
+        dtype="<u8",
+        chunks=(chunk_rows, width),
+        compressors=None,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        overwrite=True,
         config={"write_empty_chunks": True},
-    )  # fmt: skip
+    )
     rng = np.random.Generator(np.random.SFC64(0))
     chunk = np.empty((chunk_rows, width), np.uint64)
     for start in range(0, rows, chunk_rows):

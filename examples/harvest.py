@@ -49,8 +49,7 @@ class Window(NamedTuple):
 def harvest(path: Path, rows: int) -> zarr.Group:
     """Write `rows` rows to `path` (fewer where the text runs out). A finished store is kept."""
     recipe = {
-        "model": f"sentence-transformers/all-MiniLM-L6-v2 "
-        f"({PACKAGE} {importlib.metadata.version(PACKAGE)})",
+        "model": f"sentence-transformers/all-MiniLM-L6-v2 ({PACKAGE} {importlib.metadata.version(PACKAGE)})",
         "layer": f"hidden_states[{LAYER}], after {LAYER} of 6 layers",
         "text": f"source of the Python {platform.python_version()} standard library, files in "
         f"sorted order, the first {PER_DOCUMENT} tokens of each",
@@ -168,9 +167,7 @@ def forward(model: Any, tokenizer: Any, windows: list[Window]) -> Iterator[dict[
             by_length[len(window.tokens)].append(index)
         activations: list[np.ndarray] = [np.empty(0)] * len(group)
         for indices in by_length.values():
-            ids = [
-                [tokenizer.cls_token_id, *group[i].tokens, tokenizer.sep_token_id] for i in indices
-            ]
+            ids = [[tokenizer.cls_token_id, *group[i].tokens, tokenizer.sep_token_id] for i in indices]
             with torch.inference_mode():
                 hidden = model(input_ids=torch.tensor(ids)).last_hidden_state[:, 1:-1].numpy()
             for i, values in zip(indices, hidden, strict=True):
@@ -178,18 +175,12 @@ def forward(model: Any, tokenizer: Any, windows: list[Window]) -> Iterator[dict[
         yield {
             "activations": np.concatenate(activations),
             "token": np.concatenate([np.array(w.tokens, "i4") for w in group]),
-            "document": np.repeat(
-                np.array([w.document for w in group], "i4"), [len(w.tokens) for w in group]
-            ),
-            "position": np.concatenate(
-                [w.position + np.arange(len(w.tokens), dtype="i4") for w in group]
-            ),
+            "document": np.repeat(np.array([w.document for w in group], "i4"), [len(w.tokens) for w in group]),
+            "position": np.concatenate([w.position + np.arange(len(w.tokens), dtype="i4") for w in group]),
         }
 
 
-def whole_chunks(
-    pieces: Iterable[dict[str, np.ndarray]], rows: int
-) -> Iterator[dict[str, np.ndarray]]:
+def whole_chunks(pieces: Iterable[dict[str, np.ndarray]], rows: int) -> Iterator[dict[str, np.ndarray]]:
     """Cut a stream of pieces anew, so that every piece but the last has exactly `rows` rows."""
     rest: dict[str, np.ndarray] = {}
     for piece in pieces:

@@ -151,19 +151,13 @@ def table(before: Mixing, after: Mixing, ideal: float) -> str:
             *(f"{m.neighbours.mean():z.3f}" for m in (before, after)),
             f"{before.anyone.mean():z.3f}",
         ),
-        (
-            "squared error of a batch's mean, over ideal",
-            *(f"{m.drift.mean():.2f}" for m in (before, after)),
-            "1.00",
-        ),
+        ("squared error of a batch's mean, over ideal", *(f"{m.drift.mean():.2f}" for m in (before, after)), "1.00"),
     ]
     head = ("", "before", "after", "ideal")
     return "\n".join(f"{a:<44}{b:>9}{c:>9}{d:>9}" for a, b, c, d in [head, *lines])
 
 
-def draw(
-    path: Path, source: Path, shuffled: Path, before: Mixing, after: Mixing, ideal: float
-) -> None:
+def draw(path: Path, source: Path, shuffled: Path, before: Mixing, after: Mixing, ideal: float) -> None:
     """One picture: eight batches row by row, and the three numbers over the whole epoch."""
     import matplotlib
 

@@ -63,10 +63,15 @@ def save(run: Path, model: Model, optimizer: Optimizer, step: int, cursor: dict[
         if mesh.rank == 0:
             names = [f"shard-{i}-of-{mesh.tp}.safetensors" for i in range(mesh.tp)]
             state = {
-                "format": FORMAT, "step": step, "config": model.config.to_json(), "d_in": model.d_in,
-                "scale": model.norm.scale, "tile": model.tile, "cursor": cursor,
+                "format": FORMAT,
+                "step": step,
+                "config": model.config.to_json(),
+                "d_in": model.d_in,
+                "scale": model.norm.scale,
+                "tile": model.tile,
+                "cursor": cursor,
                 "shards": {n: bytes(d.tolist()).hex() for n, d in zip(names, digests, strict=True)},
-            }  # fmt: skip
+            }
             write_json(building / "state.json", state)
             _sync(building)
             if target.exists():  # damaged, or it would have been resumed from
@@ -178,9 +183,7 @@ def find(path: Path) -> Checkpoint:
     return open_checkpoint(folders[0])
 
 
-def load_latest(
-    runs: Sequence[Path], mesh: Mesh, warn: Callable[[str], None]
-) -> list[Loaded] | None:
+def load_latest(runs: Sequence[Path], mesh: Mesh, warn: Callable[[str], None]) -> list[Loaded] | None:
     """All runs of a sweep (or one) at the latest step of which every one has an undamaged checkpoint."""
     steps = [{folder.name for folder in published(run)} for run in runs]
     for name in sorted(set.intersection(*steps), reverse=True):
@@ -214,8 +217,10 @@ def load(checkpoint: Checkpoint, mesh: Mesh) -> Loaded:
     optimizer = Optimizer(model)
     moments = {
         key: checkpoint.read(key, lo, hi).to(mesh.device)
-        for name in model.params for key in (f"adam_m.{name}", f"adam_v.{name}") if checkpoint.has(key)
-    }  # fmt: skip
+        for name in model.params
+        for key in (f"adam_m.{name}", f"adam_v.{name}")
+        if checkpoint.has(key)
+    }
     optimizer.restore(moments, state["step"])
     return Loaded(model, optimizer, state)
 

@@ -24,25 +24,15 @@ SWEPT = ("arch", "d_sae", "k", "lr", "sparsity", "aux_coef")  # what runs of one
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="saetrain", description="Sparse autoencoders from a shuffled activation store."
-    )
+    top = argparse.ArgumentParser(prog="saetrain", description="Sparse autoencoders from a shuffled activation store.")
     commands = top.add_subparsers(dest="command", required=True)
     fit = commands.add_parser("fit", help="train one, or go on where its run stopped")
-    sweep = commands.add_parser(
-        "sweep", help="train several over one read of the data: give lists, as --k 16,32"
-    )
+    sweep = commands.add_parser("sweep", help="train several over one read of the data: give lists, as --k 16,32")
     for command in (fit, sweep):
         command.add_argument("store", type=Path, help="a finished actshuffle store")
-        command.add_argument(
-            "--out", type=Path, help="folder of the run(s); the store's name with .sae if not given"
-        )
-        command.add_argument(
-            "--nproc", type=int, default=1, help="ranks on this machine (or start with torchrun)"
-        )
-        command.add_argument(
-            "--heldout", type=Path, help="evaluate on this store, not on the tail of the first"
-        )
+        command.add_argument("--out", type=Path, help="folder of the run(s); the store's name with .sae if not given")
+        command.add_argument("--nproc", type=int, default=1, help="ranks on this machine (or start with torchrun)")
+        command.add_argument("--heldout", type=Path, help="evaluate on this store, not on the tail of the first")
         for field in fields(Config):
             flag, note = f"--{field.name.replace('_', '-')}", field_help()[field.name]
             many = command is sweep and field.name in SWEPT
@@ -52,9 +42,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(flag, metavar=metavar, help=note.replace("%", "%%"))
     drawn = commands.add_parser("report", help="draw and compare runs: report.png and report.html")
     drawn.add_argument("runs", type=Path, nargs="+")
-    drawn.add_argument(
-        "--out", type=Path, help="folder of the two files; the first run if not given"
-    )
+    drawn.add_argument("--out", type=Path, help="folder of the two files; the first run if not given")
     export = commands.add_parser("export", help="write a run for another tool")
     export.add_argument("run", type=Path, help="a run, or one of its checkpoints")
     export.add_argument("to", type=Path, help="folder to write")

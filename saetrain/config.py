@@ -111,8 +111,17 @@ class Config:
             if (given := getattr(self, name)) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
         for name in (
-            "d_sae", "aux_k", "dead_tokens", "batch_size", "steps", "lr", "clip", "holdout", "tile", "aux_coef",
-        ):  # fmt: skip
+            "d_sae",
+            "aux_k",
+            "dead_tokens",
+            "batch_size",
+            "steps",
+            "lr",
+            "clip",
+            "holdout",
+            "tile",
+            "aux_coef",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("k", "log_every", "keep"):
@@ -165,7 +174,12 @@ def resolve(config: Config, d_in: int, rows: int) -> Config:
     # jumprelu's thresholds, trained at the same rate, then rise until hardly a latent is active.
     hurry = min(max((20_000 / steps) ** 0.5, 1.0), 5.0 if c.arch == "jumprelu" else math.inf)
     return replace(
-        c, d_sae=d_sae, widths=widths, holdout=holdout, batch_size=batch, steps=steps,
+        c,
+        d_sae=d_sae,
+        widths=widths,
+        holdout=holdout,
+        batch_size=batch,
+        steps=steps,
         sparsity=c.sparsity if c.sparsity >= 0 else lambdas.get(c.arch, 0.0),
         sparsity_warmup=c.sparsity_warmup if c.sparsity_warmup >= 0 else 1.0 if c.arch == "jumprelu" else 0.05,
         aux_k=c.aux_k or max(d_in // 2, 1),
@@ -174,7 +188,7 @@ def resolve(config: Config, d_in: int, rows: int) -> Config:
         lr=c.lr or min(2e-4 * (2**14 / d_sae) ** 0.5 * hurry, 0.016),
         eval_every=c.eval_every or max(steps // 10, 1),
         checkpoint_every=c.checkpoint_every or min(max(steps // 10, 1), 1000),
-    )  # fmt: skip
+    )
 
 
 @cache

@@ -25,7 +25,7 @@ from saetrain.errors import DataError
 from saetrain.mesh import Mesh
 from saetrain.model import Norm, norm_from
 
-DOCUMENT_NAMES = ("document", "documents", "document_id", "document_ids", "doc", "doc_id", "doc_ids")  # fmt: skip
+DOCUMENT_NAMES = ("document", "documents", "document_id", "document_ids", "doc", "doc_id", "doc_ids")
 SAMPLE_ROWS = 65_536  # for statistics where the store has none
 
 
@@ -87,9 +87,8 @@ class Store:
 
     def _only_field(self) -> str:
         found = [
-            n for n, f in self.data.fields.items()
-            if len(f.row_shape) == 1 and (f.dtype.kind == "f" or f.bfloat16)
-        ]  # fmt: skip
+            n for n, f in self.data.fields.items() if len(f.row_shape) == 1 and (f.dtype.kind == "f" or f.bfloat16)
+        ]
         if len(found) != 1:
             raise DataError(
                 f"{self.name} has {len(found)} arrays that could be activations ({', '.join(found) or 'none'}); "
@@ -138,11 +137,18 @@ class Store:
         fields = [self.field] + ([self.document_field] if self.document_field else [])
         try:
             return Loader(
-                replace(self.data, rows=rows), config.batch_size, fields=fields, rank=mesh.rank,
-                world_size=mesh.world, epochs=None, seed=config.seed, drop_last=True, as_torch=True,
+                replace(self.data, rows=rows),
+                config.batch_size,
+                fields=fields,
+                rank=mesh.rank,
+                world_size=mesh.world,
+                epochs=None,
+                seed=config.seed,
+                drop_last=True,
+                as_torch=True,
                 pin=mesh.device.type == "cuda",
                 buffer_rows=None if config.buffer_rows < 0 else config.buffer_rows,
-            )  # fmt: skip
+            )
         except ActshuffleError as error:
             raise DataError(str(error)) from error
 

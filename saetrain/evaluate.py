@@ -51,6 +51,11 @@ class Heldout:
         f = metrics.ratio_interval(top, bottom, groups)
         l0 = metrics.ratio_interval(count, torch.ones_like(count), groups)
         return {
-            "eval_fvu": f.value, "eval_fvu_low": f.low, "eval_fvu_high": f.high,
-            "eval_l0": l0.value, "eval_l0_low": l0.low, "eval_l0_high": l0.high, "eval_rows": len(top),
-        }  # fmt: skip
+            "eval_fvu": f.value,
+            "eval_fvu_low": f.low,
+            "eval_fvu_high": f.high,
+            "eval_l0": l0.value,
+            "eval_l0_low": l0.low,
+            "eval_l0_high": l0.high,
+            "eval_rows": len(top),
+        }

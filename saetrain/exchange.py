@@ -53,9 +53,16 @@ def export(run: Path, to: Path, format: str = "saelens") -> None:
         specs = {"b_dec": Spec(dtype, (d,)), "encoder.weight": rows, "encoder.bias": one}
         specs["W_dec"] = rows
         cfg: dict[str, Any] = {
-            "activation": "topk", "expansion_factor": max(n // d, 1), "normalize_decoder": True, "num_latents": n,
-            "k": config.k, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": d,
-        }  # fmt: skip
+            "activation": "topk",
+            "expansion_factor": max(n // d, 1),
+            "normalize_decoder": True,
+            "num_latents": n,
+            "k": config.k,
+            "multi_topk": False,
+            "skip_connection": False,
+            "transcode": False,
+            "d_in": d,
+        }
         write(to / "sae.safetensors", specs, _tensors(folded, names, dtype), {"format": "pt"})
     else:
         names = {"b_enc": "b_enc", "W_dec": "W_dec", "threshold": "threshold", "W_enc": "W_enc"}
@@ -64,15 +71,21 @@ def export(run: Path, to: Path, format: str = "saelens") -> None:
         specs = {"b_dec": Spec(dtype, (d,))} | {m: rows if m == "W_dec" else one for m in names}
         specs["W_enc"] = Spec(dtype, (d, n))
         cfg = {
-            "architecture": {"relu": "standard"}.get(folded.activation, folded.activation), "d_in": d, "d_sae": n,
-            "dtype": str(dtype).removeprefix("torch."), "device": "cpu",
-            "apply_b_dec_to_input": folded.subtract_b_dec, "normalize_activations": "none",
+            "architecture": {"relu": "standard"}.get(folded.activation, folded.activation),
+            "d_in": d,
+            "d_sae": n,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": "cpu",
+            "apply_b_dec_to_input": folded.subtract_b_dec,
+            "normalize_activations": "none",
             "reshape_activations": "none",
             "metadata": {
-                "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None,
-                "trained_with": "saetrain", "variant": config.arch,
+                "sae_lens_version": SAELENS_VERSION,
+                "sae_lens_training_version": None,
+                "trained_with": "saetrain",
+                "variant": config.arch,
             },
-        }  # fmt: skip
+        }
         if folded.activation == "topk":
             cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
         blocks = _tensors(folded, names, dtype)
@@ -80,9 +93,7 @@ def export(run: Path, to: Path, format: str = "saelens") -> None:
     checkpoint.write_json(to / "cfg.json", cfg)
 
 
-def _tensors(
-    folded: Folded, names: dict[str, str], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folded: Folded, names: dict[str, str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """b_dec and the others in order; W_enc in SAELens' layout if it goes under its own name."""
     yield "b_dec", folded.b_dec().to(dtype)
     for theirs, ours in names.items():
@@ -138,10 +149,15 @@ def _saelens(cfg: dict[str, Any], file: TensorFile) -> SAE:
         what = "read are standard, topk and jumprelu (save it for inference)"
         raise ExchangeError(f"architecture {arch!r}; {what}")
     found = SAE(
-        {"standard": "relu"}.get(arch, arch), file.read("W_enc").T.contiguous(), file.read("b_enc"),
-        file.read("W_dec"), file.read("b_dec"), bool(cfg.get("apply_b_dec_to_input", True)),
-        int(cfg["k"]) if arch == "topk" else 0, file.read("threshold") if arch == "jumprelu" else None,
-    )  # fmt: skip
+        {"standard": "relu"}.get(arch, arch),
+        file.read("W_enc").T.contiguous(),
+        file.read("b_enc"),
+        file.read("W_dec"),
+        file.read("b_dec"),
+        bool(cfg.get("apply_b_dec_to_input", True)),
+        int(cfg["k"]) if arch == "topk" else 0,
+        file.read("threshold") if arch == "jumprelu" else None,
+    )
     if cfg.get("rescale_acts_by_decoder_norm"):
         norm = found.W_dec.norm(dim=1)
         found.W_enc, found.b_enc = found.W_enc * norm[:, None], found.b_enc * norm
@@ -152,9 +168,14 @@ def _saelens(cfg: dict[str, Any], file: TensorFile) -> SAE:
 def _sparsify(cfg: dict[str, Any], file: TensorFile) -> SAE:
     _only(cfg, activation="topk", skip_connection=False, transcode=False)
     return SAE(
-        "topk", file.read("encoder.weight"), file.read("encoder.bias"), file.read("W_dec"), file.read("b_dec"),
-        True, int(cfg["k"]),
-    )  # fmt: skip
+        "topk",
+        file.read("encoder.weight"),
+        file.read("encoder.bias"),
+        file.read("W_dec"),
+        file.read("b_dec"),
+        True,
+        int(cfg["k"]),
+    )
 
 
 def bring(folder: Path, run: Path) -> None:
@@ -170,11 +191,16 @@ def bring(folder: Path, run: Path) -> None:
     if found.subtract_b_dec != config.is_sparse:  # the bias does what the subtraction did, or back
         b_enc = b_enc + (found.W_enc @ found.b_dec) * (1 if config.is_sparse else -1)
     held = {
-        "W_enc": found.W_enc, "b_enc": b_enc, "W_dec": found.W_dec, "b_dec": found.b_dec,
-        "mean": torch.zeros(d), "window": torch.zeros(1, dtype=torch.int64),
+        "W_enc": found.W_enc,
+        "b_enc": b_enc,
+        "W_dec": found.W_dec,
+        "b_dec": found.b_dec,
+        "mean": torch.zeros(d),
+        "window": torch.zeros(1, dtype=torch.int64),
         "threshold": torch.zeros(1, dtype=torch.float64),
-        "quiet": torch.zeros(n, dtype=torch.int64), "fired": torch.zeros(n, dtype=torch.int64),
-    }  # fmt: skip
+        "quiet": torch.zeros(n, dtype=torch.int64),
+        "fired": torch.zeros(n, dtype=torch.int64),
+    }
     if found.threshold is not None:
         if bool((found.threshold < 0).any()):
             raise ExchangeError(f"{folder}: a threshold is negative")
@@ -187,10 +213,14 @@ def bring(folder: Path, run: Path) -> None:
     checkpoint.write_json(
         target / "state.json",
         {
-            "format": checkpoint.FORMAT, "step": 0, "config": config.to_json(), "d_in": d, "scale": 1.0, "tile": 0,
-            "cursor": {}, "shards": {name: digest},
+            "format": checkpoint.FORMAT,
+            "step": 0,
+            "config": config.to_json(),
+            "d_in": d,
+            "scale": 1.0,
+            "tile": 0,
+            "cursor": {},
+            "shards": {name: digest},
         },
-    )  # fmt: skip
-    checkpoint.write_json(
-        run / "config.json", {"config": config.to_json(), "about": {"imported": str(folder)}}
     )
+    checkpoint.write_json(run / "config.json", {"config": config.to_json(), "about": {"imported": str(folder)}})

@@ -78,9 +78,12 @@ class Codes:
     def then(self, other: Codes) -> Codes:
         """Both, the other's bags behind mine."""
         return Codes(
-            torch.cat([self.latent, other.latent]), torch.cat([self.value, other.value]),
-            torch.cat([self.bag, other.bag + self.bags]), self.bags + other.bags, self.latents,
-        )  # fmt: skip
+            torch.cat([self.latent, other.latent]),
+            torch.cat([self.value, other.value]),
+            torch.cat([self.bag, other.bag + self.bags]),
+            self.bags + other.bags,
+            self.latents,
+        )
 
 
 def from_dense(acts: Tensor) -> Codes:
@@ -97,9 +100,7 @@ def bag_sum(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Te
     if table.is_cuda and triton_kernels is not None:
         return cast(Tensor, triton_kernels.bag_sum(table, index, weight, offsets))
     weight = weight.to(table.dtype)
-    return F.embedding_bag(
-        index, table, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True
-    )
+    return F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True)
 
 
 def bag_dot(up: Tensor, table: Tensor, index: Tensor, bag: Tensor, offsets: Tensor) -> Tensor:

@@ -28,9 +28,13 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
     threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // nproc, 1))
     with tempfile.TemporaryDirectory(prefix="saetrain-") as folder:
         common = {
-            **os.environ, RENDEZVOUS: str(Path(folder, "meet")), "WORLD_SIZE": str(nproc),
-            "OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
+            **os.environ,
+            RENDEZVOUS: str(Path(folder, "meet")),
+            "WORLD_SIZE": str(nproc),
+            "OMP_NUM_THREADS": threads,
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
+        }
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "saetrain", *arguments],
@@ -45,9 +49,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
                 if rank.poll() is None:
                     rank.send_signal(number)
 
-        before = {
-            number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             return _wait(ranks)
         finally:

@@ -115,10 +115,11 @@ def _sparse(model: Model, x: Tensor) -> _Part:
     g = codes.dots(up, p["W_dec"])
     b_enc = codes.sum_by_latent(g)
     grads = {
-        "W_enc": codes.scatter(xc, codes.bag % len(x), g), "b_enc": b_enc,
+        "W_enc": codes.scatter(xc, codes.bag % len(x), g),
+        "b_enc": b_enc,
         "W_dec": codes.scatter(up, codes.bag, codes.value),
         "b_dec": b_dec - mesh.sum(b_enc @ p["W_enc"], "tp"),
-    }  # fmt: skip
+    }
     return _Part(grads, residual, fired, loss, {})
 
 
@@ -159,9 +160,10 @@ def _dense(model: Model, x: Tensor, ramp: float) -> _Part:
         mass = codes.sum_by_latent(codes.value)  # sum over tokens of f_i
         mine["sparsity"] = (mass @ norms) * lam * tokens
         grads = {
-            "W_enc": codes.scatter(x, codes.bag, g), "b_enc": codes.sum_by_latent(g),
+            "W_enc": codes.scatter(x, codes.bag, g),
+            "b_enc": codes.sum_by_latent(g),
             "W_dec": codes.scatter(up, codes.bag, codes.value) + (lam * mass / norms)[:, None] * p["W_dec"],
-        }  # fmt: skip
+        }
     else:
         fired, g = open_.sum(0), up @ p["W_dec"].T
         grads = {"W_dec": acts.T @ up}

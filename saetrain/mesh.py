@@ -49,9 +49,7 @@ class Mesh:
             raise ConfigError(f"tensor_parallel {self.tp} does not divide the {self.world} ranks")
         self.dp = self.world // self.tp
         self.dp_index, self.tp_index = divmod(self.rank, self.tp)
-        self.torch_mesh = init_device_mesh(
-            device.type, (self.dp, self.tp), mesh_dim_names=("dp", "tp")
-        )
+        self.torch_mesh = init_device_mesh(device.type, (self.dp, self.tp), mesh_dim_names=("dp", "tp"))
         self.groups = {
             "dp": (self.torch_mesh.get_group("dp"), self.dp, self.dp_index),
             "tp": (self.torch_mesh.get_group("tp"), self.tp, self.tp_index),
@@ -74,15 +72,11 @@ class Mesh:
         backend = "nccl" if where.type == "cuda" else "gloo"
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if file := os.environ.get(RENDEZVOUS):
-            dist.init_process_group(
-                backend, init_method=f"file://{file}", rank=rank, world_size=world
-            )
+            dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=world)
         elif world > 1:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(
-                backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-            )
+            dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
         return cls(where, tensor_parallel)
 
     def close(self) -> None:
@@ -126,9 +120,7 @@ class Mesh:
         """The 1-D `x` of all ranks, one behind the other, whatever their lengths."""
         if self.groups[over][1] == 1:
             return x
-        lengths = (
-            self.gather(torch.tensor([x.numel()], device=x.device), over, what).view(-1).tolist()
-        )
+        lengths = self.gather(torch.tensor([x.numel()], device=x.device), over, what).view(-1).tolist()
         padded = torch.nn.functional.pad(x, (0, max(lengths) - x.numel()))
         parts = self.gather(padded, over, what)
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
@@ -140,9 +132,7 @@ class Mesh:
     def share(self, total: int, what: str) -> tuple[int, int]:
         """This rank's rows [lo, hi) of `total` latents."""
         if total % self.tp:
-            raise ConfigError(
-                f"{what} {total} is no multiple of {self.tp}, the ranks that share the parameters"
-            )
+            raise ConfigError(f"{what} {total} is no multiple of {self.tp}, the ranks that share the parameters")
         each = total // self.tp
         return self.tp_index * each, (self.tp_index + 1) * each
 

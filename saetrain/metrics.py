@@ -66,9 +66,7 @@ def fvu(error_square: float, row_sum: Tensor, square: float, rows: int) -> float
 
 
 def batch_fvu(x: Tensor, residual: Tensor, mesh: Mesh) -> float:
-    sums = torch.cat([
-        x.double().sum(0), x.double().square().sum()[None], residual.double().square().sum()[None]
-    ])  # fmt: skip
+    sums = torch.cat([x.double().sum(0), x.double().square().sum()[None], residual.double().square().sum()[None]])
     sums = mesh.sum(sums, "dp")
     return fvu(float(sums[-1]), sums[:-2], float(sums[-2]), len(x) * mesh.dp)
 
@@ -83,9 +81,7 @@ def rates(fired: Tensor, window: int) -> Tensor:
 
 def density_histogram(rate: Tensor) -> Tensor:
     """Counts: never fired, below 1e-7, then half decades up to 1."""
-    bins = torch.bucketize(
-        rate.clamp_min(1e-300).log10(), torch.tensor(EDGES, dtype=rate.dtype, device=rate.device)
-    )
+    bins = torch.bucketize(rate.clamp_min(1e-300).log10(), torch.tensor(EDGES, dtype=rate.dtype, device=rate.device))
     # 1 falls into the last half decade, and is not a bin of its own
     bins = bins.clamp(max=len(EDGES) - 1) + 1
     return torch.bincount(bins.masked_fill(rate == 0, 0), minlength=len(EDGES) + 1)
@@ -95,13 +91,11 @@ def latent_summary(model: Model) -> dict[str, float | list[int]]:
     """dead, dense and the histogram over the current window, over all latents."""
     state, mesh, c = model.state, model.mesh, model.config
     rate = rates(state["fired"], int(state["window"]))
-    counts = torch.cat([
-        torch.stack([dead(state["quiet"], c.dead_tokens).sum(), (rate > DENSE).sum()]), density_histogram(rate)
-    ])  # fmt: skip
+    counts = torch.cat(
+        [torch.stack([dead(state["quiet"], c.dead_tokens).sum(), (rate > DENSE).sum()]), density_histogram(rate)]
+    )
     counts = mesh.sum(counts, "tp")
-    return {
-        "dead": int(counts[0]) / c.d_sae, "dense": int(counts[1]) / c.d_sae, "density": counts[2:].tolist(),
-    }  # fmt: skip
+    return {"dead": int(counts[0]) / c.d_sae, "dense": int(counts[1]) / c.d_sae, "density": counts[2:].tolist()}
 
 
 def cosines(model: Model, sample: int = COSINE_SAMPLE) -> dict[str, float]:
@@ -122,10 +116,11 @@ def cosines(model: Model, sample: int = COSINE_SAMPLE) -> dict[str, float]:
     enc = model.params["W_enc"]
     both = torch.nn.functional.cosine_similarity(enc, w, dim=1).sum()[None]
     return {
-        "decoder_cosine_mean": float(best.mean()), "decoder_cosine_p95": float(best.quantile(0.95)),
+        "decoder_cosine_mean": float(best.mean()),
+        "decoder_cosine_p95": float(best.quantile(0.95)),
         "encoder_cosine": float(mesh.sum(both, "tp")) / model.config.d_sae,
         "decoder_norm": float(mesh.sum(w.norm(dim=1).sum()[None], "tp")) / model.config.d_sae,
-    }  # fmt: skip
+    }
 
 
 def threshold_summary(model: Model) -> dict[str, float]:

@@ -54,9 +54,7 @@ class Norm(NamedTuple):
 def norm_from(mean: NDArray[Any], variance: float) -> Norm:
     """From the mean row and the variance summed over columns: normalised rows have mean squared norm d_in."""
     if not np.isfinite(variance) or variance <= 1e-12 * float(mean @ mean):
-        raise ConfigError(
-            f"the rows do not vary: total variance {variance:g}, squared mean {mean @ mean:g}"
-        )
+        raise ConfigError(f"the rows do not vary: total variance {variance:g}, squared mean {mean @ mean:g}")
     return Norm(torch.from_numpy(np.asarray(mean, np.float64)), (len(mean) / variance) ** 0.5)
 
 
@@ -77,9 +75,11 @@ class Model:
         make = partial(torch.zeros, device=device, dtype=self.dtype)
         count = partial(torch.zeros, device=device, dtype=torch.int64)
         self.params = {
-            "W_enc": make((n, self.d_in)), "b_enc": make(n),
-            "W_dec": make((n, self.d_in)), "b_dec": make(self.d_in),
-        }  # fmt: skip
+            "W_enc": make((n, self.d_in)),
+            "b_enc": make(n),
+            "W_dec": make((n, self.d_in)),
+            "b_dec": make(self.d_in),
+        }
         if config.arch == "jumprelu":
             self.params["log_threshold"] = make(n) + 0.1
         self.state = {  # not trained
@@ -107,10 +107,12 @@ class Model:
                       10,000 / n of `sample`, at most on half                          (Anthropic, January 2025)
         """
         c, p = self.config, self.params
-        drawn = np.concatenate([
-            _random_rows(c.seed, block, self.d_in, c.arch == "jumprelu")
-            for block in range(self.lo // INIT_BLOCK, -(-self.hi // INIT_BLOCK))
-        ])[self.lo % INIT_BLOCK :][: self.latents]  # fmt: skip
+        drawn = np.concatenate(
+            [
+                _random_rows(c.seed, block, self.d_in, c.arch == "jumprelu")
+                for block in range(self.lo // INIT_BLOCK, -(-self.hi // INIT_BLOCK))
+            ]
+        )[self.lo % INIT_BLOCK :][: self.latents]
         w = torch.from_numpy(drawn).to(self.mesh.device, self.dtype)
         if c.arch == "jumprelu":
             p["W_dec"].copy_(w / self.d_in**0.5)

@@ -30,11 +30,7 @@ class Optimizer:
         c = model.config
         self.model = model
         self.adam = torch.optim.Adam(
-            list(model.params.values()),
-            lr=c.lr,
-            betas=(float(c.beta1), float(c.beta2)),
-            eps=c.eps,
-            fused=True,
+            list(model.params.values()), lr=c.lr, betas=(float(c.beta1), float(c.beta2)), eps=c.eps, fused=True
         )
 
     def apply(self, grads: dict[str, Tensor], lr: float) -> dict[str, float]:
@@ -69,9 +65,7 @@ class Optimizer:
             state = self.adam.state[param]
             t, lr = float(state["step"]), float(self.adam.param_groups[0]["lr"])
             square = torch.zeros((), device=param.device, dtype=param.dtype)
-            for m, v in zip(
-                state["exp_avg"].split(1024), state["exp_avg_sq"].split(1024), strict=True
-            ):
+            for m, v in zip(state["exp_avg"].split(1024), state["exp_avg_sq"].split(1024), strict=True):
                 scale = (v / (1 - c.beta2**t)).sqrt_().add_(c.eps)
                 square += (m / (1 - c.beta1**t) / scale).square_().sum()
             steps[name] = square.sqrt() * lr
@@ -92,8 +86,9 @@ class Optimizer:
             if f"adam_m.{name}" in moments:
                 self.adam.state[param] = {
                     "step": torch.tensor(float(steps), dtype=torch.float32, device=param.device),
-                    "exp_avg": moments[f"adam_m.{name}"], "exp_avg_sq": moments[f"adam_v.{name}"],
-                }  # fmt: skip
+                    "exp_avg": moments[f"adam_m.{name}"],
+                    "exp_avg_sq": moments[f"adam_v.{name}"],
+                }
 
 
 def group_norms(model: Model, tensors: dict[str, Tensor]) -> dict[str, float]:

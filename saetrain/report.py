@@ -38,25 +38,46 @@ class Panel:
 
 
 CURVES = {  # key of metrics.jsonl: (title, logarithmic)
-    "loss": ("loss", True), "fvu": ("FVU of the batch", True), "eval_fvu": ("FVU, held-out rows, 95 %", True),
-    "l0": ("active latents a token (L0)", False), "dead": ("dead latents, share", False),
-    "dense": ("dense latents, share", False), "reconstruction": ("loss: reconstruction", True),
-    "sparsity": ("loss: sparsity", True), "aux": ("loss: dead latents (AuxK)", True),
-    "preact": ("loss: pre-activations", True), "gradient_norm.all": ("gradient norm, all", True),
-    "gradient_norm.W_enc": ("gradient norm, encoder", True), "gradient_norm.W_dec": ("gradient norm, decoder", True),
-    "update_norm.W_enc": ("update norm, encoder", True), "update_norm.W_dec": ("update norm, decoder", True),
+    "loss": ("loss", True),
+    "fvu": ("FVU of the batch", True),
+    "eval_fvu": ("FVU, held-out rows, 95 %", True),
+    "l0": ("active latents a token (L0)", False),
+    "dead": ("dead latents, share", False),
+    "dense": ("dense latents, share", False),
+    "reconstruction": ("loss: reconstruction", True),
+    "sparsity": ("loss: sparsity", True),
+    "aux": ("loss: dead latents (AuxK)", True),
+    "preact": ("loss: pre-activations", True),
+    "gradient_norm.all": ("gradient norm, all", True),
+    "gradient_norm.W_enc": ("gradient norm, encoder", True),
+    "gradient_norm.W_dec": ("gradient norm, decoder", True),
+    "update_norm.W_enc": ("update norm, encoder", True),
+    "update_norm.W_dec": ("update norm, decoder", True),
     "decoder_cosine_mean": ("largest cosine of decoder rows, mean", False),
-    "encoder_cosine": ("cosine of encoder and decoder rows", False), "decoder_norm": ("decoder row norm, mean", False),
-    "threshold": ("activation threshold, mean", False), "document_entropy": ("document entropy of batches", False),
-    "lr": ("learning rate", False), "tokens_per_s": ("tokens a second", False),
+    "encoder_cosine": ("cosine of encoder and decoder rows", False),
+    "decoder_norm": ("decoder row norm, mean", False),
+    "threshold": ("activation threshold, mean", False),
+    "document_entropy": ("document entropy of batches", False),
+    "lr": ("learning rate", False),
+    "tokens_per_s": ("tokens a second", False),
     "mfu": ("share of the machine's matrix speed (MFU)", False),
     "loader_wait": ("share of time waiting for rows", False),
-}  # fmt: skip
+}
 SHARES = ("dead", "dense", "mfu", "loader_wait")
 TABLE = (
-    "step", "tokens", "loss", "eval_fvu", "eval_l0", "l0", "dead", "dense", "decoder_cosine_mean",
-    "tokens_per_s", "mfu", "loader_wait",
-)  # fmt: skip
+    "step",
+    "tokens",
+    "loss",
+    "eval_fvu",
+    "eval_l0",
+    "l0",
+    "dead",
+    "dense",
+    "decoder_cosine_mean",
+    "tokens_per_s",
+    "mfu",
+    "loader_wait",
+)
 
 
 def report(runs: Sequence[Path], out: Path) -> list[Path]:
@@ -84,10 +105,7 @@ def panels_of(logs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
             for run, lines in logs.items()
         }
         low, high = f"{key}_low", f"{key}_high"
-        bands = {
-            run: [(x["step"], x[low], x[high]) for x in lines if low in x]
-            for run, lines in logs.items()
-        }
+        bands = {run: [(x["step"], x[low], x[high]) for x in lines if low in x] for run, lines in logs.items()}
         if any(curves.values()):
             log = log and all(y > 0 for points in curves.values() for _, y in points)
             found.append(Panel(title, curves, bands, log, share=key in SHARES))
@@ -95,11 +113,7 @@ def panels_of(logs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
         run: next((line["density"] for line in reversed(lines) if "eval_fvu" in line), None)
         for run, lines in logs.items()
     }
-    shown = {
-        r: list(zip([e - 0.25 for e in EDGES], map(float, d[1:]), strict=True))
-        for r, d in last.items()
-        if d
-    }
+    shown = {r: list(zip([e - 0.25 for e in EDGES], map(float, d[1:]), strict=True)) for r, d in last.items() if d}
     if shown:
         title = "latents by log10 of firing rate, last window"
         found.insert(6, Panel(title, shown, {}, x="log10 rate"))
@@ -126,10 +140,7 @@ def _config(run: Path) -> dict[str, Any]:
 
 
 def _page(
-    logs: dict[str, list[dict[str, Any]]],
-    configs: dict[str, dict[str, Any]],
-    colours: dict[str, str],
-    figure: str,
+    logs: dict[str, list[dict[str, Any]]], configs: dict[str, dict[str, Any]], colours: dict[str, str], figure: str
 ) -> str:
     last = {run: {k: v for line in lines for k, v in line.items()} for run, lines in logs.items()}
     keys = [k for k in TABLE if any(k in values for values in last.values())]
@@ -146,8 +157,7 @@ def _page(
     varied = [n for n in names if len({json.dumps(c.get(n)) for c in configs.values()}) > 1]
     fixed = {n: next(iter(configs.values())).get(n) for n in names if n not in varied}
     settings = "".join(
-        f"<tr><th>{html.escape(run)}</th>{''.join(cell(c.get(n)) for n in varied)}</tr>"
-        for run, c in configs.items()
+        f"<tr><th>{html.escape(run)}</th>{''.join(cell(c.get(n)) for n in varied)}</tr>" for run, c in configs.items()
     )
     heads = "".join(f"<th>{html.escape(n)}</th>" for n in varied)
     return f"""<!doctype html><meta charset="utf-8"><title>saetrain: {html.escape(", ".join(logs))}</title><style>

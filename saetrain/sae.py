@@ -86,9 +86,7 @@ class Folded:
             if config.arch == "jumprelu":
                 part["threshold"] = c.read("log_threshold", lo, hi).exp() / scale
             elif self.activation == "jumprelu":
-                part["threshold"] = torch.full_like(
-                    part["b_enc"], float(c.read("threshold")) / scale
-                )
+                part["threshold"] = torch.full_like(part["b_enc"], float(c.read("threshold")) / scale)
             if not config.is_sparse:
                 norm = part["W_dec"].norm(dim=1).clamp_min(1e-12)
                 part["b_enc"] = part["b_enc"] - part["W_enc"] @ mean
@@ -101,9 +99,15 @@ class Folded:
         parts = list(self.blocks())
         joined = {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
         return SAE(
-            self.activation, joined["W_enc"], joined["b_enc"], joined["W_dec"], self.b_dec(),
-            self.subtract_b_dec, self.checkpoint.config.k, joined.get("threshold"),
-        )  # fmt: skip
+            self.activation,
+            joined["W_enc"],
+            joined["b_enc"],
+            joined["W_dec"],
+            self.b_dec(),
+            self.subtract_b_dec,
+            self.checkpoint.config.k,
+            joined.get("threshold"),
+        )
 
 
 def load(path: str | Path) -> SAE:

@@ -37,9 +37,7 @@ def topk(encoder: Encoder, x: Tensor, k: int, mesh: Mesh) -> Codes:
     return Codes(latent[bag, at], value[bag, at], bag, len(x), latents)
 
 
-def batch_topk(
-    encoder: Encoder, x: Tensor, total: int, mesh: Mesh, floor: float
-) -> tuple[Codes, Tensor]:
+def batch_topk(encoder: Encoder, x: Tensor, total: int, mesh: Mesh, floor: float) -> tuple[Codes, Tensor]:
     """This rank's part of the `total` largest positive pre-activations of the whole batch, and the smallest value.
 
     `floor` is a guess below which no winner is expected (a part of the last threshold); candidates are looked for

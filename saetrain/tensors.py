@@ -27,10 +27,17 @@ from torch import Tensor
 from saetrain.errors import CheckpointError
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
-}  # fmt: skip
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_HEADER = 100_000_000
 
@@ -45,10 +52,7 @@ class Spec(NamedTuple):
 
 
 def write(
-    path: Path,
-    specs: Mapping[str, Spec],
-    blocks: Iterable[tuple[str, Tensor]],
-    metadata: Mapping[str, str],
+    path: Path, specs: Mapping[str, Spec], blocks: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> str:
     """Write a file and make it durable; returns the SHA-256 of its bytes.
 
@@ -57,9 +61,7 @@ def write(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, spec in specs.items():
-        header[name] = {
-            "dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]
-        }  # fmt: skip
+        header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
         at += spec.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

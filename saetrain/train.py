@@ -32,9 +32,7 @@ INIT_ROWS = 8192
 # Settings that may change when a run is resumed; any other would make it another run.
 FREE = {"device", "tensor_parallel", "log_every", "eval_every", "checkpoint_every", "keep"}
 # Settings that runs of one sweep have in common.
-SHARED = (
-    "batch_size", "steps", "holdout", "seed", "buffer_rows", "log_every", "eval_every", "checkpoint_every",
-)  # fmt: skip
+SHARED = ("batch_size", "steps", "holdout", "seed", "buffer_rows", "log_every", "eval_every", "checkpoint_every")
 
 
 @dataclass
@@ -123,7 +121,7 @@ def _begin(
         if found := checkpoint.published(run):
             old = checkpoint.open_checkpoint(found[0])
             if old.state["d_in"] != source.d_in:
-                raise DataError(f"{source.name} is {source.d_in} wide; {run} is for {old.state['d_in']}")  # fmt: skip
+                raise DataError(f"{source.name} is {source.d_in} wide; {run} is for {old.state['d_in']}")
             names = [f.name for f in fields(Config) if f.name not in FREE]
             _same(old.config, config, names, f"{run} was begun with other settings")
     loaded = checkpoint.load_latest(list(runs), mesh, say)
@@ -145,8 +143,15 @@ def _begin(
     for m in members:
         if mesh.rank == 0:
             m.run.mkdir(parents=True, exist_ok=True)
-            about = {"store": source.name, "rows": source.rows, "d_in": source.d_in, "ranks": mesh.world,
-                     "tile": m.model.tile, "device": str(mesh.device), "torch": torch.__version__}  # fmt: skip
+            about = {
+                "store": source.name,
+                "rows": source.rows,
+                "d_in": source.d_in,
+                "ranks": mesh.world,
+                "tile": m.model.tile,
+                "device": str(mesh.device),
+                "torch": torch.__version__,
+            }
             written = {"config": runs[m.run].to_json(), "about": about}
             checkpoint.write_json(m.run / "config.json", written)
             m.log = Log(m.run, at)
@@ -159,17 +164,20 @@ def _same(one: Config, other: Config, names: Any, what: str) -> None:
         raise ConfigError(f"{what}: {'; '.join(different)}")
 
 
-def _line(
-    m: Member, out: Step, x: Tensor, batch: Batch, lr: float, norms: dict[str, float], at: int
-) -> dict[str, Any]:
+def _line(m: Member, out: Step, x: Tensor, batch: Batch, lr: float, norms: dict[str, float], at: int) -> dict[str, Any]:
     model, mesh = m.model, m.model.mesh
     line: dict[str, Any] = {
-        "step": at, "tokens": at * model.config.batch_size, **out.losses, "l0": out.active,
-        "fvu": metrics.batch_fvu(x, out.residual, mesh), "lr": lr, **metrics.latent_summary(model),
+        "step": at,
+        "tokens": at * model.config.batch_size,
+        **out.losses,
+        "l0": out.active,
+        "fvu": metrics.batch_fvu(x, out.residual, mesh),
+        "lr": lr,
+        **metrics.latent_summary(model),
         **metrics.threshold_summary(model),
         **{f"gradient_norm.{n}": v for n, v in norms.items()},
         **{f"update_norm.{n}": v for n, v in m.optimizer.update_norms().items()},
-    }  # fmt: skip
+    }
     if batch.documents is not None:
         whole = mesh.gather(batch.documents.to(mesh.device), "world").view(-1)
         line["document_entropy"] = metrics.document_entropy(whole)
@@ -181,8 +189,10 @@ def _explain(out: Step, batch: Batch, source: Source, config: Config, mesh: Mesh
     first = (at - 1) * config.batch_size + mesh.dp_index * len(batch.rows)
     what = source.name + (", in reading order" if at * config.batch_size > source.rows else "")
     check_finite(batch.rows, what, source.field, first)
-    raise SaetrainError(f"step {at:,}: the loss is {out.losses['loss']}: training diverged (lr too high?), "
-                        "or a number of another rank's rows is NaN or infinite")  # fmt: skip
+    raise SaetrainError(
+        f"step {at:,}: the loss is {out.losses['loss']}: training diverged (lr too high?), "
+        "or a number of another rank's rows is NaN or infinite"
+    )
 
 
 class _Clock:
@@ -218,9 +228,10 @@ class _Clock:
         tokens = (at - self.at) * self.config.batch_size / self.mesh.dp
         sent = {f"sent.{k}": (n - self.sent[k]) / tokens for k, n in self.mesh.sent.items()}
         return sent | {
-            "tokens_per_s": rate, "mfu": rate * flops / self.peak,
+            "tokens_per_s": rate,
+            "mfu": rate * flops / self.peak,
             "loader_wait": (self.cursor.wait_seconds - self.waited) / seconds,
-        }  # fmt: skip
+        }
 
 
 @contextmanager

@@ -53,9 +53,7 @@ def equal_slice(n: int, seed: int, *, block: int, parts: int, one_seed: bool = F
 def reused_seed_blocks(n: int, seed: int, *, block: int, parts: int) -> Order:
     """Draws each block's bucket labels from one seed again; the buckets are permuted honestly."""
     rng = np.random.default_rng(seed)
-    labels = np.concatenate(
-        [np.random.default_rng(seed).integers(parts, size=len(b)) for b in _blocks(n, block)]
-    )
+    labels = np.concatenate([np.random.default_rng(seed).integers(parts, size=len(b)) for b in _blocks(n, block)])
     return _by_bucket(labels, parts, lambda: rng)
 
 

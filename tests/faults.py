@@ -92,9 +92,13 @@ def ended(process: Any, patience: float = PATIENCE) -> int:
 
 
 def drive(
-    told: Path, src: Path, dst: Path, settings: dict[str, Any], fault: Any = None,
+    told: Path,
+    src: Path,
+    dst: Path,
+    settings: dict[str, Any],
+    fault: Any = None,
     broken: Callable[[], None] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """A driver: run a shuffle, write down how it ended.
 
     ``settings`` are arguments of `actshuffle.shuffle`, or ``scheduler``, an address, and ``wait``, how
@@ -178,9 +182,8 @@ def schedule(pipe: Any, folder: Path) -> None:
 
 
 def work(
-    address: str, folder: Path, fault: Any = None, victim: int | None = None,
-    broken: Callable[[], None] | None = None,
-) -> None:  # fmt: skip
+    address: str, folder: Path, fault: Any = None, victim: int | None = None, broken: Callable[[], None] | None = None
+) -> None:
     """A Dask worker without a nanny.
 
     ``fault`` is (pattern, kind) of an operation at which it dies, the first of all workers of a folder
@@ -209,9 +212,8 @@ def work(
 
     async def run() -> None:
         async with Worker(
-            address, nthreads=1, host="127.0.0.1", dashboard=False, local_directory=str(folder),
-            death_timeout=10,
-        ) as worker:  # fmt: skip
+            address, nthreads=1, host="127.0.0.1", dashboard=False, local_directory=str(folder), death_timeout=10
+        ) as worker:
             await worker.finished()
 
     with suppress(BaseException):

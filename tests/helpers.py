@@ -28,23 +28,7 @@ from actshuffle.run import Result, execute
 from actshuffle.types import Job, Task
 
 STRUCT = np.dtype([("id", "<u4"), ("score", "<f8"), ("flag", "i1")])
-DTYPES = [
-    "?",
-    "i1",
-    "<u2",
-    "<i8",
-    "<f2",
-    "<f4",
-    "<f8",
-    "<c8",
-    "<c16",
-    "<M8[ns]",
-    "<m8[s]",
-    "S5",
-    "<U3",
-    "V3",
-    STRUCT,
-]
+DTYPES = ["?", "i1", "<u2", "<i8", "<f2", "<f4", "<f8", "<c8", "<c16", "<M8[ns]", "<m8[s]", "S5", "<U3", "V3", STRUCT]
 
 
 def values(n: int, shape: tuple[int, ...] = (), dtype: Any = "<f4", seed: int = 7) -> np.ndarray:
@@ -73,9 +57,12 @@ def array(path: Path | str, data: np.ndarray, name: str | None = None, **setting
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnstableSpecificationWarning)
         made = zarr.create_array(
-            str(path), name=name, **settings, config={"write_empty_chunks": True},
+            str(path),
+            name=name,
+            **settings,
+            config={"write_empty_chunks": True},
             **({} if "dtype" in settings else {"data": data}),
-        )  # fmt: skip
+        )
         if "dtype" in settings:
             made[...] = data
 
@@ -108,16 +95,28 @@ def _mixed_v2(path: Path, n: int) -> None:
 
 def _named(path: Path, n: int) -> None:
     zarr.create_group(path, attributes={"title": "named dimensions"})
-    array(path, values(n, (4,)), "x", dimension_names=["token", "feature"], fill_value=math.nan,
-          attributes={"unit": "nats"})  # fmt: skip
+    array(
+        path,
+        values(n, (4,)),
+        "x",
+        dimension_names=["token", "feature"],
+        fill_value=math.nan,
+        attributes={"unit": "nats"},
+    )
     array(path, values(n, (), "<i4"), "id", dimension_names=["token"], fill_value=-1)
     array(path, values(n, (2, 2), "<f8"), "y", dimension_names=["token", None, "k"])
 
 
 def _named_v2(path: Path, n: int) -> None:
     zarr.create_group(path, zarr_format=2)
-    array(path, values(n, (4,)), "x", zarr_format=2, fill_value=2.5,
-          attributes={"_ARRAY_DIMENSIONS": ["token", "feature"], "unit": "nats"})  # fmt: skip
+    array(
+        path,
+        values(n, (4,)),
+        "x",
+        zarr_format=2,
+        fill_value=2.5,
+        attributes={"_ARRAY_DIMENSIONS": ["token", "feature"], "unit": "nats"},
+    )
 
 
 SOURCES: dict[str, Callable[[Path, int], None]] = {
@@ -129,9 +128,7 @@ SOURCES: dict[str, Callable[[Path, int], None]] = {
     "named_v2": _named_v2,
     "null_fill_v2": lambda p, n: _wide(p, n, fill_value=None, zarr_format=2),
     "bfloat16": lambda p, n: array(p, values(n, (6,), "<u2"), dtype=BFloat16()),
-    "bfloat16_zstd": lambda p, n: array(
-        p, values(n, (6,), "<u2"), dtype=BFloat16(), compressors=[ZstdCodec()]
-    ),
+    "bfloat16_zstd": lambda p, n: array(p, values(n, (6,), "<u2"), dtype=BFloat16(), compressors=[ZstdCodec()]),
     "scalars": lambda p, n: array(p, values(n, (), "i1")),
     "scalars_v2": lambda p, n: array(p, values(n, (), "<f8"), zarr_format=2),
     "three_bytes": lambda p, n: array(p, values(n, (3,), "u1")),
@@ -147,18 +144,12 @@ SOURCES: dict[str, Callable[[Path, int], None]] = {
     "zstd_v2": lambda p, n: _wide(p, n, compressors=[Zstd()], zarr_format=2),
     "fortran_v2": lambda p, n: _wide(p, n, order="F", zarr_format=2),
     "sharded": lambda p, n: _wide(p, n, chunks=(4, 4, 3), shards=(20, 4, 3)),
-    "sharded_cut_zstd": lambda p, n: _wide(
-        p, n, chunks=(4, 2, 3), shards=(12, 4, 3), compressors=[ZstdCodec()]
-    ),
+    "sharded_cut_zstd": lambda p, n: _wide(p, n, chunks=(4, 2, 3), shards=(12, 4, 3), compressors=[ZstdCodec()]),
     "big_endian_v2": lambda p, n: array(p, values(n, (4,), ">f4"), zarr_format=2),
-    "big_endian_v3": lambda p, n: array(
-        p, values(n, (4,), ">i8"), serializer=zarr.codecs.BytesCodec(endian="big")
-    ),
+    "big_endian_v3": lambda p, n: array(p, values(n, (4,), ">i8"), serializer=zarr.codecs.BytesCodec(endian="big")),
     "dots": lambda p, n: _wide(p, n, chunk_key_encoding={"name": "default", "separator": "."}),
     "v2_keys": lambda p, n: _wide(p, n, chunk_key_encoding={"name": "v2", "separator": "."}),
-    "slashes_v2": lambda p, n: _wide(
-        p, n, zarr_format=2, chunk_key_encoding={"name": "v2", "separator": "/"}
-    ),
+    "slashes_v2": lambda p, n: _wide(p, n, zarr_format=2, chunk_key_encoding={"name": "v2", "separator": "/"}),
 }
 
 
@@ -169,11 +160,7 @@ def job_of(src: Path, dst: Path, *, seed: int = 5, **request: Any) -> Job:
     """A job without fsync, one block unless told otherwise; ``key_bits`` in a request forces ties."""
     request = {"run_bytes": 1, "block_bytes": 1 << 30} | request
     return prepare(
-        as_place(src),
-        as_place(dst),
-        Request(seed=seed, **request),
-        most_memory=lambda: 1 << 30,
-        fsync=False,
+        as_place(src), as_place(dst), Request(seed=seed, **request), most_memory=lambda: 1 << 30, fsync=False
     )
 
 
@@ -256,9 +243,14 @@ def opened(path: Path | str) -> tuple[dict[str, Any], dict[str, zarr.Array]]:
 
 
 def assert_is_oracle(
-    src: Path, dst: Path, seed: int = 5, *, fields: Sequence[str] | None = None,
-    source_row: bool = True, **key_bits: int,
-) -> None:  # fmt: skip
+    src: Path,
+    dst: Path,
+    seed: int = 5,
+    *,
+    fields: Sequence[str] | None = None,
+    source_row: bool = True,
+    **key_bits: int,
+) -> None:
     """Every array of ``dst`` is that of ``src`` in the order of the keys, with all that describes it."""
     (attributes, before), (found, after) = opened(src), opened(dst)
     before = {k: v for k, v in before.items() if fields is None or k in fields}
@@ -277,9 +269,7 @@ def assert_is_oracle(
         assert now.nchunks_initialized >= now.nchunks, f"{name} has missing chunks"
         assert _scalar(now) == _scalar(was), f"fill value of {name}"
         assert _dimensions(name, now) == _dimensions(name, was), name
-        assert dict(now.attrs) == {
-            k: v for k, v in was.attrs.items() if k != "_ARRAY_DIMENSIONS"
-        }, name
+        assert dict(now.attrs) == {k: v for k, v in was.attrs.items() if k != "_ARRAY_DIMENSIONS"}, name
         np.testing.assert_array_equal(rows_of(now[:]), rows_of(was[:])[order], err_msg=name)
 
 
@@ -290,17 +280,11 @@ def _is_bfloat16(array: zarr.Array) -> bool:
 def _scalar(array: zarr.Array) -> bytes:
     little = array.dtype.newbyteorder("<")
     fill = array.fill_value
-    return (
-        np.zeros((), little) if fill is None else np.array(fill, array.dtype).astype(little)
-    ).tobytes()
+    return (np.zeros((), little) if fill is None else np.array(fill, array.dtype).astype(little)).tobytes()
 
 
 def _dimensions(name: str, array: zarr.Array) -> list[str]:
-    names = (
-        array.attrs.get("_ARRAY_DIMENSIONS")
-        if array.metadata.zarr_format == 2
-        else array.metadata.dimension_names
-    )
+    names = array.attrs.get("_ARRAY_DIMENSIONS") if array.metadata.zarr_format == 2 else array.metadata.dimension_names
     if names is None or None in names:
         return ["row", *(f"{name}_{axis}" for axis in range(1, array.ndim))]
     return list(names)

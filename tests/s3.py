@@ -47,10 +47,7 @@ class Endpoint:
     def _plain(self, method: str, path: str, body: bytes = b"") -> bytes:
         link = http.client.HTTPConnection("127.0.0.1", self.behind, timeout=30)
         link.request(
-            method,
-            path,
-            body,
-            {"Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request"},
+            method, path, body, {"Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request"}
         )
         answer = link.getresponse()
         data = answer.read()
@@ -62,9 +59,7 @@ class Endpoint:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                self._plain(
-                    "PUT", f"/{bucket}/{prefix}/{path.relative_to(folder)}", path.read_bytes()
-                )
+                self._plain("PUT", f"/{bucket}/{prefix}/{path.relative_to(folder)}", path.read_bytes())
         return url
 
     def keys(self, url: str) -> list[str]:
@@ -110,16 +105,10 @@ def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             endpoint.seen.append((self.command, self.path))
-            if endpoint.wants and f"Credential={endpoint.wants}/" not in self.headers.get(
-                "Authorization", ""
-            ):
+            if endpoint.wants and f"Credential={endpoint.wants}/" not in self.headers.get("Authorization", ""):
                 known = "Authorization" in self.headers
                 code = "InvalidAccessKeyId" if known else "AccessDenied"
-                text = (
-                    "The AWS Access Key Id you provided does not exist in our records."
-                    if known
-                    else "Access Denied"
-                )
+                text = "The AWS Access Key Id you provided does not exist in our records." if known else "Access Denied"
                 self.say(403, _xml(code, text))
                 return
             decision = endpoint.unkind(self.command, self.path)
@@ -133,32 +122,24 @@ def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
             if isinstance(decision, float):
                 time.sleep(decision)
             elif isinstance(decision, int):
-                self.say(
-                    decision,
-                    _xml("InternalError", "We encountered an internal error. Please try again."),
-                )
+                self.say(decision, _xml("InternalError", "We encountered an internal error. Please try again."))
                 return
             link = http.client.HTTPConnection("127.0.0.1", endpoint.behind, timeout=60)
-            headers = {
-                k: v
-                for k, v in self.headers.items()
-                if k.lower() not in ("host", "connection", "expect")
-            }
+            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection", "expect")}
             link.request(self.command, self.path, body, headers)
             found = link.getresponse()
             data = found.read()
-            kept = {k: v for k, v in found.getheaders()
-                    if k.lower() not in ("connection", "transfer-encoding", "content-length")}  # fmt: skip
+            kept = {
+                k: v
+                for k, v in found.getheaders()
+                if k.lower() not in ("connection", "transfer-encoding", "content-length")
+            }
             length = found.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
             self.say(found.status, data, kept, length)
             link.close()
 
         def say(
-            self,
-            status: int,
-            data: bytes,
-            headers: dict[str, str] | None = None,
-            length: str | None = None,
+            self, status: int, data: bytes, headers: dict[str, str] | None = None, length: str | None = None
         ) -> None:
             with suppress(ConnectionError):
                 self.send_response(status)
@@ -194,8 +175,10 @@ def serve(folder: Path) -> Iterator[Endpoint]:
     with (folder / "moto.log").open("wb") as log:
         moto = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(behind)],
-            stdout=log, stderr=log, cwd=folder,
-        )  # fmt: skip
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+        )
         endpoint = Endpoint(0, behind)
         proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler(endpoint))
         proxy.daemon_threads = True

@@ -15,9 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1])
-)  # benchmarks are run from the root, not installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are run from the root, not installed
 
 from benchmarks.sae.planted import Planted, matched
 from saetrain.config import Config, resolve
@@ -46,9 +44,7 @@ def run_ranks(world: int, work: Callable[..., None], *args: Any) -> None:
 
 def _child(rank: int, world: int, file: Path, work: Callable[..., None], args: Any) -> None:
     torch.set_num_threads(1)
-    os.environ |= {
-        RENDEZVOUS: str(file), "RANK": str(rank), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
+    os.environ |= {RENDEZVOUS: str(file), "RANK": str(rank), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
     work(rank, *args)
 
 
@@ -61,10 +57,21 @@ def norm_of(rows: Tensor) -> Norm:
 def small(arch: str, **more: Any) -> Config:
     """A resolved configuration of 64 latents on 16 wide rows."""
     settings: dict[str, Any] = {
-        "arch": arch, "d_sae": 64, "k": 4, "steps": 20, "batch_size": 32, "lr": 3e-3, "compute": "float64",
-        "tile": 16, "widths": (8, 24, 64) if arch == "matryoshka" else (), "dead_tokens": 64, "holdout": 64,
-        "sparsity": {"relu": 0.3, "jumprelu": 1.0}.get(arch, -1.0), "preact_coef": 1e-3, "aux_k": 6,
-    }  # fmt: skip
+        "arch": arch,
+        "d_sae": 64,
+        "k": 4,
+        "steps": 20,
+        "batch_size": 32,
+        "lr": 3e-3,
+        "compute": "float64",
+        "tile": 16,
+        "widths": (8, 24, 64) if arch == "matryoshka" else (),
+        "dead_tokens": 64,
+        "holdout": 64,
+        "sparsity": {"relu": 0.3, "jumprelu": 1.0}.get(arch, -1.0),
+        "preact_coef": 1e-3,
+        "aux_k": 6,
+    }
     return resolve(Config(**(settings | more)), 16, 2048)
 
 
@@ -110,9 +117,7 @@ def reference(
     if c.is_sparse:
         acts = pre * chosen(pre.detach(), c.k, c.arch != "topk")
         errors = [acts[:, :w] @ p["W_dec"][:w] + p["b_dec"] - x for w in c.widths]
-        terms = {
-            "reconstruction": sum(e.square().sum() for e in errors) / (len(errors) * d * tokens)
-        }
+        terms = {"reconstruction": sum(e.square().sum() for e in errors) / (len(errors) * d * tokens)}
         if dead is not None and dead.any():
             k = min(c.aux_k, int(dead.sum()))
             masked = pre.masked_fill(~dead, -1.0)

@@ -18,13 +18,7 @@ from actshuffle.data.concat import concat
 from actshuffle.data.cut import head
 from actshuffle.data.dataset import open_dataset
 from actshuffle.data.trace import came_from, where_is
-from actshuffle.errors import (
-    ConservationError,
-    DestinationExistsError,
-    RequestError,
-    ResumeMismatchError,
-    SourceError,
-)
+from actshuffle.errors import ConservationError, DestinationExistsError, RequestError, ResumeMismatchError, SourceError
 from actshuffle.executors import Dask, Serial
 from actshuffle.files import LocalObjects
 from actshuffle.keys import Keys
@@ -85,9 +79,7 @@ def test_every_file_is_that_of_a_shuffle_from_scratch(tmp_path: Path, cut: int) 
     assert verify(tmp_path / "both", tmp_path / "grown.zarr").notes == ()
 
 
-def test_reads_and_writes_the_old_data_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reads_and_writes_the_old_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     n, added, width = 60_000, 6_000, 256
     rows = values(n + added, (width,), "u1")
     array(tmp_path / "old.zarr", rows[:n], chunks=(1000, width))
@@ -108,9 +100,7 @@ def test_reads_and_writes_the_old_data_once(
 
     monkeypatch.setattr(LocalObjects, "_read", counting_read)
     monkeypatch.setattr(LocalObjects, "writer", counting_write)
-    append(
-        tmp_path / "dst.zarr", tmp_path / "new.zarr", tmp_path / "grown.zarr", fsync=False, **shape
-    )
+    append(tmp_path / "dst.zarr", tmp_path / "new.zarr", tmp_path / "grown.zarr", fsync=False, **shape)
     old, new, all_rows = (k * (width + 8) for k in (n, added, n + added))
     assert old <= read["dst.zarr"] < 1.01 * old
     assert all_rows <= written["grown.zarr"] < 1.02 * all_rows + 20_000
@@ -216,9 +206,7 @@ def test_stopped_anywhere_it_resumes_and_the_old_store_stays(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_stopped_at_the_exchange(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
+def test_stopped_at_the_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     from actshuffle.data import append as module
 
     dst, new = old_and_new(tmp_path, 60)
@@ -255,9 +243,7 @@ def test_a_finished_append_of_other_rows_is_not_taken_for_this_one(
     is_whole(dst)
 
 
-def test_where_the_system_cannot_exchange_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_system_cannot_exchange_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
     dst, new = old_and_new(tmp_path, 60)
     grow(dst, new)

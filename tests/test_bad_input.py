@@ -13,13 +13,7 @@ import zarr
 
 import actshuffle
 from actshuffle import prepare
-from actshuffle.errors import (
-    DestinationExistsError,
-    InfeasibleError,
-    MissingChunkError,
-    RequestError,
-    SourceError,
-)
+from actshuffle.errors import DestinationExistsError, InfeasibleError, MissingChunkError, RequestError, SourceError
 from actshuffle.files import LocalObjects
 from faults import SEED, source
 from helpers import array, values
@@ -43,9 +37,7 @@ def tree(folder):
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         link = path.is_symlink()
-        found[name] = (
-            str(path.readlink()) if link else path.read_bytes() if path.is_file() else None
-        )
+        found[name] = str(path.readlink()) if link else path.read_bytes() if path.is_file() else None
     return found
 
 
@@ -120,10 +112,20 @@ def test_rows_that_are_empty(src, dst, tmp_path):
 def test_object_dtype(dst, tmp_path):
     folder = tmp_path / "in.zarr"
     folder.mkdir()
-    (folder / ".zarray").write_text(json.dumps({
-        "zarr_format": 2, "shape": [60], "chunks": [60], "dtype": "|O", "fill_value": None, "order": "C",
-        "compressor": None, "filters": [{"id": "pickle", "protocol": 5}],
-    }))  # fmt: skip
+    (folder / ".zarray").write_text(
+        json.dumps(
+            {
+                "zarr_format": 2,
+                "shape": [60],
+                "chunks": [60],
+                "dtype": "|O",
+                "fill_value": None,
+                "order": "C",
+                "compressor": None,
+                "filters": [{"id": "pickle", "protocol": 5}],
+            }
+        )
+    )
     refused(SourceError, folder, dst, tmp_path)
 
 
@@ -163,18 +165,14 @@ def test_levels_out_of_range(levels, src, dst, tmp_path):
 
 
 def test_levels_too_few(src, dst, tmp_path):
-    message = refused(
-        InfeasibleError, src, dst, tmp_path, levels=1, block_bytes=300, run_bytes=1, chunk_rows=4
-    )
+    message = refused(InfeasibleError, src, dst, tmp_path, levels=1, block_bytes=300, run_bytes=1, chunk_rows=4)
     assert "M x (M/P)^0 = " in message
     assert "use --levels" in message
 
 
 def test_memory_too_small_for_its_rows(dst, tmp_path):
     array(tmp_path / "in.zarr", values(8, (1 << 20,)), chunks=(1, 1 << 20))
-    message = refused(
-        InfeasibleError, tmp_path / "in.zarr", dst, tmp_path, memory="17MB", fsync=False
-    )
+    message = refused(InfeasibleError, tmp_path / "in.zarr", dst, tmp_path, memory="17MB", fsync=False)
     assert "give at least --memory" in message
 
 
@@ -189,19 +187,26 @@ def test_memory_advice_is_enough(dst, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"memory": "lots"}, {"memory": 0}, {"memory": "-1GB"}, {"block_bytes": 0}, {"run_bytes": 0},
-        {"chunk_rows": 0}, {"chunk_rows": -3}, {"chunks_per_shard": 0}, {"codec": "gzip"},
-        {"missing_chunks": "ignore"}, {"workers": -1}, {"storage_options": {"key": object}},
+        {"memory": "lots"},
+        {"memory": 0},
+        {"memory": "-1GB"},
+        {"block_bytes": 0},
+        {"run_bytes": 0},
+        {"chunk_rows": 0},
+        {"chunk_rows": -3},
+        {"chunks_per_shard": 0},
+        {"codec": "gzip"},
+        {"missing_chunks": "ignore"},
+        {"workers": -1},
+        {"storage_options": {"key": object}},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_arguments_that_mean_nothing(settings, src, dst, tmp_path):
     refused(RequestError, src, dst, tmp_path, **settings)
 
 
-@pytest.mark.parametrize(
-    "url", ["nosuch://bucket/x", "s3://user:hunter2@bucket/x", "https://h/x?sig=hunter2"]
-)
+@pytest.mark.parametrize("url", ["nosuch://bucket/x", "s3://user:hunter2@bucket/x", "https://h/x?sig=hunter2"])
 def test_urls_that_cannot_be_used(url, src, dst, tmp_path):
     assert "hunter2" not in refused(RequestError, url, dst, tmp_path)
     assert "hunter2" not in refused(RequestError, src, url, tmp_path)
@@ -290,9 +295,8 @@ def test_no_room(where, src, dst, tmp_path, monkeypatch):
     monkeypatch.setattr(LocalObjects, "free_bytes", free)
     monkeypatch.setattr(prepare, "_device", lambda path: str(path).startswith(str(full)))
     message = refused(
-        InfeasibleError, src, dst, tmp_path, scratch=full, levels=2, block_bytes=400, run_bytes=1,
-        chunk_rows=4,
-    )  # fmt: skip
+        InfeasibleError, src, dst, tmp_path, scratch=full, levels=2, block_bytes=400, run_bytes=1, chunk_rows=4
+    )
     assert "1 KB free" in message
     assert "--scratch" in message
 
@@ -319,11 +323,14 @@ def test_destination_that_may_not_be_written(src, dst):
 def kinds(path, kind):
     """A source in whose field ``x`` one object is to be damaged: its path."""
     settings = {
-        "raw": {}, "v2": {"zarr_format": 2}, "zstd": {"compressors": "auto"},
-        "cut_rows": {"chunks": (7, 2)}, "crc32c": {"compressors": [zarr.codecs.Crc32cCodec()]},
+        "raw": {},
+        "v2": {"zarr_format": 2},
+        "zstd": {"compressors": "auto"},
+        "cut_rows": {"chunks": (7, 2)},
+        "crc32c": {"compressors": [zarr.codecs.Crc32cCodec()]},
         "sharded": {"chunks": (4, 4), "shards": (12, 4)},
         "sharded_zstd": {"chunks": (4, 4), "shards": (12, 4), "compressors": "auto"},
-    }[kind]  # fmt: skip
+    }[kind]
     fmt = {"zarr_format": 2} if kind == "v2" else {}
     zarr.create_group(path, **fmt)
     array(path, values(60, (), "<i4"), "doc", **fmt)
@@ -339,13 +346,7 @@ def test_missing_chunk(kind, dst, tmp_path):
     path = kinds(tmp_path / "in.zarr", kind)
     path.unlink()
     key = str(path.relative_to(tmp_path / "in.zarr"))
-    refused(
-        MissingChunkError,
-        tmp_path / "in.zarr",
-        dst,
-        tmp_path,
-        says=(key, "missing", "--missing-chunks fill"),
-    )
+    refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says=(key, "missing", "--missing-chunks fill"))
 
 
 @pytest.mark.parametrize("kind", ["sharded", "sharded_zstd"])
@@ -354,13 +355,7 @@ def test_missing_inner_chunk(kind, dst, tmp_path):
     data = bytearray(path.read_bytes())
     data[-4 - 16 * 2 : -4 - 16] = b"\xff" * 16  # the second of three
     path.write_bytes(data)
-    refused(
-        MissingChunkError,
-        tmp_path / "in.zarr",
-        dst,
-        tmp_path,
-        says=("x/c/2/0", "lacks inner chunk (1, 0)"),
-    )
+    refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says=("x/c/2/0", "lacks inner chunk (1, 0)"))
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "zstd"])
@@ -376,9 +371,7 @@ def test_truncated_shard_with_its_index(dst, tmp_path):
     path = kinds(tmp_path / "in.zarr", "sharded")
     data = path.read_bytes()
     path.write_bytes(data[-52:])
-    refused(
-        MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says=("x/c/2/0", "past its end")
-    )
+    refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says=("x/c/2/0", "past its end"))
 
 
 @pytest.mark.parametrize("kind", ["zstd", "crc32c", "sharded_zstd"])
@@ -434,11 +427,7 @@ def test_every_error_is_clear(src):
     """Base class, code and exit status of each error are as the table says."""
     from actshuffle import errors
 
-    tree = [
-        e
-        for e in vars(errors).values()
-        if isinstance(e, type) and issubclass(e, errors.ActshuffleError)
-    ]
+    tree = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.ActshuffleError)]
     assert len({e.code for e in tree}) == len(tree)
     assert all(e.code in errors.__doc__ for e in tree if e is not errors.ActshuffleError)
     assert Path(errors.__file__).read_text().count("class ") == len(tree)

@@ -17,9 +17,7 @@ from actshuffle.digest import RowHash
 from actshuffle.executors import Serial
 from actshuffle.planner import make_plan
 
-sys.path.insert(
-    0, str(Path(__file__).parents[1])
-)  # benchmarks are run from the root, not installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are run from the root, not installed
 
 from benchmarks import cache, calibrate, costs, growth, measure, shuffle, sources
 from benchmarks.__main__ import main
@@ -32,18 +30,13 @@ from benchmarks.sae.peers import RATES
 def miniature(tmp_path, *words):
     """Run a command; its figures, after a look that all files are there."""
     out = tmp_path / "results"
-    main(
-        [*words, "--tiny", "--out", str(out), "--work", str(tmp_path / "work")],
-        standalone_mode=False,
-    )
+    main([*words, "--tiny", "--out", str(out), "--work", str(tmp_path / "work")], standalone_mode=False)
     document = json.loads((out / "results.json").read_text())
     page = (out / "README.md").read_text()
     assert document["machine"]["cores"] >= 1
     assert "figures mean nothing" in page
     images = {p.name for p in out.glob("*.png")}
-    assert images == (
-        {n for n in images if f"]({n})" in page} if find_spec("matplotlib") else set()
-    )
+    assert images == ({n for n in images if f"]({n})" in page} if find_spec("matplotlib") else set())
     assert bool(images) == bool(find_spec("matplotlib"))
     assert not list((tmp_path / "work").glob("*/*")), "data is left behind"
     return document["figures"]
@@ -66,9 +59,7 @@ def test_shuffle(tmp_path):
     for one in found["rounds"]:
         spent = one["phases"]
         workers = max(1, one["workers"])
-        assert sum(spent[p] for p in (*PHASES, *OUTSIDE)) == pytest.approx(
-            one["seconds"] * workers, rel=0.01
-        )
+        assert sum(spent[p] for p in (*PHASES, *OUTSIDE)) == pytest.approx(one["seconds"] * workers, rel=0.01)
         assert min(spent.values()) > -0.01, "phases overlap"
         assert spent["read"] > 0
         assert spent["hash"] > 0
@@ -83,9 +74,7 @@ def test_loader(tmp_path):
     assert {(r["mode"], r["threads"]) for r in rows} == {
         (mode, threads) for mode in ("cached", "disk") for threads in (1, 2)
     }
-    assert {"loader", "loader, later epoch", "read, small buffer", "stats"} <= {
-        r["what"] for r in rows
-    }
+    assert {"loader", "loader, later epoch", "read, small buffer", "stats"} <= {r["what"] for r in rows}
     assert all(r["of_plain"]["low"] > 0 for r in rows)
 
 
@@ -125,20 +114,24 @@ def test_calibrate(tmp_path):
 def test_constants_are_those_of_the_mean_run():
     """Of two runs that should take as long, not nearer to the quick one, as errors relative to each would have it."""
     assert calibrate._solve([([1.0], 0.5), ([1.0], 1.5)]) == pytest.approx([1.0])
-    assert (
-        calibrate._solve([([1.0, 1.0], 1.0), ([1.0, 2.0], 0.5)])[1] == 0
-    )  # no byte takes less than no time
+    assert calibrate._solve([([1.0, 1.0], 1.0), ([1.0, 2.0], 0.5)])[1] == 0  # no byte takes less than no time
 
 
 def test_constants_are_found_again(tmp_path):
     """Times made up from known constants give these back, and foretell a run with them."""
     true = calibrate.Constants(0.01, 2e-9, 3e-9, 0.2, 0.001, 5e-10)
-    plans = [make_plan(size // 8192, 8192, memory=memory, levels=levels, run_bytes=32 << 10)
-             for size in (10**8, 3 * 10**8) for memory in (48 << 20, 96 << 20) for levels in (2, 3)]  # fmt: skip
+    plans = [
+        make_plan(size // 8192, 8192, memory=memory, levels=levels, run_bytes=32 << 10)
+        for size in (10**8, 3 * 10**8)
+        for memory in (48 << 20, 96 << 20)
+        for levels in (2, 3)
+    ]
 
     def measured(plan):
-        walls = [plan.task_count(n) * 0.01 + plan.level_bytes(n)[0] * (2e-9 if n < plan.levels else 3e-9)
-                 for n in range(1, plan.levels + 1)]  # fmt: skip
+        walls = [
+            plan.task_count(n) * 0.01 + plan.level_bytes(n)[0] * (2e-9 if n < plan.levels else 3e-9)
+            for n in range(1, plan.levels + 1)
+        ]
         tasks = sum(plan.task_count(n) for n in range(1, plan.levels + 1))
         spilled = sum(plan.level_bytes(n)[1] for n in range(1, plan.levels))
         return {"walls": walls, "seconds": sum(walls) + 0.2 + 0.001 * tasks + 5e-10 * spilled}
@@ -148,9 +141,7 @@ def test_constants_are_found_again(tmp_path):
     assert found.overhead == pytest.approx(true.overhead, rel=1e-2)
     assert found.clear == pytest.approx(true.clear, rel=1e-2)
     other = make_plan(10**9 // 8192, 8192, memory=64 << 20, levels=3, run_bytes=32 << 10)
-    assert calibrate.foretell(other, found, 1) == pytest.approx(
-        measured(other)["seconds"], rel=0.03
-    )
+    assert calibrate.foretell(other, found, 1) == pytest.approx(measured(other)["seconds"], rel=0.03)
     # Negative control: with a constant that is wrong by half it would not.
     wrong = dataclasses.replace(found, leaf_cpu=found.leaf_cpu / 2)
     assert calibrate.foretell(other, wrong, 1) < 0.9 * measured(other)["seconds"]
@@ -159,21 +150,15 @@ def test_constants_are_found_again(tmp_path):
 
 
 def test_peers(tmp_path):
-    rows = miniature(
-        tmp_path, "peers", "--only", "actshuffle,actshuffle-memory,numpy,zarr,k-jobs,dask-take"
-    )["summary"]
-    assert {r["peer"] for r in rows} == {
-        "actshuffle", "actshuffle-memory", "numpy", "zarr", "k-jobs", "dask-take",
-    }  # fmt: skip
+    rows = miniature(tmp_path, "peers", "--only", "actshuffle,actshuffle-memory,numpy,zarr,k-jobs,dask-take")["summary"]
+    assert {r["peer"] for r in rows} == {"actshuffle", "actshuffle-memory", "numpy", "zarr", "k-jobs", "dask-take"}
     for row in rows:
         assert row["outcome"] == "done", row
         assert row["verdict"] == "pass", row
         assert all(row["versions"].values())
 
 
-@pytest.mark.parametrize(
-    "name", ["ray", "huggingface", "duckdb", "polars", "spark", "mosaicml", "annbatch"]
-)
+@pytest.mark.parametrize("name", ["ray", "huggingface", "duckdb", "polars", "spark", "mosaicml", "annbatch"])
 def test_peer_where_installed(tmp_path, name):
     if "message" in driver._versions(name, None):
         pytest.skip("not installed")
@@ -200,9 +185,7 @@ def test_sae_ranks(tmp_path):
     rows = miniature(tmp_path, "sae-ranks")["summary"]
     assert [r["ranks"] for r in rows] == [1, 2]
     for row in rows:
-        assert row["sent"] == pytest.approx(row["stated"]), (
-            "bytes sent are not those in the documentation"
-        )
+        assert row["sent"] == pytest.approx(row["stated"]), "bytes sent are not those in the documentation"
 
 
 # --- What measures ------------------------------------------------------------------------------
@@ -241,14 +224,11 @@ def test_measured_memory_counts_children_that_leave():
 
 
 @pytest.mark.parametrize(
-    ("limits", "outcome"),
-    [({"seconds": 0.5}, "out of time"), ({"memory": 50 << 20}, "out of memory")],
+    ("limits", "outcome"), [({"seconds": 0.5}, "out of time"), ({"memory": 50 << 20}, "out of memory")]
 )
 def test_limits_end_a_run(limits, outcome):
     started = time.monotonic()
-    ended = measure.run(
-        measure.python("-c", "import time; x = b'1' * (100 << 20); time.sleep(60)"), **limits
-    )
+    ended = measure.run(measure.python("-c", "import time; x = b'1' * (100 << 20); time.sleep(60)"), **limits)
     assert ended.outcome == outcome
     assert time.monotonic() - started < 30
 
@@ -281,9 +261,7 @@ def test_source_rows_carry_their_number(tmp_path):
     path = sources.make_source(tmp_path, 100_000, 64, 10_000)
     order = np.concatenate([words[:, 0] for _, words in formats.blocks(path)])
     np.testing.assert_array_equal(order, np.arange(sources.rows_of(path)))
-    assert (
-        sum((path / key).stat().st_size for key in sources.chunk_keys(path)) >= 100_000 // 64 * 64
-    )
+    assert sum((path / key).stat().st_size for key in sources.chunk_keys(path)) >= 100_000 // 64 * 64
 
 
 @pytest.mark.parametrize(
@@ -291,10 +269,7 @@ def test_source_rows_carry_their_number(tmp_path):
     [
         (np.random.default_rng(0).permutation(4096), "pass"),
         (np.arange(4096), "FAIL"),
-        (
-            np.random.default_rng(0).permutation(4096).reshape(64, 64).argsort(1).reshape(-1),
-            "not a permutation",
-        ),
+        (np.random.default_rng(0).permutation(4096).reshape(64, 64).argsort(1).reshape(-1), "not a permutation"),
         (np.random.default_rng(0).permutation(4095), "not a permutation"),
     ],
 )
@@ -307,9 +282,17 @@ def test_orders_are_judged(tmp_path, order, verdict):
 
 def test_kinks_are_named():
     def rows(slow):
-        return [{"factor": f, "round": 0, "bytes": f * 10**9, "levels": 2 + (f > 8),
-                 "seconds": (2 + f * (2 + (f > 8))) * (slow if f == 4 else 1), "largest": 10**8}
-                for f in (1, 2, 4, 8, 16, 32)]  # fmt: skip
+        return [
+            {
+                "factor": f,
+                "round": 0,
+                "bytes": f * 10**9,
+                "levels": 2 + (f > 8),
+                "seconds": (2 + f * (2 + (f > 8))) * (slow if f == 4 else 1),
+                "largest": 10**8,
+            }
+            for f in (1, 2, 4, 8, 16, 32)
+        ]
 
     for slow, expected in ((1.0, "none"), (1.5, "4x (+50%)")):
         found, line = growth.summary(rows(slow), {"memory": 0.0})

@@ -41,10 +41,14 @@ def test_tensorstore_reads_the_values(tmp_path):
 
 
 def test_zarr_reads_what_tensorstore_wrote(tmp_path):
-    tensorstore.open({
-        "driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "a")},
-        "metadata": {"shape": [6], "data_type": "bfloat16", "fill_value": "NaN"}, "create": True,
-    }).result()[:4] = np.array([1, -2, 0.5, 3], "f4").astype(tensorstore.bfloat16.numpy_dtype)  # fmt: skip
+    tensorstore.open(
+        {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": str(tmp_path / "a")},
+            "metadata": {"shape": [6], "data_type": "bfloat16", "fill_value": "NaN"},
+            "create": True,
+        }
+    ).result()[:4] = np.array([1, -2, 0.5, 3], "f4").astype(tensorstore.bfloat16.numpy_dtype)
     found = zarr.open_array(tmp_path / "a", mode="r")
     assert [bits_to_float(b) for b in found[:4]] == [1, -2, 0.5, 3]
     assert found[5] == 0x7FC0
@@ -67,45 +71,38 @@ def test_zarr_finds_the_type_in_a_fresh_process(tmp_path, first):
 
 
 def test_big_endian_on_disk(tmp_path):
-    array(
-        tmp_path / "a",
-        ALL,
-        dtype=BFloat16(),
-        serializer=zarr.codecs.BytesCodec(endian="big"),
-        chunks=(1 << 16,),
-    )
+    array(tmp_path / "a", ALL, dtype=BFloat16(), serializer=zarr.codecs.BytesCodec(endian="big"), chunks=(1 << 16,))
     assert (tmp_path / "a" / "c" / "0").read_bytes() == ALL.astype(">u2").tobytes()
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "a", mode="r")[:], ALL)
-    np.testing.assert_array_equal(
-        with_tensorstore(tmp_path / "a").read().result().view(np.uint16), ALL
-    )
+    np.testing.assert_array_equal(with_tensorstore(tmp_path / "a").read().result().view(np.uint16), ALL)
 
 
 @pytest.mark.parametrize("levels", [1, 2])
 def test_shuffle_keeps_the_type(tmp_path, levels):
     src, dst = tmp_path / "src", tmp_path / "dst"
-    array(
-        src,
-        values(100, (3,), "<u2"),
-        dtype=BFloat16(),
-        fill_value=0x3F80,
-        dimension_names=["token", "x"],
-    )
+    array(src, values(100, (3,), "<u2"), dtype=BFloat16(), fill_value=0x3F80, dimension_names=["token", "x"])
     run(src, dst, levels=levels, chunk_rows=9)
     assert_is_oracle(src, dst)
     order = zarr.open_array(dst / "source_row")[:]
-    before, after = (
-        with_tensorstore(src).read().result(),
-        with_tensorstore(dst / "data").read().result(),
-    )
+    before, after = (with_tensorstore(src).read().result(), with_tensorstore(dst / "data").read().result())
     np.testing.assert_array_equal(after.view(np.uint16), before[order].view(np.uint16))
 
 
 @pytest.mark.parametrize(
     ("bits", "text"),
-    [(0, 0.0), (0x3F80, 1.0), (0xC000, -2.0), (0x7F80, "Infinity"), (0xFF80, "-Infinity"), (0x7FC0, "NaN"),
-     (0x7FC1, "0x7fc1"), (0xFFFF, "0xffff"), (0x0001, 2.0**-133), (0x8000, -0.0)],
-)  # fmt: skip
+    [
+        (0, 0.0),
+        (0x3F80, 1.0),
+        (0xC000, -2.0),
+        (0x7F80, "Infinity"),
+        (0xFF80, "-Infinity"),
+        (0x7FC0, "NaN"),
+        (0x7FC1, "0x7fc1"),
+        (0xFFFF, "0xffff"),
+        (0x0001, 2.0**-133),
+        (0x8000, -0.0),
+    ],
+)
 def test_fill_values_as_json(bits, text):
     kind = BFloat16()
     found = kind.to_json_scalar(np.uint16(bits), zarr_format=3)
@@ -116,18 +113,14 @@ def test_fill_values_as_json(bits, text):
 
 def test_every_fill_value_survives_json():
     kind = BFloat16()
-    back = [
-        kind.from_json_scalar(kind.to_json_scalar(b, zarr_format=3), zarr_format=3) for b in ALL
-    ]
+    back = [kind.from_json_scalar(kind.to_json_scalar(b, zarr_format=3), zarr_format=3) for b in ALL]
     np.testing.assert_array_equal(np.array(back, np.uint16), ALL)
 
 
 def test_numbers_round_to_nearest_even_like_those_who_know():
     rng = np.random.default_rng(0)
     numbers = rng.integers(0, 1 << 32, 20_000, np.uint64).astype(np.uint32).view(np.float32)
-    numbers = np.concatenate(
-        [numbers[np.isfinite(numbers)], np.float32([0, -0.0, np.inf, -np.inf])]
-    )
+    numbers = np.concatenate([numbers[np.isfinite(numbers)], np.float32([0, -0.0, np.inf, -np.inf])])
     expected = numbers.astype(tensorstore.bfloat16.numpy_dtype).view(np.uint16)
     np.testing.assert_array_equal(np.array([float_to_bits(x) for x in numbers]), expected)
     assert float_to_bits(math.nan) == 0x7FC0

@@ -63,73 +63,205 @@ def done(src, dst):
 # --- Words that scripts rely on -------------------------------------------------------------------
 
 SHAPE = {
-    "--levels", "--memory", "--block-bytes", "--run-bytes", "--chunk-rows", "--chunks-per-shard",
-    "--codec", "--fields", "--spill-memory", "--gather",
-}  # fmt: skip
+    "--levels",
+    "--memory",
+    "--block-bytes",
+    "--run-bytes",
+    "--chunk-rows",
+    "--chunks-per-shard",
+    "--codec",
+    "--fields",
+    "--spill-memory",
+    "--gather",
+}
 PUBLIC = {
     "run": {
-        *SHAPE, "--seed", "--source-row", "--no-source-row", "--missing-chunks", "--scratch",
-        "--workers", "--scheduler", "--insecure", "--overwrite", "--fsync", "--no-fsync", "--storage-options",
-        "--json", "--quiet", "--debug",
+        *SHAPE,
+        "--seed",
+        "--source-row",
+        "--no-source-row",
+        "--missing-chunks",
+        "--scratch",
+        "--workers",
+        "--scheduler",
+        "--insecure",
+        "--overwrite",
+        "--fsync",
+        "--no-fsync",
+        "--storage-options",
+        "--json",
+        "--quiet",
+        "--debug",
     },
     "plan": {
-        *SHAPE, "--rows", "--row-bytes", "--workers", "--storage-options", "--json", "--debug",
-        "--hosts", "--workers-per-host", "--network", "--disk", "--store-rate", "--requests",
-        "--latency", "--stream", "--price-per-put", "--price-per-get", "--price-per-host",
-        "--price-per-gb", "--simulate", "--stragglers", "--mtbf", "--repair", "--simulation-seed",
+        *SHAPE,
+        "--rows",
+        "--row-bytes",
+        "--workers",
+        "--storage-options",
+        "--json",
+        "--debug",
+        "--hosts",
+        "--workers-per-host",
+        "--network",
+        "--disk",
+        "--store-rate",
+        "--requests",
+        "--latency",
+        "--stream",
+        "--price-per-put",
+        "--price-per-get",
+        "--price-per-host",
+        "--price-per-gb",
+        "--simulate",
+        "--stragglers",
+        "--mtbf",
+        "--repair",
+        "--simulation-seed",
     },
     "verify": {
-        "--quick", "--rows", "--mixing", "--workers", "--scheduler", "--insecure", "--storage-options",
-        "--json", "--quiet", "--debug",
+        "--quick",
+        "--rows",
+        "--mixing",
+        "--workers",
+        "--scheduler",
+        "--insecure",
+        "--storage-options",
+        "--json",
+        "--quiet",
+        "--debug",
     },
     "info": {"--storage-options", "--json", "--debug"},
     "status": {"--storage-options", "--json", "--debug"},
-    "came-from": {
-        "--context", "--debug", "--json", "--no-text", "--source", "--storage-options", "--text",
-    },
-    "where-is": {
-        "--debug", "--json", "--storage-options",
-    },
+    "came-from": {"--context", "--debug", "--json", "--no-text", "--source", "--storage-options", "--text"},
+    "where-is": {"--debug", "--json", "--storage-options"},
     "split": {
-        "--copy", "--debug", "--folder", "--json", "--ordered", "--quiet", "--scheduler", "--insecure",
-        "--storage-options", "--workers",
+        "--copy",
+        "--debug",
+        "--folder",
+        "--json",
+        "--ordered",
+        "--quiet",
+        "--scheduler",
+        "--insecure",
+        "--storage-options",
+        "--workers",
     },
-    "head": {
-        "--copy", "--debug", "--json", "--ordered", "--storage-options",
-    },
+    "head": {"--copy", "--debug", "--json", "--ordered", "--storage-options"},
     "sample": {
-        "--chunk-rows", "--codec", "--debug", "--fields", "--json", "--memory", "--overwrite",
-        "--quiet", "--scheduler", "--insecure", "--scratch", "--seed", "--storage-options", "--workers",
+        "--chunk-rows",
+        "--codec",
+        "--debug",
+        "--fields",
+        "--json",
+        "--memory",
+        "--overwrite",
+        "--quiet",
+        "--scheduler",
+        "--insecure",
+        "--scratch",
+        "--seed",
+        "--storage-options",
+        "--workers",
     },
-    "concat": {
-        "--debug", "--fields", "--json", "--out", "--storage-options",
-    },
+    "concat": {"--debug", "--fields", "--json", "--out", "--storage-options"},
     "append": {
-        "--again", "--chunk-rows", "--debug", "--json", "--memory", "--out", "--overwrite",
-        "--quiet", "--scheduler", "--insecure", "--scratch", "--storage-options", "--workers",
+        "--again",
+        "--chunk-rows",
+        "--debug",
+        "--json",
+        "--memory",
+        "--out",
+        "--overwrite",
+        "--quiet",
+        "--scheduler",
+        "--insecure",
+        "--scratch",
+        "--storage-options",
+        "--workers",
     },
     "import": {
-        "--apart", "--chunk-rows", "--codec", "--columns", "--debug", "--dtype", "--flatten",
-        "--format", "--json", "--memory", "--name", "--no-flatten", "--out", "--overwrite",
-        "--quiet", "--row-shape", "--scheduler", "--insecure", "--scratch", "--split", "--storage-options",
-        "--together", "--workers",
+        "--apart",
+        "--chunk-rows",
+        "--codec",
+        "--columns",
+        "--debug",
+        "--dtype",
+        "--flatten",
+        "--format",
+        "--json",
+        "--memory",
+        "--name",
+        "--no-flatten",
+        "--out",
+        "--overwrite",
+        "--quiet",
+        "--row-shape",
+        "--scheduler",
+        "--insecure",
+        "--scratch",
+        "--split",
+        "--storage-options",
+        "--together",
+        "--workers",
     },
     "collect": {
-        "--batch-tokens", "--block-bytes", "--chunk-rows", "--codec", "--context", "--debug",
-        "--device", "--dtype", "--field", "--hooks", "--json", "--layers", "--model",
-        "--model-dtype", "--out", "--overwrite", "--part", "--quiet", "--rows", "--scheduler", "--insecure",
-        "--special", "--storage-options", "--text", "--tokenizer", "--tokens-per-document",
+        "--batch-tokens",
+        "--block-bytes",
+        "--chunk-rows",
+        "--codec",
+        "--context",
+        "--debug",
+        "--device",
+        "--dtype",
+        "--field",
+        "--hooks",
+        "--json",
+        "--layers",
+        "--model",
+        "--model-dtype",
+        "--out",
+        "--overwrite",
+        "--part",
+        "--quiet",
+        "--rows",
+        "--scheduler",
+        "--insecure",
+        "--special",
+        "--storage-options",
+        "--text",
+        "--tokenizer",
+        "--tokens-per-document",
         "--workers",
     },
     "stats": {
-        "--debug", "--incomplete", "--json", "--no-write", "--png", "--quiet", "--read",
-        "--scheduler", "--insecure", "--storage-options", "--workers", "--write",
+        "--debug",
+        "--incomplete",
+        "--json",
+        "--no-write",
+        "--png",
+        "--quiet",
+        "--read",
+        "--scheduler",
+        "--insecure",
+        "--storage-options",
+        "--workers",
+        "--write",
     },
     "quality": {
-        "--alpha", "--batch-size", "--buffer-rows", "--debug", "--documents", "--epoch",
-        "--incomplete", "--json", "--positions", "--seed", "--storage-options",
+        "--alpha",
+        "--batch-size",
+        "--buffer-rows",
+        "--debug",
+        "--documents",
+        "--epoch",
+        "--incomplete",
+        "--json",
+        "--positions",
+        "--seed",
+        "--storage-options",
     },
-}  # fmt: skip
+}
 
 
 def test_commands_and_flags_are_a_public_promise():
@@ -170,19 +302,11 @@ def test_help_does_not_import_dask():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("words", "found"), [("actshuffle ve", "verify"), ("actshuffle run --mem", "--memory")]
-)
+@pytest.mark.parametrize(("words", "found"), [("actshuffle ve", "verify"), ("actshuffle run --mem", "--memory")])
 def test_shell_completion(words, found):
-    env = {
-        "_ACTSHUFFLE_COMPLETE": "bash_complete",
-        "COMP_WORDS": words,
-        "COMP_CWORD": str(words.count(" ")),
-    }
+    env = {"_ACTSHUFFLE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     code = "from actshuffle.cli.app import main; main(prog_name='actshuffle')"
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True
-    )
+    out = subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
     assert found in out.stdout
 
 
@@ -202,8 +326,13 @@ def test_run_as_json_is_one_object_and_nothing_else(src, dst):
     assert out.stdout.count("\n") == 1
     assert result["plan"].pop("levels") == 2
     assert {k: result[k] for k in ("rows", "bytes", "seed", "resumed", "workers", "destination")} == {
-        "rows": 500, "bytes": 10_000, "seed": 5, "resumed": 0, "workers": 1, "destination": str(dst),
-    }  # fmt: skip
+        "rows": 500,
+        "bytes": 10_000,
+        "seed": 5,
+        "resumed": 0,
+        "workers": 1,
+        "destination": str(dst),
+    }
     assert result["seconds"] > 0
     assert result["bytes_per_second"] > 0
     assert result["tasks"] == sum(result["plan"]["tasks"])
@@ -214,10 +343,7 @@ def test_log_lines_are_dated_and_say_where_stages_begin_and_end(src, dst):
     assert all(re.match(LOG_LINE, line) for line in lines)
     said = [re.sub(r"  +", "  ", re.sub(LOG_LINE, "", line)) for line in lines]
     assert re.fullmatch(r"plan  2 levels, \d+ blocks, 18 KB scratch, \S+ MB per worker", said[0])
-    found = [
-        re.match(r"(boundaries|level . of 2|clearing)  (begins|done)", line).groups()
-        for line in said[1:]
-    ]
+    found = [re.match(r"(boundaries|level . of 2|clearing)  (begins|done)", line).groups() for line in said[1:]]
     stages = ("boundaries", "level 1 of 2", "level 2 of 2", "clearing")
     assert found == [(stage, what) for stage in stages for what in ("begins", "done")]
 
@@ -236,16 +362,31 @@ def test_quiet_json_prints_the_object_alone(src, dst):
 
 def test_options_reach_the_engine(src, dst):
     out = call(
-        "run", src, dst, "--seed", "1e3", "--memory", "64MiB", "--fields", "token",
-        "--no-source-row", "--levels", "1", "--codec", "crc32c", "--chunk-rows", "100",
-        "--chunks-per-shard", "2", "--scratch", dst.parent / "elsewhere", "--json", *ALONE,
-    )  # fmt: skip
-    result = json.loads(out.stdout)
-    assert (result["seed"], result["plan"]["memory"], result["plan"]["object_rows"]) == (
-        1000,
-        64 << 20,
-        200,
+        "run",
+        src,
+        dst,
+        "--seed",
+        "1e3",
+        "--memory",
+        "64MiB",
+        "--fields",
+        "token",
+        "--no-source-row",
+        "--levels",
+        "1",
+        "--codec",
+        "crc32c",
+        "--chunk-rows",
+        "100",
+        "--chunks-per-shard",
+        "2",
+        "--scratch",
+        dst.parent / "elsewhere",
+        "--json",
+        *ALONE,
     )
+    result = json.loads(out.stdout)
+    assert (result["seed"], result["plan"]["memory"], result["plan"]["object_rows"]) == (1000, 64 << 20, 200)
     assert_is_oracle(src, dst, seed=1000, fields=["token"], source_row=False)
     assert zarr.open_array(str(dst / "token"), mode="r").shards == (200,)
 
@@ -276,12 +417,7 @@ TWO_LEVELS = ("--block-bytes", "100KB", "--run-bytes", 1)
     [
         (2048, None, TWO_LEVELS, True),
         (2048, None, (), False),  # one level, which moves as little
-        (
-            2040,
-            None,
-            TWO_LEVELS,
-            False,
-        ),  # a read for each of so narrow rows takes as long as a level
+        (2040, None, TWO_LEVELS, False),  # a read for each of so narrow rows takes as long as a level
         (2048, "auto", TWO_LEVELS, False),  # rows must be decoded
         (2048, None, (*TWO_LEVELS, "--workers", 10**9), False),  # no room beside so many
         (2048, None, ("--gather",), None),
@@ -300,9 +436,7 @@ def test_verify_info_and_status_of_a_good_store(src, done):
     report = json.loads(call("verify", src, done, "--json", "--workers", 0).stdout)
     assert report["ok"] is True
     assert report["problems"] == []
-    assert call("verify", src, done, "--quick", "--rows", 64, "--workers", 0).stdout.startswith(
-        "verified"
-    )
+    assert call("verify", src, done, "--quick", "--rows", 64, "--workers", 0).stdout.startswith("verified")
     mixing = json.loads(call("verify", src, done, "--mixing", "--json", "--workers", 0).stdout)
     assert mixing["mixing"]
     assert json.loads(call("info", done, "--json").stdout)["rows"] == 500
@@ -312,18 +446,13 @@ def test_verify_info_and_status_of_a_good_store(src, done):
 
 
 def test_verify_of_a_damaged_store_exits_with_1(src, done):
-    chunk = next(
-        p for p in sorted((done / "act").rglob("*")) if p.is_file() and p.name != "zarr.json"
-    )
+    chunk = next(p for p in sorted((done / "act").rglob("*")) if p.is_file() and p.name != "zarr.json")
     data = bytearray(chunk.read_bytes())
     data[3] ^= 1
     chunk.write_bytes(data)
     out = call("verify", src, done, "--workers", 0, code=1)
     assert str(chunk.relative_to(done)) in out.stdout
-    assert (
-        json.loads(call("verify", src, done, "--json", "--workers", 0, code=1).stdout)["ok"]
-        is False
-    )
+    assert json.loads(call("verify", src, done, "--json", "--workers", 0, code=1).stdout)["ok"] is False
     call("verify", src, done, "--quiet", "--workers", 0, code=1)
 
 
@@ -395,9 +524,20 @@ def _workers(src, dst):
 
 
 BAD = [
-    _no_source, _not_zarr, _a_file, _finished, _not_ours, _inside, _levels_too_few,
-    _memory_too_small, _unequal, _objects, _no_such_field, _seed, _workers,
-]  # fmt: skip
+    _no_source,
+    _not_zarr,
+    _a_file,
+    _finished,
+    _not_ours,
+    _inside,
+    _levels_too_few,
+    _memory_too_small,
+    _unequal,
+    _objects,
+    _no_such_field,
+    _seed,
+    _workers,
+]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -453,9 +593,7 @@ def test_incomplete_commands_are_usage_errors(args):
     call(*args, code=2)
 
 
-@pytest.mark.parametrize(
-    "args", [[], ["--rows", "10"], ["acts.zarr", "--rows", "10", "--row-bytes", "8"]]
-)
+@pytest.mark.parametrize("args", [[], ["--rows", "10"], ["acts.zarr", "--rows", "10", "--row-bytes", "8"]])
 def test_plan_needs_a_source_or_its_size(args):
     assert "error: " in call("plan", *args, code=2).stderr
 
@@ -469,11 +607,7 @@ def test_a_store_that_is_not_ours_is_refused(command, src):
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (
-            ConservationError("rows of act are not the rows that were put in"),
-            "conservation",
-            "rows of act",
-        ),
+        (ConservationError("rows of act are not the rows that were put in"), "conservation", "rows of act"),
         (StorageFullError("no space left while writing 8 MB"), "no-space", "no space left"),
         (MemoryError(), "memory", "--memory"),
         (PermissionError(13, "Permission denied", "/a/b"), "io", "Permission denied: /a/b"),
@@ -540,10 +674,16 @@ def test_an_address_that_is_none(src, dst):
     assert "address" in call("run", src, dst, "--scheduler", "nonsense", code=2).stderr
 
 
-@pytest.mark.parametrize("address", [
-    "tcp://192.0.2.1:8786", "192.0.2.1:8786", "tcp://scheduler.invalid:8786", "ws://192.0.2.1:8786",
-    "tcp://[2001:db8::1]:8786",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "address",
+    [
+        "tcp://192.0.2.1:8786",
+        "192.0.2.1:8786",
+        "tcp://scheduler.invalid:8786",
+        "ws://192.0.2.1:8786",
+        "tcp://[2001:db8::1]:8786",
+    ],
+)
 def test_a_scheduler_elsewhere_without_tls_needs_a_flag(address, src, dst):
     for command in (("run", src, dst), ("verify", src, src)):
         said = call(*command, "--scheduler", address, code=2).stderr
@@ -551,9 +691,10 @@ def test_a_scheduler_elsewhere_without_tls_needs_a_flag(address, src, dst):
         assert "tls://" in said
 
 
-@pytest.mark.parametrize("address", [
-    "tls://192.0.2.1:8786", "wss://192.0.2.1:8786", "tcp://127.0.0.1:8786", "localhost:8786", "tcp://[::1]:8786",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "address",
+    ["tls://192.0.2.1:8786", "wss://192.0.2.1:8786", "tcp://127.0.0.1:8786", "localhost:8786", "tcp://[::1]:8786"],
+)
 def test_a_scheduler_with_tls_or_on_this_machine_needs_none(address):
     from actshuffle.cli.session import _check_private
 
@@ -571,9 +712,7 @@ def test_the_flag_lets_it_pass(src, dst):
 
 def test_a_given_cluster_is_used_and_left_running(src, dst, cluster):
     client = cluster(2).client
-    out = call(
-        "run", src, dst, "--seed", 5, *SIZE, "--json", "--scheduler", client.scheduler.address
-    )
+    out = call("run", src, dst, "--seed", 5, *SIZE, "--json", "--scheduler", client.scheduler.address)
     assert json.loads(out.stdout)["workers"] == 2
     assert "cluster         2 workers" in out.stderr
     assert_is_oracle(src, dst)
@@ -633,19 +772,7 @@ def test_stopped_mid_level_then_resumed(number, src, dst):
 def test_ctrl_c_stops_a_local_cluster_without_a_storm(tmp_path, dst):
     src = tmp_path / "more.zarr"
     array(src, values(20_000, (8,), "<f2"), chunks=(5000, 8))
-    args = [
-        "run",
-        src,
-        dst,
-        "--seed",
-        "5",
-        "--block-bytes",
-        "2KB",
-        "--run-bytes",
-        "1",
-        "--chunk-rows",
-        "64",
-    ]
+    args = ["run", src, dst, "--seed", "5", "--block-bytes", "2KB", "--run-bytes", "1", "--chunk-rows", "64"]
     process = start(*PROGRAM, *args, "--workers", "2")
     said = wait_for(process, "begins: ")
     said += wait_for(process, "level 1 of ")
@@ -772,8 +899,7 @@ def test_bar_is_as_wide_as_asked():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (86400, "24:00:00"), (200_000, "2 d 7 h")],
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (86400, "24:00:00"), (200_000, "2 d 7 h")]
 )
 def test_clock_face(seconds, text):
     assert clock_face(seconds) == text
@@ -789,9 +915,7 @@ def test_log_lines_come_every_few_seconds_at_most():
     display.end()
     lines = stream.getvalue().splitlines()
     assert 18 <= len(lines) <= 22  # 100 s
-    assert re.fullmatch(
-        LOG_LINE + r"level 1 of 2    501 of 10,000 tasks, 5%, 501 KB, 100 KB/s, 1:35 left", lines[1]
-    )
+    assert re.fullmatch(LOG_LINE + r"level 1 of 2    501 of 10,000 tasks, 5%, 501 KB, 100 KB/s, 1:35 left", lines[1])
     assert lines[-1].endswith("level 1 of 2    done in 1 min 40 s, 100 KB/s")
 
 
@@ -856,10 +980,7 @@ def test_warnings_of_the_engine_come_between_the_lines(src, dst, monkeypatch):
 def test_on_a_terminal_no_line_wraps(columns, src, dst):
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {
-        "TERM": "xterm",
-        "PYTHONUTF8": "1",
-    }
+    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm", "PYTHONUTF8": "1"}
     command = [*PROGRAM, "run", src, dst, "--seed", "12345678901234567890", *SIZE, *ALONE]
     process = subprocess.Popen(list(map(str, command)), stdout=follower, stderr=follower, env=env)
     os.close(follower)

@@ -55,13 +55,7 @@ def alone(request: pytest.FixtureRequest) -> Any:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A decoder and an encoder of random weights, with tokenizers that have a word per token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import (
-        BertConfig,
-        BertModel,
-        GPT2Config,
-        GPT2LMHeadModel,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     vocabulary = {w: i for i, w in enumerate(["[UNK]", "[CLS]", "[SEP]", *WORDS])}
     folder, made = tmp_path_factory.mktemp("models"), {}
@@ -74,18 +68,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             core.post_processor = processors.TemplateProcessing(
                 single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
             )
-            config = BertConfig(hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=2,
-                                intermediate_size=32, max_position_embeddings=32, **shape)  # fmt: skip
+            config = BertConfig(
+                hidden_size=WIDTH,
+                num_hidden_layers=BLOCKS,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=32,
+                **shape,
+            )
             model = BertModel(config)
         else:
-            model = GPT2LMHeadModel(
-                GPT2Config(n_embd=WIDTH, n_layer=BLOCKS, n_head=2, n_positions=32, **shape)
-            )
+            model = GPT2LMHeadModel(GPT2Config(n_embd=WIDTH, n_layer=BLOCKS, n_head=2, n_positions=32, **shape))
         made[kind] = folder / kind
         model.save_pretrained(made[kind])
-        PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]").save_pretrained(
-            made[kind]
-        )
+        PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]").save_pretrained(made[kind])
     return made
 
 
@@ -145,12 +141,17 @@ def expected(
 @pytest.mark.parametrize("batched", [False, True])
 def test_every_token_is_what_transformers_gives(
     models: dict[str, Path], corpus: Corpus, tmp_path: Path, kind: str, keep: bool, batched: bool
-) -> None:  # fmt: skip
+) -> None:
     states, known = expected(models[kind], corpus[1], 2 * (kind == "bert"), keep, batched)
     done, data = gather(
-        models[kind], corpus[0], tmp_path / "x.zarr", layers=[0, 1, 2, 3], special="keep" if keep else "drop",
-        batch_tokens=8192 if batched else 1, block_bytes=16 * 300,
-    )  # fmt: skip
+        models[kind],
+        corpus[0],
+        tmp_path / "x.zarr",
+        layers=[0, 1, 2, 3],
+        special="keep" if keep else "drop",
+        batch_tokens=8192 if batched else 1,
+        block_bytes=16 * 300,
+    )
     assert (data.kind, done.documents, done.complete) == ("collection", len(corpus[1]), True)
     assert data.rows == len(known["token"])
     for name, values in known.items():
@@ -160,9 +161,7 @@ def test_every_token_is_what_transformers_gives(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_rounding_is_to_nearest(
-    models: dict[str, Path], corpus: Corpus, tmp_path: Path, dtype: str
-) -> None:
+def test_rounding_is_to_nearest(models: dict[str, Path], corpus: Corpus, tmp_path: Path, dtype: str) -> None:
     exact = gather(models["gpt2"], corpus[0], tmp_path / "x.zarr")[1]
     data = gather(models["gpt2"], corpus[0], tmp_path / "y.zarr", dtype=dtype)[1]
     values = torch.from_numpy(exact.read("layer_1", 0, exact.rows).copy()).to(getattr(torch, dtype))
@@ -175,20 +174,12 @@ def test_outputs_of_modules(models: dict[str, Path], corpus: Corpus, tmp_path: P
     hooks = ["transformer.h.0.mlp", "h.1", "h.2.mlp.c_fc"]
     data = gather(models["gpt2"], corpus[0], tmp_path / "x.zarr", layers=[2], hooks=hooks)[1]
     assert data.fields["h.2.mlp.c_fc"].row_shape == (4 * WIDTH,)
-    np.testing.assert_array_equal(
-        data.read("h.1", 0, data.rows), data.read("layer_2", 0, data.rows)
-    )
+    np.testing.assert_array_equal(data.read("h.1", 0, data.rows), data.read("layer_2", 0, data.rows))
     assert data.attributes["arrays"]["transformer.h.0.mlp"] == "output of transformer.h.0.mlp"
 
 
 def test_layers_after_the_last_one_wanted_are_not_run(models: dict[str, Path]) -> None:
-    settings = {
-        "model_dtype": "float32",
-        "hooks": [],
-        "dtype": "float32",
-        "device": "cpu",
-        "probe": [5, 6],
-    }
+    settings = {"model_dtype": "float32", "hooks": [], "dtype": "float32", "device": "cpu", "probe": [5, 6]}
     for kind, blocks in (("gpt2", "h"), ("bert", "encoder.layer")):
         model = Model({**settings, "model": str(models[kind]), "layers": [0, 2]})
         ran: list[int] = []
@@ -207,18 +198,15 @@ def test_the_store_says_what_it_is(models: dict[str, Path], corpus: Corpus, tmp_
     told = data.attributes
     assert told["model"]["class"] == "BertModel"
     assert told["model"]["layers"] == BLOCKS
-    assert told["tokenizer"] == {"name": str(models["bert"]), "class": told["tokenizer"]["class"],
-                                 "vocabulary": 63, "fingerprint": told["tokenizer"]["fingerprint"]}  # fmt: skip
+    assert told["tokenizer"] == {
+        "name": str(models["bert"]),
+        "class": told["tokenizer"]["class"],
+        "vocabulary": 63,
+        "fingerprint": told["tokenizer"]["fingerprint"],
+    }
     assert told["special_tokens"] == {"rows": "dropped", "tokens": ["[CLS]", "[SEP]"]}
-    assert told["arrays"]["layer_3"].startswith(
-        "hidden_states[3]: the residual stream after 3 of 3 blocks"
-    )
-    assert [(d["first"], d["count"]) for d in told["documents"]] == [
-        (0, 1),
-        (1, 1),
-        (2, 1),
-        (3, 12),
-    ]
+    assert told["arrays"]["layer_3"].startswith("hidden_states[3]: the residual stream after 3 of 3 blocks")
+    assert [(d["first"], d["count"]) for d in told["documents"]] == [(0, 1), (1, 1), (2, 1), (3, 12)]
     shuffle(tmp_path / "x.zarr", tmp_path / "y.zarr", seed=1, fsync=False)
     origin = came_from(tmp_path / "y.zarr", [5])[0]
     assert origin.document is not None
@@ -235,21 +223,17 @@ def test_the_store_says_what_it_is(models: dict[str, Path], corpus: Corpus, tmp_
 def test_limits(models: dict[str, Path], corpus: Corpus, tmp_path: Path, special: str) -> None:
     full = gather(models["bert"], corpus[0], tmp_path / "x.zarr", special=special)[1]
     for rows in (1 + 2 * (special == "keep"), 50, 77):
-        data = gather(
-            models["bert"], corpus[0], tmp_path / f"{rows}.zarr", rows=rows, special=special
-        )[1]
+        data = gather(models["bert"], corpus[0], tmp_path / f"{rows}.zarr", rows=rows, special=special)[1]
         assert rows - 2 <= data.rows <= rows
         kept = max(0, data.rows - 3)  # a window may end in [SEP] where it was cut
         np.testing.assert_array_equal(data.read("token", 0, kept), full.read("token", 0, kept))
-    heads = gather(
-        models["bert"], corpus[0], tmp_path / "h.zarr", tokens_per_document=5, special=special
-    )[1]
+    heads = gather(models["bert"], corpus[0], tmp_path / "h.zarr", tokens_per_document=5, special=special)[1]
     assert heads.read("position", 0, heads.rows).max() == 4
 
 
 def test_the_result_does_not_depend_on_how_the_work_is_cut(
     models: dict[str, Path], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(tokens_module, "GROUP_TOKENS", 60)
     whole = gather(models["gpt2"], corpus[0], tmp_path / "x.zarr", layers=[1, 2])[1]
     small = {"block_bytes": 2400, "layers": [1, 2]}
@@ -258,9 +242,7 @@ def test_the_result_does_not_depend_on_how_the_work_is_cut(
     monkeypatch.setattr(tokens_module, "PIECE", 64)
     again = gather(models["gpt2"], corpus[0], tmp_path / "z.zarr", **small)[1]
     for name in whole.fields:
-        np.testing.assert_array_equal(
-            whole.read(name, 0, whole.rows), again.read(name, 0, again.rows)
-        )
+        np.testing.assert_array_equal(whole.read(name, 0, whole.rows), again.read(name, 0, again.rows))
 
 
 # --- Several processes, kills ---------------------------------------------------------------------
@@ -268,14 +250,22 @@ def test_the_result_does_not_depend_on_how_the_work_is_cut(
 
 def test_on_a_cluster_and_in_parts(
     models: dict[str, Path], corpus: Corpus, tmp_path: Path, cluster: Callable[[int], Dask]
-) -> None:  # fmt: skip
+) -> None:
     options: dict[str, Any] = {"block_bytes": 3000, "layers": [1, 3]}
     gather(models["gpt2"], corpus[0], tmp_path / "x.zarr", **options)
     gather(models["gpt2"], corpus[0], tmp_path / "y.zarr", executor=cluster(2), **options)
     out = tmp_path / "z.zarr"
     for number in (2, 3, 1, 2):
-        done = collect(str(models["gpt2"]), [corpus[0]], out, context=CONTEXT, chunk_rows=16, fsync=False,
-                       part=(number, 3), **options)  # fmt: skip
+        done = collect(
+            str(models["gpt2"]),
+            [corpus[0]],
+            out,
+            context=CONTEXT,
+            chunk_rows=16,
+            fsync=False,
+            part=(number, 3),
+            **options,
+        )
         assert done.complete == (number == 1 or open_or_none(out) is not None)
         if not done.complete:
             with pytest.raises(IncompleteStoreError):
@@ -318,14 +308,10 @@ def start_part(
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", IN_PARTS, told])
 
 
-def test_one_of_two_processes_is_killed_and_resumes(
-    models: dict[str, Path], corpus: Corpus, tmp_path: Path
-) -> None:
+def test_one_of_two_processes_is_killed_and_resumes(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
     gather(models["gpt2"], corpus[0], tmp_path / "x.zarr", block_bytes=2000)
     out = tmp_path / "y.zarr"
-    options: dict[str, Any] = {
-        "layers": [1], "context": CONTEXT, "chunk_rows": 16, "block_bytes": 2000
-    }  # fmt: skip
+    options: dict[str, Any] = {"layers": [1], "context": CONTEXT, "chunk_rows": 16, "block_bytes": 2000}
     running = [start_part(models["gpt2"], [corpus[0]], out, p, p == 1, **options) for p in (1, 2)]
     assert [process.wait(120) for process in running] == [-signal.SIGKILL, 0]
     with pytest.raises(IncompleteStoreError):
@@ -376,9 +362,7 @@ def test_the_real_weights_of_minilm(tmp_path: Path, cluster: Callable[[int], Das
     assert not np.array_equal(states[3], states[6])
 
 
-def real_states(
-    model: str, text: list[Path]
-) -> tuple[dict[int, np.ndarray], dict[str, np.ndarray]]:
+def real_states(model: str, text: list[Path]) -> tuple[dict[int, np.ndarray], dict[str, np.ndarray]]:
     """Hidden states of every token by plain transformers, a window at a time, and what the tokens are."""
     plain = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -395,17 +379,16 @@ def real_states(
                 output = plain(torch.tensor([inputs]), output_hidden_states=True)
             for layer, found in states.items():
                 found.append(output.hidden_states[layer][0, 1:-1].numpy())
-    return {k: np.concatenate(v) for k, v in states.items()}, {
-        k: np.array(v) for k, v in known.items()
-    }
+    return {k: np.concatenate(v) for k, v in states.items()}, {k: np.array(v) for k, v in known.items()}
 
 
 # --- Refusals -------------------------------------------------------------------------------------
 
 
 def test_bad_requests(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
-    def refused(error: type[Exception], words: str, model: Path | None = None, text: Path | None = None,
-                **options: Any) -> None:  # fmt: skip
+    def refused(
+        error: type[Exception], words: str, model: Path | None = None, text: Path | None = None, **options: Any
+    ) -> None:
         with pytest.raises(error, match=words):
             gather(model or models["gpt2"], text or corpus[0], tmp_path / "x.zarr", **options)
         assert not (tmp_path / "x.zarr").exists()
@@ -433,9 +416,7 @@ def test_bad_requests(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -
     refused(SourceError, "line 1: 'text' is no text", text=tmp_path / "numbers.jsonl")
 
 
-def test_values_that_do_not_fit_are_refused(
-    models: dict[str, Path], corpus: Corpus, tmp_path: Path
-) -> None:
+def test_values_that_do_not_fit_are_refused(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
     model = transformers.GPT2Model.from_pretrained(models["gpt2"])
     with torch.no_grad():
         model.wte.weight.mul_(1e7)
@@ -446,38 +427,21 @@ def test_values_that_do_not_fit_are_refused(
     gather(tmp_path / "large", corpus[0], tmp_path / "x.zarr", layers=[0], dtype="bfloat16")
 
 
-def test_a_finished_store_is_left_alone(
-    models: dict[str, Path], corpus: Corpus, tmp_path: Path
-) -> None:
+def test_a_finished_store_is_left_alone(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
     gather(models["gpt2"], corpus[0], tmp_path / "x.zarr")
     with pytest.raises(DestinationExistsError):
         gather(models["gpt2"], corpus[0], tmp_path / "x.zarr")
-    assert gather(models["gpt2"], corpus[0], tmp_path / "x.zarr", layers=[2], overwrite=True)[
-        1
-    ].fields["layer_2"]
+    assert gather(models["gpt2"], corpus[0], tmp_path / "x.zarr", layers=[2], overwrite=True)[1].fields["layer_2"]
 
 
-def test_the_command(
-    models: dict[str, Path], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command(models: dict[str, Path], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from click.testing import CliRunner
 
     from actshuffle.cli.app import main
 
     monkeypatch.chdir(tmp_path)
-    command = [
-        "collect",
-        "--model",
-        str(models["gpt2"]),
-        "--text",
-        str(corpus[0]),
-        "--context",
-        "12",
-        "--json",
-    ]
-    done = CliRunner().invoke(
-        main, [*command, "--layers", "1,2", "--hooks", "h.0.mlp", "--out", "x.zarr"]
-    )
+    command = ["collect", "--model", str(models["gpt2"]), "--text", str(corpus[0]), "--context", "12", "--json"]
+    done = CliRunner().invoke(main, [*command, "--layers", "1,2", "--hooks", "h.0.mlp", "--out", "x.zarr"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["documents"] == len(corpus[1])
     assert {"layer_1", "layer_2", "h.0.mlp", "token"} <= set(open_dataset("x.zarr").fields)
@@ -487,10 +451,6 @@ def test_the_command(
     absent = ["collect", "--model", "./absent", "--text", str(corpus[0]), "--layers", "1", "--json"]
     done = CliRunner().invoke(main, [*absent, "--out", "y.zarr"])
     assert "no such folder" in json.loads(done.stdout)["message"]
-    for options, code in [
-        (["--layers", "9"], "bad-request"),
-        (["--layers", "x"], "bad-request"),
-        ([], "bad-request"),
-    ]:
+    for options, code in [(["--layers", "9"], "bad-request"), (["--layers", "x"], "bad-request"), ([], "bad-request")]:
         done = CliRunner().invoke(main, [*command, *options, "--out", "y.zarr"])
         assert (done.exit_code, json.loads(done.stdout)["error"]) == (2, code)

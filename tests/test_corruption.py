@@ -24,9 +24,14 @@ from actshuffle.testing import run as serial_run
 from faults import PLAN, SEED, source
 
 STOPS = [
-    "put level1/blocks/c.3.0", "put level1/index/0.json", "put level2/blocks/c.2.0", "put level2/index/1.json",
-    "put _actshuffle/receipts/0.json", "put _actshuffle/receipts/2.json", "put _actshuffle/digests/x/*",
-]  # fmt: skip
+    "put level1/blocks/c.3.0",
+    "put level1/index/0.json",
+    "put level2/blocks/c.2.0",
+    "put level2/index/1.json",
+    "put _actshuffle/receipts/0.json",
+    "put _actshuffle/receipts/2.json",
+    "put _actshuffle/digests/x/*",
+]
 PARENTS = 4  # buckets of level 1: a block has rows for each, and each is found out on its own
 HARMS = ["flip", "truncate", "delete", "swap", "stale"]
 
@@ -53,9 +58,7 @@ class States:
         shutil.copytree(self.folder / f"state{SEED}-{number}", self.dst.parent)
 
     def files(self) -> list[Path]:
-        return [
-            p for p in sorted(self.dst.parent.rglob("*")) if p.is_file() and "partial" not in p.name
-        ]
+        return [p for p in sorted(self.dst.parent.rglob("*")) if p.is_file() and "partial" not in p.name]
 
     def stale(self, path: Path) -> bytes | None:
         """What the run of another seed had in a file's place, whenever it was there."""
@@ -79,17 +82,13 @@ def harm(dice: random.Random, states: States, how: str) -> list[Path]:
     data = path.read_bytes()
     if how == "flip":
         bit = dice.randrange(8 * len(data))
-        path.write_bytes(
-            data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
-        )
+        path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
     elif how == "truncate":
         path.write_bytes(data[: dice.randrange(len(data))])
     elif how == "delete":
         path.unlink()
     elif how == "swap":
-        alike = [p for p in files if p.parent == path.parent and p != path] or [
-            p for p in files if p != path
-        ]
+        alike = [p for p in files if p.parent == path.parent and p != path] or [p for p in files if p != path]
         other = dice.choice(alike)
         path.write_bytes(other.read_bytes())
         other.write_bytes(data)
@@ -241,9 +240,7 @@ def harm_source(dice: random.Random, src: Path, how: str) -> None:
     elif how == "delete":
         path.unlink()
     else:
-        other = dice.choice(
-            [p for p in files if p != path and p.parent.parent == path.parent.parent] or files
-        )
+        other = dice.choice([p for p in files if p != path and p.parent.parent == path.parent.parent] or files)
         path.write_bytes(other.read_bytes())
         other.write_bytes(data)
 

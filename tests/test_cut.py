@@ -95,12 +95,7 @@ def test_bad_shares(parts: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("copy", [False, True])
 def test_split_is_the_oracle_in_pieces(shuffled: Path, tmp_path: Path, copy: bool) -> None:
     order = Keys(5).order(N)
-    made = split(
-        shuffled,
-        {"train.zarr": 0.8, "val.zarr": 15, "test.zarr": "rest"},
-        folder=tmp_path,
-        copy=copy,
-    )
+    made = split(shuffled, {"train.zarr": 0.8, "val.zarr": 15, "test.zarr": "rest"}, folder=tmp_path, copy=copy)
     found = {name: [part.read(name, 0, part.rows) for part in made.values()] for name in FIELDS}
     assert [part.rows for part in made.values()] == [120, 15, 15]
     for name, data in FIELDS.items():
@@ -118,9 +113,7 @@ def test_copies_of_codecs_and_without_provenance(source: Path, tmp_path: Path) -
     for number, request in enumerate([{"codec": "zstd", "chunk_rows": 8}, {"source_row": False}]):
         run(source, dst := tmp_path / f"{number}.zarr", **request)
         part = head(dst, 50, tmp_path / f"{number}.head", copy=True)
-        np.testing.assert_array_equal(
-            rows_of(part.read("act", 0, 50)), rows_of(FIELDS["act"][order[:50]])
-        )
+        np.testing.assert_array_equal(rows_of(part.read("act", 0, 50)), rows_of(FIELDS["act"][order[:50]]))
         np.testing.assert_array_equal(where_is(part, order[:50]), np.arange(50))
         assert part.marker is not None
         assert part.marker["rows"] == 50
@@ -160,9 +153,7 @@ def test_a_split_into_copies_resumes(shuffled: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a/zarr.json").stat().st_mtime_ns == stamp
 
 
-def test_no_more_rows_are_shown_than_one_can_read(
-    source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_rows_are_shown_than_one_can_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actshuffle.data.cut.SHOWN_ROWS", N - 1)
     assert len(first_rows(source, N - 1)["token"]) == N - 1
     with pytest.raises(RequestError, match="name a store to write them to"):
@@ -185,9 +176,7 @@ def test_unshuffled_stores_are_split_only_on_request(source: Path, tmp_path: Pat
     part = head(tmp_path / "dst.zarr", 10, tmp_path / "x", ordered=True, copy=True)
     assert part.kind == "collection"
     assert not part.shuffled
-    np.testing.assert_array_equal(
-        rows_of(part.read("token", 0, 10)), rows_of(FIELDS["token"][Keys(5).order(N)[:10]])
-    )
+    np.testing.assert_array_equal(rows_of(part.read("token", 0, 10)), rows_of(FIELDS["token"][Keys(5).order(N)[:10]]))
     marker.unlink()
     with pytest.raises(IncompleteStoreError, match="may be half written"):
         first_rows(tmp_path / "dst.zarr", 2)
@@ -199,15 +188,9 @@ def test_unshuffled_stores_are_split_only_on_request(source: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("rows", [1, 2, 63, 149, 150])
 @pytest.mark.parametrize("levels", [1, 2])
-def test_a_sample_is_the_head_of_the_full_shuffle(
-    source: Path, tmp_path: Path, rows: int, levels: int
-) -> None:
+def test_a_sample_is_the_head_of_the_full_shuffle(source: Path, tmp_path: Path, rows: int, levels: int) -> None:
     order = Keys(11).order(N)[:rows]
-    shape = (
-        {"block_bytes": max(24 * 24, rows * 8), "run_bytes": 1, "chunk_rows": 4}
-        if levels > 1
-        else {}
-    )
+    shape = {"block_bytes": max(24 * 24, rows * 8), "run_bytes": 1, "chunk_rows": 4} if levels > 1 else {}
     done = sample(source, rows, tmp_path / "s.zarr", seed=11, fsync=False, **shape)
     assert done.plan.rows == rows
     assert (done.plan.levels > 1) == (levels > 1 and rows > 24)
@@ -222,9 +205,7 @@ def test_a_sample_is_the_head_of_the_full_shuffle(
 
 
 @pytest.mark.parametrize("kind", ["mixed_group", "sharded_cut_zstd", "fortran_v2", "row_chunks"])
-def test_samples_of_stores_of_all_kinds(
-    sources: Callable[[str, int], Path], tmp_path: Path, kind: str
-) -> None:
+def test_samples_of_stores_of_all_kinds(sources: Callable[[str, int], Path], tmp_path: Path, kind: str) -> None:
     sample(sources(kind, 150), 40, tmp_path / "s.zarr", seed=5, fsync=False)
     order = Keys(5).order(150)[:40]
     (_, before), (_, after) = opened(sources(kind, 150)), opened(tmp_path / "s.zarr")
@@ -257,14 +238,10 @@ def test_a_sample_resumes_with_the_seed_it_drew(source: Path, tmp_path: Path) ->
     dst, shape = tmp_path / "s.zarr", {"block_bytes": 24 * 24, "run_bytes": 1, "chunk_rows": 4}
     with pytest.raises(KeyboardInterrupt):
         sample(source, 100, dst, executor=StopsAfter(9), fsync=False, **shape)
-    seed = json.loads((tmp_path / "s.zarr.chosen/_actshuffle/virtual.json").read_text())[
-        "settings"
-    ]["seed"]
+    seed = json.loads((tmp_path / "s.zarr.chosen/_actshuffle/virtual.json").read_text())["settings"]["seed"]
     done = sample(source, 100, dst, fsync=False, **shape)
     assert (done.seed, done.resumed > 0) == (seed, True)
-    np.testing.assert_array_equal(
-        zarr.open(dst, mode="r")["source_row"][:], Keys(seed).order(N)[:100]
-    )
+    np.testing.assert_array_equal(zarr.open(dst, mode="r")["source_row"][:], Keys(seed).order(N)[:100])
     with pytest.raises(DestinationExistsError):
         sample(source, 100, dst)
     sample(source, 10, dst, seed=3, overwrite=True, fsync=False)
@@ -288,9 +265,7 @@ def in_parts(folder: Path, dice: random.Random) -> list[Path]:
         zarr.create_group(parts[-1], attributes={"part": number})
         for name, data in FIELDS.items():
             rows = dice.randrange(1, 30)
-            settings = dice.choice(
-                [{"compressors": "auto"}, {}, {"shards": (3 * rows, *data.shape[1:])}]
-            )
+            settings = dice.choice([{"compressors": "auto"}, {}, {"shards": (3 * rows, *data.shape[1:])}])
             array(parts[-1], data[a:b], name, chunks=(rows, *data.shape[1:]), **settings)
     return parts
 
@@ -311,9 +286,7 @@ def test_concatenations_shuffle_as_the_whole_would(tmp_path: Path, seed: int) ->
     assert not report.notes
 
 
-def test_concatenations_of_one_array_of_views_and_of_concatenations(
-    shuffled: Path, tmp_path: Path
-) -> None:
+def test_concatenations_of_one_array_of_views_and_of_concatenations(shuffled: Path, tmp_path: Path) -> None:
     array(tmp_path / "x.zarr", FIELDS["act"])
     once = concat([tmp_path / "x.zarr", tmp_path / "x.zarr"], tmp_path / "twice")
     both = concat([once.path, tmp_path / "x.zarr"], tmp_path / "thrice")
@@ -353,11 +326,7 @@ def test_what_cannot_be_put_together(source: Path, tmp_path: Path) -> None:
     group(tmp_path / "wide.zarr", {"act": values(9, (6,)), "token": values(9, (), "<i4")})
     group(tmp_path / "typed.zarr", {"act": values(9, (5,), "<f8"), "token": values(9, (), "<i4")})
     group(tmp_path / "named.zarr", {"acts": values(9, (5,)), "token": values(9, (), "<i4")})
-    for other, words in [
-        ("wide", "shape \\(6,\\)"),
-        ("typed", "float64"),
-        ("named", "arrays \\['acts'"),
-    ]:
+    for other, words in [("wide", "shape \\(6,\\)"), ("typed", "float64"), ("named", "arrays \\['acts'")]:
         with pytest.raises(SourceError, match=words):
             concat([source, tmp_path / f"{other}.zarr"], tmp_path / "x")
     assert concat([source, tmp_path / "named.zarr"], tmp_path / "x", fields=["token"]).rows == N + 9
@@ -370,14 +339,7 @@ def test_what_cannot_be_put_together(source: Path, tmp_path: Path) -> None:
 def test_a_description_that_names_other_code_is_refused(source: Path, tmp_path: Path) -> None:
     concat([source], tmp_path / "x")
     text = (key := tmp_path / "x/_actshuffle/virtual.json").read_text()
-    for was, now in [
-        ('"concat"', '"os"'),
-        ('"format": 1', '"format": 2'),
-        (
-            "{",
-            "",
-        ),
-    ]:
+    for was, now in [('"concat"', '"os"'), ('"format": 1', '"format": 2'), ("{", "")]:
         key.write_text(text.replace(was, now, 1))
         with pytest.raises(FormatError):
             run(tmp_path / "x", tmp_path / "dst.zarr")
@@ -404,9 +366,7 @@ def test_commands_from_import_to_trace(tmp_path: Path, command: Callable[..., An
         np.save(tmp_path / f"act{number}.npy", FIELDS["act"][a:b])
         np.save(tmp_path / f"tok{number}.npy", FIELDS["token"][a:b])
         names = [f"--name=act{number}=act", f"--name=tok{number}=token"]
-        text = command(
-            "import", f"act{number}.npy", f"tok{number}.npy", "--out", f"{number}.zarr", *names
-        )
+        text = command("import", f"act{number}.npy", f"tok{number}.npy", "--out", f"{number}.zarr", *names)
         assert f"token: scalar int32 from 'tok{number}', 1 file: one row per item" in text
     assert command("concat", "0.zarr", "1.zarr", "--out", "both", "--json")["rows"] == N
     assert "collection: complete" in command("info", "0.zarr")

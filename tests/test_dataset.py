@@ -15,12 +15,7 @@ import pytest
 
 from actshuffle import shuffle
 from actshuffle.data.concat import concat
-from actshuffle.data.dataset import (
-    Dataset,
-    open_dataset,
-    open_finished_or_plain,
-    write_view,
-)
+from actshuffle.data.dataset import Dataset, open_dataset, open_finished_or_plain, write_view
 from actshuffle.errors import (
     DestinationExistsError,
     FormatError,
@@ -130,9 +125,7 @@ def test_a_folder_of_a_store_and_its_views_can_be_moved(tmp_path: Path) -> None:
     before = open_dataset(parent).read("data", 1, 9)
     (tmp_path / "a").rename(tmp_path / "b")
     for name in ("v", "deep/w"):
-        np.testing.assert_array_equal(
-            open_dataset(tmp_path / "b" / name).read("data", 0, 8), before
-        )
+        np.testing.assert_array_equal(open_dataset(tmp_path / "b" / name).read("data", 0, 8), before)
 
 
 def test_a_view_elsewhere_names_its_store_in_full(tmp_path: Path) -> None:
@@ -171,12 +164,18 @@ def test_views_do_not_lead_in_circles_or_out_of_range_or_outside(tmp_path: Path)
     view = tmp_path / "v"
     write_view(view, parent, 0, 5)
     for changes, message in [
-        ({"of": "../v"}, "circle"), ({"of": "."}, "circle"), ({"stop": N + 1}, "which has"),
-        ({"start": -1}, "which has"), ({"rows": 4}, "which has"),
-        ({"of": 7}, "damaged"), ({"fields": {"nothing": {}}}, "no array 'nothing'"),
+        ({"of": "../v"}, "circle"),
+        ({"of": "."}, "circle"),
+        ({"stop": N + 1}, "which has"),
+        ({"start": -1}, "which has"),
+        ({"rows": 4}, "which has"),
+        ({"of": 7}, "damaged"),
+        ({"fields": {"nothing": {}}}, "no array 'nothing'"),
         ({"start": "0"}, "damaged"),
-        ({"kind": "other"}, "of kind 'other'"), ({"kind": []}, "damaged"), ({"format": 9}, "format 9"),
-    ]:  # fmt: skip
+        ({"kind": "other"}, "of kind 'other'"),
+        ({"kind": []}, "damaged"),
+        ({"format": 9}, "format 9"),
+    ]:
         forged = tmp_path / "forged"
         shutil.rmtree(forged, ignore_errors=True)
         shutil.copytree(view, forged)
@@ -304,7 +303,7 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         (lambda: dataset.read("data", 0, 3, np.empty(6, "<i4")[::2]), "contiguous"),
         (lambda: dataset.read("data", 0, 3, np.frombuffer(b"x" * 12, "<i4")), "writeable"),
         (lambda: dataset.read_ranges("data", [(0, 2), (19, 21)], np.empty(16, np.uint8)), "rows 19 to 21"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(RequestError, match=message):
             call()
 

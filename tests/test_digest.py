@@ -29,10 +29,7 @@ def test_total_does_not_depend_on_order_or_cuts(width):
     total = row_hash.total(rows, numbers)
     mixed = np.random.default_rng(0).permutation(len(rows))
     np.testing.assert_array_equal(row_hash.total(rows[mixed], numbers[mixed]), total)
-    parts = [
-        row_hash.total(np.ascontiguousarray(rows[a:b]), numbers[a:b])
-        for a, b in [(0, 0), (0, 4), (4, 9)]
-    ]
+    parts = [row_hash.total(np.ascontiguousarray(rows[a:b]), numbers[a:b]) for a, b in [(0, 0), (0, 4), (4, 9)]]
     np.testing.assert_array_equal(add_up(np.array(parts)), total)
 
 
@@ -94,10 +91,7 @@ def test_signs_of_two_words_escape_one_form_but_not_both():
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    width=st.sampled_from([1, 2, 3, 4, 7, 8, 12, 16, 33]),
-    data=st.data(),
-)
+@given(width=st.sampled_from([1, 2, 3, 4, 7, 8, 12, 16, 33]), data=st.data())
 def test_any_change_within_rows_shows(width, data):
     rows, numbers = rows_of_width(width)
     row_hash = RowHash(data.draw(st.integers(0, 2**64)), data.draw(st.integers(0, 5)), width)

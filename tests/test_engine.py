@@ -25,19 +25,7 @@ from actshuffle.files import LocalObjects
 from actshuffle.keys import Keys, order
 from actshuffle.objects import as_place
 from actshuffle.types import Task
-from helpers import (
-    SOURCES,
-    STRUCT,
-    Twice,
-    array,
-    assert_is_oracle,
-    files,
-    group,
-    opened,
-    rows_of,
-    run,
-    values,
-)
+from helpers import SOURCES, STRUCT, Twice, array, assert_is_oracle, files, group, opened, rows_of, run, values
 
 # --- Every order equally often -------------------------------------------------------------------
 
@@ -106,18 +94,7 @@ def test_uniform_engine_is_the_oracle_for_few_rows(tmp_path, n):
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        "swap",
-        "bit",
-        "row_number",
-        "attribute",
-        "group_attribute",
-        "fill",
-        "dimension",
-        "dtype",
-        "extra",
-        "chunk",
-    ],
+    ["swap", "bit", "row_number", "attribute", "group_attribute", "fill", "dimension", "dtype", "extra", "chunk"],
 )
 def test_oracle_check_sees_damage(tmp_path, sources, damage):
     src, dst = sources("named", 150), tmp_path / "dst"
@@ -143,9 +120,9 @@ def test_oracle_check_sees_damage(tmp_path, sources, damage):
         array(dst, values(150), "more")
     else:
         text = (dst / "x" / "zarr.json").read_text()
-        old, new = {
-            "fill": ('"NaN"', "0.0"), "dimension": ('"token"', '"tok"'), "dtype": ('"float32"', '"uint32"'),
-        }[damage]  # fmt: skip
+        old, new = {"fill": ('"NaN"', "0.0"), "dimension": ('"token"', '"tok"'), "dtype": ('"float32"', '"uint32"')}[
+            damage
+        ]
         assert old in text
         text = text.replace('"NaN"', "0") if damage == "dtype" else text
         (dst / "x" / "zarr.json").write_text(text.replace(old, new))
@@ -177,25 +154,13 @@ CUTS = {  # levels, rows of a block, smallest run in rows
 def source(tmp_path_factory):
     """Three arrays, the widest of which has rows of 40 bytes."""
     path = tmp_path_factory.mktemp("engine") / "src.zarr"
-    group(
-        path,
-        {
-            "x": values(ROWS, (10,)),
-            "token": values(ROWS, (), "<u2"),
-            "pos": values(ROWS, (2,), "<i4"),
-        },
-    )
+    group(path, {"x": values(ROWS, (10,)), "token": values(ROWS, (), "<u2"), "pos": values(ROWS, (2,), "<i4")})
     return path
 
 
 def cut(name):
     levels, block, run_rows = CUTS[name]
-    return {
-        "levels": levels,
-        "block_bytes": block * 50,
-        "run_bytes": run_rows * 50,
-        "chunk_rows": CHUNK,
-    }
+    return {"levels": levels, "block_bytes": block * 50, "run_bytes": run_rows * 50, "chunk_rows": CHUNK}
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +184,7 @@ def assert_same_bytes(dst, reference):
     found, wanted = files(dst), files(reference)
     assert found["zarr.json"] == wanted["zarr.json"]
     for name in arrays:
-        np.testing.assert_array_equal(
-            rows_of(arrays[name][:]), rows_of(expected[name][:]), err_msg=name
-        )
+        np.testing.assert_array_equal(rows_of(arrays[name][:]), rows_of(expected[name][:]), err_msg=name)
         if arrays[name].chunks == expected[name].chunks:
             mine = {k: v for k, v in found.items() if k.startswith(f"{name}/")}
             assert mine == {k: v for k, v in wanted.items() if k.startswith(f"{name}/")}, name
@@ -325,12 +288,8 @@ def test_tasks_run_twice_serial(source, reference, tmp_path, name, how):
 
 
 @pytest.mark.parametrize("how", ["receipt", "rewrite", "late"])
-@pytest.mark.parametrize(
-    ("workers", "name"), [(1, "two"), (2, "two_wide"), (2, "three"), (4, "four")]
-)
-def test_tasks_run_twice_at_once_on_a_cluster(
-    source, reference, tmp_path, cluster, workers, name, how
-):
+@pytest.mark.parametrize(("workers", "name"), [(1, "two"), (2, "two_wide"), (2, "three"), (4, "four")])
+def test_tasks_run_twice_at_once_on_a_cluster(source, reference, tmp_path, cluster, workers, name, how):
     twice = Twice(cluster(workers), how)
     run(source, tmp_path / "dst", twice, **cut(name))
     assert twice.repeats > 0
@@ -355,14 +314,17 @@ def test_cut_any_way_at_random(source, reference, tmp_path, cluster):
     rng = np.random.default_rng(0)
     for round_ in range(150):
         executor = cluster(int(rng.choice([1, 2, 4]))) if rng.random() < 0.5 else Serial()
-        twice = Twice(
-            executor, str(rng.choice(["receipt", "rewrite", "late"])), float(rng.choice([0.2, 1]))
-        )
+        twice = Twice(executor, str(rng.choice(["receipt", "rewrite", "late"])), float(rng.choice([0.2, 1])))
         try:
             run(
-                source, tmp_path / f"{round_}", twice, levels=int(rng.integers(1, 5)), chunk_rows=CHUNK,
-                block_bytes=50 * int(rng.integers(20, 1100)), run_bytes=int(rng.integers(1, 500)),
-            )  # fmt: skip
+                source,
+                tmp_path / f"{round_}",
+                twice,
+                levels=int(rng.integers(1, 5)),
+                chunk_rows=CHUNK,
+                block_bytes=50 * int(rng.integers(20, 1100)),
+                run_bytes=int(rng.integers(1, 500)),
+            )
         except RequestError:
             continue
         assert_same_bytes(tmp_path / f"{round_}", reference)
@@ -390,9 +352,7 @@ def test_rows_any_number_in_three_levels(tmp_path, n):
 @pytest.mark.parametrize("n", THIN)
 def test_rows_any_number_in_two_levels(tmp_path, n):
     block = max(2, math.ceil(n**0.5), n // 9)
-    check_rows(
-        tmp_path, n, "<f4", (3,), levels=2, block_bytes=12 * block, chunk_rows=max(1, block // 2)
-    )
+    check_rows(tmp_path, n, "<f4", (3,), levels=2, block_bytes=12 * block, chunk_rows=max(1, block // 2))
 
 
 @pytest.mark.parametrize("n", THIN)
@@ -402,9 +362,7 @@ def test_rows_any_number_in_one_level(tmp_path, n):
 
 @pytest.mark.parametrize("n", [0, 1, 1025])
 def test_rows_any_number_on_a_cluster(tmp_path, cluster, n):
-    check_rows(
-        tmp_path, n, "i1", (5,), cluster(2), levels=2, block_bytes=5 * max(4, n // 9), chunk_rows=4
-    )
+    check_rows(tmp_path, n, "i1", (5,), cluster(2), levels=2, block_bytes=5 * max(4, n // 9), chunk_rows=4)
 
 
 # --- Every kind of source ------------------------------------------------------------------------
@@ -420,9 +378,7 @@ def test_source_of_any_kind(sources, tmp_path, kind, levels):
     assert_is_oracle(src, tmp_path / "dst")
 
 
-@pytest.mark.parametrize(
-    "kind", ["mixed_group", "sharded_cut_zstd", "bfloat16_zstd", "big_endian_v2"]
-)
+@pytest.mark.parametrize("kind", ["mixed_group", "sharded_cut_zstd", "bfloat16_zstd", "big_endian_v2"])
 def test_source_of_any_kind_on_a_cluster(sources, tmp_path, cluster, kind):
     src = sources(kind)
     width = sum(rows_of(a[:1]).shape[1] for a in opened(src)[1].values())
@@ -435,8 +391,15 @@ def test_source_in_an_object_store(tmp_path):
     zarr.create_array(FsspecStore.from_url(f"{url}/src"), data=data, chunks=(37, 5))
     for levels in (1, 2, 3):
         dst = f"{url}/dst{levels}"
-        actshuffle.shuffle(f"{url}/src", dst, seed=5, levels=levels, run_bytes=1, chunk_rows=10,
-                           block_bytes=6000 if levels == 1 else 1200)  # fmt: skip
+        actshuffle.shuffle(
+            f"{url}/src",
+            dst,
+            seed=5,
+            levels=levels,
+            run_bytes=1,
+            chunk_rows=10,
+            block_bytes=6000 if levels == 1 else 1200,
+        )
         found = zarr.open(FsspecStore.from_url(dst, read_only=True), mode="r")
         np.testing.assert_array_equal(found["source_row"][:], order(300, 5))
         np.testing.assert_array_equal(rows_of(found["data"][:]), rows_of(data)[order(300, 5)])
@@ -465,9 +428,7 @@ def test_tasks_of_a_store_are_looked_at_many_at_once(place):
 
 def test_source_chunks_left_out_are_refused_or_filled(tmp_path):
     src, data = tmp_path / "src", values(100, (4,), "<f4")
-    made = zarr.create_array(
-        src, shape=(100, 4), dtype="f4", chunks=(9, 4), compressors=None, fill_value=1.5
-    )
+    made = zarr.create_array(src, shape=(100, 4), dtype="f4", chunks=(9, 4), compressors=None, fill_value=1.5)
     made[18:50] = data[18:50]
     with pytest.raises(MissingChunkError, match=r"c/0/0 .*missing"):
         run(src, tmp_path / "dst")
@@ -481,9 +442,7 @@ def test_source_chunks_left_out_are_refused_or_filled(tmp_path):
 
 def test_source_inner_chunks_left_out_are_refused_or_filled(tmp_path):
     src = tmp_path / "src"
-    made = zarr.create_array(
-        src, shape=(100,), dtype="f4", chunks=(5,), shards=(25,), fill_value=-1
-    )
+    made = zarr.create_array(src, shape=(100,), dtype="f4", chunks=(5,), shards=(25,), fill_value=-1)
     made[:] = values(100)
     made[30:40] = -1
     with pytest.raises(MissingChunkError, match="inner chunk"):
@@ -521,8 +480,16 @@ def test_output_codecs_and_shards(sources, tmp_path, codec, per_shard, levels):
     arrays = opened(src)[1]
     fields = [k for k, a in arrays.items() if a.dtype.kind != "V" or per_shard == 1]
     block = sum(rows_of(arrays[k][:1]).shape[1] for k in fields) * (40 if levels > 1 else 150)
-    run(src, dst, levels=levels, codec=codec, chunks_per_shard=per_shard, chunk_rows=4, block_bytes=block,
-        fields=tuple(fields))  # fmt: skip
+    run(
+        src,
+        dst,
+        levels=levels,
+        codec=codec,
+        chunks_per_shard=per_shard,
+        chunk_rows=4,
+        block_bytes=block,
+        fields=tuple(fields),
+    )
     assert_is_oracle(src, dst, fields=fields)
     for found in opened(dst)[1].values():
         assert (found.shards is None) == (per_shard == 1)
@@ -542,13 +509,7 @@ def test_output_shards_of_records_are_refused(sources, tmp_path):
 def test_output_chunk_rows_are_as_asked(sources, tmp_path):
     for levels in (1, 2):
         dst = tmp_path / f"{levels}"
-        run(
-            sources("bare"),
-            dst,
-            levels=levels,
-            chunk_rows=13,
-            block_bytes=48 * (150 if levels == 1 else 50),
-        )
+        run(sources("bare"), dst, levels=levels, chunk_rows=13, block_bytes=48 * (150 if levels == 1 else 50))
         assert opened(dst)[1]["data"].chunks == (13, 4, 3)
 
 
@@ -632,15 +593,7 @@ def test_read_by_tensorstore(tmp_path, codec, per_shard):
     dtypes = ["?", "i1", "<u2", "<i8", "<f2", "<f4", "<f8", "<c8", "<c16"]
     group(src, {f"f{i}": values(90, (2,) * (i % 3), dtype) for i, dtype in enumerate(dtypes)})
     array(src, values(90, (4,), "<u2"), "bf16", dtype=BFloat16())
-    run(
-        src,
-        dst,
-        codec=codec,
-        chunks_per_shard=per_shard,
-        chunk_rows=7,
-        levels=2,
-        block_bytes=85 * 40,
-    )
+    run(src, dst, codec=codec, chunks_per_shard=per_shard, chunk_rows=7, levels=2, block_bytes=85 * 40)
     assert_is_oracle(src, dst)
     for name, found in opened(dst)[1].items():
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(dst / name)}}

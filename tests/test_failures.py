@@ -33,16 +33,7 @@ from actshuffle.errors import (
 from actshuffle.executors import Dask, Serial, local_cluster
 from actshuffle.objects import as_place
 from actshuffle.prepare import scratch_place
-from actshuffle.testing import (
-    Faults,
-    Killed,
-    at,
-    differences,
-    leftovers,
-    matching,
-    new_process,
-    prepared,
-)
+from actshuffle.testing import Faults, Killed, at, differences, leftovers, matching, new_process, prepared
 from actshuffle.testing import run as serial_run
 from actshuffle.types import Task
 from faults import (
@@ -163,20 +154,27 @@ def test_killed_scheduler_of_the_dask_commands(src, dst, told, tmp_path):
     address = tmp_path / "scheduler.json"
     base = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
     worker = [sys.executable, "-m", "distributed.cli.dask_worker"]
-    quiet = {
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-        "env": env,
-        "cwd": tmp_path,
-    }
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": env, "cwd": tmp_path}
     scheduler = subprocess.Popen(
-        [*base, "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
-         "--scheduler-file", str(address)], **quiet,
-    )  # fmt: skip
+        [*base, "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(address)], **quiet
+    )
     workers = subprocess.Popen(
-        [*worker, "--scheduler-file", str(address), "--nworkers", "2", "--nthreads", "1",
-         "--no-dashboard", "--host", "127.0.0.1", "--death-timeout", "20"], **quiet,
-    )  # fmt: skip
+        [
+            *worker,
+            "--scheduler-file",
+            str(address),
+            "--nworkers",
+            "2",
+            "--nthreads",
+            "1",
+            "--no-dashboard",
+            "--host",
+            "127.0.0.1",
+            "--death-timeout",
+            "20",
+        ],
+        **quiet,
+    )
     try:
         until(address.exists)
         settings = {"scheduler": json.loads(address.read_text())["address"], "wait": None}
@@ -204,10 +202,7 @@ def test_killed_driver_whose_workers_go_on(phase, src, dst, told, tmp_path):
         ended(driver)
         told.unlink(missing_ok=True)
         # At once: tasks of the dead driver may still be running.
-        assert shuffled(told, src, dst, scheduler=cluster.address)["end"] in (
-            "done",
-            "DestinationExistsError",
-        )
+        assert shuffled(told, src, dst, scheduler=cluster.address)["end"] in ("done", "DestinationExistsError")
     assert_exact(src, dst)
 
 
@@ -327,14 +322,19 @@ def _finish_torn(src, dst, operation):
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("kind", ["kill", "late", "torn", "power", "error", "full", "lost", "stale"])
 @pytest.mark.parametrize(
-    "kind", ["kill", "late", "torn", "power", "error", "full", "lost", "stale"]
+    "plan",
+    [
+        {"levels": 1},
+        TINY | {"levels": 2, "block_bytes": 500},
+        TINY,
+        TINY | KEPT,
+        TINY | {"levels": 4, "codec": "crc32c"},
+        TINY | {"levels": 2, "block_bytes": 500, "codec": "zstd", "chunks_per_shard": 2},
+    ],
+    ids=["1", "2", "3", "3-memory", "4-crc32c", "2-zstd-sharded"],
 )
-@pytest.mark.parametrize("plan", [
-    {"levels": 1}, TINY | {"levels": 2, "block_bytes": 500}, TINY, TINY | KEPT,
-    TINY | {"levels": 4, "codec": "crc32c"},
-    TINY | {"levels": 2, "block_bytes": 500, "codec": "zstd", "chunks_per_shard": 2},
-], ids=["1", "2", "3", "3-memory", "4-crc32c", "2-zstd-sharded"])  # fmt: skip
 def test_failing_at_every_operation(kind, plan, tiny, dst):
     for operation in _operations(tiny, dst, **plan):
         new_process()
@@ -435,10 +435,7 @@ def _kill_at_random(who, count, src, tmp_path, seed, broken=None):
                 if dice.random() < 0.9:
                     until(lambda: claim.exists() or told.exists())  # noqa: B023
                 time.sleep(dice.uniform(0, seconds))
-                victim = {
-                    "driver": driver, "scheduler": cluster.scheduler,
-                    "worker": dice.choice(cluster.workers),
-                }[who]  # fmt: skip
+                victim = {"driver": driver, "scheduler": cluster.scheduler, "worker": dice.choice(cluster.workers)}[who]
                 in_time = claim.exists() and not told.exists()
                 victim.kill()
                 victim.join()
@@ -450,8 +447,10 @@ def _kill_at_random(who, count, src, tmp_path, seed, broken=None):
                 ended(driver)
                 said = outcome(told) if told.exists() else {"end": "killed"}
                 end = said["end"]
-                assert end in {"worker": ("done",), "driver": ("done", "killed"),
-                               "scheduler": ("done", "ClusterError")}[who], (seed, number, said)  # fmt: skip
+                assert (
+                    end
+                    in {"worker": ("done",), "driver": ("done", "killed"), "scheduler": ("done", "ClusterError")}[who]
+                ), (seed, number, said)
                 if who == "scheduler":
                     break
                 if end != "done":
@@ -619,9 +618,7 @@ def added_array(src):
     zarr.create_array(src, name="y", data=values(120, (2,)))
 
 
-@pytest.mark.parametrize(
-    "change", [changed_shape, changed_size, changed_attributes_of_array, added_array]
-)
+@pytest.mark.parametrize("change", [changed_shape, changed_size, changed_attributes_of_array, added_array])
 @pytest.mark.parametrize("phase", ["split", "leaf"])
 def test_source_changed_between_runs_is_refused(change, phase, src, dst, tmp_path):
     copy = tmp_path / "src.zarr"
@@ -638,9 +635,7 @@ def test_source_changed_between_runs_is_refused(change, phase, src, dst, tmp_pat
 
 
 def _files(folder):
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -782,12 +777,22 @@ DAMAGE = [flip, cut, empty, noise, Path.unlink]
 @pytest.mark.parametrize(
     "what",
     [
-        "level1/receipts/1.json", "level1/runs/c.1.0.0", "level1/sums/c.1.0.0", "level1/blocks/c.1.0",
-        "level2/receipts/2.json", "level1/index/0.json",
-        "level2/index/1.json", "bounds/c.0.0", "bounds/zarr.json", "bounds.json", "run.json",
-        "level2/runs/c.1.0.0", "level2/sums/c.1.0.0", "level2/blocks/c.1.0",
+        "level1/receipts/1.json",
+        "level1/runs/c.1.0.0",
+        "level1/sums/c.1.0.0",
+        "level1/blocks/c.1.0",
+        "level2/receipts/2.json",
+        "level1/index/0.json",
+        "level2/index/1.json",
+        "bounds/c.0.0",
+        "bounds/zarr.json",
+        "bounds.json",
+        "run.json",
+        "level2/runs/c.1.0.0",
+        "level2/sums/c.1.0.0",
+        "level2/blocks/c.1.0",
     ],
-)  # fmt: skip
+)
 def test_damaged_scratch_between_runs(what, damage, src, dst):
     stop_at(src, dst, PHASES["second split" if "level1" in what else "leaf receipt"])
     damage(Path(scratch_place(as_place(dst), None).url) / what)
@@ -803,9 +808,7 @@ def test_damaged_scratch_between_runs(what, damage, src, dst):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize(
-    "what", ["_actshuffle/receipts/0.json", "x/c.0.0", "doc/c.0", "source_row/c.0"]
-)
+@pytest.mark.parametrize("what", ["_actshuffle/receipts/0.json", "x/c.0.0", "doc/c.0", "source_row/c.0"])
 def test_damaged_destination_between_runs(what, damage, src, dst):
     stop_at(src, dst, "put _actshuffle/receipts/1.json")
     damage(dst / what)
@@ -835,9 +838,7 @@ def test_damaged_marker_is_refused(damage, src, dst):
     serial_run(src, dst, SEED, **PLAN)
     damage(dst / "_actshuffle/zarr.json")
     with suppress(ActshuffleError):
-        actshuffle.verify(
-            src, dst
-        )  # or a verdict: a flipped bit of the version's text does no harm
+        actshuffle.verify(src, dst)  # or a verdict: a flipped bit of the version's text does no harm
     with pytest.raises(ActshuffleError):
         serial_run(src, dst, SEED, **PLAN)
 
@@ -859,9 +860,7 @@ def test_unknown_version_is_refused(name, src, dst):
             serial_run(src, dst, SEED, **PLAN)
         return
     scratch = Path(scratch_place(as_place(dst), None).url)
-    path = (
-        dst / "_actshuffle/run.json" if name == "run.json" else scratch / "level2/receipts/1.json"
-    )
+    path = dst / "_actshuffle/run.json" if name == "run.json" else scratch / "level2/receipts/1.json"
     body = json.loads(path.read_text())["body"]
     path.write_bytes(manifest._sealed(body | {"format": 99}))
     if name == "run.json":

@@ -41,8 +41,12 @@ def small_plan(size=10**12, **settings):
         (Stage("", 8, read=80.0), {"network": 5.0}, 8.0, "network"),
         # 2 workers of a host share it: 20 bytes in at 5 a second, then 40 out, twice
         (Stage("", 8, read=80.0, written=160.0), {"network": 5.0}, 24.0, "network"),
-        (Stage("", 8, read=80.0, written=160.0, read_from="disk", write_to="disk"),
-         {"disk": 10.0, "network": 5.0}, 24.0, "disk"),  # its disks are across the network too
+        (
+            Stage("", 8, read=80.0, written=160.0, read_from="disk", write_to="disk"),
+            {"disk": 10.0, "network": 5.0},
+            24.0,
+            "disk",
+        ),  # its disks are across the network too
         (Stage("", 8, read=80.0), {"store": 4.0}, 20.0, "store"),
         (Stage("", 8, gets=80.0), {"requests": 5.0}, 16.0, "requests"),
         (Stage("", 8, gets=16.0), {"latency": 3.0, "network": 1e9}, 0.75, "workers"),  # 16 at once
@@ -57,7 +61,7 @@ def small_plan(size=10**12, **settings):
         # Uneven: 1 + 1 + 4 + 2 rows at one second each, in order of need
         (Stage("", 4, cpu=8.0, rows=np.array([1, 1, 4, 2])), {}, 4.0, "one task"),
     ],
-)  # fmt: skip
+)
 def test_stage_by_hand(stage, cluster, seconds, limit):
     found = play(stage, **({"hosts": 2, "workers_per_host": 2, "network": 1e12} | cluster))
     assert found.seconds == pytest.approx(seconds, rel=1e-6, abs=1e-6)
@@ -116,16 +120,24 @@ def test_dollars_by_hand():
     c = Cluster(hosts=3, put_price=2.0, get_price=1.0, host_price=5.0, scratch_price=1e-9)
     told = cost.dollars(plan, [Stage("", 1, gets=7, puts=11)], c, seconds=10.0)
     scratch = 1016 * 10**6 * 10 * 1e-9
-    assert told == {"requests": 29.0, "hosts": 150.0, "scratch": pytest.approx(scratch),
-                    "total": pytest.approx(179 + scratch)}  # fmt: skip
+    assert told == {
+        "requests": 29.0,
+        "hosts": 150.0,
+        "scratch": pytest.approx(scratch),
+        "total": pytest.approx(179 + scratch),
+    }
 
 
 # --- What must hold of any run ------------------------------------------------------------------
 
 CLUSTERS = [
-    {"requests": 50_000.0}, {"disk": 2e9}, {"disk": 2e9, "store": 5e10, "requests": 1e5},
-    {"straggling": 0.05, "slowness": 4.0}, {"mtbf": 1800.0, "repair": 60.0}, {"stream": 1e8},
-]  # fmt: skip
+    {"requests": 50_000.0},
+    {"disk": 2e9},
+    {"disk": 2e9, "store": 5e10, "requests": 1e5},
+    {"straggling": 0.05, "slowness": 4.0},
+    {"mtbf": 1800.0, "repair": 60.0},
+    {"stream": 1e8},
+]
 
 
 @pytest.mark.parametrize("settings", CLUSTERS)
@@ -134,9 +146,7 @@ def test_every_task_once_and_every_byte(settings, grain):
     plan = small_plan()
     cluster = Cluster(hosts=10, workers_per_host=8, **settings)
     for stage, played in zip(
-        cost.stages(plan, cluster),
-        simulate.simulate(plan, cluster, seed=1, grain=grain),
-        strict=True,
+        cost.stages(plan, cluster), simulate.simulate(plan, cluster, seed=1, grain=grain), strict=True
     ):
         assert played.read == pytest.approx(stage.read)
         assert played.written == pytest.approx(stage.written)
@@ -147,9 +157,7 @@ def test_every_task_once_and_every_byte(settings, grain):
 @pytest.mark.parametrize("size", [0, 10**9, 3 * 10**11, 10**12 + 8192 * 7])
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_task_rows_are_those_of_the_plan(size, levels):
-    plan = small_plan(
-        size, levels=levels, memory=None, block_bytes=max(size, 10**9) if levels == 1 else 10**9
-    )
+    plan = small_plan(size, levels=levels, memory=None, block_bytes=max(size, 10**9) if levels == 1 else 10**9)
     for level in range(1, plan.levels + 1):
         rows = cost.task_rows(plan, level)
         assert rows.sum() == plan.rows
@@ -190,8 +198,7 @@ def test_check_sees_a_lost_task(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("better", "value"),
-    [("network", 1e10), ("hosts", 40), ("latency", 0.001), ("split_cpu", 0.0), ("dispatch", 0.0)],
+    ("better", "value"), [("network", 1e10), ("hosts", 40), ("latency", 0.001), ("split_cpu", 0.0), ("dispatch", 0.0)]
 )
 def test_more_of_anything_takes_no_longer(better, value):
     plan, cluster = small_plan(), Cluster(hosts=10, workers_per_host=8, requests=2e4)
@@ -202,8 +209,9 @@ def test_more_of_anything_takes_no_longer(better, value):
 
 def test_scratch_in_a_store_needs_requests_that_disks_do_not():
     plan = small_plan()
-    remote = make_plan(plan.rows, 8192, memory=10**9, run_bytes=4 << 20,
-                       model=MemoryModel(8192, remote=True, output_copies=2))  # fmt: skip
+    remote = make_plan(
+        plan.rows, 8192, memory=10**9, run_bytes=4 << 20, model=MemoryModel(8192, remote=True, output_copies=2)
+    )
     stored = forecast(remote, Cluster(hosts=10, requests=5e4))
     disks = forecast(plan, Cluster(hosts=10, disk=1e9))
     assert stored["puts"] > remote.leaves
@@ -232,8 +240,22 @@ def run(*words):
 
 
 def test_command_forecasts_and_simulates():
-    told = json.loads(run("--hosts", "20", "--requests", "5e4", "--simulate", "--stragglers", "0.01:4",
-                          "--mtbf", "100", "--price-per-put", "0.005", "--json").stdout)  # fmt: skip
+    told = json.loads(
+        run(
+            "--hosts",
+            "20",
+            "--requests",
+            "5e4",
+            "--simulate",
+            "--stragglers",
+            "0.01:4",
+            "--mtbf",
+            "100",
+            "--price-per-put",
+            "0.005",
+            "--json",
+        ).stdout
+    )
     found = told["forecast"]
     assert found["simulated"]
     assert found["workers"] == 320
@@ -256,9 +278,15 @@ def test_text_names_hosts_that_died():
 
 @pytest.mark.parametrize(
     "words",
-    [("--hosts", "0"), ("--hosts", "2", "--stragglers", "2:3"), ("--hosts", "2", "--stragglers", "x"),
-     ("--hosts", "2", "--network", "0"), ("--hosts", "2", "--mtbf", "-1"), ("--hosts", "2", "--disk", "fast")],
-)  # fmt: skip
+    [
+        ("--hosts", "0"),
+        ("--hosts", "2", "--stragglers", "2:3"),
+        ("--hosts", "2", "--stragglers", "x"),
+        ("--hosts", "2", "--network", "0"),
+        ("--hosts", "2", "--mtbf", "-1"),
+        ("--hosts", "2", "--disk", "fast"),
+    ],
+)
 def test_command_refuses(words):
     assert run(*words).exit_code == 2
 

@@ -60,8 +60,15 @@ class Counts(Serial):
 @pytest.mark.parametrize("block_rows", [64, 500, 5000])
 def test_the_output_is_that_of_any_other_run(src: Path, tmp_path: Path, block_rows: int) -> None:
     crew, jobs = Counts(), list[Job]()
-    result = shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes=block_rows * 2444, executor=crew,
-                     planned=jobs.append, **SHAPE)  # fmt: skip
+    result = shuffle(
+        src,
+        tmp_path / "d.zarr",
+        gather=True,
+        block_bytes=block_rows * 2444,
+        executor=crew,
+        planned=jobs.append,
+        **SHAPE,
+    )
     assert_is_oracle(src, tmp_path / "d.zarr", 3)
     assert verify(src, tmp_path / "d.zarr").ok
     made = result.plan
@@ -74,20 +81,10 @@ def test_the_output_is_that_of_any_other_run(src: Path, tmp_path: Path, block_ro
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_sources_of_every_kind_are_gathered_or_refused(
-    kind: str, sources: Any, tmp_path: Path
-) -> None:
+def test_sources_of_every_kind_are_gathered_or_refused(kind: str, sources: Any, tmp_path: Path) -> None:
     path = sources(kind, 200)
     try:
-        shuffle(
-            path,
-            tmp_path / "d.zarr",
-            gather=True,
-            seed=5,
-            block_bytes="10KB",
-            chunk_rows=8,
-            fsync=False,
-        )
+        shuffle(path, tmp_path / "d.zarr", gather=True, seed=5, block_bytes="10KB", chunk_rows=8, fsync=False)
     except RequestError as err:
         assert "must be decoded" in str(err)
         assert not (tmp_path / "d.zarr").exists()
@@ -110,14 +107,21 @@ def test_both_ways_were_taken_of_those_sources(sources: Any) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 65])
 @pytest.mark.parametrize(
     "output", [{}, {"codec": "zstd"}, {"codec": "crc32c", "source_row": False}, {"chunks_per_shard": 2}]
-)  # fmt: skip
+)
 def test_few_rows_and_coded_outputs(tmp_path: Path, rows: int, output: dict[str, Any]) -> None:
     array(tmp_path / "s.zarr", values(rows, (12,)))
-    shuffle(tmp_path / "s.zarr", tmp_path / "d.zarr", gather=True, seed=5, memory="64MB", chunk_rows=8,
-            block_bytes=40 * 48, fsync=False, **output)  # fmt: skip
-    assert_is_oracle(
-        tmp_path / "s.zarr", tmp_path / "d.zarr", 5, source_row=output.get("source_row", True)
+    shuffle(
+        tmp_path / "s.zarr",
+        tmp_path / "d.zarr",
+        gather=True,
+        seed=5,
+        memory="64MB",
+        chunk_rows=8,
+        block_bytes=40 * 48,
+        fsync=False,
+        **output,
     )
+    assert_is_oracle(tmp_path / "s.zarr", tmp_path / "d.zarr", 5, source_row=output.get("source_row", True))
 
 
 def test_some_of_the_fields_into_an_object_store(src: Path) -> None:
@@ -132,9 +136,7 @@ def test_some_of_the_fields_into_an_object_store(src: Path) -> None:
 
 def test_workers_of_a_cluster_share_the_leaves(src: Path, tmp_path: Path) -> None:
     with local_cluster(2) as crew:
-        result = shuffle(
-            src, tmp_path / "d.zarr", gather=True, memory="64MB", executor=crew, **SHAPE
-        )
+        result = shuffle(src, tmp_path / "d.zarr", gather=True, memory="64MB", executor=crew, **SHAPE)
     assert_is_oracle(src, tmp_path / "d.zarr", 3)
     assert result.plan.leaves >= 4, "some for each of them, though one could hold all rows"
 
@@ -199,10 +201,7 @@ def cached(path: Path) -> bool:
     """Is the last byte of a file in the page cache?"""
     with path.open("rb", buffering=0) as file:
         try:
-            return (
-                os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size - 1, os.RWF_NOWAIT)
-                == 1
-            )
+            return os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size - 1, os.RWF_NOWAIT) == 1
         except BlockingIOError:
             return False
 
@@ -261,16 +260,12 @@ def test_control_wide_rows_that_are_read_wrong_are_seen_by_verify(
 ) -> None:
     """There is nothing to compare them with while they are moved."""
     read = gather.read_rows
-    monkeypatch.setattr(
-        gather, "read_rows", lambda source, field, rows, out: read(source, field, rows[::-1], out)
-    )
+    monkeypatch.setattr(gather, "read_rows", lambda source, field, rows, out: read(source, field, rows[::-1], out))
     shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", **SHAPE)
     assert not verify(src, tmp_path / "d.zarr").ok
 
 
-def test_refusals_come_before_anything_is_written(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals_come_before_anything_is_written(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dst = tmp_path / "d.zarr"
     with pytest.raises(RequestError, match="leave it out with a scheduler"):
         shuffle(src, dst, gather=True, executor=_Elsewhere(), **SHAPE)
@@ -296,9 +291,7 @@ def test_refusals_come_before_anything_is_written(
         plan(rows=10, row_bytes=8, gather=True)
 
 
-def test_source_and_all_workers_must_have_room(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_source_and_all_workers_must_have_room(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Two(Serial):
         workers = 2
 

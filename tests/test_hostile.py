@@ -49,16 +49,7 @@ EXTRA_MEMORY = 300 << 20  # what an attempt may add to this process
 class Witness:
     """Sees every path that is opened, listed or asked about, by the audit hooks of Python."""
 
-    EVENTS = (
-        "open",
-        "os.listdir",
-        "os.scandir",
-        "os.remove",
-        "os.rename",
-        "os.mkdir",
-        "os.rmdir",
-        "shutil.rmtree",
-    )
+    EVENTS = ("open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
     def __init__(self):
         self.watched = None
@@ -102,9 +93,7 @@ def meet(src, tmp_path, witness, **settings):
     started, worked = time.monotonic(), time.process_time()
     try:
         with pytest.raises(ActshuffleError) as raised:
-            actshuffle.shuffle(
-                src, dst, **({"seed": 1, "fsync": False, "memory": "200MB"} | settings)
-            )
+            actshuffle.shuffle(src, dst, **({"seed": 1, "fsync": False, "memory": "200MB"} | settings))
     finally:
         outside = witness.outside(src, dst.parent)
         witness.watched = None
@@ -187,9 +176,7 @@ def test_control_slow_and_greedy_are_seen(tmp_path, witness, monkeypatch):
         meet(src, tmp_path, witness)
 
 
-def test_control_without_the_guard_a_key_that_is_there_twice_is_taken(
-    tmp_path, witness, monkeypatch
-):
+def test_control_without_the_guard_a_key_that_is_there_twice_is_taken(tmp_path, witness, monkeypatch):
     src = honest(tmp_path / "in.zarr")
     edit(src / "x/zarr.json", lambda d: json.dumps(d)[:-1] + ', "node_type": "array"}')
     assert "twice" in meet(src, tmp_path, witness)
@@ -246,11 +233,7 @@ for value in (*HUGE, *ODD, 0):
 for value in [[], [30], [30, 4, 1], [[30, 4]], "30,4", None, 30, [2**40, 2**40], [30] * 200]:
     lie(f"v3 shape {value!s:.20}", "x/zarr.json", setter(["shape"], value))
     lie(f"v2 shape {value!s:.20}", "x/.zarray", setter(["shape"], value))
-    lie(
-        f"v3 chunk shape {value!s:.20}",
-        "x/zarr.json",
-        setter(["chunk_grid", "configuration", "chunk_shape"], value),
-    )
+    lie(f"v3 chunk shape {value!s:.20}", "x/zarr.json", setter(["chunk_grid", "configuration", "chunk_shape"], value))
     lie(f"v2 chunks {value!s:.20}", "x/.zarray", setter(["chunks"], value))
 for value in [
     "object",
@@ -298,8 +281,22 @@ for value in [
     "<M8[fortnights]",
 ]:
     lie(f"v2 dtype {value!s:.40}", "x/.zarray", setter(["dtype"], value))
-for name in ["pickle", "json2", "msgpack2", "vlen-utf8", "vlen-array", "vlen-bytes", "categorize", "base64",
-             "nosuch", "../codec", "os.system", "", None, 7]:  # fmt: skip
+for name in [
+    "pickle",
+    "json2",
+    "msgpack2",
+    "vlen-utf8",
+    "vlen-array",
+    "vlen-bytes",
+    "categorize",
+    "base64",
+    "nosuch",
+    "../codec",
+    "os.system",
+    "",
+    None,
+    7,
+]:
     lie(
         f"v2 filter {name}",
         "x/.zarray",
@@ -325,32 +322,41 @@ for name in [
     codec = {"name": name, "configuration": {}}
     lie(f"v3 codec alone {name}", "x/zarr.json", setter(["codecs"], [codec]))
     lie(f"v3 codec last {name}", "x/zarr.json", lambda d, codec=codec: d["codecs"].append(codec))
-for value in [[], None, "bytes", [[]], [{}], [{"name": "bytes"}] * 2, [{"name": "gzip"}],
-              [{"name": "bytes", "configuration": {"endian": "middle"}}],
-              [{"name": "transpose", "configuration": {"order": [0, 0]}}]]:  # fmt: skip
+for value in [
+    [],
+    None,
+    "bytes",
+    [[]],
+    [{}],
+    [{"name": "bytes"}] * 2,
+    [{"name": "gzip"}],
+    [{"name": "bytes", "configuration": {"endian": "middle"}}],
+    [{"name": "transpose", "configuration": {"order": [0, 0]}}],
+]:
     lie(f"v3 codecs {value!s:.60}", "x/zarr.json", setter(["codecs"], value))
 for value in [[0, 0], [-1, 4], [2**62, 4], [7], [3, 3], "7", None, [7, 4, 1]]:
-    sharding = {"name": "sharding_indexed", "configuration": {
-        "chunk_shape": value, "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-    }}  # fmt: skip
+    sharding = {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": value,
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        },
+    }
     lie(f"v3 inner chunk {value}", "x/zarr.json", setter(["codecs"], [sharding]))
-for value in ["default", {"name": "nosuch"}, {"name": "default", "configuration": {"separator": "/../"}},
-              {"name": "default", "configuration": {"separator": ""}},
-              {"name": "v2", "configuration": {"separator": "../"}}, {}]:  # fmt: skip
+for value in [
+    "default",
+    {"name": "nosuch"},
+    {"name": "default", "configuration": {"separator": "/../"}},
+    {"name": "default", "configuration": {"separator": ""}},
+    {"name": "v2", "configuration": {"separator": "../"}},
+    {},
+]:
     lie(f"v3 key encoding {value!s:.70}", "x/zarr.json", setter(["chunk_key_encoding"], value))
 for value in ["../", "/../", "", 7, None, [], "\\"]:
     if value is not None:
         lie(f"v2 separator {value!r}", "x/.zarray", setter(["dimension_separator"], value))
-for key in [
-    "shape",
-    "data_type",
-    "chunk_grid",
-    "chunk_key_encoding",
-    "codecs",
-    "node_type",
-    "zarr_format",
-]:
+for key in ["shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "node_type", "zarr_format"]:
     lie(f"v3 without {key}", "x/zarr.json", lambda d, key=key: d.pop(key) and None)
 for key in ["shape", "dtype", "chunks", "zarr_format"]:
     lie(f"v2 without {key}", "x/.zarray", lambda d, key=key: d.pop(key) and None)
@@ -360,34 +366,37 @@ for value in [1, 4, 99, -3, "3", None, 3.5, []]:
 for value in ["group", "dataset", None, 3, []]:
     lie(f"v3 node type {value}", "x/zarr.json", setter(["node_type"], value))
 for name, text in {
-    "empty": b"", "null": b"null", "list": b"[]", "number": b"7", "not JSON": b"{shape: 30}",
-    "cut": b'{"zarr_format": 3, "node_type": "arr', "latin-1": '{"é": 1}'.encode("latin-1"),
-    "UTF-16": '{"zarr_format": 3}'.encode("utf-16"), "zeros": b"\0" * 1000,
+    "empty": b"",
+    "null": b"null",
+    "list": b"[]",
+    "number": b"7",
+    "not JSON": b"{shape: 30}",
+    "cut": b'{"zarr_format": 3, "node_type": "arr',
+    "latin-1": '{"é": 1}'.encode("latin-1"),
+    "UTF-16": '{"zarr_format": 3}'.encode("utf-16"),
+    "zeros": b"\0" * 1000,
     "lone surrogate": b'{"a": "\xed\xa0\x80"}',
-    "deep list": b"[" * 100_000, "deep object": b'{"a":' * 100_000,
+    "deep list": b"[" * 100_000,
+    "deep object": b'{"a":' * 100_000,
     "long number": b'{"shape": [' + b"9" * 10_000 + b"]}",
-    "bom": b"\xef\xbb\xbf{}", "noise": random.Random(0).randbytes(4096),
-}.items():  # fmt: skip
+    "bom": b"\xef\xbb\xbf{}",
+    "noise": random.Random(0).randbytes(4096),
+}.items():
     lie(f"v3 array is {name}", "x/zarr.json", lambda d, text=text: text)
     lie(f"v3 group is {name}", "zarr.json", lambda d, text=text: text)
     lie(f"v2 array is {name}", "x/.zarray", lambda d, text=text: text)
 for key, value in {"shape": [60, 4], "node_type": "group", "codecs": []}.items():
     twice = f'"{key}": {json.dumps(value)}'
-    lie(
-        f"v3 {key} twice",
-        "x/zarr.json",
-        lambda d, twice=twice: json.dumps(d)[:-1] + ", " + twice + "}",
-    )
+    lie(f"v3 {key} twice", "x/zarr.json", lambda d, twice=twice: json.dumps(d)[:-1] + ", " + twice + "}")
 lie("v2 shape twice", "x/.zarray", lambda d: json.dumps(d)[:-1] + ', "shape": [7, 4]}')
 lie("v2 group twice", ".zgroup", lambda d: '{"zarr_format": 2, "zarr_format": 2}')
-lie("v3 attributes twice", "x/zarr.json", lambda d: json.dumps(d | {"attributes": 0}).replace(
-    '"attributes": 0', '"attributes": {"a": 1, "a": 2}'))  # fmt: skip
+lie(
+    "v3 attributes twice",
+    "x/zarr.json",
+    lambda d: json.dumps(d | {"attributes": 0}).replace('"attributes": 0', '"attributes": {"a": 1, "a": 2}'),
+)
 for extra in ["storage_transformers", "must_understand_me"]:
-    lie(
-        f"v3 with {extra}",
-        "x/zarr.json",
-        setter([extra], [{"name": "../../run.py", "must_understand": True}]),
-    )
+    lie(f"v3 with {extra}", "x/zarr.json", setter([extra], [{"name": "../../run.py", "must_understand": True}]))
 
 
 @pytest.mark.parametrize("name", LIES)
@@ -407,20 +416,7 @@ def test_there_are_enough_lies():
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "../outside",
-        "../../etc",
-        "/etc",
-        "x/../../outside",
-        "a\\b",
-        "..",
-        ".",
-        "{}",
-        "a{",
-        "",
-        "_actshuffle",
-    ],
+    "name", ["../outside", "../../etc", "/etc", "x/../../outside", "a\\b", "..", ".", "{}", "a{", "", "_actshuffle"]
 )
 def test_consolidated_names(name, tmp_path, witness):
     outside = honest(tmp_path / "outside")
@@ -429,8 +425,10 @@ def test_consolidated_names(name, tmp_path, witness):
 
     def consolidate(document):
         document["consolidated_metadata"] = {
-            "kind": "inline", "must_understand": False, "metadata": {name: metadata, "x": metadata},
-        }  # fmt: skip
+            "kind": "inline",
+            "must_understand": False,
+            "metadata": {name: metadata, "x": metadata},
+        }
 
     edit(src / "zarr.json", consolidate)
     meet(src, tmp_path, witness)
@@ -440,17 +438,17 @@ def test_stale_consolidated_metadata(tmp_path, witness):
     """It says 60 rows where the array has 30: chunks are missing."""
     src = honest(tmp_path / "in.zarr")
     metadata = json.loads((src / "x/zarr.json").read_text()) | {"shape": [60, 4]}
-    edit(src / "zarr.json", setter(["consolidated_metadata"], {
-        "kind": "inline", "must_understand": False, "metadata": {"x": metadata}}))  # fmt: skip
+    edit(
+        src / "zarr.json",
+        setter(["consolidated_metadata"], {"kind": "inline", "must_understand": False, "metadata": {"x": metadata}}),
+    )
     assert "missing" in meet(src, tmp_path, witness)
 
 
 # --- Names --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["{:>9999999999}", "{0.__class__}", "{}", "{", "}", "{{}}", "x{0!r:>1000000000}"]
-)
+@pytest.mark.parametrize("name", ["{:>9999999999}", "{0.__class__}", "{}", "{", "}", "{{}}", "x{0!r:>1000000000}"])
 def test_array_names_that_are_format_strings(name, tmp_path):
     """Odd, and taken as they are."""
     src = tmp_path / "in.zarr"
@@ -463,9 +461,7 @@ def test_array_names_that_are_format_strings(name, tmp_path):
     assert actshuffle.verify(src, tmp_path / "dst.zarr").ok
 
 
-@pytest.mark.parametrize(
-    "name", [b"a\xff", b"a\nb", b"a\x1b[31m", b"\xed\xa0\x80", b"a\\b", "a\u202eb".encode()]
-)
+@pytest.mark.parametrize("name", [b"a\xff", b"a\nb", b"a\x1b[31m", b"\xed\xa0\x80", b"a\\b", "a\u202eb".encode()])
 def test_array_names_that_are_no_keys(name, tmp_path, witness):
     src = honest(tmp_path / "in.zarr")
     (src / "x").rename(src / os.fsdecode(name))
@@ -496,9 +492,7 @@ def test_folder_or_metadata_that_links_out_of_the_root(what, tmp_path, witness):
     meet(src, tmp_path, witness)
 
 
-@pytest.mark.parametrize(
-    "target", ["/dev/zero", "/dev/urandom", "/proc/self/mem", "/etc/passwd", "/"]
-)
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/urandom", "/proc/self/mem", "/etc/passwd", "/"])
 @pytest.mark.parametrize("what", ["x/zarr.json", "x/c/1/0", "zarr.json"])
 def test_links_to_devices(target, what, tmp_path, witness):
     src = honest(tmp_path / "in.zarr")
@@ -578,10 +572,7 @@ def test_no_pickle_is_read(zarr_format, place, tmp_path, witness):
         edit(src / "x/.zarray", lambda d: d.update(packing))
     else:
         codec = {"name": "numcodecs.pickle", "configuration": {}}
-        edit(
-            src / "x/zarr.json",
-            lambda d: d["codecs"].insert(len(d["codecs"]) * (place == "filter"), codec),
-        )
+        edit(src / "x/zarr.json", lambda d: d["codecs"].insert(len(d["codecs"]) * (place == "filter"), codec))
     for chunk in (p for p in (src / "x").rglob("*") if p.is_file() and p.name[0] not in ".z"):
         chunk.write_bytes(payload)
     meet(src, tmp_path, witness)
@@ -607,9 +598,7 @@ def _zstd_declared():
 def _zstd_blocks():
     """A frame that says nothing, of blocks that each repeat one byte: 2.6 GB in 80 KB."""
     block = ((131072 << 3) | 2).to_bytes(3, "little") + b"\0"
-    return (
-        b"\x28\xb5\x2f\xfd\x00\x88" + block * 20_000 + ((1 << 3) | 3).to_bytes(3, "little") + b"\0"
-    )
+    return b"\x28\xb5\x2f\xfd\x00\x88" + block * 20_000 + ((1 << 3) | 3).to_bytes(3, "little") + b"\0"
 
 
 def _blosc_lie():
@@ -631,14 +620,12 @@ BOMBS = {
     "lz4": lambda: struct.pack("<i", (1 << 31) - 1) + b"\0" * 100,
 }
 CONFIGURATION = {
-    "zstd": {"level": 1, "checksum": False}, "gzip": {"level": 1},
+    "zstd": {"level": 1, "checksum": False},
+    "gzip": {"level": 1},
     "blosc": {"cname": "zstd", "clevel": 1, "shuffle": "noshuffle", "typesize": 4, "blocksize": 0},
-}  # fmt: skip
+}
 CASES = [(name, 2) for name in BOMBS] + [
-    (name, how)
-    for name in BOMBS
-    if name.split()[0] in CONFIGURATION
-    for how in (3, "sharded", "checked")
+    (name, how) for name in BOMBS if name.split()[0] in CONFIGURATION for how in (3, "sharded", "checked")
 ]
 
 
@@ -652,19 +639,24 @@ def test_bombs(name, how, tmp_path, witness):
     data, codec = bomb(name), name.split()[0]
     src = honest(tmp_path / "in.zarr", 2 if how == 2 else 3)
     if how == 2:
-        edit(
-            src / "x/.zarray",
-            setter(["compressor"], {"id": codec}),
-        )
+        edit(src / "x/.zarray", setter(["compressor"], {"id": codec}))
     else:
         packed = {"name": codec, "configuration": CONFIGURATION[codec]}
         plain = {"name": "bytes", "configuration": {"endian": "little"}}
         codecs = [plain, packed, *([{"name": "crc32c"}] if how == "checked" else [])]
         if how == "sharded":
             index = [plain, {"name": "crc32c"}]
-            codecs = [{"name": "sharding_indexed", "configuration": {
-                "chunk_shape": [7, 4], "codecs": [plain, packed], "index_codecs": index,
-                "index_location": "end"}}]  # fmt: skip
+            codecs = [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {
+                        "chunk_shape": [7, 4],
+                        "codecs": [plain, packed],
+                        "index_codecs": index,
+                        "index_location": "end",
+                    },
+                }
+            ]
             table = struct.pack("<QQ", 0, len(data))
             checked = numcodecs.CRC32C(location="end").encode(np.frombuffer(table, "u1"))
             data += bytes(checked)
@@ -688,13 +680,7 @@ def test_bombs_that_are_none(tmp_path):
         ]
     ):
         src, dst = tmp_path / f"in{number}", tmp_path / f"out{number}"
-        array(
-            src,
-            np.zeros((3000, 100), "<f4"),
-            zarr_format=2,
-            chunks=(1000, 100),
-            compressors=compressor,
-        )
+        array(src, np.zeros((3000, 100), "<f4"), zarr_format=2, chunks=(1000, 100), compressors=compressor)
         serial_run(src, dst, SEED)
         assert differences(src, dst, SEED) == []
 
@@ -809,9 +795,7 @@ def half_done(tmp_path):
     return src, dst
 
 
-@pytest.mark.parametrize(
-    "scratch", ["/mine", "mine", "memory://mine", "s3://mine/x", "../../mine", "/"]
-)
+@pytest.mark.parametrize("scratch", ["/mine", "mine", "memory://mine", "s3://mine/x", "../../mine", "/"])
 def test_scratch_in_run_json_is_not_believed(scratch, half_done, tmp_path, witness):
     src, dst = half_done
     mine = tmp_path / "mine"
@@ -844,9 +828,7 @@ def test_places_in_run_json_are_not_gone_to(key, half_done, tmp_path, witness):
         actshuffle.status(dst)
     except ActshuffleError:
         pass
-    actshuffle.shuffle(
-        src, dst, fsync=False
-    )  # what it says of itself is made anew from the arguments
+    actshuffle.shuffle(src, dst, fsync=False)  # what it says of itself is made anew from the arguments
     touched = witness.outside(src.parent, dst.parent)
     witness.watched = None
     assert touched == []
@@ -862,12 +844,35 @@ def test_recorded_scratch_elsewhere_resumes_if_it_agrees(tmp_path):
 
 
 REQUESTS = [
-    {"seed": -1}, {"seed": "5"}, {"seed": None}, {"seed": 1.5}, {"seed": True}, {"levels": "many"}, {"levels": -2},
-    {"levels": [3]}, {"memory": "8GB"}, {"memory": -1}, {"block_bytes": {}}, {"codec": 7}, {"codec": "exec"},
-    {"fields": "x"}, {"fields": [1]}, {"fields": ["../x"]}, {"source_row": "yes"}, {"scratch": 7},
-    {"fill_missing": 1}, {"key_bits": [1]}, {"key_bits": ["a", "b"]}, {"key_bits": [65, 0]}, {"unheard": 1},
-    {"tasks_wanted": "x"}, {"chunk_rows": 0}, {"chunks_per_shard": -1}, {"run_bytes": 0}, {"__class__": "x"},
-]  # fmt: skip
+    {"seed": -1},
+    {"seed": "5"},
+    {"seed": None},
+    {"seed": 1.5},
+    {"seed": True},
+    {"levels": "many"},
+    {"levels": -2},
+    {"levels": [3]},
+    {"memory": "8GB"},
+    {"memory": -1},
+    {"block_bytes": {}},
+    {"codec": 7},
+    {"codec": "exec"},
+    {"fields": "x"},
+    {"fields": [1]},
+    {"fields": ["../x"]},
+    {"source_row": "yes"},
+    {"scratch": 7},
+    {"fill_missing": 1},
+    {"key_bits": [1]},
+    {"key_bits": ["a", "b"]},
+    {"key_bits": [65, 0]},
+    {"unheard": 1},
+    {"tasks_wanted": "x"},
+    {"chunk_rows": 0},
+    {"chunks_per_shard": -1},
+    {"run_bytes": 0},
+    {"__class__": "x"},
+]
 
 
 @pytest.mark.parametrize("change", REQUESTS, ids=str)
@@ -921,11 +926,7 @@ def mutate(dice, document):
             holder[key] = dice.choice(SCALARS)
         elif how == 2:
             other, at = dice.choice(spots)
-            holder[key] = (
-                json.loads(json.dumps(other[at]))
-                if at in other or isinstance(other, list)
-                else None
-            )
+            holder[key] = json.loads(json.dumps(other[at])) if at in other or isinstance(other, list) else None
         elif how == 3 and isinstance(holder[key], int):
             holder[key] += dice.choice([-1, 1, 7, 2**32, -(2**40)])
         elif how == 4 and isinstance(holder[key], str) and holder[key]:
@@ -934,9 +935,7 @@ def mutate(dice, document):
         elif isinstance(holder, list):
             holder.append(dice.choice(SCALARS))
         else:
-            holder[dice.choice(["name", "shape", "format", "x", "", "configuration"])] = (
-                dice.choice(SCALARS)
-            )
+            holder[dice.choice(["name", "shape", "format", "x", "", "configuration"])] = dice.choice(SCALARS)
     return document
 
 
@@ -1021,9 +1020,15 @@ def test_receipts_of_fields_that_are_not_there_count_for_nothing(name, tmp_path)
     assert differences(src, dst, SEED) == []
 
 
-RECORDS = ["out/_actshuffle/run.json", "out/_actshuffle/receipts/0.json", "scratch/run.json",
-           "scratch/bounds.json", "scratch/level2/receipts/0.json",
-           "scratch/level2/receipts/3.json", "scratch/level2/index/0.json"]  # fmt: skip
+RECORDS = [
+    "out/_actshuffle/run.json",
+    "out/_actshuffle/receipts/0.json",
+    "scratch/run.json",
+    "scratch/bounds.json",
+    "scratch/level2/receipts/0.json",
+    "scratch/level2/receipts/3.json",
+    "scratch/level2/index/0.json",
+]
 
 
 def fuzz_records(folder, seeds):
@@ -1073,16 +1078,18 @@ def fuzz_marker(folder, seeds):
         before = path.read_bytes()
         path.write_bytes(fuzzed(dice, before, sealed=False))
         same = _same(before, path.read_bytes())
-        for call in (lambda: actshuffle.verify(src, dst), lambda: actshuffle.info(dst),
-                     lambda: actshuffle.status(dst), lambda: serial_run(src, dst, SEED)):  # fmt: skip
+        for call in (
+            lambda: actshuffle.verify(src, dst),
+            lambda: actshuffle.info(dst),
+            lambda: actshuffle.status(dst),
+            lambda: serial_run(src, dst, SEED),
+        ):
             try:
                 found = call()
             except ActshuffleError:
                 continue
             except Exception as err:
-                raise AssertionError(
-                    f"seed {seed}, {path.name}: {type(err).__name__}: {err}"
-                ) from err
+                raise AssertionError(f"seed {seed}, {path.name}: {type(err).__name__}: {err}") from err
             if isinstance(found, actshuffle.VerifyReport) and not same:
                 assert not found.ok, (seed, path)
         path.write_bytes(before)

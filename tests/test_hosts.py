@@ -27,19 +27,24 @@ class Host:
         self.folder = root / name
         (self.folder / "tmp").mkdir(parents=True)
         self.env = os.environ | {
-            "HOME": str(self.folder), "TMPDIR": str(self.folder / "tmp"),
+            "HOME": str(self.folder),
+            "TMPDIR": str(self.folder / "tmp"),
             "DASK_TEMPORARY_DIRECTORY": str(self.folder / "dask"),
             "PYTHONPATH": str(Path(actshuffle.__file__).parents[1]),
             "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__DISK": "false",
-        }  # fmt: skip
+        }
         self.processes: list[subprocess.Popen[str]] = []
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         with (self.folder / "log").open("a") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", *words], env=self.env, cwd=self.folder, text=True,
-                stdout=subprocess.PIPE, stderr=log,
-            )  # fmt: skip
+                [sys.executable, "-m", *words],
+                env=self.env,
+                cwd=self.folder,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
         self.processes.append(process)
         return process
 
@@ -62,21 +67,56 @@ def hosts(root: Path, *names: str):
 
 def start_scheduler(host: Host) -> str:
     note = host.folder / "scheduler.json"
-    host.start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
-               "--scheduler-file", str(note))  # fmt: skip
+    host.start(
+        "distributed.cli.dask_scheduler",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--no-dashboard",
+        "--scheduler-file",
+        str(note),
+    )
     until(lambda: note.exists() and note.read_text().endswith("}"))  # Dask writes it in pieces
     return str(json.loads(note.read_text())["address"])
 
 
 def start_worker(host: Host, address: str) -> subprocess.Popen[str]:
-    return host.start("distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny",
-                      "--no-dashboard", "--host", "127.0.0.1", "--death-timeout", "30",
-                      "--local-directory", str(host.folder / "dask"))  # fmt: skip
+    return host.start(
+        "distributed.cli.dask_worker",
+        address,
+        "--nthreads",
+        "1",
+        "--no-nanny",
+        "--no-dashboard",
+        "--host",
+        "127.0.0.1",
+        "--death-timeout",
+        "30",
+        "--local-directory",
+        str(host.folder / "dask"),
+    )
 
 
 def drive(host: Host, address: str, *words: str) -> subprocess.Popen[str]:
-    return host.start("actshuffle", "run", *words, "--scheduler", address, "--seed", str(SEED), "--json",
-                      "--levels", "3", "--block-bytes", "560", "--run-bytes", "1", "--chunk-rows", "7")  # fmt: skip
+    return host.start(
+        "actshuffle",
+        "run",
+        *words,
+        "--scheduler",
+        address,
+        "--seed",
+        str(SEED),
+        "--json",
+        "--levels",
+        "3",
+        "--block-bytes",
+        "560",
+        "--run-bytes",
+        "1",
+        "--chunk-rows",
+        "7",
+    )
 
 
 def told(process: subprocess.Popen[str]) -> dict[str, object]:

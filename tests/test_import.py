@@ -55,9 +55,7 @@ def test_one_npy_file(tmp_path: Path) -> None:
     assert "layer_3: 6 float16 from 'layer_3', 1 file: one row per item" in str(done)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["?", "i1", "<u2", "<i8", "<f2", "<f4", "<f8", "<c8", ">f4", ">i8"]
-)
+@pytest.mark.parametrize("dtype", ["?", "i1", "<u2", "<i8", "<f2", "<f4", "<f8", "<c8", ">f4", ">i8"])
 def test_types_of_npy(tmp_path: Path, dtype: str) -> None:
     np.save(tmp_path / "x.npy", values(N, (3,), dtype))
     same(taken(tmp_path / "x.npy", tmp_path / "x.zarr")[1]["x"], values(N, (3,), dtype))
@@ -76,9 +74,7 @@ def test_numbered_parts_are_one_array_and_layers_are_not(tmp_path: Path) -> None
     same(found["acts"], ACT)
     same(found["tok"], TOKEN)
     same(found["layer_11"], ACT[:, 2:])
-    _, found = taken(
-        [folder / "layer_3.npy", folder / "layer_11.npy"], tmp_path / "y.zarr", together=False
-    )
+    _, found = taken([folder / "layer_3.npy", folder / "layer_11.npy"], tmp_path / "y.zarr", together=False)
     assert set(found) == {"layer_3", "layer_11"}
 
 
@@ -97,9 +93,7 @@ def test_memmaps_without_a_header(tmp_path: Path) -> None:
         memmap.flush()
     found = taken(tmp_path, tmp_path / "x.zarr", dtype="float16", row_shape=(6,))[1]
     same(next(iter(found.values())), ACT)
-    bits = taken(tmp_path / "part_0.bin", tmp_path / "y.zarr", dtype="bfloat16", row_shape=(2, 3))[
-        1
-    ]
+    bits = taken(tmp_path / "part_0.bin", tmp_path / "y.zarr", dtype="bfloat16", row_shape=(2, 3))[1]
     same(bits["part_0"], ACT[:30].view("<u2").reshape(30, 2, 3))
     with pytest.raises(RequestError, match="--dtype"):
         import_store(tmp_path / "part_0.bin", tmp_path / "z.zarr")
@@ -119,25 +113,21 @@ def safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) -> Path:
 
 def test_safetensors(tmp_path: Path) -> None:
     paths = [
-        safetensors(tmp_path / f"{i}.safetensors", {
-            "acts": ("BF16", ACT[30 * i : 30 * i + 30].view("<u2")),
-            "tokens": ("I32", TOKEN[30 * i : 30 * i + 30]),
-        })
+        safetensors(
+            tmp_path / f"{i}.safetensors",
+            {"acts": ("BF16", ACT[30 * i : 30 * i + 30].view("<u2")), "tokens": ("I32", TOKEN[30 * i : 30 * i + 30])},
+        )
         for i in range(3)
-    ]  # fmt: skip
+    ]
     _, found = taken(paths, tmp_path / "x.zarr")
     same(found["acts"], ACT.view("<u2"))
     same(found["tokens"], TOKEN)
-    assert (
-        zarr.open_group(tmp_path / "x.zarr")["acts"].metadata.to_dict()["data_type"] == "bfloat16"
-    )
+    assert zarr.open_group(tmp_path / "x.zarr")["acts"].metadata.to_dict()["data_type"] == "bfloat16"
 
 
 def test_files_of_the_safetensors_library(tmp_path: Path) -> None:
     library = pytest.importorskip("safetensors.numpy")
-    library.save_file(
-        {"acts": ACT, "flags": TOKEN > 0, "n": np.array(3)}, tmp_path / "x.safetensors"
-    )
+    library.save_file({"acts": ACT, "flags": TOKEN > 0, "n": np.array(3)}, tmp_path / "x.safetensors")
     _, found = taken(tmp_path / "x.safetensors", tmp_path / "x.zarr")
     assert set(found) == {"acts", "flags"}
     same(found["acts"], ACT)
@@ -158,10 +148,7 @@ def test_torch_tensors(tmp_path: Path) -> None:
     same(found["acts"], acts.view(torch.int16).numpy().view("<u2"))
     same(found["token"], TOKEN)
     torch.save(acts.T.contiguous().T, tmp_path / "alone.pth")
-    same(
-        taken(tmp_path / "alone.pth", tmp_path / "y.zarr")[1]["alone"],
-        acts.view(torch.int16).numpy().view("<u2"),
-    )
+    same(taken(tmp_path / "alone.pth", tmp_path / "y.zarr")[1]["alone"], acts.view(torch.int16).numpy().view("<u2"))
 
 
 class Trap:
@@ -201,9 +188,7 @@ def test_parquet(tmp_path: Path, fixed: bool) -> None:
     acts = ACT.astype("<f4")
     for i in range(3):
         rows = slice(30 * i, 30 * i + 30)
-        table = pa.table(
-            {"acts": lists(acts[rows], fixed), "token": TOKEN[rows], "text": ["x"] * 30}
-        )
+        table = pa.table({"acts": lists(acts[rows], fixed), "token": TOKEN[rows], "text": ["x"] * 30})
         parquet.write_table(table, tmp_path / f"{i}.parquet", row_group_size=13)
     done, found = taken(tmp_path, tmp_path / "x.zarr")
     same(found["acts"], acts)
@@ -234,9 +219,7 @@ def test_saelens_cached_activations(tmp_path: Path) -> None:
     tokens = values(sequences, (length,), "<i4", seed=4)
     label = values(sequences, (), "<i8", seed=5)
     hook = "blocks.0.hook_mlp_out"
-    folder = saved_dataset(
-        tmp_path / "cache", {hook: lists(acts), "token_ids": lists(tokens), "label": label}, batch=7
-    )
+    folder = saved_dataset(tmp_path / "cache", {hook: lists(acts), "token_ids": lists(tokens), "label": label}, batch=7)
     done, found = taken(folder, tmp_path / "x.zarr", names={"token_ids": "token"}, chunk_rows=11)
     same(found[hook], acts.reshape(-1, width))
     same(found["token"], tokens.reshape(-1))
@@ -252,28 +235,23 @@ def test_saelens_cached_activations(tmp_path: Path) -> None:
 def test_folders_of_the_datasets_library(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     acts = values(20, (4, 3), "<f4")
-    features = datasets.Features({
-        "hook": datasets.Array2D((4, 3), "float32"),
-        "token_ids": datasets.Sequence(datasets.Value("int32"), length=4),
-        "text": datasets.Value("string"),
-    })  # fmt: skip
-    tokens = values(20, (4,), "<i4")
-    made = datasets.Dataset.from_dict(
-        {"hook": acts, "token_ids": tokens, "text": ["a"] * 20}, features=features
+    features = datasets.Features(
+        {
+            "hook": datasets.Array2D((4, 3), "float32"),
+            "token_ids": datasets.Sequence(datasets.Value("int32"), length=4),
+            "text": datasets.Value("string"),
+        }
     )
+    tokens = values(20, (4,), "<i4")
+    made = datasets.Dataset.from_dict({"hook": acts, "token_ids": tokens, "text": ["a"] * 20}, features=features)
     made.save_to_disk(tmp_path / "d", num_shards=3)
     found = taken(tmp_path / "d", tmp_path / "x.zarr")[1]
     same(found["hook"], acts.reshape(-1, 3))
     same(found["token_ids"], tokens.reshape(-1))
-    datasets.DatasetDict({"train": made, "test": made.select(range(5))}).save_to_disk(
-        tmp_path / "dict"
-    )
+    datasets.DatasetDict({"train": made, "test": made.select(range(5))}).save_to_disk(tmp_path / "dict")
     with pytest.raises(RequestError, match="--split"):
         import_store(tmp_path / "dict", tmp_path / "y.zarr")
-    same(
-        taken(tmp_path / "dict", tmp_path / "y.zarr", split="test")[1]["hook"],
-        acts[:5].reshape(-1, 3),
-    )
+    same(taken(tmp_path / "dict", tmp_path / "y.zarr", split="test")[1]["hook"], acts[:5].reshape(-1, 3))
     made.shuffle(seed=1).save_to_disk(tmp_path / "shuffled")
     found = taken(tmp_path / "shuffled", tmp_path / "z.zarr")[1]
     assert sorted(map(bytes, found["hook"])) == sorted(map(bytes, acts.reshape(-1, 3)))
@@ -281,14 +259,10 @@ def test_folders_of_the_datasets_library(tmp_path: Path) -> None:
 
 def test_an_index_beside_the_data_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    folder = saved_dataset(
-        tmp_path / "d", {"x": TOKEN}, 9, _indices_files=[{"filename": "indices.arrow"}]
-    )
+    folder = saved_dataset(tmp_path / "d", {"x": TOKEN}, 9, _indices_files=[{"filename": "indices.arrow"}])
     with pytest.raises(SourceError, match="flatten_indices"):
         import_store(folder, tmp_path / "x.zarr")
-    outside = saved_dataset(
-        tmp_path / "e", {"x": TOKEN}, 9, _data_files=[{"filename": "../x.arrow"}]
-    )
+    outside = saved_dataset(tmp_path / "e", {"x": TOKEN}, 9, _data_files=[{"filename": "../x.arrow"}])
     with pytest.raises(SourceError, match="outside its folder"):
         import_store(outside, tmp_path / "x.zarr")
 
@@ -341,9 +315,7 @@ def test_on_a_cluster_and_then_shuffled(tmp_path: Path, cluster: Callable[[int],
     np.save(tmp_path / "act.npy", ACT)
     np.save(tmp_path / "token.npy", TOKEN)
     paths = [tmp_path / "act.npy", tmp_path / "token.npy"]
-    taken(
-        paths, tmp_path / "x.zarr", executor=cluster(2), attributes={"model": "tiny"}, codec="zstd"
-    )
+    taken(paths, tmp_path / "x.zarr", executor=cluster(2), attributes={"model": "tiny"}, codec="zstd")
     shuffle(tmp_path / "x.zarr", tmp_path / "y.zarr", seed=3, fsync=False)
     attributes, found = opened(tmp_path / "y.zarr")
     same(found["act"][:], ACT[Keys(3).order(N)])
@@ -406,17 +378,13 @@ def test_lists_of_mixed_lengths_and_missing_values(tmp_path: Path) -> None:
     ]:
         parquet.write_table(pa.table({"x": column}), tmp_path / f"{name}.parquet", row_group_size=5)
         with pytest.raises(SourceError, match=words):
-            import_store(
-                tmp_path / f"{name}.parquet", tmp_path / "x.zarr", overwrite=True, fsync=False
-            )
+            import_store(tmp_path / f"{name}.parquet", tmp_path / "x.zarr", overwrite=True, fsync=False)
     (tmp_path / "noise.parquet").write_bytes(b"PAR1 noise PAR1")
     with pytest.raises(SourceError, match="cannot read"):
         import_store(tmp_path / "noise.parquet", tmp_path / "y.zarr")
 
 
-def test_packages_that_are_missing_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.parquet").write_bytes(b"")
     for module in ("pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(__import__("sys").modules, module, None)

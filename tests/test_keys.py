@@ -20,17 +20,14 @@ def test_check_values_of_words():
     assert [hex(w) for w in Keys(0).hi(0, 2)] == ["0xb8a059b224a7eb39", "0x6e4932400f2aaca"]
 
 
-@pytest.mark.parametrize(
-    ("seed", "expected"), [(0, [1, 4, 5, 6, 2, 0, 3, 7]), (1, [0, 5, 7, 4, 2, 6, 3, 1])]
-)
+@pytest.mark.parametrize(("seed", "expected"), [(0, [1, 4, 5, 6, 2, 0, 3, 7]), (1, [0, 5, 7, 4, 2, 6, 3, 1])])
 def test_check_values_of_order(seed, expected):
     assert order(8, seed).tolist() == expected
     assert actshuffle.order(8, seed).tolist() == expected
 
 
 @pytest.mark.parametrize(
-    ("seed", "begins"),
-    [(0, "321f5dd32dce0607"), (1, "d8249f95bea03ce2"), (2**40 + 7, "09848080f495d17d")],
+    ("seed", "begins"), [(0, "321f5dd32dce0607"), (1, "d8249f95bea03ce2"), (2**40 + 7, "09848080f495d17d")]
 )
 def test_check_values_of_long_order(seed, begins):
     text = order(100_003, seed).astype("<u8").tobytes()

@@ -31,11 +31,13 @@ ORDER = READING.split()
 
 # Imports of a later module: only for types or inside a function, and only these.
 UPWARD = {
-    ("htmlrepr", "mixing"), ("htmlrepr", "types"), ("htmlrepr", "verify"),  # what it draws, for types
+    ("htmlrepr", "mixing"),
+    ("htmlrepr", "types"),
+    ("htmlrepr", "verify"),  # what it draws, for types
     ("data.torchface", "data.loader"),  # for types; the loader is what starts it
     ("data.foreign", "data.arrowfiles"),  # a reader found by name, with a library of its own
     ("data.statsview", "data.stats"),  # for types
-}  # fmt: skip
+}
 
 # Who may import what, at the top of the module; late imports are for executors and the command line.
 DOORS = {
@@ -117,14 +119,16 @@ def test_direction_imports_go_one_way():
 
 @pytest.mark.parametrize(
     "text",
-    ["from actshuffle import run", "import actshuffle.run", "from actshuffle.run import execute",
-     "def f():\n    from actshuffle.run import execute",
-     "if TYPE_CHECKING:\n    from actshuffle.run import Result"],
-)  # fmt: skip
+    [
+        "from actshuffle import run",
+        "import actshuffle.run",
+        "from actshuffle.run import execute",
+        "def f():\n    from actshuffle.run import execute",
+        "if TYPE_CHECKING:\n    from actshuffle.run import Result",
+    ],
+)
 def test_direction_check_sees_an_import_of_a_later_module(text):
-    assert direction_faults({"keys": ast.parse(text)}, ORDER) == [
-        "keys imports run, which comes after it"
-    ]
+    assert direction_faults({"keys": ast.parse(text)}, ORDER) == ["keys imports run, which comes after it"]
     assert direction_faults({"cli.app": ast.parse(text)}, ORDER) == []
     assert direction_faults({"novel": ast.parse("")}, ORDER) == ["novel has no place in ORDER"]
 
@@ -147,9 +151,7 @@ def test_doors_libraries_are_imported_by_few():
 
 def test_doors_check_sees_others():
     assert door_faults({"keys": ast.parse("import zarr.codecs")}) == ["keys imports zarr"]
-    assert door_faults({"data.loader": ast.parse("def f():\n    import torch")}) == [
-        "data.loader imports torch"
-    ]
+    assert door_faults({"data.loader": ast.parse("def f():\n    import torch")}) == ["data.loader imports torch"]
     early = "executors imports distributed before it is needed"
     assert door_faults({"executors": ast.parse("from distributed import Client")}) == [early]
 
@@ -159,8 +161,12 @@ def print_faults(package: dict[str, ast.Module]) -> list[str]:
     for name, tree in package.items():
         for node in ast.walk(tree):
             printing = isinstance(node, ast.Call) and ast.unparse(node.func) in (
-                "print", "click.echo", "sys.stdout.write", "sys.stderr.write", "pprint",
-            )  # fmt: skip
+                "print",
+                "click.echo",
+                "sys.stdout.write",
+                "sys.stderr.write",
+                "pprint",
+            )
             if printing and name not in PRINTERS:
                 faults.append(f"{name}:{node.lineno}")
     return faults
@@ -187,24 +193,13 @@ def test_import_is_light():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, modules = json.loads(done.stdout)
     assert {"numpy", "zarr", "actshuffle"} <= set(modules)  # the list is one of what was loaded
-    assert not {
-        "torch",
-        "distributed",
-        "dask",
-        "pandas",
-        "pyarrow",
-        "xarray",
-        "click",
-        "hypothesis",
-    } & set(modules)
+    assert not {"torch", "distributed", "dask", "pandas", "pyarrow", "xarray", "click", "hypothesis"} & set(modules)
     assert seconds < 10  # about 0.3 s on an idle machine
 
 
 @pytest.mark.parametrize("module", ["data.loader", "data.dataset", "mixing", "verify", "planner"])
 def test_import_of_a_module_alone_needs_no_torch(module):
-    code = (
-        f"import sys, actshuffle.{module}; assert not {{'torch', 'distributed'}} & set(sys.modules)"
-    )
+    code = f"import sys, actshuffle.{module}; assert not {{'torch', 'distributed'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -219,9 +214,7 @@ def test_import_changes_no_configuration():
 
 
 def test_public_names_exist_and_are_documented():
-    assert sorted(actshuffle.__all__, key=str.lower) == sorted(
-        set(actshuffle.__all__), key=str.lower
-    )
+    assert sorted(actshuffle.__all__, key=str.lower) == sorted(set(actshuffle.__all__), key=str.lower)
     for name in actshuffle.__all__:
         if name != "__version__":
             assert getattr(actshuffle, name).__doc__, name

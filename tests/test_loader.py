@@ -21,12 +21,7 @@ from actshuffle.data import prefetch
 from actshuffle.data.dataset import Dataset, open_dataset, write_view
 from actshuffle.data.epochs import Order, unit_rows
 from actshuffle.data.loader import Loader
-from actshuffle.errors import (
-    IncompleteStoreError,
-    MissingChunkError,
-    RequestError,
-    SourceError,
-)
+from actshuffle.errors import IncompleteStoreError, MissingChunkError, RequestError, SourceError
 from benchmarks.cache import cached_share
 from data_helpers import N, collection, finish, shuffled
 from helpers import SOURCES, evict, group, run, values
@@ -52,8 +47,7 @@ def whole(batches: list[Batch]) -> Batch:
 
 def same(a: Batch, b: Batch) -> bool:
     return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes()
-        for k in a
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes() for k in a
     )
 
 
@@ -71,9 +65,7 @@ def test_epoch_0_is_the_stored_order(kind: str, sources: Callable[[str, int], Pa
     dataset = open_dataset(sources(kind, N), incomplete=True)
     for size in (1, 40, N, 1000):
         batches = list(Loader(dataset, size, buffer_rows=0, threads=3))
-        assert [len(b[next(iter(b))]) for b in batches] == [size] * (N // size) + [N % size] * (
-            N % size > 0
-        )
+        assert [len(b[next(iter(b))]) for b in batches] == [size] * (N // size) + [N % size] * (N % size > 0)
         for name, rows in whole(batches).items():
             assert rows.tobytes() == dataset.read(name, 0, N).tobytes()
             assert rows.dtype == dataset.fields[name].dtype
@@ -81,9 +73,7 @@ def test_epoch_0_is_the_stored_order(kind: str, sources: Callable[[str, int], Pa
 
 @pytest.mark.parametrize("kind", ["bare", "zstd", "sharded_cut_zstd", "cut_rows", "mixed_group"])
 @pytest.mark.parametrize("buffer_rows", [0, 37])
-def test_later_epochs_are_as_the_order_says(
-    kind: str, buffer_rows: int, sources: Callable[[str, int], Path]
-) -> None:
+def test_later_epochs_are_as_the_order_says(kind: str, buffer_rows: int, sources: Callable[[str, int], Path]) -> None:
     dataset = open_dataset(sources(kind, N), incomplete=True)
     loader = Loader(dataset, 16, buffer_rows=buffer_rows, epochs=3, seed=9)
     batches = list(loader)
@@ -106,10 +96,17 @@ def test_every_row_is_seen_once_per_epoch_by_one_rank(
     dataset = open_dataset(store)
     alone = Loader(dataset, batch_size, fields=["source_row"], epochs=2, buffer_rows=buffer_rows)
     ranks = [
-        Loader(dataset, batch_size, fields=["source_row"], epochs=2, buffer_rows=buffer_rows,
-               rank=rank, world_size=world_size)
+        Loader(
+            dataset,
+            batch_size,
+            fields=["source_row"],
+            epochs=2,
+            buffer_rows=buffer_rows,
+            rank=rank,
+            world_size=world_size,
+        )
         for rank in range(world_size)
-    ]  # fmt: skip
+    ]
     steps = 0
     seen: list[np.ndarray] = []
     for ours, theirs in zip(alone, merged(ranks), strict=True):
@@ -163,9 +160,7 @@ def test_units_are_small_where_windows_mix_them_and_larger_where_each_is_a_read(
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_a_block_reads_each_unit_once(
-    store: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
-) -> None:
+def test_a_block_reads_each_unit_once(store: Path, monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     reads: list[list[Any]] = []
     real = Dataset.reading
 
@@ -209,9 +204,7 @@ def test_single_later_epochs_are_uniform_over_the_shuffles_seed() -> None:
 
 
 @pytest.mark.parametrize("buffer_rows", [None, 170])
-def test_resumes_bitwise_at_100_random_stops_on_changing_ranks(
-    store: Path, buffer_rows: int | None
-) -> None:
+def test_resumes_bitwise_at_100_random_stops_on_changing_ranks(store: Path, buffer_rows: int | None) -> None:
     dice, dataset = random.Random(5), open_dataset(store)
     settings: dict[str, Any] = {"epochs": 3, "seed": 4, "buffer_rows": buffer_rows, "threads": 2}
     reference = list(Loader(dataset, 53, **settings))
@@ -273,9 +266,7 @@ def test_a_state_fits_another_batch_size_and_other_fields(store: Path) -> None:
         pass
     other = Loader(store, 33, fields=["source_row"])
     other.load_state_dict(loader.state_dict())
-    np.testing.assert_array_equal(
-        whole(list(other))["source_row"], open_dataset(store).read("source_row", 300, 1003)
-    )
+    np.testing.assert_array_equal(whole(list(other))["source_row"], open_dataset(store).read("source_row", 300, 1003))
 
 
 def test_iterating_again_goes_on_and_ends_the_pass_before(store: Path) -> None:
@@ -304,8 +295,14 @@ def test_a_state_of_another_loader_is_refused(store: Path, plain: Path) -> None:
         with pytest.raises(RequestError, match=message):
             other.load_state_dict(state)
     loader = Loader(store, 100)
-    for bad in ({}, {**state, "format": 2}, {**state, "row": -1}, {**state, "row": 2000},
-                {**state, "epoch": "x"}, {**state, "epoch": -1}):  # fmt: skip
+    for bad in (
+        {},
+        {**state, "format": 2},
+        {**state, "row": -1},
+        {**state, "row": 2000},
+        {**state, "epoch": "x"},
+        {**state, "epoch": -1},
+    ):
         with pytest.raises(RequestError):
             loader.load_state_dict(bad)
     assert loader.state_dict() == state
@@ -314,9 +311,7 @@ def test_a_state_of_another_loader_is_refused(store: Path, plain: Path) -> None:
 # --- Memory and threads -------------------------------------------------------------------------
 
 
-def test_a_batch_stays_as_it_is_for_as_long_as_it_is_held(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_stays_as_it_is_for_as_long_as_it_is_held(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actshuffle.data.loader.CACHED_BLOCK_BYTES", 2000)
     loader = Loader(store, 20, epochs=6, prefetch_bytes=1, threads=4)
     expected = list(map(copy.deepcopy, Loader(store, 20, epochs=6)))
@@ -336,13 +331,10 @@ def test_a_batch_stays_as_it_is_for_as_long_as_it_is_held(
         np.testing.assert_array_equal(rows["data"], like)
 
 
-@pytest.mark.parametrize(
-    ("kind", "cached", "batches"), [("bare", True, 2), ("bare", False, 8), ("zstd", True, 8)]
-)
+@pytest.mark.parametrize(("kind", "cached", "batches"), [("bare", True, 2), ("bare", False, 8), ("zstd", True, 8)])
 def test_blocks_are_small_where_all_comes_from_the_page_cache(
-    kind: str, cached: bool, batches: int, sources: Callable[[str, int], Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str, cached: bool, batches: int, sources: Callable[[str, int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not from a disk, nor of what must be decoded."""
     dataset = open_dataset(path := sources(kind, N), incomplete=True)
     size = 10 * dataset.row_bytes
@@ -350,9 +342,7 @@ def test_blocks_are_small_where_all_comes_from_the_page_cache(
     monkeypatch.setattr("actshuffle.data.loader.BLOCK_BYTES", 8 * size)
     filled = []
     fill = prefetch.Reading.fill
-    monkeypatch.setattr(
-        prefetch.Reading, "fill", lambda self, p: (filled.append(p[0].rows), fill(self, p))[1]
-    )
+    monkeypatch.setattr(prefetch.Reading, "fill", lambda self, p: (filled.append(p[0].rows), fill(self, p))[1])
     for file in (p for p in path.rglob("*") if p.is_file()):
         file.read_bytes() if cached else evict(file)
     if dataset.is_cached(next(iter(dataset.fields)), 0) and not cached:
@@ -453,21 +443,13 @@ def test_layers_side_by_side(tmp_path: Path) -> None:
         run(src, tmp_path / f"{name}.zarr", seed=seed)
     stores: list[str | Path] = [tmp_path / "layer3.zarr", str(tmp_path / "layer5.zarr")]
     batches = list(Loader(stores, 64))  # type: ignore[arg-type]
-    assert set(batches[0]) == {
-        "layer3/data",
-        "layer3/source_row",
-        "layer5/data",
-        "layer5/source_row",
-    }
+    assert set(batches[0]) == {"layer3/data", "layer3/source_row", "layer5/data", "layer5/source_row"}
     found = whole(batches)
     np.testing.assert_array_equal(found["layer3/source_row"], found["layer5/source_row"])
     assert found["layer5/data"].tobytes() == open_dataset(stores[1]).read("data", 0, N).tobytes()
     assert set(Loader(stores, 64, fields=["data"]).fields) == {"layer3/data", "layer5/data"}  # type: ignore[arg-type]
     both = {"a": stores[0], "b": stores[0]}
-    assert set(Loader(both, 64, fields=["b/data", "a/source_row"]).fields) == {
-        "b/data",
-        "a/source_row",
-    }
+    assert set(Loader(both, 64, fields=["b/data", "a/source_row"]).fields) == {"b/data", "a/source_row"}
     with pytest.raises(RequestError, match=r"seed 5.*seed 6"):
         Loader([stores[0], tmp_path / "layer7.zarr"], 64)
     with pytest.raises(RequestError, match="two stores are called 'layer3'"):
@@ -483,9 +465,7 @@ def test_a_view_is_loaded_like_a_store(store: Path, tmp_path: Path) -> None:
     dataset = open_dataset(store)
     found = whole(list(Loader(view, 64, epochs=2)))
     np.testing.assert_array_equal(found["data"][:800], dataset.read("data", 100, 900))
-    np.testing.assert_array_equal(
-        np.sort(found["source_row"][800:]), np.sort(dataset.read("source_row", 100, 900))
-    )
+    np.testing.assert_array_equal(np.sort(found["source_row"][800:]), np.sort(dataset.read("source_row", 100, 900)))
     assert list(Loader(write_view(tmp_path / "none", store, 7, 7), 64)) == []
 
 
@@ -527,14 +507,21 @@ def test_the_buffers_mixing_is_measured(tmp_path: Path) -> None:
 
 def test_bad_arguments_are_refused(store: Path) -> None:
     for settings, message in [
-        ({"batch_size": 0}, "batch_size"), ({"batch_size": 2.5}, "batch_size"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 2.5}, "batch_size"),
         ({"batch_size": True}, "batch_size"),
-        ({"rank": 2, "world_size": 2}, "rank 2 of 2"), ({"world_size": 0}, "world_size"),
-        ({"rank": -1}, "rank"), ({"epochs": 0}, "epochs"), ({"seed": -1}, "seed"),
-        ({"threads": 0}, "threads"), ({"buffer_rows": -1}, "buffer_rows"), ({"pin": True}, "as_torch"),
-        ({"fields": ["nothing"]}, "no array named 'nothing'"), ({"fields": []}, "no fields"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
+        ({"world_size": 0}, "world_size"),
+        ({"rank": -1}, "rank"),
+        ({"epochs": 0}, "epochs"),
+        ({"seed": -1}, "seed"),
+        ({"threads": 0}, "threads"),
+        ({"buffer_rows": -1}, "buffer_rows"),
+        ({"pin": True}, "as_torch"),
+        ({"fields": ["nothing"]}, "no array named 'nothing'"),
+        ({"fields": []}, "no fields"),
         ({"prefetch_bytes": "lots"}, "lots"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(RequestError, match=message):
             Loader(store, **{"batch_size": 10, **settings})  # type: ignore[arg-type]
     with pytest.raises(SourceError, match="no such"):
@@ -555,16 +542,12 @@ def test_importing_actshuffle_does_not_import_torch(store: Path) -> None:
 
 def test_tensors_are_the_same_memory(sources: Callable[[str, int], Path], store: Path) -> None:
     torch = pytest.importorskip("torch")
-    for ours, theirs in zip(
-        Loader(store, 70, epochs=2), Loader(store, 70, epochs=2, as_torch=True), strict=True
-    ):
+    for ours, theirs in zip(Loader(store, 70, epochs=2), Loader(store, 70, epochs=2, as_torch=True), strict=True):
         assert theirs["data"].dtype == torch.float16
         assert same(ours, {k: v.numpy() for k, v in theirs.items()})
     kind = sources("bfloat16", N)
     bits = open_dataset(kind, incomplete=True).read("data", 0, N)
-    rows = torch.cat(
-        [b["data"] for b in Loader(kind, 40, as_torch=True, incomplete=True, buffer_rows=0)]
-    )
+    rows = torch.cat([b["data"] for b in Loader(kind, 40, as_torch=True, incomplete=True, buffer_rows=0)])
     assert rows.dtype == torch.bfloat16
     assert rows.view(torch.int16).numpy().tobytes() == bits.tobytes()
 
@@ -572,10 +555,7 @@ def test_tensors_are_the_same_memory(sources: Callable[[str, int], Path], store:
 def test_tensors_hold_their_memory(store: Path) -> None:
     pytest.importorskip("torch")
     expected = list(Loader(store, 20, epochs=3))
-    kept = [
-        b["data"][2:7]
-        for b in Loader(store, 20, epochs=3, as_torch=True, prefetch_bytes=1, threads=4, pin=True)
-    ]
+    kept = [b["data"][2:7] for b in Loader(store, 20, epochs=3, as_torch=True, prefetch_bytes=1, threads=4, pin=True)]
     for a, b in zip(expected, kept, strict=True):
         assert a["data"][2:7].tobytes() == b.numpy().tobytes()
 
@@ -592,9 +572,7 @@ def test_fields_that_torch_cannot_hold_are_refused(sources: Callable[[str, int],
 @pytest.mark.parametrize("buffer_rows", [None, 150])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_data_loader_yields_the_loaders_batches(
-    store: Path, workers: int, buffer_rows: int | None
-) -> None:
+def test_a_data_loader_yields_the_loaders_batches(store: Path, workers: int, buffer_rows: int | None) -> None:
     data = pytest.importorskip("torch.utils.data")
     loader = Loader(store, 90, epochs=2, rank=1, world_size=2, buffer_rows=buffer_rows)
     dataset = loader.torch()

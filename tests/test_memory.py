@@ -22,9 +22,7 @@ MB = 1_000_000
 
 def status(name: str) -> int:
     """A size from this process's status, bytes."""
-    line = next(
-        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:")
-    )
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 
 
@@ -40,9 +38,12 @@ def make_source(path: Path, nbytes: int, row_bytes: int, kind: str, chunk_bytes:
         "zstd": {"chunks": (chunk, row_bytes), "compressors": [ZstdCodec(level=1)]},
         # Rows cut in pieces, which only whole rows of chunks can be read from.
         "cut": {"chunks": (max(1, chunk // 4), -(-row_bytes // 4))},
-        "sharded": {"chunks": (max(1, chunk // 8), row_bytes), "shards": (max(1, chunk // 8) * 8, row_bytes),
-                    "compressors": [ZstdCodec(level=1)]},
-    }[kind]  # fmt: skip
+        "sharded": {
+            "chunks": (max(1, chunk // 8), row_bytes),
+            "shards": (max(1, chunk // 8) * 8, row_bytes),
+            "compressors": [ZstdCodec(level=1)],
+        },
+    }[kind]
     settings.setdefault("compressors", None)
     made = zarr.create_array(path, shape=(n, row_bytes), dtype="u1", **settings)
     rng = np.random.default_rng(0)
@@ -83,8 +84,13 @@ def probe(src: str, dst: str, hog: int = 0, **settings: object) -> dict[str, obj
     forget_peak()
     result = actshuffle.shuffle(src, dst, seed=1, progress=Hog(hog) if hog else None, **settings)
     plan = result.plan
-    return {"peak": status("VmHWM") - idle, "bound": plan.memory, "levels": plan.levels,
-            "nbytes": plan.rows * plan.row_bytes, "seconds": result.seconds}  # fmt: skip
+    return {
+        "peak": status("VmHWM") - idle,
+        "bound": plan.memory,
+        "levels": plan.levels,
+        "nbytes": plan.rows * plan.row_bytes,
+        "seconds": result.seconds,
+    }
 
 
 def measured(src: Path, dst: Path, **settings: object) -> dict[str, object]:
@@ -132,28 +138,28 @@ SERIAL = [
 GRID = [
     (row_bytes, kind, levels, memory)
     for row_bytes, levels in itertools.product((64, 1024, 16384, 65536), (2, 3))
-    for kind, memory in [("raw", 48), ("raw", 96), ("zstd", 64), ("zstd", 96), ("cut", 64), ("cut", 96),
-                         ("sharded", 48), ("sharded", 96)]
-]  # fmt: skip
+    for kind, memory in [
+        ("raw", 48),
+        ("raw", 96),
+        ("zstd", 64),
+        ("zstd", 96),
+        ("cut", 64),
+        ("cut", 96),
+        ("sharded", 48),
+        ("sharded", 96),
+    ]
+]
 
 
 @pytest.mark.parametrize(("row_bytes", "kind", "levels", "memory", "at_least"), SERIAL)
-def test_serial_run_keeps_to_its_memory(
-    big_source, tmp_path, row_bytes, kind, levels, memory, at_least
-):
+def test_serial_run_keeps_to_its_memory(big_source, tmp_path, row_bytes, kind, levels, memory, at_least):
     src = big_source(row_bytes, kind)
     check(measured(src, tmp_path / "dst", memory=memory * MB, levels=levels), levels, at_least)
 
 
-@pytest.mark.parametrize(
-    "output", [{"codec": "zstd"}, {"codec": "crc32c"}, {"chunks_per_shard": 4, "chunk_rows": 512}]
-)
+@pytest.mark.parametrize("output", [{"codec": "zstd"}, {"codec": "crc32c"}, {"chunks_per_shard": 4, "chunk_rows": 512}])
 def test_serial_run_keeps_to_its_memory_through_output_codecs(big_source, tmp_path, output):
-    check(
-        measured(big_source(1024, "raw"), tmp_path / "dst", memory=64 * MB, levels=2, **output),
-        2,
-        0.6,
-    )
+    check(measured(big_source(1024, "raw"), tmp_path / "dst", memory=64 * MB, levels=2, **output), 2, 0.6)
 
 
 def test_serial_run_keeps_to_its_memory_with_narrow_rows(big_source, tmp_path):
@@ -184,50 +190,40 @@ def test_measuring_sees_memory_that_was_not_planned(big_source, tmp_path):
 
 
 @pytest.mark.parametrize(("workers", "threads", "kind"), [(2, 1, "zstd"), (1, 3, "raw")])
-def test_cluster_run_keeps_to_its_memory_in_every_worker(
-    big_source, tmp_path, workers, threads, kind
-):
+def test_cluster_run_keeps_to_its_memory_in_every_worker(big_source, tmp_path, workers, threads, kind):
     src = big_source(16384, kind)
     with (
         LocalCluster(
-            n_workers=workers, threads_per_worker=threads, host="127.0.0.1", memory_limit=None,
-            dashboard_address=None, local_directory=tmp_path,
+            n_workers=workers,
+            threads_per_worker=threads,
+            host="127.0.0.1",
+            memory_limit=None,
+            dashboard_address=None,
+            local_directory=tmp_path,
         ) as cluster,
         Client(cluster) as client,
-    ):  # fmt: skip
+    ):
         client.run(load_all, str(src))
         idle = client.run(status, "VmRSS")
         client.run(forget_peak)
-        result = actshuffle.shuffle(
-            src, tmp_path / "dst", client=client, levels=2, memory=64 * threads * MB
-        )
+        result = actshuffle.shuffle(src, tmp_path / "dst", client=client, levels=2, memory=64 * threads * MB)
         peaks = client.run(status, "VmHWM")
     shutil.rmtree(tmp_path / "dst")
     assert len(peaks) == workers
     assert result.plan.memory == 64 * threads * MB
     assert result.plan.model.split_bytes(result.plan.block_rows[0]) <= 64 * MB  # of one task
     for worker, peak in peaks.items():
-        found = {
-            "peak": peak - idle[worker],
-            "bound": result.plan.memory,
-            "levels": result.plan.levels,
-        }
+        found = {"peak": peak - idle[worker], "bound": result.plan.memory, "levels": result.plan.levels}
         # Blocks and leaves are smaller than memory allows, so that there are some for every worker.
         check(found, 2, 0.3)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("row_bytes", "kind", "levels", "memory"), GRID)
-def test_serial_run_keeps_to_its_memory_over_the_grid(
-    big_source, tmp_path, row_bytes, kind, levels, memory
-):
-    found = measured(
-        big_source(row_bytes, kind), tmp_path / "dst", memory=memory * MB, levels=levels
-    )
+def test_serial_run_keeps_to_its_memory_over_the_grid(big_source, tmp_path, row_bytes, kind, levels, memory):
+    found = measured(big_source(row_bytes, kind), tmp_path / "dst", memory=memory * MB, levels=levels)
     share = found["peak"] / found["bound"]
-    print(
-        f"{row_bytes:6} B {kind:8} {levels} {memory} MB: {found['peak'] / MB:.1f} MB, {share:.2f}"
-    )
+    print(f"{row_bytes:6} B {kind:8} {levels} {memory} MB: {found['peak'] / MB:.1f} MB, {share:.2f}")
     check(found, levels, 0.4)
 
 

@@ -54,9 +54,7 @@ def assert_moments(values: list[Any], mean: float, sd: float) -> None:
 
 def test_chi_square_moments_over_all_orders() -> None:
     a, b = np.array([0, 0, 0, 1, 1, 2, 2]), np.array([0, 0, 0, 0, 1, 1, 2])
-    tables = [
-        np.bincount(a[order] * 3 + b, minlength=9).reshape(3, 3) for order in all_orders(len(a))
-    ]
+    tables = [np.bincount(a[order] * 3 + b, minlength=9).reshape(3, 3) for order in all_orders(len(a))]
     assert_moments([mixing._chi_square(t)[0] for t in tables], *mixing._chi_square(tables[0])[1:])
 
 
@@ -84,8 +82,7 @@ def honest_reports(request: pytest.FixtureRequest) -> list[MixingReport]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixing, "WINDOW", window)
         return [
-            report(broken.honest(n, seed), src_chunk_rows=src, dst_chunk_rows=dst, alpha=ALPHA)
-            for seed in range(200)
+            report(broken.honest(n, seed), src_chunk_rows=src, dst_chunk_rows=dst, alpha=ALPHA) for seed in range(200)
         ]
 
 
@@ -157,10 +154,7 @@ BROKEN: dict[str, tuple[Maker, set[tuple[str, str]]]] = {
         lambda b, p: partial(broken.equal_slice, block=b, parts=p, one_seed=True),
         {BALANCED, LABELS, LAG},
     ),
-    "reused_seed_blocks": (
-        lambda b, p: partial(broken.reused_seed_blocks, block=b, parts=p),
-        {LABELS},
-    ),
+    "reused_seed_blocks": (lambda b, p: partial(broken.reused_seed_blocks, block=b, parts=p), {LABELS}),
     "reused_seed_buckets": (lambda b, p: partial(broken.reused_seed_buckets, parts=p), {LAG}),
 }
 
@@ -246,9 +240,7 @@ def test_windows_change_only_the_spectrum(monkeypatch: pytest.MonkeyPatch) -> No
     order = broken.honest(10_000, 0)
     whole = report(order, src_chunk_rows=300, dst_chunk_rows=450)
     monkeypatch.setattr(mixing, "WINDOW", 1100)
-    for one, other in zip(
-        whole.tests, report(order, src_chunk_rows=300, dst_chunk_rows=450).tests, strict=True
-    ):
+    for one, other in zip(whole.tests, report(order, src_chunk_rows=300, dst_chunk_rows=450).tests, strict=True):
         if one.name != "spectrum":
             assert one.statistic == pytest.approx(other.statistic, abs=1e-12)
 

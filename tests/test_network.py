@@ -30,9 +30,7 @@ def test_own_cluster_listens_on_loopback_only(tmp_path):
     src = source(tmp_path / "src.zarr")
     before = listening()
     with local_cluster(2) as executor:
-        actshuffle.shuffle(
-            src, tmp_path / "dst.zarr", seed=SEED, fsync=False, executor=executor, **PLAN
-        )
+        actshuffle.shuffle(src, tmp_path / "dst.zarr", seed=SEED, fsync=False, executor=executor, **PLAN)
         ours = listening() - before
         assert len(ours) >= 3  # a scheduler and two workers
         outside = {(ip, port) for ip, port in ours if not ipaddress.ip_address(ip).is_loopback}
@@ -71,34 +69,34 @@ def _authority(folder, name):
         now = datetime.datetime.now(datetime.UTC)
         return (
             x509.CertificateBuilder()
-            .subject_name(subject(holder)).issuer_name(subject(issuer)).public_key(key.public_key())
+            .subject_name(subject(holder))
+            .issuer_name(subject(issuer))
+            .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
             .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
             .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
             .sign(signer, hashes.SHA256())
-        )  # fmt: skip
+        )
 
     folder.mkdir()
-    authority_key, key = (
-        ec.generate_private_key(ec.SECP256R1()),
-        ec.generate_private_key(ec.SECP256R1()),
-    )
+    authority_key, key = (ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1()))
     pem = serialization.Encoding.PEM
-    (folder / "ca.pem").write_bytes(
-        certificate(name, authority_key, name, authority_key, True).public_bytes(pem)
-    )
-    (folder / "cert.pem").write_bytes(
-        certificate("node", key, name, authority_key, False).public_bytes(pem)
-    )
+    (folder / "ca.pem").write_bytes(certificate(name, authority_key, name, authority_key, True).public_bytes(pem))
+    (folder / "cert.pem").write_bytes(certificate("node", key, name, authority_key, False).public_bytes(pem))
     (folder / "key.pem").write_bytes(
         key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return {
-        "tls_ca_file": str(folder / "ca.pem"), "require_encryption": True,
-        **{f"tls_{who}_{what}": str(folder / f"{what}.pem")
-           for who in ("client", "scheduler", "worker") for what in ("cert", "key")},
-    }  # fmt: skip
+        "tls_ca_file": str(folder / "ca.pem"),
+        "require_encryption": True,
+        **{
+            f"tls_{who}_{what}": str(folder / f"{what}.pem")
+            for who in ("client", "scheduler", "worker")
+            for what in ("cert", "key")
+        },
+    }
 
 
 def test_tls_with_the_right_and_the_wrong_authority(tmp_path):
@@ -108,14 +106,17 @@ def test_tls_with_the_right_and_the_wrong_authority(tmp_path):
     wrong = Security(**_authority(tmp_path / "wrong", "wrong"))
     src = source(tmp_path / "src.zarr")
     with LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, protocol="tls://", security=right,
-        host="127.0.0.1", dashboard_address="127.0.0.1:0",
-    ) as cluster:  # fmt: skip
+        n_workers=1,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tls://",
+        security=right,
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+    ) as cluster:
         assert cluster.scheduler_address.startswith("tls://")
         with Client(cluster.scheduler_address, security=right) as client:
-            actshuffle.shuffle(
-                src, tmp_path / "dst.zarr", seed=SEED, fsync=False, client=client, **PLAN
-            )
+            actshuffle.shuffle(src, tmp_path / "dst.zarr", seed=SEED, fsync=False, client=client, **PLAN)
         for security in (wrong, None):
             with pytest.raises((OSError, TypeError, ClusterError)):
                 Client(cluster.scheduler_address, security=security, timeout=3)
@@ -135,13 +136,20 @@ def test_command_line_with_certificates_configured_the_dask_way(authority, tmp_p
     src, dst = source(tmp_path / "src.zarr"), tmp_path / "dst.zarr"
     ours = files[authority]
     settings = {
-        "tls.ca-file": ours["tls_ca_file"], "tls.client.cert": ours["tls_client_cert"],
-        "tls.client.key": ours["tls_client_key"], "timeouts.connect": "2s",
-    }  # fmt: skip
+        "tls.ca-file": ours["tls_ca_file"],
+        "tls.client.cert": ours["tls_client_cert"],
+        "tls.client.key": ours["tls_client_key"],
+        "timeouts.connect": "2s",
+    }
     with LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, protocol="tls://", host="127.0.0.1",
-        security=Security(**files["right"]), dashboard_address="127.0.0.1:0",
-    ) as cluster:  # fmt: skip
+        n_workers=1,
+        threads_per_worker=1,
+        processes=False,
+        protocol="tls://",
+        host="127.0.0.1",
+        security=Security(**files["right"]),
+        dashboard_address="127.0.0.1:0",
+    ) as cluster:
         with dask.config.set({f"distributed.comm.{key}": value for key, value in settings.items()}):
             command = ["run", str(src), str(dst), "--seed", str(SEED), "--scheduler"]
             told = CliRunner().invoke(main, [*command, cluster.scheduler_address])

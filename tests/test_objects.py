@@ -134,12 +134,9 @@ def test_what_is_read_later_is_open_already_and_is_closed_in_any_case(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("most", "limit", "stay"),
-    [(9, 1024, 4), (3, 1024, 3), (9, 5, 2), (9, resource.RLIM_INFINITY, 4)],
+    ("most", "limit", "stay"), [(9, 1024, 4), (3, 1024, 3), (9, 5, 2), (9, resource.RLIM_INFINITY, 4)]
 )
-def test_files_that_rows_come_from_stay_open_as_far_as_a_process_may(
-    tmp_path, monkeypatch, most, limit, stay
-):
+def test_files_that_rows_come_from_stay_open_as_far_as_a_process_may(tmp_path, monkeypatch, most, limit, stay):
     monkeypatch.setattr(files, "KEPT", most)
     monkeypatch.setattr(files.resource, "getrlimit", lambda what: (limit, limit))
     objects, before = LocalObjects(tmp_path), _open_files()
@@ -174,10 +171,9 @@ def test_read_scatters_ranges_into_views(objects):
         np.zeros(7, np.uint8),
         np.zeros(0, np.uint8),
     )
-    objects.read([
-        Extent("a", 20, [memoryview(one), memoryview(none), memoryview(two)]),
-        Extent("b", 3, [memoryview(three)]),
-    ])  # fmt: skip
+    objects.read(
+        [Extent("a", 20, [memoryview(one), memoryview(none), memoryview(two)]), Extent("b", 3, [memoryview(three)])]
+    )
     np.testing.assert_array_equal(np.concatenate([one, two]), data[20:35])
     np.testing.assert_array_equal(three, data[::-1][3:10])
     objects.read([])
@@ -204,8 +200,15 @@ def test_read_of_what_is_not_there_is_typed(objects, key):
 @pytest.mark.parametrize("key", ["/etc/x", "../x", "a/../../x", ".."])
 def test_keys_that_leave_the_root_are_refused(tmp_path, key):
     objects = LocalObjects(tmp_path / "root")
-    calls = [objects.get, objects.size, objects.delete, objects.delete_prefix, lambda k: objects.put(k, b"1"),
-             lambda k: list(objects.list(k)), lambda k: objects.read([Extent(k, 0, [])])]  # fmt: skip
+    calls = [
+        objects.get,
+        objects.size,
+        objects.delete,
+        objects.delete_prefix,
+        lambda k: objects.put(k, b"1"),
+        lambda k: list(objects.list(k)),
+        lambda k: objects.read([Extent(k, 0, [])]),
+    ]
     for call in calls:
         with pytest.raises(StorageError, match="leaves"):
             call(key)

@@ -34,9 +34,7 @@ def test_key_order_is_the_sort_of_full_keys(keys, n, first, mix):
     assert [int(rows[i]) for i in found] == [row for _, _, row in expected]
 
 
-words = st.sampled_from(
-    [0, 1, 2, 3, 2**16, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 2, 2**64 - 1]
-)
+words = st.sampled_from([0, 1, 2, 3, 2**16, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 2, 2**64 - 1])
 
 
 @settings(deadline=None, max_examples=300)
@@ -78,9 +76,7 @@ def test_group_counts_bounds_at_or_below_each_key(keys, n, data):
     assert len(cuts) == len(bounds) + 2
     assert (cuts[0], cuts[-1]) == (0, len(some))
     for bucket, (start, stop) in enumerate(itertools.pairwise(cuts)):
-        assert order[start:stop].tolist() == [
-            i for i, label in enumerate(labels) if label == bucket
-        ]
+        assert order[start:stop].tolist() == [i for i, label in enumerate(labels) if label == bucket]
 
 
 def test_group_of_everything_then_key_order_is_the_oracle():

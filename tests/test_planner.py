@@ -56,14 +56,16 @@ def test_levels_out_of_range_are_refused(levels):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"rows": -1, "row_bytes": 8, "block_bytes": 100}, {"rows": 1, "row_bytes": 0, "block_bytes": 100},
-        {"rows": 1, "row_bytes": 8}, {"rows": 1, "row_bytes": 8, "block_bytes": 0},
+        {"rows": -1, "row_bytes": 8, "block_bytes": 100},
+        {"rows": 1, "row_bytes": 0, "block_bytes": 100},
+        {"rows": 1, "row_bytes": 8},
+        {"rows": 1, "row_bytes": 8, "block_bytes": 0},
         {"rows": 1, "row_bytes": 8, "block_bytes": 100, "run_bytes": 0},
         {"rows": 1, "row_bytes": 8, "memory": -5},
         {"rows": 9, "row_bytes": 8, "block_bytes": 100, "chunk_rows": 0},
         {"rows": 9, "row_bytes": 8, "block_bytes": 100, "chunks_per_shard": 0},
     ],
-)  # fmt: skip
+)
 def test_senseless_arguments_are_refused(arguments):
     with pytest.raises(RequestError):
         make_plan(arguments.pop("rows"), arguments.pop("row_bytes"), **arguments)
@@ -103,12 +105,7 @@ def test_few_rows_are_one_leaf(rows, row_bytes):
 
 def test_given_chunk_rows_are_taken_as_they_are():
     for levels in (1, 2, 3):
-        assert (
-            make_plan(
-                10**5, 64, block_bytes=10**7, run_bytes=1, chunk_rows=77, levels=levels
-            ).chunk_rows
-            == 77
-        )
+        assert make_plan(10**5, 64, block_bytes=10**7, run_bytes=1, chunk_rows=77, levels=levels).chunk_rows == 77
 
 
 def test_first_level_blocks_are_whole_source_chunks():
@@ -127,10 +124,7 @@ def test_many_workers_have_tasks_for_all_where_it_costs_no_level():
 
 
 def test_shards_only_where_objects_are_many():
-    assert (
-        make_plan(10**6, 1000, memory=10**9).object_rows
-        == make_plan(10**6, 1000, memory=10**9).chunk_rows
-    )
+    assert make_plan(10**6, 1000, memory=10**9).object_rows == make_plan(10**6, 1000, memory=10**9).chunk_rows
     many = make_plan(10**12, 1000, block_bytes=100 * GB, run_bytes=GB, chunk_rows=1000)
     assert many.object_rows > many.chunk_rows
     assert many.object_rows % many.chunk_rows == 0
@@ -187,9 +181,12 @@ def test_check_tree_sees_faults():
     plan = make_plan(1000, 8, block_bytes=800, run_bytes=16, chunk_rows=10, levels=3)
     check_tree(plan)
     for damaged in (
-        {"leaf_rows": 95}, {"block_rows": (100, 200)}, {"memory": 1000}, {"run_bytes": 500},
+        {"leaf_rows": 95},
+        {"block_rows": (100, 200)},
+        {"memory": 1000},
+        {"run_bytes": 500},
         {"widths": (10, 3, 2)},
-    ):  # fmt: skip
+    ):
         with pytest.raises(AssertionError):
             check_tree(dataclasses.replace(plan, **damaged))
 
@@ -199,18 +196,31 @@ sizes = st.one_of(st.integers(1, 64), st.sampled_from([100, 999, 1000, 4096]))
 
 @settings(deadline=None, max_examples=400)
 @given(
-    rows=st.integers(0, 5000), row_bytes=sizes, block=st.integers(1, 200), run=st.integers(1, 5000),
-    levels=st.sampled_from(["auto", 1, 2, 3, 4]), chunk_rows=st.none() | st.integers(1, 50),
-    per_shard=st.none() | st.integers(1, 4), align=st.integers(1, 300), tasks=st.integers(1, 20),
-)  # fmt: skip
+    rows=st.integers(0, 5000),
+    row_bytes=sizes,
+    block=st.integers(1, 200),
+    run=st.integers(1, 5000),
+    levels=st.sampled_from(["auto", 1, 2, 3, 4]),
+    chunk_rows=st.none() | st.integers(1, 50),
+    per_shard=st.none() | st.integers(1, 4),
+    align=st.integers(1, 300),
+    tasks=st.integers(1, 20),
+)
 def test_tree_of_any_feasible_plan_by_block_bytes(
     rows, row_bytes, block, run, levels, chunk_rows, per_shard, align, tasks
 ):
     try:
         plan = make_plan(
-            rows, row_bytes, levels=levels, block_bytes=block * row_bytes, run_bytes=run,
-            chunk_rows=chunk_rows, chunks_per_shard=per_shard, source_chunk_rows=align, tasks_wanted=tasks,
-        )  # fmt: skip
+            rows,
+            row_bytes,
+            levels=levels,
+            block_bytes=block * row_bytes,
+            run_bytes=run,
+            chunk_rows=chunk_rows,
+            chunks_per_shard=per_shard,
+            source_chunk_rows=align,
+            tasks_wanted=tasks,
+        )
     except InfeasibleError:
         assume(False)
     check_tree(plan)
@@ -220,19 +230,19 @@ def test_tree_of_any_feasible_plan_by_block_bytes(
 
 @settings(deadline=None, max_examples=300)
 @given(
-    rows=st.integers(0, 10**7), row_bytes=st.sampled_from([1, 8, 64, 1000, 10**5]),
-    memory=st.integers(16 << 20, 1 << 29), levels=st.sampled_from(["auto", 2, 3]),
-    remote=st.booleans(), buffer=st.sampled_from([0, 10**6]), copies=st.sampled_from([0, 2]),
+    rows=st.integers(0, 10**7),
+    row_bytes=st.sampled_from([1, 8, 64, 1000, 10**5]),
+    memory=st.integers(16 << 20, 1 << 29),
+    levels=st.sampled_from(["auto", 2, 3]),
+    remote=st.booleans(),
+    buffer=st.sampled_from([0, 10**6]),
+    copies=st.sampled_from([0, 2]),
     tasks=st.integers(1, 20),
-)  # fmt: skip
-def test_tree_of_any_feasible_plan_by_memory(
-    rows, row_bytes, memory, levels, remote, buffer, copies, tasks
-):
+)
+def test_tree_of_any_feasible_plan_by_memory(rows, row_bytes, memory, levels, remote, buffer, copies, tasks):
     model = MemoryModel(row_bytes, buffer, remote, copies)
     try:
-        plan = make_plan(
-            rows, row_bytes, levels=levels, memory=memory, model=model, tasks_wanted=tasks
-        )
+        plan = make_plan(rows, row_bytes, levels=levels, memory=memory, model=model, tasks_wanted=tasks)
     except InfeasibleError:
         assume(False)
     assume(plan.leaves < 3000)
@@ -242,11 +252,7 @@ def test_tree_of_any_feasible_plan_by_memory(
 def test_level_bytes_and_disk_of_a_plan():
     plan = make_plan(10**6, 1000, block_bytes=10**8, run_bytes=10**6, levels=3)
     bare, spilled = GB, 1016 * 10**6
-    assert [plan.level_bytes(level) for level in (1, 2, 3)] == [
-        (bare, spilled),
-        (spilled, spilled),
-        (spilled, bare),
-    ]
+    assert [plan.level_bytes(level) for level in (1, 2, 3)] == [(bare, spilled), (spilled, spilled), (spilled, bare)]
     assert plan.scratch_bytes == 2 * spilled
     assert plan.disk_bytes == max(2 * spilled, spilled + 1008 * 10**6)
 
@@ -259,9 +265,7 @@ def test_large_tasks_are_cut_so_that_several_share_a_workers_memory():
     assert all(500e6 < size < 600e6 for size in blocks)
     assert make_plan(10**6, 8192, gather=True, **big).leaves == 6, "needs no memory for its rows"
     assert make_plan(10**6, 8192, memory=7 << 30).block_rows[0] * 8192 > 4e9, "one worker"
-    asked = make_plan(
-        10**6, 8192, run_bytes=64 << 20, **big
-    )  # of 8 GB in 15 blocks they have 36 MB
+    asked = make_plan(10**6, 8192, run_bytes=64 << 20, **big)  # of 8 GB in 15 blocks they have 36 MB
     assert asked.block_rows[0] * 8192 > 1.3e9
     # Not where runs would be short: 100 TB in blocks of 3.5 GB has them of 100 KB.
     wide = make_plan(12_200_000_000, 8192, memory=16 * 10**9, tasks_wanted=9600)

@@ -70,18 +70,14 @@ def test_later_epochs_of_a_shuffled_store_pass(stores: tuple[Path, Path]) -> Non
     assert quality(Loader(stores[1], BATCH), epoch=3).passed
 
 
-def test_a_view_is_tested_by_the_ranks_of_its_rows(
-    stores: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_view_is_tested_by_the_ranks_of_its_rows(stores: tuple[Path, Path], tmp_path: Path) -> None:
     view = write_view(tmp_path / "v", stores[1], 3000, 25_000)
     report = quality(view, BATCH)
     assert report.passed, str(report)
     assert report.mixing is not None
 
 
-def _pipeline(
-    order: np.ndarray, document: np.ndarray, **fields: np.ndarray
-) -> Iterator[dict[str, np.ndarray]]:
+def _pipeline(order: np.ndarray, document: np.ndarray, **fields: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
     for a in range(0, ROWS, BATCH):
         rows = order[a : a + BATCH]
         yield {"document": document[rows], **{k: v[rows] for k, v in fields.items()}}
@@ -94,15 +90,14 @@ def test_any_pipeline_can_be_scored(stores: tuple[Path, Path]) -> None:
     assert uniform.passed, str(uniform)
     assert uniform.mixing is not None
     # As many pipelines do: documents in random order, a buffer of some of them.
-    buffered = np.concatenate(
-        [rng.permutation(part) for part in np.array_split(np.arange(ROWS), 20)]
-    )
+    buffered = np.concatenate([rng.permutation(part) for part in np.array_split(np.arange(ROWS), 20)])
     found = quality(_pipeline(buffered, document))
     assert not found.passed
     assert found.mixing is None
     assert found.coverage < 0.7
-    blocks = quality({"source_row": b["source_row"]} for b in _pipeline(
-        rng.permutation(ROWS), document, source_row=np.arange(ROWS)))  # fmt: skip
+    blocks = quality(
+        {"source_row": b["source_row"]} for b in _pipeline(rng.permutation(ROWS), document, source_row=np.arange(ROWS))
+    )
     assert blocks.passed
     assert "blocks of 128" in blocks.grouping
 

@@ -96,9 +96,7 @@ def test_what_is_cached_comes_from_the_cache(file: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("offset", [0, PAGE, 16])
-def test_what_is_not_cached_bypasses_it(
-    file: Path, monkeypatch: pytest.MonkeyPatch, offset: int
-) -> None:
+def test_what_is_not_cached_bypasses_it(file: Path, monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
     whole = file.read_bytes()
     evict(file)
     calls = Calls(monkeypatch, cached=errno.EAGAIN)
@@ -120,9 +118,7 @@ def test_the_system_does_not_read_ahead_beside_us(tmp_path: Path) -> None:
     assert cached_share([tmp_path]) < 0.2  # a look has a few pages read
 
 
-def test_small_reads_and_those_that_will_be_wanted_again_are_plain(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_reads_and_those_that_will_be_wanted_again_are_plain(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
     read(file, 0, [reading.DIRECT_BYTES - 1])
     read(file, 0, [SIZE], once=False)
@@ -130,9 +126,7 @@ def test_small_reads_and_those_that_will_be_wanted_again_are_plain(
 
 
 @pytest.mark.parametrize("refused", [errno.EINVAL, errno.EOPNOTSUPP, errno.EAGAIN])
-def test_file_systems_without_these_calls(
-    file: Path, monkeypatch: pytest.MonkeyPatch, refused: int
-) -> None:
+def test_file_systems_without_these_calls(file: Path, monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
     whole = file.read_bytes()
     calls = Calls(monkeypatch, cached=refused, direct=errno.EINVAL)
     assert read(file, 3, [1000, SIZE - 1003]) == whole[3:]
@@ -148,9 +142,7 @@ def test_a_flag_that_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("offset", [0, 24])
-def test_short_answers_are_completed(
-    file: Path, monkeypatch: pytest.MonkeyPatch, offset: int
-) -> None:
+def test_short_answers_are_completed(file: Path, monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
     whole = file.read_bytes()
     Calls(monkeypatch, cached=errno.EAGAIN, short=1)
     assert read(file, offset, [70_000, SIZE - 70_000 - offset]) == whole[offset:]

@@ -14,13 +14,7 @@ import pytest
 import zarr
 
 import actshuffle
-from actshuffle.errors import (
-    ActshuffleError,
-    DestinationExistsError,
-    MissingChunkError,
-    SourceError,
-    StorageError,
-)
+from actshuffle.errors import ActshuffleError, DestinationExistsError, MissingChunkError, SourceError, StorageError
 from actshuffle.testing import Faults, Killed, at, differences, matching, new_process
 from faults import SEED, dask_cluster, drive, ended, outcome, shuffled, source, start
 from helpers import array, values
@@ -109,17 +103,15 @@ def test_from_bucket_to_disk_and_back(endpoint, bucket, local, tmp_path):
     assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
 
 
-@pytest.mark.parametrize("settings", [
-    {"compressors": "auto"}, {"chunks": (5, 4), "shards": (10, 4)}, {"zarr_format": 2}, {"chunks": (9, 2)},
-], ids=["zstd", "sharded", "v2", "cut rows"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [{"compressors": "auto"}, {"chunks": (5, 4), "shards": (10, 4)}, {"zarr_format": 2}, {"chunks": (9, 2)}],
+    ids=["zstd", "sharded", "v2", "cut rows"],
+)
 def test_sources_that_zarr_decodes(settings, endpoint, bucket, tmp_path):
     array(tmp_path / "in", values(ROWS, (4,)), **settings)
     endpoint.upload(tmp_path / "in", f"{bucket}/other")
-    codec = (
-        {"codec": "zstd"}
-        if "shards" not in settings
-        else {"chunks_per_shard": 2, "block_bytes": 700}
-    )
+    codec = {"codec": "zstd"} if "shards" not in settings else {"chunks_per_shard": 2, "block_bytes": 700}
     shuffle(endpoint, f"{bucket}/other", f"{bucket}/dst.zarr", **codec)
     copy = endpoint.download(f"{bucket}/dst.zarr", tmp_path / "copy")
     assert differences(tmp_path / "in", copy, SEED) == []
@@ -139,11 +131,18 @@ def test_on_a_cluster_whose_worker_dies(endpoint, bucket, local, tmp_path):
     assert TOKEN.encode() not in logs
 
 
-@pytest.mark.parametrize("what", [
-    "put level1/runs/*", "put x/c.2.0", "delete_prefix _actshuffle/receipts",
-    *(pytest.param(what, marks=pytest.mark.soak) for what in (
-        "put level1/blocks/c.1.0", "put _actshuffle/receipts/1.json", "put _actshuffle/zarr.json")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "what",
+    [
+        "put level1/runs/*",
+        "put x/c.2.0",
+        "delete_prefix _actshuffle/receipts",
+        *(
+            pytest.param(what, marks=pytest.mark.soak)
+            for what in ("put level1/blocks/c.1.0", "put _actshuffle/receipts/1.json", "put _actshuffle/zarr.json")
+        ),
+    ],
+)
 def test_killed_and_resumed(what, endpoint, bucket, local, tmp_path):
     with Faults(matching(what, "kill")), pytest.raises(Killed):
         shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
@@ -186,9 +185,9 @@ def test_driver_killed_at_random(number, endpoint, bucket, local, tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("who", "number"), [
-    *(("worker", number) for number in range(12)), *(("scheduler", number) for number in range(6)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("who", "number"), [*(("worker", number) for number in range(12)), *(("scheduler", number) for number in range(6))]
+)
 def test_cluster_killed_at_random(who, number, endpoint, bucket, local, tmp_path):
     told, dice = tmp_path / "told.json", random.Random(number)
     settings = {**PLAN, "storage_options": endpoint.options()}
@@ -210,13 +209,7 @@ def test_cluster_killed_at_random(who, number, endpoint, bucket, local, tmp_path
 
 
 @pytest.mark.parametrize(
-    "what",
-    [
-        500,
-        0.3,
-        pytest.param(503, marks=pytest.mark.soak),
-        pytest.param("cut", marks=pytest.mark.soak),
-    ],
+    "what", [500, 0.3, pytest.param(503, marks=pytest.mark.soak), pytest.param("cut", marks=pytest.mark.soak)]
 )
 def test_some_requests_fail_or_dawdle(what, endpoint, bucket, local, tmp_path):
     endpoint.unkind = failing(0.05, 1, what)
@@ -224,20 +217,24 @@ def test_some_requests_fail_or_dawdle(what, endpoint, bucket, local, tmp_path):
         try:
             shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
             break
-        except (
-            StorageError,
-            SourceError,
-        ) as err:  # its client gave up: say so, and go on when told to
+        except (StorageError, SourceError) as err:  # its client gave up: say so, and go on when told to
             assert attempt < 4, err
     endpoint.unkind = lambda method, path: None
     assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
 
 
-@pytest.mark.parametrize(("what", "method"), [
-    (500, "PUT"), ("cut", "GET"), (3.0, "PUT"),
-    *(pytest.param(what, method, marks=pytest.mark.soak)
-      for what, method in ((500, "GET"), ("cut", "PUT"), (3.0, "GET"))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "method"),
+    [
+        (500, "PUT"),
+        ("cut", "GET"),
+        (3.0, "PUT"),
+        *(
+            pytest.param(what, method, marks=pytest.mark.soak)
+            for what, method in ((500, "GET"), ("cut", "PUT"), (3.0, "GET"))
+        ),
+    ],
+)
 def test_all_requests_fail_from_some_time_on(what, method, endpoint, bucket, local, tmp_path):
     """An outage: a typed error in bounded time, and the run goes on when it is over."""
     count = [0]
@@ -249,12 +246,7 @@ def test_all_requests_fail_from_some_time_on(what, method, endpoint, bucket, loc
     endpoint.unkind = outage
     started = time.monotonic()
     with pytest.raises((StorageError, SourceError)) as raised:
-        shuffle(
-            endpoint,
-            f"{bucket}/src.zarr",
-            f"{bucket}/dst.zarr",
-            storage_options=endpoint.options(**QUICK),
-        )
+        shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", storage_options=endpoint.options(**QUICK))
     assert time.monotonic() - started < 60
     assert bucket.removeprefix("s3://") in str(raised.value)
     endpoint.unkind = lambda method, path: None
@@ -306,12 +298,7 @@ def test_token_that_expires_during_the_run(endpoint, bucket, local, tmp_path):
 
     endpoint.unkind = expire
     with pytest.raises(ActshuffleError):
-        shuffle(
-            endpoint,
-            f"{bucket}/src.zarr",
-            f"{bucket}/dst.zarr",
-            storage_options=endpoint.options(**QUICK),
-        )
+        shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", storage_options=endpoint.options(**QUICK))
     endpoint.unkind = lambda method, path: None
     shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
     assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
@@ -362,10 +349,7 @@ def test_no_secret_is_written_or_logged(endpoint, bucket, tmp_path, caplog):
     caplog.set_level(logging.DEBUG, logger="actshuffle")
     src, dst = f"{bucket}/src.zarr", f"{bucket}/dst.zarr"
     jobs, texts = [], []
-    with (
-        Faults(matching("put _actshuffle/receipts/1.json", "kill")),
-        pytest.raises(Killed) as death,
-    ):
+    with Faults(matching("put _actshuffle/receipts/1.json", "kill")), pytest.raises(Killed) as death:
         shuffle(endpoint, src, dst, planned=jobs.append)
     texts += traceback.format_exception(death.value)
     texts += [repr(jobs[0]), str(jobs[0]), json.dumps(jobs[0].to_json()), str(jobs[0].destination)]

@@ -15,16 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_helpers import (
-    ARCHS,
-    MemoryCursor,
-    MemorySource,
-    Planted,
-    one_rank,
-    run_ranks,
-    small,
-    small_model,
-)
+from sae_helpers import ARCHS, MemoryCursor, MemorySource, Planted, one_rank, run_ranks, small, small_model
 from saetrain import checkpoint
 from saetrain.config import Config
 from saetrain.errors import CheckpointError, ConfigError
@@ -66,9 +57,7 @@ def config(arch: str = "topk", **more: Any) -> Config:
     return small(arch, **(settings | more))
 
 
-def train(
-    folder: Path, arch: str, mesh: Mesh, after: int = -1, **more: Any
-) -> tuple[dict[str, Any], Stopping]:
+def train(folder: Path, arch: str, mesh: Mesh, after: int = -1, **more: Any) -> tuple[dict[str, Any], Stopping]:
     source = Stopping(data(), after)
     return fit(source, {folder: config(arch, **more)}, mesh)[folder], source
 
@@ -112,9 +101,7 @@ def test_comparison_notices_one_lost_batch(tmp_path: Path) -> None:
         state = checkpoint.find(tmp_path / "parts").folder / "state.json"
         state.write_text(state.read_text().replace('"step": 9\n', '"step": 10\n'))  # the cursor's
         train(tmp_path / "parts", "topk", mesh)
-    assert not torch.equal(
-        contents(tmp_path / "whole")["W_enc"], contents(tmp_path / "parts")["W_enc"]
-    )
+    assert not torch.equal(contents(tmp_path / "whole")["W_enc"], contents(tmp_path / "parts")["W_enc"])
 
 
 def resume(rank: int, folder: Path, tensor_parallel: int) -> None:
@@ -133,9 +120,7 @@ def test_resume_on_other_numbers_of_ranks(world: int, tensor_parallel: int, tmp_
     a, b = contents(tmp_path / "whole"), contents(tmp_path / "parts")
     assert len(checkpoint.find(tmp_path / "parts").files) == tensor_parallel
     for name, value in a.items():
-        torch.testing.assert_close(
-            b[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     with one_rank() as mesh:
         loaded = checkpoint.load_latest([tmp_path / "parts"], mesh, print)
         assert loaded is not None
@@ -181,21 +166,11 @@ def test_cut_files_are_refused(size: int, tmp_path: Path) -> None:
 
 
 def test_blocks_must_fit_what_was_announced(tmp_path: Path) -> None:
-    specs = {
-        "a": Spec(torch.float32, (4,)),
-        "none": Spec(torch.float32, (0, 3)),
-        "b": Spec(torch.int64, (2,)),
-    }
+    specs = {"a": Spec(torch.float32, (4,)), "none": Spec(torch.float32, (0, 3)), "b": Spec(torch.int64, (2,))}
     good = [("a", torch.ones(1)), ("a", torch.ones(3)), ("b", torch.ones(2, dtype=torch.int64))]
     write(tmp_path / "x", specs, good, {})
     assert TensorFile(tmp_path / "x").read("none").shape == (0, 3)
-    bad = [
-        good[:2],
-        good[1:],
-        [*good, good[0]],
-        [good[2], *good[:2]],
-        [("a", torch.ones(5)), good[2]],
-    ]
+    bad = [good[:2], good[1:], [*good, good[0]], [good[2], *good[:2]], [("a", torch.ones(5)), good[2]]]
     for blocks in bad:
         with pytest.raises(ValueError, match="due|announced"):
             write(tmp_path / "y", specs, blocks, {})
@@ -213,9 +188,7 @@ def saving(mesh: Mesh, folder: Path) -> tuple[Model, Optimizer]:
     return model, optimizer
 
 
-def careless_save(
-    run: Path, model: Model, optimizer: Optimizer, number: int, cursor: dict[str, Any]
-) -> None:
+def careless_save(run: Path, model: Model, optimizer: Optimizer, number: int, cursor: dict[str, Any]) -> None:
     """How not to do it: in place, state first.  For the negative control."""
     target = checkpoint.step_folder(run, number)
     target.mkdir(parents=True)
@@ -233,15 +206,7 @@ def dies(work: Callable[[], object], at: int) -> bool:
 
         def hook(event: str, args: Any) -> None:
             nonlocal seen
-            if event in (
-                "open",
-                "os.rename",
-                "os.mkdir",
-                "os.rmdir",
-                "os.remove",
-                "os.scandir",
-                "os.unlink",
-            ):
+            if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir", "os.unlink"):
                 seen += 1
                 if seen == at:
                     os._exit(9)

@@ -28,9 +28,7 @@ def peer(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, torch.Tensor, dict[str, torch.Tensor]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, dict[str, torch.Tensor]]:
     """A run of each variant, raw rows far from zero, and what the sharded models make of them."""
     data, folder, out = Planted.make(2048, 16, 24), tmp_path_factory.mktemp("runs"), {}
     data.rows = data.rows * 7 + 3
@@ -64,9 +62,7 @@ def test_round_trip(format: str, arch: str, trained: Any, tmp_path: Path) -> Non
     assert torch.equal(again.encode(rows) > 0, read.encode(rows) > 0)
 
 
-def test_stripes_and_blocks_give_the_same_file(
-    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stripes_and_blocks_give_the_same_file(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, *_ = trained
     exchange.export(folder / "jumprelu", tmp_path / "whole")
     monkeypatch.setattr("saetrain.exchange.STRIPE_BYTES", 3 * 64 * 4)
@@ -121,13 +117,7 @@ def test_norms_that_saelens_keeps_apart_are_folded(tmp_path: Path) -> None:
     }
     specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
     write(tmp_path / "sae_weights.safetensors", specs, tensors.items(), {})
-    cfg = {
-        "architecture": "topk",
-        "k": 3,
-        "d_in": 4,
-        "d_sae": 8,
-        "rescale_acts_by_decoder_norm": True,
-    }
+    cfg = {"architecture": "topk", "k": 3, "d_in": 4, "d_sae": 8, "rescale_acts_by_decoder_norm": True}
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
     rows = torch.randn(20, 4)
     pre = (rows - 1) @ w.T * norm
@@ -159,9 +149,7 @@ def test_saelens_loads_ours(arch: str, trained: Any, tmp_path: Path) -> None:
 def test_we_load_what_saelens_saves(kind: str, subtract: bool, tmp_path: Path) -> None:
     lens = peer("sae_lens")
     more = {"k": 5} if kind == "TopKSAE" else {}
-    config = getattr(lens, f"{kind}Config")(
-        d_in=16, d_sae=64, apply_b_dec_to_input=subtract, **more
-    )
+    config = getattr(lens, f"{kind}Config")(d_in=16, d_sae=64, apply_b_dec_to_input=subtract, **more)
     theirs = getattr(lens, kind)(config)
     for param in theirs.parameters():
         param.data = torch.randn_like(param)
@@ -185,19 +173,14 @@ def test_sparsify_loads_ours_and_we_load_theirs(trained: Any, tmp_path: Path) ->
     with torch.no_grad():
         loaded = coder.load_from_disk(tmp_path / "ours")
         top, index, _ = loaded.encode(rows)
-        torch.testing.assert_close(
-            loaded.decode(top, index), expected["topk"], rtol=1e-4, atol=1e-3
-        )
+        torch.testing.assert_close(loaded.decode(top, index), expected["topk"], rtol=1e-4, atol=1e-3)
         theirs = coder(16, config(num_latents=64, k=4))
         theirs.b_dec.data = torch.randn(16)
         theirs.encoder.bias.data = torch.randn(64)
         theirs.save_to_disk(tmp_path / "theirs")
         top, index, _ = theirs.encode(rows)
         torch.testing.assert_close(
-            saetrain.load(tmp_path / "theirs")(rows),
-            theirs.decode(top, index),
-            rtol=1e-4,
-            atol=1e-3,
+            saetrain.load(tmp_path / "theirs")(rows), theirs.decode(top, index), rtol=1e-4, atol=1e-3
         )
 
 
@@ -217,19 +200,9 @@ def test_our_fvu_is_sparsifys(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_safetensors_itself_reads_and_writes_what_we_do(tmp_path: Path) -> None:
     theirs = importlib.import_module(f"{peer('safetensors').__name__}.torch")
-    tensors = {
-        "a": torch.randn(3, 5),
-        "b": torch.arange(4),
-        "c": torch.randn(2).bfloat16(),
-        "empty": torch.zeros(0, 3),
-    }
+    tensors = {"a": torch.randn(3, 5), "b": torch.arange(4), "c": torch.randn(2).bfloat16(), "empty": torch.zeros(0, 3)}
     specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
-    write(
-        tmp_path / "ours",
-        specs,
-        [(n, t) for n, t in tensors.items() if t.numel()],
-        {"format": "pt"},
-    )
+    write(tmp_path / "ours", specs, [(n, t) for n, t in tensors.items() if t.numel()], {"format": "pt"})
     theirs.save_file(tensors, tmp_path / "theirs")
     found, ours = theirs.load_file(tmp_path / "ours"), TensorFile(tmp_path / "theirs")
     for name, value in tensors.items():

@@ -44,9 +44,7 @@ def compare(arch: str, mesh: Mesh, *, dead: bool, shift: float = 0.0, **more: ob
         assert out.losses[name] == pytest.approx(float(value.detach()), rel=1e-10), name
     assert set(out.grads) == set(copies)
     for name, grad in out.grads.items():
-        torch.testing.assert_close(
-            grad, copies[name].grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(grad, copies[name].grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -55,9 +53,7 @@ def test_gradients_equal_autograd(arch: str, dead: bool, mesh: Mesh) -> None:
     compare(arch, mesh, dead=dead)
 
 
-def test_gradients_of_relu_where_few_are_active(
-    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_of_relu_where_few_are_active(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saetrain.losses.DENSE_ABOVE", 1.1)  # the sparse path, whatever the density
     compare("relu", mesh, dead=False)
 
@@ -79,9 +75,7 @@ def test_encoder_tiles_do_not_change_the_result() -> None:
 @pytest.mark.parametrize("levels", [2, 5, 1000])
 @pytest.mark.parametrize("columns", [40, 256, 4096])
 def test_topk_takes_the_lowest_columns_of_equal_values(levels: int, columns: int) -> None:
-    rows = torch.randint(
-        -levels, levels, (200, columns), generator=torch.Generator().manual_seed(levels)
-    ).float()
+    rows = torch.randint(-levels, levels, (200, columns), generator=torch.Generator().manual_seed(levels)).float()
     for k in (1, 3, 32, 40):
         value, column = exact_topk(rows, k)
         expected = torch.sort(rows, dim=1, stable=True, descending=True)
@@ -98,9 +92,7 @@ def test_topk_of_bad_rows() -> None:
     assert [part.shape for part in exact_topk(rows[:, :0], 5)] == [(4, 0), (4, 0)]
 
 
-def random_codes(
-    generator: torch.Generator, bags: int = 30, latents: int = 20, density: float = 0.2
-) -> Codes:
+def random_codes(generator: torch.Generator, bags: int = 30, latents: int = 20, density: float = 0.2) -> Codes:
     dense = torch.rand(bags, latents, generator=generator, dtype=torch.float64)
     return kernels.from_dense(dense * (dense > 1 - density))
 

@@ -21,9 +21,7 @@ def test_fvu() -> None:
     assert metrics.fvu(0.5, x.sum(0), float(x.square().sum()), 2) == pytest.approx(0.25)
     with one_rank() as mesh:
         assert metrics.batch_fvu(x, residual, mesh) == pytest.approx(0.25)
-        assert metrics.batch_fvu(x, x.mean(0) - x, mesh) == pytest.approx(
-            1.0
-        )  # the mean explains nothing
+        assert metrics.batch_fvu(x, x.mean(0) - x, mesh) == pytest.approx(1.0)  # the mean explains nothing
 
 
 def test_ratio_interval() -> None:
@@ -96,9 +94,7 @@ def test_decoder_cosines() -> None:
     with one_rank() as mesh:
         model = small_model("topk", mesh, torch.randn(64, 16))
         w = torch.eye(16, dtype=torch.float64).repeat(4, 1)
-        w[
-            16:
-        ] *= -1  # rows 16.. point the other way: largest cosine 1 with one of 32 others, 0 for the first 16
+        w[16:] *= -1  # rows 16.. point the other way: largest cosine 1 with one of 32 others, 0 for the first 16
         model.params["W_dec"].copy_(w)
         model.params["W_enc"].copy_(torch.roll(w, 1, 1) * 0.6 + w * 0.8)
         found = metrics.cosines(model, sample=64)
@@ -146,15 +142,11 @@ def test_unit_rows_and_no_gradient_along_them() -> None:
         before = model.params["W_dec"].clone()
         Optimizer(model).apply(grads, 1e-2)
         assert (grads["W_dec"] * before).sum(1).abs().max() < 1e-12
-        torch.testing.assert_close(
-            model.params["W_dec"].norm(dim=1), torch.ones(64, dtype=torch.float64)
-        )
+        torch.testing.assert_close(model.params["W_dec"].norm(dim=1), torch.ones(64, dtype=torch.float64))
 
 
 def test_schedule() -> None:
-    c = resolve(
-        Config(lr=1.0, lr_warmup=0.1, lr_decay=0.2, sparsity_warmup=0.5, steps=100), 16, 10**6
-    )
+    c = resolve(Config(lr=1.0, lr_warmup=0.1, lr_decay=0.2, sparsity_warmup=0.5, steps=100), 16, 10**6)
     rates = [ramps(c, s)[0] for s in range(100)]
     assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
     assert rates[9:81] == [1.0] * 72

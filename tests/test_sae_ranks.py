@@ -63,12 +63,18 @@ def train(mesh: Mesh, folder: Path, name: str, arch: str) -> None:
         out = step(model, x, ramp)
         grads = {n: g.clone() for n, g in out.grads.items()}
         norms = optimizer.apply(out.grads, lr)
-        seen.append({
-            "active": active, "grads": grads, "norms": norms, "losses": out.losses,
-            "params": {n: p.clone() for n, p in model.params.items()},
-            "updates": optimizer.update_norms(), "count": out.active,
-            "state": {n: s.clone() for n, s in model.state.items()},
-        })  # fmt: skip
+        seen.append(
+            {
+                "active": active,
+                "grads": grads,
+                "norms": norms,
+                "losses": out.losses,
+                "params": {n: p.clone() for n, p in model.params.items()},
+                "updates": optimizer.update_norms(),
+                "count": out.active,
+                "state": {n: s.clone() for n, s in model.state.items()},
+            }
+        )
     torch.save((mesh.dp_index, mesh.tp_index, seen), folder / f"{name}-{arch}-{mesh.rank}.pt")
 
 
@@ -90,15 +96,9 @@ def breaking(what: str, mesh: Mesh, patch: pytest.MonkeyPatch) -> None:
     if what == "too few candidates":
         patch.setattr(Encoder, "topk", lambda self, x, k: whole(self, x, max(k // mesh.tp, 1)))
     elif what == "bias gradient not summed over latents":
-        patch.setattr(
-            mesh, "sum",
-            lambda x, over, what="other": x if x.shape == (16,) else plain(x, over, what),
-        )  # fmt: skip
+        patch.setattr(mesh, "sum", lambda x, over, what="other": x if x.shape == (16,) else plain(x, over, what))
     elif what == "gradients not summed over replicas":
-        patch.setattr(
-            mesh, "sum",
-            lambda x, over, what="other": x if what == "gradients" else plain(x, over, what),
-        )  # fmt: skip
+        patch.setattr(mesh, "sum", lambda x, over, what="other": x if what == "gradients" else plain(x, over, what))
 
 
 def read(folder: Path, name: str, arch: str) -> list[dict[str, Any]]:
@@ -111,9 +111,7 @@ def read(folder: Path, name: str, arch: str) -> list[dict[str, Any]]:
         joined = dict(parts[0])
         for group in ("grads", "params"):
             joined[group] = {
-                n: torch.cat([part[group][n] for part in parts])
-                if n in SHARDED
-                else parts[0][group][n]
+                n: torch.cat([part[group][n] for part in parts]) if n in SHARDED else parts[0][group][n]
                 for n in parts[0][group]
             }
         joined["quiet"] = torch.cat([part["state"]["quiet"] for part in parts])
@@ -137,11 +135,7 @@ def assert_same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
             assert set(a[group]) == set(b[group])
             for name, value in a[group].items():
                 torch.testing.assert_close(
-                    value,
-                    b[group][name],
-                    rtol=1e-8,
-                    atol=1e-11,
-                    msg=lambda m, n=name, s=number: f"step {s} {n}: {m}",
+                    value, b[group][name], rtol=1e-8, atol=1e-11, msg=lambda m, n=name, s=number: f"step {s} {n}: {m}"
                 )
 
 
@@ -164,9 +158,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_trains_as_one_rank_does(
-    layout: str, arch: str, run: Callable[[str], Path]
-) -> None:
+def test_any_layout_trains_as_one_rank_does(layout: str, arch: str, run: Callable[[str], Path]) -> None:
     folder = run(layout)
     one = read(folder, "one", arch)
     assert_same(one, read(folder, layout, arch))
@@ -190,9 +182,7 @@ def ties(mesh: Mesh, folder: Path, name: str) -> None:
     x[:, 0] = 1.0
     one = topk(model.encoder(), x, 5, mesh)
     many, _ = batch_topk(model.encoder(), x, 5 * 8 + 3, mesh, 0.0)
-    found = [
-        torch.stack([c.bag + mesh.dp_index * share, c.latent + model.lo], 1) for c in (one, many)
-    ]
+    found = [torch.stack([c.bag + mesh.dp_index * share, c.latent + model.lo], 1) for c in (one, many)]
     torch.save(found, folder / f"{name}-ties-{mesh.rank}.pt")
 
 
@@ -220,9 +210,7 @@ def measure(mesh: Mesh, folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["2 tp", "4 tp"])
-def test_traffic_is_as_stated_and_parameters_fall_with_the_ranks(
-    layout: str, run: Callable[[str], Path]
-) -> None:
+def test_traffic_is_as_stated_and_parameters_fall_with_the_ranks(layout: str, run: Callable[[str], Path]) -> None:
     folder, ranks = run(layout), LAYOUTS[layout][0]
     whole = 3 * D  # b_dec and its two moments are on every rank
     _, alone = torch.load(folder / "one-measure-0.pt")

@@ -30,20 +30,7 @@ from saetrain.mesh import Mesh
 from saetrain.train import fit
 
 ROWS, D = 6000, 16
-FAST = (
-    "--steps",
-    "40",
-    "--d-sae",
-    "64",
-    "--k",
-    "4",
-    "--batch-size",
-    "128",
-    "--device",
-    "cpu",
-    "--tile",
-    "128",
-)
+FAST = ("--steps", "40", "--d-sae", "64", "--k", "4", "--batch-size", "128", "--device", "cpu", "--tile", "128")
 
 
 def source_store(path: Path, change: Callable[[np.ndarray[Any, Any]], None] | None = None) -> Path:
@@ -53,14 +40,8 @@ def source_store(path: Path, change: Callable[[np.ndarray[Any, Any]], None] | No
     if change:
         change(rows)
     group = zarr.create_group(path)
-    for name, values in (
-        ("acts", rows),
-        ("document", data.documents.numpy()[order]),
-        ("position", np.arange(ROWS)),
-    ):
-        array = group.create_array(
-            name, shape=values.shape, chunks=(500, *values.shape[1:]), dtype=values.dtype
-        )
+    for name, values in (("acts", rows), ("document", data.documents.numpy()[order]), ("position", np.arange(ROWS))):
+        array = group.create_array(name, shape=values.shape, chunks=(500, *values.shape[1:]), dtype=values.dtype)
         array[:] = values
     return path
 
@@ -68,23 +49,17 @@ def source_store(path: Path, change: Callable[[np.ndarray[Any, Any]], None] | No
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    actshuffle.shuffle(
-        source_store(folder / "src.zarr"), folder / "rows.zarr", seed=1, memory="64MB"
-    )
+    actshuffle.shuffle(source_store(folder / "src.zarr"), folder / "rows.zarr", seed=1, memory="64MB")
     return folder / "rows.zarr"
 
 
 def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "saetrain", *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False, **more
-    )
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False, **more)
 
 
-def test_fit_with_defaults_beside_the_store(
-    store: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fit_with_defaults_beside_the_store(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", str(store), "--device", "cpu", "--steps", "60"]) == 0
     folder = store.with_name("rows.sae")
     lines = read_log(folder)
@@ -118,21 +93,8 @@ def test_sigterm_checkpoints_and_leaves_cleanly(ranks: int, store: Path, tmp_pat
     out = tmp_path / "run"
     settings = [*FAST, "--steps", "1000000", "--log-every", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "saetrain",
-        "fit",
-        store,
-        "--out",
-        out,
-        "--nproc",
-        str(ranks),
-        *settings,
-    ]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "saetrain", "fit", store, "--out", out, "--nproc", str(ranks), *settings]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
     while len(read_log(out)) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -152,9 +114,7 @@ def test_sweep_over_a_store(store: Path, tmp_path: Path) -> None:
     lines = {k: read_log(tmp_path / f"k={k}")[-1] for k in (2, 8)}
     assert lines[2]["l0"] <= 2 < lines[8]["l0"] <= 8
     assert lines[8]["eval_fvu"] < lines[2]["eval_fvu"]
-    assert (
-        main(["report", *(str(tmp_path / f"k={k}") for k in (2, 8)), "--out", str(tmp_path)]) == 0
-    )
+    assert main(["report", *(str(tmp_path / f"k={k}") for k in (2, 8)), "--out", str(tmp_path)]) == 0
     assert "k=8" in (tmp_path / "report.html").read_text()
 
 
@@ -166,49 +126,36 @@ def refusal(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
     return capsys.readouterr().err
 
 
-def test_a_store_without_its_marker_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_store_without_its_marker_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no completion marker" in refusal(source_store(tmp_path / "plain.zarr"), capsys)
     assert "IncompleteStoreError" not in refusal(tmp_path / "absent.zarr", capsys)
 
 
-def test_arrays_that_are_no_activations_are_refused(
-    store: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_arrays_that_are_no_activations_are_refused(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "one axis of floating-point" in refusal(store, capsys, "--field", "document")
     assert "it has ['acts', 'document'" in refusal(store, capsys, "--field", "residual")
     assert "no array 'author'" in refusal(store, capsys, "--document-field", "author")
 
 
-def test_a_run_of_another_width_is_refused(
-    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_of_another_width_is_refused(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(["fit", str(store), "--out", str(out), *FAST, "--eval-every", "40"]) == 0
     group = zarr.create_group(tmp_path / "wide.zarr")
-    group.create_array("acts", shape=(ROWS, 20), chunks=(500, 20), dtype="float32")[:] = (
-        np.random.default_rng(0).random((ROWS, 20))
-    )
+    group.create_array("acts", shape=(ROWS, 20), chunks=(500, 20), dtype="float32")[:] = np.random.default_rng(
+        0
+    ).random((ROWS, 20))
     actshuffle.shuffle(tmp_path / "wide.zarr", tmp_path / "wider.zarr", seed=1, memory="64MB")
     capsys.readouterr()
-    assert (
-        main(["fit", str(tmp_path / "wider.zarr"), "--out", str(out), *FAST, "--eval-every", "40"])
-        == 2
-    )
+    assert main(["fit", str(tmp_path / "wider.zarr"), "--out", str(out), *FAST, "--eval-every", "40"]) == 2
     assert "20 wide" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_nans_are_refused_and_placed(
-    recorded: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nans_are_refused_and_placed(recorded: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def spoil(rows: np.ndarray[Any, Any]) -> None:
         rows[1234, 5] = np.nan
 
-    actshuffle.shuffle(
-        source_store(tmp_path / "src.zarr", spoil), tmp_path / "s.zarr", seed=1, memory="64MB"
-    )
+    actshuffle.shuffle(source_store(tmp_path / "src.zarr", spoil), tmp_path / "s.zarr", seed=1, memory="64MB")
     if recorded:
         actshuffle.stats(tmp_path / "s.zarr")
     where = int(np.flatnonzero(zarr.open_group(tmp_path / "s.zarr")["source_row"][:] == 1234)[0])  # type: ignore[index]
@@ -257,9 +204,16 @@ def test_a_store_with_two_candidates_asks_which(tmp_path: Path) -> None:
 def killed_often(rank: int, store: Path, folder: Path, kills: int, seed: int, out: Path) -> None:
     """Fit in copies of this process, each killed amid a save, until `kills` saves have been cut short."""
     config = Config(
-        steps=6 * kills, d_sae=64, k=4, batch_size=128, tile=128, checkpoint_every=1, log_every=1,
-        eval_every=10**6, holdout=500,
-    )  # fmt: skip
+        steps=6 * kills,
+        d_sae=64,
+        k=4,
+        batch_size=128,
+        tile=128,
+        checkpoint_every=1,
+        log_every=1,
+        eval_every=10**6,
+        holdout=500,
+    )
 
     def go(run: Path, settings: Config) -> None:
         mesh = Mesh.start("cpu")

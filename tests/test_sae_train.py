@@ -17,9 +17,12 @@ from saetrain.log import read_log
 from saetrain.train import fit
 
 PLANTED: dict[str, dict[str, Any]] = {
-    "topk": {}, "batchtopk": {}, "matryoshka": {"widths": (64, 128)}, "relu": {"sparsity": 0.7},
+    "topk": {},
+    "batchtopk": {},
+    "matryoshka": {"widths": (64, 128)},
+    "relu": {"sparsity": 0.7},
     "jumprelu": {"sparsity": 0.5},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +79,23 @@ def test_lines_hold_every_metric_and_are_numbers(tmp_path: Path) -> None:
         found = read_log(tmp_path / arch)
         assert [line["step"] for line in found] == list(range(2, 21, 2))
         always = {
-            "loss", "reconstruction", "fvu", "l0", "lr", "dead", "dense", "density", "document_entropy",
-            "gradient_norm.W_enc", "gradient_norm.all", "update_norm.W_dec", "tokens",
-        }  # fmt: skip
+            "loss",
+            "reconstruction",
+            "fvu",
+            "l0",
+            "lr",
+            "dead",
+            "dense",
+            "density",
+            "document_entropy",
+            "gradient_norm.W_enc",
+            "gradient_norm.all",
+            "update_norm.W_dec",
+            "tokens",
+        }
         own = {"relu": {"sparsity"}, "jumprelu": {"sparsity", "preact", "threshold"}}
         own |= {"batchtopk": {"threshold"}, "matryoshka": {"threshold"}}
-        timed, evaluated = (
-            {"tokens_per_s", "mfu", "loader_wait"},
-            {"eval_fvu", "eval_l0", "decoder_cosine_mean"},
-        )
+        timed, evaluated = ({"tokens_per_s", "mfu", "loader_wait"}, {"eval_fvu", "eval_l0", "decoder_cosine_mean"})
         for line in found:
             assert always | own.get(arch, set()) <= set(line)
             assert (line["step"] > 2) == (timed <= set(line))
@@ -109,10 +120,7 @@ def test_a_bad_number_met_in_training_is_named(bad: float, tmp_path: Path) -> No
         source.batches = spoilt  # type: ignore[method-assign]
         with pytest.raises(DataError, match=r"column 3 is (nan|inf)"):
             fit(source, {tmp_path: small("topk", steps=100)}, mesh)
-        assert (
-            not checkpoint.published(tmp_path)
-            or checkpoint.find(tmp_path).read("W_enc").isfinite().all()
-        )
+        assert not checkpoint.published(tmp_path) or checkpoint.find(tmp_path).read("W_enc").isfinite().all()
 
 
 def test_divergence_is_told_from_bad_rows(tmp_path: Path) -> None:
@@ -126,12 +134,7 @@ def test_defaults_follow_the_size_of_the_data() -> None:
     little, much = resolve(Config(), 384, 100_000), resolve(Config(), 4096, 10**9)
     assert (little.batch_size, little.holdout, little.d_sae) == (256, 5000, 6144)
     assert little.steps == 2000
-    assert (much.batch_size, much.holdout, much.d_sae, much.dead_tokens) == (
-        4096,
-        16_384,
-        65_536,
-        10**7,
-    )
+    assert (much.batch_size, much.holdout, much.d_sae, much.dead_tokens) == (4096, 16_384, 65_536, 10**7)
     assert much.steps == (10**9 - 16_384) // 4096
     assert resolve(little, 384, 100_000) == little  # nothing is left to choose
     for config in (little, much):
@@ -142,9 +145,7 @@ def test_defaults_follow_the_size_of_the_data() -> None:
         resolve(Config(k=100, d_sae=64), 8, 10**6)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"arch": "gated"}, {"k": 0}, {"lr": -1.0}, {"widths": (4, 2)}, {"compute": "fp8"}]
-)
+@pytest.mark.parametrize("wrong", [{"arch": "gated"}, {"k": 0}, {"lr": -1.0}, {"widths": (4, 2)}, {"compute": "fp8"}])
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Config(**wrong)

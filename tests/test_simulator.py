@@ -106,9 +106,7 @@ def test_control_receipts_are_believed(tmp_path, monkeypatch):
     and the simulator says under which seed."""
     from actshuffle import manifest, tasks
 
-    monkeypatch.setattr(
-        tasks, "is_done", lambda job, task: manifest.read_receipt(job, task) is not None
-    )
+    monkeypatch.setattr(tasks, "is_done", lambda job, task: manifest.read_receipt(job, task) is not None)
     with pytest.raises(SimulationError, match=r"simulate\(\d+, folder, kinds="):
         for seed in range(200):
             simulate(seed, tmp_path / str(seed), kinds=("power",), rate=0.05)
@@ -286,9 +284,7 @@ def test_wrapping_ends_with_the_block(place):
 # --- Strategies ---------------------------------------------------------------------------------
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_store_under_any_plan(data, tmp_path):
     store = data.draw(stores())

@@ -18,13 +18,7 @@ from actshuffle.data import moments
 from actshuffle.data.dataset import open_dataset, write_view
 from actshuffle.data.stats import Stats, Threads, read_stats, stats
 from actshuffle.data.statstypes import QUANTILES, FloatStats, IntStats
-from actshuffle.errors import (
-    FormatError,
-    IncompleteStoreError,
-    RequestError,
-    SourceError,
-    StorageError,
-)
+from actshuffle.errors import FormatError, IncompleteStoreError, RequestError, SourceError, StorageError
 from actshuffle.executors import Dask, Serial
 from benchmarks.cache import cached_share
 from data_helpers import N, collection, finish, shuffled
@@ -67,13 +61,9 @@ def check(found: FloatStats, data: np.ndarray, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 100])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("<f2", 1e-5), ("<f4", 1e-9), ("<f8", 1e-9), (">f4", 1e-9)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("<f2", 1e-5), ("<f4", 1e-9), ("<f8", 1e-9), (">f4", 1e-9)])
 @pytest.mark.parametrize(("n", "width"), [(1, 3), (2, 1), (3001, 7), (700, 384)])
-def test_stats_are_numpys(
-    tmp_path: Path, n: int, width: int, dtype: str, tolerance: float, offset: float
-) -> None:
+def test_stats_are_numpys(tmp_path: Path, n: int, width: int, dtype: str, tolerance: float, offset: float) -> None:
     data = activations(n, width, dtype, offset)
     settings = {"serializer": moments_big_endian()} if dtype[0] == ">" else {}
     check(one(tmp_path / "s", data, chunks=(97, width), **settings), data, tolerance)
@@ -130,18 +120,14 @@ def test_wide_rows_of_16_bits(tmp_path: Path, dtype: str, width: int) -> None:
     assert found.mean[10:13].tolist() == values[0, 10:13].tolist()
 
 
-def check_columns(
-    found: FloatStats, values: np.ndarray, columns: np.ndarray, tolerance: float
-) -> None:
+def check_columns(found: FloatStats, values: np.ndarray, columns: np.ndarray, tolerance: float) -> None:
     exact = values[:, columns].astype(np.float64)
     np.testing.assert_allclose(found.variance[columns], exact.var(axis=0), rtol=tolerance)
     size = np.abs(exact).mean(axis=0)
     assert (np.abs(found.mean[columns] - exact.mean(axis=0)) <= tolerance / 10 * size).all()
 
 
-def test_a_centre_that_stays_at_zero_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_centre_that_stays_at_zero_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "_FAR", np.inf)
     data, values = uneven("<f2")
     with pytest.raises(AssertionError):
@@ -211,11 +197,7 @@ def test_outliers_and_dimensions_without_variance_are_named(tmp_path: Path) -> N
 
 
 def test_scalars_and_deep_rows(tmp_path: Path) -> None:
-    check(
-        one(tmp_path / "s", activations(300, 1, "<f4")[:, 0]),
-        activations(300, 1, "<f4")[:, 0],
-        1e-9,
-    )
+    check(one(tmp_path / "s", activations(300, 1, "<f4")[:, 0]), activations(300, 1, "<f4")[:, 0], 1e-9)
     deep = activations(300, 24, "<f2").reshape(300, 2, 1, 3, 4)
     check(one(tmp_path / "s", deep), deep, 1e-5)
 
@@ -362,9 +344,7 @@ def test_they_are_kept_beside_the_rows(tmp_path: Path) -> None:
     group = zarr.open_group(store, mode="r")
     mean = group["_actshuffle/stats/data/mean"]
     np.testing.assert_array_equal(mean[:], found["data"].mean)  # type: ignore[index,union-attr]
-    before = {
-        p: p.read_bytes() for p in (store / "_actshuffle" / "stats").rglob("*") if p.is_file()
-    }
+    before = {p: p.read_bytes() for p in (store / "_actshuffle" / "stats").rglob("*") if p.is_file()}
     stats(store, executor=Serial())
     timeless = [p for p in before if p.name != "stats.json" and "data" not in p.parts]
     assert all(p.read_bytes() == before[p] for p in timeless)
@@ -488,9 +468,7 @@ def test_a_picture(tmp_path: Path) -> None:
         stats(tmp_path / "ints").png()
 
 
-def test_without_matplotlib_a_picture_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_matplotlib_a_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actshuffle.data.statsview.find_spec", lambda name: None)
     found = stats(shuffled(tmp_path / "s"))
     with pytest.raises(RequestError, match="needs matplotlib"):

@@ -53,9 +53,7 @@ def held(src: Path, dst: Path, **settings: Any) -> tuple[Plan, int, int]:
             for call in calls:
                 if not found and fn is tasks.run_task and call[1].kind == "leaf":
                     places = Path(jobs[0].scratch.url), Path(tier.memory_place(jobs[0]).url)
-                    a, b = (
-                        sum(f.stat().st_size for f in p.glob("level*/blocks/c.*")) for p in places
-                    )
+                    a, b = (sum(f.stat().st_size for f in p.glob("level*/blocks/c.*")) for p in places)
                     found.append((a, b))
                 yield fn(*call)
 
@@ -65,9 +63,7 @@ def held(src: Path, dst: Path, **settings: Any) -> tuple[Plan, int, int]:
 
 @pytest.mark.parametrize("levels", [2, 3, 4])
 @pytest.mark.parametrize("share", [0, 0.02, 0.5, 1, 5])
-def test_the_output_is_the_same_and_disk_is_spared(
-    src: Path, tmp_path: Path, levels: int, share: float
-) -> None:
+def test_the_output_is_the_same_and_disk_is_spared(src: Path, tmp_path: Path, levels: int, share: float) -> None:
     budget = int(share * ROWS * (ROW + 16))
     plan, disk, memory = held(src, tmp_path / "d.zarr", levels=levels, spill_memory=budget)
     assert_is_oracle(src, tmp_path / "d.zarr", 3)
@@ -109,9 +105,7 @@ class Counted:
         return self._inner.writer(key, size)
 
 
-def test_data_of_one_and_a_half_times_the_memory_moves_less_than_that_many_copies(
-    tmp_path: Path,
-) -> None:
+def test_data_of_one_and_a_half_times_the_memory_moves_less_than_that_many_copies(tmp_path: Path) -> None:
     src, rows, width = tmp_path / "src.zarr", 4096, 4096
     array(src, values(rows, (width,), "u1"), chunks=(64, width))
 
@@ -124,8 +118,17 @@ def test_data_of_one_and_a_half_times_the_memory_moves_less_than_that_many_copie
 
         plans: list[Job] = []
         with wrapped(counting):
-            shuffle(src, tmp_path / "d.zarr", seed=1, levels=2, block_bytes="1MiB", run_bytes="16KiB",
-                    overwrite=True, spill_memory=budget, planned=plans.append)  # fmt: skip
+            shuffle(
+                src,
+                tmp_path / "d.zarr",
+                seed=1,
+                levels=2,
+                block_bytes="1MiB",
+                run_bytes="16KiB",
+                overwrite=True,
+                spill_memory=budget,
+                planned=plans.append,
+            )
         copy = 2 * rows * width
         return sum(tally.values()) / copy, plans[0].plan.disk_io_bytes / copy
 
@@ -140,18 +143,14 @@ def test_data_of_one_and_a_half_times_the_memory_moves_less_than_that_many_copie
 @pytest.mark.parametrize("levels", [2, 3])
 def test_workers_of_one_machine_share_it(src: Path, tmp_path: Path, levels: int) -> None:
     with local_cluster(2) as crew:
-        shuffle(src, tmp_path / "d.zarr", executor=crew, levels=levels, spill_memory="100KB",
-                fsync=False, **SHAPE)  # fmt: skip
+        shuffle(src, tmp_path / "d.zarr", executor=crew, levels=levels, spill_memory="100KB", fsync=False, **SHAPE)
     assert_is_oracle(src, tmp_path / "d.zarr", 3)
 
 
 @pytest.mark.parametrize("after", [5, 33, 40, 62, 75])
 @pytest.mark.parametrize("died", ["worker", "machine"])
 def test_a_run_that_stopped_resumes(src: Path, tmp_path: Path, after: int, died: str) -> None:
-    dst, settings = (
-        tmp_path / "d.zarr",
-        SHAPE | {"levels": 3, "spill_memory": 90_000, "fsync": False},
-    )
+    dst, settings = (tmp_path / "d.zarr", SHAPE | {"levels": 3, "spill_memory": 90_000, "fsync": False})
     jobs: list[Job] = []
     with pytest.raises(KeyboardInterrupt):
         shuffle(src, dst, executor=Stops(after), planned=jobs.append, **settings)
@@ -171,10 +170,7 @@ def test_a_run_that_stopped_resumes(src: Path, tmp_path: Path, after: int, died:
 
 
 def test_a_damaged_block_in_memory_is_noticed_and_made_again(src: Path, tmp_path: Path) -> None:
-    dst, settings = (
-        tmp_path / "d.zarr",
-        SHAPE | {"levels": 2, "spill_memory": 90_000, "fsync": False},
-    )
+    dst, settings = (tmp_path / "d.zarr", SHAPE | {"levels": 2, "spill_memory": 90_000, "fsync": False})
     jobs: list[Job] = []
     with pytest.raises(KeyboardInterrupt):
         shuffle(src, dst, executor=Stops(34), planned=jobs.append, **settings)
@@ -196,9 +192,7 @@ def test_overwrite_clears_it(src: Path, tmp_path: Path, memory: int | None) -> N
     assert_is_oracle(src, dst, 3)
 
 
-def test_a_folder_of_others_is_left_to_those_who_keep_nothing_there(
-    src: Path, tmp_path: Path
-) -> None:
+def test_a_folder_of_others_is_left_to_those_who_keep_nothing_there(src: Path, tmp_path: Path) -> None:
     dst = tmp_path / "d.zarr"
     folder = folder_of(dst)
     folder.mkdir(mode=0o755)

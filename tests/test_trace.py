@@ -43,11 +43,7 @@ def assert_traced(dst: Path, seed: int = 5, context: int = 3, **options: object)
     for origin in came_from(dst, range(N), context, **options):  # type: ignore[arg-type]
         i = order[origin.row]
         assert origin.source_row == i
-        near = [
-            j
-            for j in range(i - context, i + context + 1)
-            if 0 <= j < N and DOCUMENT[j] == DOCUMENT[i]
-        ]
+        near = [j for j in range(i - context, i + context + 1) if 0 <= j < N and DOCUMENT[j] == DOCUMENT[i]]
         assert origin.tokens == tuple(TOKEN[near])
         assert (origin.token, origin.tokens[origin.at]) == (TOKEN[i], TOKEN[i])
         assert (origin.document, origin.position) == (DOCUMENT[i], POSITION[i])
@@ -57,18 +53,14 @@ def test_every_row_both_ways(stores: tuple[Path, Path]) -> None:
     assert_traced(stores[1])
 
 
-@pytest.mark.parametrize(
-    "settings", [{"codec": "zstd"}, {"source_row": False}, {"chunks_per_shard": 3}]
-)
+@pytest.mark.parametrize("settings", [{"codec": "zstd"}, {"source_row": False}, {"chunks_per_shard": 3}])
 def test_coded_sharded_and_without_provenance(tmp_path: Path, settings: dict[str, object]) -> None:
     src, dst = text_store(tmp_path / "src.zarr"), tmp_path / "dst.zarr"
     run(src, dst, **settings)
     assert_traced(dst)
 
 
-def test_where_the_source_is_gone_its_rows_are_found_in_the_output(
-    stores: tuple[Path, Path],
-) -> None:
+def test_where_the_source_is_gone_its_rows_are_found_in_the_output(stores: tuple[Path, Path]) -> None:
     src, dst = stores
     shutil.rmtree(src)
     assert_traced(dst)
@@ -85,18 +77,13 @@ def test_a_source_that_has_moved(stores: tuple[Path, Path], tmp_path: Path) -> N
         came_from(bare, [3], source=tmp_path / "nowhere.zarr")
 
 
-def test_a_view_counts_its_own_rows_and_lacks_the_others(
-    stores: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_view_counts_its_own_rows_and_lacks_the_others(stores: tuple[Path, Path], tmp_path: Path) -> None:
     order = Keys(5).order(N)
     write_view(tmp_path / "view.zarr", stores[1], 30, 90)
     places = where_is(tmp_path / "view.zarr", range(N))
     np.testing.assert_array_equal(places[order[30:90]], np.arange(60))
     assert set(places[order[:30]]) | set(places[order[90:]]) == {-1}
-    assert [o.source_row for o in came_from(tmp_path / "view.zarr", [0, 59])] == [
-        order[30],
-        order[89],
-    ]
+    assert [o.source_row for o in came_from(tmp_path / "view.zarr", [0, 59])] == [order[30], order[89]]
 
 
 def test_equal_key_words_are_told_apart(tmp_path: Path) -> None:
@@ -120,8 +107,10 @@ def test_rows_of_a_concatenation_name_their_part(tmp_path: Path) -> None:
 
 def test_document_names_and_text(stores: tuple[Path, Path]) -> None:
     data = open_dataset(stores[1])
-    data.attributes["documents"] = [{"file": "a.txt", "first": 0, "count": 1},
-                                    {"file": "b.jsonl", "first": 1, "count": 4}]  # fmt: skip
+    data.attributes["documents"] = [
+        {"file": "a.txt", "first": 0, "count": 1},
+        {"file": "b.jsonl", "first": 1, "count": 4},
+    ]
     names = {o.document: o.document_name for o in came_from(data, range(N))}
     assert names == {0: "a.txt", **{d: f"b.jsonl:{d}" for d in range(1, 5)}}
     data.attributes["documents"] = [f"{d}.py" for d in range(5)]

@@ -164,9 +164,7 @@ def _alarm(src, store, path):
     except actshuffle.errors.ActshuffleError as err:
         return str(err), key in str(err)
     text = str(report) + "".join(p.detail for p in report.problems)
-    return ("" if report.ok else text), any(
-        key == p.where or key in p.detail for p in report.problems
-    )
+    return ("" if report.ok else text), any(key == p.where or key in p.detail for p in report.problems)
 
 
 @pytest.mark.parametrize("codec", ["none", "crc32c", "sharded_crc32c"])
@@ -434,9 +432,15 @@ def test_truncated_object_is_named(codec, field, left, src, store):
 
 @pytest.mark.parametrize(
     "name",
-    ["zarr.json", "x/zarr.json", "source_row/zarr.json", "_actshuffle/digests/x/zarr.json",
-     "_actshuffle/digests/doc/c.0.0", "_actshuffle/digests/zarr.json"],
-)  # fmt: skip
+    [
+        "zarr.json",
+        "x/zarr.json",
+        "source_row/zarr.json",
+        "_actshuffle/digests/x/zarr.json",
+        "_actshuffle/digests/doc/c.0.0",
+        "_actshuffle/digests/zarr.json",
+    ],
+)
 @pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
 def test_damaged_metadata_is_named(name, damage, src, store):
     dst = store()
@@ -564,10 +568,7 @@ def test_quick_sees_rows_that_are_not_where_their_rank_says(tmp_path):
 
 
 def test_wrong_source_same_shape(src, outputs, tmp_path):
-    group(
-        tmp_path / "other",
-        {"x": values(ROWS, (4,), seed=8), "doc": values(ROWS, (), "<i4", seed=9)},
-    )
+    group(tmp_path / "other", {"x": values(ROWS, (4,), seed=8), "doc": values(ROWS, (), "<i4", seed=9)})
     report = actshuffle.verify(tmp_path / "other", outputs / "none")
     assert not report.ok
     assert any("has the source changed" in p.detail for p in report.problems)

@@ -16,16 +16,7 @@ import click
 
 from actshuffle._version import __version__
 from actshuffle.cli import data, tools
-from actshuffle.cli.options import (
-    CLUSTER,
-    COUNT,
-    LOOK,
-    SHAPE,
-    SIZE,
-    WORK,
-    WORKERS,
-    forecast_cluster,
-)
+from actshuffle.cli.options import CLUSTER, COUNT, LOOK, SHAPE, SIZE, WORK, WORKERS, forecast_cluster
 from actshuffle.cli.session import at_work, print_json, show, signals, wrapped
 from actshuffle.errors import ActshuffleError, RequestError
 from actshuffle.units import format_bytes
@@ -119,26 +110,28 @@ def main() -> None:
 @click.argument("dst", type=click.Path())
 @click.option("--seed", type=COUNT, help="The order's seed.  [default: drawn, and recorded in DST]")
 @SHAPE
+@click.option("--source-row/--no-source-row", default=None, help="Write each row's origin.  [default: yes]")
 @click.option(
-    "--source-row/--no-source-row", default=None, help="Write each row's origin.  [default: yes]"
-)
-@click.option(
-    "--missing-chunks", type=click.Choice(["refuse", "fill"]),
+    "--missing-chunks",
+    type=click.Choice(["refuse", "fill"]),
     help="An absent chunk of SRC is an error, or fill values.  [default: refuse]",
-)  # fmt: skip
-@click.option(
-    "--scratch", type=click.Path(), help="Where the intermediate goes.  [default: beside DST]"
 )
+@click.option("--scratch", type=click.Path(), help="Where the intermediate goes.  [default: beside DST]")
 @click.option("--overwrite", is_flag=True, help="Replace a store at DST.")
-@click.option(
-    "--fsync/--no-fsync", default=True, help="Make objects durable at once.  [default: yes]"
-)
+@click.option("--fsync/--no-fsync", default=True, help="Make objects durable at once.  [default: yes]")
 @WORK
 @click.pass_context
 def run(
-    ctx: click.Context, /, src: str, dst: str, workers: int | None, scheduler: str | None,
-    as_json: bool, quiet: bool, **options: Any,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    /,
+    src: str,
+    dst: str,
+    workers: int | None,
+    scheduler: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Write the rows of SRC to DST in exactly uniform random order.
 
     SRC is a Zarr v2 or v3 array, or a group of arrays of equal length; DST becomes a Zarr v3 group.
@@ -163,12 +156,18 @@ def run(
     if as_json:
         print_json(
             {
-                "destination": result.destination, "rows": result.plan.rows, "bytes": result.nbytes,
-                "seed": result.seed, "seconds": result.seconds,
-                "bytes_per_second": result.nbytes / result.seconds, "tasks": result.tasks,
-                "resumed": result.resumed, "workers": result.workers, "plan": plan_report(result.plan),
+                "destination": result.destination,
+                "rows": result.plan.rows,
+                "bytes": result.nbytes,
+                "seed": result.seed,
+                "seconds": result.seconds,
+                "bytes_per_second": result.nbytes / result.seconds,
+                "tasks": result.tasks,
+                "resumed": result.resumed,
+                "workers": result.workers,
+                "plan": plan_report(result.plan),
             }
-        )  # fmt: skip
+        )
     elif not quiet:
         click.echo(wrapped(str(result), sys.stdout))
 
@@ -177,9 +176,7 @@ def _plan_line(plan: Plan) -> str:
     blocks = sum(plan.blocks(level) for level in range(1, plan.levels))
     levels = f"{plan.levels} level{'s' * (plan.levels != 1)}"
     scratch = f"{blocks:,} block{'s' * (blocks != 1)}, {format_bytes(plan.scratch_bytes)} scratch"
-    return (
-        f"{levels}, {scratch if blocks else 'no scratch'}, {format_bytes(plan.memory)} per worker"
-    )
+    return f"{levels}, {scratch if blocks else 'no scratch'}, {format_bytes(plan.memory)} per worker"
 
 
 GATHER_HINT = "The source fits into this machine's memory: with --gather it is read and written once, without scratch."
@@ -194,9 +191,8 @@ GATHER_HINT = "The source fits into this machine's memory: with --gather it is r
 @CLUSTER
 @LOOK
 def plan(
-    as_json: bool, levels: int | str | None, codec: str | None, simulate: bool, simulation_seed: int,
-    **options: Any,
-) -> None:  # fmt: skip
+    as_json: bool, levels: int | str | None, codec: str | None, simulate: bool, simulation_seed: int, **options: Any
+) -> None:
     """Say what a run would do: levels, tasks, memory, disk.  Writes nothing.
 
     With --hosts, also how long it would take on so many, what limits it, and what it would cost.
@@ -234,16 +230,21 @@ def plan(
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
 @click.option("--quick", is_flag=True, help="Look at random rows only.")
-@click.option(
-    "--rows", "sample_rows", type=COUNT, default=4096, help="... that many.  [default: 4096]"
-)
+@click.option("--rows", "sample_rows", type=COUNT, default=4096, help="... that many.  [default: 4096]")
 @click.option("--mixing", is_flag=True, help="Add statistics of how well the order mixes.")
 @WORK
 @click.pass_context
 def verify(
-    ctx: click.Context, /, src: str, dst: str, workers: int | None, scheduler: str | None,
-    as_json: bool, quiet: bool, **options: Any,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    /,
+    src: str,
+    dst: str,
+    workers: int | None,
+    scheduler: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Check that DST is SRC in the order of its seed.  Exits with 1 if it is not.
 
     \b

@@ -42,9 +42,7 @@ class Meter:
     goes on at the rate, but not past what the tasks in flight can hold, and it never goes back.
     """
 
-    def __init__(
-        self, tasks: int, nbytes: int, workers: int, now: float, rate: float | None = None
-    ) -> None:
+    def __init__(self, tasks: int, nbytes: int, workers: int, now: float, rate: float | None = None) -> None:
         self.tasks, self.nbytes, self.workers, self.started = tasks, nbytes, max(1, workers), now
         self.units = nbytes or tasks  # a stage that moves no bytes is measured in tasks
         self.share = self.units / max(1, tasks)
@@ -105,10 +103,14 @@ class Display:
     """
 
     def __init__(
-        self, stream: TextIO | None, *, workers: Callable[[], int] = lambda: 1,
-        before: Callable[[int], object] = lambda nbytes: None, live: bool | None = None,
+        self,
+        stream: TextIO | None,
+        *,
+        workers: Callable[[], int] = lambda: 1,
+        before: Callable[[int], object] = lambda nbytes: None,
+        live: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.stream, self.workers, self.before, self.clock = stream, workers, before, clock
         terminal = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
         self.live = terminal if live is None else live
@@ -133,9 +135,7 @@ class Display:
             self._stage, self._logged = stage, now
             self._meter = Meter(tasks, nbytes, self.workers(), now, self._rate)
         if self.live and self._ticker is None:
-            self._ticker = threading.Thread(
-                target=self._tick, name="actshuffle-display", daemon=True
-            )
+            self._ticker = threading.Thread(target=self._tick, name="actshuffle-display", daemon=True)
             self._ticker.start()
         size = f", {format_bytes(nbytes)}" if nbytes else ""
         self._log(f"begins: {tasks:,} task{'s' * (tasks != 1)}{size}")
@@ -149,10 +149,7 @@ class Display:
             wait = min(max(LOG_EVERY, (now - meter.started) / 20), LOG_SELDOM)
             if not self.live and now - self._logged >= wait:
                 self._logged = now
-                parts = [
-                    f"{meter.tasks_done:,} of {meter.tasks:,} tasks",
-                    *self._numbers(meter, now),
-                ]
+                parts = [f"{meter.tasks_done:,} of {meter.tasks:,} tasks", *self._numbers(meter, now)]
                 self._log(", ".join(p for p in parts if p))
 
     def end(self) -> None:
@@ -167,11 +164,7 @@ class Display:
             if self.live and (meter.nbytes or self._open):
                 amount = format_bytes(meter.nbytes) if meter.nbytes else f"{meter.tasks:,}"
                 self._write_live(self._row(self._stage, 1.0, "100%", amount, rate, took), "\n")
-            again = (
-                f", {meter.resumed:,} of {meter.tasks:,} tasks were done before"
-                if meter.resumed
-                else ""
-            )
+            again = f", {meter.resumed:,} of {meter.tasks:,} tasks were done before" if meter.resumed else ""
             self._log(f"done in {took}" + (f", {rate}" if rate else "") + again)
 
     # --- Other lines ------------------------------------------------------------------------------
@@ -222,9 +215,7 @@ class Display:
             "" if left is None else f"{clock_face(math.ceil(left))} left",
         )
 
-    def _row(
-        self, title: str, fraction: float, percent: str, amount: str, rate: str, when: str
-    ) -> str:
+    def _row(self, title: str, fraction: float, percent: str, amount: str, rate: str, when: str) -> str:
         """One line, never wider than the terminal: title, bar, four columns of numbers."""
         columns = self._columns()
         numbers = f"  {percent:>4}  {amount:>7}  {rate:>9}  {when:>12}"

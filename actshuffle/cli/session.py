@@ -138,9 +138,7 @@ def _connected(address: str, *, insecure: bool) -> Iterator[Executor]:
             raise ClusterError(f"no Dask scheduler answers at {address} ({err})") from err
         except (ValueError, TypeError) as err:
             hint = " (certificates: docs/scaling.md)" if address.startswith("tls") else ""
-            raise RequestError(
-                f"cannot use {address!r} as a scheduler's address: {err}{hint}"
-            ) from err
+            raise RequestError(f"cannot use {address!r} as a scheduler's address: {err}{hint}") from err
         yield stack.enter_context(executor_for(None, client))
 
 
@@ -165,9 +163,7 @@ def at_work(
             stack.callback(display.close)
             if scheduler is not None:
                 display.hint("cluster", f"connecting to {scheduler} ...")
-                executor = stack.enter_context(
-                    _connected(scheduler, insecure=ctx.meta.get(INSECURE, False))
-                )
+                executor = stack.enter_context(_connected(scheduler, insecure=ctx.meta.get(INSECURE, False)))
                 display.line("cluster", _cluster_text(executor))
             else:
                 executor = crew = _Crew(workers, display)
@@ -222,10 +218,7 @@ def wrapped(text: str, stream: Any) -> str:
     if not stream.isatty():
         return text
     wrap = partial(
-        textwrap.fill,
-        width=shutil.get_terminal_size().columns,
-        break_long_words=False,
-        break_on_hyphens=False,
+        textwrap.fill, width=shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
     )
     return "\n".join(map(wrap, text.splitlines()))
 

@@ -9,17 +9,7 @@ import click
 
 from actshuffle.cli.options import COUNT, LOOK, WORK, Parsed
 from actshuffle.cli.session import at_work, show
-from actshuffle.cli.sources import (
-    CHUNK_ROWS,
-    CODEC,
-    LIST,
-    MEMORY,
-    OVERWRITE,
-    SCRATCH,
-    collect,
-    done,
-    import_,
-)
+from actshuffle.cli.sources import CHUNK_ROWS, CODEC, LIST, MEMORY, OVERWRITE, SCRATCH, collect, done, import_
 from actshuffle.errors import RequestError
 
 
@@ -40,9 +30,7 @@ def _share(text: str) -> tuple[str, int | float | str]:
 
 SHARE = Parsed("NAME=SHARE", _share)
 ORDERED = click.option("--ordered", is_flag=True, help="Also from a store that is not shuffled.")
-COPY = click.option(
-    "--copy", is_flag=True, help="Copy the rows, instead of a view that names them."
-)
+COPY = click.option("--copy", is_flag=True, help="Copy the rows, instead of a view that names them.")
 
 
 @click.command("came-from")
@@ -51,10 +39,7 @@ COPY = click.option(
 @click.option("--context", type=COUNT, default=5, help="Tokens on both sides.  [default: 5]")
 @click.option("--source", type=click.Path(), help="Where the source is now, if it has moved.")
 @click.option(
-    "--text/--no-text",
-    "decode",
-    default=True,
-    help="Decode tokens, if the tokenizer is here.  [default: yes]",
+    "--text/--no-text", "decode", default=True, help="Decode tokens, if the tokenizer is here.  [default: yes]"
 )
 @LOOK
 def came_from(dst: str, rows: tuple[int, ...], as_json: bool, **options: Any) -> None:
@@ -100,9 +85,16 @@ def where_is(dst: str, source_rows: tuple[int, ...], as_json: bool, **options: A
 @WORK
 @click.pass_context
 def split(
-    ctx: click.Context, /, store: str, parts: tuple[tuple[str, Any], ...], workers: int | None,
-    scheduler: str | None, as_json: bool, quiet: bool, **options: Any,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    /,
+    store: str,
+    parts: tuple[tuple[str, Any], ...],
+    workers: int | None,
+    scheduler: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Cut a shuffled STORE into parts: fractions, counts, or "rest".
 
     A part is a contiguous range of rows, and so a uniform sample; it takes no space, unless with --copy.
@@ -142,11 +134,7 @@ def head(store: str, rows: int, out: str | None, as_json: bool, **options: Any) 
 
     if out is not None:
         made = cut.head(store, rows, out, **options)
-        show(
-            {"path": made.path, "rows": made.rows},
-            f"{made.path}: {made.rows:,} rows ({made.kind})",
-            as_json,
-        )
+        show({"path": made.path, "rows": made.rows}, f"{made.path}: {made.rows:,} rows ({made.kind})", as_json)
         return
     found = cut.first_rows(store, rows, options["storage_options"])
     lines = [f"{name}\n  " + "\n  ".join(shown) for name, shown in found.items()]
@@ -167,9 +155,17 @@ def head(store: str, rows: int, out: str | None, as_json: bool, **options: Any) 
 @WORK
 @click.pass_context
 def sample(
-    ctx: click.Context, /, src: str, rows: int, dst: str, workers: int | None, scheduler: str | None,
-    as_json: bool, quiet: bool, **options: Any,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    /,
+    src: str,
+    rows: int,
+    dst: str,
+    workers: int | None,
+    scheduler: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Write an exactly uniform sample of ROWS rows of SRC to DST, in random order.
 
     It is what the first rows of the whole, shuffled under the same seed, would be; only they are read.
@@ -183,9 +179,12 @@ def sample(
     with at_work(ctx, workers, scheduler, quiet) as (executor, display):
         made = cut.sample(src, rows, dst, executor=executor, progress=display, **options)
     document = {
-        "destination": made.destination, "rows": made.plan.rows, "bytes": made.nbytes, "seed": made.seed,
+        "destination": made.destination,
+        "rows": made.plan.rows,
+        "bytes": made.nbytes,
+        "seed": made.seed,
         "seconds": made.seconds,
-    }  # fmt: skip
+    }
     done(document, str(made), as_json, quiet)
 
 
@@ -221,9 +220,16 @@ def concat(sources: tuple[str, ...], out: str, as_json: bool, **options: Any) ->
 @WORK
 @click.pass_context
 def append(
-    ctx: click.Context, /, dst: str, new: str, workers: int | None, scheduler: str | None, as_json: bool,
-    quiet: bool, **options: Any,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    /,
+    dst: str,
+    new: str,
+    workers: int | None,
+    scheduler: str | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Add the rows of NEW to the shuffled store DST.
 
     The result is what shuffling all of them from scratch would give, for one read and one write of the
@@ -238,20 +244,14 @@ def append(
     with at_work(ctx, workers, scheduler, quiet) as (executor, display):
         made = grow(dst, new, executor=executor, progress=display, **options)
     document = {
-        "destination": made.destination, "rows": made.rows, "added": made.added, "bytes": made.nbytes,
-        "seconds": made.seconds, "done_before": made.done_before,
-    }  # fmt: skip
+        "destination": made.destination,
+        "rows": made.rows,
+        "added": made.added,
+        "bytes": made.nbytes,
+        "seconds": made.seconds,
+        "done_before": made.done_before,
+    }
     done(document, str(made), as_json, quiet)
 
 
-commands: list[click.Command] = [
-    came_from,
-    where_is,
-    split,
-    head,
-    sample,
-    concat,
-    append,
-    import_,
-    collect,
-]
+commands: list[click.Command] = [came_from, where_is, split, head, sample, concat, append, import_, collect]

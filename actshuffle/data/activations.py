@@ -51,9 +51,7 @@ class Activations:
             out[:] = self._columns[name].get(start, stop)[:, None].view(np.uint8)
             return
         if self._range != (start, stop) or name not in self._held:
-            self._held = {
-                other: np.empty((len(out), w), np.uint8) for other, w in self._widths.items()
-            }
+            self._held = {other: np.empty((len(out), w), np.uint8) for other, w in self._widths.items()}
             self._range = start, stop
             self._compute(start, stop, {**self._held, name: out})
         else:
@@ -72,11 +70,7 @@ class Activations:
         settings = self._settings
         model = model_of(settings["run"])
         before, after = settings["prefix"], settings["suffix"]
-        kept = (
-            slice(0, None)
-            if settings["special"] == "keep"
-            else slice(len(before), -len(after) or None)
-        )
+        kept = slice(0, None) if settings["special"] == "keep" else slice(len(before), -len(after) or None)
         for windows in self._batches(start, stop, len(before) + len(after)):
             first, end = int(windows[0, 0]), int(windows[:, 1].max())
             tokens = self._columns["token"].get(first, end).astype(np.int64)

@@ -69,12 +69,21 @@ class Appended:
 
 
 def append(
-    dst: str | Path, new: str | Path, out: str | Path | None = None, *,
-    memory: str | int | None = None, chunk_rows: int | None = None, scratch: str | Path | None = None,
-    again: bool = False, overwrite: bool = False, executor: Executor | None = None,
-    progress: Progress | None = None, fsync: bool = True,
-    storage_options: dict[str, Any] | None = None, **request: Any,
-) -> Appended:  # fmt: skip
+    dst: str | Path,
+    new: str | Path,
+    out: str | Path | None = None,
+    *,
+    memory: str | int | None = None,
+    chunk_rows: int | None = None,
+    scratch: str | Path | None = None,
+    again: bool = False,
+    overwrite: bool = False,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    fsync: bool = True,
+    storage_options: dict[str, Any] | None = None,
+    **request: Any,
+) -> Appended:
     """Add the rows of ``new`` to the shuffled store ``dst``, or write old and new together to ``out``.
 
     Equal, byte for byte, to ``shuffle(concat([old source, new]), seed=the old seed)``.  Memory, disk and
@@ -92,9 +101,7 @@ def append(
     beside = Place(f"{place.url.rstrip('/')}.grown", place.options)
     target = beside if out is None else as_place(out, storage_options)
     if out is None and local_path(place) is None:
-        raise RequestError(
-            f"{place} cannot be replaced in one step where it is: give another place"
-        )
+        raise RequestError(f"{place} cannot be replaced in one step where it is: give another place")
     store = whole(open_dataset(dst, storage_options=storage_options))
     fresh = open_dataset(new, incomplete=True, storage_options=storage_options)
     has, added = _rows_from(place), (fresh.path, fresh.rows)
@@ -102,18 +109,18 @@ def append(
         open_objects(beside).delete_prefix("")  # all that was left to do
         return Appended(store.path, store.rows, fresh.rows, store.nbytes, 0.0, done_before=True)
     if not again and any(source == fresh.path for source, _ in has):
-        raise RequestError(
-            f"{fresh.path} is in {store.path} already; give --again to add it once more"
-        )
+        raise RequestError(f"{fresh.path} is in {store.path} already; give --again to add it once more")
     check_places(fresh.root, target, None)
     assert store.marker is not None
     asked = Request(
-        seed=store.marker["seed"], memory=None if memory is None else parse_bytes(memory),
-        fields=tuple(sorted(store.marker["fields"])), scratch=None if scratch is None else str(scratch),
+        seed=store.marker["seed"],
+        memory=None if memory is None else parse_bytes(memory),
+        fields=tuple(sorted(store.marker["fields"])),
+        scratch=None if scratch is None else str(scratch),
         tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
         key_bits=tuple(store.marker["key_bits"]) if "key_bits" in store.marker else None,
         **{"chunk_rows": chunk_rows, **request},
-    )  # fmt: skip
+    )
     if out is None and not overwrite and _rows_from(target) == [*has, added]:
         leftovers: list[Place] = []  # written by an earlier run, which ended before the exchange
     else:
@@ -133,63 +140,46 @@ def append(
 def whole(store: Dataset) -> Dataset:
     """The store, if it is all of a shuffle and knows where its rows came from."""
     marker = store.marker
-    if (
-        marker is None
-        or store.kind != "shuffle"
-        or marker.get("population", store.rows) != store.rows
-    ):
+    if marker is None or store.kind != "shuffle" or marker.get("population", store.rows) != store.rows:
         raise RequestError(
             f"{store.path} is not the whole of a shuffle (it is a {store.kind}); rows can be appended to "
             "the output of run or of append"
         )
     if not marker["source_row"]:
-        raise RequestError(
-            f"{store.path} was written without source_row, which says what its keys are"
-        )
+        raise RequestError(f"{store.path} was written without source_row, which says what its keys are")
     return store
 
 
 def _parts(store: Dataset) -> list[dict[str, Any]]:
     """The sources that a shuffled store's rows came from, in the order of their numbers."""
     assert store.marker is not None
-    alone = {
-        "source": store.marker["source"],
-        "rows": store.rows,
-        "identity": store.marker["source_identity"],
-    }
+    alone = {"source": store.marker["source"], "rows": store.rows, "identity": store.marker["source_identity"]}
     return list(store.marker.get("parts", [alone]))
 
 
 def _sort_new(
-    store: Dataset, fresh: Dataset, target: Place, asked: Request, crew: Executor, progress: Progress,
-    fsync: bool,
-) -> tuple[Dataset, list[Place]]:  # fmt: skip
+    store: Dataset, fresh: Dataset, target: Place, asked: Request, crew: Executor, progress: Progress, fsync: bool
+) -> tuple[Dataset, list[Place]]:
     """The new rows in the order of their keys, as a store of its own; and what to remove at the end."""
     first, stop = store.rows, store.rows + fresh.rows
     base = Place(f"{target.url.rstrip('/')}.new", target.options)
     place = Place(f"{base.url}-sorted", base.options)
     if asked.scratch is not None and "://" not in asked.scratch:
         place = Place(str(Path(asked.scratch).absolute() / place.url.rsplit("/", 1)[-1]))
-    write_concat(
-        base,
-        [fresh],
-        asked.fields,
-        first_row=first,
-        key_rows=(first, stop),
-        marker={"first_row": first},
-    )
+    write_concat(base, [fresh], asked.fields, first_row=first, key_rows=(first, stop), marker={"first_row": first})
     found = virtual.inventory(base, asked.fields or ())
     marker = manifest.read_marker(open_objects(place))
-    ours = None if marker is None or found is None else (
-        marker["seed"] == asked.seed and marker.get("first_row") == first
-        and marker["source_identity"] == found[0]
-    )  # fmt: skip
+    ours = (
+        None
+        if marker is None or found is None
+        else (
+            marker["seed"] == asked.seed and marker.get("first_row") == first and marker["source_identity"] == found[0]
+        )
+    )
     if not ours:
         wanted, most = replace(asked, chunk_rows=None), crew.task_memory
         try:
-            job = prepare(
-                base, place, wanted, most_memory=most, overwrite=ours is False, fsync=fsync
-            )
+            job = prepare(base, place, wanted, most_memory=most, overwrite=ours is False, fsync=fsync)
         except ResumeMismatchError:  # what an append of something else left behind
             job = prepare(base, place, wanted, most_memory=most, overwrite=True, fsync=fsync)
         execute(job, crew, progress)
@@ -198,9 +188,15 @@ def _sort_new(
 
 
 def _merge_job(
-    store: Dataset, ordered: Dataset, source: Place, target: Place, asked: Request, crew: Executor,
-    overwrite: bool, fsync: bool,
-) -> Job:  # fmt: skip
+    store: Dataset,
+    ordered: Dataset,
+    source: Place,
+    target: Place,
+    asked: Request,
+    crew: Executor,
+    overwrite: bool,
+    fsync: bool,
+) -> Job:
     """The job that merges the old store and the new rows, both in the order of their keys."""
     assert store.marker is not None
     assert ordered.marker is not None
@@ -208,15 +204,21 @@ def _merge_job(
     both = [store.marker["fields"], ordered.marker["fields"]]
     sums = {k: to_hex(from_hex(both[0][k]["sum"]) + from_hex(both[1][k]["sum"])) for k in both[0]}
     write_concat(
-        source, [store, ordered], asked.fields, reader="merge", kind="merge", sums=sums,
-        marker={"source": parts[0]["source"], "parts": parts,
-                "source_identity": combined([part["identity"] for part in parts])},
-    )  # fmt: skip
+        source,
+        [store, ordered],
+        asked.fields,
+        reader="merge",
+        kind="merge",
+        sums=sums,
+        marker={
+            "source": parts[0]["source"],
+            "parts": parts,
+            "source_identity": combined([part["identity"] for part in parts]),
+        },
+    )
     layout = {k: v for k, v in layout_of(store).items() if getattr(asked, k) is None}
     wanted = replace(asked, **layout)
-    return prepare(
-        source, target, wanted, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync
-    )
+    return prepare(source, target, wanted, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync)
 
 
 def layout_of(store: Dataset) -> dict[str, Any]:
@@ -252,9 +254,7 @@ class Merge:
 
     def read(self, name: str, start: int, out: U8) -> None:
         at = first = 0
-        for ranks, a, b in zip(
-            self._inputs, self._cut(start), self._cut(start + len(out)), strict=True
-        ):
+        for ranks, a, b in zip(self._inputs, self._cut(start), self._cut(start + len(out)), strict=True):
             self._rows.read(name, first + a, out[at : at + b - a])
             at, first = at + b - a, first + ranks.data.rows
 

@@ -49,9 +49,7 @@ class ArrowFiles:
 
     def group_items(self, files: Sequence[Path]) -> int:
         """Items of the largest group: what is decoded at a time."""
-        return max(
-            (int(np.diff([0, *self._open(str(f)).ends]).max(initial=1)) for f in files), default=1
-        )
+        return max((int(np.diff([0, *self._open(str(f)).ends]).max(initial=1)) for f in files), default=1)
 
     def read(self, part: Part, start: int, out: U8) -> None:
         found, name = self._open(part.file), str(part.at)
@@ -77,9 +75,7 @@ class _Parquet:
     def __init__(self, file: str) -> None:
         parquet = need("pyarrow.parquet", "import")
         self._file = _tried(lambda: parquet.ParquetFile(file), file)
-        counts = [
-            self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)
-        ]
+        counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self.ends: list[int] = np.cumsum(counts).tolist()
         self._schema = self._file.schema_arrow
         self.names: list[str] = self._schema.names
@@ -101,9 +97,7 @@ class _Arrow:
         except pa.ArrowInvalid:
             reader = _tried(lambda: pa.ipc.open_file(source), file)
         # Batches of a mapped file hold no copies: only their places are kept here.
-        self._batches = _tried(
-            lambda: pa.Table.from_batches(list(_batches(reader)), reader.schema), file
-        ).to_batches()
+        self._batches = _tried(lambda: pa.Table.from_batches(list(_batches(reader)), reader.schema), file).to_batches()
         self.ends: list[int] = np.cumsum([b.num_rows for b in self._batches]).tolist()
         self._schema = reader.schema
         self.names: list[str] = self._schema.names
@@ -157,8 +151,7 @@ def _as_array(values: Any, where: str) -> NDArray[Any]:
             lengths = compute.min_max(compute.list_value_length(values)).as_py()
             if lengths["min"] != lengths["max"]:
                 raise SourceError(
-                    f"mixed widths: lists of column {where} have from {lengths['min']:,} to "
-                    f"{lengths['max']:,} values"
+                    f"mixed widths: lists of column {where} have from {lengths['min']:,} to {lengths['max']:,} values"
                 )
             shape.append(lengths["max"] or 0)
         else:

@@ -31,13 +31,7 @@ from actshuffle.data.dataset import open_dataset
 from actshuffle.data.filesource import metadata_of
 from actshuffle.data.models import DTYPES, Model, load_tokenizer, model_of
 from actshuffle.data.tokens import COLUMNS, Cut, special_tokens, text_files, tokenize
-from actshuffle.errors import (
-    DestinationExistsError,
-    FormatError,
-    RequestError,
-    ResumeMismatchError,
-    SourceError,
-)
+from actshuffle.errors import DestinationExistsError, FormatError, RequestError, ResumeMismatchError, SourceError
 from actshuffle.executors import Executor, Serial
 from actshuffle.objects import as_place, local_path, open_objects
 from actshuffle.prepare import Request, prepare
@@ -71,16 +65,34 @@ class Collected:
 
 
 def collect(
-    model: str, text: Sequence[str | Path], out: str | Path, *, layers: Sequence[int] = (),
-    hooks: Sequence[str] = (), dtype: str = "float32", model_dtype: str = "float32",
-    context: int | None = None, special: str = "drop", batch_tokens: int = 8192,
-    tokens_per_document: int | None = None, rows: int | None = None, field: str = "text",
-    tokenizer: str | None = None, device: str = "auto", part: tuple[int, int] | None = None,
-    memory: str | int | None = None, chunk_rows: int | None = None, codec: str | None = None,
-    block_bytes: str | int | None = None, scratch: str | Path | None = None, overwrite: bool = False,
-    executor: Executor | None = None, progress: Progress | None = None, fsync: bool = True,
+    model: str,
+    text: Sequence[str | Path],
+    out: str | Path,
+    *,
+    layers: Sequence[int] = (),
+    hooks: Sequence[str] = (),
+    dtype: str = "float32",
+    model_dtype: str = "float32",
+    context: int | None = None,
+    special: str = "drop",
+    batch_tokens: int = 8192,
+    tokens_per_document: int | None = None,
+    rows: int | None = None,
+    field: str = "text",
+    tokenizer: str | None = None,
+    device: str = "auto",
+    part: tuple[int, int] | None = None,
+    memory: str | int | None = None,
+    chunk_rows: int | None = None,
+    codec: str | None = None,
+    block_bytes: str | int | None = None,
+    scratch: str | Path | None = None,
+    overwrite: bool = False,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
-) -> Collected:  # fmt: skip
+) -> Collected:
     """Write the activations of ``model`` over ``text`` to the store ``out``.
 
     Parameters
@@ -110,12 +122,21 @@ def collect(
     source = Place(f"{place.url.rstrip('/')}.collect", place.options)
     files = text_files([Path(p) for p in text], apart=[local_path(place), local_path(source)])
     asked = {
-        "model": model, "tokenizer": tokenizer or model, "layers": sorted(set(layers)),
-        "hooks": list(dict.fromkeys(hooks)), "dtype": dtype, "model_dtype": model_dtype, "context": context,
-        "special": special, "batch_tokens": batch_tokens, "tokens_per_document": tokens_per_document,
-        "rows": rows, "field": field, "device": device,
+        "model": model,
+        "tokenizer": tokenizer or model,
+        "layers": sorted(set(layers)),
+        "hooks": list(dict.fromkeys(hooks)),
+        "dtype": dtype,
+        "model_dtype": model_dtype,
+        "context": context,
+        "special": special,
+        "batch_tokens": batch_tokens,
+        "tokens_per_document": tokens_per_document,
+        "rows": rows,
+        "field": field,
+        "device": device,
         "text": [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-    }  # fmt: skip
+    }
     seal = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
     marker = None if overwrite else manifest.read_marker(open_objects(place))
     if marker is not None:
@@ -128,14 +149,16 @@ def collect(
         _refuse_other(place, settings.get("asked"), asked, overwrite)
         settings = _write_source(source, files, asked, seal, shown)
     request = Request(
-        seed=0, source_row=False, memory=None if memory is None else parse_bytes(memory),
+        seed=0,
+        source_row=False,
+        memory=None if memory is None else parse_bytes(memory),
         block_bytes=parse_bytes(BLOCK_BYTES if block_bytes is None else block_bytes),
-        chunk_rows=chunk_rows, codec=codec, scratch=None if scratch is None else str(scratch),
+        chunk_rows=chunk_rows,
+        codec=codec,
+        scratch=None if scratch is None else str(scratch),
         tasks_wanted=max(3 * crew.workers, part[1] if part else 1) if crew.workers > 1 or part else None,
-    )  # fmt: skip
-    job = prepare(
-        source, place, request, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync
     )
+    job = prepare(source, place, request, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync)
     complete = True
     if part is None:
         execute(job, crew, shown)
@@ -145,21 +168,19 @@ def collect(
         open_objects(source).delete_prefix("")
     count = job.plan.rows
     return Collected(
-        str(place), count, settings["documents"], count * job.plan.row_bytes,
-        time.perf_counter() - started, complete,
-    )  # fmt: skip
+        str(place), count, settings["documents"], count * job.plan.row_bytes, time.perf_counter() - started, complete
+    )
 
 
-def _refuse_other(
-    place: Place, was: dict[str, Any] | None, now: dict[str, Any], overwrite: bool
-) -> None:
+def _refuse_other(place: Place, was: dict[str, Any] | None, now: dict[str, Any], overwrite: bool) -> None:
     """A collection that is half done goes on as it began, or not at all."""
     if overwrite or was is None or open_objects(place).size(manifest.RUN_KEY) is None:
         return
     told = [
         "the text changed" if k == "text" else f"{k} was {was.get(k)!r}, now {now[k]!r}"
-        for k in sorted(now) if was.get(k) != now[k]
-    ]  # fmt: skip
+        for k in sorted(now)
+        if was.get(k) != now[k]
+    ]
     raise ResumeMismatchError(
         f"{place} is half done with other arguments: {'; '.join(told)}. Give the same to resume, or "
         "--overwrite to start again"
@@ -197,11 +218,7 @@ def _write_source(
     tokenizer = load_tokenizer(asked["tokenizer"])
     before, after = special_tokens(tokenizer)
     run = {k: asked[k] for k in ("model", "model_dtype", "layers", "hooks", "dtype", "device")}
-    run["probe"] = [
-        *before,
-        *tokenizer("one two three", add_special_tokens=False)["input_ids"],
-        *after,
-    ]
+    run["probe"] = [*before, *tokenizer("one two three", add_special_tokens=False)["input_ids"], *after]
     model = model_of(run)
     most = model.most_tokens(tokenizer)
     context = asked["context"] or min(128, most)
@@ -222,32 +239,46 @@ def _write_source(
     progress.end()
     cut.finish()
     if cut.rows == 0:
-        raise SourceError(
-            f"no tokens in {', '.join(map(str, files[:3]))}" + ", ..." * (len(files) > 3)
-        )
+        raise SourceError(f"no tokens in {', '.join(map(str, files[:3]))}" + ", ..." * (len(files) > 3))
     dtype = {"float32": "<f4", "float16": "<f2"}.get(asked["dtype"], asked["dtype"])
     shapes = {name: (dtype, (width // DTYPES[asked["dtype"]],)) for name, width in widths.items()}
     arrays = {name: metadata_of(name, *shape, cut.rows) for name, shape in shapes.items()}
     arrays |= {name: metadata_of(name, kind, (), cut.rows) for name, kind in COLUMNS.items()}
     settings = {
-        "asked": asked, "run": run, "prefix": before, "suffix": after, "special": asked["special"],
-        "batch_tokens": asked["batch_tokens"], "groups": cut.groups, "row_bytes": widths,
-        "documents": cut.documents, "model": model.identity,
-    }  # fmt: skip
+        "asked": asked,
+        "run": run,
+        "prefix": before,
+        "suffix": after,
+        "special": asked["special"],
+        "batch_tokens": asked["batch_tokens"],
+        "groups": cut.groups,
+        "row_bytes": widths,
+        "documents": cut.documents,
+        "model": model.identity,
+    }
     virtual.write(
-        source, "model", settings, arrays,
+        source,
+        "model",
+        settings,
+        arrays,
         _attributes(asked, model, tokenizer, context, before, after, listing, cut),
-        kind="copy", stage="collect",
-        marker={"kind": "collection", "source": asked["model"], "collected": seal,
-                "documents": cut.documents},
-    )  # fmt: skip
+        kind="copy",
+        stage="collect",
+        marker={"kind": "collection", "source": asked["model"], "collected": seal, "documents": cut.documents},
+    )
     return settings
 
 
 def _attributes(
-    asked: Mapping[str, Any], model: Model, tokenizer: Any, context: int, before: Sequence[int],
-    after: Sequence[int], listing: list[dict[str, Any]], cut: Cut,
-) -> dict[str, Any]:  # fmt: skip
+    asked: Mapping[str, Any],
+    model: Model,
+    tokenizer: Any,
+    context: int,
+    before: Sequence[int],
+    after: Sequence[int],
+    listing: list[dict[str, Any]],
+    cut: Cut,
+) -> dict[str, Any]:
     """What the store says of itself: enough to make it again, and to read it."""
     names = [str(tokenizer.decode([i])) for i in (*before, *after)]
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
@@ -260,7 +291,9 @@ def _attributes(
     return {
         "model": model.identity,
         "tokenizer": {
-            "name": asked["tokenizer"], "class": type(tokenizer).__name__, "vocabulary": len(tokenizer),
+            "name": asked["tokenizer"],
+            "class": type(tokenizer).__name__,
+            "vocabulary": len(tokenizer),
             "fingerprint": hashlib.sha256(vocabulary.encode()).hexdigest()[:32],
         },
         "arrays": layers | {name: f"output of {name}" for name in asked["hooks"]},
@@ -269,8 +302,9 @@ def _attributes(
         "document follow each other without overlap; each runs alone or with others of its length, so "
         "there is no padding",
         "special_tokens": {
-            "rows": "kept, with position -1" if asked["special"] == "keep" else "dropped", "tokens": names,
+            "rows": "kept, with position -1" if asked["special"] == "keep" else "dropped",
+            "tokens": names,
         },
         "documents": listing if len(listing) <= NAMED_FILES else len(listing),
         "collected_by": f"actshuffle {__version__}",
-    }  # fmt: skip
+    }

@@ -60,16 +60,12 @@ class Layout:
     def batch_of(self, memory: U8, rows: int, a: int, b: int) -> dict[str, NDArray[Any]]:
         """Rows ``[a, b)`` of a block of ``rows`` as arrays by name: views."""
         return {
-            column.name: memory[start:stop]
-            .view(column.info.dtype)
-            .reshape(b - a, *column.info.row_shape)
+            column.name: memory[start:stop].view(column.info.dtype).reshape(b - a, *column.info.row_shape)
             for column, start, stop in self.spans(rows, a, b)
         }
 
 
-def open_stores(
-    stores: Stores, *, incomplete: bool, storage_options: dict[str, Any] | None
-) -> dict[str, Dataset]:
+def open_stores(stores: Stores, *, incomplete: bool, storage_options: dict[str, Any] | None) -> dict[str, Dataset]:
     """The stores by prefix; a single one has none ("").  They must have the same rows in the same order."""
     if isinstance(stores, str | Path | Dataset):
         named: Iterable[tuple[str, Store]] = [("", stores)]
@@ -100,9 +96,7 @@ def open_stores(
 def choose(datasets: Mapping[str, Dataset], fields: Iterable[str] | None) -> Layout:
     """The columns: all, or those named, either as they are in the batch or as they are in each store."""
     every = {
-        (f"{prefix}/{name}" if prefix else name): Column(
-            f"{prefix}/{name}" if prefix else name, dataset, name
-        )
+        (f"{prefix}/{name}" if prefix else name): Column(f"{prefix}/{name}" if prefix else name, dataset, name)
         for prefix, dataset in datasets.items()
         for name in dataset.fields
     }

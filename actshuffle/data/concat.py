@@ -32,9 +32,12 @@ from actshuffle.types import Field, Place
 
 
 def concat(
-    sources: Sequence[str | Path], out: str | Path, *, fields: Iterable[str] | None = None,
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    fields: Iterable[str] | None = None,
     storage_options: dict[str, Any] | None = None,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """Make ``out`` a virtual source with the rows of all sources, in the order given.
 
     Sources are Zarr arrays or groups, finished stores, views, or virtual sources, whose arrays have the
@@ -61,28 +64,43 @@ class Presented:
 
 
 def present(
-    place: Place, stores: Sequence[Dataset], names: Sequence[str] | None = None, *,
-    rows: int | None = None, first_row: int = 0,
-) -> Presented:  # fmt: skip
+    place: Place,
+    stores: Sequence[Dataset],
+    names: Sequence[str] | None = None,
+    *,
+    rows: int | None = None,
+    first_row: int = 0,
+) -> Presented:
     """The stores as one at ``place``, checked to be alike; with ``rows``, that many instead of all."""
     found = [_arrays(store, names) for store in stores]
     _check_alike(stores, found)
     count = sum(store.rows for store in stores) if rows is None else rows
     parts = [
-        {"store": reference(place, s.root), "start": s.start, "stop": s.start + s.rows,
-         "of": next(iter(arrays.values())).shape[0]}
+        {
+            "store": reference(place, s.root),
+            "start": s.start,
+            "stop": s.start + s.rows,
+            "of": next(iter(arrays.values())).shape[0],
+        }
         for s, arrays in zip(stores, found, strict=True)
-    ]  # fmt: skip
+    ]
     return Presented(
-        count, {k: _metadata(k, [arrays[k] for arrays in found], count) for k in found[0]},
-        stores[0].attributes, {"first_row": first_row, "parts": parts},
-    )  # fmt: skip
+        count,
+        {k: _metadata(k, [arrays[k] for arrays in found], count) for k in found[0]},
+        stores[0].attributes,
+        {"first_row": first_row, "parts": parts},
+    )
 
 
 def write_concat(
-    place: Place, stores: Sequence[Dataset], names: Sequence[str] | None = None, *,
-    reader: str = "concat", first_row: int = 0, **facts: Any,
-) -> Presented:  # fmt: skip
+    place: Place,
+    stores: Sequence[Dataset],
+    names: Sequence[str] | None = None,
+    *,
+    reader: str = "concat",
+    first_row: int = 0,
+    **facts: Any,
+) -> Presented:
     """Write the stores as one virtual source, whose rows are numbered from ``first_row`` on."""
     shown = present(place, stores, names, first_row=first_row)
     virtual.write(place, reader, shown.settings, shown.arrays, shown.attributes, **facts)
@@ -120,8 +138,7 @@ class Concat:
             have = next(iter(arrays.values())).shape[0]
             if have != entry["of"] or not 0 <= offset <= stop <= have:
                 raise SourceError(
-                    f"{found} has {have:,} rows, and had {entry['of']:,} when {place} was made "
-                    "of it; make that again"
+                    f"{found} has {have:,} rows, and had {entry['of']:,} when {place} was made of it; make that again"
                 )
             fields = {k: source_field(k, a) for k, a in arrays.items()}
             end = self.rows + stop - offset
@@ -155,9 +172,7 @@ class Concat:
             if not whole:
                 identity = combined([identity, f"{part.offset}:{part.offset + rows}"])
             parts.append({"source": url, "rows": rows, "identity": identity})
-        return virtual.Behind(
-            combined([p["identity"] for p in parts]), {"parts": parts}, tuple(places)
-        )
+        return virtual.Behind(combined([p["identity"] for p in parts]), {"parts": parts}, tuple(places))
 
 
 def open_reader(place: Place, settings: dict[str, Any]) -> Concat:

@@ -80,10 +80,16 @@ def shares(rows: int, parts: Mapping[str, Share]) -> dict[str, tuple[int, int]]:
 
 
 def split(
-    path: str | Path, parts: Mapping[str, Share], *, folder: str | Path | None = None,
-    copy: bool = False, ordered: bool = False, executor: Executor | None = None,
-    progress: Progress | None = None, storage_options: dict[str, Any] | None = None,
-) -> dict[str, Dataset]:  # fmt: skip
+    path: str | Path,
+    parts: Mapping[str, Share],
+    *,
+    folder: str | Path | None = None,
+    copy: bool = False,
+    ordered: bool = False,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    storage_options: dict[str, Any] | None = None,
+) -> dict[str, Dataset]:
     """Cut a shuffled store into contiguous ranges; ``parts`` maps paths to shares (see `shares`).
 
     Each part becomes a view, or with ``copy`` a store of its own, at its path (under ``folder``).  In a
@@ -112,28 +118,36 @@ def split(
 
 
 def head(
-    path: str | Path, rows: int, out: str | Path, *, copy: bool = False, ordered: bool = False,
-    executor: Executor | None = None, progress: Progress | None = None,
+    path: str | Path,
+    rows: int,
+    out: str | Path,
+    *,
+    copy: bool = False,
+    ordered: bool = False,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
     storage_options: dict[str, Any] | None = None,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """The first rows of a store: of a shuffled one, a uniform sample without replacement."""
     made = split(
-        path, {str(out): rows}, copy=copy, ordered=ordered, executor=executor, progress=progress,
+        path,
+        {str(out): rows},
+        copy=copy,
+        ordered=ordered,
+        executor=executor,
+        progress=progress,
         storage_options=storage_options,
-    )  # fmt: skip
+    )
     return made[str(out)]
 
 
-def first_rows(
-    path: str | Path, rows: int, storage_options: dict[str, Any] | None = None
-) -> dict[str, list[str]]:
+def first_rows(path: str | Path, rows: int, storage_options: dict[str, Any] | None = None) -> dict[str, list[str]]:
     """The first rows of each array, as text: what a look at a store needs."""
     store = open_finished_or_plain(path, storage_options=storage_options)
     count, shown = min(rows, store.rows), {}
     if count > SHOWN_ROWS:
         raise RequestError(
-            f"{count:,} rows are more than the {SHOWN_ROWS:,} that are shown at most; name a store to "
-            "write them to"
+            f"{count:,} rows are more than the {SHOWN_ROWS:,} that are shown at most; name a store to write them to"
         )
     for name, info in store.fields.items():
         values = store.read(name, 0, count)
@@ -145,12 +159,22 @@ def first_rows(
 
 
 def sample(
-    src: str | Path, rows: int, dst: str | Path, *, seed: int | None = None,
-    fields: tuple[str, ...] | None = None, memory: str | int | None = None,
-    chunk_rows: int | None = None, scratch: str | Path | None = None, overwrite: bool = False,
-    executor: Executor | None = None, progress: Progress | None = None, fsync: bool = True,
-    storage_options: dict[str, Any] | None = None, **request: Any,
-) -> Result:  # fmt: skip
+    src: str | Path,
+    rows: int,
+    dst: str | Path,
+    *,
+    seed: int | None = None,
+    fields: tuple[str, ...] | None = None,
+    memory: str | int | None = None,
+    chunk_rows: int | None = None,
+    scratch: str | Path | None = None,
+    overwrite: bool = False,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    fsync: bool = True,
+    storage_options: dict[str, Any] | None = None,
+    **request: Any,
+) -> Result:
     """Write an exactly uniform sample of ``rows`` rows of ``src``, in exactly uniform random order.
 
     Byte for byte the first ``rows`` rows of ``shuffle(src, seed=seed)``.  The same again resumes.
@@ -164,12 +188,7 @@ def sample(
         raise DestinationExistsError(f"{target} is finished; --overwrite replaces it")
     names = tuple(sorted(store.fields if fields is None else set(fields)))
     chosen = Place(f"{target.url.rstrip('/')}.chosen", target.options)
-    asked = {
-        "rows": rows,
-        "of": store.rows,
-        "source": manifest.public_url(source.url),
-        "names": list(names),
-    }
+    asked = {"rows": rows, "of": store.rows, "source": manifest.public_url(source.url), "names": list(names)}
     before = (virtual.describe(chosen) or {}).get("settings", {})
     if before.get("asked") == asked and seed in (None, before["seed"]) and not overwrite:
         seed = int(before["seed"])  # the same again: go on where it was
@@ -178,22 +197,30 @@ def sample(
         keys = Keys(seed, *request.get("key_bits", (64, 64)))
         _choose(chosen, store, keys, names, rows, {"asked": asked, "seed": seed}, crew, shown)
     wanted = Request(
-        seed=seed, memory=None if memory is None else parse_bytes(memory), fields=names,
-        chunk_rows=chunk_rows, scratch=None if scratch is None else str(scratch),
-        tasks_wanted=3 * crew.workers if crew.workers > 1 else None, **request,
-    )  # fmt: skip
-    job = prepare(
-        chosen, target, wanted, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync
+        seed=seed,
+        memory=None if memory is None else parse_bytes(memory),
+        fields=names,
+        chunk_rows=chunk_rows,
+        scratch=None if scratch is None else str(scratch),
+        tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
+        **request,
     )
+    job = prepare(chosen, target, wanted, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync)
     result = execute(job, crew, shown)
     open_objects(chosen).delete_prefix("")
     return result
 
 
 def _choose(
-    place: Place, store: Dataset, keys: Keys, names: tuple[str, ...], count: int, settings: dict[str, Any],
-    crew: Executor, progress: Progress,
-) -> None:  # fmt: skip
+    place: Place,
+    store: Dataset,
+    keys: Keys,
+    names: tuple[str, ...],
+    count: int,
+    settings: dict[str, Any],
+    crew: Executor,
+    progress: Progress,
+) -> None:
     """Write the virtual source that has the rows with the smallest keys, in source order."""
     objects = open_objects(place)
     objects.delete_prefix("")
@@ -214,9 +241,14 @@ def _choose(
             out.write(memoryview(rows.astype("<u8").tobytes()))
     progress.end()
     virtual.write(
-        place, "chosen", {**shown.settings, **settings}, shown.arrays, shown.attributes,
-        key_rows=(0, store.rows), marker={"population": store.rows, "source": settings["asked"]["source"]},
-    )  # fmt: skip
+        place,
+        "chosen",
+        {**shown.settings, **settings},
+        shown.arrays,
+        shown.attributes,
+        key_rows=(0, store.rows),
+        marker={"population": store.rows, "source": settings["asked"]["source"]},
+    )
 
 
 def _not_above(keys: Keys, rows: int, last: U64) -> Iterator[U64]:
@@ -274,18 +306,19 @@ def open_reader(place: Place, settings: dict[str, Any]) -> Chosen:
 
 
 def _there(
-    store: Dataset, target: str, start: int, stop: int, copy: bool,
-    storage_options: dict[str, Any] | None,
-) -> bool:  # fmt: skip
+    store: Dataset, target: str, start: int, stop: int, copy: bool, storage_options: dict[str, Any] | None
+) -> bool:
     """Is this very copy finished, by a split that was stopped?  Refuses whatever else is in the way."""
     place = as_place(target, storage_options)
     marker = manifest.read_marker(objects := open_objects(place))
     if marker is not None and copy and store.shuffled:
         whole = store.root_marker or {}
         ours = {
-            "rows": stop - start, "seed": whole["seed"], "source_identity": whole["source_identity"],
+            "rows": stop - start,
+            "seed": whole["seed"],
+            "source_identity": whole["source_identity"],
             "first_rank": whole.get("first_rank", 0) + store.start + start,
-        }  # fmt: skip
+        }
         if {k: marker.get(k) for k in ours} == ours:
             return True
     if marker is not None or (not copy and next(iter(objects.list("")), None) is not None):
@@ -294,9 +327,15 @@ def _there(
 
 
 def _part(
-    store: Dataset, target: str, start: int, stop: int, copy: bool, crew: Executor, progress: Progress,
+    store: Dataset,
+    target: str,
+    start: int,
+    stop: int,
+    copy: bool,
+    crew: Executor,
+    progress: Progress,
     storage_options: dict[str, Any] | None,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     if not copy:
         return write_view(target, store, start, stop, storage_options=storage_options)
     place = as_place(target, storage_options)
@@ -307,11 +346,12 @@ def _part(
     names = sorted(store.fields)
     if store.shuffled:
         facts["marker"] = {
-            "source": marker["source"], "source_identity": marker["source_identity"],
+            "source": marker["source"],
+            "source_identity": marker["source_identity"],
             "population": marker.get("population", marker["rows"]),
             "first_rank": marker.get("first_rank", 0) + ranged.start,
             **({"parts": marker["parts"]} if "parts" in marker else {}),
-        }  # fmt: skip
+        }
         asked = Request(seed=marker["seed"], key_bits=marker.get("key_bits"), source_row=False)
         if SOURCE_ROW in names:  # then the engine's own provenance, with keys checked on the way
             names.remove(SOURCE_ROW)
@@ -330,15 +370,11 @@ def _rows_of(name: str, share: Share, rows: int) -> float | None:
     if share == "rest":
         return None
     if isinstance(share, (bool, str)) or not share >= 0:
-        raise RequestError(
-            f'part {name}: {share!r} is no number of rows, no fraction and not "rest"'
-        )
+        raise RequestError(f'part {name}: {share!r} is no number of rows, no fraction and not "rest"')
     if isinstance(share, int):
         return share
     if share > 1:
-        raise RequestError(
-            f"part {name}: a fraction is at most 1, got {share}; write counts as whole numbers"
-        )
+        raise RequestError(f"part {name}: a fraction is at most 1, got {share}; write counts as whole numbers")
     return share * rows
 
 

@@ -26,23 +26,11 @@ import zarr
 from numpy.typing import NDArray
 
 from actshuffle import manifest, virtual
-from actshuffle.arrays import (
-    OUR_GROUP,
-    SOURCE_ROW,
-    group_metadata,
-    open_node,
-    source_arrays,
-    source_field,
-)
+from actshuffle.arrays import OUR_GROUP, SOURCE_ROW, group_metadata, open_node, source_arrays, source_field
 from actshuffle.data.rowreader import Reader, stored_field
 from actshuffle.data.views import followed, reference
 from actshuffle.digest import U8
-from actshuffle.errors import (
-    DestinationExistsError,
-    FormatError,
-    IncompleteStoreError,
-    RequestError,
-)
+from actshuffle.errors import DestinationExistsError, FormatError, IncompleteStoreError, RequestError
 from actshuffle.htmlrepr import page
 from actshuffle.objects import Objects, as_place, open_objects
 from actshuffle.types import Field, Place
@@ -134,9 +122,7 @@ class Dataset:
         fields = [(f.name, f.dtype_name, f.row_shape) for f in self.fields.values()]
         return _digest([marker, self.start, self.rows, fields])
 
-    def read(
-        self, name: str, start: int, stop: int, out: NDArray[Any] | None = None
-    ) -> NDArray[Any]:
+    def read(self, name: str, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Rows ``[start, stop)`` of a field, as ``(stop - start, *row_shape)`` of its dtype.
 
         Into ``out`` if given: any C-contiguous array of as many bytes, of the field's dtype or uint8.
@@ -178,9 +164,7 @@ class Dataset:
         info = self._info(name)
         wanted, back = np.unique(np.asarray(rows, np.int64), return_inverse=True)
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < self.rows:
-            raise RequestError(
-                f"row {wanted[0] if wanted[0] < 0 else wanted[-1]:,} of {self.rows:,} in {self.path}"
-            )
+            raise RequestError(f"row {wanted[0] if wanted[0] < 0 else wanted[-1]:,} of {self.rows:,} in {self.path}")
         cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
         ranges = [(int(r[0]), int(r[-1]) + 1) for r in np.split(wanted, cuts) if len(r)]
         out = np.empty((len(wanted), *info.row_shape), info.dtype)
@@ -189,9 +173,7 @@ class Dataset:
 
     def _info(self, name: str) -> FieldInfo:
         if name not in self.fields:
-            raise RequestError(
-                f"no array named {name!r} in {self.path}; it has {sorted(self.fields)}"
-            )
+            raise RequestError(f"no array named {name!r} in {self.path}; it has {sorted(self.fields)}")
         return self.fields[name]
 
     def _flat(self, info: FieldInfo, rows: int, out: NDArray[Any]) -> U8:
@@ -238,10 +220,12 @@ class Dataset:
 
     def _repr_html_(self) -> str:
         facts = {
-            "path": self.path, "kind": self.kind, "rows": f"{self.rows:,}",
+            "path": self.path,
+            "kind": self.kind,
+            "rows": f"{self.rows:,}",
             "bytes": format_bytes(self.nbytes),
             "order": f"shuffled, seed {self.order[1]}" if self.shuffled else "as it was made",
-        }  # fmt: skip
+        }
         rows = [
             (n, form, f"{format_bytes(f.row_bytes)}", f"{f.object_rows:,}")
             for (n, form), f in zip(self._forms(), self.fields.values(), strict=True)
@@ -290,9 +274,7 @@ def _open(place: Place, incomplete: bool, views: tuple[str, ...]) -> Dataset:
             why = ": what writes it has not finished; the same command again goes on"
         elif not is_ours(objects):
             why = ": it was not made by actshuffle, whose `run` would shuffle it"
-        raise IncompleteStoreError(
-            f"{manifest.public_url(place.url)} has no completion marker{why}"
-        )
+        raise IncompleteStoreError(f"{manifest.public_url(place.url)} has no completion marker{why}")
     if marker is not None and marker["kind"] == "view":
         return _open_view(place, marker, views)
     names = None if marker is None else [*marker["fields"], *_provenance(marker)]
@@ -304,11 +286,18 @@ def _open(place: Place, incomplete: bool, views: tuple[str, ...]) -> Dataset:
     if marker is not None and marker["rows"] != rows:
         raise FormatError(f"{place.url} has {rows:,} rows, its marker says {marker['rows']:,}")
     return Dataset(
-        place=place, kind="plain" if marker is None else marker["kind"], marker=marker, rows=rows,
+        place=place,
+        kind="plain" if marker is None else marker["kind"],
+        marker=marker,
+        rows=rows,
         fields={name: _describe(name, arrays[name]) for name in names or arrays},
-        attributes=dict(open_node(place).attrs), root=place, start=0, root_marker=marker,
-        _stored={name: stored_field(name, array) for name, array in arrays.items()}, _root_rows=rows,
-    )  # fmt: skip
+        attributes=dict(open_node(place).attrs),
+        root=place,
+        start=0,
+        root_marker=marker,
+        _stored={name: stored_field(name, array) for name, array in arrays.items()},
+        _root_rows=rows,
+    )
 
 
 def _open_view(place: Place, marker: dict[str, Any], views: tuple[str, ...]) -> Dataset:
@@ -318,24 +307,31 @@ def _open_view(place: Place, marker: dict[str, Any], views: tuple[str, ...]) -> 
     parent = _open(followed(place, marker["of"]), False, (*views, place.url))
     start, stop = marker["start"], marker["stop"]
     if not 0 <= start <= stop <= parent.rows or marker["rows"] != stop - start:
-        raise FormatError(
-            f"{where} is rows {start:,} to {stop:,} of {parent.path}, which has {parent.rows:,}"
-        )
+        raise FormatError(f"{where} is rows {start:,} to {stop:,} of {parent.path}, which has {parent.rows:,}")
     names = [*marker["fields"], *_provenance(marker)]
     absent = [name for name in names if name not in parent.fields]
     if absent or marker.get("of_identity", parent.identity) != parent.identity:
         reason = f"no array {absent[0]!r} is there" if absent else "it is not the store it was"
         raise FormatError(f"{where} is a view of {parent.path}, but {reason}; make the view again")
     return replace(
-        parent, place=place, kind="view", marker=marker, rows=stop - start,
-        fields={name: parent.fields[name] for name in names}, start=parent.start + start,
-    )  # fmt: skip
+        parent,
+        place=place,
+        kind="view",
+        marker=marker,
+        rows=stop - start,
+        fields={name: parent.fields[name] for name in names},
+        start=parent.start + start,
+    )
 
 
 def write_view(
-    path: str | Path, parent: str | Path | Dataset, start: int, stop: int,
-    *, storage_options: dict[str, Any] | None = None,
-) -> Dataset:  # fmt: skip
+    path: str | Path,
+    parent: str | Path | Dataset,
+    start: int,
+    stop: int,
+    *,
+    storage_options: dict[str, Any] | None = None,
+) -> Dataset:
     """Make ``path`` the rows ``[start, stop)`` of a finished store, without copying one of them.
 
     A view of a view is written as a view of the store that has the rows.
@@ -343,9 +339,7 @@ def write_view(
     if not isinstance(parent, Dataset):
         parent = open_dataset(parent, storage_options=storage_options)
     if parent.marker is None:
-        raise IncompleteStoreError(
-            f"{parent.path} has no completion marker; views are of finished stores"
-        )
+        raise IncompleteStoreError(f"{parent.path} has no completion marker; views are of finished stores")
     if not 0 <= start <= stop <= parent.rows:
         raise RequestError(f"rows {start:,} to {stop:,} of {parent.rows:,} in {parent.path}")
     place = as_place(path, storage_options)
@@ -355,10 +349,16 @@ def write_view(
     root = _open(parent.root, False, ())
     names = {name: {"object_rows": f.object_rows} for name, f in parent.fields.items()}
     body = {
-        "format": manifest.FORMAT, "kind": "view", "of": reference(place, parent.root),
-        "of_identity": root.identity, "start": parent.start + start, "stop": parent.start + stop,
-        "rows": stop - start, "source_row": names.pop(SOURCE_ROW, None) is not None, "fields": names,
-    }  # fmt: skip
+        "format": manifest.FORMAT,
+        "kind": "view",
+        "of": reference(place, parent.root),
+        "of_identity": root.identity,
+        "start": parent.start + start,
+        "stop": parent.start + stop,
+        "rows": stop - start,
+        "source_row": names.pop(SOURCE_ROW, None) is not None,
+        "fields": names,
+    }
     objects.put("zarr.json", group_metadata(parent.attributes))
     objects.put(manifest.MARKER_KEY, group_metadata({"actshuffle": body}))
     return _open(place, False, ())
@@ -376,8 +376,12 @@ def _digest(values: Any) -> str:
 def _describe(name: str, array: zarr.Array[Any]) -> FieldInfo:
     found = source_field(name, array)
     return FieldInfo(
-        name=name, dtype=array.dtype.newbyteorder("<"), row_shape=found.row_shape,
-        row_bytes=found.row_bytes, object_rows=found.source_chunk_rows,
-        bfloat16=array.metadata.to_dict().get("data_type") == "bfloat16", raw=bool(found.source_key),
+        name=name,
+        dtype=array.dtype.newbyteorder("<"),
+        row_shape=found.row_shape,
+        row_bytes=found.row_bytes,
+        object_rows=found.source_chunk_rows,
+        bfloat16=array.metadata.to_dict().get("data_type") == "bfloat16",
+        raw=bool(found.source_key),
         piece_rows=1 if found.source_key else stored_field(name, array).source_chunk_rows,
-    )  # fmt: skip
+    )

@@ -139,9 +139,7 @@ class Step:
         return _share(self.start, self.stop, rank, world_size)
 
 
-def steps(
-    rows: int, batch: int, drop_last: bool, epoch: int, row: int, until: int
-) -> Iterator[Step]:
+def steps(rows: int, batch: int, drop_last: bool, epoch: int, row: int, until: int) -> Iterator[Step]:
     """Global batches from a cursor (epoch, row) on, up to epoch ``until``; none spans two epochs."""
     while epoch < until:
         while row < rows and (row + batch <= rows or not drop_last):

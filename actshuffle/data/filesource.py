@@ -41,56 +41,69 @@ class Mapped:
 
     def __str__(self) -> str:
         told = {
-            "rows": "one row per item", "tokens": "one row per token of each sequence",
-            "repeated": "repeated over the tokens of its sequence", "document": "number of the sequence",
+            "rows": "one row per item",
+            "tokens": "one row per token of each sequence",
+            "repeated": "repeated over the tokens of its sequence",
+            "document": "number of the sequence",
             "position": "place in the sequence",
-        }  # fmt: skip
+        }
         shape = "x".join(map(str, self.shape)) or "scalar"
-        origin = (
-            f"{self.column!r}, {self.files} file{'s' * (self.files != 1)}"
-            if self.column
-            else "(new)"
-        )
+        origin = f"{self.column!r}, {self.files} file{'s' * (self.files != 1)}" if self.column else "(new)"
         return f"{self.array}: {shape} {dtype_name(self.dtype)} from {origin}: {told[self.rule]}"
 
 
 def write_files(
-    source: Place, kind: str, options: dict[str, Any], files: Sequence[Path], found: Mapping[str, Column],
-    mapping: Sequence[Mapped], sequence: int, group: int, attributes: dict[str, Any],
-) -> int:  # fmt: skip
+    source: Place,
+    kind: str,
+    options: dict[str, Any],
+    files: Sequence[Path],
+    found: Mapping[str, Column],
+    mapping: Sequence[Mapped],
+    sequence: int,
+    group: int,
+    attributes: dict[str, Any],
+) -> int:
     """The files as a virtual source; returns its rows."""
     items = next(iter(found[m.column].items for m in mapping if m.column))
     rows = items * sequence
     if rows == 0:
         raise SourceError(f"no rows in {files[0]}" + " and the others" * (len(files) > 1))
     codec = "none" if group == 1 else "crc32c"
-    texts = {
-        m.array: metadata_of(m.array, m.dtype, m.shape, rows, min(group, rows), codec)
-        for m in mapping
-    }
+    texts = {m.array: metadata_of(m.array, m.dtype, m.shape, rows, min(group, rows), codec) for m in mapping}
     settings = {
-        "kind": kind, "options": options, "sequence": sequence,
+        "kind": kind,
+        "options": options,
+        "sequence": sequence,
         "files": [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         "arrays": {
             m.array: {"rule": m.rule, "parts": [list(p) for p in found[m.column].parts] if m.column else []}
             for m in mapping
         },
-    }  # fmt: skip
+    }
     if (virtual.describe(source) or {}).get("settings") != settings:
         open_objects(source).delete_prefix("")
-    virtual.write(source, "files", settings, texts, attributes, kind="copy", stage="import",
-                  marker={"kind": "collection", "source": str(files[0].parent.absolute())})  # fmt: skip
+    virtual.write(
+        source,
+        "files",
+        settings,
+        texts,
+        attributes,
+        kind="copy",
+        stage="import",
+        marker={"kind": "collection", "source": str(files[0].parent.absolute())},
+    )
     return rows
 
 
-def metadata_of(
-    name: str, dtype: str, shape: Sequence[int], rows: int, chunk: int = 1, codec: str = "none"
-) -> str:
+def metadata_of(name: str, dtype: str, shape: Sequence[int], rows: int, chunk: int = 1, codec: str = "none") -> str:
     """``zarr.json`` of an array of rows of some shape; ``dtype`` is numpy's name or "bfloat16"."""
     array = zarr.create_array(
-        MemoryStore(), shape=(rows, *shape), chunks=(chunk, *(max(1, s) for s in shape)),
-        dtype=BFloat16() if dtype == "bfloat16" else np.dtype(dtype), compressors=None,
-    )  # fmt: skip
+        MemoryStore(),
+        shape=(rows, *shape),
+        chunks=(chunk, *(max(1, s) for s in shape)),
+        dtype=BFloat16() if dtype == "bfloat16" else np.dtype(dtype),
+        compressors=None,
+    )
     return output_field(source_field(name, array), array, rows, chunk, chunk, codec).metadata
 
 
@@ -101,10 +114,7 @@ class Files:
         self._table = table_of(settings["kind"], settings["options"])
         self._files, self._sequence = settings["files"], int(settings["sequence"])
         self._rules = {name: entry["rule"] for name, entry in settings["arrays"].items()}
-        self._parts = {
-            name: [Part(*part) for part in entry["parts"]]
-            for name, entry in settings["arrays"].items()
-        }
+        self._parts = {name: [Part(*part) for part in entry["parts"]] for name, entry in settings["arrays"].items()}
 
     def read(self, name: str, start: int, out: U8) -> None:
         rule, tokens = self._rules[name], self._sequence

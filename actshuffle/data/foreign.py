@@ -29,9 +29,20 @@ from actshuffle.errors import RequestError, SourceError
 from actshuffle.extras import need
 
 _SAFETENSORS = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "I64": "<i8", "I32": "<i4", "I16": "<i2",
-    "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
-}  # fmt: skip
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "bfloat16",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "|i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
 _HEADER_LIMIT = 100 << 20  # bytes; a longer safetensors header is refused, as by its own library
 
 
@@ -84,8 +95,11 @@ def table_of(kind: str, options: dict[str, Any]) -> Table:
 
         return ArrowFiles(kind)
     tables: dict[str, Callable[[dict[str, Any]], Table]] = {
-        "npy": Npy, "raw": Raw, "safetensors": Safetensors, "torch": Torch
-    }  # fmt: skip
+        "npy": Npy,
+        "raw": Raw,
+        "safetensors": Safetensors,
+        "torch": Torch,
+    }
     return tables[kind](options)
 
 
@@ -121,9 +135,7 @@ class _Bytes:
             while len(view):
                 got = os.preadv(fd, [view], offset)
                 if got == 0:
-                    raise SourceError(
-                        f"{part.file} ends at byte {offset:,}, more was expected: truncated"
-                    )
+                    raise SourceError(f"{part.file} ends at byte {offset:,}, more was expected: truncated")
                 view, offset = view[got:], offset + got
         finally:
             os.close(fd)
@@ -137,10 +149,7 @@ class Npy(_Bytes):
             with file.open("rb") as f:
                 try:
                     version = np.lib.format.read_magic(f)
-                    read = {
-                        (1, 0): np.lib.format.read_array_header_1_0,
-                        (2, 0): np.lib.format.read_array_header_2_0,
-                    }
+                    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
                     shape, fortran, dtype = read[version](f)
                 except (ValueError, KeyError) as err:
                     raise SourceError(f"{file} is no .npy file that can be read: {err}") from err
@@ -149,16 +158,12 @@ class Npy(_Bytes):
             if not shape:
                 raise SourceError(f"{file} holds a single number, it has no rows")
             if fortran and len(shape) > 1:
-                raise SourceError(
-                    f"{file} is stored column by column (Fortran order); save it in C order"
-                )
+                raise SourceError(f"{file} is stored column by column (Fortran order); save it in C order")
             swap = dtype.itemsize if dtype.byteorder == ">" else 0
             if swap and dtype.kind == "c":
                 raise SourceError(f"{file} has big-endian complex numbers; save it little-endian")
             part = Part(str(file), offset, shape[0], swap)
-            yield _complete(
-                file, Column(file.stem, dtype.newbyteorder("<").str, shape[1:], (part,))
-            )
+            yield _complete(file, Column(file.stem, dtype.newbyteorder("<").str, shape[1:], (part,)))
 
 
 class Raw(_Bytes):
@@ -200,18 +205,14 @@ class Safetensors(_Bytes):
                         for name, t in sorted(header.items())
                     ]
                 except (ValueError, KeyError, TypeError, AttributeError) as err:
-                    raise SourceError(
-                        f"{file} has a damaged header, or a type of no use here: {err}"
-                    ) from err
+                    raise SourceError(f"{file} has a damaged header, or a type of no use here: {err}") from err
             for name, dtype, shape, start, stop in found:
                 if not shape:
                     continue  # a lone number
                 part = Part(str(file), 8 + size + start, shape[0])
                 column = Column(name, dtype, shape[1:], (part,))
                 if stop - start != column.items * column.item_bytes:
-                    raise SourceError(
-                        f"{file}: tensor {name!r} has {stop - start:,} bytes for shape {shape}"
-                    )
+                    raise SourceError(f"{file}: tensor {name!r} has {stop - start:,} bytes for shape {shape}")
                 yield _complete(file, column)
 
 
@@ -230,9 +231,7 @@ class Torch:
                 try:
                     known = dtype if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<").str
                 except TypeError:
-                    raise SourceError(
-                        f"{file} has a tensor of type {dtype}, of no use here"
-                    ) from None
+                    raise SourceError(f"{file} has a tensor of type {dtype}, of no use here") from None
                 part = Part(str(file), name, tensor.shape[0])
                 yield Column(name or file.stem, known, tuple(tensor.shape[1:]), (part,))
 
@@ -253,20 +252,14 @@ def _load_tensors(file: str) -> dict[str, Any]:
         ) from err
     tensors = {"": found} if isinstance(found, torch.Tensor) else found
     if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided
-        for k, v in tensors.items()
+        isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in tensors.items()
     ):
         raise SourceError(f"{file} holds neither a tensor nor a dict of tensors")
     return tensors
 
 
 def _check_dtype(file: Path, dtype: np.dtype[Any]) -> None:
-    if (
-        dtype.hasobject
-        or dtype.kind not in "biufc"
-        or dtype.itemsize > 16
-        or dtype == np.dtype("longdouble")
-    ):
+    if dtype.hasobject or dtype.kind not in "biufc" or dtype.itemsize > 16 or dtype == np.dtype("longdouble"):
         raise SourceError(f"{file} has items of type {dtype}; numbers of fixed width are needed")
 
 

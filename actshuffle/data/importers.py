@@ -35,9 +35,17 @@ from actshuffle.types import Place
 from actshuffle.units import format_bytes, format_seconds, parse_bytes
 
 FORMATS = {
-    ".npy": "npy", ".safetensors": "safetensors", ".parquet": "parquet", ".arrow": "arrow",
-    ".pt": "torch", ".pth": "torch", ".bin": "raw", ".dat": "raw", ".raw": "raw", ".mmap": "raw",
-}  # fmt: skip
+    ".npy": "npy",
+    ".safetensors": "safetensors",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".pt": "torch",
+    ".pth": "torch",
+    ".bin": "raw",
+    ".dat": "raw",
+    ".raw": "raw",
+    ".mmap": "raw",
+}
 ARRAY_NAME = re.compile(r"[^/\x00]+")
 
 
@@ -56,23 +64,36 @@ class Imported:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.destination}: {self.rows:,} rows, {format_bytes(self.nbytes)}, "
-                 f"{format_seconds(self.seconds)}"]  # fmt: skip
+        lines = [f"{self.destination}: {self.rows:,} rows, {format_bytes(self.nbytes)}, {format_seconds(self.seconds)}"]
         lines += [f"  {m}" for m in self.mapping]
         return "\n".join([*lines, *(f"  left out: {name}" for name in self.left_out)])
 
 
 def import_store(
-    paths: str | Path | Sequence[str | Path], dst: str | Path, *, format: str | None = None,
-    columns: Iterable[str] | None = None, names: Mapping[str, str] | None = None,
-    flatten: bool | None = None, together: bool | None = None, split: str | None = None,
-    dtype: str | None = None, row_shape: Sequence[int] | None = None,
-    attributes: Mapping[str, Any] | None = None, memory: str | int | None = None,
-    chunk_rows: int | None = None, chunks_per_shard: int | None = None, codec: str | None = None,
-    scratch: str | Path | None = None, overwrite: bool = False, executor: Executor | None = None,
-    progress: Progress | None = None, fsync: bool = True,
-    storage_options: dict[str, Any] | None = None, **request: Any,
-) -> Imported:  # fmt: skip
+    paths: str | Path | Sequence[str | Path],
+    dst: str | Path,
+    *,
+    format: str | None = None,
+    columns: Iterable[str] | None = None,
+    names: Mapping[str, str] | None = None,
+    flatten: bool | None = None,
+    together: bool | None = None,
+    split: str | None = None,
+    dtype: str | None = None,
+    row_shape: Sequence[int] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    memory: str | int | None = None,
+    chunk_rows: int | None = None,
+    chunks_per_shard: int | None = None,
+    codec: str | None = None,
+    scratch: str | Path | None = None,
+    overwrite: bool = False,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    fsync: bool = True,
+    storage_options: dict[str, Any] | None = None,
+    **request: Any,
+) -> Imported:
     """Copy files of another format into a store, in order.
 
     Parameters
@@ -99,33 +120,31 @@ def import_store(
     mapping, sequence = _mapped(found, kind, columns, names or {}, flatten)
     place = as_place(dst, storage_options)
     source = _beside(place)
-    told = {
-        "format": kind,
-        "files": len(files),
-        "mapping": {m.array: m.column or m.rule for m in mapping},
-    }
+    told = {"format": kind, "files": len(files), "mapping": {m.array: m.column or m.rule for m in mapping}}
     group = table.group_items(files) * sequence if hasattr(table, "group_items") else 1
-    rows = write_files(source, kind, options, files, found, mapping, sequence, group,
-                         {**(attributes or {}), "imported": told})  # fmt: skip
+    rows = write_files(
+        source, kind, options, files, found, mapping, sequence, group, {**(attributes or {}), "imported": told}
+    )
     asked = Request(
-        seed=0, source_row=False, memory=None if memory is None else parse_bytes(memory),
-        chunk_rows=chunk_rows, chunks_per_shard=chunks_per_shard, codec=codec,
+        seed=0,
+        source_row=False,
+        memory=None if memory is None else parse_bytes(memory),
+        chunk_rows=chunk_rows,
+        chunks_per_shard=chunks_per_shard,
+        codec=codec,
         scratch=None if scratch is None else str(scratch),
-        tasks_wanted=3 * crew.workers if crew.workers > 1 else None, **request,
-    )  # fmt: skip
+        tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
+        **request,
+    )
     try:
-        job = prepare(
-            source, place, asked, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync
-        )
+        job = prepare(source, place, asked, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync)
     except RequestError:
         open_objects(source).delete_prefix("")
         raise
     execute(job, crew, progress or Silent())
     open_objects(source).delete_prefix("")
     nbytes = rows * job.plan.row_bytes
-    return Imported(
-        str(place), rows, nbytes, time.perf_counter() - started, tuple(mapping), tuple(left_out)
-    )
+    return Imported(str(place), rows, nbytes, time.perf_counter() - started, tuple(mapping), tuple(left_out))
 
 
 def _beside(place: Place) -> Place:
@@ -136,14 +155,10 @@ def _beside(place: Place) -> Place:
     return Place(str(Path(tempfile.gettempdir()) / f"actshuffle-{tag}.import"))
 
 
-def find_files(
-    paths: Sequence[Path], format: str | None, split: str | None
-) -> tuple[str, list[Path]]:
+def find_files(paths: Sequence[Path], format: str | None, split: str | None) -> tuple[str, list[Path]]:
     """The format and the files that some paths stand for, in the order of their names and numbers."""
     if format is not None and format not in FORMATS.values():
-        raise RequestError(
-            f"unknown format {format!r}; known are {', '.join(sorted(set(FORMATS.values())))}"
-        )
+        raise RequestError(f"unknown format {format!r}; known are {', '.join(sorted(set(FORMATS.values())))}")
     files: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -160,25 +175,16 @@ def find_files(
             files += sorted(known, key=lambda p: natural(p.relative_to(path).as_posix()))
     kinds = {format or FORMATS.get(p.suffix, "") for p in files}
     if not files or kinds == {""}:
-        raise SourceError(
-            f"nothing to import in {', '.join(map(str, paths))}: no files ending in {', '.join(FORMATS)}"
-        )
+        raise SourceError(f"nothing to import in {', '.join(map(str, paths))}: no files ending in {', '.join(FORMATS)}")
     if len(kinds) > 1:
-        raise SourceError(
-            f"files of several formats ({', '.join(sorted(k or '?' for k in kinds))}): give --format"
-        )
+        raise SourceError(f"files of several formats ({', '.join(sorted(k or '?' for k in kinds))}): give --format")
     return kinds.pop(), files
 
 
-def _columns(
-    kind: str, table: Table, files: Sequence[Path], together: bool | None
-) -> dict[str, Column]:
+def _columns(kind: str, table: Table, files: Sequence[Path], together: bool | None) -> dict[str, Column]:
     """All columns by name; of files that are a column each, those that belong together as one."""
     families = [_family(file, together) for file in files]
-    named_after = {
-        str(f): f.stem if families.count(n) == 1 else n
-        for f, n in zip(files, families, strict=True)
-    }
+    named_after = {str(f): f.stem if families.count(n) == 1 else n for f, n in zip(files, families, strict=True)}
     by_name: dict[str, list[Column]] = {}
     for column in table.columns(files):
         part = column.parts[0]
@@ -186,9 +192,7 @@ def _columns(
         name = named_after[part.file] if unnamed else column.name
         by_name.setdefault(name, []).append(replace(column, name=name))
     if not by_name:
-        raise SourceError(
-            f"no columns of numbers in {files[0]}" + " and the others" * (len(files) > 1)
-        )
+        raise SourceError(f"no columns of numbers in {files[0]}" + " and the others" * (len(files) > 1))
     return {name: joined(found) for name, found in sorted(by_name.items())}
 
 
@@ -206,9 +210,12 @@ def _family(file: Path, together: bool | None) -> str:
 
 
 def _mapped(
-    found: Mapping[str, Column], kind: str, columns: Iterable[str] | None, names: Mapping[str, str],
+    found: Mapping[str, Column],
+    kind: str,
+    columns: Iterable[str] | None,
+    names: Mapping[str, str],
     flatten: bool | None,
-) -> tuple[list[Mapped], int]:  # fmt: skip
+) -> tuple[list[Mapped], int]:
     """The arrays to make, and how many tokens a sequence has (1 where items are rows)."""
     wanted = list(found) if columns is None else list(columns)
     for name in (*wanted, *names):
@@ -223,22 +230,18 @@ def _mapped(
     if flatten is None:
         flatten = kind == "arrow" and any(len(c.shape) == 2 for c in chosen)
     if not flatten:
-        mapping = [
-            Mapped(names.get(c.name, c.name), c.name, "rows", c.dtype, c.shape, len(c.parts))
-            for c in chosen
-        ]
+        mapping = [Mapped(names.get(c.name, c.name), c.name, "rows", c.dtype, c.shape, len(c.parts)) for c in chosen]
         return _distinct(mapping), 1
     if len(set(lengths.values())) != 1:
         listed = ", ".join(f"{k}: {v:,}" for k, v in lengths.items())
-        raise SourceError(
-            f"mixed widths: sequences of unequal length ({listed}); choose some with --columns"
-        )
+        raise SourceError(f"mixed widths: sequences of unequal length ({listed}); choose some with --columns")
     tokens = next(iter(lengths.values()))
     mapping = [
-        Mapped(names.get(c.name, c.name), c.name, "tokens" if c.shape else "repeated", c.dtype, c.shape[1:],
-               len(c.parts))
+        Mapped(
+            names.get(c.name, c.name), c.name, "tokens" if c.shape else "repeated", c.dtype, c.shape[1:], len(c.parts)
+        )
         for c in chosen
-    ]  # fmt: skip
+    ]
     taken = {m.array for m in mapping}
     for rule, width in (("document", "<u8"), ("position", "<u4")):
         if rule not in taken:
@@ -250,14 +253,8 @@ def _distinct(mapping: list[Mapped]) -> list[Mapped]:
     arrays = [m.array for m in mapping]
     for name in arrays:
         if arrays.count(name) > 1:
-            raise RequestError(
-                f"two columns would become the array {name!r}; rename one with --name"
-            )
-        if (
-            not ARRAY_NAME.fullmatch(name)
-            or name in (".", "..")
-            or name.startswith(("__", "_actshuffle"))
-        ):
+            raise RequestError(f"two columns would become the array {name!r}; rename one with --name")
+        if not ARRAY_NAME.fullmatch(name) or name in (".", "..") or name.startswith(("__", "_actshuffle")):
             raise RequestError(f"{name!r} is no name for an array; give another with --name")
     return mapping
 

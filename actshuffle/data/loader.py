@@ -83,31 +83,41 @@ class Loader:
     """
 
     def __init__(
-        self, stores: Stores, batch_size: int, *, fields: Iterable[str] | None = None,
-        rank: int = 0, world_size: int = 1, epochs: int | None = 1, seed: int = 0,
-        drop_last: bool = False, prefetch_bytes: int | str = 0, threads: int | None = None,
-        pin: bool = False, as_torch: bool = False, buffer_rows: int | None = None,
-        incomplete: bool = False, storage_options: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        stores: Stores,
+        batch_size: int,
+        *,
+        fields: Iterable[str] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        epochs: int | None = 1,
+        seed: int = 0,
+        drop_last: bool = False,
+        prefetch_bytes: int | str = 0,
+        threads: int | None = None,
+        pin: bool = False,
+        as_torch: bool = False,
+        buffer_rows: int | None = None,
+        incomplete: bool = False,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
         for name, value, least in (
-            ("batch_size", batch_size, 1), ("world_size", world_size, 1), ("rank", rank, 0),
-            ("seed", seed, 0), ("epochs", epochs, 1), ("threads", threads, 1),
+            ("batch_size", batch_size, 1),
+            ("world_size", world_size, 1),
+            ("rank", rank, 0),
+            ("seed", seed, 0),
+            ("epochs", epochs, 1),
+            ("threads", threads, 1),
             ("buffer_rows", buffer_rows, 0),
-        ):  # fmt: skip
+        ):
             optional = name in ("epochs", "threads", "buffer_rows") and value is None
-            if not optional and (
-                not isinstance(value, int) or isinstance(value, bool) or value < least
-            ):
-                raise RequestError(
-                    f"{name} must be a whole number of at least {least}, got {value!r}"
-                )
+            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise RequestError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if rank >= world_size:
             raise RequestError(f"rank {rank} of {world_size} ranks; they count from 0")
         if pin and not as_torch:
             raise RequestError("pin is for tensors: give as_torch too")
-        self.datasets: dict[str, Dataset] = open_stores(
-            stores, incomplete=incomplete, storage_options=storage_options
-        )
+        self.datasets: dict[str, Dataset] = open_stores(stores, incomplete=incomplete, storage_options=storage_options)
         self.layout: Layout = choose(self.datasets, fields)
         first = next(iter(self.datasets.values()))
         if buffer_rows is None and not first.shuffled:
@@ -128,10 +138,7 @@ class Loader:
         self.wait_seconds = 0.0
         self.rows_seen = 0
         self._cursor = 0, 0  # epoch and row of the next step
-        self._skip, self._stride = (
-            0,
-            1,
-        )  # steps to leave out, now and between: DataLoader workers share
+        self._skip, self._stride = (0, 1)  # steps to leave out, now and between: DataLoader workers share
         self._turn = 0
         self._pinned = False
         self._pool: tuple[int, Pool] | None = None  # by the size of blocks
@@ -150,9 +157,7 @@ class Loader:
         """Small if what is read is in the page cache now, by a look at a few rows."""
         # Other rows each time: a look at what is not there brings it there.
         rows = [secrets.randbelow(max(1, self.rows)) for _ in range(LOOKS)]
-        cached = self.rows and all(
-            c.dataset.is_cached(c.field, row) for c in self.layout.columns for row in rows
-        )
+        cached = self.rows and all(c.dataset.is_cached(c.field, row) for c in self.layout.columns for row in rows)
         return CACHED_BLOCK_BYTES if cached else BLOCK_BYTES
 
     @property
@@ -186,9 +191,7 @@ class Loader:
             at = 0
             for step, (a, b) in zip(block.steps, block.parts, strict=True):
                 if self._turn != turn:
-                    raise RequestError(
-                        "another pass over this loader has begun, or its cursor was moved"
-                    )
+                    raise RequestError("another pass over this loader has begun, or its cursor was moved")
                 batch = self._batch(loan, block.rows, at, at + b - a)
                 at += b - a
                 self.rows_seen += b - a
@@ -261,9 +264,7 @@ class Loader:
         A state that such a worker saved goes on as it was.
         """
         if self._stride not in (1, workers):
-            raise RequestError(
-                f"this state was saved by one of {self._stride} workers, now {workers}"
-            )
+            raise RequestError(f"this state was saved by one of {self._stride} workers, now {workers}")
         if self._stride == 1 and workers > 1:
             self._skip, self._stride = worker, workers
 
@@ -271,38 +272,38 @@ class Loader:
         """Where the loader is, after the last batch it handed out: small, plain values."""
         epoch, row = self._cursor
         return {
-            "format": STATE_FORMAT, "epoch": epoch, "row": row, "skip": self._skip, "stride": self._stride,
+            "format": STATE_FORMAT,
+            "epoch": epoch,
+            "row": row,
+            "skip": self._skip,
+            "stride": self._stride,
             **self._identity(),
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another loader of the same stores was; bitwise, on any number of ranks."""
         try:
             if state["format"] != STATE_FORMAT:
-                raise RequestError(
-                    f"loader state of format {state['format']}; this reads {STATE_FORMAT}"
-                )
+                raise RequestError(f"loader state of format {state['format']}; this reads {STATE_FORMAT}")
             for name, ours in self._identity().items():
                 if state[name] != ours:
-                    raise RequestError(
-                        f"this state is of another loader: {name} was {state[name]!r}, now {ours!r}"
-                    )
+                    raise RequestError(f"this state is of another loader: {name} was {state[name]!r}, now {ours!r}")
             epoch, row, skip, stride = (int(state[k]) for k in ("epoch", "row", "skip", "stride"))
         except (KeyError, TypeError, ValueError) as err:
             if isinstance(err, RequestError):
                 raise
-            raise RequestError(
-                f"this is no state of a loader: {type(err).__name__}: {err}"
-            ) from err
+            raise RequestError(f"this is no state of a loader: {type(err).__name__}: {err}") from err
         self.seek(epoch, row)
         self._skip, self._stride = max(0, skip), max(1, stride)
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "rows": self.rows, "seed": self.order.seed, "unit": self.order.unit,
+            "rows": self.rows,
+            "seed": self.order.seed,
+            "unit": self.order.unit,
             "buffer_rows": self.order.buffer_rows,
             "stores": [dataset.identity for dataset in self.datasets.values()],
-        }  # fmt: skip
+        }
 
     def mixing(self, epoch: int = 0, alpha: float = 0.01) -> MixingReport:
         """The two-sided tests of `actshuffle.mixing` on the order of an epoch; reads no row data.

@@ -37,14 +37,15 @@ class Model:
         self.layers = int(getattr(self.model.config, "num_hidden_layers", 0))
         wrong = [n for n in self._layers.values() if not 0 <= n <= self.layers]
         if wrong:
-            raise RequestError(
-                f"no layer {wrong[0]}: {settings['model']} has hidden states 0 to {self.layers}"
-            )
+            raise RequestError(f"no layer {wrong[0]}: {settings['model']} has hidden states 0 to {self.layers}")
         self.identity = {
-            "name": settings["model"], "class": type(self.model).__name__, "layers": self.layers,
-            "parameters": sum(p.numel() for p in self.model.parameters()), "dtype": settings["model_dtype"],
+            "name": settings["model"],
+            "class": type(self.model).__name__,
+            "layers": self.layers,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": settings["model_dtype"],
             "fingerprint": fingerprint(self.model),
-        }  # fmt: skip
+        }
         self._blocks = self._early_exit(settings["probe"]) if self._layers else None
 
     def __call__(self, tokens: NDArray[Any]) -> dict[str, U8]:
@@ -59,19 +60,14 @@ class Model:
 
     def most_tokens(self, tokenizer: Any) -> int:
         """The longest window that model and tokenizer say they take."""
-        told = (
-            getattr(self.model.config, "max_position_embeddings", None),
-            tokenizer.model_max_length,
-        )
+        told = (getattr(self.model.config, "max_position_embeddings", None), tokenizer.model_max_length)
         return min(int(n) for n in (*told, 1 << 20) if n is not None and n > 0)
 
     def _plain(self, inputs: Any) -> dict[str, Any]:
         held: dict[str, Any] = {}
         hooks = [_keep(module, held, name) for name, module in self._hooks.items()]
         try:
-            output = self.model(
-                input_ids=inputs, output_hidden_states=bool(self._layers), use_cache=False
-            )
+            output = self.model(input_ids=inputs, output_hidden_states=bool(self._layers), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -85,9 +81,12 @@ class Model:
         hooks = [_keep(module, held, name) for name, module in self._hooks.items()]
         last = max(wanted)
         if 0 in wanted:
-            hooks.append(self._blocks[0].register_forward_pre_hook(
-                lambda _, args, kwargs: held.update({wanted[0]: _first(args or tuple(kwargs.values()))}),
-                with_kwargs=True))  # fmt: skip
+            hooks.append(
+                self._blocks[0].register_forward_pre_hook(
+                    lambda _, args, kwargs: held.update({wanted[0]: _first(args or tuple(kwargs.values()))}),
+                    with_kwargs=True,
+                )
+            )
         for n in sorted(set(wanted) - {0}):
             hooks.append(_keep(self._blocks[n - 1], held, wanted[n]))
         if not self._hooks:
@@ -107,11 +106,7 @@ class Model:
         count = self.layers
         if max(self._layers.values()) >= count:
             return None  # the last one may be normed after its block
-        lists = [
-            m
-            for m in self.model.modules()
-            if isinstance(m, self._torch.nn.ModuleList) and len(m) == count
-        ]
+        lists = [m for m in self.model.modules() if isinstance(m, self._torch.nn.ModuleList) and len(m) == count]
         if len(lists) != 1 or count == 0:
             return None
         inputs = self._torch.tensor([list(probe)], device=self.device)
@@ -122,9 +117,7 @@ class Model:
                 found = self._stopping(inputs)
             except Exception:  # a model whose blocks are called in some other way
                 return None
-        same = set(found) == set(plain) and all(
-            self._torch.equal(found[k], plain[k]) for k in plain
-        )
+        same = set(found) == set(plain) and all(self._torch.equal(found[k], plain[k]) for k in plain)
         return lists[0] if same else None
 
     def _module(self, name: str) -> Any:
@@ -133,12 +126,8 @@ class Model:
         for known in (name, inner):
             if known and known in modules:
                 return modules[known]
-        close = [m for m in modules if m.endswith(name.rsplit(".", 1)[-1])][:5] or list(modules)[
-            1:6
-        ]
-        raise RequestError(
-            f"no module {name!r} in {type(self.model).__name__}; there is {', '.join(close)}, ..."
-        )
+        close = [m for m in modules if m.endswith(name.rsplit(".", 1)[-1])][:5] or list(modules)[1:6]
+        raise RequestError(f"no module {name!r} in {type(self.model).__name__}; there is {', '.join(close)}, ...")
 
     def _bits(self, name: str, value: Any) -> U8:
         torch = self._torch
@@ -146,11 +135,7 @@ class Model:
             raise RequestError(f"{name!r} does not give one vector for each token")
         rounded = value.to(self._dtype)
         if not bool(torch.isfinite(rounded).all()):
-            whose = (
-                "the model gives"
-                if not bool(torch.isfinite(value).all())
-                else f"in {self._dtype} there are"
-            )
+            whose = "the model gives" if not bool(torch.isfinite(value).all()) else f"in {self._dtype} there are"
             raise SourceError(
                 f"{whose} values in {name} that are not finite (largest {float(value.abs().max()):.3g}); "
                 "collect with --dtype bfloat16 or float32"
@@ -192,9 +177,7 @@ def load_tokenizer(name: str) -> Any:
         try:
             return transformers.AutoTokenizer.from_pretrained(name)
         except Exception as err:
-            raise SourceError(
-                f"cannot load the tokenizer {name}: {str(err).splitlines()[0]}"
-            ) from err
+            raise SourceError(f"cannot load the tokenizer {name}: {str(err).splitlines()[0]}") from err
 
 
 @contextmanager

@@ -233,9 +233,16 @@ class FloatSums:
             m2 = np.maximum(self._sum2 - self._sum * mean, 0)
             bins, counts = _histogram(norms)
             return replace(
-                self._bad, count=self._count, mean=self._centre + mean, m2=m2, bins=bins, counts=counts,
-                squares=float(norms.sum()), least=float(norms.min()), most=float(norms.max()),
-            )  # fmt: skip
+                self._bad,
+                count=self._count,
+                mean=self._centre + mean,
+                m2=m2,
+                bins=bins,
+                counts=counts,
+                squares=float(norms.sum()),
+                least=float(norms.min()),
+                most=float(norms.max()),
+            )
 
 
 def _widened(bits: NDArray[Any]) -> NDArray[np.float32]:
@@ -270,9 +277,7 @@ def _histogram(norms: F64) -> tuple[I64, I64]:
 def bin_edges(bins: I64) -> tuple[F64, F64]:
     """Lower and upper squared norm of histogram bins."""
     keys = bins.astype(np.uint64)
-    return (keys << _KEY_BITS).view(np.float64), ((keys + np.uint64(1)) << _KEY_BITS).view(
-        np.float64
-    )
+    return (keys << _KEY_BITS).view(np.float64), ((keys + np.uint64(1)) << _KEY_BITS).view(np.float64)
 
 
 class IntSums:
@@ -333,19 +338,23 @@ def merge(a: Part, b: Part) -> Part:
         mean = a.mean + delta * share if a.count else b.mean
         m2 = a.m2 + b.m2 + (delta * delta * a.count * share if a.count and b.count else 0.0)
     return FloatPart(
-        count=count, mean=mean, m2=m2, squares=a.squares + b.squares, bins=bins, counts=counts,
-        least=min(a.least, b.least), most=max(a.most, b.most), left_out=a.left_out + b.left_out,
-        nans=a.nans + b.nans, infs=a.infs + b.infs,
-        first_nan=a.first_nan or b.first_nan, first_inf=a.first_inf or b.first_inf,
-    )  # fmt: skip
+        count=count,
+        mean=mean,
+        m2=m2,
+        squares=a.squares + b.squares,
+        bins=bins,
+        counts=counts,
+        least=min(a.least, b.least),
+        most=max(a.most, b.most),
+        left_out=a.left_out + b.left_out,
+        nans=a.nans + b.nans,
+        infs=a.infs + b.infs,
+        first_nan=a.first_nan or b.first_nan,
+        first_inf=a.first_inf or b.first_inf,
+    )
 
 
 def _merge_ints(a: IntPart, b: IntPart) -> IntPart:
     low = [x for x in (a.least, b.least) if x is not None]
     high = [x for x in (a.most, b.most) if x is not None]
-    return IntPart(
-        a.count + b.count,
-        min(low, default=None),
-        max(high, default=None),
-        _smallest(b.hashes, a.hashes),
-    )
+    return IntPart(a.count + b.count, min(low, default=None), max(high, default=None), _smallest(b.hashes, a.hashes))

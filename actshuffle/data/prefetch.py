@@ -95,9 +95,7 @@ class Reading:
     ``once``: past the page cache, which does not hold all of it until the next epoch.
     """
 
-    def __init__(
-        self, layout: Layout, order: Order, lend: Callable[[int], Loan], *, once: bool
-    ) -> None:
+    def __init__(self, layout: Layout, order: Order, lend: Callable[[int], Loan], *, once: bool) -> None:
         self._layout, self._order, self._lend, self._once = layout, order, lend, once
 
     def plan(self, block: Block) -> tuple[Block, Loan, list[Read]]:
@@ -130,18 +128,14 @@ class Buffering:
     While the consumer is in one window the next is read, so two are in memory.
     """
 
-    def __init__(
-        self, layout: Layout, order: Order, lend: Callable[[int], Loan], threads: int
-    ) -> None:
+    def __init__(self, layout: Layout, order: Order, lend: Callable[[int], Loan], threads: int) -> None:
         self._layout, self._order, self._lend = layout, order, lend
         self._windows: dict[Range, _Window] = {}  # by epoch and number
         self._pool, self._memory = ThreadPoolExecutor(threads, "actshuffle-window"), Pool(2)
 
     def window(self, epoch: int, number: int) -> _Window:
         if (epoch, number) not in self._windows:
-            self._windows[epoch, number] = _Window(
-                self._layout, self._order, epoch, number, self._pool, self._memory
-            )
+            self._windows[epoch, number] = _Window(self._layout, self._order, epoch, number, self._pool, self._memory)
         return self._windows[epoch, number]
 
     def plan(self, block: Block) -> tuple[Block, list[_Window]]:
@@ -190,7 +184,7 @@ class _Window:
 
     def __init__(
         self, layout: Layout, order: Order, epoch: int, number: int, pool: ThreadPoolExecutor, memory: Pool
-    ) -> None:  # fmt: skip
+    ) -> None:
         low, high = order.window(number)
         self._layout, self._rows = layout, high - low
         self._memory = memory.lend(layout.nbytes(self._rows)).memory
@@ -218,9 +212,7 @@ class _Window:
             np.take(source, places, axis=0, out=goal, mode="clip")
 
 
-def _reads(
-    layout: Layout, ranges: list[Range], memory: U8, rows: int, at: int, *, once: bool = False
-) -> list[Read]:
+def _reads(layout: Layout, ranges: list[Range], memory: U8, rows: int, at: int, *, once: bool = False) -> list[Read]:
     """Calls that read row ranges of every column, to row ``at`` and on of a block of ``rows``."""
     size = sum(b - a for a, b in ranges)
     return [
@@ -230,9 +222,8 @@ def _reads(
 
 
 def in_order(
-    pool: ThreadPoolExecutor, fn: Callable[[Any], T], items: Iterable[Any], depth: int,
-    waited: Callable[[float], None],
-) -> Iterator[T]:  # fmt: skip
+    pool: ThreadPoolExecutor, fn: Callable[[Any], T], items: Iterable[Any], depth: int, waited: Callable[[float], None]
+) -> Iterator[T]:
     """``map(fn, items)`` with ``depth`` calls ahead; tells how long each result was waited for."""
     pending: deque[Future[T]] = deque()
 

@@ -36,10 +36,17 @@ MOST_ROWS = 1 << 26  # whose provenance is held in memory, about 40 bytes a row
 
 
 def quality(
-    source: str | Path | Dataset | Loader | Iterable[Mapping[str, Any]], batch_size: int = 4096, *,
-    documents: str = DOCUMENTS, positions: str = "position", epoch: int = 0, alpha: float = 0.01,
-    seed: int = 0, incomplete: bool = False, storage_options: dict[str, Any] | None = None,
-) -> QualityReport:  # fmt: skip
+    source: str | Path | Dataset | Loader | Iterable[Mapping[str, Any]],
+    batch_size: int = 4096,
+    *,
+    documents: str = DOCUMENTS,
+    positions: str = "position",
+    epoch: int = 0,
+    alpha: float = 0.01,
+    seed: int = 0,
+    incomplete: bool = False,
+    storage_options: dict[str, Any] | None = None,
+) -> QualityReport:
     """Score the batches that something yields against those of a uniform shuffle.
 
     ``source`` is a store, whose rows are taken in stored order, ``batch_size`` at a time; a `Loader`,
@@ -58,9 +65,7 @@ def quality(
         if isinstance(source, Dataset):
             dataset = source
         else:
-            dataset = open_finished_or_plain(
-                source, incomplete=incomplete, storage_options=storage_options
-            )
+            dataset = open_finished_or_plain(source, incomplete=incomplete, storage_options=storage_options)
         source = Loader(dataset, batch_size, buffer_rows=None if dataset.shuffled else 0)
         what = dataset.path
     elif isinstance(source, Loader):
@@ -82,16 +87,12 @@ def _of_loader(
         raise RequestError(f"no array named {documents!r}; there are {known}")
     dataset = dataset or next(iter(loader.datasets.values()))
     if loader.rows > MOST_ROWS:
-        raise RequestError(
-            f"{loader.rows:,} rows; quality holds what is known of {MOST_ROWS:,} at most: take a view"
-        )
+        raise RequestError(f"{loader.rows:,} rows; quality holds what is known of {MOST_ROWS:,} at most: take a view")
     origin, provenance, notes = _origin(dataset, documents, positions)
     if grouped:
         groups, grouping = _compact(_integers(dataset, documents)), f"{documents!r}"
     elif provenance == "row number" and dataset.shuffled:
-        raise RequestError(
-            f"{dataset.path} has neither {documents!r} nor {SOURCE_ROW!r}: nothing tells its rows apart"
-        )
+        raise RequestError(f"{dataset.path} has neither {documents!r} nor {SOURCE_ROW!r}: nothing tells its rows apart")
     else:
         groups, grouping = origin // BLOCK, f"blocks of {BLOCK} source rows"
     batch = loader.batch_size
@@ -103,9 +104,18 @@ def _of_loader(
         chunk = max(dataset.fields.values(), key=lambda f: f.row_bytes).object_rows
         mixing = report(order, src_chunk_rows=chunk, dst_chunk_rows=batch, alpha=alpha)
     return QualityReport(
-        what, loader.rows, batch, len(starts), grouping, int(groups.max()) + 1,
-        _measures(scored, np.bincount(groups), seed), mixing, provenance, alpha, notes,
-    )  # fmt: skip
+        what,
+        loader.rows,
+        batch,
+        len(starts),
+        grouping,
+        int(groups.max()) + 1,
+        _measures(scored, np.bincount(groups), seed),
+        mixing,
+        provenance,
+        alpha,
+        notes,
+    )
 
 
 def _of_batches(
@@ -114,11 +124,7 @@ def _of_batches(
     found: dict[str, list[NDArray[Any]]] = {}
     sizes: list[int] = []
     for batch in batches:
-        known = {
-            k: np.asarray(batch[k]).reshape(-1)
-            for k in (documents, positions, SOURCE_ROW)
-            if k in batch
-        }
+        known = {k: np.asarray(batch[k]).reshape(-1) for k in (documents, positions, SOURCE_ROW) if k in batch}
         if documents not in known and SOURCE_ROW not in known:
             raise RequestError(
                 f"batches need {documents!r} or {SOURCE_ROW!r} to be told apart; these have {sorted(batch)}"
@@ -131,9 +137,7 @@ def _of_batches(
     if any(len(values) != rows for values in whole.values()):
         raise RequestError("batches differ in which fields they have")
     if any(s != size for s in sizes[:-1]):
-        raise RequestError(
-            f"batches of unequal size ({min(sizes):,} to {size:,} rows) cannot be compared"
-        )
+        raise RequestError(f"batches of unequal size ({min(sizes):,} to {size:,} rows) cannot be compared")
     starts = _spread(rows, max(1, size))
     origin, provenance = _ranked(whole, documents, positions)
     if documents in whole:
@@ -145,10 +149,18 @@ def _of_batches(
     if provenance != "row number":
         mixing = report(origin, src_chunk_rows=min(rows, 1 << 15), dst_chunk_rows=size, alpha=alpha)
     return QualityReport(
-        "batches", rows, size, len(starts), grouping, int(groups.max()) + 1,
-        _measures(scored, np.bincount(groups), seed), mixing, provenance, alpha,
+        "batches",
+        rows,
+        size,
+        len(starts),
+        grouping,
+        int(groups.max()) + 1,
+        _measures(scored, np.bincount(groups), seed),
+        mixing,
+        provenance,
+        alpha,
         ("the population is what passed by",),
-    )  # fmt: skip
+    )
 
 
 # --- Where rows came from -----------------------------------------------------------------------
@@ -184,9 +196,7 @@ def _ranked(known: Mapping[str, NDArray[Any]], documents: str, positions: str) -
 def _integers(dataset: Dataset, name: str) -> NDArray[Any]:
     info = dataset.fields[name]
     if info.row_shape or info.bfloat16 or info.dtype.kind not in "iu":
-        raise RequestError(
-            f"{name!r} of {dataset.path} is {info.dtype_name} {info.row_shape}, not one integer a row"
-        )
+        raise RequestError(f"{name!r} of {dataset.path} is {info.dtype_name} {info.row_shape}, not one integer a row")
     return dataset.read(name, 0, dataset.rows)
 
 
@@ -222,10 +232,12 @@ def _measures(scored: I64, sizes: I64, seed: int) -> tuple[Measure, ...]:
     rng, rows = np.random.default_rng(seed), int(sizes.sum())
     edges = np.cumsum(sizes)
     found = _averages(scored)
-    simulated = np.array([
-        _averages(np.searchsorted(edges, _sample(rng, rows, scored.size), side="right").reshape(scored.shape))
-        for _ in range(SIMULATED)
-    ])  # fmt: skip
+    simulated = np.array(
+        [
+            _averages(np.searchsorted(edges, _sample(rng, rows, scored.size), side="right").reshape(scored.shape))
+            for _ in range(SIMULATED)
+        ]
+    )
     measures = []
     for (name, words), value, others in zip(_NAMES, found, simulated.T, strict=True):
         mean, sd = float(others.mean()), float(others.std(ddof=1)) * math.sqrt(1 + 1 / SIMULATED)

@@ -64,13 +64,12 @@ class QualityReport:
         """Plain values for JSON."""
         return {
             **{k: v for k, v in vars(self).items() if k not in ("measures", "mixing")},
-            "passed": self.passed, "coverage": self.coverage, "notes": list(self.notes),
-            "measures": [
-                asdict(m) | {"sigmas": m.sigmas if math.isfinite(m.sigmas) else None}
-                for m in self.measures
-            ],
+            "passed": self.passed,
+            "coverage": self.coverage,
+            "notes": list(self.notes),
+            "measures": [asdict(m) | {"sigmas": m.sigmas if math.isfinite(m.sigmas) else None} for m in self.measures],
             "mixing": self.mixing and self.mixing.as_dict(),
-        }  # fmt: skip
+        }
 
     def _rows(self) -> list[tuple[str, str, str, str, str]]:
         bad, rows = set(self.rejected), []
@@ -84,9 +83,7 @@ class QualityReport:
             return "pass: nothing tells these batches from those of a uniform shuffle"
         if self.measures[0] in self.rejected:
             share = f"{self.coverage:.1%}"
-            return (
-                f"FAIL: a batch holds {share} of the documents that one of a uniform shuffle does"
-            )
+            return f"FAIL: a batch holds {share} of the documents that one of a uniform shuffle does"
         wrong = "; ".join(f"{m.name}: {m.direction}" for m in self.rejected)
         return f"FAIL: {wrong or 'the order is not that of a uniform shuffle'}"
 
@@ -104,10 +101,12 @@ class QualityReport:
 
     def _repr_html_(self) -> str:
         facts = {
-            "of": self.what, "rows": f"{self.rows:,}",
+            "of": self.what,
+            "rows": f"{self.rows:,}",
             "batches": f"{self.batches:,} of {self.batch_size:,} rows scored",
-            "by": f"{self.grouping} ({self.documents:,})", "verdict": self.verdict(),
-        }  # fmt: skip
+            "by": f"{self.grouping} ({self.documents:,})",
+            "verdict": self.verdict(),
+        }
         header = ("in a batch", "found", "uniform shuffle", "sigmas", "")
         whole = page("Mixing quality", facts, header, self._rows(), verdict=self.passed)
         if self.mixing is None:

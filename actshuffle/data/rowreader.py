@@ -86,9 +86,7 @@ class Reader:
         objects, step = self._source.objects, stored.source_chunk_rows
         if not stored.source_key or not isinstance(objects, LocalObjects):
             return False
-        return objects.is_cached(
-            stored.source_key.format(row // step), row % step * stored.row_bytes
-        )
+        return objects.is_cached(stored.source_key.format(row // step), row % step * stored.row_bytes)
 
     def _decode(self, stored: Field, start: int, stop: int, out: U8) -> None:
         """Whole pieces straight into ``out``; of cut ones the rows that are wanted."""

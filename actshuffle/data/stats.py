@@ -34,17 +34,7 @@ from actshuffle.arrays import OUR_GROUP, get_array, group_metadata, put_array
 from actshuffle.buffers import pages
 from actshuffle.data import statsview
 from actshuffle.data.dataset import Dataset, open_dataset, open_finished_or_plain
-from actshuffle.data.moments import (
-    FloatPart,
-    FloatSums,
-    IntPart,
-    IntSums,
-    Part,
-    distinct,
-    is_float,
-    is_integer,
-    merge,
-)
+from actshuffle.data.moments import FloatPart, FloatSums, IntPart, IntSums, Part, distinct, is_float, is_integer, merge
 from actshuffle.data.prefetch import in_order
 from actshuffle.data.statstypes import NUMBERS, FloatStats, IntStats
 from actshuffle.errors import FormatError, RequestError, StorageError
@@ -82,10 +72,15 @@ class Stats:
     def as_dict(self) -> dict[str, Any]:
         """All but the arrays, as plain values."""
         return {
-            "format": FORMAT, "version": __version__, "rows": self.rows, "identity": self.identity,
+            "format": FORMAT,
+            "version": __version__,
+            "rows": self.rows,
+            "identity": self.identity,
             "fields": {name: found.as_dict() for name, found in self.fields.items()},
-            "skipped": self.skipped, "bytes": self.nbytes, "seconds": self.seconds,
-        }  # fmt: skip
+            "skipped": self.skipped,
+            "bytes": self.nbytes,
+            "seconds": self.seconds,
+        }
 
     def __str__(self) -> str:
         return statsview.text(self)
@@ -105,10 +100,15 @@ class Stats:
 
 
 def stats(
-    path: str | Path | Dataset, *, fields: Iterable[str] | None = None, executor: Executor | None = None,
-    write: bool = True, incomplete: bool = False, storage_options: dict[str, Any] | None = None,
+    path: str | Path | Dataset,
+    *,
+    fields: Iterable[str] | None = None,
+    executor: Executor | None = None,
+    write: bool = True,
+    incomplete: bool = False,
+    storage_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
-) -> Stats:  # fmt: skip
+) -> Stats:
     """Mean, variance, norms and faults of every field, in one pass.
 
     Written beside the rows (with ``write``, and only of a finished store and all its fields), where
@@ -121,23 +121,13 @@ def stats(
     """
     dataset = path
     if not isinstance(dataset, Dataset):
-        dataset = open_finished_or_plain(
-            dataset, incomplete=incomplete, storage_options=storage_options
-        )
+        dataset = open_finished_or_plain(dataset, incomplete=incomplete, storage_options=storage_options)
     started, progress = time.perf_counter(), progress or Silent()
     workers: Executor = executor or Threads()
-    names = (
-        list(dataset.fields)
-        if fields is None
-        else [fields]
-        if isinstance(fields, str)
-        else list(fields)
-    )
+    names = list(dataset.fields) if fields is None else [fields] if isinstance(fields, str) else list(fields)
     unknown = [name for name in names if name not in dataset.fields]
     if unknown:
-        raise RequestError(
-            f"no array named {unknown[0]!r} in {dataset.path}; it has {sorted(dataset.fields)}"
-        )
+        raise RequestError(f"no array named {unknown[0]!r} in {dataset.path}; it has {sorted(dataset.fields)}")
     chosen = {name: dataset.fields[name] for name in names}
     counted = tuple(n for n, f in chosen.items() if is_float(f) or is_integer(f))
     row_bytes = sum(chosen[n].row_bytes for n in counted)
@@ -153,11 +143,15 @@ def stats(
     merged = {name: reduce(merge, column) for name, column in zip(counted, columns, strict=False)}
     finished = dataset.marker is not None and fields is None and write
     result = Stats(
-        path=dataset.path, rows=dataset.rows, identity=dataset.identity,
+        path=dataset.path,
+        rows=dataset.rows,
+        identity=dataset.identity,
         fields={name: _finish(dataset, name, merged.get(name)) for name in counted},
         skipped={n: f.dtype_name for n, f in chosen.items() if n not in counted},
-        nbytes=dataset.rows * row_bytes, seconds=time.perf_counter() - started, written=finished,
-    )  # fmt: skip
+        nbytes=dataset.rows * row_bytes,
+        seconds=time.perf_counter() - started,
+        written=finished,
+    )
     if finished:
         try:
             _write(open_objects(dataset.place), result)
@@ -180,9 +174,7 @@ def sums(dataset: Dataset, names: tuple[str, ...], start: int, stop: int) -> tup
             buffers = cycle([one.reshape(step, info.row_bytes) for one in memory])
             pieces = ((a, min(a + step, stop), next(buffers)) for a in range(start, stop, step))
 
-            def read(
-                piece: tuple[int, int, NDArray[np.uint8]], name: str = name
-            ) -> tuple[NDArray[Any], int]:
+            def read(piece: tuple[int, int, NDArray[np.uint8]], name: str = name) -> tuple[NDArray[Any], int]:
                 a, b, buffer = piece
                 info, buffer = dataset.fields[name], buffer[: b - a]
                 dataset.reading(name, [(a, b)], buffer, once=True)()
@@ -217,15 +209,20 @@ def _finish(dataset: Dataset, name: str, part: Part | None) -> FloatStats | IntS
     part = part if isinstance(part, FloatPart) else FloatSums(info).part()
     n, blank = part.count, np.full(math.prod(info.row_shape), math.nan)
     return FloatStats(
-        dtype=info.dtype_name, count=n,
+        dtype=info.dtype_name,
+        count=n,
         mean=(part.mean if n else blank).reshape(info.row_shape),
         variance=(part.m2 / n if n else blank).reshape(info.row_shape),
         mean_squared_norm=part.squares / n if n else math.nan,
         norm_min=math.sqrt(part.least) if n else math.nan,
         norm_max=math.sqrt(part.most) if n else math.nan,
-        norms=np.stack([part.bins, part.counts], axis=1), left_out=part.left_out,
-        nans=part.nans, infs=part.infs, first_nan=part.first_nan, first_inf=part.first_inf,
-    )  # fmt: skip
+        norms=np.stack([part.bins, part.counts], axis=1),
+        left_out=part.left_out,
+        nans=part.nans,
+        infs=part.infs,
+        first_nan=part.first_nan,
+        first_inf=part.first_inf,
+    )
 
 
 # --- Kept beside the rows -----------------------------------------------------------------------
@@ -244,9 +241,7 @@ def _write(objects: Objects, found: Stats) -> None:
     objects.put(KEY, json.dumps(body, indent=1).encode())
 
 
-def read_stats(
-    path: str | Path | Dataset, *, storage_options: dict[str, Any] | None = None
-) -> Stats:
+def read_stats(path: str | Path | Dataset, *, storage_options: dict[str, Any] | None = None) -> Stats:
     """What `stats` wrote beside a store's rows.
 
     Raises
@@ -254,15 +249,11 @@ def read_stats(
     RequestError : there are none yet.
     FormatError : they are damaged, of another version, or of rows that are no longer there.
     """
-    dataset = (
-        path if isinstance(path, Dataset) else open_dataset(path, storage_options=storage_options)
-    )
+    dataset = path if isinstance(path, Dataset) else open_dataset(path, storage_options=storage_options)
     objects = open_objects(dataset.place)
     data = objects.get(KEY)
     if data is None:
-        raise RequestError(
-            f"{dataset.path} has no statistics yet; run `actshuffle stats {dataset.path}`"
-        )
+        raise RequestError(f"{dataset.path} has no statistics yet; run `actshuffle stats {dataset.path}`")
     again = f"run `actshuffle stats {dataset.path}` again"
     try:
         body = json.loads(data)
@@ -270,25 +261,18 @@ def read_stats(
             raise FormatError(f"{KEY} has format {body['format']}, this reads {FORMAT}; {again}")
         if body["identity"] != dataset.identity:
             raise FormatError(f"{KEY} is not of what is stored now; {again}")
-        fields = {
-            name: _read_field(objects, dataset, name, d) for name, d in body["fields"].items()
-        }
+        fields = {name: _read_field(objects, dataset, name, d) for name, d in body["fields"].items()}
         return Stats(
-            dataset.path, body["rows"], body["identity"], fields, body["skipped"],
-            body["bytes"], body["seconds"], True,
-        )  # fmt: skip
+            dataset.path, body["rows"], body["identity"], fields, body["skipped"], body["bytes"], body["seconds"], True
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise FormatError(f"{KEY} is damaged ({type(err).__name__}: {err}); {again}") from err
 
 
-def _read_field(
-    objects: Objects, dataset: Dataset, name: str, body: dict[str, Any]
-) -> FloatStats | IntStats:
+def _read_field(objects: Objects, dataset: Dataset, name: str, body: dict[str, Any]) -> FloatStats | IntStats:
     info = dataset.fields[name]
     if body["kind"] == "int":
-        return IntStats(
-            **{k: body[k] for k in ("dtype", "count", "min", "max", "distinct", "exact")}
-        )
+        return IntStats(**{k: body[k] for k in ("dtype", "count", "min", "max", "distinct", "exact")})
     arrays = {}
     for kind in _ARRAYS:
         array = get_array(objects, f"{FOLDER}/{name}/{kind}")

@@ -62,9 +62,7 @@ class FloatStats:
         if not median > 0:
             return {}
         times = rms / median
-        return {
-            int(i): float(times[i]) for i in np.argsort(-times, kind="stable") if times[i] > OUTLIER
-        }
+        return {int(i): float(times[i]) for i in np.argsort(-times, kind="stable") if times[i] > OUTLIER}
 
     @property
     def constant(self) -> int:
@@ -74,14 +72,20 @@ class FloatStats:
     def as_dict(self) -> dict[str, Any]:
         """All but the arrays, as plain values."""
         return {
-            "kind": "float", "dtype": self.dtype, "count": self.count, "left_out": self.left_out,
+            "kind": "float",
+            "dtype": self.dtype,
+            "count": self.count,
+            "left_out": self.left_out,
             **{k: plain(getattr(self, k)) for k in NUMBERS},
             "norm_quantiles": {str(q): plain(self.norm_quantile(q)) for q in QUANTILES},
             "total_variance": plain(float(self.variance.sum())),
             "outliers": {str(i): times for i, times in self.outliers.items()},
-            "constant": self.constant, "nans": self.nans, "infs": self.infs,
-            "first_nan": self.first_nan, "first_inf": self.first_inf,
-        }  # fmt: skip
+            "constant": self.constant,
+            "nans": self.nans,
+            "infs": self.infs,
+            "first_nan": self.first_nan,
+            "first_inf": self.first_inf,
+        }
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,7 @@ if TYPE_CHECKING:
     from actshuffle.data.stats import Stats
 
 SHOWN = 8  # outlier places that are named
-FLOAT_HEADER = (
-    "field",
-    "type",
-    "mean |x|²",
-    "total var",
-    "|mean|",
-    "norm min",
-    "5 %",
-    "median",
-    "95 %",
-    "max",
-)
+FLOAT_HEADER = ("field", "type", "mean |x|²", "total var", "|mean|", "norm min", "5 %", "median", "95 %", "max")
 INT_HEADER = ("field", "type", "min", "max", "distinct")
 
 
@@ -71,9 +60,7 @@ def _notes(of: FloatStats) -> list[str]:
             f"(root mean square over 6x the median's): {named}{more}"
         )
     if of.constant:
-        notes.append(
-            f"{of.constant:,} dimension{'s' * (of.constant > 1)} never change{'s' * (of.constant == 1)}"
-        )
+        notes.append(f"{of.constant:,} dimension{'s' * (of.constant > 1)} never change{'s' * (of.constant == 1)}")
     return notes
 
 
@@ -105,8 +92,7 @@ def _headline(found: Stats) -> str:
     rate = f"{format_bytes(found.nbytes / found.seconds)}/s" if found.seconds else "-"
     return (
         f"{found.path}: {found.rows:,} rows, {format_bytes(found.nbytes)} in "
-        f"{format_seconds(found.seconds)} ({rate})"
-        + (", kept in the store" if found.written else "")
+        f"{format_seconds(found.seconds)} ({rate})" + (", kept in the store" if found.written else "")
     )
 
 
@@ -114,8 +100,7 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
@@ -138,14 +123,7 @@ def png(found: Stats) -> bytes:
     )
     import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     name = found.path.rstrip("/").rsplit("/", 1)[-1]
-    figure.suptitle(
-        f"{name}   {found.rows:,} rows",
-        x=0.01,
-        ha="left",
-        color=INK,
-        fontsize=11,
-        fontweight="bold",
-    )
+    figure.suptitle(f"{name}   {found.rows:,} rows", x=0.01, ha="left", color=INK, fontsize=11, fontweight="bold")
     axes = figure.subplots(len(fields), 3, squeeze=False)
     for row, (field, of) in zip(axes, fields, strict=True):
         _norm_panel(row[0], field, of)
@@ -182,10 +160,16 @@ def _norm_panel(axis: Any, field: str, of: FloatStats) -> None:
     axis.axvline(median, color=INK, linewidth=1)
     right = median < (a + b) / 2
     axis.annotate(
-        f"median {median:.4g}", (median, 1.0), xycoords=("data", "axes fraction"), fontsize=8, color=INK,
-        xytext=(4 if right else -4, -2), textcoords="offset points", va="top",
+        f"median {median:.4g}",
+        (median, 1.0),
+        xycoords=("data", "axes fraction"),
+        fontsize=8,
+        color=INK,
+        xytext=(4 if right else -4, -2),
+        textcoords="offset points",
+        va="top",
         ha="left" if right else "right",
-    )  # fmt: skip
+    )
     axis.set_title(f"{field} ({of.dtype}): norms of rows", loc="left", fontsize=9, color=INK)
     axis.set_xlabel("norm (0.1 to 99.9 %, the rest in the outer bins)", fontsize=8, color=INK)
     axis.set_ylabel("share of rows", fontsize=8, color=INK)
@@ -202,9 +186,7 @@ def _dimension_panel(axis: Any, of: FloatStats) -> None:
     mean, sd = of.mean.reshape(-1), np.sqrt(of.variance.reshape(-1))
     place = np.arange(len(mean))
     if len(mean) > 1:
-        axis.fill_between(
-            place, mean - sd, mean + sd, color=ACCENT, alpha=0.3, linewidth=0, step="mid"
-        )
+        axis.fill_between(place, mean - sd, mean + sd, color=ACCENT, alpha=0.3, linewidth=0, step="mid")
         axis.plot(place, mean, color=ACCENT, linewidth=0.8)
     else:
         axis.errorbar(place, mean, sd, color=ACCENT, fmt="o")
@@ -213,16 +195,20 @@ def _dimension_panel(axis: Any, of: FloatStats) -> None:
         up = mean[at] >= 0
         axis.plot(at, mean[at], ".", color=WARN, markersize=5)
         axis.annotate(
-            str(at), (at, mean[at] + (sd[at] if up else -sd[at])), xytext=(0, 3 if up else -3),
-            textcoords="offset points", fontsize=8, color=WARN, ha="center", va="bottom" if up else "top",
-        )  # fmt: skip
+            str(at),
+            (at, mean[at] + (sd[at] if up else -sd[at])),
+            xytext=(0, 3 if up else -3),
+            textcoords="offset points",
+            fontsize=8,
+            color=WARN,
+            ha="center",
+            va="bottom" if up else "top",
+        )
     if of.outliers:  # linear where most dimensions are, logarithmic beyond
         axis.set_yscale("symlog", linthresh=4 * float(np.median(of.rms)), linscale=2)
         axis.margins(y=0.15)
     else:
-        axis.set_ylim(
-            float((mean - sd).min()) - 0.08 * span, float((mean + sd).max()) + 0.12 * span
-        )
+        axis.set_ylim(float((mean - sd).min()) - 0.08 * span, float((mean + sd).max()) + 0.12 * span)
     axis.set_title("mean and one sd, by dimension", loc="left", fontsize=9, color=INK)
     axis.set_xlabel("dimension", fontsize=8, color=INK)
 
@@ -246,11 +232,7 @@ def _spectrum_panel(axis: Any, of: FloatStats) -> None:
         axis.axhline(middle, color=SOFT, linewidth=0.8, linestyle="--")
     half = int(np.searchsorted(np.cumsum(falling), falling.sum() / 2)) + 1
     axis.set_title("variance of dimensions, largest first", loc="left", fontsize=9, color=INK)
-    axis.set_xlabel(
-        f"rank ({half:,} of {len(falling):,} hold half of it; dashed: median)",
-        fontsize=8,
-        color=INK,
-    )
+    axis.set_xlabel(f"rank ({half:,} of {len(falling):,} hold half of it; dashed: median)", fontsize=8, color=INK)
 
 
 __all__ = ["html", "png", "tables", "text"]

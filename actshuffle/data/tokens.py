@@ -37,9 +37,7 @@ class Pieces:
     def _piece(self, number: int) -> NDArray[Any]:
         data = self._objects.get(f"{self._name}/{number}")
         if data is None:
-            raise SourceError(
-                f"{self._name}/{number} is missing: tokens must be made again (--overwrite)"
-            )
+            raise SourceError(f"{self._name}/{number} is missing: tokens must be made again (--overwrite)")
         return np.frombuffer(data, self.dtype)
 
 
@@ -47,12 +45,7 @@ class _Growing:
     """A `Pieces` that is being written."""
 
     def __init__(self, pieces: Pieces) -> None:
-        self._pieces, self._held, self._waiting, self._number = (
-            pieces,
-            [np.zeros(0, pieces.dtype)],
-            0,
-            0,
-        )
+        self._pieces, self._held, self._waiting, self._number = (pieces, [np.zeros(0, pieces.dtype)], 0, 0)
         self.count = 0
 
     def add(self, values: NDArray[Any]) -> None:
@@ -77,15 +70,17 @@ class Cut:
     """Documents go in, one after the other; rows, windows and groups go to disk."""
 
     def __init__(
-        self, objects: Objects, content: int, before: Sequence[int], after: Sequence[int], keep: bool,
+        self,
+        objects: Objects,
+        content: int,
+        before: Sequence[int],
+        after: Sequence[int],
+        keep: bool,
         most_rows: int | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._content, self._most = content, most_rows
         self._before, self._after = np.array(before, np.int64), np.array(after, np.int64)
-        self._keep, self._added = (
-            keep,
-            len(before) + len(after) if keep else 0,
-        )  # special rows of a window
+        self._keep, self._added = (keep, len(before) + len(after) if keep else 0)  # special rows of a window
         self._columns = {k: _Growing(Pieces(objects, k, dtype)) for k, dtype in COLUMNS.items()}
         self._windows, self._groups, self._group_rows = (
             _Growing(Pieces(objects, name, "<u8")) for name in ("windows", "groups", "group_rows")
@@ -180,8 +175,7 @@ def documents(file: Path, field: str) -> Iterator[str]:
             if not isinstance(found, dict) or field not in found:
                 has = ", ".join(map(repr, found)) if isinstance(found, dict) else "no object"
                 raise SourceError(
-                    f"{file}, line {number:,}: no {field!r}, but {has or 'nothing'}; --field names "
-                    "another"
+                    f"{file}, line {number:,}: no {field!r}, but {has or 'nothing'}; --field names another"
                 )
             text = found[field]
             if not isinstance(text, str):
@@ -196,9 +190,7 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     for at in range(len(full) - len(bare) + 1):
         if full[at : at + len(bare)] == bare:
             return list(full[:at]), list(full[at + len(bare) :])
-    raise SourceError(
-        f"{type(tokenizer).__name__} changes a text's tokens when it adds special ones"
-    )
+    raise SourceError(f"{type(tokenizer).__name__} changes a text's tokens when it adds special ones")
 
 
 def tokenize(
@@ -206,11 +198,7 @@ def tokenize(
 ) -> list[dict[str, Any]]:
     """All documents, as tokens, into the cut; returns which file has which documents."""
     listing: list[dict[str, Any]] = []
-    options: dict[str, Any] = {
-        "add_special_tokens": False,
-        "return_attention_mask": False,
-        "verbose": False,
-    }
+    options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     if asked["tokens_per_document"]:
         options |= {"truncation": True, "max_length": asked["tokens_per_document"]}
     for file in files:
@@ -227,9 +215,7 @@ def tokenize(
     return listing
 
 
-def _batches(
-    texts: Iterator[str], count: int = 256, characters: int = 1 << 20
-) -> Iterator[list[str]]:
+def _batches(texts: Iterator[str], count: int = 256, characters: int = 1 << 20) -> Iterator[list[str]]:
     held: list[str] = []
     for text in texts:
         held.append(text)

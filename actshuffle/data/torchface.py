@@ -54,9 +54,7 @@ def batch_of(layout: Layout, loan: Loan, rows: int, a: int, b: int) -> dict[str,
             tensor = loan.owner[start:stop].view(dtype).view(b - a, *info.row_shape)
         else:
             plain = np.dtype(np.int16) if info.bfloat16 else info.dtype
-            tensor = torch.from_numpy(
-                loan.memory[start:stop].view(plain).reshape(b - a, *info.row_shape)
-            )
+            tensor = torch.from_numpy(loan.memory[start:stop].view(plain).reshape(b - a, *info.row_shape))
             tensor = tensor.view(torch.bfloat16) if info.bfloat16 else tensor
         found[column.name] = tensor
     return found

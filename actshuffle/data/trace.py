@@ -76,10 +76,14 @@ class Origin:
 
 
 def came_from(
-    dst: str | Path | Dataset, rows: Iterable[int], context: int = 5, *,
-    source: str | Path | None = None, decode: bool = True,
+    dst: str | Path | Dataset,
+    rows: Iterable[int],
+    context: int = 5,
+    *,
+    source: str | Path | None = None,
+    decode: bool = True,
     storage_options: dict[str, Any] | None = None,
-) -> list[Origin]:  # fmt: skip
+) -> list[Origin]:
     """The origin of each of some output rows, with ``context`` tokens on both sides.
 
     Neighbours are read from the source (``source`` if it has moved), or, where it is gone, from ``dst``,
@@ -94,16 +98,12 @@ def came_from(
     numbers = ranks.source_rows(wanted)
     around = _Surroundings(data, ranks, source)
     pieces = _decoder(json.dumps(data.attributes.get("tokenizer"))) if decode else None
-    return [
-        around.origin(int(row), int(number), context, pieces)
-        for row, number in zip(wanted, numbers, strict=True)
-    ]
+    return [around.origin(int(row), int(number), context, pieces) for row, number in zip(wanted, numbers, strict=True)]
 
 
 def where_is(
-    dst: str | Path | Dataset, source_rows: Iterable[int], *,
-    storage_options: dict[str, Any] | None = None,
-) -> NDArray[np.int64]:  # fmt: skip
+    dst: str | Path | Dataset, source_rows: Iterable[int], *, storage_options: dict[str, Any] | None = None
+) -> NDArray[np.int64]:
     """The output row of each of some source rows, int64; -1 for one that is not there (a view, a sample)."""
     data = _shuffled(dst, storage_options)
     ranks = Ranks(data)
@@ -135,9 +135,7 @@ class _Surroundings:
         self._options = json.loads(data.root.options)
         self._whole = None if source is None else self._opened(as_place(source, self._options))
         if source is not None and self._whole is None:
-            raise RequestError(
-                f"{source} cannot be read, or has fewer than {self._ends[-1]:,} rows"
-            )
+            raise RequestError(f"{source} cannot be read, or has fewer than {self._ends[-1]:,} rows")
         self._parts: dict[int, Dataset | None] = {}
         self._places: dict[int, int] = {}
 
@@ -147,9 +145,7 @@ class _Surroundings:
         start = 0 if part == 0 else int(self._ends[part - 1])
         near = range(max(number - context, start), min(number + context + 1, int(self._ends[part])))
         at = number - near.start
-        document, position = (
-            self._values(kind, [number], part)[0] for kind in ("document", "position")
-        )
+        document, position = (self._values(kind, [number], part)[0] for kind in ("document", "position"))
         tokens = self._values("token", near, part)
         if document is not None:
             same = [found == document for found in self._values("document", near, part)]
@@ -157,11 +153,18 @@ class _Surroundings:
             tokens = [token for token, inside in zip(tokens, same, strict=True) if inside]
         known = tokens[at] is not None
         return Origin(
-            row=row, source_row=number, source=self._paths[part], row_in_source=number - start,
-            document=document, document_name=document_name(self.data.attributes, document),
-            position=position, token=tokens[at], tokens=tuple(tokens) if known else (),
-            at=at if known else 0, text=pieces(tokens) if known and pieces is not None else None,
-        )  # fmt: skip
+            row=row,
+            source_row=number,
+            source=self._paths[part],
+            row_in_source=number - start,
+            document=document,
+            document_name=document_name(self.data.attributes, document),
+            position=position,
+            token=tokens[at],
+            tokens=tuple(tokens) if known else (),
+            at=at if known else 0,
+            text=pieces(tokens) if known and pieces is not None else None,
+        )
 
     def _values(self, kind: str, numbers: Sequence[int], part: int) -> list[int | None]:
         """One thing about some source rows of a part; from the output if the source does not have it."""

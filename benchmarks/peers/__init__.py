@@ -53,63 +53,96 @@ class Peer:
 
 
 PEERS: dict[str, Peer] = {
-    "actshuffle": Peer(
-        "actshuffle", "arrays", "ours", ("actshuffle", "zarr"), True, "order of 128-bit keys",
-    ),
+    "actshuffle": Peer("actshuffle", "arrays", "ours", ("actshuffle", "zarr"), True, "order of 128-bit keys"),
     "actshuffle-memory": Peer(
-        "actshuffle, its spill in memory", "arrays", "ours_in_memory", ("actshuffle", "zarr"), True,
+        "actshuffle, its spill in memory",
+        "arrays",
+        "ours_in_memory",
+        ("actshuffle", "zarr"),
+        True,
         "order of 128-bit keys",
     ),
     "actshuffle-gather": Peer(
-        "actshuffle, rows from the page cache", "arrays", "ours_gathered", ("actshuffle", "zarr"), True,
+        "actshuffle, rows from the page cache",
+        "arrays",
+        "ours_gathered",
+        ("actshuffle", "zarr"),
+        True,
         "order of 128-bit keys",
     ),
-    "numpy": Peer(
-        "numpy, all in memory", "arrays", "in_memory", ("numpy", "zarr"), True, "a permutation",
-    ),
-    "k-jobs": Peer(
-        "K jobs that each read everything", "arrays", "k_jobs", ("numpy", "zarr"), True, "a permutation",
-    ),
-    "zarr": Peer(
-        "zarr fancy indexing", "arrays", "fancy_indexing", ("numpy", "zarr"), True, "a permutation",
-    ),
+    "numpy": Peer("numpy, all in memory", "arrays", "in_memory", ("numpy", "zarr"), True, "a permutation"),
+    "k-jobs": Peer("K jobs that each read everything", "arrays", "k_jobs", ("numpy", "zarr"), True, "a permutation"),
+    "zarr": Peer("zarr fancy indexing", "arrays", "fancy_indexing", ("numpy", "zarr"), True, "a permutation"),
     "dask-take": Peer(
-        "dask.array x[order]", "arrays", "dask_take", ("dask", "distributed", "zarr"), True,
-        "a permutation",
+        "dask.array x[order]", "arrays", "dask_take", ("dask", "distributed", "zarr"), True, "a permutation"
     ),
     "dask-shuffle": Peer(
-        "dask.array.shuffle", "arrays", "dask_shuffle", ("dask", "distributed", "zarr"), True,
-        "a permutation",
+        "dask.array.shuffle", "arrays", "dask_shuffle", ("dask", "distributed", "zarr"), True, "a permutation"
     ),
     "ray": Peer(
-        "Ray Data random_shuffle", "tables", "ray_data", ("ray", "pyarrow"), False,
-        "equal slices of every block, one seed in all reducers", "parquet", "parquet",
+        "Ray Data random_shuffle",
+        "tables",
+        "ray_data",
+        ("ray", "pyarrow"),
+        False,
+        "equal slices of every block, one seed in all reducers",
+        "parquet",
+        "parquet",
     ),
     "huggingface": Peer(
-        "Hugging Face shuffle + flatten_indices", "tables", "hugging_face", ("datasets", "pyarrow"),
-        True, "a permutation", "arrow", "arrow",
+        "Hugging Face shuffle + flatten_indices",
+        "tables",
+        "hugging_face",
+        ("datasets", "pyarrow"),
+        True,
+        "a permutation",
+        "arrow",
+        "arrow",
     ),
     "duckdb": Peer(
-        "DuckDB order by random()", "tables", "duck_db", ("duckdb",), True,
-        "but for ties of random()", "parquet", "parquet",
+        "DuckDB order by random()",
+        "tables",
+        "duck_db",
+        ("duckdb",),
+        True,
+        "but for ties of random()",
+        "parquet",
+        "parquet",
     ),
     "polars": Peer(
-        "Polars sample(shuffle=True)", "tables", "polars_sample", ("polars",), True, "a permutation",
-        "parquet", "parquet",
+        "Polars sample(shuffle=True)",
+        "tables",
+        "polars_sample",
+        ("polars",),
+        True,
+        "a permutation",
+        "parquet",
+        "parquet",
     ),
     "spark": Peer(
-        "Spark orderBy(rand())", "tables", "spark", ("pyspark",), True, "but for ties of rand()",
-        "parquet", "parquet",
+        "Spark orderBy(rand())", "tables", "spark", ("pyspark",), True, "but for ties of rand()", "parquet", "parquet"
     ),
     "mosaicml": Peer(
-        "MosaicML streaming, py1e", "loaders", "mosaic", ("mosaicml-streaming",), False,
-        "within blocks of shards, while reading", "mds", "rows",
+        "MosaicML streaming, py1e",
+        "loaders",
+        "mosaic",
+        ("mosaicml-streaming",),
+        False,
+        "within blocks of shards, while reading",
+        "mds",
+        "rows",
     ),
     "annbatch": Peer(
-        "annbatch", "loaders", "annbatch", ("annbatch", "anndata"), False,
-        "runs of 1,000 rows shuffled, then rows in memory", "h5ad", "annbatch",
+        "annbatch",
+        "loaders",
+        "annbatch",
+        ("annbatch", "anndata"),
+        False,
+        "runs of 1,000 rows shuffled, then rows in memory",
+        "h5ad",
+        "annbatch",
     ),
-}  # fmt: skip
+}
 
 
 def versions(name: str) -> dict[str, str]:

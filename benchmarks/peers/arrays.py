@@ -21,8 +21,15 @@ def ours(work: Work, spill_memory: int | None = None, gather: bool = False) -> N
     import actshuffle
 
     each = None if work.memory is None else work.memory // work.workers
-    actshuffle.shuffle(work.source, work.target, seed=work.seed, workers=work.workers, memory=each,
-                       spill_memory=spill_memory, gather=gather)  # fmt: skip
+    actshuffle.shuffle(
+        work.source,
+        work.target,
+        seed=work.seed,
+        workers=work.workers,
+        memory=each,
+        spill_memory=spill_memory,
+        gather=gather,
+    )
 
 
 def ours_in_memory(work: Work) -> None:
@@ -54,9 +61,7 @@ def k_jobs(work: Work) -> None:
     jobs = max(work.workers, -(-work.nbytes // keep))
     _output(work)
     chunks = -(-work.rows // work.chunk_rows)
-    edges = [min(j * chunks // jobs * work.chunk_rows, work.rows) for j in range(jobs)] + [
-        work.rows
-    ]
+    edges = [min(j * chunks // jobs * work.chunk_rows, work.rows) for j in range(jobs)] + [work.rows]
     shares = [(a, b) for a, b in pairwise(edges) if a < b]
     with ProcessPoolExecutor(work.workers, mp_context=get_context("spawn")) as pool:
         for _ in pool.map(partial(_one_job, work), shares):
@@ -96,10 +101,15 @@ def _dask(work: Work, shuffled: Any) -> None:
 
     limit = "auto" if work.memory is None else work.memory // work.workers
     with (
-        LocalCluster(n_workers=work.workers, threads_per_worker=1, memory_limit=limit,
-                     dashboard_address=None, local_directory=str(Path(work.target).parent)) as cluster,
+        LocalCluster(
+            n_workers=work.workers,
+            threads_per_worker=1,
+            memory_limit=limit,
+            dashboard_address=None,
+            local_directory=str(Path(work.target).parent),
+        ) as cluster,
         Client(cluster),
-    ):  # fmt: skip
+    ):
         target = _output(work)
         y = shuffled(da.from_zarr(work.source)).rechunk((work.chunk_rows, -1))
         da.store(y, target, lock=False)
@@ -112,6 +122,10 @@ def _order(work: Work) -> Any:
 def _output(work: Work) -> zarr.Array[Any]:
     width = work.row_bytes // 8
     return zarr.create_array(
-        work.target, shape=(work.rows, width), dtype="<u8", chunks=(work.chunk_rows, width),
-        compressors=None, config={"write_empty_chunks": True},
-    )  # fmt: skip
+        work.target,
+        shape=(work.rows, width),
+        dtype="<u8",
+        chunks=(work.chunk_rows, width),
+        compressors=None,
+        config={"write_empty_chunks": True},
+    )

@@ -33,21 +33,29 @@ MOST = 0.8  # of the machine's memory, before a run is ended
 
 
 def run(
-    bench: Bench, *, size: int, row_bytes: int, memory: int | None, workers: int, rounds: int,
-    seconds: float, most_memory: int | None = None, only: list[str] | None = None,
-    python: tuple[tuple[str, str], ...] = (), add: tuple[Path, ...] = (),
-) -> None:  # fmt: skip
+    bench: Bench,
+    *,
+    size: int,
+    row_bytes: int,
+    memory: int | None,
+    workers: int,
+    rounds: int,
+    seconds: float,
+    most_memory: int | None = None,
+    only: list[str] | None = None,
+    python: tuple[tuple[str, str], ...] = (),
+    add: tuple[Path, ...] = (),
+) -> None:
     need_space(bench.work, 6 * size)
     names = [name for name in PEERS if not only or name in only]
     if set(only or ()) - set(PEERS):
-        raise ValueError(
-            f"unknown peers {sorted(set(only or ()) - set(PEERS))}; known: {list(PEERS)}"
-        )
+        raise ValueError(f"unknown peers {sorted(set(only or ()) - set(PEERS))}; known: {list(PEERS)}")
     interpreters = dict(python)
     zarr_source = make_source(bench.work, size, row_bytes, min(CHUNK, max(size // 8, row_bytes)))
     array = zarr.open_array(zarr_source, mode="r")
-    work = Work(str(zarr_source), str(bench.work / "out"), array.shape[0], row_bytes, array.chunks[0],
-                workers, memory, seed=1)  # fmt: skip
+    work = Work(
+        str(zarr_source), str(bench.work / "out"), array.shape[0], row_bytes, array.chunks[0], workers, memory, seed=1
+    )
     limit = most_memory or int(MOST * machine_memory())
     found: list[dict[str, Any]] = []
     bench.plan(rounds * len(names))
@@ -134,8 +142,7 @@ def _one(
     given = asdict(work) | {"source": str(source)}
     prepare("disk", [source])
     try:
-        measured = measure.run(_command(interpreter, "run", name, json.dumps(given)), seconds=seconds,
-                               memory=limit)  # fmt: skip
+        measured = measure.run(_command(interpreter, "run", name, json.dumps(given)), seconds=seconds, memory=limit)
         result = measured.as_dict()
         if measured.outcome == "done":
             started = time.monotonic()
@@ -144,11 +151,7 @@ def _one(
             result["seconds"] += result["settle"]
             result["mixing"] = _mixing(name, interpreter, target, work)
     finally:
-        for path in (
-            target,
-            *target.parent.glob(f"{target.name}.*"),
-            *target.parent.glob("dask-*"),
-        ):
+        for path in (target, *target.parent.glob(f"{target.name}.*"), *target.parent.glob("dask-*")):
             shutil.rmtree(path, ignore_errors=True)
     return result
 
@@ -170,21 +173,20 @@ def _mixing(name: str, interpreter: str | None, target: Path, work: Work) -> dic
         return {"verdict": "unreadable", "detail": f"{type(err).__name__}: {err}"}
     counts = np.bincount(order[(order >= 0) & (order < work.rows)], minlength=work.rows)
     if len(order) != work.rows or (counts != 1).any():
-        return {"verdict": "not a permutation",
-                "detail": f"{len(order):,} rows, {int((counts == 0).sum()):,} missing"}  # fmt: skip
+        return {"verdict": "not a permutation", "detail": f"{len(order):,} rows, {int((counts == 0).sum()):,} missing"}
     report = mixing.report(order, src_chunk_rows=work.chunk_rows, dst_chunk_rows=work.chunk_rows)
     worst = report.rejected[0] if report.rejected else None
     return {
-        "verdict": "pass" if report.passed else "FAIL", "tests": len(report.tests),
+        "verdict": "pass" if report.passed else "FAIL",
+        "tests": len(report.tests),
         "detail": f"{worst.name} {worst.detail}: {worst.direction}, p = {worst.p_value:.1g}" if worst else "",
-    }  # fmt: skip
+    }
 
 
 def _told(one: dict[str, Any]) -> str:
     if one["outcome"] != "done":
         return f"{one['outcome']} ({one['message']})" if one["message"] else one["outcome"]
-    return (f"{format_seconds(one['seconds'])}, {format_bytes(one['memory'])}, mixing "
-            f"{one['mixing']['verdict']}")  # fmt: skip
+    return f"{format_seconds(one['seconds'])}, {format_bytes(one['memory'])}, mixing {one['mixing']['verdict']}"
 
 
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -193,9 +195,15 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ours = [one for one in found if one["peer"] == name]
         done = [one for one in ours if one["outcome"] == "done"]
         peer = PEERS[name]
-        row = {"peer": name, "title": peer.title, "exact": peer.exact, "why": peer.why,
-               "outcome": ours[0]["outcome"] if len(done) < len(ours) else "done",
-               "message": ours[0].get("message", ""), "versions": ours[0]["versions"]}  # fmt: skip
+        row = {
+            "peer": name,
+            "title": peer.title,
+            "exact": peer.exact,
+            "why": peer.why,
+            "outcome": ours[0]["outcome"] if len(done) < len(ours) else "done",
+            "message": ours[0].get("message", ""),
+            "versions": ours[0]["versions"],
+        }
         if done:
             verdicts = [one["mixing"]["verdict"] for one in done]
             row |= {
@@ -203,15 +211,13 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "memory": spread([one["memory"] for one in done]),
                 "verdict": next((v for v in verdicts if v != "pass"), "pass"),
                 "detail": next((one["mixing"]["detail"] for one in done if one["mixing"]["detail"]), ""),
-            }  # fmt: skip
+            }
         rows.append(row)
     return rows
 
 
 def page(rows: list[dict[str, Any]], work: Work, seconds: float, limit: int) -> list[str]:
-    base = next(
-        (r["seconds"]["median"] for r in rows if r["peer"] == "actshuffle" and "seconds" in r), None
-    )
+    base = next((r["seconds"]["median"] for r in rows if r["peer"] == "actshuffle" and "seconds" in r), None)
     told = "their own default" if work.memory is None else format_bytes(work.memory)
     lines = []
     for r in rows:
@@ -224,9 +230,7 @@ def page(rows: list[dict[str, Any]], work: Work, seconds: float, limit: int) -> 
             cells = [r["outcome"], "", "", ""]
         by_design = ("yes" if r["exact"] else "no") + f": {r['why']}"
         lines.append((r["title"], *cells[:3], by_design, cells[3], made_of))
-    failures = [
-        f"- {r['title']}: {r['outcome']}. {r['message']}" for r in rows if "seconds" not in r
-    ]
+    failures = [f"- {r['title']}: {r['outcome']}. {r['message']}" for r in rows if "seconds" not in r]
     return [
         f"{work.rows:,} rows of {work.row_bytes} B, {format_bytes(work.nbytes)}; {work.workers} processes or "
         f"threads; memory, for those that can be told: {told}. Limits: {format_seconds(seconds)}, "
@@ -235,8 +239,6 @@ def page(rows: list[dict[str, Any]], work: Work, seconds: float, limit: int) -> 
         "all processes, mapped files not included. *measured* are mixing statistics of the rows' order in "
         "the output: a pass proves nothing, a FAIL does.",
         "",
-        *table(
-            ("", "seconds", "", "memory GB", "exactly uniform by design", "measured", "versions"), lines
-        ),
+        *table(("", "seconds", "", "memory GB", "exactly uniform by design", "measured", "versions"), lines),
         *(["", *failures] if failures else []),
-    ]  # fmt: skip
+    ]

@@ -32,9 +32,12 @@ def write(kind: str, source: Path, target: Path) -> None:
 def read_order(kind: str, target: Path) -> NDArray[np.int64]:
     """Row numbers in the order in which a peer wrote them."""
     reader = {
-        "zarr": _zarr_order, "parquet": _parquet_order, "arrow": _arrow_order, "rows": _rows_order,
+        "zarr": _zarr_order,
+        "parquet": _parquet_order,
+        "arrow": _arrow_order,
+        "rows": _rows_order,
         "annbatch": _annbatch_order,
-    }[kind]  # fmt: skip
+    }[kind]
     return reader(target).astype(np.int64)
 
 
@@ -54,8 +57,13 @@ def _parquet(source: Path, target: Path) -> None:
 
     target.mkdir(parents=True)
     for number, (_, words) in enumerate(blocks(source)):
-        pq.write_table(_table(words), target / f"part-{number:06}.parquet", compression="none",
-                       use_dictionary=False, write_statistics=False)  # fmt: skip
+        pq.write_table(
+            _table(words),
+            target / f"part-{number:06}.parquet",
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+        )
 
 
 def _arrow(source: Path, target: Path) -> None:
@@ -78,9 +86,7 @@ def _arrow(source: Path, target: Path) -> None:
 def _mds(source: Path, target: Path) -> None:
     from streaming import MDSWriter
 
-    with MDSWriter(
-        out=str(target), columns={"row": "int", "data": "bytes"}, size_limit=1 << 25
-    ) as out:
+    with MDSWriter(out=str(target), columns={"row": "int", "data": "bytes"}, size_limit=1 << 25) as out:
         for _, words in blocks(source):
             for row in words:
                 out.write({"row": int(row[0]), "data": row.tobytes()})
@@ -94,8 +100,7 @@ def _h5ad(source: Path, target: Path) -> None:
     words = np.asarray(zarr.open_array(source, mode="r")[:])
     target.mkdir(parents=True)
     table = anndata.AnnData(
-        X=words.view(np.float32),
-        obs=pd.DataFrame({"row": words[:, 0].astype(np.int64)}, index=words[:, 0].astype(str)),
+        X=words.view(np.float32), obs=pd.DataFrame({"row": words[:, 0].astype(np.int64)}, index=words[:, 0].astype(str))
     )
     table.write_h5ad(target / "rows.h5ad")
 
@@ -108,9 +113,7 @@ def _zarr_order(target: Path) -> NDArray[Any]:
         node = node["data"]
     assert isinstance(node, zarr.Array)
     step = node.chunks[0]
-    return np.concatenate(
-        [np.asarray(node[a : a + step])[:, 0].copy() for a in range(0, node.shape[0], step)]
-    )
+    return np.concatenate([np.asarray(node[a : a + step])[:, 0].copy() for a in range(0, node.shape[0], step)])
 
 
 def _parquet_order(target: Path) -> NDArray[Any]:

@@ -25,11 +25,8 @@ def hugging_face(work: Work) -> None:
 
     Path(work.target).mkdir(parents=True)
     data = Dataset.from_file(str(Path(work.source, "rows.arrow")))
-    data.shuffle(
-        seed=work.seed, indices_cache_file_name=str(Path(work.target, "indices"))
-    ).flatten_indices(
-        num_proc=work.workers if work.workers > 1 else None,
-        cache_file_name=str(Path(work.target, "rows.arrow")),
+    data.shuffle(seed=work.seed, indices_cache_file_name=str(Path(work.target, "indices"))).flatten_indices(
+        num_proc=work.workers if work.workers > 1 else None, cache_file_name=str(Path(work.target, "rows.arrow"))
     )
 
 
@@ -54,9 +51,7 @@ def polars_sample(work: Work) -> None:
     import polars as pl
 
     Path(work.target).mkdir(parents=True)
-    rows = pl.read_parquet(f"{work.source}/*.parquet").sample(
-        fraction=1.0, shuffle=True, seed=work.seed
-    )
+    rows = pl.read_parquet(f"{work.source}/*.parquet").sample(fraction=1.0, shuffle=True, seed=work.seed)
     rows.write_parquet(Path(work.target, "rows.parquet"), compression="uncompressed")
 
 

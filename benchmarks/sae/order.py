@@ -29,9 +29,7 @@ ROWS = 32_768  # copied at once
 SHOWN = ("eval_fvu", "eval_fvu_low", "eval_fvu_high", "eval_l0", "dead", "document_entropy")
 
 
-def run(
-    bench: Bench, *, store: Path | None, d_sae: int, k: int, batch: int, buffer: int, dead: int
-) -> None:
+def run(bench: Bench, *, store: Path | None, d_sae: int, k: int, batch: int, buffer: int, dead: int) -> None:
     store = store or _harvest(bench.work / "harvest.zarr")
     data = actshuffle.open_dataset(store, incomplete=True)
     ids = np.asarray(data.read("document", 0, data.rows))
@@ -49,18 +47,22 @@ def run(
     bench.plan(len(ways))
     steps = (cut - 1) // batch
     common = {
-        "d-sae": d_sae, "k": k, "batch-size": batch, "steps": steps, "holdout": 1, "heldout": test,
-        "incomplete": "true", "tile": 256, "dead-tokens": dead * batch, "field": "activations",
+        "d-sae": d_sae,
+        "k": k,
+        "batch-size": batch,
+        "steps": steps,
+        "holdout": 1,
+        "heldout": test,
+        "incomplete": "true",
+        "tile": 256,
+        "dead-tokens": dead * batch,
+        "field": "activations",
         "eval-every": max(steps // 6, 1),
-    }  # fmt: skip
+    }
     words = [word for name, value in common.items() for word in (f"--{name}", str(value))]
     earlier = bench.results / "results.json"
     begun = json.loads(earlier.read_text())["figures"] if earlier.exists() else {}
-    lines = (
-        begun.get("lines", {})
-        if begun.get("settings") == [d_sae, k, batch, buffer, dead, cut]
-        else {}
-    )
+    lines = begun.get("lines", {}) if begun.get("settings") == [d_sae, k, batch, buffer, dead, cut] else {}
     for name, (rows, more) in ways.items():
         if name in lines:  # the same day, with the same settings
             bench.did(f"{name}: measured before")
@@ -75,13 +77,18 @@ def run(
         lines[name] = [{n: x[n] for n in kept if n in x} for x in read_log(out)]
         bench.did(f"{name}: held-out FVU {lines[name][-1]['eval_fvu']:.4f}")
         figures = {
-            "train_rows": cut, "test_rows": data.rows - cut, "documents": len(np.unique(ids)), "steps": steps,
-            "dead_after_tokens": dead * batch, "settings": [d_sae, k, batch, buffer, dead, cut], "lines": lines,
+            "train_rows": cut,
+            "test_rows": data.rows - cut,
+            "documents": len(np.unique(ids)),
+            "steps": steps,
+            "dead_after_tokens": dead * batch,
+            "settings": [d_sae, k, batch, buffer, dead, cut],
+            "lines": lines,
             "summary": [
                 {"rows": n, **{key: x[-1][key] for key in SHOWN}, "dead_most": max(y["dead"] for y in x)}
                 for n, x in lines.items()
             ],
-        }  # fmt: skip
+        }
         images = plots.draw(bench, lambda folder: [_draw(folder, lines)])
         bench.publish(figures, page(figures), images)
 
@@ -117,14 +124,7 @@ def page(figures: dict[str, Any]) -> Iterator[str]:
         f"A latent is dead after {figures['dead_after_tokens']:,} tokens without firing.\n"
     )
     yield from table(
-        (
-            "rows",
-            "held-out FVU",
-            "L0",
-            "dead at the end",
-            "dead at worst",
-            "document entropy of batches",
-        ),
+        ("rows", "held-out FVU", "L0", "dead at the end", "dead at worst", "document entropy of batches"),
         (
             (
                 x["rows"],
@@ -143,23 +143,14 @@ def _draw(folder: Path, lines: dict[str, list[dict[str, Any]]]) -> str:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
-    for (name, found), colour in zip(lines.items(), (plots.BLUE, plots.ORANGE, plots.RED), strict=False):  # fmt: skip
+    for (name, found), colour in zip(lines.items(), (plots.BLUE, plots.ORANGE, plots.RED), strict=False):
         held = [line for line in found if "eval_fvu" in line]
         tokens = [line["tokens"] / 1e3 for line in held]
         left.plot(tokens, [line["eval_fvu"] for line in held], color=colour, label=name, lw=1.8)
         low, high = ([line[f"eval_fvu_{end}"] for line in held] for end in ("low", "high"))
         left.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0)
-        right.plot(
-            [x["tokens"] / 1e3 for x in found],
-            [100 * x["dead"] for x in found],
-            color=colour,
-            lw=1.8,
-        )
-    left.set(
-        title="FVU on documents never seen, with 95 % intervals",
-        xlabel="thousand tokens",
-        yscale="log",
-    )
+        right.plot([x["tokens"] / 1e3 for x in found], [100 * x["dead"] for x in found], color=colour, lw=1.8)
+    left.set(title="FVU on documents never seen, with 95 % intervals", xlabel="thousand tokens", yscale="log")
     left.yaxis.set_major_formatter("{x:.2g}")
     left.yaxis.set_minor_formatter("{x:.2g}")
     left.tick_params(which="minor", labelsize=7)

@@ -35,15 +35,27 @@ PLANTED = {"d": 64, "features": 192, "active": 4.0}
 
 
 def run(
-    bench: Bench, *, store: Path | None, d_sae: int, k: int, steps: int, batch: int, rounds: int, speed_batch: int,
-    wide: list[int], planted_steps: int, only: list[str] | None = None,
-) -> None:  # fmt: skip
+    bench: Bench,
+    *,
+    store: Path | None,
+    d_sae: int,
+    k: int,
+    steps: int,
+    batch: int,
+    rounds: int,
+    speed_batch: int,
+    wide: list[int],
+    planted_steps: int,
+    only: list[str] | None = None,
+) -> None:
     warnings.filterwarnings("ignore")  # the tools' own
     tools, versions = installed(only)
     figures: dict[str, Any] = {
         "versions": versions | {"torch": torch.__version__},
-        "speed": [], "quality": [], "planted": [],
-    }  # fmt: skip
+        "speed": [],
+        "quality": [],
+        "planted": [],
+    }
     merge(bench, figures)
     shapes = [(384, d_sae, k), tuple(wide)] if rounds else []
     tries = len(tools) * (1 + len(RATES))
@@ -79,10 +91,11 @@ def _at_once(figures: dict[str, Any]) -> dict[str, Any]:
     """The settings that give in one go what may have been measured in parts."""
     speed, quality, planted = (figures[part] for part in ("speed", "quality", "planted"))
     found: dict[str, Any] = {
-        "only": None, "steps": quality[0]["steps"] if quality else 0,
+        "only": None,
+        "steps": quality[0]["steps"] if quality else 0,
         "planted_steps": planted[0]["steps"] if planted else 0,
         "rounds": speed[0]["tokens_per_s"]["rounds"] if speed else 0,
-    }  # fmt: skip
+    }
     if speed:
         found["wide"] = [speed[-1][n] for n in ("d_in", "d_sae", "k")]
     return found
@@ -116,7 +129,7 @@ def _rows(store: Path | None, count: int) -> Tensor:
 
 def _speed(
     bench: Bench, tools: dict[str, Tool], mesh: Mesh, d: int, n: int, k: int, batch: int, rounds: int
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     rows = torch.randn(4 * batch, d, generator=torch.Generator().manual_seed(0))
     task = Task(rows, n, k, 4, batch)
     runs = {name: tool.make(task, None, mesh) for name, tool in tools.items()}
@@ -131,18 +144,29 @@ def _speed(
     bench.did(f"speed, {d} -> {n}: {batch / statistics.median(ours):,.0f} tokens/s")
     return [
         {
-            "tool": name, "d_in": d, "d_sae": n, "k": k, "batch": batch, "threads": torch.get_num_threads(),
-            "tokens_per_s": spread([batch / t for t in found]), "best": batch / min(found),
+            "tool": name,
+            "d_in": d,
+            "d_sae": n,
+            "k": k,
+            "batch": batch,
+            "threads": torch.get_num_threads(),
+            "tokens_per_s": spread([batch / t for t in found]),
+            "best": batch / min(found),
             "of_saetrain": spread([a / b for a, b in zip(ours, found, strict=True)]),
         }
         for name, found in times.items()
-    ]  # fmt: skip
+    ]
 
 
 def _quality(
-    bench: Bench, tools: dict[str, Tool], mesh: Mesh, task: Task, test: Tensor, truth: Tensor | None,
+    bench: Bench,
+    tools: dict[str, Tool],
+    mesh: Mesh,
+    task: Task,
+    test: Tensor,
+    truth: Tensor | None,
     figures: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     part = "quality" if truth is None else "planted"
     same = {"d_sae": task.d_sae, "k": task.k, "steps": task.steps, "batch": task.batch}
     for name, tool in tools.items():
@@ -168,9 +192,10 @@ def measured(trained: Trained, test: Tensor, truth: Tensor | None) -> dict[str, 
     error = (out - test).double().square().sum()
     total = (test - test.mean(0)).double().square().sum()
     line = {
-        "fvu": float(error / total), "l0": float(active.sum(1).double().mean()),
+        "fvu": float(error / total),
+        "l0": float(active.sum(1).double().mean()),
         "never_fired": float((~active.any(0)).double().mean()),
-    }  # fmt: skip
+    }
     if truth is not None:
         line["mean_max_cosine"] = float(matched(trained.decoder, truth).mean())
     return line
@@ -187,9 +212,7 @@ def page(figures: dict[str, Any]) -> Iterator[str]:
     yield f"{listed}.\n"
     if figures["quality"]:
         yield "## Quality: held-out FVU at equal L0, steps, width and rows\n"
-        yield "{steps} steps of {batch:,} rows, {d_sae:,} latents, k = {k}.\n".format(
-            **figures["quality"][0]
-        )
+        yield "{steps} steps of {batch:,} rows, {d_sae:,} latents, k = {k}.\n".format(**figures["quality"][0])
         yield from table(*_by_rate(figures["quality"], "fvu", 1, ("l0", "never_fired")))
         yield ""
     if figures["planted"]:
@@ -202,16 +225,7 @@ def page(figures: dict[str, Any]) -> Iterator[str]:
     if figures["speed"]:
         yield "## Speed of a training step: median (range) over rounds\n"
         yield from table(
-            (
-                "width",
-                "latents",
-                "k",
-                "tokens a step",
-                "threads",
-                "tool",
-                "tokens/s",
-                "of saetrain's speed",
-            ),
+            ("width", "latents", "k", "tokens a step", "threads", "tool", "tokens/s", "of saetrain's speed"),
             (
                 (
                     x["d_in"],
@@ -248,12 +262,7 @@ def _draw(folder: Path, figures: dict[str, Any]) -> str:
     parts: list[tuple[str, dict[str, float]]] = []
     if figures["quality"]:
         chosen = best(figures["quality"], "fvu", 1)
-        parts.append(
-            (
-                "held-out FVU, best rate of each\n(lower is better)",
-                {n: x["fvu"] for n, x in chosen.items()},
-            )
-        )
+        parts.append(("held-out FVU, best rate of each\n(lower is better)", {n: x["fvu"] for n, x in chosen.items()}))
     if figures["planted"]:
         chosen = best(figures["planted"], "mean_max_cosine", -1)
         parts.append(
@@ -269,9 +278,7 @@ def _draw(folder: Path, figures: dict[str, Any]) -> str:
     if not parts:
         return ""
     names = [name for name in TOOLS if any(name in values for _, values in parts)]
-    figure, axes = plt.subplots(
-        1, len(parts), figsize=(1.8 + 2.7 * len(parts), 2.6), sharey=True, squeeze=False
-    )
+    figure, axes = plt.subplots(1, len(parts), figsize=(1.8 + 2.7 * len(parts), 2.6), sharey=True, squeeze=False)
     for axis, (title, values) in zip(axes[0], parts, strict=True):
         colours = [plots.BLUE if name == "saetrain" else plots.GREY for name in names]
         bars = axis.barh(names, [values.get(n, 0.0) for n in names], 0.65, color=colours)

@@ -21,7 +21,7 @@ class Planted:
     @classmethod
     def make(
         cls, rows: int, d: int, features: int, active: float = 4.0, seed: int = 0, doc: int = 32, noise: float = 0.01
-    ) -> Planted:  # fmt: skip
+    ) -> Planted:
         rng = np.random.default_rng(seed)
         directions = rng.standard_normal((features, d))
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -33,11 +33,7 @@ class Planted:
         lift = np.where(topics, 4.0, 0.25)[documents]
         on = rng.random((rows, features)) < rate * lift
         acts = on * rng.uniform(1.0, 2.0, (rows, features))
-        x = (
-            acts @ directions
-            + noise * rng.standard_normal((rows, d))
-            + rng.standard_normal(d) * 0.3
-        )
+        x = acts @ directions + noise * rng.standard_normal((rows, d)) + rng.standard_normal(d) * 0.3
         order = rng.permutation(rows)
         return cls(
             torch.from_numpy(x[order]).float(),

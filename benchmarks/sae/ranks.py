@@ -24,18 +24,14 @@ KINDS = ("rows", "candidates", "reconstructions")
 
 def run(bench: Bench, *, width: int, d_sae: int, small: int, ranks: list[int]) -> None:
     rng, store = np.random.default_rng(0), bench.work / "rows.zarr"
-    zarr.create_array(
-        store, data=rng.standard_normal((8 * BATCH, width), np.float32), chunks=(BATCH, width)
-    )
+    zarr.create_array(store, data=rng.standard_normal((8 * BATCH, width), np.float32), chunks=(BATCH, width))
     bench.plan(2 * len(ranks))
     rows = []
     for count in ranks:
         found = {}
         for name, latents in (("base", small), ("whole", d_sae)):
             found[name] = _one(bench.work / f"{count}-{name}", store, count, latents)
-            bench.did(
-                f"{count} ranks, {latents:,} latents: {format_bytes(found[name]['memory'])} a rank"
-            )
+            bench.did(f"{count} ranks, {latents:,} latents: {format_bytes(found[name]['memory'])} a rank")
         rows.append(
             {
                 "ranks": count,
@@ -56,10 +52,20 @@ def run(bench: Bench, *, width: int, d_sae: int, small: int, ranks: list[int]) -
 
 def _one(out: Path, store: Path, ranks: int, latents: int) -> dict[str, Any]:
     settings = {
-        "d-sae": latents, "k": K, "batch-size": BATCH, "steps": STEPS, "holdout": BATCH, "tile": 32, "nproc": ranks,
-        "incomplete": "true", "buffer-rows": 0, "log-every": 1, "eval-every": STEPS, "checkpoint-every": STEPS - 1,
+        "d-sae": latents,
+        "k": K,
+        "batch-size": BATCH,
+        "steps": STEPS,
+        "holdout": BATCH,
+        "tile": 32,
+        "nproc": ranks,
+        "incomplete": "true",
+        "buffer-rows": 0,
+        "log-every": 1,
+        "eval-every": STEPS,
+        "checkpoint-every": STEPS - 1,
         "aux-coef": 0,
-    }  # fmt: skip
+    }
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     command = measure.python("-m", "saetrain", "fit", str(store), "--out", str(out), *words)
     measured = measure.run(command, environment={"OMP_NUM_THREADS": "1"}, seconds=500)
@@ -72,9 +78,7 @@ def _one(out: Path, store: Path, ranks: int, latents: int) -> dict[str, Any]:
 def stated(ranks: int, width: int) -> dict[str, float]:
     """docs/training.md's table for topk with float32 rows: bytes that a rank sends for each token."""
     share = (ranks - 1) / ranks
-    return {
-        "rows": 4 * width * share, "candidates": 4.0 * K * (ranks - 1), "reconstructions": 8 * width * share
-    }  # fmt: skip
+    return {"rows": 4 * width * share, "candidates": 4.0 * K * (ranks - 1), "reconstructions": 8 * width * share}
 
 
 def page(rows: list[dict[str, Any]], weights: int) -> Iterator[str]:
@@ -100,10 +104,7 @@ def page(rows: list[dict[str, Any]], weights: int) -> Iterator[str]:
     yield "\nBytes that a rank sent for each token of a step, measured (as docs/training.md states them):\n"
     yield from table(
         ("ranks", *KINDS),
-        (
-            (x["ranks"], *(f"{x['sent'][k]:,.0f} ({x['stated'][k]:,.0f})" for k in KINDS))
-            for x in rows
-        ),
+        ((x["ranks"], *(f"{x['sent'][k]:,.0f} ({x['stated'][k]:,.0f})" for k in KINDS)) for x in rows),
     )
 
 
@@ -116,9 +117,7 @@ def _draw(folder: Path, rows: list[dict[str, Any]]) -> str:
     measured = [x["parameters"] / 1e9 for x in rows]
     axis.plot(ranks, ideal, "--", color=plots.GREY, label="1 / ranks")
     axis.plot(ranks, measured, "o-", color=plots.BLUE, label="measured")
-    axis.set(
-        title="Peak memory of a rank, above its base, GB", xlabel="ranks that share the dictionary"
-    )
+    axis.set(title="Peak memory of a rank, above its base, GB", xlabel="ranks that share the dictionary")
     axis.set(xscale="log", yscale="log", xticks=ranks, xticklabels=ranks, yticks=ideal)
     axis.yaxis.set_major_formatter("{x:.2g}")
     axis.minorticks_off()

@@ -58,9 +58,7 @@ class Run:
 
 
 def ours(task: Task, lr: float | None, mesh: Mesh) -> Run:
-    config = Config(
-        d_sae=task.d_sae, k=task.k, steps=task.steps, batch_size=task.batch, lr=lr or 0.0, holdout=1
-    )
+    config = Config(d_sae=task.d_sae, k=task.k, steps=task.steps, batch_size=task.batch, lr=lr or 0.0, holdout=1)
     mean = task.rows.double().mean(0)
     variance = float(sum((p.double() - mean).square().sum() for p in task.rows.split(65_536)))
     norm = norm_from(mean.numpy(), variance / len(task.rows))
