@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
-TESTS := $(wildcard tests/test_*.py)
+TESTS := $(wildcard tests/test_*.py tests/*/test_*.py)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test lint soak clean $(TESTS)

@@ -11,20 +11,22 @@ the command line.
 """
 
 from actshuffle._version import __version__
-from actshuffle.data.append import append
-from actshuffle.data.collect import collect
-from actshuffle.data.concat import concat
-from actshuffle.data.cut import head, sample, split
-from actshuffle.data.dataset import Dataset, open_dataset
-from actshuffle.data.importers import import_store
-from actshuffle.data.loader import Loader
-from actshuffle.data.quality import quality
-from actshuffle.data.stats import read_stats, stats
-from actshuffle.data.trace import came_from, where_is
-from actshuffle.inspect import info, plan, status
-from actshuffle.keys import order
-from actshuffle.run import Result, shuffle
-from actshuffle.verify import VerifyReport, verify
+from actshuffle.building.collection import collect
+from actshuffle.building.cut import head, sample, split
+from actshuffle.building.growth import append
+from actshuffle.building.importers import import_store
+from actshuffle.building.joining import concat
+from actshuffle.checking.contents import info
+from actshuffle.checking.scores import quality
+from actshuffle.checking.statspass import read_stats, stats
+from actshuffle.checking.verifier import VerifyReport, verify
+from actshuffle.engine.preview import plan
+from actshuffle.engine.run import Result, shuffle
+from actshuffle.engine.state import status
+from actshuffle.loading.dataset import Dataset, open_dataset
+from actshuffle.loading.loader import Loader
+from actshuffle.loading.trace import came_from, where_is
+from actshuffle.ordering.keys import order
 
 __all__ = [
     "Dataset",

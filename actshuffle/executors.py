@@ -6,64 +6,76 @@ An executor maps a function over the argument tuples of many calls and yields re
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from actshuffle import buffers
 from actshuffle.errors import ActshuffleError, ClusterError, RequestError
+from actshuffle.limits import LEAST_WINDOW, WINDOW
+from actshuffle.machine import cores, machine_memory
+from actshuffle.storage import buffers
 
 T = TypeVar("T")
-LEAST_WINDOW = 64  # calls in the scheduler, however few threads there are
 SHARE = 0.6  # of a worker's memory that a task may use if nobody says otherwise
 log = logging.getLogger("actshuffle")
 
 
-class Executor(Protocol):
-    """Runs ``fn(*call)`` for every call; yields results as they come."""
+class Executor:
+    """Runs ``fn(*call)`` for every call and yields results as they come, in any order.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def dashboard(self) -> str | None: ...
+    A new executor implements `map`; the defaults say that its work is done here, by one worker.
+    """
 
-    @property
-    def one_machine(self) -> bool: ...  # are all workers on this machine, for sure?
-    @property
-    def tasks_per_worker(self) -> int: ...  # at the same time, in one process, sharing its memory
-    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]: ...
-    def task_memory(self) -> int: ...
-    def close(self) -> None: ...
-
-
-class Serial:
-    """One after the other, here."""
-
-    name: str = "serial"
-    one_machine: bool = True
-    tasks_per_worker: int = 1
     workers: int = 1
     dashboard: str | None = None
+    one_machine: bool = True  # every worker is certainly on this machine
+    tasks_per_worker: int = 1  # run at the same time in one process and share its memory
+    processes: bool = False  # tasks run in other processes, and a run that is stopped waits for them
+
+    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        raise NotImplementedError
+
+    def task_memory(self) -> int:
+        """Bytes that one task may use if nobody says otherwise."""
+        return int(SHARE * machine_memory() / self.workers)
+
+    @property
+    def tasks_wanted(self) -> int | None:
+        """Tasks that keep all workers busy to the end; None for one worker, which is busy with any."""
+        return 3 * self.workers if self.workers > 1 else None
+
+    def close(self) -> None:
+        """Give back what the workers hold between tasks."""
+
+
+class Serial(Executor):
+    """One call after the other, in this process."""
 
     def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
         for call in calls:
             yield fn(*call)
 
-    def task_memory(self) -> int:
-        return int(SHARE * machine_memory())
-
     def close(self) -> None:
         buffers.release()
 
 
-class Dask:
+class Threads(Executor):
+    """Threads of this process, for work that numpy does without the interpreter's lock."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        self.workers = workers or cores()
+
+    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        with ThreadPoolExecutor(self.workers, "actshuffle") as pool:
+            yield from pool.map(lambda call: fn(*call), calls)
+
+
+class Dask(Executor):
     """On the workers of a Dask cluster, with a bounded window of futures.
 
     At most ``window`` calls per worker thread (or `LEAST_WINDOW`) are in the scheduler at once, so a
@@ -72,10 +84,8 @@ class Dask:
     otherwise is tried ``retries`` times more.  A worker that dies is Dask's to replace.
     """
 
-    name: str = "dask"
-
-    def __init__(self, client: Any, *, window: int = 4, retries: int = 2, one_machine: bool = False) -> None:
-        self.client = client
+    def __init__(self, client: Any, *, window: int = WINDOW, retries: int = 2, one_machine: bool = False) -> None:
+        self.client, self.processes = client, True
         self.window = window
         self.retries = retries
         self.one_machine = one_machine
@@ -84,14 +94,14 @@ class Dask:
         self._seen = 1
 
     @property
-    def workers(self) -> int:
+    def workers(self) -> int:  # type: ignore[override]
         """How many there are, or were when the cluster last answered."""
         with self._asking(suppress=True):
             self._seen = max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
         return self._seen
 
     @property
-    def tasks_per_worker(self) -> int:
+    def tasks_per_worker(self) -> int:  # type: ignore[override]
         """Threads of the worker that has most."""
         self._threads()  # there are some
         with self._asking():
@@ -256,15 +266,3 @@ def executor_for(workers: int | None, client: Any = None) -> Iterator[Executor]:
             yield executor
         finally:
             executor.close()
-
-
-def machine_memory() -> int:
-    """Memory of this machine or of the container that we are in, bytes."""
-    from distributed.system import MEMORY_LIMIT
-
-    return int(MEMORY_LIMIT)
-
-
-def cores() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0))

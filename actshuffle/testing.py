@@ -1,6 +1,6 @@
 """Stores that fail on purpose, and runs that can be repeated to the last operation.
 
-Every operation on a place goes through `actshuffle.objects.open_objects`.  `Faults` steps in there,
+Every operation on a place goes through `actshuffle.storage.objects.open_objects`.  `Faults` steps in there,
 numbers the operations, and lets a schedule decide which of them go wrong and how::
 
     error    refused before anything happened (EIO)
@@ -50,20 +50,25 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from actshuffle import arrays, buffers, tasks
+from actshuffle.arrays.guard import View
+from actshuffle.arrays.names import OUR_GROUP
+from actshuffle.arrays.output import coded_array
+from actshuffle.checking.verifier import verify
+from actshuffle.engine import tasks
+from actshuffle.engine.job import Job
+from actshuffle.engine.prepare import prepare
+from actshuffle.engine.request import Request
+from actshuffle.engine.run import Result, execute
+from actshuffle.engine.scratch import MEMORY_FOLDER, memory_beside, scratch_place
 from actshuffle.errors import ActshuffleError, DestinationExistsError, FormatError, InfeasibleError, StorageError
 from actshuffle.executors import Serial
-from actshuffle.files import LocalObjects, Writer, typed
-from actshuffle.guard import View
-from actshuffle.keys import Keys
-from actshuffle.objects import Objects, as_place, open_objects, wrapped
-from actshuffle.prepare import Request, prepare, scratch_place
+from actshuffle.ordering.keys import Keys
 from actshuffle.progress import Silent
-from actshuffle.reading import Extent
-from actshuffle.run import Result, execute
-from actshuffle.tier import MEMORY_FOLDER, memory_beside
-from actshuffle.types import Job, Place
-from actshuffle.verify import verify
+from actshuffle.storage import buffers
+from actshuffle.storage.directio import Extent
+from actshuffle.storage.files import LocalObjects, Writer, typed
+from actshuffle.storage.objects import Objects, open_objects, wrapped
+from actshuffle.storage.place import Place, as_place
 
 T = TypeVar("T")
 KINDS = ("error", "full", "lost", "slow", "stale", "kill", "late", "torn", "power", "silent")
@@ -374,7 +379,7 @@ def _refused(kind: str, url: str, key: str) -> StorageError:
 def new_process() -> None:
     """Forget what a process keeps, as one that is started afresh has."""
     tasks.boundaries.cache_clear()
-    arrays.coded_array.cache_clear()
+    coded_array.cache_clear()
     buffers.release()
 
 
@@ -455,9 +460,9 @@ def _write_array(path: Path, name: str, spec: ArraySpec, rows: int, zarr_format:
         shape=(rows, *spec.row_shape),
         dtype=spec.dtype,
         filters=None,
-        zarr_format=zarr_format,
+        zarr_format=zarr_format,  # type: ignore[arg-type]
         config={"write_empty_chunks": True},
-        **settings,  # type: ignore[arg-type]
+        **settings,
     )
     if rows:
         array[...] = spec.data(rows)
@@ -480,7 +485,7 @@ def choose_store(choice: Choice) -> StoreSpec:
 
 
 def choose_plan(choice: Choice, store: StoreSpec) -> dict[str, Any]:
-    """Arguments of a run over a small store, feasible ones: fields of `actshuffle.prepare.Request`."""
+    """Arguments of a run over a small store, feasible ones: fields of `actshuffle.engine.prepare.Request`."""
     levels = choice.between(1, 4)
     chunk_rows = choice.between(1, 6)
     least = max(chunk_rows, 4, -(-store.rows // 6))
@@ -584,7 +589,7 @@ def leftovers(dst: Path) -> list[str]:
     half written."""
     place = scratch_place(as_place(dst), None)
     scratch, memory = Path(place.url), Path(memory_beside(place).url)
-    ours = dst / arrays.OUR_GROUP
+    ours = dst / OUR_GROUP
     paths = [scratch, memory, ours / "run.json", ours / "receipts"]
     return [str(p) for p in (*paths, *dst.rglob("*.actshuffle-partial")) if p.exists()]
 

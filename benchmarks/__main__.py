@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from actshuffle.cli.app import COUNT, SIZE  # sizes and counts, read as the product reads them
-from actshuffle.executors import cores
+from actshuffle.machine import cores
 from actshuffle.units import parse_bytes
 from benchmarks import results
 

@@ -7,7 +7,7 @@ Small runs are measured, level by level.  A level of n tasks of b bytes on w wor
 and what is left of a run (boundaries, index, publishing, clearing) a fixed time, some more per task and some
 per byte of spill, which is removed.  The six numbers are fitted per number of workers, since workers of one
 machine are in each other's way.  Then runs of sizes and block sizes that were not measured are foretold by
-`actshuffle.simulate`, run, and compared.
+`actshuffle.planning.simulate`, run, and compared.
 
 In mode "disk" the source is out of the cache and all that is written durable, so a byte's seconds have its
 reads and writes in them.  In mode "cached" all is in memory and without fsync, and they are the processor's
@@ -30,11 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import actshuffle
-from actshuffle import simulate
-from actshuffle.cost import Cluster
 from actshuffle.errors import InfeasibleError
 from actshuffle.executors import Executor, Serial, local_cluster
-from actshuffle.types import Plan
+from actshuffle.planning import simulate
+from actshuffle.planning.cost import Cluster
+from actshuffle.planning.tree import Plan
 from actshuffle.units import format_bytes
 from benchmarks import plots
 from benchmarks.floor import durable, prepare

@@ -1,7 +1,7 @@
 """Our own copier: the floor that a shuffle is held against.
 
 The same number of processes as the shuffle has workers, the same path between file and memory
-(`actshuffle.files.LocalObjects`: O_DIRECT writes and fsync where the shuffle has them), chunk files as
+(`actshuffle.storage.files.LocalObjects`: O_DIRECT writes and fsync where the shuffle has them), chunk files as
 they come, through aligned buffers that were touched before and are used again.  Nothing is looked at
 on the way.  With two buffers a process writes one chunk while it reads the next, as tasks of the
 shuffle do; with one it takes turns.  A copy is whichever of the two is faster.
@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from actshuffle.buffers import arena, behind, padded
-from actshuffle.digest import U8
-from actshuffle.files import LocalObjects
-from actshuffle.reading import Extent
+from actshuffle.arraytypes import U8
+from actshuffle.storage.buffers import arena, behind, padded
+from actshuffle.storage.directio import Extent
+from actshuffle.storage.files import LocalObjects
 
 MEMCPY_REPEATS = 8
 

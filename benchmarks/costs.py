@@ -26,8 +26,8 @@ import numpy as np
 import zarr
 
 import actshuffle
-from actshuffle.digest import RowHash
 from actshuffle.executors import Executor, Serial, local_cluster
+from actshuffle.ordering.digest import RowHash
 from actshuffle.units import format_bytes
 from benchmarks import plots
 from benchmarks.floor import durable, prepare

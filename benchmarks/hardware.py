@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from actshuffle.executors import cores, machine_memory
+from actshuffle.machine import cores, machine_memory
 from actshuffle.units import format_bytes
 
 PACKAGES = ("actshuffle", "numpy", "zarr", "dask", "distributed")

@@ -22,13 +22,15 @@ from typing import Any
 import numpy as np
 import zarr
 
-from actshuffle.arrays import group_metadata
-from actshuffle.buffers import pages  # the same kind of memory for all
-from actshuffle.data.dataset import Dataset, open_dataset
-from actshuffle.data.loader import Loader
-from actshuffle.data.stats import Threads, stats
-from actshuffle.manifest import MARKER_KEY
-from actshuffle.objects import as_place, open_objects
+from actshuffle.arrays.names import MARKER_KEY
+from actshuffle.arrays.small import group_metadata
+from actshuffle.checking.statspass import stats
+from actshuffle.executors import Threads
+from actshuffle.loading.dataset import Dataset, open_dataset
+from actshuffle.loading.loader import Loader
+from actshuffle.storage.buffers import pages
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import as_place
 from actshuffle.units import format_bytes
 from benchmarks import cache, plots
 from benchmarks.results import Bench, need_space, ranged, spread, table

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from actshuffle.tier import MEMORY_FOLDER
+from actshuffle.engine.scratch import MEMORY_FOLDER
 
 ROOT = Path(__file__).parents[1]
 _MARK = "ACTSHUFFLE_BENCHMARK"

@@ -20,18 +20,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from actshuffle import arrays, buffers, digest, files, gather, keys, manifest, reading, spill, tasks
+from actshuffle.arrays.source import Source
+from actshuffle.engine import gather, manifest, spill, tasks
+from actshuffle.engine.gather import READING
+from actshuffle.engine.job import Job
+from actshuffle.engine.run import CLEARING
 from actshuffle.executors import Executor
-from actshuffle.gather import READING
-from actshuffle.run import CLEARING
-from actshuffle.types import Job, Task
+from actshuffle.ordering import digest, keys
+from actshuffle.planning.tree import Task
+from actshuffle.storage import buffers, files
+from actshuffle.storage import directio as reading
 
 PHASES = ("read", "key", "partition", "hash", "gather", "write", "receipt", "other")
 OUTSIDE = ("scheduler", "idle", "driver", "clearing")
 WHOLE = {READING: "read", CLEARING: "clearing"}  # stages that are one phase of all workers
 
 PROBES: tuple[tuple[str, Any, str], ...] = (
-    ("read", arrays.Source, "_decode"),
+    ("read", Source, "_decode"),
     ("read", files.LocalObjects, "read"),
     ("read", spill.Spill, "read"),
     ("read", reading, "_by_two"),

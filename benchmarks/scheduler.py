@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from actshuffle.engine.job import Job
+from actshuffle.engine.prepare import prepare
+from actshuffle.engine.request import Request
+from actshuffle.engine.tasks import Done
 from actshuffle.executors import Dask
-from actshuffle.objects import as_place
-from actshuffle.prepare import Request, prepare
-from actshuffle.tasks import Done
-from actshuffle.types import Job, Task
+from actshuffle.planning.tree import Task
+from actshuffle.storage.place import as_place
 from actshuffle.units import format_bytes
 from benchmarks import measure, plots
 from benchmarks.results import Bench, table

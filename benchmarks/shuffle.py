@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import actshuffle
+from actshuffle.engine.job import Job
 from actshuffle.errors import InfeasibleError
 from actshuffle.executors import Executor, Serial, local_cluster
-from actshuffle.types import Job
 from actshuffle.units import format_bytes
 from benchmarks import plots
 from benchmarks.copier import Copier

@@ -12,7 +12,7 @@ import hypothesis  # noqa: F401
 import pytest
 
 from actshuffle.executors import Dask, local_cluster
-from helpers import SOURCES
+from support.helpers import SOURCES
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,11 @@ import fsspec
 import zarr
 
 import actshuffle
-from actshuffle import manifest
+from actshuffle.arrays.names import FORMAT
 from actshuffle.testing import Faults, Killed, matching
-from helpers import array, values
+from support.helpers import array, values
 
-FOLDER = Path(__file__).parent / "fixtures" / f"format{manifest.FORMAT}"
+FOLDER = Path(__file__).parent / "fixtures" / f"format{FORMAT}"
 URL = "memory://actshuffle-fixture"
 SEED, ROWS = 7, 24
 PLAN = {"levels": 3, "block_bytes": 160, "run_bytes": 1, "chunk_rows": 4}

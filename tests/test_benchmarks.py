@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from actshuffle.digest import RowHash
 from actshuffle.executors import Serial
-from actshuffle.planner import make_plan
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are run from the root, not installed
-
+from actshuffle.ordering.digest import RowHash
+from actshuffle.planning.planner import make_plan
 from benchmarks import cache, calibrate, costs, growth, measure, shuffle, sources
 from benchmarks.__main__ import main
 from benchmarks.peers import PEERS, Work, driver, formats

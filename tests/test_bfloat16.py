@@ -14,7 +14,7 @@ import zarr
 from zarr.dtype import DataTypeValidationError
 
 from actshuffle.bfloat16 import BFloat16, bits_to_float, float_to_bits
-from helpers import array, assert_is_oracle, run, values
+from support.helpers import array, assert_is_oracle, run, values
 
 ALL = np.arange(1 << 16, dtype=np.uint16)
 

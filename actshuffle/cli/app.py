@@ -22,7 +22,8 @@ from actshuffle.errors import ActshuffleError, RequestError
 from actshuffle.units import format_bytes
 
 if TYPE_CHECKING:
-    from actshuffle.types import Job, Plan
+    from actshuffle.engine.job import Job
+    from actshuffle.planning.tree import Plan
 
 RESUME = "stopped; what is finished is kept: run the same command again to resume"
 
@@ -143,8 +144,8 @@ def run(
       actshuffle run acts.zarr shuffled.zarr --seed 7 --memory 8GB --workers 16
       actshuffle run s3://b/acts s3://b/shuffled --scheduler tls://10.0.0.1:8786
     """
-    from actshuffle.inspect import plan_report
-    from actshuffle.run import shuffle
+    from actshuffle.engine.run import shuffle
+    from actshuffle.planning.report import plan_report
 
     with at_work(ctx, workers, scheduler, quiet) as (executor, display):
 
@@ -203,8 +204,9 @@ def plan(
       actshuffle plan --rows 100e9 --row-bytes 1KB --memory 100GB --run-bytes 1GB
       actshuffle plan --rows 122e9 --row-bytes 8KiB --memory 16GB --hosts 200
     """
-    from actshuffle import inspect
-    from actshuffle.forecast import forecast, text
+    from actshuffle.engine import preview
+    from actshuffle.planning.forecast import forecast, text
+    from actshuffle.planning.report import plan_report, plan_text
 
     cluster = forecast_cluster(options)
     if cluster is not None and options["gather"]:
@@ -213,17 +215,17 @@ def plan(
         options["workers"] = options["workers"] or cluster.workers
         options["memory"] = options["memory"] or "4GB"  # of theirs; this machine's is not theirs
         options["remote"] = cluster.scratch == "store"
-    made = inspect.plan(levels=levels or "auto", codec=codec or "none", **options)  # type: ignore[arg-type]
-    report, told = inspect.plan_report(made), inspect.plan_text(made)
+    made = preview.plan(levels=levels or "auto", codec=codec or "none", **options)  # type: ignore[arg-type]
+    found, told = plan_report(made), plan_text(made)
     if options["src"] and cluster is None and not options["gather"]:
         known = {name: options[name] for name in ("src", "fields", "workers", "storage_options")}
-        report["gathers_well"] = inspect.gathers_well(made=made, **known)
-        if report["gathers_well"]:
+        found["gathers_well"] = preview.gathers_well(made=made, **known)
+        if found["gathers_well"]:
             told += "\n\n" + GATHER_HINT
     if cluster is not None:
-        report["forecast"] = forecast(made, cluster, simulated=simulate, seed=simulation_seed)
-        told += "\n\n" + text(report["forecast"])
-    show(report, told, as_json)
+        found["forecast"] = forecast(made, cluster, simulated=simulate, seed=simulation_seed)
+        told += "\n\n" + text(found["forecast"])
+    show(found, told, as_json)
 
 
 @main.command()
@@ -252,7 +254,7 @@ def verify(
       actshuffle verify acts.zarr shuffled.zarr
       actshuffle verify acts.zarr shuffled.zarr --quick --rows 10000
     """
-    from actshuffle.verify import verify as check
+    from actshuffle.checking.verifier import verify as check
 
     with at_work(ctx, workers, scheduler, quiet) as (executor, display):
         report = check(src, dst, executor=executor, progress=display, **options)
@@ -271,10 +273,11 @@ def info(path: str, storage_options: dict[str, Any] | None, as_json: bool) -> No
     Example:
       actshuffle info shuffled.zarr
     """
-    from actshuffle import inspect
 
-    found = inspect.info(path, storage_options)
-    show(found, inspect.info_text(found), as_json)
+    from actshuffle.checking import contents
+
+    found = contents.info(path, storage_options)
+    show(found, contents.info_text(found), as_json)
 
 
 @main.command()
@@ -287,10 +290,11 @@ def status(dst: str, storage_options: dict[str, Any] | None, as_json: bool) -> N
     Example:
       actshuffle status shuffled.zarr
     """
-    from actshuffle import inspect
 
-    found = inspect.status(dst, storage_options)
-    show(found, inspect.status_text(found), as_json)
+    from actshuffle.engine import state
+
+    found = state.status(dst, storage_options)
+    show(found, state.status_text(found), as_json)
 
 
 for command in (*tools.commands, *data.commands):

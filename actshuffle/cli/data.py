@@ -45,7 +45,7 @@ def stats(
       actshuffle stats shuffled.zarr --png stats.png
       actshuffle stats shuffled.zarr --read --json
     """
-    from actshuffle.data import stats as module
+    from actshuffle.checking import statspass as module
 
     if png is not None and not png.absolute().parent.is_dir():
         raise RequestError(f"there is no folder {png.parent} for the picture")
@@ -118,9 +118,9 @@ def quality(
       actshuffle quality shuffled.zarr
       actshuffle quality activations.zarr --buffer-rows 1000000
     """
-    from actshuffle.data import quality as module
-    from actshuffle.data.dataset import open_finished_or_plain
-    from actshuffle.data.loader import Loader
+    from actshuffle.checking import scores as module
+    from actshuffle.loading.dataset import open_finished_or_plain
+    from actshuffle.loading.loader import Loader
 
     dataset = open_finished_or_plain(store, incomplete=incomplete, storage_options=storage_options)
     rows = 0 if buffer_rows is None and not dataset.shuffled else buffer_rows

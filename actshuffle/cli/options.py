@@ -179,7 +179,7 @@ CLUSTER = _options(
 
 def forecast_cluster(given: dict[str, Any]) -> Any:
     """Take the options of `CLUSTER` out of what a command was given: the cluster, None without hosts."""
-    from actshuffle.cost import Cluster
+    from actshuffle.planning.cost import Cluster
 
     names = ("network", "disk", "requests", "latency", "stream", "workers_per_host", "hosts")
     plain = {name: given.pop(name) for name in names}

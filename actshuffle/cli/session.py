@@ -18,32 +18,28 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from ipaddress import ip_address
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from actshuffle.cli.display import Display, LogLines
 from actshuffle.cli.options import INSECURE
 from actshuffle.errors import ClusterError, RequestError
-
-if TYPE_CHECKING:
-    from actshuffle.executors import Executor
+from actshuffle.executors import Executor
 
 T = TypeVar("T")
 QUIET_DASK = {"DASK_LOGGING__DISTRIBUTED": "critical", "PYTHONWARNINGS": "ignore"}  # for workers
 SMALL = 256_000_000  # bytes that are moved sooner than a cluster of our own has started
 
 
-class _Crew:
+class _Crew(Executor):
     """The executor that was asked for, opened when the first work comes.
 
     So a request that is refused is refused at once, and a small one need not wait for a cluster.
     """
 
-    name, dashboard, one_machine, tasks_per_worker = "lazy", None, True, 1
-
     def __init__(self, workers: int | None, display: Display) -> None:
-        from actshuffle.executors import cores
+        from actshuffle.machine import cores
 
         if workers is not None and workers < 0:
             raise RequestError(f"workers must be 0 (none but this process) or more, got {workers}")
@@ -64,7 +60,7 @@ class _Crew:
                 self._display.hint("cluster", f"starting {self.workers} workers ...")
             with _deaf_children():
                 self._inner = self._stack.enter_context(executor_for(0 if alone else self.workers))
-            self.name, self.workers = self._inner.name, self._inner.workers
+            self.workers, self.processes = self._inner.workers, self._inner.processes
             if not alone:
                 self._display.line("cluster", _cluster_text(self._inner))
         return self._inner
@@ -176,7 +172,7 @@ def at_work(
                 yield executor, display
             except KeyboardInterrupt:
                 display.close()
-                if executor.name == "dask":
+                if executor.processes:
                     display.line("stopping", "Ctrl-C again does not wait for the tasks in flight")
                 raise
     finally:

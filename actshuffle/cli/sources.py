@@ -105,7 +105,7 @@ def import_(
       actshuffle import saelens-cache/ --out acts.zarr --name token_ids=token
       actshuffle import memmap.bin --dtype float16 --row-shape 4096 --out a.zarr
     """
-    from actshuffle.data.importers import import_store
+    from actshuffle.building.importers import import_store
 
     with at_work(ctx, workers, scheduler, quiet) as (executor, display):
         made = import_store(paths, out, names=dict(names), executor=executor, progress=display, **options)
@@ -178,7 +178,7 @@ def collect(
       actshuffle collect --model gpt2 --hooks h.3.mlp --text a.jsonl \\
         --out acts.zarr --part 1/4
     """
-    from actshuffle.data.collect import collect as gather
+    from actshuffle.building.collection import collect as gather
 
     # A second process doubles the model's memory and halves its threads: only where asked for.
     with at_work(ctx, 0 if workers is None and scheduler is None else workers, scheduler, quiet) as (executor, display):

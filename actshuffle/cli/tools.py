@@ -49,7 +49,7 @@ def came_from(dst: str, rows: tuple[int, ...], as_json: bool, **options: Any) ->
     Example:
       actshuffle came-from shuffled.zarr 0 17 123_456_789
     """
-    from actshuffle.data import trace
+    from actshuffle.loading import trace
 
     origins = trace.came_from(dst, rows, **options)
     show({"rows": [o.as_dict() for o in origins]}, "\n".join(map(str, origins)), as_json)
@@ -66,7 +66,7 @@ def where_is(dst: str, source_rows: tuple[int, ...], as_json: bool, **options: A
     Example:
       actshuffle where-is shuffled.zarr 81234
     """
-    from actshuffle.data import trace
+    from actshuffle.loading import trace
 
     found = [int(row) for row in trace.where_is(dst, source_rows, **options)]
     lines = [
@@ -104,7 +104,7 @@ def split(
       actshuffle split shuffled.zarr train.zarr=0.9 val.zarr=rest
       actshuffle split shuffled.zarr probe.zarr=10000 --copy
     """
-    from actshuffle.data import cut
+    from actshuffle.building import cut
 
     if len(dict(parts)) < len(parts):
         raise RequestError("two parts have the same name")
@@ -130,7 +130,7 @@ def head(store: str, rows: int, out: str | None, as_json: bool, **options: Any) 
       actshuffle head shuffled.zarr 5
       actshuffle head shuffled.zarr 1e6 small.zarr
     """
-    from actshuffle.data import cut
+    from actshuffle.building import cut
 
     if out is not None:
         made = cut.head(store, rows, out, **options)
@@ -174,7 +174,7 @@ def sample(
     Example:
       actshuffle sample acts.zarr 1e6 sample.zarr --seed 7
     """
-    from actshuffle.data import cut
+    from actshuffle.building import cut
 
     with at_work(ctx, workers, scheduler, quiet) as (executor, display):
         made = cut.sample(src, rows, dst, executor=executor, progress=display, **options)
@@ -201,7 +201,7 @@ def concat(sources: tuple[str, ...], out: str, as_json: bool, **options: Any) ->
       actshuffle concat monday.zarr tuesday.zarr --out both
       actshuffle run both shuffled.zarr
     """
-    from actshuffle.data.concat import concat as put_together
+    from actshuffle.building.joining import concat as put_together
 
     made = put_together(sources, out, **options)
     document = {"path": made.path, "rows": made.rows, "arrays": sorted(made.fields)}
@@ -239,7 +239,7 @@ def append(
     Example:
       actshuffle append shuffled.zarr wednesday.zarr
     """
-    from actshuffle.data.append import append as grow
+    from actshuffle.building.growth import append as grow
 
     with at_work(ctx, workers, scheduler, quiet) as (executor, display):
         made = grow(dst, new, executor=executor, progress=display, **options)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from actshuffle import mixing
-from actshuffle.executors import machine_memory
+from actshuffle.machine import machine_memory
+from actshuffle.ordering import mixing
 from actshuffle.units import format_bytes, format_seconds
 from benchmarks import cache, measure, plots
 from benchmarks.floor import prepare

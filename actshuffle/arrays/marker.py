@@ -1,0 +1,85 @@
+"""The completion marker, read: every reader of a finished store begins here, and none needs the engine for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from actshuffle._version import __version__
+from actshuffle.arrays.names import FORMAT, MARKER_KEY
+from actshuffle.arrays.small import group_metadata
+from actshuffle.errors import FormatError
+from actshuffle.storage.objects import Objects
+from actshuffle.storage.place import public_url as public_url
+
+
+def _is_list(found: Any, length: int, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(found, list) and len(found) == length and all(map(holds, found))
+
+
+def altered_files(objects: Objects, marker: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Key and what is wrong of each small file, the marker among them, that is not what was written."""
+    body = {k: v for k, v in marker.items() if k != "sha256"}
+    around = json.loads(group_metadata({"actshuffle": marker}))  # what no checksum of the body sees
+    if marker.get("sha256") != _digest(body) or json.loads(objects.get(MARKER_KEY) or "{}") != around:
+        yield MARKER_KEY, "is not what was written"
+    for key, check in marker.get("files", {}).items():
+        data = objects.get(key)
+        if data is None or hashlib.sha256(data).hexdigest() != check:
+            yield key, "is missing" if data is None else "is not what was written"
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# What a marker must hold, by its kind: a shuffled store, a row range of another store, or a finished
+# store whose rows are in the order in which they were made (collect, import).
+_MARKERS: dict[str, dict[str, type]] = {
+    "shuffle": {
+        "rows": int,
+        "seed": int,
+        "fields": dict,
+        "source_row": bool,
+        "levels": int,
+        "source_identity": str,
+        "fill_missing": bool,
+    },
+    "view": {"rows": int, "fields": dict, "source_row": bool, "of": str, "start": int, "stop": int},
+    "collection": {"rows": int, "fields": dict},
+}
+
+
+def read_marker(objects: Objects) -> dict[str, Any] | None:
+    """The completion marker, None if there is none, `FormatError` if it is not one we can read."""
+    data = objects.get(MARKER_KEY)
+    if data is None:
+        return None
+    try:
+        body = json.loads(data)["attributes"]["actshuffle"]
+        if body["format"] != FORMAT:
+            raise FormatError(f"{MARKER_KEY} has format {body['format']}, this actshuffle {__version__} reads {FORMAT}")
+        kind = body.setdefault("kind", "shuffle")
+        if kind not in _MARKERS:
+            raise FormatError(f"{MARKER_KEY} is of kind {kind!r}; known are {', '.join(_MARKERS)}")
+        for name, kind_of in _MARKERS[kind].items():
+            if type(body[name]) is not kind_of or (name in ("rows", "seed") and body[name] < 0):
+                raise TypeError(f"{name} cannot be {str(body[name])[:40]!r}")
+        if not isinstance(body.get("files", {}), dict):
+            raise TypeError("files must be digests by key")
+        if "key_bits" in body and not _is_list(body["key_bits"], 2, lambda x: x in range(65)):
+            raise TypeError("key_bits must be two numbers up to 64")
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
+        raise FormatError(f"{MARKER_KEY} is damaged: {err}") from err
+    found: dict[str, Any] = body
+    return found
+
+
+def is_finished(objects: Objects) -> bool:
+    """Is there a marker?  One that is torn is none: whoever wrote it goes on, and writes it again."""
+    try:
+        return read_marker(objects) is not None
+    except FormatError:
+        return False

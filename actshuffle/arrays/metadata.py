@@ -1,0 +1,242 @@
+"""Zarr arrays in, Zarr arrays out: what the source holds, how its rows are read, how output is written.
+
+Where chunk files are nothing but the bytes of their rows (no compression, no sharding, rows not cut),
+rows go between file and our buffers directly: one copy, by the kernel.  Everything else goes through
+zarr, one source chunk or one output object at a time, so that memory stays what the plan says.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.buffer import cpu
+from zarr.codecs import Crc32cCodec
+from zarr.dtype import data_type_registry
+from zarr.errors import ZarrUserWarning
+from zarr.storage import MemoryStore
+
+from actshuffle.arrays import virtual
+from actshuffle.arrays.field import Field
+from actshuffle.arrays.guard import View, coding_of
+from actshuffle.arrays.names import OUR_GROUP
+from actshuffle.bfloat16 import BFloat16
+from actshuffle.errors import ActshuffleError, RequestError, SourceError
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import Place
+from actshuffle.storage.remote import wait
+
+data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed
+CODECS = ("none", "crc32c", "zstd")
+
+
+def open_node(place: Place) -> zarr.Array[Any] | zarr.Group:
+    """The array or group at a place, read-only, or a `SourceError` that says what is there instead."""
+    try:
+        path = "" if virtual.describe(place) is None else virtual.ARRAYS
+        node = zarr.open(View(open_objects(place), str(place)), path=path, mode="r")
+        if not isinstance(node.metadata.attributes, dict):
+            raise SourceError(f"attributes of {place} are no JSON object")
+        return node
+    except (FileNotFoundError, NotADirectoryError) as err:
+        if open_objects(place).size("") is None and "://" not in place.url:
+            raise SourceError(f"no such source: {place.url}") from err
+        if next(iter(open_objects(place).list(OUR_GROUP)), None) is not None:
+            raise SourceError(f"{place.url} is half done, or damaged: there is no zarr.json") from err
+        raise SourceError(f"not a Zarr array or group (no zarr.json, .zarray or .zgroup): {place.url}") from err
+    except ActshuffleError:
+        raise
+    except Exception as err:  # whatever zarr makes of damaged metadata
+        raise _unreadable(place, err) from err
+
+
+def _unreadable(place: Place, err: Exception) -> SourceError:
+    text = str(err) if len(str(err)) < 500 else str(err)[:500] + " ..."
+    return SourceError(f"cannot read Zarr metadata of {place}: {type(err).__name__}: {text}")
+
+
+def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str, zarr.Array[Any]]:
+    """The arrays to shuffle together, by output name; checked to be fixed-width and of equal length."""
+    node = open_node(place)
+    if isinstance(node, zarr.Array):
+        if names not in (None, ["data"], ("data",)):
+            raise RequestError(f"{place.url} is one array; fields {names} cannot be chosen from it")
+        arrays = {"data": node}
+    else:
+        members = _members(place, node)
+        groups = sorted(k for k, v in members.items() if isinstance(v, zarr.Group) and k != OUR_GROUP)
+        arrays = {k: v for k, v in sorted(members.items()) if isinstance(v, zarr.Array)}
+        if names is not None:
+            absent = sorted(set(names) - set(arrays))
+            if absent:
+                raise RequestError(f"no array named {absent[0]!r} in {place.url}; it has {sorted(arrays)}")
+            arrays = {k: arrays[k] for k in sorted(set(names))}
+        elif groups:
+            raise SourceError(
+                f"{place.url} holds groups {groups} beside its arrays, which would be left out: "
+                "give the path of one group, or choose arrays with --fields"
+            )
+        if not arrays:
+            raise SourceError(f"no arrays in {place.url}")
+    for name, array in arrays.items():
+        _check_array(place, name, array)
+    lengths = {name: array.shape[0] for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{k}: {v:,}" for k, v in lengths.items())
+        raise SourceError(f"arrays of unequal length in {place.url} ({listed}); choose some with --fields")
+    return arrays
+
+
+def _members(place: Place, group: zarr.Group) -> dict[str, zarr.Array[Any] | zarr.Group]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZarrUserWarning)  # stray files beside arrays are not ours to judge
+        try:
+            return dict(group.members())
+        except ActshuffleError:
+            raise
+        except Exception as err:
+            raise _unreadable(place, err) from err
+
+
+def _check_array(place: Place, name: str, array: zarr.Array[Any]) -> None:
+    where = f"array {name!r} of {place}"
+    if name == OUR_GROUP or not _is_plain(name) or array.path.rsplit("/", 1)[-1] not in (name, ""):
+        raise SourceError(f"{where}: its name cannot be that of an array in the output")
+    if not isinstance(array.metadata.attributes, dict):
+        raise SourceError(f"{where} has attributes that are no JSON object")
+    if array.ndim == 0:
+        raise SourceError(f"{where} is a scalar, it has no rows; choose arrays with --fields")
+    dtype = array.dtype
+    if dtype.hasobject or dtype.kind in "OT" or dtype.itemsize == 0:
+        raise SourceError(f"{where} has dtype {dtype}, whose items have no fixed width; it cannot be shuffled")
+    if 0 in array.shape[1:]:
+        raise SourceError(f"{where} has shape {array.shape}: its rows are empty")
+    if min(*array.shape, *object_grid(array)) < 0 or min(*object_grid(array), *array.chunks) < 1:
+        raise SourceError(f"{where} has shape {array.shape} in chunks of {object_grid(array)}")
+    coding_of(array, where)
+
+
+def _is_plain(name: str) -> bool:
+    """May this be a key on any store?"""
+    return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")
+
+
+def source_field(name: str, array: zarr.Array[Any]) -> Field:
+    """A source array as the engine sees it."""
+    row_shape = tuple(array.shape[1:])
+    grid = object_grid(array)
+    raw = is_raw(array) and not array.path.startswith(virtual.ARRAYS)
+    key = array.metadata.encode_chunk_key((_MARK, *(0 for _ in row_shape)))
+    template = (f"{_literal(array.path)}/" if array.path else "") + key.replace(str(_MARK), "{}")
+    row_bytes = array.dtype.itemsize * math.prod(row_shape)
+    # Through zarr, enough chunks at a time to keep its decoders busy, and no more for memory's sake.
+    chunks = max(1, READ_BYTES // max(1, array.chunks[0] * row_bytes))
+    return Field(
+        name=name,
+        source=array.path,
+        row_bytes=row_bytes,
+        row_shape=row_shape,
+        source_chunk_rows=grid[0],
+        read_rows=grid[0]
+        if raw
+        else (min(chunks * array.chunks[0], grid[0]) if array.shards else chunks * array.chunks[0]),
+        source_key=template if raw else "",
+        object_key=template,
+    )
+
+
+# Decoded bytes of one read through zarr; twice as many are no faster, and take 24 MB more.
+READ_BYTES = 8 << 20
+
+
+def _literal(text: str) -> str:
+    """Text that `str.format` leaves as it is."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+_MARK = 987654321  # a chunk number that no other part of a key can hold
+
+
+def object_grid(array: zarr.Array[Any]) -> tuple[int, ...]:
+    """Shape of one stored object: a shard where there are shards, else a chunk."""
+    return tuple(array.shards or array.chunks)
+
+
+def is_raw(array: zarr.Array[Any]) -> bool:
+    """Are chunk files the plain little-endian bytes of whole rows, in order?"""
+    grid = object_grid(array)
+    if grid[1:] != tuple(array.shape[1:]) or array.dtype != array.dtype.newbyteorder("<"):
+        return False
+    meta: dict[str, Any] = dict(array.metadata.to_dict())
+    if array.metadata.zarr_format == 2:
+        plain = not meta.get("compressor") and not meta.get("filters")
+        return plain and (meta.get("order") == "C" or array.ndim == 1)
+    codecs: list[dict[str, Any]] = [c if isinstance(c, dict) else c.to_dict() for c in meta["codecs"]]
+    endian = (codecs[0].get("configuration") or {}).get("endian", "little")
+    return len(codecs) == 1 and codecs[0]["name"] == "bytes" and str(endian) in ("little", "Endian.little")
+
+
+def source_buffer(arrays: Sequence[zarr.Array[Any]], *, remote: bool = False) -> int:
+    """Bytes held while rows are decoded through zarr (encoded, decoded, converted) or fetched."""
+    fields = [source_field("", a) for a in arrays if remote or not is_raw(a)]
+    return max((3 * f.read_rows * f.row_bytes for f in fields), default=0)
+
+
+def output_field(
+    field: Field, array: zarr.Array[Any] | None, rows: int, chunk_rows: int, object_rows: int, codec: str
+) -> Field:
+    """The field with its output array's metadata; ``array`` None makes the ``source_row`` array."""
+    if array is None:
+        dtype, fill, attributes, dims = np.dtype("<u8"), 0, {}, None
+    else:
+        bf16 = array.metadata.to_dict().get("data_type") == "bfloat16"
+        dtype = BFloat16() if bf16 else array.dtype.newbyteorder("<")  # type: ignore[assignment]
+        fill, attributes, dims = array.fill_value, dict(array.attrs), _dimension_names(array)
+        attributes.pop("_ARRAY_DIMENSIONS", None)
+        if array.dtype.kind == "V" and object_rows != chunk_rows:
+            raise RequestError(
+                f"zarr cannot shard arrays of dtype {array.dtype} ({field.name!r}): give --chunks-per-shard 1, "
+                "or leave the array out with --fields"
+            )
+    if dims is None:
+        dims = ["row", *(f"{field.name}_{i + 1}" for i in range(len(field.row_shape)))]
+    memory = MemoryStore()
+    zarr.create_array(
+        memory,
+        name=field.name,
+        shape=(rows, *field.row_shape),
+        dtype=dtype,
+        chunks=(chunk_rows, *field.row_shape),
+        fill_value=fill,
+        attributes=attributes,
+        shards=None if object_rows == chunk_rows else (object_rows, *field.row_shape),
+        compressors={"none": None, "crc32c": [Crc32cCodec()], "zstd": "auto"}[codec],
+        filters=None,
+        dimension_names=dims,
+        # A flat key: with "/" every chunk of a matrix would be a directory of its own.
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
+    text = wait(memory.get(f"{field.name}/zarr.json", cpu.buffer_prototype))
+    assert text is not None
+    return Field(
+        **{
+            **vars(field),
+            "metadata": text.to_bytes().decode(),
+            "chunk_rows": chunk_rows,
+            "object_rows": object_rows,
+            "raw_output": codec == "none" and object_rows == chunk_rows,
+            "object_key": f"{_literal(field.name)}/c.{{}}" + ".0" * len(field.row_shape),
+        }
+    )
+
+
+def _dimension_names(array: zarr.Array[Any]) -> list[str | None] | None:
+    if array.metadata.zarr_format == 2:
+        names = array.attrs.get("_ARRAY_DIMENSIONS")
+        return list(names) if isinstance(names, list) and len(names) == array.ndim else None
+    names = array.metadata.dimension_names
+    return None if names is None or None in names else list(names)

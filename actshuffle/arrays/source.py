@@ -1,0 +1,101 @@
+"""Read rows of a source: from chunk files that are plain bytes of rows, else through zarr or a virtual reader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from actshuffle.arrays import virtual
+from actshuffle.arrays.field import Field
+from actshuffle.arrays.guard import View
+from actshuffle.arraytypes import U8, U64
+from actshuffle.errors import ActshuffleError, SourceError
+from actshuffle.storage.directio import Extent, two_readers
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import Place
+
+
+class Source:
+    """Reads rows of a job's source."""
+
+    def __init__(self, place: Place, fill_missing: bool = False) -> None:
+        self.place = place
+        self.objects = open_objects(place)
+        self._elsewhere = virtual.open_reader(place)
+        self._store = View(self.objects, str(place), strict=not fill_missing)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    def read(self, field: Field, start: int, out: U8) -> None:
+        """Rows ``[start, start + len(out))`` into ``out``, uint8 ``(m, row_bytes)``, contiguous."""
+        for _ in self.parts(field, start, out):
+            pass
+
+    def parts(self, field: Field, start: int, out: U8) -> Iterator[tuple[int, int]]:
+        """The same, a part at a time; yields which rows of ``out`` are there, ``(first, stop)``."""
+        if self._elsewhere is not None:
+            self._elsewhere.read(field.name, start, out)
+            yield 0, len(out)
+            return
+        if field.source_key:
+            yield from self._raw_parts(field, start, out)
+            return
+        stop, step = start + len(out), field.read_rows
+        for part in range(start // step, -(-stop // step)):
+            a, b = max(start, part * step), min(stop, (part + 1) * step)
+            out[a - start : b - start] = self._decode(field, a, b)
+            yield a - start, b - start
+
+    def _raw_parts(self, field: Field, start: int, out: U8) -> Iterator[tuple[int, int]]:
+        """Two chunks at a time, straight from their files."""
+        stop, step = start + len(out), field.source_chunk_rows
+        edges = [start, *range((start // step + 1) * step, stop, step), stop]
+        parts = list(pairwise(edges)) if len(out) else []
+        with two_readers(self.objects.read, out.nbytes) as read:
+            for two in (parts[at : at + 2] for at in range(0, len(parts), 2)):
+                extents = [
+                    Extent(
+                        field.source_key.format(a // step),
+                        a % step * field.row_bytes,
+                        [out[a - start : b - start].data.cast("B")],
+                        once=True,
+                    )
+                    for a, b in two
+                ]
+                read(extents)
+                yield two[0][0] - start, two[-1][1] - start
+
+    def numbers(self, start: int, stop: int) -> U64:
+        """What rows ``[start, stop)`` are called in ``source_row``."""
+        if self._elsewhere is not None:
+            return self._elsewhere.numbers(start, stop)
+        return np.arange(start, stop, dtype=np.uint64)
+
+    def _decode(self, field: Field, start: int, stop: int) -> U8:
+        try:
+            if field.source not in self._arrays:
+                node = zarr.open(self._store, path=field.source, mode="r")
+                assert isinstance(node, zarr.Array)
+                self._store.watch(node)
+                self._arrays[field.source] = node
+            rows = np.asarray(self._arrays[field.source][start:stop])
+        except ActshuffleError:
+            raise
+        except Exception as err:  # any codec's own complaint
+            raise SourceError(
+                f"cannot decode rows {start:,} to {stop:,} of {field.source or 'the array'} in "
+                f"{self.place.url}: {type(err).__name__}: {err}"
+            ) from err
+        return row_bytes_of(rows)
+
+
+def row_bytes_of(rows: NDArray[Any]) -> U8:
+    """An array's rows as little-endian bytes, uint8 ``(m, row_bytes)``."""
+    little = np.ascontiguousarray(rows, dtype=rows.dtype.newbyteorder("<"))
+    width = little.dtype.itemsize * math.prod(little.shape[1:])
+    return np.frombuffer(little.data if len(little) else b"", np.uint8).reshape(len(little), width)

@@ -1,0 +1,150 @@
+"""Sources that hold no rows of their own, and how their rows are had.
+
+Several stores as one, rows chosen from a store, two sorted stores on their way into one, files of
+another format: to the engine each is a source like any other.  On disk it is a folder that says what
+it presents and which reader of ours has the rows::
+
+    V/_actshuffle/virtual.json      the reader's name and settings, and facts about the rows
+    V/_actshuffle/arrays/NAME       zarr.json of each array, as a run sees it; no chunks
+
+It has no ``zarr.json`` at its top, so that nobody else mistakes it for a store full of zeros.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from actshuffle.arraytypes import U8, U64
+from actshuffle.errors import FormatError
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import Place
+
+KEY = "_actshuffle/virtual.json"
+ARRAYS = "_actshuffle/arrays"
+FORMAT = 1
+
+
+class Behind(NamedTuple):
+    """What a virtual source comes down to.
+
+    ``identity`` is that of all it has, ``marker`` is worth a note in the completion marker, and ``places``
+    are the stores that must not be written to meanwhile.
+    """
+
+    identity: str
+    marker: dict[str, Any]
+    places: tuple[str, ...] = ()
+
+
+class Reader(Protocol):
+    """Provides the rows of one virtual source; `reader` says which class does it for which name."""
+
+    def read(self, name: str, start: int, out: U8) -> None:
+        """Rows ``[start, start + len(out))`` of an array into ``out``, uint8 ``(m, row_bytes)``."""
+
+    def numbers(self, start: int, stop: int) -> U64:
+        """What rows ``[start, stop)`` are called in ``source_row``: they have the keys of these numbers."""
+
+    def inventory(self, names: Sequence[str]) -> Behind:
+        """Look at everything the rows come from, as `take_inventory` does."""
+
+
+Opener = Callable[[Place, dict[str, Any]], Reader]
+Made = TypeVar("Made", bound=Opener)
+
+# A store names a reader and never code: the name is one of these, or the store is refused.
+_READERS: dict[str, Opener] = {}
+
+
+def reader(name: str) -> Callable[[Made], Made]:
+    """Register ``opener(place, settings)`` as the reader that virtual sources call ``name``."""
+
+    def register(opener: Made) -> Made:
+        _READERS[name] = opener
+        return opener
+
+    return register
+
+
+def describe(place: Place) -> dict[str, Any] | None:
+    """What a virtual source says of itself, or None where there is none."""
+    data = open_objects(place).get(KEY)
+    return None if data is None else _parsed(data)
+
+
+def write(
+    place: Place,
+    reader_name: str,
+    settings: Mapping[str, Any],
+    arrays: Mapping[str, str],
+    attributes: Mapping[str, Any],
+    **facts: Any,
+) -> None:
+    """Write a virtual source: array metadata (texts of ``zarr.json`` by name) first, what it is last.
+
+    Facts are optional: ``key_rows`` are the rows ``[start, stop)`` among whose keys its own stand when
+    ranks are counted (default: all of its own), ``kind`` is how a job treats it (`types.Job.kind`) and
+    ``stage`` what its progress is called,
+    ``marker`` goes into the completion marker of what is made from it, and ``sums`` are the conservation
+    digests that its arrays must turn out to have.
+    """
+    objects = open_objects(place)
+    for gone in set(array_names(place)) - set(arrays):  # another process may be writing the same
+        objects.delete_prefix(f"{ARRAYS}/{gone}")
+    group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    for name, text in arrays.items():
+        objects.put(f"{ARRAYS}/{name}/zarr.json", text.encode())
+    objects.put(f"{ARRAYS}/zarr.json", json.dumps(group, indent=2).encode())
+    body = {"format": FORMAT, "reader": reader_name, "settings": dict(settings), **facts}
+    objects.put(KEY, json.dumps(body, indent=2, sort_keys=True).encode())
+
+
+def array_names(place: Place) -> list[str]:
+    """The arrays that a virtual source presents."""
+    prefix, suffix = f"{ARRAYS}/", "/zarr.json"
+    keys = open_objects(place).list(ARRAYS)
+    return sorted(k[len(prefix) : -len(suffix)] for k in keys if k.endswith(suffix) and k != ARRAYS + suffix)
+
+
+def open_reader(place: Place) -> Reader | None:
+    """The reader of a virtual source, or None if the place is no such thing."""
+    data = open_objects(place).get(KEY)
+    return None if data is None else _reader(place, data)
+
+
+def inventory(place: Place, names: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
+    """The identity of a virtual source, and its facts with those that were found; None if it is none."""
+    data = open_objects(place).get(KEY)
+    if data is None:
+        return None
+    body = _parsed(data)
+    _reader.cache_clear()  # what is behind it may have changed since this process last looked
+    found = _reader(place, data).inventory(names)
+    marker = {**found.marker, **body.get("marker", {})}
+    # It may stand for a source that is known by another identity.
+    identity = str(marker.get("source_identity", found.identity))
+    return identity, {**body, "marker": marker, "behind": list(found.places)}
+
+
+@lru_cache(maxsize=8)
+def _reader(place: Place, data: bytes) -> Reader:
+    body = _parsed(data)
+    return _READERS[body["reader"]](place, body["settings"])
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        body: dict[str, Any] = json.loads(data)
+        if body["format"] != FORMAT or body["reader"] not in _READERS:
+            raise FormatError(
+                f"{KEY} has format {body['format']}, reader {body['reader']!r}; this actshuffle reads "
+                f"format {FORMAT} and knows {', '.join(sorted(_READERS))}"
+            )
+        if not isinstance(body["settings"], dict):
+            raise TypeError("settings must be an object")
+    except (ValueError, KeyError, TypeError) as err:
+        raise FormatError(f"{KEY} is damaged: {err}") from err
+    return body

@@ -1,0 +1,172 @@
+"""Files of other formats as a virtual source: its rows are items of their columns, or parts of items."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.storage import MemoryStore
+
+from actshuffle.arrays import virtual
+from actshuffle.arrays.metadata import output_field, source_field
+from actshuffle.arraytypes import U8, U64
+from actshuffle.bfloat16 import BFloat16
+from actshuffle.building.formats import table_of
+from actshuffle.building.table import Column, Part, dtype_name
+from actshuffle.errors import FormatError, SourceError
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import Place, local_path
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """What became of one column: the array, and how its rows come from the column's items.
+
+    ``rule``: "rows" (an item is a row), "tokens" (an item is a sequence of rows), "repeated" (an item
+    is given to all rows of its sequence), "document" and "position" (made up, there is no column).
+    """
+
+    array: str
+    column: str
+    rule: str
+    dtype: str
+    shape: tuple[int, ...]  # of a row
+    files: int
+
+    def __str__(self) -> str:
+        told = {
+            "rows": "one row per item",
+            "tokens": "one row per token of each sequence",
+            "repeated": "repeated over the tokens of its sequence",
+            "document": "number of the sequence",
+            "position": "place in the sequence",
+        }
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        origin = f"{self.column!r}, {self.files} file{'s' * (self.files != 1)}" if self.column else "(new)"
+        return f"{self.array}: {shape} {dtype_name(self.dtype)} from {origin}: {told[self.rule]}"
+
+
+def write_files(
+    source: Place,
+    kind: str,
+    options: dict[str, Any],
+    files: Sequence[Path],
+    found: Mapping[str, Column],
+    mapping: Sequence[Mapped],
+    sequence: int,
+    group: int,
+    attributes: dict[str, Any],
+) -> int:
+    """The files as a virtual source; returns its rows."""
+    items = next(iter(found[m.column].items for m in mapping if m.column))
+    rows = items * sequence
+    if rows == 0:
+        raise SourceError(f"no rows in {files[0]}" + " and the others" * (len(files) > 1))
+    codec = "none" if group == 1 else "crc32c"
+    texts = {m.array: metadata_of(m.array, m.dtype, m.shape, rows, min(group, rows), codec) for m in mapping}
+    settings = {
+        "kind": kind,
+        "options": options,
+        "sequence": sequence,
+        "files": [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "arrays": {
+            m.array: {"rule": m.rule, "parts": [list(p) for p in found[m.column].parts] if m.column else []}
+            for m in mapping
+        },
+    }
+    if (virtual.describe(source) or {}).get("settings") != settings:
+        open_objects(source).delete_prefix("")
+    virtual.write(
+        source,
+        "files",
+        settings,
+        texts,
+        attributes,
+        kind="copy",
+        stage="import",
+        marker={"kind": "collection", "source": str(files[0].parent.absolute())},
+    )
+    return rows
+
+
+def metadata_of(name: str, dtype: str, shape: Sequence[int], rows: int, chunk: int = 1, codec: str = "none") -> str:
+    """``zarr.json`` of an array of rows of some shape; ``dtype`` is numpy's name or "bfloat16"."""
+    array = zarr.create_array(
+        MemoryStore(),
+        shape=(rows, *shape),
+        chunks=(chunk, *(max(1, s) for s in shape)),
+        dtype=BFloat16() if dtype == "bfloat16" else np.dtype(dtype),
+        compressors=None,
+    )
+    return output_field(source_field(name, array), array, rows, chunk, chunk, codec).metadata
+
+
+class Files:
+    """Reads rows out of files of another format."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._table = table_of(settings["kind"], settings["options"])
+        self._files, self._sequence = settings["files"], int(settings["sequence"])
+        self._rules = {name: entry["rule"] for name, entry in settings["arrays"].items()}
+        self._parts = {name: [Part(*part) for part in entry["parts"]] for name, entry in settings["arrays"].items()}
+
+    def read(self, name: str, start: int, out: U8) -> None:
+        rule, tokens = self._rules[name], self._sequence
+        rows = np.arange(start, start + len(out))
+        if rule == "document":
+            out[:] = (rows // tokens).astype("<u8")[:, None].view(np.uint8)
+        elif rule == "position":
+            out[:] = (rows % tokens).astype("<u4")[:, None].view(np.uint8)
+        elif rule == "repeated":
+            first, stop = start // tokens, -(-(start + len(out)) // tokens)
+            items = np.empty((stop - first, out.shape[1]), np.uint8)
+            self._items(name, first, items, 1)
+            np.take(items, rows // tokens - first, axis=0, out=out, mode="clip")
+        else:
+            self._items(name, start, out, tokens if rule == "tokens" else 1)
+
+    def _items(self, name: str, start: int, out: U8, tokens: int) -> None:
+        """Rows from ``start`` on, of items that hold ``tokens`` rows each."""
+        stop, begin = start + len(out), 0
+        for part in self._parts[name]:
+            end = begin + part.items * tokens
+            a, b = max(start, begin), min(stop, end)
+            if a < b:
+                self._piece(part, a - begin, out[a - start : b - start], tokens)
+            begin = end
+
+    def _piece(self, part: Part, start: int, out: U8, tokens: int) -> None:
+        if tokens == 1 or isinstance(part.at, int):
+            self._table.read(part, start, out)  # bytes lie in rows as well as in items
+        else:
+            first, stop = start // tokens, -(-(start + len(out)) // tokens)
+            items = np.empty((stop - first, tokens * out.shape[1]), np.uint8)
+            self._table.read(part, first, items)
+            rows = items.reshape(-1, out.shape[1])
+            out[:] = rows[start - first * tokens :][: len(out)]
+        if part.swap > 1:
+            out[:] = out.reshape(len(out), -1, part.swap)[:, :, ::-1].reshape(out.shape)
+
+    def numbers(self, start: int, stop: int) -> U64:
+        return np.arange(start, stop, dtype=np.uint64)
+
+    def inventory(self, names: Sequence[str]) -> virtual.Behind:
+        for path, size, changed in self._files:
+            found = Path(path).stat() if Path(path).exists() else None
+            if found is None or (found.st_size, found.st_mtime_ns) != (size, changed):
+                raise SourceError(f"{path} has changed or gone since it was looked at; run again")
+        text = json.dumps([self._files, self._rules, list(names)])
+        return virtual.Behind(hashlib.sha256(text.encode()).hexdigest()[:32], {})
+
+
+@virtual.reader("files")
+def open_files(place: Place, settings: dict[str, Any]) -> Files:
+    if local_path(place) is None:
+        raise FormatError(f"{place} is remote, and does not lead to files here")
+    return Files(settings)

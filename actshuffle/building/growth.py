@@ -1,0 +1,301 @@
+"""Grow a shuffled store: the result is what shuffling old and new rows from scratch would give.
+
+Keys depend on the row number alone, so old rows keep their keys and thus their order, and new rows,
+numbered on from the old ones, fall in between.  Only the new rows are shuffled; then two sorted stores
+are merged, one output leaf at a time::
+
+    old, sorted      |--------a1--------|------a2------|---
+    new, sorted      |--b1--|----b2----|---
+    output leaves    |  leaf 1: a1 + b1      |  leaf 2: a2 + b2      | ...
+
+Where a leaf's share of each input begins is found by looking at a few keys (the "merge path" of Odeh,
+Green, Mwassi, Shmueli, Birk, 2012), so leaves are tasks that know nothing of each other.  The old data is
+read once and written once.
+
+The grown store is written beside the old one, which stays as it is until the last moment: then the two
+change names in one step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actshuffle.arrays import virtual
+from actshuffle.arrays.marker import read_marker
+from actshuffle.arrays.metadata import source_arrays
+from actshuffle.arrays.names import SOURCE_ROW
+from actshuffle.arraytypes import U8, U64
+from actshuffle.building.joining import Concat, combined, write_concat
+from actshuffle.engine.job import Job
+from actshuffle.engine.prepare import check_places, prepare
+from actshuffle.engine.request import Request
+from actshuffle.engine.run import execute
+from actshuffle.errors import RequestError, ResumeMismatchError
+from actshuffle.executors import Executor, Serial
+from actshuffle.loading.dataset import Dataset, open_dataset
+from actshuffle.loading.ranks import Ranks, first_where
+from actshuffle.loading.views import followed
+from actshuffle.ordering.digest import from_hex, to_hex
+from actshuffle.progress import Progress, Silent
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import Place, as_place, local_path
+from actshuffle.units import format_bytes, format_seconds, parse_bytes
+
+
+@dataclass(frozen=True)
+class Appended:
+    """What an append did.  ``done_before``: these rows were there already, from an earlier run."""
+
+    destination: str
+    rows: int
+    added: int
+    nbytes: int
+    seconds: float
+    done_before: bool = False
+
+    def __str__(self) -> str:
+        if self.done_before:
+            return f"{self.destination}: the {self.added:,} rows had been appended; {self.rows:,} in all"
+        return (
+            f"{self.destination}: {self.added:,} rows appended, {self.rows:,} in all, "
+            f"{format_bytes(self.nbytes)}, {format_seconds(self.seconds)}"
+        )
+
+
+def append(
+    dst: str | Path,
+    new: str | Path,
+    out: str | Path | None = None,
+    *,
+    memory: str | int | None = None,
+    chunk_rows: int | None = None,
+    scratch: str | Path | None = None,
+    again: bool = False,
+    overwrite: bool = False,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    fsync: bool = True,
+    storage_options: dict[str, Any] | None = None,
+    **request: Any,
+) -> Appended:
+    """Add the rows of ``new`` to the shuffled store ``dst``, or write old and new together to ``out``.
+
+    Equal, byte for byte, to ``shuffle(concat([old source, new]), seed=the old seed)``.  Memory, disk and
+    chunks as in `actshuffle.shuffle`; chunks are by default those of ``dst``.  Stopped, it resumes when
+    called again.  ``again`` allows rows that are in ``dst`` already; ``overwrite`` starts over, and replaces
+    a store at ``out``.
+
+    Raises
+    ------
+    RequestError : ``dst`` is no whole shuffle with its ``source_row``, or has these rows already.
+    SourceError : ``new`` has other arrays than ``dst``.
+    """
+    started, crew, shown = time.perf_counter(), executor or Serial(), progress or Silent()
+    place = as_place(dst, storage_options)
+    beside = Place(f"{place.url.rstrip('/')}.grown", place.options)
+    target = beside if out is None else as_place(out, storage_options)
+    if out is None and local_path(place) is None:
+        raise RequestError(f"{place} cannot be replaced in one step where it is: give another place")
+    store = whole(open_dataset(dst, storage_options=storage_options))
+    fresh = open_dataset(new, incomplete=True, storage_options=storage_options)
+    has, added = _rows_from(place), (fresh.path, fresh.rows)
+    if out is None and len(has) > 1 and has == [*_rows_from(beside), added]:
+        open_objects(beside).delete_prefix("")  # all that was left to do
+        return Appended(store.path, store.rows, fresh.rows, store.nbytes, 0.0, done_before=True)
+    if not again and any(source == fresh.path for source, _ in has):
+        raise RequestError(f"{fresh.path} is in {store.path} already; give --again to add it once more")
+    check_places(fresh.root, target, None)
+    assert store.marker is not None
+    asked = Request(
+        seed=store.marker["seed"],
+        memory=None if memory is None else parse_bytes(memory),
+        fields=tuple(sorted(store.marker["fields"])),
+        scratch=None if scratch is None else str(scratch),
+        tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
+        key_bits=tuple(store.marker["key_bits"]) if "key_bits" in store.marker else None,
+        **{"chunk_rows": chunk_rows, **request},
+    )
+    if out is None and not overwrite and _rows_from(target) == [*has, added]:
+        leftovers: list[Place] = []  # written by an earlier run, which ended before the exchange
+    else:
+        ordered, leftovers = _sort_new(store, fresh, target, asked, crew, shown, fsync)
+        leftovers.append(Place(f"{target.url.rstrip('/')}.merge", target.options))
+        job = _merge_job(store, ordered, leftovers[-1], target, asked, crew, overwrite, fsync)
+        execute(job, crew, shown)
+    for leftover in leftovers:
+        open_objects(leftover).delete_prefix("")
+    if out is None:
+        exchange(target, place)
+        open_objects(target).delete_prefix("")
+    done = open_dataset(dst if out is None else out, storage_options=storage_options)
+    return Appended(done.path, done.rows, fresh.rows, done.nbytes, time.perf_counter() - started)
+
+
+def whole(store: Dataset) -> Dataset:
+    """The store, if it is all of a shuffle and knows where its rows came from."""
+    marker = store.marker
+    if marker is None or store.kind != "shuffle" or marker.get("population", store.rows) != store.rows:
+        raise RequestError(
+            f"{store.path} is not the whole of a shuffle (it is a {store.kind}); rows can be appended to "
+            "the output of run or of append"
+        )
+    if not marker["source_row"]:
+        raise RequestError(f"{store.path} was written without source_row, which says what its keys are")
+    return store
+
+
+def _parts(store: Dataset) -> list[dict[str, Any]]:
+    """The sources that a shuffled store's rows came from, in the order of their numbers."""
+    assert store.marker is not None
+    alone = {"source": store.marker["source"], "rows": store.rows, "identity": store.marker["source_identity"]}
+    return list(store.marker.get("parts", [alone]))
+
+
+def _sort_new(
+    store: Dataset, fresh: Dataset, target: Place, asked: Request, crew: Executor, progress: Progress, fsync: bool
+) -> tuple[Dataset, list[Place]]:
+    """The new rows in the order of their keys, as a store of its own; and what to remove at the end."""
+    first, stop = store.rows, store.rows + fresh.rows
+    base = Place(f"{target.url.rstrip('/')}.new", target.options)
+    place = Place(f"{base.url}-sorted", base.options)
+    if asked.scratch is not None and "://" not in asked.scratch:
+        place = Place(str(Path(asked.scratch).absolute() / place.url.rsplit("/", 1)[-1]))
+    write_concat(base, [fresh], asked.fields, first_row=first, key_rows=(first, stop), marker={"first_row": first})
+    found = virtual.inventory(base, asked.fields or ())
+    marker = read_marker(open_objects(place))
+    ours = (
+        None
+        if marker is None or found is None
+        else (
+            marker["seed"] == asked.seed and marker.get("first_row") == first and marker["source_identity"] == found[0]
+        )
+    )
+    if not ours:
+        wanted, most = replace(asked, chunk_rows=None), crew.task_memory
+        try:
+            job = prepare(base, place, wanted, most_memory=most, overwrite=ours is False, fsync=fsync)
+        except ResumeMismatchError:  # what an append of something else left behind
+            job = prepare(base, place, wanted, most_memory=most, overwrite=True, fsync=fsync)
+        execute(job, crew, progress)
+    options = json.loads(place.options)
+    return open_dataset(place.url, storage_options=options), [base, place]
+
+
+def _merge_job(
+    store: Dataset,
+    ordered: Dataset,
+    source: Place,
+    target: Place,
+    asked: Request,
+    crew: Executor,
+    overwrite: bool,
+    fsync: bool,
+) -> Job:
+    """The job that merges the old store and the new rows, both in the order of their keys."""
+    assert store.marker is not None
+    assert ordered.marker is not None
+    parts = [*_parts(store), *_parts(ordered)]
+    both = [store.marker["fields"], ordered.marker["fields"]]
+    sums = {k: to_hex(from_hex(both[0][k]["sum"]) + from_hex(both[1][k]["sum"])) for k in both[0]}
+    write_concat(
+        source,
+        [store, ordered],
+        asked.fields,
+        reader="merge",
+        kind="merge",
+        sums=sums,
+        marker={
+            "source": parts[0]["source"],
+            "parts": parts,
+            "source_identity": combined([part["identity"] for part in parts]),
+        },
+    )
+    layout = {k: v for k, v in layout_of(store).items() if getattr(asked, k) is None}
+    wanted = replace(asked, **layout)
+    return prepare(source, target, wanted, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync)
+
+
+def layout_of(store: Dataset) -> dict[str, Any]:
+    """Chunks, shards and codec of a store's widest array, as a request names them."""
+    name = max(store.fields, key=lambda k: store.fields[k].row_bytes)
+    array = source_arrays(store.root, [name])[name]
+    rows, shards = array.chunks[0], array.shards
+    codecs = [type(c).__name__.removesuffix("Codec").lower() for c in array.compressors]
+    return {
+        # One chunk that holds all rows was not chosen, it was enough.
+        "chunk_rows": None if rows >= array.shape[0] else rows,
+        "chunks_per_shard": None if shards is None else shards[0] // rows,
+        "codec": codecs[0] if codecs and codecs[0] in ("crc32c", "zstd") else None,
+    }
+
+
+@virtual.reader("merge")
+class Merge:
+    """Reads sorted stores as one sorted store, range by range; inside a range, rows come input by input."""
+
+    def __init__(self, place: Place, settings: dict[str, Any]) -> None:
+        self._rows = Concat(place, settings)
+        self._inputs: list[Ranks] = []
+        for entry in settings["parts"]:
+            found = followed(place, entry["store"])
+            data = open_dataset(found.url, storage_options=json.loads(found.options))
+            start, stop = int(entry["start"]), int(entry["stop"])
+            self._inputs.append(Ranks(replace(data, start=data.start + start, rows=stop - start)))
+        self._cut = lru_cache(maxsize=64)(self._found)
+
+    def numbers(self, start: int, stop: int) -> U64:
+        ranges = zip(self._inputs, self._cut(start), self._cut(stop), strict=True)
+        return np.concatenate([ranks.data.read(SOURCE_ROW, a, b) for ranks, a, b in ranges])
+
+    def read(self, name: str, start: int, out: U8) -> None:
+        at = first = 0
+        for ranks, a, b in zip(self._inputs, self._cut(start), self._cut(start + len(out)), strict=True):
+            self._rows.read(name, first + a, out[at : at + b - a])
+            at, first = at + b - a, first + ranks.data.rows
+
+    def inventory(self, names: Sequence[str]) -> virtual.Behind:
+        return self._rows.inventory(names)
+
+    def _found(self, rank: int) -> tuple[int, ...]:
+        """How many of the first ``rank`` rows of the result come from each input (one, or two)."""
+        if len(self._inputs) == 1:
+            return (rank,)
+        old, new = self._inputs
+        least, most = max(0, rank - new.data.rows), min(rank, old.data.rows)
+        count = first_where(least, most, lambda i: old.key(i) > new.key(rank - i - 1))
+        return count, rank - count
+
+
+def _rows_from(place: Place) -> list[tuple[str, int]]:
+    """The sources of a finished shuffle's rows, and how many of each; empty if there is none."""
+    marker = read_marker(open_objects(place))
+    if marker is None or marker["kind"] != "shuffle":
+        return []
+    parts = marker.get("parts", [{"source": marker["source"], "rows": marker["rows"]}])
+    return [(part["source"], part["rows"]) for part in parts]
+
+
+def exchange(grown: Place, old: Place) -> None:
+    """Let two local folders change names, in one step where the system can (Linux: renameat2)."""
+    first, second = local_path(grown), local_path(old)
+    assert first is not None
+    assert second is not None
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), swap) == 0:
+            return
+    aside = second.with_name(f"{second.name}.before")  # in three steps where it cannot
+    second.rename(aside)
+    first.rename(second)
+    aside.rename(first)

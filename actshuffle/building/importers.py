@@ -1,0 +1,249 @@
+"""Make a store of what people have: .npy and memmap folders, safetensors, parquet, ``datasets``, torch.
+
+>>> import_store(["acts.npy", "tokens.npy"], "acts.zarr")            # doctest: +SKIP
+
+The files become a virtual source (virtual.py) and a run copies it, in order, block by block: memory is
+bounded, chunks are whole, and a run that was stopped resumes.  What became of each column is returned.
+
+Rows are the items along the first axis.  Where items are sequences, shape (tokens, width), ``flatten``
+makes each token a row; columns with one value per sequence are repeated, and ``document`` (the number of
+the sequence) and ``position`` are added.  Done unasked for ``datasets`` folders whose columns are
+two-dimensional, the layout of SAELens's cached activations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from actshuffle.building.filesource import Mapped, write_files
+from actshuffle.building.formats import FORMATS, table_of
+from actshuffle.building.table import Column, Table, joined
+from actshuffle.building.tokens import natural
+from actshuffle.engine.prepare import prepare
+from actshuffle.engine.request import Request
+from actshuffle.engine.run import execute
+from actshuffle.errors import RequestError, SourceError
+from actshuffle.executors import Executor, Serial
+from actshuffle.progress import Progress, Silent
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import Place, as_place, local_path
+from actshuffle.units import format_bytes, format_seconds, parse_bytes
+
+ARRAY_NAME = re.compile(r"[^/\x00]+")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did."""
+
+    destination: str
+    rows: int
+    nbytes: int
+    seconds: float
+    mapping: tuple[Mapped, ...]
+    left_out: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.destination}: {self.rows:,} rows, {format_bytes(self.nbytes)}, {format_seconds(self.seconds)}"]
+        lines += [f"  {m}" for m in self.mapping]
+        return "\n".join([*lines, *(f"  left out: {name}" for name in self.left_out)])
+
+
+def import_store(
+    paths: str | Path | Sequence[str | Path],
+    dst: str | Path,
+    *,
+    format: str | None = None,
+    columns: Iterable[str] | None = None,
+    names: Mapping[str, str] | None = None,
+    flatten: bool | None = None,
+    together: bool | None = None,
+    split: str | None = None,
+    dtype: str | None = None,
+    row_shape: Sequence[int] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    memory: str | int | None = None,
+    chunk_rows: int | None = None,
+    chunks_per_shard: int | None = None,
+    codec: str | None = None,
+    scratch: str | Path | None = None,
+    overwrite: bool = False,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    fsync: bool = True,
+    storage_options: dict[str, Any] | None = None,
+    **request: Any,
+) -> Imported:
+    """Copy files of another format into a store, in order.
+
+    Parameters
+    ----------
+    paths : files, folders of them, or folders that ``datasets.save_to_disk`` wrote.
+    format : "npy", "raw", "safetensors", "parquet", "arrow" or "torch"; told by the names if not given.
+    columns, names : which columns to take (default: all of numbers); array names for some.
+    flatten : make each token of items that are sequences a row (see above).
+    together : .npy files with numbered names are parts of one array.  Default: if the numbers are padded
+        with zeros, or the names say shard, part, chunk or batch.
+    split : which split of a ``datasets`` folder.
+    dtype, row_shape : of files without a header.
+    attributes : more of them, for the store.
+
+    Other parameters as in `actshuffle.shuffle`.
+    """
+    started, crew = time.perf_counter(), executor or Serial()
+    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+    kind, files = find_files([Path(p) for p in listed], format, split)
+    options = {"dtype": dtype, "row_shape": None if row_shape is None else list(row_shape)}
+    table = table_of(kind, options)
+    found = _columns(kind, table, files, together)
+    left_out = table.left_out(files[0]) if hasattr(table, "left_out") else []
+    mapping, sequence = _mapped(found, kind, columns, names or {}, flatten)
+    place = as_place(dst, storage_options)
+    source = _beside(place)
+    told = {"format": kind, "files": len(files), "mapping": {m.array: m.column or m.rule for m in mapping}}
+    group = table.group_items(files) * sequence if hasattr(table, "group_items") else 1
+    rows = write_files(
+        source, kind, options, files, found, mapping, sequence, group, {**(attributes or {}), "imported": told}
+    )
+    asked = Request(
+        seed=0,
+        source_row=False,
+        memory=None if memory is None else parse_bytes(memory),
+        chunk_rows=chunk_rows,
+        chunks_per_shard=chunks_per_shard,
+        codec=codec,
+        scratch=None if scratch is None else str(scratch),
+        tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
+        **request,
+    )
+    try:
+        job = prepare(source, place, asked, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync)
+    except RequestError:
+        open_objects(source).delete_prefix("")
+        raise
+    execute(job, crew, progress or Silent())
+    open_objects(source).delete_prefix("")
+    nbytes = rows * job.plan.row_bytes
+    return Imported(str(place), rows, nbytes, time.perf_counter() - started, tuple(mapping), tuple(left_out))
+
+
+def _beside(place: Place) -> Place:
+    """Where the files' description is kept meanwhile: always on this machine, as the files are."""
+    if local_path(place) is not None:
+        return Place(f"{place.url.rstrip('/')}.import")
+    tag = hashlib.sha256(place.url.encode()).hexdigest()[:16]
+    return Place(str(Path(tempfile.gettempdir()) / f"actshuffle-{tag}.import"))
+
+
+def find_files(paths: Sequence[Path], format: str | None, split: str | None) -> tuple[str, list[Path]]:
+    """The format and the files that some paths stand for, in the order of their names and numbers."""
+    if format is not None and format not in FORMATS.values():
+        raise RequestError(f"unknown format {format!r}; known are {', '.join(sorted(set(FORMATS.values())))}")
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise SourceError(f"no such file or folder: {path}")
+        if path.is_file():
+            files.append(path)
+        elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+            from actshuffle.building.arrowfiles import dataset_files
+
+            files += dataset_files(path, split)
+        else:
+            inside = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+            known = [p for p in inside if format is not None or p.suffix in FORMATS]
+            files += sorted(known, key=lambda p: natural(p.relative_to(path).as_posix()))
+    kinds = {format or FORMATS.get(p.suffix, "") for p in files}
+    if not files or kinds == {""}:
+        raise SourceError(f"nothing to import in {', '.join(map(str, paths))}: no files ending in {', '.join(FORMATS)}")
+    if len(kinds) > 1:
+        raise SourceError(f"files of several formats ({', '.join(sorted(k or '?' for k in kinds))}): give --format")
+    return kinds.pop(), files
+
+
+def _columns(kind: str, table: Table, files: Sequence[Path], together: bool | None) -> dict[str, Column]:
+    """All columns by name; of files that are a column each, those that belong together as one."""
+    families = [_family(file, together) for file in files]
+    named_after = {str(f): f.stem if families.count(n) == 1 else n for f, n in zip(files, families, strict=True)}
+    by_name: dict[str, list[Column]] = {}
+    for column in table.columns(files):
+        part = column.parts[0]
+        unnamed = kind in ("npy", "raw") or part.at == ""
+        name = named_after[part.file] if unnamed else column.name
+        by_name.setdefault(name, []).append(replace(column, name=name))
+    if not by_name:
+        raise SourceError(f"no columns of numbers in {files[0]}" + " and the others" * (len(files) > 1))
+    return {name: joined(found) for name, found in sorted(by_name.items())}
+
+
+def _family(file: Path, together: bool | None) -> str:
+    """The array that a file is, or is a part of."""
+    match = re.fullmatch(r"(.*?)[-_. ]?(\d+)(-of-\d+)?", file.stem)
+    if match is None or together is False:
+        return file.stem
+    base, number = match[1], match[2]
+    base = re.sub(r"[-_. ]?(shard|part|chunk|batch)$", "", base, flags=re.IGNORECASE)
+    padded = len(number) > 2 and number.startswith("0")
+    if together or padded or match[3] or base != match[1]:
+        return base or file.parent.name or "data"
+    return file.stem
+
+
+def _mapped(
+    found: Mapping[str, Column],
+    kind: str,
+    columns: Iterable[str] | None,
+    names: Mapping[str, str],
+    flatten: bool | None,
+) -> tuple[list[Mapped], int]:
+    """The arrays to make, and how many tokens a sequence has (1 where items are rows)."""
+    wanted = list(found) if columns is None else list(columns)
+    for name in (*wanted, *names):
+        if name not in found:
+            raise RequestError(f"no column {name!r}; there are {', '.join(map(repr, found))}")
+    chosen = [found[name] for name in wanted]
+    counts = {c.name: c.items for c in chosen}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{k}: {v:,}" for k, v in counts.items())
+        raise SourceError(f"columns of unequal length ({listed}); choose some with --columns")
+    lengths = {c.name: c.shape[0] for c in chosen if c.shape}
+    if flatten is None:
+        flatten = kind == "arrow" and any(len(c.shape) == 2 for c in chosen)
+    if not flatten:
+        mapping = [Mapped(names.get(c.name, c.name), c.name, "rows", c.dtype, c.shape, len(c.parts)) for c in chosen]
+        return _distinct(mapping), 1
+    if len(set(lengths.values())) != 1:
+        listed = ", ".join(f"{k}: {v:,}" for k, v in lengths.items())
+        raise SourceError(f"mixed widths: sequences of unequal length ({listed}); choose some with --columns")
+    tokens = next(iter(lengths.values()))
+    mapping = [
+        Mapped(
+            names.get(c.name, c.name), c.name, "tokens" if c.shape else "repeated", c.dtype, c.shape[1:], len(c.parts)
+        )
+        for c in chosen
+    ]
+    taken = {m.array for m in mapping}
+    for rule, width in (("document", "<u8"), ("position", "<u4")):
+        if rule not in taken:
+            mapping.append(Mapped(rule, "", rule, width, (), 0))
+    return _distinct(mapping), tokens
+
+
+def _distinct(mapping: list[Mapped]) -> list[Mapped]:
+    arrays = [m.array for m in mapping]
+    for name in arrays:
+        if arrays.count(name) > 1:
+            raise RequestError(f"two columns would become the array {name!r}; rename one with --name")
+        if not ARRAY_NAME.fullmatch(name) or name in (".", "..") or name.startswith(("__", "_actshuffle")):
+            raise RequestError(f"{name!r} is no name for an array; give another with --name")
+    return mapping

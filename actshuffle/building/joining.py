@@ -1,0 +1,207 @@
+"""Several stores as one: a virtual source for a run, with the rows of the first, then of the second, ...
+
+>>> concat(["monday.zarr", "tuesday.zarr"], "both")                 # doctest: +SKIP
+>>> actshuffle.shuffle("both", "shuffled.zarr")                     # doctest: +SKIP
+
+Not a row is copied: ``both`` is a small folder that names its parts.  Rows are read from the parts when
+the run reads them, straight into its buffers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from actshuffle.arrays import virtual
+from actshuffle.arrays.field import Field
+from actshuffle.arrays.inventory import take_inventory
+from actshuffle.arrays.metadata import output_field, source_arrays, source_field
+from actshuffle.arrays.source import Source
+from actshuffle.arraytypes import U8, U64
+from actshuffle.errors import DestinationExistsError, RequestError, SourceError
+from actshuffle.loading.dataset import Dataset, open_dataset
+from actshuffle.loading.views import followed, reference
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import Place, as_place, public_url
+
+
+def concat(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    fields: Iterable[str] | None = None,
+    storage_options: dict[str, Any] | None = None,
+) -> Dataset:
+    """Make ``out`` a virtual source with the rows of all sources, in the order given.
+
+    Sources are Zarr arrays or groups, finished stores, views, or virtual sources, whose arrays have the
+    same names, types and row shapes (``fields`` chooses some).  Attributes are those of the first.
+    """
+    if not sources:
+        raise RequestError("give at least one source")
+    place = as_place(out, storage_options)
+    if next(iter(open_objects(place).list("")), None) is not None:
+        raise DestinationExistsError(f"{place} exists already")
+    stores = [open_dataset(s, incomplete=True, storage_options=storage_options) for s in sources]
+    write_concat(place, stores, None if fields is None else sorted(set(fields)))
+    return open_dataset(place.url, incomplete=True, storage_options=storage_options)
+
+
+@dataclass(frozen=True)
+class Presented:
+    """What a virtual source shows of its parts: array metadata, attributes, and its reader's settings."""
+
+    rows: int
+    arrays: dict[str, str]
+    attributes: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def present(
+    place: Place,
+    stores: Sequence[Dataset],
+    names: Sequence[str] | None = None,
+    *,
+    rows: int | None = None,
+    first_row: int = 0,
+) -> Presented:
+    """The stores as one at ``place``, checked to be alike; with ``rows``, that many instead of all."""
+    found = [_arrays(store, names) for store in stores]
+    _check_alike(stores, found)
+    count = sum(store.rows for store in stores) if rows is None else rows
+    parts = [
+        {
+            "store": reference(place, s.root),
+            "start": s.start,
+            "stop": s.start + s.rows,
+            "of": next(iter(arrays.values())).shape[0],
+        }
+        for s, arrays in zip(stores, found, strict=True)
+    ]
+    return Presented(
+        count,
+        {k: _metadata(k, [arrays[k] for arrays in found], count) for k in found[0]},
+        stores[0].attributes,
+        {"first_row": first_row, "parts": parts},
+    )
+
+
+def write_concat(
+    place: Place,
+    stores: Sequence[Dataset],
+    names: Sequence[str] | None = None,
+    *,
+    reader: str = "concat",
+    first_row: int = 0,
+    **facts: Any,
+) -> Presented:
+    """Write the stores as one virtual source, whose rows are numbered from ``first_row`` on."""
+    shown = present(place, stores, names, first_row=first_row)
+    virtual.write(place, reader, shown.settings, shown.arrays, shown.attributes, **facts)
+    return shown
+
+
+def combined(identities: Sequence[str]) -> str:
+    """The identity of a concatenation of sources that have these."""
+    return hashlib.sha256(json.dumps(list(identities)).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one store, from its row ``offset`` on, that are rows ``[start, stop)`` of the whole."""
+
+    place: Place
+    source: Source
+    fields: dict[str, Field]
+    offset: int
+    start: int
+    stop: int
+
+
+@virtual.reader("concat")
+class Concat:
+    """Reads the rows of several stores, one after the other."""
+
+    def __init__(self, place: Place, settings: dict[str, Any]) -> None:
+        self._first_row = int(settings["first_row"])
+        self._parts: list[_Part] = []
+        self.rows = 0
+        for entry in settings["parts"]:
+            found = followed(place, entry["store"])
+            arrays = source_arrays(found, sorted(virtual.array_names(place)))
+            offset, stop = int(entry["start"]), int(entry["stop"])
+            have = next(iter(arrays.values())).shape[0]
+            if have != entry["of"] or not 0 <= offset <= stop <= have:
+                raise SourceError(
+                    f"{found} has {have:,} rows, and had {entry['of']:,} when {place} was made of it; make that again"
+                )
+            fields = {k: source_field(k, a) for k, a in arrays.items()}
+            end = self.rows + stop - offset
+            self._parts.append(_Part(found, Source(found), fields, offset, self.rows, end))
+            self.rows = end
+
+    def read(self, name: str, start: int, out: U8) -> None:
+        stop = start + len(out)
+        for part in self._parts:
+            a, b = max(start, part.start), min(stop, part.stop)
+            if a < b:
+                into = out[a - start : b - start]
+                part.source.read(part.fields[name], a - part.start + part.offset, into)
+
+    def numbers(self, start: int, stop: int) -> U64:
+        return np.arange(self._first_row + start, self._first_row + stop, dtype=np.uint64)
+
+    def inventory(self, names: Sequence[str]) -> virtual.Behind:
+        parts: list[dict[str, Any]] = []
+        places: list[str] = []
+        for part in self._parts:
+            arrays, rows = source_arrays(part.place, names), part.stop - part.start
+            whole = (part.offset, rows) == (0, next(iter(arrays.values())).shape[0])
+            url = public_url(part.place.url)
+            identity, _ = take_inventory(part.place, arrays)
+            _, inner = virtual.inventory(part.place, names) or ("", {})
+            places += inner.get("behind", [url])
+            if whole and "parts" in inner.get("marker", {}):
+                parts += inner["marker"]["parts"]  # a concatenation of concatenations is flat
+                continue
+            if not whole:
+                identity = combined([identity, f"{part.offset}:{part.offset + rows}"])
+            parts.append({"source": url, "rows": rows, "identity": identity})
+        return virtual.Behind(combined([p["identity"] for p in parts]), {"parts": parts}, tuple(places))
+
+
+def _arrays(store: Dataset, names: Sequence[str] | None) -> dict[str, zarr.Array[Any]]:
+    return source_arrays(store.root, sorted(store.fields) if names is None else names)
+
+
+def _check_alike(stores: Sequence[Dataset], found: Sequence[dict[str, zarr.Array[Any]]]) -> None:
+    """All parts have arrays of the same names, types and row shapes."""
+    first, known = found[0], stores[0].fields
+    for store, arrays in zip(stores[1:], found[1:], strict=True):
+        if set(arrays) != set(first):
+            raise SourceError(
+                f"{store.path} has arrays {sorted(arrays)}, {stores[0].path} has {sorted(first)}; "
+                "choose those that both have with --fields"
+            )
+        for name in arrays:
+            ours, theirs = known[name], store.fields[name]
+            if (ours.dtype_name, ours.row_shape) != (theirs.dtype_name, theirs.row_shape):
+                raise SourceError(
+                    f"array {name!r} has rows of shape {theirs.row_shape}, {theirs.dtype_name}, in "
+                    f"{store.path}, and of {ours.row_shape}, {ours.dtype_name}, in {stores[0].path}"
+                )
+
+
+def _metadata(name: str, arrays: Sequence[zarr.Array[Any]], rows: int) -> str:
+    """``zarr.json`` of the array they make together: coded if any of them is, in the largest chunks."""
+    fields = [source_field(name, array) for array in arrays]
+    chunk = max(max(f.source_chunk_rows if f.source_key else f.read_rows for f in fields), 1)
+    codec = "none" if all(f.source_key for f in fields) else "crc32c"
+    return output_field(fields[0], arrays[0], rows, chunk, chunk, codec).metadata

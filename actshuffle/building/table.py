@@ -1,0 +1,74 @@
+"""Files of another format seen as a table: columns of rows, in parts that are read one after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from actshuffle.arraytypes import U8
+from actshuffle.errors import SourceError
+
+
+class Part(NamedTuple):
+    """Items of a column in one file.
+
+    ``at`` is a byte offset, or a name inside the file; ``swap`` is the width of big-endian numbers, which
+    are turned round, else 0.
+    """
+
+    file: str
+    at: int | str
+    items: int
+    swap: int = 0
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its items over all files.  ``dtype`` is numpy's name, little-endian, or "bfloat16"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]  # of an item
+    parts: tuple[Part, ...]
+
+    @property
+    def items(self) -> int:
+        return sum(part.items for part in self.parts)
+
+    @property
+    def item_bytes(self) -> int:
+        width = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+        return width * math.prod(self.shape)
+
+
+class Table(Protocol):
+    """Reads items of columns of one format."""
+
+    def columns(self, files: Sequence[Path]) -> Iterator[Column]:
+        """The columns of each file by itself; those of one name belong together."""
+
+    def read(self, part: Part, start: int, out: U8) -> None:
+        """Items from ``start`` on of one file's part of a column, uint8 ``(m, item bytes)``."""
+
+
+def dtype_name(dtype: str) -> str:
+    """What people call a column's type: float32, not <f4."""
+    return dtype if dtype == "bfloat16" else np.dtype(dtype).name
+
+
+def joined(found: Sequence[Column]) -> Column:
+    """Columns of one name, file after file, as one; refused where they differ in type or width."""
+    first = found[0]
+    for other in found[1:]:
+        if (other.dtype, other.shape) != (first.dtype, first.shape):
+            raise SourceError(
+                f"mixed widths: {first.name!r} has items of shape {first.shape}, "
+                f"{dtype_name(first.dtype)}, in {first.parts[0].file}, and of {other.shape}, "
+                f"{dtype_name(other.dtype)}, in {other.parts[0].file}"
+            )
+    return Column(first.name, first.dtype, first.shape, tuple(p for c in found for p in c.parts))

@@ -1,0 +1,117 @@
+"""Say what a store holds: arrays, codecs, sizes, and who made it.  Reads metadata alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+from actshuffle.arrays.marker import read_marker
+from actshuffle.arrays.metadata import object_grid, open_node, source_arrays, source_field
+from actshuffle.arrays.names import RUN_KEY, SOURCE_ROW
+from actshuffle.errors import IncompleteStoreError
+from actshuffle.loading.dataset import is_ours, open_dataset
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import as_place, public_url
+from actshuffle.units import format_bytes
+
+
+def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a store holds: rows, arrays, chunks, codecs, and whether a run of ours finished it.
+
+    ``shuffled`` is the completion marker, whatever its kind; ``unmarked`` says that there is none in a
+    store of ours.  A view has no objects of its own.
+    """
+    place = as_place(path, storage_options)
+    objects = open_objects(place)
+    marker = read_marker(objects)
+    half_done = marker is None and objects.size(RUN_KEY) is not None
+    if half_done:
+        raise IncompleteStoreError(f"{path} is half done: see `actshuffle status {path}`")
+    node = open_node(place)
+    view = None
+    if marker is not None and marker["kind"] == "view":
+        view = open_dataset(path, storage_options=storage_options)
+    arrays = source_arrays(
+        place if view is None else view.root, None if isinstance(node, zarr.Array) or marker is None else _names(marker)
+    )
+    rows = next(iter(arrays.values())).shape[0] if view is None else view.rows
+    described = {
+        name: {
+            "shape": [rows, *a.shape[1:]],
+            "dtype": _dtype_name(a),
+            "chunks": list(a.chunks),
+            "shards": list(a.shards) if a.shards else None,
+            "zarr_format": a.metadata.zarr_format,
+            "codecs": _codecs(a),
+            "bytes": a.nbytes // max(1, a.shape[0]) * rows,
+            "objects": _count(a) if view is None else 0,
+            "raw": bool(source_field(name, a).source_key),
+        }
+        for name, a in arrays.items()
+    }
+    return {
+        "path": public_url(place.url),
+        "rows": rows,
+        "bytes": sum(a["bytes"] for a in described.values()),
+        "arrays": described,
+        "attributes": dict(node.attrs),
+        "shuffled": marker,
+        "unmarked": marker is None and is_ours(objects),
+    }
+
+
+def info_text(found: dict[str, Any]) -> str:
+    """`info` for people."""
+    lines = [f"{found['path']}: {found['rows']:,} rows, {format_bytes(found['bytes'])}"]
+    table = [("array", "shape", "dtype", "chunk", "objects", "codecs")]
+    for name, a in found["arrays"].items():
+        chunk = "x".join(map(str, a["chunks"])) + (f" in {'x'.join(map(str, a['shards']))}" if a["shards"] else "")
+        table.append(
+            (name, "x".join(map(str, a["shape"])), a["dtype"], chunk, f"{a['objects']:,}", " ".join(a["codecs"]))
+        )
+    widths = [max(len(row[i]) for row in table) for i in range(6)]
+    lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
+    if found["unmarked"]:
+        made_by = "no completion marker: half written, or damaged since"
+    else:
+        made_by = _made_by(found["shuffled"])
+    return "\n".join([*lines, made_by])
+
+
+def _made_by(marker: dict[str, Any] | None) -> str:
+    """What a completion marker says, for people."""
+    if marker is None:
+        return "not an actshuffle output"
+    if marker["kind"] == "view":
+        return f"view: rows {marker['start']:,} to {marker['stop']:,} of {marker['of']}"
+    version = f"(actshuffle {marker.get('version', '?')}, format {marker['format']})"
+    source = f", from {marker['source']}" if marker.get("source") else ""
+    if marker["kind"] == "collection":
+        return f"collection: complete, in the order in which it was made{source} {version}"
+    part = marker.get("population", marker["rows"])
+    of = f", {marker['rows']:,} of {part:,} rows" if part != marker["rows"] else ""
+    levels = f"{marker['levels']} level{'s' * (marker['levels'] != 1)}"
+    return f"shuffled: complete, seed {marker['seed']}, {levels}{of}{source} {version}"
+
+
+def _names(marker: dict[str, Any]) -> list[str]:
+    return [*marker["fields"], *([SOURCE_ROW] if marker.get("source_row") else [])]
+
+
+def _dtype_name(array: zarr.Array[Any]) -> str:
+    named = array.metadata.to_dict().get("data_type")
+    return "bfloat16" if named == "bfloat16" else str(array.dtype)
+
+
+def _codecs(array: zarr.Array[Any]) -> list[str]:
+    names = [type(c).__name__.removesuffix("Codec").lower() for c in (*array.filters, *array.compressors)]
+    return names or ["none"]
+
+
+def _count(array: zarr.Array[Any]) -> int:
+    total = 1
+    for n, c in zip(array.shape, object_grid(array), strict=True):
+        total *= -(-n // c)
+    return total

@@ -1,0 +1,513 @@
+"""Is dst src in the order of its seed?  Decided from the two stores alone, by code that `run` does not use.
+
+Full: one streaming pass over each store, in any number of tasks.
+
+1. Every object that dst's metadata promises is there.
+2. ``source_row`` lies in 0 .. n - 1 and its keys strictly ascend over all n rows.  Keys are a total
+   order, so then no row occurs twice, all occur, and ``source_row`` *is* the order.
+3. For each field, the 128-bit sum of hashes of (source row, row bytes) over dst, taken with
+   ``source_row``, equals the sum over src, taken with 0 .. n - 1: then row by row the bytes agree,
+   but for odds of 2^-33 per altered row at worst (digest.py).
+
+When a sum is off, the digests kept per output object say where to look, and rows compared one by one
+confirm it.  Quick: the same for random stretches of dst, rows compared byte for byte.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from actshuffle.arrays.field import Field
+from actshuffle.arrays.inventory import look, take_inventory
+from actshuffle.arrays.marker import altered_files, read_marker
+from actshuffle.arrays.metadata import source_arrays, source_field
+from actshuffle.arrays.names import DIGESTS, SOURCE_ROW
+from actshuffle.arrays.small import get_array
+from actshuffle.arrays.source import Source
+from actshuffle.arraytypes import U64
+from actshuffle.errors import ActshuffleError, FormatError, IncompleteStoreError, RequestError, SourceError
+from actshuffle.executors import Executor, Serial
+from actshuffle.html import page
+from actshuffle.ordering.digest import RowHash
+from actshuffle.ordering.keys import Keys
+from actshuffle.ordering.mixing import MixingAccumulator, MixingReport
+from actshuffle.progress import Progress, Silent
+from actshuffle.storage.directio import Extent
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import Place, as_place
+from actshuffle.units import format_bytes, format_seconds
+
+SLICE_BYTES = 32 << 20  # rows held at a time
+TASK_BYTES = 1 << 30
+STRETCH = 16  # rows of a quick check's stretch
+COMPARED = 64  # damaged objects of a field whose rows are compared one by one
+SHOWN = 10  # rows named per damaged object
+LISTED = 1000  # missing objects named per array
+ORDER_ROWS = 1 << 27  # without source_row the order is made in memory, 40 bytes a row
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and where."""
+
+    kind: str  # "missing", "order", "rows", "unreadable", "metadata"
+    where: str  # the object's key, or the array's name
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The verdict.  ``checked`` is the number of rows looked at; ``notes`` are no faults."""
+
+    rows: int
+    checked: int
+    nbytes: int
+    quick: bool
+    seconds: float
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+    mixing: MixingReport | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and (self.mixing is None or self.mixing.passed)
+
+    def _repr_html_(self) -> str:
+        """The verdict on a shuffled store, and what is wrong with it."""
+        verdict = "verified: dst is src in the order of its seed" if self.ok else "NOT verified"
+        facts: dict[str, object] = {
+            "rows": f"{self.checked:,} of {self.rows:,} looked at",
+            "took": f"{format_bytes(self.nbytes)} in {format_seconds(self.seconds)}",
+        }
+        facts |= {f"note {i}": note for i, note in enumerate(self.notes, 1)}
+        rows = [(p.kind, p.where, p.detail) for p in self.problems[:100]]
+        whole = page(verdict, facts, ("problem", "where", "what"), rows, verdict=self.ok)
+        return whole if self.mixing is None else whole + self.mixing.html()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "ok": self.ok,
+            "rows": self.rows,
+            "checked": self.checked,
+            "quick": self.quick,
+            "bytes": self.nbytes,
+            "seconds": self.seconds,
+            "problems": [vars(p) for p in self.problems],
+            "notes": list(self.notes),
+            "mixing": self.mixing and self.mixing.as_dict(),
+        }
+
+    def __str__(self) -> str:
+        how = f"{self.checked:,} of {self.rows:,} rows sampled" if self.quick else f"all {self.rows:,} rows"
+        took = f"{format_bytes(self.nbytes)} in {format_seconds(self.seconds)}"
+        lines = []
+        if self.problems:
+            lines.append(f"NOT the shuffle it claims to be ({how}, {took}); {len(self.problems)} found:")
+            lines += [f"  {p}" for p in self.problems[:20]]
+            if len(self.problems) > 20:
+                lines.append(f"  ... and {len(self.problems) - 20} more")
+        else:
+            lines.append(f"verified: dst is src in the order of its seed ({how}, {took})")
+        lines += [f"note: {note}" for note in self.notes]
+        if self.mixing is not None:
+            lines.append(self.mixing.table())
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two stores to compare: what a task needs to know."""
+
+    source: Place
+    destination: Place
+    keys: Keys
+    rows: int
+    names: tuple[str, ...]
+    source_fields: tuple[Field, ...]
+    fields: tuple[Field, ...]  # of the destination, seen as a source to read
+    source_row: Field | None
+    fill_missing: bool
+
+
+def verify(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    quick: bool = False,
+    mixing: bool = False,
+    sample_rows: int = 4096,
+    executor: Executor | None = None,
+    storage_options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check that ``dst`` is a complete, exact shuffle of ``src``.
+
+    ``quick`` compares about ``sample_rows`` random rows; ``mixing`` adds the two-sided statistics of
+    `actshuffle.ordering.mixing`.  Damage is reported, not raised.
+
+    Raises
+    ------
+    IncompleteStoreError : dst has no completion marker.
+    SourceError, RequestError : there is nothing to compare.
+    """
+    started, progress = time.perf_counter(), progress or Silent()
+    workers: Executor = executor or Serial()
+    source, destination = as_place(src, storage_options), as_place(dst, storage_options)
+    marker = read_marker(open_objects(destination))
+    if marker is None:
+        raise IncompleteStoreError(
+            f"{dst} has no completion marker: not an actshuffle output, or its run has not finished"
+        )
+    altered = [Problem("metadata", *a) for a in altered_files(open_objects(destination), marker)]
+    names = tuple(marker["fields"])
+    try:
+        _refuse_others(dst, marker)
+        theirs = source_arrays(source, names)
+    except RequestError:
+        if not altered:  # else it may have been a shuffle of this source once
+            raise
+        theirs = {}
+    try:
+        ours = source_arrays(destination, (*names, SOURCE_ROW) if marker.get("source_row") else names)
+    except (SourceError, RequestError) as err:
+        altered.append(Problem("metadata", str(dst), str(err)))
+        theirs = {}
+    if not theirs:
+        return VerifyReport(marker["rows"], 0, 0, quick, time.perf_counter() - started, tuple(altered))
+    identity, gappy = take_inventory(source, theirs, fill_missing=marker["fill_missing"])
+    notes = (
+        []
+        if identity == marker["source_identity"]
+        else ["the source's metadata or object sizes are not those of the run"]
+    )
+    problems = list(_metadata_problems(theirs, ours, names, marker["rows"]))
+    for array in ours.values():
+        # Not all of them: metadata that was altered may promise any number of objects.
+        lost = list(islice((f for f in look(destination, array) if f.problem), LISTED))
+        problems += [Problem("missing", f.key, f.problem) for f in lost]
+        if len(lost) == LISTED:
+            notes.append(f"of what {array.path} lacks no more than {LISTED:,} objects are named")
+    fields = {k: source_field(k, a) for k, a in theirs.items()}
+    pair = Pair(
+        source,
+        destination,
+        Keys(marker["seed"], *marker.get("key_bits", (64, 64))),
+        marker["rows"],
+        names,
+        # A missing chunk has no file to read: leave that array to zarr, which makes up fill values.
+        tuple(replace(fields[k], source_key="") if k in gappy else fields[k] for k in names),
+        tuple(source_field(k, ours[k]) for k in names),
+        source_field(SOURCE_ROW, ours[SOURCE_ROW]) if marker["source_row"] else None,
+        marker["fill_missing"],
+    )
+    if pair.source_row is None and pair.rows > ORDER_ROWS:
+        raise RequestError(
+            f"without source_row, verify sorts {pair.rows:,} keys in memory; the limit is {ORDER_ROWS:,}"
+        )
+    checked, nbytes, scored = 0, 0, None
+    if not problems:
+        check = _quick if quick else _full
+        checked, nbytes, found = check(pair, workers, progress, sample_rows)
+        problems += found
+    if mixing and not problems:
+        try:
+            scored = _mixing(pair)
+        except ValueError as err:  # after a quick check it may still turn out to be no permutation
+            problems.append(Problem("order", SOURCE_ROW, str(err)))
+    return VerifyReport(
+        pair.rows, checked, nbytes, quick, time.perf_counter() - started, (*altered, *problems), tuple(notes), scored
+    )
+
+
+def _refuse_others(dst: str | Path, marker: dict[str, Any]) -> None:
+    """Only a whole shuffle can be verified."""
+    if marker["kind"] != "shuffle":
+        raise RequestError(f"{dst} is a {marker['kind']}; only a shuffle can be verified against its source")
+    if marker.get("population", marker["rows"]) != marker["rows"]:  # a sample, or a copied range
+        whole = f"a shuffle of {marker['population']:,} rows"
+        raise RequestError(f"{dst} is a part of {whole}; only a whole one can be verified")
+
+
+def _full(pair: Pair, executor: Executor, progress: Progress, _sample: int) -> tuple[int, int, list[Problem]]:
+    row_bytes = sum(f.row_bytes for f in pair.fields)
+    step = max(1, TASK_BYTES // row_bytes, -(-pair.rows // 10_000))
+    starts = range(0, pair.rows, step)
+    total = np.zeros((2, len(pair.fields), 2), np.uint64)
+    by_object: list[dict[int, U64]] = [{} for _ in pair.fields]
+    edges: dict[int, tuple[U64, U64]] = {}
+    problems: list[Problem] = []
+    progress.begin("verify", 2 * len(starts), 2 * pair.rows * row_bytes)
+    calls = [(pair, side, start, min(start + step, pair.rows)) for start in starts for side in (0, 1)]
+    for side, start, stop, sums, edge, found in executor.map(check_range, calls):
+        problems += found
+        for number, parts in enumerate(sums):
+            for at, part in parts.items():
+                total[side, number] += part
+                if side:
+                    held = by_object[number].get(at, np.zeros(2, np.uint64))
+                    by_object[number][at] = held + part
+        if edge is not None:
+            edges[start] = edge
+        progress.advance((stop - start) * row_bytes, True)
+    progress.end()
+    seams = [edges[s] for s in sorted(edges)]
+    for ((_, last), (following, _)), start in zip(pairwise(seams), sorted(edges)[1:], strict=True):
+        if not tuple(last) < tuple(following):
+            problems.append(_order_problem(pair, start))
+    whole = not any(p.kind == "unreadable" for p in problems)
+    for number, field in enumerate(pair.fields):
+        if (total[0, number] != total[1, number]).any():
+            found = list(_locate(pair, executor, number, field, by_object[number], whole))
+            problems += [p for p in found if p.kind != "unreadable"]
+    for output in (*pair.fields, *([pair.source_row] if pair.source_row else [])):
+        problems += _padding_problems(pair, output)
+    return pair.rows, 2 * pair.rows * row_bytes, problems
+
+
+def check_range(pair: Pair, side: int, start: int, stop: int) -> Any:
+    """Digests of rows ``[start, stop)`` of src (side 0) or dst (1) by object, and for dst their order.
+
+    Returns (side, start, stop, per field {object number: uint64 (2,)}, first and last full key, problems).
+    """
+    place, fields = (pair.source, pair.source_fields) if side == 0 else (pair.destination, pair.fields)
+    store = Source(place, pair.fill_missing and side == 0)
+    sums: list[dict[int, U64]] = [{} for _ in fields]
+    edge = None
+    problems: list[Problem] = []
+    step = max(1, SLICE_BYTES // max(f.row_bytes for f in fields))
+    for a in range(start, stop, step):
+        b = min(a + step, stop)
+        try:
+            if side == 0:
+                rows = np.arange(a, b, dtype=np.uint64)
+            else:
+                rows = _rows_of(pair, store, a, b)
+                keys = _full_keys(pair.keys, rows)
+                broken = _descents(keys, rows, pair.rows, None if edge is None else edge[1])
+                room = max(0, SHOWN - len(problems))
+                problems += [_order_problem(pair, a + int(at)) for at in broken[:room]]
+                edge = (keys[0] if edge is None else edge[0], keys[-1])
+            for number, field in enumerate(fields):
+                data = np.empty((b - a, field.row_bytes), np.uint8)
+                store.read(field, a, data)
+                hashes = RowHash(pair.keys.seed, 1 + number, field.row_bytes).hashes(data, rows)
+                size = field.source_chunk_rows
+                for at in range(a // size, -(-b // size)):
+                    part = hashes[max(at * size - a, 0) : (at + 1) * size - a]
+                    held = sums[number].get(at, np.zeros(2, np.uint64))
+                    sums[number][at] = held + part.sum(axis=0, dtype=np.uint64)
+        except ActshuffleError as err:
+            if side == 0:
+                raise
+            problems += list(_unreadable(pair, store, a, b)) or [
+                Problem("unreadable", f"output rows {a:,} to {b:,}", str(err))
+            ]
+    return side, start, stop, sums, edge, problems
+
+
+def _unreadable(pair: Pair, store: Source, start: int, stop: int) -> Iterator[Problem]:
+    """Which objects of dst with any of some rows cannot be read."""
+    for field in (*pair.fields, *([pair.source_row] if pair.source_row else [])):
+        size = field.source_chunk_rows
+        for number in range(start // size, -(-stop // size)):
+            a, b = number * size, min((number + 1) * size, pair.rows)
+            step = max(1, SLICE_BYTES // field.row_bytes)
+            try:
+                for at in range(a, b, step):
+                    rows = np.empty((min(step, b - at), field.row_bytes), np.uint8)
+                    store.read(field, at, rows)
+            except ActshuffleError as err:
+                yield Problem("unreadable", _object_key(field, number), str(err))
+
+
+def _locate(
+    pair: Pair, executor: Executor, number: int, field: Field, found: dict[int, U64], whole: bool
+) -> Iterator[Problem]:
+    """Where a field's sums differ: objects that are not what was written, confirmed row by row.
+
+    Not ``whole``: rows that cannot be read are missing from the sums, which so need not mean anything.
+    """
+    recorded = None
+    with suppress(FormatError):  # told of elsewhere
+        recorded = get_array(open_objects(pair.destination), f"{DIGESTS}/{pair.names[number]}")
+    known = recorded is not None and max(found, default=-1) < len(recorded)
+    differing = [at for at in sorted(found) if known and (recorded[at] != found[at]).any()]  # type: ignore[index]
+    if not differing and whole:
+        since = ", though every object is as it was written: has the source changed?" if known else ""
+        yield Problem("rows", pair.names[number], f"its rows are not the source's{since}")
+    for at in differing[COMPARED:] if whole else ():
+        yield Problem("rows", _object_key(field, at), "is not what was written")
+    calls = ((pair, number, at) for at in (differing[:COMPARED] or sorted(found)[:COMPARED]))
+    for problems in executor.map(compare_object, calls):
+        yield from problems
+
+
+def compare_object(pair: Pair, number: int, at: int) -> list[Problem]:
+    """Rows of one output object against the source rows they claim to be, byte for byte."""
+    field = pair.fields[number]
+    start = at * field.source_chunk_rows
+    stop = min(start + field.source_chunk_rows, pair.rows)
+    store = Source(pair.destination)
+    try:
+        wrong = _differing_rows(pair, number, store, start, _rows_of(pair, store, start, stop))
+    except ActshuffleError as err:
+        return [Problem("unreadable", _object_key(field, at), str(err))]
+    if not len(wrong):
+        return []
+    shown = ", ".join(f"{int(r):,}" for r in wrong[:SHOWN]) + (", ..." if len(wrong) > SHOWN else "")
+    return [Problem("rows", _object_key(field, at), f"{len(wrong):,} rows differ from their source: {shown}")]
+
+
+def _differing_rows(pair: Pair, number: int, store: Source, start: int, rows: U64) -> NDArray[np.int64]:
+    """Output rows from ``start`` on whose bytes are not those of source rows ``rows``."""
+    field, theirs = pair.fields[number], pair.source_fields[number]
+    source = Source(pair.source, pair.fill_missing)
+    step = max(1, SLICE_BYTES // field.row_bytes)
+    wrong = []
+    for a in range(0, len(rows), step):
+        part = rows[a : a + step]
+        ours = np.empty((len(part), field.row_bytes), np.uint8)
+        store.read(field, start + a, ours)
+        valid = part < np.uint64(pair.rows)
+        expected = np.zeros_like(ours)
+        for i in np.argsort(part, kind="stable"):  # in source order, for the sake of its chunks
+            if valid[i]:
+                source.read(theirs, int(part[i]), expected[i : i + 1])
+        wrong.append(start + a + np.flatnonzero((ours != expected).any(axis=1) | ~valid))
+    return np.concatenate(wrong) if wrong else np.zeros(0, np.int64)
+
+
+def _quick(pair: Pair, executor: Executor, progress: Progress, sample: int) -> tuple[int, int, list[Problem]]:
+    """Random stretches of dst: keys ascend and are where their rank says, rows equal their source's."""
+    rng = np.random.default_rng()
+    count = max(1, min(sample, pair.rows) // STRETCH) if pair.rows else 0
+    starts = np.unique(rng.integers(0, max(1, pair.rows - STRETCH + 1), count))
+    row_bytes = sum(f.row_bytes for f in pair.fields)
+    progress.begin("verify (quick)", len(starts), len(starts) * STRETCH * row_bytes)
+    problems, checked = [], 0
+    for rows, found in executor.map(check_stretch, ((pair, int(s)) for s in starts)):
+        problems += found
+        checked += rows
+        progress.advance(rows * row_bytes, True)
+    progress.end()
+    return checked, 2 * checked * row_bytes, problems
+
+
+def check_stretch(pair: Pair, start: int) -> tuple[int, list[Problem]]:
+    """One stretch of the quick check."""
+    stop, store = min(start + STRETCH, pair.rows), Source(pair.destination)
+    problems = []
+    try:
+        rows = _rows_of(pair, store, start, stop)
+        keys = _full_keys(pair.keys, rows)
+        broken = _descents(keys, rows, pair.rows, None)
+        if not len(broken) and pair.keys.hi_bits == 64:
+            # The r-th of n uniform keys lies within a few standard deviations of r / n.
+            off = np.abs(keys[:, 0] / 2.0**64 - (np.arange(start, stop) + 1) / (pair.rows + 1))
+            broken = np.flatnonzero(off > 8 * 0.5 / np.sqrt(pair.rows + 2))
+        for at in broken[:1]:
+            problems.append(_order_problem(pair, start + int(at)))
+        for number, field in enumerate(pair.fields):
+            for row in _differing_rows(pair, number, store, start, rows):
+                key = _object_key(field, int(row) // field.source_chunk_rows)
+                problems.append(Problem("rows", key, f"row {int(row):,} differs from its source"))
+    except ActshuffleError as err:
+        problems.append(Problem("unreadable", f"output rows {start:,} to {stop:,}", str(err)))
+    return stop - start, problems
+
+
+def _mixing(pair: Pair) -> MixingReport:
+    widest = max(range(len(pair.fields)), key=lambda i: pair.fields[i].row_bytes)
+    stream = MixingAccumulator(
+        pair.rows,
+        src_chunk_rows=pair.source_fields[widest].source_chunk_rows,
+        dst_chunk_rows=pair.fields[widest].source_chunk_rows,
+    )
+    store, step = Source(pair.destination), SLICE_BYTES // 8
+    for a in range(0, pair.rows, step):
+        stream.update(a, _rows_of(pair, store, a, min(a + step, pair.rows)))
+    return stream.report()
+
+
+def _rows_of(pair: Pair, store: Source, start: int, stop: int) -> U64:
+    """The source row of each output row: as recorded, or else as the seed says."""
+    if pair.source_row is None:
+        return _order(pair.keys, pair.rows)[start:stop]
+    data = np.empty((stop - start, 8), np.uint8)
+    store.read(pair.source_row, start, data)
+    return data.view("<u8")[:, 0]
+
+
+@lru_cache(maxsize=1)
+def _order(keys: Keys, rows: int) -> U64:
+    return keys.order(rows).astype(np.uint64)
+
+
+def _full_keys(keys: Keys, rows: U64) -> U64:
+    """hi, lo (where two neighbours' hi are equal, else 0) and row, uint64 ``(m, 3)``."""
+    hi, lo = keys.hi_at(rows), np.zeros(len(rows), np.uint64)
+    tied = np.zeros(len(rows), bool)
+    tied[1:] = hi[1:] == hi[:-1]
+    tied[:-1] |= tied[1:]
+    tied[:1] = tied[-1:] = True  # what is beyond the edges is not known here
+    lo[tied] = keys.lo_at(rows[tied])
+    return np.stack([hi, lo, rows], axis=1)
+
+
+def _descents(keys: U64, rows: U64, n: int, before: U64 | None) -> NDArray[np.int64]:
+    """Positions of keys that do not exceed the one before them, and of rows that are none of ours."""
+    both = keys if before is None else np.concatenate([before[None], keys])
+    (h0, l0, r0), (h1, l1, r1) = both[:-1].T, both[1:].T
+    ascends = (h0 < h1) | ((h0 == h1) & ((l0 < l1) | ((l0 == l1) & (r0 < r1))))
+    bad = np.flatnonzero(~ascends) + (1 if before is None else 0)
+    return np.union1d(bad, np.flatnonzero(rows >= np.uint64(n)))
+
+
+def _order_problem(pair: Pair, row: int) -> Problem:
+    if pair.source_row is None:
+        return Problem("order", "the order", f"keys do not ascend at output row {row:,}")
+    size = pair.source_row.source_chunk_rows
+    where, last = (_object_key(pair.source_row, r // size) for r in (row, max(row - 1, 0)))
+    since = "" if where == last else f", the first after {last}"
+    return Problem("order", where, f"keys do not ascend at output row {row:,}{since}")
+
+
+def _object_key(field: Field, number: int) -> str:
+    return field.object_key.format(number)
+
+
+def _padding_problems(pair: Pair, field: Field) -> Iterator[Problem]:
+    """What fills up the last object, where it is plain bytes, is zeros."""
+    used = pair.rows % field.source_chunk_rows
+    if not field.source_key or not used:
+        return
+    key = _object_key(field, pair.rows // field.source_chunk_rows)
+    tail = np.ones((field.source_chunk_rows - used) * field.row_bytes, np.uint8)
+    open_objects(pair.destination).read([Extent(key, used * field.row_bytes, [tail.data])])
+    if tail.any():
+        yield Problem("rows", key, "holds more than zeros behind its last row")
+
+
+def _metadata_problems(
+    theirs: dict[str, zarr.Array[Any]], ours: dict[str, zarr.Array[Any]], names: tuple[str, ...], rows: int
+) -> Iterator[Problem]:
+    for name, a, b in ((k, theirs[k], ours[k]) for k in names):
+        if a.shape != b.shape or a.shape[0] != rows:
+            yield Problem("metadata", name, f"shape is {b.shape}, the source's {a.shape}, the marker's rows {rows:,}")
+        elif a.dtype.newbyteorder("<") != b.dtype.newbyteorder("<"):
+            yield Problem("metadata", name, f"dtype is {b.dtype}, the source's {a.dtype}")

@@ -1,0 +1,345 @@
+"""A run, from first to last: claim, boundaries, one level after the other, publish.
+
+::
+
+    prepare     look, plan, refuse                               (prepare.py; nothing is written)
+    claim       run.json in dst and scratch
+    boundaries  keys at the edges of the leaves                  (bounds.py)
+    level 1     split source blocks   -> scratch/level1, index
+    ...
+    level L     sort leaves           -> dst, whole objects
+    publish     digests, zarr.json of arrays and group, marker; then scratch and receipts go
+
+Array metadata is published last, so a half-done destination is not a Zarr store to anybody.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actshuffle.arrays.marker import is_finished
+from actshuffle.arrays.names import DIGESTS, OUR_GROUP, RECEIPTS, RUN_KEY
+from actshuffle.arrays.small import group_metadata, put_array
+from actshuffle.arraytypes import U64
+from actshuffle.engine import manifest, tasks
+from actshuffle.engine.gather import READING, keys_total, warm, warm_calls
+from actshuffle.engine.job import Job
+from actshuffle.engine.prepare import prepare
+from actshuffle.engine.request import Request
+from actshuffle.engine.scratch import claim_memory, clear_scratch
+from actshuffle.engine.spill import Spill
+from actshuffle.errors import ConservationError, FormatError, RequestError
+from actshuffle.executors import Executor, Serial, executor_for
+from actshuffle.ordering import bounds
+from actshuffle.ordering.digest import from_hex, to_hex
+from actshuffle.planning.planner import Levels
+from actshuffle.planning.tree import Plan, Task
+from actshuffle.progress import Progress, Silent
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import as_place, public_url
+from actshuffle.units import format_bytes, format_seconds, parse_bytes
+
+CLEARING = "clearing"  # the stage in which spill that was used, or all of the scratch, is removed
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did.  ``seconds`` is this run's; ``resumed`` tasks were found done."""
+
+    plan: Plan
+    seed: int
+    destination: str
+    seconds: float
+    tasks: int
+    resumed: int
+    workers: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.plan.rows * self.plan.row_bytes
+
+    def __str__(self) -> str:
+        rate = f"{format_bytes(self.nbytes / self.seconds)}/s" if self.seconds else "-"
+        text = (
+            f"{self.plan.rows:,} rows, {format_bytes(self.nbytes)}, {self.plan.levels} "
+            f"level{'s' * (self.plan.levels != 1)}, seed {self.seed}: "
+            f"{format_seconds(self.seconds)}, {rate} end to end on {self.workers} "
+            f"worker{'s' * (self.workers != 1)}"
+        )
+        return text + (f"; {self.resumed} of {self.tasks} tasks were done before" if self.resumed else "")
+
+
+def shuffle(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    seed: int | None = None,
+    levels: Levels | None = None,
+    memory: str | int | None = None,
+    block_bytes: str | int | None = None,
+    run_bytes: str | int | None = None,
+    chunk_rows: int | None = None,
+    chunks_per_shard: int | None = None,
+    codec: str | None = None,
+    fields: Iterable[str] | None = None,
+    source_row: bool | None = None,
+    missing_chunks: str | None = None,
+    scratch: str | Path | None = None,
+    spill_memory: str | int | None = None,
+    gather: bool | None = None,
+    workers: int | None = None,
+    client: Any = None,
+    executor: Executor | None = None,
+    overwrite: bool = False,
+    fsync: bool = True,
+    storage_options: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    planned: Callable[[Job], None] | None = None,
+) -> Result:
+    """Write ``src`` to ``dst`` in exactly uniform random order.
+
+    The order is a pure function of ``seed`` and the number of rows (see `actshuffle.order`); levels,
+    memory, workers and retries change nothing in the output.  Called again with the same arguments on
+    a half-done ``dst``, it resumes.
+
+    Parameters
+    ----------
+    src, dst : paths or URLs.  ``src`` is a Zarr v2 or v3 array, or a group of arrays of equal length;
+        ``dst`` becomes a Zarr v3 group.
+    seed : non-negative int; drawn and recorded if not given.
+    levels : passes over the data, or "auto" (default) for the fewest that fit.
+    memory : the most that one worker uses beyond its idle footprint ("2GB").
+    block_bytes, run_bytes : M and P of the arithmetic of passes; derived if not given.
+    chunk_rows, chunks_per_shard : chunking of the widest output array; chosen if not given.
+    codec : "none" (default), "crc32c" or "zstd" for the output.
+    fields : names of the arrays to take; all if not given.
+    source_row : also write the provenance array (default True).
+    missing_chunks : "refuse" (default) or "fill": what an absent source chunk means.
+    scratch : folder or URL for the intermediate; beside ``dst`` if not given.
+    spill_memory : how much of the intermediate may stay in this machine's memory ("8GB"), beside the
+        workers' own; the rest goes to ``scratch``.  Default none.
+    gather : one pass without spill, each row taken from the source by itself; for a source that fits into
+        this machine's memory, as plain bytes on its disk.
+    workers : processes of an own local Dask cluster; 0 or None runs here, without Dask.
+    client : a `distributed.Client` to run on instead.
+    executor : what to run on instead of either; it stays open.
+    fsync : make every object durable before its receipt.
+    storage_options : for URLs, as fsspec takes them; never stored.
+    progress : is told of the stages.
+    planned : is called with the settled job before it starts.
+
+    Raises
+    ------
+    RequestError, SourceError : nothing was written.
+    ActshuffleError : see `actshuffle.errors`; what was finished is kept.
+    """
+    if missing_chunks not in (None, "refuse", "fill"):
+        raise RequestError(f"missing_chunks must be refuse or fill, got {missing_chunks!r}")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise RequestError(f"seed must be a non-negative whole number, got {seed!r}")
+    with executor_for(workers, client) if executor is None else nullcontext(executor) as crew:
+        request = Request(
+            seed=seed,
+            levels=levels,
+            memory=None if memory is None else parse_bytes(memory),
+            block_bytes=None if block_bytes is None else parse_bytes(block_bytes),
+            run_bytes=None if run_bytes is None else parse_bytes(run_bytes),
+            chunk_rows=chunk_rows,
+            chunks_per_shard=chunks_per_shard,
+            codec=codec,
+            fields=None if fields is None else tuple(fields),
+            source_row=source_row,
+            fill_missing=None if missing_chunks is None else missing_chunks == "fill",
+            scratch=None if scratch is None else str(scratch),
+            tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
+            tasks_per_worker=sharing if (sharing := crew.tasks_per_worker) > 1 else None,
+            spill_memory=None if spill_memory is None else parse_bytes(spill_memory),
+            gather=gather,
+        )
+        if (request.spill_memory or request.gather) and not crew.one_machine:
+            raise RequestError(f"{_NOT_SHARED}: leave it out with a scheduler")
+        job = prepare(
+            as_place(src, storage_options),
+            as_place(dst, storage_options),
+            request,
+            most_memory=crew.task_memory,
+            workers=crew.workers,
+            overwrite=overwrite,
+            fsync=fsync,
+        )
+        if (job.plan.spill_memory or job.kind == "gather") and not crew.one_machine:  # half done
+            raise RequestError(
+                f"{_NOT_SHARED}: {dst} is half done with it; resume it without a scheduler, or --overwrite starts again"
+            )
+        if planned is not None:
+            planned(job)
+        return execute(job, crew, progress or Silent())
+
+
+_NOT_SHARED = (
+    "spill memory and gathering use this machine's memory, where workers on others would not find what is in it"
+)
+
+
+def execute(job: Job, executor: Executor, progress: Progress) -> Result:
+    """Run or resume a prepared job to its completion marker."""
+    started = time.perf_counter()
+    plan, done, total = job.plan, 0, 0
+    if is_finished(open_objects(job.destination)):
+        _clear(job, progress)  # an earlier run got this far
+        return Result(plan, job.keys.seed, str(job.destination), 0.0, 0, 0, executor.workers)
+    _claim(job)
+    _find_boundaries(job, executor, progress)
+    begin = tasks.first_level(job)
+    if job.kind == "gather" and begin == 1:
+        _warm(job, executor, progress)
+    for level in range(begin, plan.levels + 1):
+        progress.begin(_stage(job, level), plan.task_count(level), plan.rows * plan.row_bytes)
+        if level < plan.levels:
+            Spill(job, level).write_metadata()
+        for result in executor.map(tasks.run_task, ((job, task) for task in plan.tasks(level))):
+            total, done = total + 1, done + (not result.fresh)
+            progress.advance(result.nbytes, result.fresh)
+        if level < plan.levels:
+            parents = (Task("index", level, parent) for parent in range(plan.buckets(level - 1)))
+            for _ in executor.map(tasks.run_task, ((job, task) for task in parents)):
+                pass
+        progress.end()
+        if 1 < level < plan.levels:
+            with _clearing(progress):
+                Spill(job, level - 1).delete()  # what it held is in the next one
+    publish(job, progress)
+    return Result(
+        plan,
+        job.keys.seed,
+        public_url(job.destination.url),
+        time.perf_counter() - started,
+        total,
+        done,
+        executor.workers,
+    )
+
+
+def _stage(job: Job, level: int) -> str:
+    if job.kind in ("shuffle", "gather"):
+        return f"level {level} of {job.plan.levels}"
+    return str(json.loads(job.facts).get("stage", job.kind))
+
+
+def _claim(job: Job) -> None:
+    scratch = open_objects(job.scratch, fsync=job.fsync)
+    try:
+        body = manifest.read_run(scratch, "run.json")
+    except FormatError:
+        body = None
+    if body is None or body["job"] != job.identity:
+        clear_scratch(job)  # of an earlier run to this destination, which is gone
+    scratch.settle([""])
+    claim_memory(job)
+    open_objects(job.destination, fsync=job.fsync).settle([""])
+    manifest.write_run(job)
+    open_objects(job.destination, fsync=job.fsync).settle([OUR_GROUP])
+
+
+def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
+    plan = job.plan
+    if job.kind not in ("shuffle", "gather") or manifest.read_bounds(job) is not None:
+        return
+    first, stop = job.key_rows or (0, plan.rows)
+    step = bounds.range_rows(stop - first)
+    starts = range(first, stop, step)
+    # One task's worth of keys is quicker made here than sent for.
+    where: Executor = executor if len(starts) > 1 else Serial()
+
+    def ask(query: bounds.Query) -> Iterator[NDArray[Any]]:
+        calls = ((job, start, min(start + step, stop), query) for start in starts)
+        for part in where.map(tasks.count, calls):
+            progress.advance(0, True)
+            yield part
+
+    progress.begin("boundaries", len(starts), 0)
+    ranks = np.arange(1, plan.leaves, dtype=np.int64) * plan.leaf_rows
+    manifest.write_bounds(job, bounds.find(job.keys, ranks, ask))
+    progress.end()
+
+
+def _warm(job: Job, executor: Executor, progress: Progress) -> None:
+    """Have the whole source in the page cache, from where leaves take their rows."""
+    calls = warm_calls(job)
+    progress.begin(READING, len(calls), job.plan.rows * job.plan.row_bytes)
+    for nbytes in executor.map(warm, calls):
+        progress.advance(nbytes, True)
+    progress.end()
+
+
+def publish(job: Job, progress: Progress) -> None:
+    """Digests, metadata, marker; then clears up.  Every step can be done again."""
+    plan, objects = job.plan, open_objects(job.destination, fsync=job.fsync)
+    digests: dict[str, list[U64]] = {f.name: [] for f in job.fields}
+    keys = np.zeros(2, np.uint64)
+    leaves = plan.tasks(plan.levels)
+    for task, receipt in zip(leaves, manifest.read_receipts(job, plan.tasks(plan.levels)), strict=True):
+        if receipt is None:
+            raise FormatError(f"receipt of leaf {task.number} vanished from {job.destination.url}; run again")
+        for name, texts in receipt["digests"].items():
+            digests[name] += [from_hex(text) for text in texts]
+        if job.kind == "gather":
+            keys += from_hex(receipt["keys"])
+    if job.kind == "gather" and not np.array_equal(keys, keys_total(job.keys, plan.rows)):
+        raise ConservationError(
+            "the rows of the leaves are not all rows, each once; nothing was published: --overwrite starts again"
+        )
+    sums: dict[str, str] = {}
+    files: dict[str, bytes] = {}
+    for name, found in digests.items():
+        table = np.array(found, np.uint64).reshape(-1, 2)
+        files |= put_array(objects, f"{DIGESTS}/{name}", table)
+        sums[name] = to_hex(table.sum(axis=0, dtype=np.uint64))
+    promised = json.loads(job.facts).get("sums", sums)
+    if promised != sums:
+        wrong = ", ".join(sorted(name for name in sums if promised.get(name) != sums[name]))
+        raise ConservationError(
+            f"rows of {wrong} are not those that {job.source.url} had when they were written: an input "
+            "was damaged since; verify it. Nothing was published"
+        )
+    metadata = {f"{DIGESTS}/zarr.json": group_metadata({})}
+    metadata |= {f"{f.name}/zarr.json": f.metadata.encode() for f in tasks.output_fields(job)}
+    metadata["zarr.json"] = group_metadata(json.loads(job.attributes))
+    for key, data in metadata.items():
+        objects.put(key, data)
+    objects.settle([""])
+    manifest.write_marker(job, sums, files | metadata)
+    _clear(job, progress)
+
+
+def _clear(job: Job, progress: Progress) -> None:
+    """Remove what only an unfinished run needs; ``run.json`` last, since it tells of the rest.
+
+    Scratch goes before the receipts: Dask does a finished task again if its worker dies just then, and
+    one that comes so late must find either its receipt or nothing to work on.
+    """
+    objects = open_objects(job.destination, fsync=job.fsync)
+    objects.settle([OUR_GROUP])  # the marker is durable before anything goes
+    with _clearing(progress):
+        clear_scratch(job)
+        objects.delete_prefix(RECEIPTS)
+        objects.settle([OUR_GROUP])
+        objects.delete(RUN_KEY)
+
+
+@contextmanager
+def _clearing(progress: Progress) -> Iterator[None]:
+    """A stage that shows itself where it takes long: some disks give their space back slowly."""
+    progress.begin(CLEARING, 1, 0)
+    yield
+    progress.advance(0, True)
+    progress.end()

@@ -1,0 +1,118 @@
+"""The part of the scratch that stays in the machine's memory: a folder in its tmpfs.
+
+Shared by all workers of the machine, so that it outlives any of them.  It does not outlive the machine:
+what was there is then missing, its tasks count as not done, and a run that resumes does them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+from actshuffle.engine import manifest
+from actshuffle.engine.job import Job
+from actshuffle.engine.request import _checked_request
+from actshuffle.errors import FormatError, InfeasibleError, ResumeMismatchError, StorageError
+from actshuffle.storage.objects import Objects, open_objects
+from actshuffle.storage.place import Place
+from actshuffle.units import format_bytes
+
+
+def scratch_place(dst: Place, folder: str | None) -> Place:
+    """A place for the spill that belongs to this destination alone: beside it, or in a given folder."""
+    name = dst.url.rstrip("/").rsplit("/", 1)[-1]
+    tag = hashlib.sha256(dst.url.rstrip("/").encode()).hexdigest()[:8]
+    if folder is None:
+        return Place(f"{dst.url.rstrip('/')}.scratch-{tag}", dst.options)
+    return Place(folder, dst.options if "://" in folder else "{}").child(f"{name}.scratch-{tag}")
+
+
+def recorded_scratch(dst: Place, recorded: dict[str, Any]) -> Place:
+    """Where a half-done run says its scratch is.
+
+    A path in a file that others may have written is not gone to, unless what is there agrees.
+    """
+    folder = _checked_request(recorded.get("request")).get("scratch")
+    if folder is None:
+        return scratch_place(dst, None)
+    body, found = None, scratch_place(dst, folder)
+    if "://" not in folder:
+        with contextlib.suppress(FormatError):
+            body = manifest.read_run(open_objects(found), "run.json")
+    if body is None or body["job"] != recorded["job"]:
+        raise ResumeMismatchError(
+            f"{dst} is half done with its scratch in {folder}, where nothing of it is: give --scratch to resume"
+        )
+    return found
+
+
+MEMORY_FOLDER = Path("/dev/shm")  # a file system in memory on every Linux
+
+
+def memory_place(job: Job) -> Place:
+    """The folder in memory of a job's spill."""
+    return memory_beside(job.scratch)
+
+
+def memory_beside(scratch: Place) -> Place:
+    """The folder in memory that belongs to a scratch, and to this user."""
+    tag = hashlib.sha256(scratch.url.encode()).hexdigest()[:16]
+    return Place(str(MEMORY_FOLDER / f"actshuffle-{os.geteuid()}-{tag}"))
+
+
+def memory_objects(job: Job) -> Objects | None:
+    """The part of the spill that is kept in memory, if there is one."""
+    return open_objects(memory_place(job), fsync=False) if job.plan.spill_memory else None
+
+
+def check_memory(job: Job) -> None:
+    """Refuse to keep more in memory than there is room for."""
+    need = job.plan.kept_bytes
+    if not MEMORY_FOLDER.is_dir():
+        raise InfeasibleError(f"no {MEMORY_FOLDER} to keep spill in; leave --spill-memory out")
+    held = sum(size for _, size in open_objects(memory_place(job)).sizes(""))
+    free = shutil.disk_usage(MEMORY_FOLDER).free + held
+    if need > free:
+        raise InfeasibleError(
+            f"{format_bytes(need)} of spill are to stay in memory, and {MEMORY_FOLDER} has "
+            f"{format_bytes(free)} free: give less --spill-memory"
+        )
+
+
+def claim_memory(job: Job) -> None:
+    """Make the folder in memory, for nobody else's eyes."""
+    if job.plan.spill_memory:
+        with contextlib.suppress(FileExistsError):
+            Path(memory_place(job).url).mkdir(mode=0o700)
+        _refuse_foreign(job)
+        open_objects(memory_place(job)).settle([""])
+
+
+def clear_scratch(job: Job) -> None:
+    """Remove all of a job's scratch, on disk and in memory."""
+    open_objects(job.scratch).delete_prefix("")
+    if job.plan.spill_memory:
+        _refuse_foreign(job)
+    elif not _is_ours(job):  # an earlier run to this destination may have kept spill in memory
+        return
+    open_objects(memory_place(job), fsync=False).delete_prefix("")
+
+
+def _is_ours(job: Job) -> bool:
+    """Anybody may make names in that file system; a folder of ours is closed to others."""
+    with contextlib.suppress(FileNotFoundError):
+        found = Path(memory_place(job).url).lstat()
+        is_folder, closed = stat.S_ISDIR(found.st_mode), not found.st_mode & 0o077
+        return is_folder and closed and found.st_uid == os.geteuid()
+    return False
+
+
+def _refuse_foreign(job: Job) -> None:
+    path = Path(memory_place(job).url)
+    if os.path.lexists(path) and not _is_ours(job):
+        raise StorageError(f"{path} is not a folder of this user alone; remove it and run again")

@@ -1,0 +1,50 @@
+"""How far the run that writes a store has come, from its receipts alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actshuffle.arrays.marker import read_marker
+from actshuffle.engine import manifest, tasks
+from actshuffle.engine.scratch import recorded_scratch
+from actshuffle.errors import IncompleteStoreError
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import as_place, public_url
+
+
+def status(dst: str | Path, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """How far the run that writes ``dst`` is: tasks done by level, from the receipts."""
+    place = as_place(dst, storage_options)
+    objects = open_objects(place)
+    if read_marker(objects) is not None:
+        return {"path": public_url(place.url), "state": "complete", "levels": []}
+    body = manifest.read_run(objects)
+    if body is None:
+        raise IncompleteStoreError(f"{dst} is no output of actshuffle, finished or half done")
+    # Its own places are not gone to: the file may be somebody else's.
+    job = replace(manifest.job_from(body, place.options), destination=place, scratch=recorded_scratch(place, body))
+    levels = []
+    first = tasks.first_level(job)
+    for level in range(1, job.plan.levels + 1):
+        total = job.plan.task_count(level)
+        done = total if level < first else sum(tasks.is_done(job, t) for t in job.plan.tasks(level))
+        levels.append({"level": level, "tasks": total, "done": done})
+    state = {"path": public_url(place.url), "state": "half done", "levels": levels}
+    return {**state, "request": body["request"], "scratch": public_url(job.scratch.url)}
+
+
+def status_text(found: dict[str, Any]) -> str:
+    """`status` for people."""
+    if found["state"] == "complete":
+        return f"{found['path']}: complete"
+    lines = [f"{found['path']}: half done; run it again with the same arguments to go on"]
+    for x in found["levels"]:
+        share = x["done"] / x["tasks"] if x["tasks"] else 1.0
+        lines.append(
+            f"  level {x['level']} of {len(found['levels'])}   {x['done']:,} of {x['tasks']:,} tasks ({share:.0%})"
+        )
+    lines.append("  arguments: " + ", ".join(f"{k}={v}" for k, v in sorted(found["request"].items())))
+    lines.append(f"  scratch: {found['scratch']}")
+    return "\n".join(lines)

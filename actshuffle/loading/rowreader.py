@@ -1,0 +1,136 @@
+"""Ranges of rows of one store, straight into memory: what `actshuffle.loading.dataset` reads through."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import zarr
+
+from actshuffle.arrays.field import Field
+from actshuffle.arrays.metadata import source_field
+from actshuffle.arrays.source import Source
+from actshuffle.arraytypes import U8
+from actshuffle.errors import MissingChunkError, StorageError
+from actshuffle.storage.directio import Extent
+from actshuffle.storage.files import LocalObjects
+from actshuffle.storage.place import Place
+
+PIECE_BYTES = 4 << 20  # of a shard with small inner chunks, how much is decoded at a time
+KEPT_PIECES = 4  # decoded pieces of each field that are kept
+
+
+def stored_field(name: str, array: zarr.Array[Any]) -> Field:
+    """The field to read by; of shards, pieces of some inner chunks are decoded and not the whole."""
+    found = source_field(name, array)
+    if found.source_key:
+        return found
+    chunk, whole = array.chunks[0], found.source_chunk_rows
+    piece = chunk * max(1, PIECE_BYTES // (chunk * found.row_bytes))
+    return replace(found, source_chunk_rows=min(piece, whole))
+
+
+class Reader:
+    """Reads of one store by one process."""
+
+    def __init__(self, place: Place, rows: int) -> None:
+        self.process = os.getpid()  # locks and event loops do not outlive a fork
+        self._rows = rows
+        self._source = Source(place)
+        self._pieces = _Pieces()
+
+    def reading(
+        self, stored: Field, ranges: Sequence[tuple[int, int]], flat: U8, *, once: bool = False
+    ) -> Callable[[], None]:
+        """A call that reads row ranges one after the other into ``flat``, uint8 of exactly their bytes.
+
+        What can be done before is done here, so that a thread that reads does little else.
+        """
+        view, at, extents = memoryview(flat.data), 0, []
+        calls: list[Callable[[], None]] = []
+        step, width = stored.source_chunk_rows, stored.row_bytes
+        for start, stop in ranges:
+            size = (stop - start) * width
+            if not stored.source_key:
+                out = flat[at : at + size].reshape(-1, width)
+                calls.append(partial(self._decode, stored, start, stop, out))
+                at += size
+                continue
+            for number in range(start // step, -(-stop // step)):
+                a, b = max(start, number * step), min(stop, (number + 1) * step)
+                size, offset = (b - a) * width, (a - number * step) * width
+                key = stored.source_key.format(number)
+                extents.append(Extent(key, offset, [view[at : at + size]], once))
+                at += size
+        if extents:
+            calls.append(self._source.objects.reading(extents))
+
+        def read() -> None:
+            try:
+                for call in calls:
+                    call()
+            except StorageError as err:
+                if isinstance(err.__cause__, FileNotFoundError):
+                    raise MissingChunkError(f"a chunk is missing: {err}") from err
+                raise
+
+        return read
+
+    def is_cached(self, stored: Field, row: int) -> bool:
+        """Would a row come straight from the page cache?"""
+        objects, step = self._source.objects, stored.source_chunk_rows
+        if not stored.source_key or not isinstance(objects, LocalObjects):
+            return False
+        return objects.is_cached(stored.source_key.format(row // step), row % step * stored.row_bytes)
+
+    def _decode(self, stored: Field, start: int, stop: int, out: U8) -> None:
+        """Whole pieces straight into ``out``; of cut ones the rows that are wanted."""
+        step = stored.source_chunk_rows
+        first, last = -(-start // step) * step, stop // step * step
+        if first < last:
+            self._source.read(stored, first, out[first - start : last - start])
+        for a, b in [(start, min(first, stop)), (max(last, first), stop)]:
+            if a < b:
+                low = a // step * step
+                piece = self._pieces.get((stored.name, low), partial(self._piece, stored, low))
+                out[a - start : b - start] = piece[a - low : b - low]
+
+    def _piece(self, stored: Field, first: int) -> U8:
+        rows = min(stored.source_chunk_rows, self._rows - first)
+        out = np.empty((rows, stored.row_bytes), np.uint8)
+        self._source.read(stored, first, out)
+        return out
+
+
+class _Pieces:
+    """The last few decoded pieces of each field.  Two threads that want the same one decode it once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: OrderedDict[tuple[str, int], Future[U8]] = OrderedDict()
+
+    def get(self, key: tuple[str, int], make: Callable[[], U8]) -> U8:
+        with self._lock:
+            future = self._held.get(key)
+            mine = future is None
+            if future is None:
+                future = self._held[key] = Future()
+                same = [k for k in self._held if k[0] == key[0]]
+                for old in same[:-KEPT_PIECES]:
+                    del self._held[old]
+            self._held.move_to_end(key)
+        if mine:
+            try:
+                future.set_result(make())
+            except BaseException as err:
+                with self._lock:
+                    self._held.pop(key, None)
+                future.set_exception(err)
+        return future.result()

@@ -1,0 +1,108 @@
+"""The loader's torch side: tensors of batches, and the `IterableDataset` face.  Imports torch.
+
+Only ever imported on request: `import actshuffle` does not need torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from actshuffle.errors import RequestError
+from actshuffle.loading.columns import Layout
+from actshuffle.loading.dataset import FieldInfo
+from actshuffle.loading.prefetch import Loan
+
+
+def check_types(layout: Layout) -> None:
+    """Refuse fields that no tensor can hold."""
+    for column in layout.columns:
+        try:
+            torch.from_numpy(np.empty(0, column.info.dtype))
+        except TypeError as err:
+            raise RequestError(
+                f"torch has no type for {column.name!r} ({column.info.dtype_name}); choose other fields"
+            ) from err
+
+
+def can_pin() -> bool:
+    return bool(torch.cuda.is_available())
+
+
+def lend_pinned(nbytes: int) -> Loan:
+    """Page-locked memory.  Torch takes it back when no tensor uses it, nor a copy to a GPU that is still
+    under way, and lends it again."""
+    tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return Loan(tensor.numpy(), tensor)
+
+
+def batch_of(layout: Layout, loan: Loan, rows: int, a: int, b: int) -> dict[str, torch.Tensor]:
+    """Rows ``[a, b)`` of a block of ``rows`` as tensors by name: views; bfloat16 under its own type."""
+    pinned = isinstance(loan.owner, torch.Tensor)
+    found = {}
+    for column, start, stop in layout.spans(rows, a, b):
+        info = column.info
+        if pinned:  # slices of one tensor, so that torch knows what block a copy reads
+            dtype = _torch_type(info)
+            tensor = loan.owner[start:stop].view(dtype).view(b - a, *info.row_shape)
+        else:
+            plain = np.dtype(np.int16) if info.bfloat16 else info.dtype
+            tensor = torch.from_numpy(loan.memory[start:stop].view(plain).reshape(b - a, *info.row_shape))
+            tensor = tensor.view(torch.bfloat16) if info.bfloat16 else tensor
+        found[column.name] = tensor
+    return found
+
+
+def _torch_type(info: FieldInfo) -> torch.dtype:
+    return torch.bfloat16 if info.bfloat16 else torch.from_numpy(np.empty(0, info.dtype)).dtype
+
+
+class Batches(Protocol):
+    """The part of a loader that a `TorchDataset` uses: batches, and a place among them."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+    def seek(self, epoch: int) -> None: ...
+    def share_steps(self, worker: int, workers: int) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class TorchDataset(IterableDataset[dict[str, torch.Tensor]]):
+    """A loader as torch's data loaders want it: whole batches, so give them ``batch_size=None``.
+
+    Worker k of w yields every w-th batch from the k-th on, and torch takes from workers in turn, so
+    batches come in the order of the loader itself with any number of workers.
+
+    Every pass begins at epoch `set_epoch`, for workers start from a copy of this object each time: call
+    it before each pass, as with torch's DistributedSampler, or give the loader ``epochs`` and make one
+    pass.  ``state_dict`` and ``load_state_dict`` are the loader's, and what StatefulDataLoader calls,
+    here or in each worker; the state of a worker fits only as many workers.
+    """
+
+    def __init__(self, loader: Batches) -> None:
+        super().__init__()
+        self.loader = loader
+        self._start = loader.state_dict()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the next passes with this epoch."""
+        self.loader.seek(epoch)
+        self._start = self.loader.state_dict()
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        worker = get_worker_info()
+        self.loader.load_state_dict(self._start)
+        if worker is not None:
+            self.loader.share_steps(worker.id, worker.num_workers)
+        return iter(self.loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)
+        self._start = self.loader.state_dict()

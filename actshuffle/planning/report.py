@@ -1,0 +1,63 @@
+"""A plan for people and for programs: the text and the JSON that `actshuffle plan` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actshuffle.planning.planner import reach_table
+from actshuffle.planning.tree import Plan
+from actshuffle.units import format_bytes
+
+
+def plan_report(made: Plan) -> dict[str, Any]:
+    """A plan as plain values: what `actshuffle plan --json` prints."""
+    depths = range(1, made.levels)
+    reads_writes = [made.level_bytes(level) for level in range(1, made.levels + 1)]
+    return {
+        "levels": made.levels,
+        "rows": made.rows,
+        "row_bytes": made.row_bytes,
+        "bytes": made.rows * made.row_bytes,
+        "block_bytes": made.block_bytes,
+        "run_bytes": made.run_bytes,
+        "fan_out": [-(-made.widths[d - 1] // made.widths[d]) for d in depths],
+        "leaves": made.leaves,
+        "leaf_rows": made.leaf_rows,
+        "block_rows": list(made.block_rows),
+        "chunk_rows": made.chunk_rows,
+        "object_rows": made.object_rows,
+        "tasks": [made.task_count(level) for level in range(1, made.levels + 1)],
+        "objects": {"output": -(-made.rows // made.object_rows), "spill": [made.blocks(level) for level in depths]},
+        "read_bytes": sum(r for r, _ in reads_writes),
+        "written_bytes": sum(w for _, w in reads_writes),
+        "io_bytes": sum(r + w for r, w in reads_writes),
+        "spill_memory": made.kept_bytes,
+        "disk_io_bytes": made.disk_io_bytes,
+        "scratch_bytes": made.scratch_bytes,
+        "disk_bytes": made.disk_bytes,
+        "memory": made.memory,
+        "reach": [{"levels": n, "bytes": b} for n, b in reach_table(made.block_bytes, made.run_bytes)],
+    }
+
+
+def plan_text(made: Plan) -> str:
+    """A plan for people."""
+    r = plan_report(made)
+    lines = [
+        f"{made.rows:,} rows x {format_bytes(made.row_bytes)} = {format_bytes(r['bytes'])}",
+        f"levels       {made.levels}   ({format_bytes(r['io_bytes'])} read and written)",
+        f"blocks       M = {format_bytes(made.block_bytes)}, runs P >= {format_bytes(made.run_bytes)}"
+        + (f", fan-out {' x '.join(map(str, r['fan_out']))}" if r["fan_out"] else ""),
+        f"leaves       {made.leaves:,} of {made.leaf_rows:,} rows ({format_bytes(made.leaf_rows * made.row_bytes)})",
+        f"output       {r['objects']['output']:,} objects of {made.object_rows:,} rows in the widest array",
+        f"tasks        {' + '.join(f'{t:,}' for t in r['tasks'])}",
+        f"memory       {format_bytes(made.memory)} per worker at most"
+        + (f", and {format_bytes(r['spill_memory'])} of spill" if r["spill_memory"] else ""),
+        f"disk         scratch up to {format_bytes(r['scratch_bytes'])}, "
+        f"with the output up to {format_bytes(r['disk_bytes'])}"
+        + (f"; {r['disk_io_bytes'] / max(1, 2 * r['bytes']):.2f} times what a copy moves" if r["spill_memory"] else ""),
+        "",
+        "reach at this M and P: "
+        + ",  ".join(f"{x['levels']} level{'s' * (x['levels'] > 1)} {format_bytes(x['bytes'])}" for x in r["reach"]),
+    ]
+    return "\n".join(lines)

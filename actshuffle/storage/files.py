@@ -1,0 +1,337 @@
+"""Byte objects as files under a directory: the fast path between disk and our buffers.
+
+Large objects that must be durable are written with O_DIRECT: no copy into the page cache, and no cost
+of its pages, which on virtual machines is several times the disk's own.  For reads see reading.py.
+A put is a temporary name, fsync, rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import resource
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from actshuffle.errors import ActshuffleError, SourceError, StorageError, StorageFullError
+from actshuffle.limits import PAGE
+from actshuffle.storage.directio import DIRECT_BYTES, Extent, OpenFile, has_cached, read_full, read_rows, set_direct
+from actshuffle.units import format_bytes
+
+_PARTIAL = ".actshuffle-partial"
+DELETIONS = 8  # at once
+OPEN_AHEAD = 4  # files of one read to come; of all that are prepared, far fewer than a process may have
+KEPT = 512  # files that stay open for rows to come, if a process may have twice as many
+
+
+class Writer(Protocol):
+    def write(self, part: memoryview) -> None:
+        """Append bytes; the caller may reuse the memory at once."""
+
+
+class LocalObjects:
+    """Files under a directory.  Reads and writes go straight between the file and the caller's memory."""
+
+    def __init__(self, root: Path, fsync: bool = True) -> None:
+        self.root = root
+        self.fsync = fsync
+        self._inside: set[Path] = set()  # folders that were seen to be no links out of the root
+        self._folders: dict[str, str] = {}  # the path of each by its key, if a file in it was read
+        self._kept: dict[str, OpenFile] = {}  # by `read_rows`, as long as these objects are used
+
+    def _path(self, key: str, *, follow: bool = True) -> Path:
+        """The file of a key.  Not one outside the root: stores come from others, links and all."""
+        if key.startswith("/") or ".." in key.split("/") or "\0" in key:
+            raise StorageError(f"key {key!r} leaves {self.root}")
+        path = self.root / key
+        with typed(self.root, key):
+            if key and follow and path.is_symlink():
+                self._refuse_escape(path)
+            for folder in path.parents if key else ():
+                if folder == self.root or folder in self._inside:
+                    break
+                if folder.is_symlink():
+                    self._refuse_escape(folder)
+                self._inside.add(folder)
+        return path
+
+    def _refuse_escape(self, link: Path) -> None:
+        home, goal = os.path.realpath(self.root), os.path.realpath(link)
+        if goal != home and not goal.startswith(home.rstrip("/") + "/"):
+            raise SourceError(f"{link} is a link out of {self.root}, and is not followed")
+
+    def get(self, key: str) -> bytes | None:
+        with typed(self.root, key):
+            try:
+                fd = _open_file(self._path(key))
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                return None
+            with os.fdopen(fd, "rb") as file:
+                return file.read()
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        with self.writer(key, len(data)) as out:
+            out.write(memoryview(data))
+
+    @contextmanager
+    def writer(self, key: str, size: int) -> Iterator[Writer]:
+        """An object of ``size`` bytes, written in order; it appears when the block ends without error."""
+        path = self._path(key)
+        # Not by process id: workers in containers share it, and may share this folder too.
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
+        with typed(self.root, key, size):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd, direct = _create(partial, direct=self.fsync and size >= DIRECT_BYTES)
+            try:
+                writer = _FileWriter(fd, direct)
+                yield writer
+                if writer.written < size:
+                    os.ftruncate(fd, size)
+                if self.fsync:
+                    os.fsync(fd)
+                partial.rename(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(fd)
+
+    def _open(self, key: str) -> int:
+        """The file of a key, for reading; in a folder looked at before, a file that is no link is opened
+        without another look, in a third of the time."""
+        folder, _, name = key.rpartition("/")
+        known = self._folders.get(folder)
+        if known is not None and name != ".." and "\0" not in name:
+            try:
+                return _open_file(f"{known}/{name}", os.O_NOFOLLOW)
+            except OSError as err:
+                if err.errno != errno.ELOOP:
+                    raise
+        fd = _open_file(self._path(key))
+        self._folders[folder] = str(self.root / folder)
+        return fd
+
+    def read(self, extents: Sequence[Extent]) -> None:
+        for key, group in itertools.groupby(extents, key=lambda e: e.key):
+            self._read(key, group, None)
+
+    def reading(self, extents: Sequence[Extent]) -> Callable[[], None]:
+        """`read` as a call for later, with the first files open already."""
+        groups = ((key, [*group]) for key, group in itertools.groupby(extents, key=lambda e: e.key))
+        ready = [
+            (key, group, self._ahead(key) if number < OPEN_AHEAD else None)
+            for number, (key, group) in enumerate(groups)
+        ]
+
+        def read() -> None:
+            for key, group, file in ready:
+                self._read(key, group, file)
+
+        return read
+
+    def read_rows(self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]) -> None:
+        """``width`` bytes at each offset of a file, to places in ``out``.
+
+        The first files stay open: to open one takes as long as to read ten rows, and each is asked for again
+        and again.
+        """
+        with typed(self.root, key):
+            file = self._kept.get(key)
+            if file is None:
+                file = OpenFile(self._open(key))
+                if len(self._kept) < min(KEPT, _most_files() // 2):
+                    self._kept[key] = file
+            read_rows(file.fd, width, offsets, out, goals)
+
+    def _ahead(self, key: str) -> OpenFile | None:
+        try:
+            return OpenFile(self._open(key))
+        except (OSError, ActshuffleError):  # which is told when it is read
+            return None
+
+    def _read(self, key: str, extents: Iterable[Extent], file: OpenFile | None) -> None:
+        with typed(self.root, key):
+            file = file or OpenFile(self._open(key))
+            try:
+                for extent in extents:
+                    read_full(file.fd, extent)
+            finally:
+                file.close()
+
+    def is_cached(self, key: str, offset: int) -> bool:
+        """Does the page cache have a byte of a file?"""
+        file = self._ahead(key)
+        return file is not None and has_cached(file.fd, offset)
+
+    def size(self, key: str) -> int | None:
+        with typed(self.root, key):
+            try:
+                return self._path(key).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def list(self, prefix: str) -> Iterator[str]:
+        top = self._path(prefix)
+        for folder, _, names in os.walk(top):
+            for name in names:
+                if not name.endswith(_PARTIAL):
+                    yield str((Path(folder) / name).relative_to(self.root))
+
+    def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Key and size of every object under a folder."""
+        for key in self.list(prefix):
+            size = self.size(key)
+            if size is not None:
+                yield key, size
+
+    def names(self, prefix: str) -> Sequence[str]:
+        """Names of the files and folders right in a folder."""
+        with typed(self.root, prefix):
+            try:
+                return sorted(p.name for p in self._path(prefix).iterdir())
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def delete(self, key: str) -> None:
+        with typed(self.root, key):
+            self._path(key, follow=False).unlink(missing_ok=True)
+
+    def delete_prefix(self, prefix: str) -> None:
+        """Delete a whole folder, files that are half written among them.
+
+        A task that was given up for lost may still be writing into it: what it adds meanwhile goes too.
+        """
+        with typed(self.root, prefix):
+            path = self._path(prefix, follow=False)
+            for attempt in range(10):
+                try:
+                    if prefix and path.is_symlink():
+                        path.unlink()
+                    elif path.is_dir():
+                        _unlink_below(path)
+                        shutil.rmtree(path)
+                    return
+                except OSError as err:
+                    if err.errno not in (errno.ENOENT, errno.ENOTEMPTY) or attempt == 9:
+                        raise
+
+    def settle(self, prefixes: Sequence[str]) -> None:
+        """Remove what killed writers left behind, and make the renames under some folders durable."""
+        for prefix in prefixes:
+            for folder, _, names in os.walk(self._path(prefix)):
+                for name in names:
+                    if name.endswith(_PARTIAL):
+                        Path(folder, name).unlink(missing_ok=True)
+                if self.fsync:
+                    fd = os.open(folder, os.O_RDONLY)
+                    os.fsync(fd)
+                    os.close(fd)
+
+    def free_bytes(self) -> int | None:
+        existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
+        return shutil.disk_usage(existing).free
+
+
+def _unlink_below(top: Path) -> None:
+    """Remove all files, many at once: each waits for its space to be freed, or for a file server."""
+    with ThreadPoolExecutor(DELETIONS, thread_name_prefix="actshuffle-delete") as pool:
+        for folder, _, names in os.walk(top):
+            shares = [names[i::DELETIONS] for i in range(min(DELETIONS, len(names)))]
+            for done in [pool.submit(_unlink, Path(folder), share) for share in shares]:
+                done.result()
+
+
+def _unlink(folder: Path, names: list[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _open_file(path: str | Path, flags: int = 0) -> int:
+    """A file, open for reading; not a pipe or a device, which could keep us waiting for ever."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    raise SourceError(f"{path} is not a file, but a pipe or a device")
+
+
+def _most_files() -> int:
+    """How many files this process may have open."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return KEPT * 2 if most == resource.RLIM_INFINITY else most
+
+
+def _create(path: Path, *, direct: bool) -> tuple[int, bool]:
+    """A new file, open for writing, past the page cache if asked for and possible."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    if direct:
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o644), True
+        except OSError as err:
+            if err.errno != errno.EINVAL:
+                raise
+            path.unlink(missing_ok=True)  # some filesystems refuse after they have created it
+    return os.open(path, flags, 0o644), False
+
+
+class _FileWriter:
+    """Appends to a file; with O_DIRECT as long as parts are whole pages, through the cache after that."""
+
+    def __init__(self, fd: int, direct: bool) -> None:
+        self._fd, self._direct = fd, direct
+        self.written = 0
+
+    def write(self, part: memoryview) -> None:
+        part = part.cast("B") if part.format != "B" or part.ndim != 1 else part
+        if self._direct:
+            pages = len(part) // PAGE * PAGE
+            address = np.frombuffer(part, np.uint8).ctypes.data if len(part) else 0
+            if address % PAGE == 0:
+                self._append(part[:pages])
+                part = part[pages:]
+            if len(part):
+                self._buffered()
+        self._append(part)
+
+    def _append(self, part: memoryview) -> None:
+        while len(part):
+            try:
+                done = os.write(self._fd, part)
+            except OSError as err:
+                if err.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._buffered()  # a filesystem that accepts the flag and not the write
+                continue
+            self.written += done
+            part = part[done:]
+
+    def _buffered(self) -> None:
+        self._direct = False
+        set_direct(self._fd, on=False)
+
+
+@contextmanager
+def typed(where: object, key: str, size: int | None = None) -> Iterator[None]:
+    """Turn the operating system's errors into ours, with place, key and size."""
+    try:
+        yield
+    except OSError as err:
+        place = f"{where}/{key}"
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            need = "" if size is None else f" while writing {format_bytes(size)}"
+            raise StorageFullError(
+                f"no space left{need}: {place}; free some, or give --scratch on a larger disk, and run again to resume"
+            ) from err
+        raise StorageError(f"{err.strerror or err}: {place}") from err

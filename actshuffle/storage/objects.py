@@ -1,0 +1,60 @@
+"""Byte objects under a root: the few operations the engine needs, on local disk or any Zarr store.
+
+Keys are relative paths with "/".  A put is atomic: an object is there whole or not at all.  On local
+disk that is a temporary name, fsync, rename; object stores give it by themselves.  Errors are typed:
+a full disk is `StorageFullError` with the bytes that were asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from actshuffle.storage.directio import Extent
+from actshuffle.storage.files import LocalObjects
+from actshuffle.storage.place import Place, local_path
+from actshuffle.storage.remote import _remote
+
+
+class Objects(Protocol):
+    """What the engine asks of a place."""
+
+    def get(self, key: str) -> bytes | None: ...
+    def put(self, key: str, data: bytes | memoryview) -> None: ...
+    def writer(self, key: str, size: int) -> Any: ...
+    def read(self, extents: Sequence[Extent]) -> None: ...
+    def reading(self, extents: Sequence[Extent]) -> Callable[[], None]: ...
+    def read_rows(
+        self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]
+    ) -> None: ...
+    def size(self, key: str) -> int | None: ...
+    def list(self, prefix: str) -> Iterator[str]: ...
+    def sizes(self, prefix: str) -> Iterator[tuple[str, int]]: ...
+    def names(self, prefix: str) -> Sequence[str]: ...
+    def delete(self, key: str) -> None: ...
+    def delete_prefix(self, prefix: str) -> None: ...
+    def settle(self, prefixes: Sequence[str]) -> None: ...
+    def free_bytes(self) -> int | None: ...
+
+
+def open_objects(place: Place, *, fsync: bool = True) -> Objects:
+    """The objects at a place."""
+    path = local_path(place)
+    objects = LocalObjects(path, fsync) if path is not None else _remote(place)
+    return objects if _wrap is None else _wrap(objects, place)
+
+
+Wrap = Callable[[Objects, Place], Objects]
+_wrap: Wrap | None = None
+
+
+@contextmanager
+def wrapped(wrap: Wrap) -> Iterator[None]:
+    """Inside the block `open_objects` gives ``wrap(objects, place)``: the door for `actshuffle.testing`."""
+    global _wrap
+    before, _wrap = _wrap, wrap
+    try:
+        yield
+    finally:
+        _wrap = before

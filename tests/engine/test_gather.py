@@ -1,0 +1,352 @@
+"""One pass from the page cache: the same output, no spill, and refused where it cannot be."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+
+from actshuffle import concat, plan, shuffle, verify
+from actshuffle.engine import gather, prepare, tasks
+from actshuffle.engine.job import Job
+from actshuffle.errors import (
+    ActshuffleError,
+    ConservationError,
+    DestinationExistsError,
+    FormatError,
+    InfeasibleError,
+    RequestError,
+    ResumeMismatchError,
+    StorageError,
+)
+from actshuffle.executors import Serial, local_cluster
+from actshuffle.ordering.keys import Keys
+from actshuffle.ordering.partition import boundaries_at
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import as_place
+from actshuffle.testing import Faults, Killed, drawn
+from support.helpers import SOURCES, Stops, array, assert_is_oracle, evict, group, values
+
+ROWS = 3001
+SHAPE: dict[str, Any] = {"seed": 3, "chunk_rows": 64, "fsync": False}
+WIDTHS = {"wide": (100, (600,)), "narrow": (1000, ()), "middle": (333, (5, 2))}
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    """Rows of 2,400, 4 and 40 bytes, in chunks of different sizes."""
+    path = tmp_path / "src.zarr"
+    group(path, {})
+    for number, (name, (rows, shape)) in enumerate(WIDTHS.items()):
+        data = np.random.default_rng(number).integers(0, 2**31, (ROWS, *shape), np.int32)
+        array(path, data, name, chunks=(rows, *shape))
+    return path
+
+
+class Counts(Serial):
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def map(self, fn: Any, calls: Any) -> Any:
+        for call in calls:
+            self.kinds.append(call[1].kind if fn is tasks.run_task else fn.__name__)
+            yield fn(*call)
+
+
+@pytest.mark.parametrize("block_rows", [64, 500, 5000])
+def test_the_output_is_that_of_any_other_run(src: Path, tmp_path: Path, block_rows: int) -> None:
+    crew, jobs = Counts(), list[Job]()
+    result = shuffle(
+        src,
+        tmp_path / "d.zarr",
+        gather=True,
+        block_bytes=block_rows * 2444,
+        executor=crew,
+        planned=jobs.append,
+        **SHAPE,
+    )
+    assert_is_oracle(src, tmp_path / "d.zarr", 3)
+    assert verify(src, tmp_path / "d.zarr").ok
+    made = result.plan
+    assert (made.levels, made.scratch_bytes, made.level_bytes(1)[0]) == (1, 0, ROWS * 2444)
+    assert crew.kinds.count("leaf") == made.leaves == -(-ROWS // made.leaf_rows)
+    assert "split" not in crew.kinds
+    straight = gather.Gather(jobs[0]).straight
+    assert [jobs[0].fields[n].name for n in straight] == ["wide"] * (block_rows < 5000)
+    assert not Path(jobs[0].scratch.url).exists()
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_sources_of_every_kind_are_gathered_or_refused(kind: str, sources: Any, tmp_path: Path) -> None:
+    path = sources(kind, 200)
+    try:
+        shuffle(path, tmp_path / "d.zarr", gather=True, seed=5, block_bytes="10KB", chunk_rows=8, fsync=False)
+    except RequestError as err:
+        assert "must be decoded" in str(err)
+        assert not (tmp_path / "d.zarr").exists()
+        return
+    assert_is_oracle(path, tmp_path / "d.zarr", 5)
+
+
+def test_both_ways_were_taken_of_those_sources(sources: Any) -> None:
+    kinds = []
+    for kind in SOURCES:
+        try:
+            plan(sources(kind, 200), gather=True, block_bytes="10KB", chunk_rows=8)
+            kinds.append(True)
+        except RequestError:
+            kinds.append(False)
+    assert any(kinds)
+    assert not all(kinds)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 65])
+@pytest.mark.parametrize(
+    "output", [{}, {"codec": "zstd"}, {"codec": "crc32c", "source_row": False}, {"chunks_per_shard": 2}]
+)
+def test_few_rows_and_coded_outputs(tmp_path: Path, rows: int, output: dict[str, Any]) -> None:
+    array(tmp_path / "s.zarr", values(rows, (12,)))
+    shuffle(
+        tmp_path / "s.zarr",
+        tmp_path / "d.zarr",
+        gather=True,
+        seed=5,
+        memory="64MB",
+        chunk_rows=8,
+        block_bytes=40 * 48,
+        fsync=False,
+        **output,
+    )
+    assert_is_oracle(tmp_path / "s.zarr", tmp_path / "d.zarr", 5, source_row=output.get("source_row", True))
+
+
+def test_some_of_the_fields_into_an_object_store(src: Path) -> None:
+    url = f"memory://gather-{src.parent.name}/d.zarr"
+    shuffle(src, url, gather=True, memory="400MB", fields=["middle", "wide"], seed=3)
+    order = Keys(3).order(ROWS)
+    found, source = zarr.open_group(url, mode="r"), zarr.open_group(src, mode="r")
+    assert set(found.array_keys()) == {"middle", "wide", "source_row"}
+    for name in ("middle", "wide"):
+        np.testing.assert_array_equal(found[name][:], source[name][:][order])
+
+
+def test_workers_of_a_cluster_share_the_leaves(src: Path, tmp_path: Path) -> None:
+    with local_cluster(2) as crew:
+        result = shuffle(src, tmp_path / "d.zarr", gather=True, memory="64MB", executor=crew, **SHAPE)
+    assert_is_oracle(src, tmp_path / "d.zarr", 3)
+    assert result.plan.leaves >= 4, "some for each of them, though one could hold all rows"
+
+
+def test_a_stopped_run_resumes(src: Path, tmp_path: Path) -> None:
+    dst, settings = tmp_path / "d.zarr", {**SHAPE, "block_bytes": 200 * 2444}
+    with pytest.raises(KeyboardInterrupt):
+        shuffle(src, dst, gather=True, executor=Stops(5), **settings)
+    with pytest.raises(RequestError, match="resume it without a scheduler"):
+        shuffle(src, dst, executor=_Elsewhere(), **settings)
+    again = Stops()
+    result = shuffle(src, dst, executor=again, **settings)  # it is remembered that it gathers
+    assert (result.resumed, again.seen.count(False)) == (5, 5)
+    assert_is_oracle(src, dst, 3)
+
+
+def test_deaths_and_errors_at_random_change_no_byte(src: Path, tmp_path: Path) -> None:
+    settings, ends = {**SHAPE, "block_bytes": 500 * 2444}, Counter[str]()
+    for seed in range(25):
+        dst, attempt = tmp_path / f"{seed}.zarr", 0
+        while True:
+            rate = 0.01 * 0.6**attempt if attempt < 8 else 0.0
+            try:
+                with Faults(drawn(100 * seed + attempt, rate), seed=seed):
+                    shuffle(src, dst, gather=True, **settings)
+                break
+            except DestinationExistsError:  # it died when all was done
+                break
+            except (Killed, ActshuffleError) as err:
+                ends[type(err).__name__] += 1
+            attempt += 1
+            assert attempt < 10
+        assert_is_oracle(src, dst, 3)
+    with Faults():  # what died in zarr's event loop is collected before it is of any interest
+        gc.collect()
+    assert ends["Killed"] > 10
+    assert ends["StorageError"] > 5
+
+
+def test_the_source_comes_into_the_page_cache_first(src: Path, tmp_path: Path) -> None:
+    files = [p for p in src.rglob("c*") if p.is_file()]
+    for file in files:
+        evict(file)
+    seen: list[bool] = []
+
+    class Looks(Serial):
+        def map(self, fn: Any, calls: Any) -> Any:
+            for call in calls:
+                if fn is tasks.run_task and not seen:
+                    seen.extend(map(cached, files))
+                yield fn(*call)
+
+    before = list(map(cached, files))
+    if any(before):
+        pytest.skip("a file system that is in memory itself")
+    shuffle(src, tmp_path / "d.zarr", gather=True, executor=Looks(), block_bytes="1MB", **SHAPE)
+    assert all(seen)
+    assert len(seen) == len(files)
+
+
+def cached(path: Path) -> bool:
+    """Is the last byte of a file in the page cache?"""
+    with path.open("rb", buffering=0) as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size - 1, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            return False
+
+
+@pytest.mark.parametrize("bits", [(64, 64), (7, 64), (3, 2), (0, 0)])
+def test_rows_of_leaves_are_the_order_cut_into_pieces(bits: tuple[int, int]) -> None:
+    """Also where keys are equal across a cut."""
+    keys, n, size = Keys(4, *bits), 1000, 130
+    every = np.arange(n, dtype=np.uint64)
+    order = np.lexsort((every, keys.lo_at(every), keys.hi(0, n)))
+    bounds = boundaries_at(keys, order[size::size].astype(np.uint64))
+    for leaf in range(-(-n // size)):
+        wanted = np.sort(order[leaf * size : (leaf + 1) * size])
+        hi, rows = np.empty((2, len(wanted)), np.uint64)
+        gather.find_rows(keys, bounds, leaf, hi, rows, n)
+        np.testing.assert_array_equal(rows, wanted)
+        np.testing.assert_array_equal(hi, keys.hi(0, n)[wanted])
+    for wrong in (len(wanted) - 1, len(wanted) + 1):
+        hi, rows = np.empty((2, wrong), np.uint64)
+        with pytest.raises(FormatError, match="other rows than the"):
+            gather.find_rows(keys, bounds, leaf, hi, rows, n)
+
+
+def test_control_rows_that_are_read_wrong_end_the_run(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A column that is changed between where it was read and where it is written."""
+    hashes = tasks.Columns.hashes
+
+    def late(self: Any, *args: Any) -> Any:
+        yield from list(hashes(self, *args))
+        self.fields[1][0] ^= 1
+
+    monkeypatch.setattr(tasks.Columns, "hashes", late)
+    with pytest.raises(ConservationError, match="rows of (narrow|middle)"):
+        shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", **SHAPE)
+
+
+def test_control_rows_that_are_taken_twice_end_the_run(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And as many others never."""
+    find = gather.find_rows
+
+    def again(keys: Keys, bounds: Any, leaf: int, *rest: Any) -> None:
+        find(keys, bounds, 0 if leaf == 1 else leaf, *rest)
+
+    monkeypatch.setattr(gather, "find_rows", again)
+    with pytest.raises(ConservationError, match="not all rows, each once"):
+        shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes=500 * 2444, **SHAPE)
+    assert not (tmp_path / "d.zarr/zarr.json").exists()
+
+
+def test_control_wide_rows_that_are_read_wrong_are_seen_by_verify(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to compare them with while they are moved."""
+    read = gather.read_rows
+    monkeypatch.setattr(gather, "read_rows", lambda source, field, rows, out: read(source, field, rows[::-1], out))
+    shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", **SHAPE)
+    assert not verify(src, tmp_path / "d.zarr").ok
+
+
+def test_refusals_come_before_anything_is_written(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dst = tmp_path / "d.zarr"
+    with pytest.raises(RequestError, match="leave it out with a scheduler"):
+        shuffle(src, dst, gather=True, executor=_Elsewhere(), **SHAPE)
+    hole = tmp_path / "hole.zarr"
+    array(hole, values(50, (12,)))
+    (hole / "c/3/0").unlink()
+    monkeypatch.setattr(prepare, "take_inventory", lambda *_, **__: pytest.fail("too late"))
+    for source, settings, message in [
+        (src, {"levels": 2}, "is one level without spill"),
+        (src, {"spill_memory": "1MB"}, "is one level without spill"),
+        (_virtual(tmp_path), {}, "lie in other stores or files"),
+        ("memory://no/x.zarr", {}, "is elsewhere"),
+    ]:
+        if "memory" in str(source):
+            array(source, values(5, (2,)))
+        with pytest.raises(RequestError, match=message):
+            shuffle(source, dst, gather=True, **SHAPE, **settings)
+    monkeypatch.undo()
+    with pytest.raises(RequestError, match="lacks chunks"):
+        shuffle(hole, dst, gather=True, missing_chunks="fill", **SHAPE)
+    assert not dst.exists()
+    with pytest.raises(RequestError, match="rows are gathered from a store"):
+        plan(rows=10, row_bytes=8, gather=True)
+
+
+def test_source_and_all_workers_must_have_room(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Two(Serial):
+        workers = 2
+
+    dst = tmp_path / "d.zarr"
+    monkeypatch.setattr("actshuffle.engine.prepare.machine_memory", lambda: 87_000_000)
+    with pytest.raises(InfeasibleError, match="7.33 MB .* 2 workers with 40 MB each, .* 87 MB"):
+        shuffle(src, dst, gather=True, memory="40MB", executor=Two(), **SHAPE)
+    with pytest.raises(InfeasibleError, match="2 workers"):
+        plan(src, gather=True, memory="40MB", workers=2)
+    assert not dst.exists()
+    shuffle(src, dst, gather=True, memory="40MB", **SHAPE)
+    assert_is_oracle(src, dst, 3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_half_done_run_goes_on_as_it_began(src: Path, tmp_path: Path, first: bool) -> None:
+    dst, settings = tmp_path / "d.zarr", {**SHAPE, "block_bytes": 200 * 2444, "run_bytes": 1}
+    with pytest.raises(KeyboardInterrupt):
+        shuffle(src, dst, gather=first, executor=Stops(3), **settings)
+    with pytest.raises(ResumeMismatchError, match="gather was"):
+        shuffle(src, dst, gather=not first, **settings)
+    shuffle(src, dst, gather=first, **settings)
+    assert_is_oracle(src, dst, 3)
+
+
+def test_a_file_that_ends_early_is_told(src: Path, tmp_path: Path) -> None:
+    class Cuts(Serial):
+        def map(self, fn: Any, calls: Any) -> Any:
+            for call in calls:
+                if fn is tasks.run_task:
+                    os.truncate(src / "wide/c/4/0", 1000)
+                yield fn(*call)
+
+    with pytest.raises(StorageError, match="wide/c/4/0"):
+        shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", executor=Cuts(), **SHAPE)
+
+
+def test_rows_from_an_object_store_are_a_request_each() -> None:
+    """Which `gather` refuses; the places' interface has it all the same."""
+    data = np.random.default_rng(0).integers(0, 256, 1000).astype(np.uint8)
+    objects = open_objects(as_place("memory://rows"))
+    objects.put("k", data.data)
+    out = bytearray(30)
+    objects.read_rows("k", 10, [500, 0, 990], memoryview(out), [20, 0, 10])
+    assert bytes(out) == b"".join(data[a : a + 10].tobytes() for a in (0, 990, 500))
+
+
+def _virtual(folder: Path) -> Path:
+    array(folder / "bare.zarr", values(50, (12,)))
+    array(folder / "bare2.zarr", values(50, (12,)))
+    concat([folder / "bare.zarr", folder / "bare2.zarr"], folder / "both.zarr")
+    return folder / "both.zarr"
+
+
+class _Elsewhere(Serial):
+    one_machine = False

@@ -1,0 +1,283 @@
+"""From a real store by the command line: defaults, several ranks, signals, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import actshuffle
+from saetrain import checkpoint
+from saetrain.cli import main
+from saetrain.config import Config
+from saetrain.data import Store
+from saetrain.errors import CheckpointError, DataError
+from saetrain.log import read_log
+from saetrain.mesh import Mesh
+from saetrain.train import fit
+from support.sae_helpers import Planted, run_ranks
+
+ROWS, D = 6000, 16
+FAST = ("--steps", "40", "--d-sae", "64", "--k", "4", "--batch-size", "128", "--device", "cpu", "--tile", "128")
+
+
+def source_store(path: Path, change: Callable[[np.ndarray[Any, Any]], None] | None = None) -> Path:
+    data = Planted.make(ROWS, D, 24)
+    order = np.argsort(data.documents.numpy(), kind="stable")
+    rows = data.rows.numpy()[order].copy()
+    if change:
+        change(rows)
+    group = zarr.create_group(path)
+    for name, values in (("acts", rows), ("document", data.documents.numpy()[order]), ("position", np.arange(ROWS))):
+        array = group.create_array(name, shape=values.shape, chunks=(500, *values.shape[1:]), dtype=values.dtype)
+        array[:] = values
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    actshuffle.shuffle(source_store(folder / "src.zarr"), folder / "rows.zarr", seed=1, memory="64MB")
+    return folder / "rows.zarr"
+
+
+def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "saetrain", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False, **more)
+
+
+def test_fit_with_defaults_beside_the_store(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(store), "--device", "cpu", "--steps", "60"]) == 0
+    folder = store.with_name("rows.sae")
+    lines = read_log(folder)
+    assert lines[-1]["step"] == 60
+    assert lines[-1]["eval_fvu"] < lines[0]["fvu"] < 1
+    assert lines[-1]["document_entropy"] > 0.85  # rows of a shuffled batch are of many documents
+    about = json.loads((folder / "config.json").read_text())
+    assert about["config"]["d_sae"] == 16 * D
+    assert "60/60" in capsys.readouterr().out
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "FVU, held-out rows" in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+
+
+def test_ranks_of_nproc_train_the_same(store: Path, tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        done = run("fit", store, "--out", tmp_path / f"{ranks}", "--nproc", ranks, *FAST)
+        assert done.returncode == 0, done.stderr
+    a, b = (checkpoint.find(tmp_path / n) for n in ("1", "2"))
+    assert len(b.files) == 2
+    torch.testing.assert_close(b.read("W_dec"), a.read("W_dec"), rtol=1e-3, atol=1e-4)
+    one, two = read_log(tmp_path / "1"), read_log(tmp_path / "2")
+    assert [x["loss"] for x in two] == pytest.approx([x["loss"] for x in one], rel=1e-3)
+    assert two[-1]["eval_fvu"] == pytest.approx(one[-1]["eval_fvu"], rel=1e-3)
+    assert [x["document_entropy"] for x in two] == [x["document_entropy"] for x in one]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_checkpoints_and_leaves_cleanly(ranks: int, store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = [*FAST, "--steps", "1000000", "--log-every", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "saetrain", "fit", store, "--out", out, "--nproc", str(ranks), *settings]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while len(read_log(out)) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "run again to go on" in output
+    found = checkpoint.find(out)
+    found.verify()
+    assert found.state["step"] == read_log(out)[-1]["step"] >= 5
+
+
+def test_sweep_over_a_store(store: Path, tmp_path: Path) -> None:
+    base = [a for a in FAST if a not in ("--k", "4")]
+    assert main(["sweep", str(store), "--out", str(tmp_path), "--k", "2,8", *base]) == 0
+    lines = {k: read_log(tmp_path / f"k={k}")[-1] for k in (2, 8)}
+    assert lines[2]["l0"] <= 2 < lines[8]["l0"] <= 8
+    assert lines[8]["eval_fvu"] < lines[2]["eval_fvu"]
+    assert main(["report", *(str(tmp_path / f"k={k}") for k in (2, 8)), "--out", str(tmp_path)]) == 0
+    assert "k=8" in (tmp_path / "report.html").read_text()
+
+
+# --- bad input
+
+
+def refusal(path: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    assert main(["fit", str(path), "--out", str(path.with_suffix(".out")), *FAST, *more]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_store_without_its_marker_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no completion marker" in refusal(source_store(tmp_path / "plain.zarr"), capsys)
+    assert "IncompleteStoreError" not in refusal(tmp_path / "absent.zarr", capsys)
+
+
+def test_arrays_that_are_no_activations_are_refused(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "one axis of floating-point" in refusal(store, capsys, "--field", "document")
+    assert "it has ['acts', 'document'" in refusal(store, capsys, "--field", "residual")
+    assert "no array 'author'" in refusal(store, capsys, "--document-field", "author")
+
+
+def test_a_run_of_another_width_is_refused(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["fit", str(store), "--out", str(out), *FAST, "--eval-every", "40"]) == 0
+    group = zarr.create_group(tmp_path / "wide.zarr")
+    group.create_array("acts", shape=(ROWS, 20), chunks=(500, 20), dtype="float32")[:] = np.random.default_rng(
+        0
+    ).random((ROWS, 20))
+    actshuffle.shuffle(tmp_path / "wide.zarr", tmp_path / "wider.zarr", seed=1, memory="64MB")
+    capsys.readouterr()
+    assert main(["fit", str(tmp_path / "wider.zarr"), "--out", str(out), *FAST, "--eval-every", "40"]) == 2
+    assert "20 wide" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_nans_are_refused_and_placed(recorded: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def spoil(rows: np.ndarray[Any, Any]) -> None:
+        rows[1234, 5] = np.nan
+
+    actshuffle.shuffle(source_store(tmp_path / "src.zarr", spoil), tmp_path / "s.zarr", seed=1, memory="64MB")
+    if recorded:
+        actshuffle.stats(tmp_path / "s.zarr")
+    where = int(np.flatnonzero(zarr.open_group(tmp_path / "s.zarr")["source_row"][:] == 1234)[0])  # type: ignore[index]
+    said = refusal(tmp_path / "s.zarr", capsys)
+    assert f"row {where:,}, column 5" in said
+
+
+def test_an_unshuffled_store_is_refused_unless_asked_for(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, out = source_store(tmp_path / "plain.zarr"), tmp_path / "run"
+    more = ["--incomplete", "true"]
+    assert "is not shuffled" in refusal(plain, capsys, *more)
+    more += ["--buffer-rows", "0", "--out", str(out), "--heldout", str(store)]
+    assert main(["fit", str(plain), *FAST, *more]) == 0
+    found = read_log(out)[-1]
+    assert found["document_entropy"] < 0.5  # 128 neighbouring rows are of four documents
+    assert found["eval_rows"] == ROWS
+
+
+def test_statistics_of_a_sample_are_those_of_the_rows(store: Path) -> None:
+    rows = zarr.open_group(store)["acts"][:].astype(np.float64)  # type: ignore[index, union-attr]
+    mean, variance = Store(store, Config()).statistics()
+    np.testing.assert_allclose(mean, rows.mean(0), atol=1e-6)
+    assert variance == pytest.approx(rows.var(0).sum(), rel=1e-6)
+
+    actshuffle.stats(store)
+    again, total = Store(store, Config()).statistics()
+    np.testing.assert_allclose(again, mean, atol=1e-6)
+    assert total == pytest.approx(variance, rel=1e-6)
+
+
+def test_a_store_with_two_candidates_asks_which(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "two.zarr")
+    for name in ("a", "b"):
+        group.create_array(name, shape=(100, 4), chunks=(50, 4), dtype="float32")[:] = 1.0
+    actshuffle.shuffle(tmp_path / "two.zarr", tmp_path / "s.zarr", seed=1, memory="64MB")
+    with pytest.raises(DataError, match=r"2 arrays that could be activations \(a, b\)"):
+        Store(tmp_path / "s.zarr", Config())
+    assert Store(tmp_path / "s.zarr", Config(field="b")).field == "b"
+
+
+# --- killed again and again
+
+
+def killed_often(rank: int, store: Path, folder: Path, kills: int, seed: int, out: Path) -> None:
+    """Fit in copies of this process, each killed amid a save, until `kills` saves have been cut short."""
+    config = Config(
+        steps=6 * kills,
+        d_sae=64,
+        k=4,
+        batch_size=128,
+        tile=128,
+        checkpoint_every=1,
+        log_every=1,
+        eval_every=10**6,
+        holdout=500,
+    )
+
+    def go(run: Path, settings: Config) -> None:
+        mesh = Mesh.start("cpu")
+        fit(Store(store, settings), {run: settings}, mesh)
+        mesh.close()
+
+    def begin() -> int:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                go(folder, config)
+                code = 0
+            finally:
+                os._exit(code)
+        return pid
+
+    rng, at, done, cut, repeated, damaged = random.Random(seed), 0, 0, 0, 0, 0
+    inside = folder / "checkpoints"
+    while cut < kills:
+        # What the last save left stays for the next one to clear, but must not be mistaken for its work.
+        for left in inside.glob(".*step-*"):
+            left.rename(left.with_name(f".{done}{left.name}"))
+        pid, due = begin(), at + rng.randint(1, 2)
+        names = (f".step-{due:08d}", f"step-{due:08d}")
+        while not any((inside / name).exists() for name in names):
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended by itself"
+            time.sleep(0.0002)
+        time.sleep(rng.uniform(0, 0.005))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        done += 1
+        cut += any(inside.glob(".step-*")) or any(inside.glob(".gone-*"))  # in writing, in removing
+        before = at
+        try:
+            if checkpoint.published(folder):  # at first there may be none
+                last = checkpoint.find(folder)
+                last.verify()
+                at = last.state["step"]
+            assert at >= due - 1
+        except CheckpointError:
+            damaged += 1
+        repeated += at == before
+    assert os.waitstatus_to_exitcode(os.waitpid(begin(), 0)[1]) == 0
+    go(folder.with_name("whole"), config)
+    told = {"kills": done, "while saving": cut, "nothing gained": repeated, "damaged": damaged}
+    out.write_text(json.dumps(told))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_killed_often_is_the_run_left_alone(seed: int, store: Path, tmp_path: Path) -> None:
+    """Same weights, moments and cursor to the bit and same losses: no row was skipped, none was trained on twice."""
+    kills = 25
+    run_ranks(1, killed_often, store, tmp_path / "killed", kills, seed, tmp_path / "out")
+    told = json.loads((tmp_path / "out").read_text())
+    print(told)
+    assert told["while saving"] == kills
+    assert told["nothing gained"] > 0  # some died early enough to lose their step
+    assert told["damaged"] == 0
+    a, b = (checkpoint.find(tmp_path / name) for name in ("killed", "whole"))
+    assert a.state["cursor"] == b.state["cursor"]
+    for name in a.files[0].specs:
+        assert torch.equal(a.read(name), b.read(name)), name
+    losses = [[x["loss"] for x in read_log(tmp_path / name)] for name in ("killed", "whole")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6 * kills

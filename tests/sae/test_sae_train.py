@@ -1,0 +1,160 @@
+"""Whole runs on rows in memory: planted dictionaries are found, sweeps are what single runs are, NaNs are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import saetrain
+from saetrain import checkpoint
+from saetrain.config import Config, field_help, parse_field, resolve
+from saetrain.errors import ConfigError, DataError, SaetrainError
+from saetrain.log import read_log
+from saetrain.train import fit
+from support.sae_helpers import ARCHS, MemorySource, Planted, matched, one_rank, small
+
+PLANTED: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "batchtopk": {},
+    "matryoshka": {"widths": (64, 128)},
+    "relu": {"sparsity": 0.7},
+    "jumprelu": {"sparsity": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def planted() -> Planted:
+    return Planted.make(30_000, 32, 64, active=3.0)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_planted_dictionary_is_found(arch: str, planted: Planted, tmp_path: Path) -> None:
+    settings = {"d_sae": 128, "k": 3, "steps": 700, "batch_size": 256, "lr": 4e-3, "tile": 256}
+    config = Config(arch=arch, **(settings | PLANTED[arch]))  # type: ignore[arg-type]
+    with one_rank() as mesh:
+        source = MemorySource(planted.rows, planted.documents)
+        last = fit(source, {tmp_path: config}, mesh)[tmp_path]
+    sae = saetrain.load(tmp_path)
+    cosine = matched(sae.W_dec, planted.dictionary)
+    assert float(cosine.mean()) >= 0.9
+    assert last["eval_fvu"] < 0.2
+    # The folded model computes on raw rows what the sharded one computes on normalised rows.
+    rows = planted.rows[-1500:]
+    error = (sae(rows) - rows).square().sum() / (rows - rows.mean(0)).square().sum()
+    assert float(error) == pytest.approx(last["eval_fvu"], rel=1e-3)
+    active = (sae.encode(rows) > 0).sum(1).float().mean()
+    assert float(active) == pytest.approx(last["eval_l0"], rel=1e-3)
+
+
+def test_an_untrained_dictionary_is_not_found(planted: Planted) -> None:
+    random = torch.randn(128, 32, generator=torch.Generator().manual_seed(0))
+    assert float(matched(random, planted.dictionary).mean()) < 0.7
+
+
+def test_a_sweep_is_what_its_runs_are_alone(tmp_path: Path) -> None:
+    data = Planted.make(2048, 16, 24)
+    configs = {f"k{k}": small("topk", k=k, lr=lr) for k, lr in ((2, 1e-3), (4, 3e-3))}
+    with one_rank() as mesh:
+        together = MemorySource(data.rows, data.documents)
+        fit(together, {tmp_path / "sweep" / n: c for n, c in configs.items()}, mesh)
+        assert len(together.seen) == 20  # one read for both
+        for name, config in configs.items():
+            fit(MemorySource(data.rows, data.documents), {tmp_path / name: config}, mesh)
+            a, b = (checkpoint.find(p) for p in (tmp_path / name, tmp_path / "sweep" / name))
+            assert torch.equal(a.read("W_enc"), b.read("W_enc"))
+        with pytest.raises(ConfigError, match="batch_size 32 / 16"):
+            one, other = configs["k2"], small("topk", batch_size=16)
+            fit(together, {tmp_path / "a": one, tmp_path / "b": other}, mesh)
+
+
+def test_lines_hold_every_metric_and_are_numbers(tmp_path: Path) -> None:
+    data = Planted.make(2048, 16, 24)
+    for arch in ARCHS:
+        with one_rank() as mesh:
+            source = MemorySource(data.rows, data.documents)
+            fit(source, {tmp_path / arch: small(arch, log_every=2, eval_every=10)}, mesh)
+        found = read_log(tmp_path / arch)
+        assert [line["step"] for line in found] == list(range(2, 21, 2))
+        always = {
+            "loss",
+            "reconstruction",
+            "fvu",
+            "l0",
+            "lr",
+            "dead",
+            "dense",
+            "density",
+            "document_entropy",
+            "gradient_norm.W_enc",
+            "gradient_norm.all",
+            "update_norm.W_dec",
+            "tokens",
+        }
+        own = {"relu": {"sparsity"}, "jumprelu": {"sparsity", "preact", "threshold"}}
+        own |= {"batchtopk": {"threshold"}, "matryoshka": {"threshold"}}
+        timed, evaluated = ({"tokens_per_s", "mfu", "loader_wait"}, {"eval_fvu", "eval_l0", "decoder_cosine_mean"})
+        for line in found:
+            assert always | own.get(arch, set()) <= set(line)
+            assert (line["step"] > 2) == (timed <= set(line))
+            assert (line["step"] % 10 == 0) == (evaluated <= set(line))
+            assert all(v == v for v in line.values())
+        assert sum(found[-1]["density"]) == 64
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_number_met_in_training_is_named(bad: float, tmp_path: Path) -> None:
+    data = Planted.make(2048, 16, 24)
+    rows = torch.cat([data.rows[:1000], data.rows[:1000]])
+    source = MemorySource(rows, torch.arange(2000))
+    source.statistics = lambda: MemorySource(data.rows, data.documents).statistics()  # type: ignore[method-assign]
+    with one_rank() as mesh:
+        batches = source.batches
+
+        def spoilt(*args: Any) -> Any:
+            rows[500, 3] = bad  # after initialisation has looked at the first rows
+            return batches(*args)
+
+        source.batches = spoilt  # type: ignore[method-assign]
+        with pytest.raises(DataError, match=r"column 3 is (nan|inf)"):
+            fit(source, {tmp_path: small("topk", steps=100)}, mesh)
+        assert not checkpoint.published(tmp_path) or checkpoint.find(tmp_path).read("W_enc").isfinite().all()
+
+
+def test_divergence_is_told_from_bad_rows(tmp_path: Path) -> None:
+    data = Planted.make(2048, 16, 24)
+    with one_rank() as mesh, pytest.raises(SaetrainError, match="diverged"):
+        source = MemorySource(data.rows, data.documents)
+        fit(source, {tmp_path: small("relu", lr=1e300, clip=0.0, compute="float32")}, mesh)
+
+
+def test_defaults_follow_the_size_of_the_data() -> None:
+    little, much = resolve(Config(), 384, 100_000), resolve(Config(), 4096, 10**9)
+    assert (little.batch_size, little.holdout, little.d_sae) == (256, 5000, 6144)
+    assert little.steps == 2000
+    assert (much.batch_size, much.holdout, much.d_sae, much.dead_tokens) == (4096, 16_384, 65_536, 10**7)
+    assert much.steps == (10**9 - 16_384) // 4096
+    assert resolve(little, 384, 100_000) == little  # nothing is left to choose
+    for config in (little, much):
+        assert Config.from_json(config.to_json()) == config
+    with pytest.raises(ConfigError, match="do not fill one batch"):
+        resolve(Config(batch_size=4096), 8, 1000)
+    with pytest.raises(ConfigError, match="k 100 is more than"):
+        resolve(Config(k=100, d_sae=64), 8, 10**6)
+
+
+@pytest.mark.parametrize("wrong", [{"arch": "gated"}, {"k": 0}, {"lr": -1.0}, {"widths": (4, 2)}, {"compute": "fp8"}])
+def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Config(**wrong)
+
+
+def test_every_setting_has_its_help() -> None:
+    names = set(Config().to_json())
+    assert set(field_help()) == names
+    assert parse_field("widths", "4,8") == (4, 8)
+    assert parse_field("steps", "1e3") == 1000
+    with pytest.raises(ConfigError, match="--d-sae"):
+        parse_field("d_sae", "many")

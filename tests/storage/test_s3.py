@@ -1,0 +1,384 @@
+"""The whole engine in an object store: URLs and storage options as fsspec users give them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import shutil
+import time
+import traceback
+
+import pytest
+import zarr
+
+import actshuffle
+from actshuffle.errors import ActshuffleError, DestinationExistsError, MissingChunkError, SourceError, StorageError
+from actshuffle.testing import Faults, Killed, at, differences, matching, new_process
+from support.faults import SEED, dask_cluster, drive, ended, outcome, shuffled, source, start
+from support.helpers import array, values
+
+pytest.importorskip("moto")
+pytest.importorskip("s3fs")
+
+from support.s3 import KEY, SECRET, TOKEN, failing, serve
+
+ROWS = 40
+PLAN = {"levels": 2, "block_bytes": 400, "run_bytes": 1, "chunk_rows": 10}
+QUICK = {"config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 1, "read_timeout": 1}}
+
+
+@pytest.fixture(scope="session")
+def endpoint(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(autouse=True)
+def kind(endpoint, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    yield
+    endpoint.unkind = lambda method, path: None
+    endpoint.wants = ""
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory):
+    return source(tmp_path_factory.mktemp("source") / "src.zarr", ROWS)
+
+
+@pytest.fixture
+def bucket(endpoint, local, request):
+    """A bucket with a source in it."""
+    url = endpoint.bucket(f"b{hashlib.sha256(request.node.name.encode()).hexdigest()[:12]}")
+    endpoint.upload(local, f"{url}/src.zarr")
+    return url
+
+
+def shuffle(endpoint, src, dst, **settings):
+    new_process()
+    settings = {"seed": SEED, **PLAN, "storage_options": endpoint.options(), **settings}
+    return actshuffle.shuffle(src, dst, **settings)
+
+
+def assert_exact(endpoint, local, url, tmp_path):
+    copy = endpoint.download(url, tmp_path / "copy")
+    assert differences(local, copy, SEED) == []
+    shutil.rmtree(copy)
+    bucket = url.rsplit("/", 1)[0]
+    beside = [k for k in endpoint.keys(bucket) if not k.startswith(("src.zarr/", "dst.zarr/"))]
+    assert beside == []
+    assert not [k for k in endpoint.keys(url) if "receipts" in k or "run.json" in k]
+
+
+# --- It works -----------------------------------------------------------------------------------
+
+
+def test_from_bucket_to_bucket(endpoint, bucket, local, tmp_path):
+    src, dst = f"{bucket}/src.zarr", f"{bucket}/dst.zarr"
+    assert shuffle(endpoint, src, dst).plan.levels == 2
+    assert_exact(endpoint, local, dst, tmp_path)
+    options = endpoint.options()
+    assert actshuffle.verify(src, dst, storage_options=options).ok
+    assert actshuffle.verify(src, dst, storage_options=options, quick=True).ok
+    assert actshuffle.info(dst, options)["rows"] == ROWS
+    assert actshuffle.status(dst, options)["state"] == "complete"
+    with pytest.raises(DestinationExistsError):
+        shuffle(endpoint, src, dst)
+    # Others' clients in the same thread go on to work.
+    rows = zarr.open_group(dst, mode="r", storage_options=options)["x"][:]
+    assert rows.shape == (ROWS, 4)
+    shuffle(endpoint, src, dst, overwrite=True, levels=1, block_bytes=None, memory="200MB")
+    assert_exact(endpoint, local, dst, tmp_path)
+
+
+def test_from_bucket_to_disk_and_back(endpoint, bucket, local, tmp_path):
+    shuffle(endpoint, f"{bucket}/src.zarr", tmp_path / "dst.zarr", fsync=False)
+    assert differences(local, tmp_path / "dst.zarr", SEED) == []
+    shuffle(endpoint, local, f"{bucket}/dst.zarr", scratch=str(tmp_path / "scratch"))
+    assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"compressors": "auto"}, {"chunks": (5, 4), "shards": (10, 4)}, {"zarr_format": 2}, {"chunks": (9, 2)}],
+    ids=["zstd", "sharded", "v2", "cut rows"],
+)
+def test_sources_that_zarr_decodes(settings, endpoint, bucket, tmp_path):
+    array(tmp_path / "in", values(ROWS, (4,)), **settings)
+    endpoint.upload(tmp_path / "in", f"{bucket}/other")
+    codec = {"codec": "zstd"} if "shards" not in settings else {"chunks_per_shard": 2, "block_bytes": 700}
+    shuffle(endpoint, f"{bucket}/other", f"{bucket}/dst.zarr", **codec)
+    copy = endpoint.download(f"{bucket}/dst.zarr", tmp_path / "copy")
+    assert differences(tmp_path / "in", copy, SEED) == []
+
+
+def test_on_a_cluster_whose_worker_dies(endpoint, bucket, local, tmp_path):
+    settings = {**PLAN, "storage_options": endpoint.options()}
+    src, dst = f"{bucket}/src.zarr", f"{bucket}/dst.zarr"
+    with dask_cluster(tmp_path / "dask", 2, fault=("put level1/blocks/*", "late")) as cluster:
+        end = shuffled(tmp_path / "told.json", src, dst, scheduler=cluster.address, **settings)
+        assert end["end"] == "done", end
+        assert -9 in [w.exitcode for w in cluster.workers]
+        logs = b"".join(p.read_bytes() for p in (tmp_path / "dask").glob("*.log"))
+        logs += (tmp_path / "told.log").read_bytes()
+    assert_exact(endpoint, local, dst, tmp_path)
+    assert SECRET.encode() not in logs
+    assert TOKEN.encode() not in logs
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "put level1/runs/*",
+        "put x/c.2.0",
+        "delete_prefix _actshuffle/receipts",
+        *(
+            pytest.param(what, marks=pytest.mark.soak)
+            for what in ("put level1/blocks/c.1.0", "put _actshuffle/receipts/1.json", "put _actshuffle/zarr.json")
+        ),
+    ],
+)
+def test_killed_and_resumed(what, endpoint, bucket, local, tmp_path):
+    with Faults(matching(what, "kill")), pytest.raises(Killed):
+        shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+    shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+    assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
+
+
+@pytest.mark.soak
+def test_killed_at_every_tenth_operation(endpoint, bucket, local, tmp_path):
+    log = Faults()
+    with log:
+        shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", overwrite=True)
+    for number in range(0, len(log.log), 10):
+        try:
+            with Faults(at({number: "kill"})):
+                shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", overwrite=True)
+        except Killed:
+            pass
+        try:
+            shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+        except DestinationExistsError as err:
+            if "finished" not in str(err):
+                shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", overwrite=True)
+        assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", range(12))
+def test_driver_killed_at_random(number, endpoint, bucket, local, tmp_path):
+    told, dice = tmp_path / "told.json", random.Random(number)
+    settings = {**PLAN, "storage_options": endpoint.options()}
+    places = (f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+    driver = start(drive, told, *places, settings)
+    time.sleep(dice.uniform(0.2, 6))
+    driver.kill()
+    ended(driver)
+    if not told.exists():
+        assert shuffled(told, *places, **settings)["end"] in ("done", "DestinationExistsError")
+    assert_exact(endpoint, local, places[1], tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("who", "number"), [*(("worker", number) for number in range(12)), *(("scheduler", number) for number in range(6))]
+)
+def test_cluster_killed_at_random(who, number, endpoint, bucket, local, tmp_path):
+    told, dice = tmp_path / "told.json", random.Random(number)
+    settings = {**PLAN, "storage_options": endpoint.options()}
+    places = (f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+    with dask_cluster(tmp_path / "dask", 2) as cluster:
+        driver = start(drive, told, *places, settings | {"scheduler": cluster.address})
+        time.sleep(dice.uniform(0.2, 6))
+        victim = cluster.scheduler if who == "scheduler" else dice.choice(cluster.workers)
+        victim.kill()
+        ended(driver)
+    end = outcome(told)["end"]
+    assert end in ("done", "ClusterError")
+    if end != "done":
+        assert shuffled(told, *places, **settings)["end"] in ("done", "DestinationExistsError")
+    assert_exact(endpoint, local, places[1], tmp_path)
+
+
+# --- Bad weather --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "what", [500, 0.3, pytest.param(503, marks=pytest.mark.soak), pytest.param("cut", marks=pytest.mark.soak)]
+)
+def test_some_requests_fail_or_dawdle(what, endpoint, bucket, local, tmp_path):
+    endpoint.unkind = failing(0.05, 1, what)
+    for attempt in range(5):
+        try:
+            shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+            break
+        except (StorageError, SourceError) as err:  # its client gave up: say so, and go on when told to
+            assert attempt < 4, err
+    endpoint.unkind = lambda method, path: None
+    assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("what", "method"),
+    [
+        (500, "PUT"),
+        ("cut", "GET"),
+        (3.0, "PUT"),
+        *(
+            pytest.param(what, method, marks=pytest.mark.soak)
+            for what, method in ((500, "GET"), ("cut", "PUT"), (3.0, "GET"))
+        ),
+    ],
+)
+def test_all_requests_fail_from_some_time_on(what, method, endpoint, bucket, local, tmp_path):
+    """An outage: a typed error in bounded time, and the run goes on when it is over."""
+    count = [0]
+
+    def outage(asked, path):
+        count[0] += asked == method
+        return what if count[0] > (20 if method == "GET" else 8) and asked == method else None
+
+    endpoint.unkind = outage
+    started = time.monotonic()
+    with pytest.raises((StorageError, SourceError)) as raised:
+        shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", storage_options=endpoint.options(**QUICK))
+    assert time.monotonic() - started < 60
+    assert bucket.removeprefix("s3://") in str(raised.value)
+    endpoint.unkind = lambda method, path: None
+    shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+    assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
+
+
+# --- Who may --------------------------------------------------------------------------------------
+
+
+def refused(endpoint, bucket, options, error=ActshuffleError):
+    started = time.monotonic()
+    with pytest.raises(error) as raised:
+        shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", storage_options=options)
+    assert time.monotonic() - started < 30
+    text = "".join(traceback.format_exception(raised.value))
+    assert SECRET not in text
+    assert TOKEN not in text
+    endpoint.wants = ""
+    endpoint.unkind = lambda method, path: None
+    assert not [k for k in endpoint.keys(bucket) if not k.startswith("src.zarr/")]
+    return str(raised.value)
+
+
+def test_anonymous(endpoint, bucket):
+    endpoint.wants = KEY
+    said = refused(endpoint, bucket, endpoint.options(key=None))
+    assert "Access Denied" in said or "Forbidden" in said
+
+
+def test_wrong_key(endpoint, bucket):
+    endpoint.wants = KEY
+    said = refused(endpoint, bucket, endpoint.options(key="AKIDOTHER"))
+    assert "Access Key Id" in said or "Forbidden" in said
+
+
+def test_expired_token(endpoint, bucket):
+    endpoint.unkind = lambda method, path: "expired"
+    said = refused(endpoint, bucket, endpoint.options(**QUICK))
+    assert "expired" in said.lower() or "Bad Request" in said
+
+
+def test_token_that_expires_during_the_run(endpoint, bucket, local, tmp_path):
+    count = [0]
+
+    def expire(method, path):
+        count[0] += 1
+        return "expired" if count[0] > 120 else None
+
+    endpoint.unkind = expire
+    with pytest.raises(ActshuffleError):
+        shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", storage_options=endpoint.options(**QUICK))
+    endpoint.unkind = lambda method, path: None
+    shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+    assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
+
+
+def test_no_credentials_at_all(endpoint, bucket, monkeypatch):
+    options = {"client_kwargs": {"endpoint_url": endpoint.url, "region_name": "us-east-1"}}
+    endpoint.wants = KEY
+    refused(endpoint, bucket, options)
+
+
+def test_no_such_bucket(endpoint, bucket, tmp_path):
+    with pytest.raises(ActshuffleError, match="nobucket"):
+        shuffle(endpoint, "s3://nobucket/src.zarr", tmp_path / "dst.zarr")
+    with pytest.raises(ActshuffleError, match="nobucket"):
+        shuffle(endpoint, f"{bucket}/src.zarr", "s3://nobucket/dst.zarr")
+
+
+def test_no_such_source(endpoint, bucket, tmp_path):
+    with pytest.raises(SourceError, match="nothing.zarr"):
+        shuffle(endpoint, f"{bucket}/nothing.zarr", tmp_path / "dst.zarr")
+
+
+def test_nobody_listens(bucket, endpoint, tmp_path):
+    options = endpoint.options(**QUICK)
+    options["client_kwargs"] = {"endpoint_url": "http://127.0.0.1:9", "region_name": "us-east-1"}
+    with pytest.raises(ActshuffleError):
+        shuffle(endpoint, f"{bucket}/src.zarr", tmp_path / "dst.zarr", storage_options=options)
+
+
+def test_missing_and_truncated_chunks(endpoint, bucket, tmp_path):
+    key = f"{bucket}/src.zarr/x/c/2/0"
+    data = endpoint.get(key)
+    endpoint.put(key, data[:-1])
+    with pytest.raises(MissingChunkError, match="x/c/2/0"):
+        shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+    endpoint.delete(key)
+    with pytest.raises(MissingChunkError, match="x/c/2/0"):
+        shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+    assert not [k for k in endpoint.keys(bucket) if not k.startswith("src.zarr/")]
+
+
+# --- Secrets --------------------------------------------------------------------------------------
+
+
+def test_no_secret_is_written_or_logged(endpoint, bucket, tmp_path, caplog):
+    """Not in run.json, receipts or the marker, not in scratch, not in logs, not in errors or their causes."""
+    caplog.set_level(logging.DEBUG, logger="actshuffle")
+    src, dst = f"{bucket}/src.zarr", f"{bucket}/dst.zarr"
+    jobs, texts = [], []
+    with Faults(matching("put _actshuffle/receipts/1.json", "kill")), pytest.raises(Killed) as death:
+        shuffle(endpoint, src, dst, planned=jobs.append)
+    texts += traceback.format_exception(death.value)
+    texts += [repr(jobs[0]), str(jobs[0]), json.dumps(jobs[0].to_json()), str(jobs[0].destination)]
+    texts.append(json.dumps(actshuffle.status(dst, endpoint.options())))
+    for key in endpoint.keys(bucket):
+        texts.append(endpoint.get(f"{bucket}/{key}").decode("latin-1"))
+    for what in (500, "cut", "expired"):
+        endpoint.unkind = lambda method, path, what=what: what if method == "PUT" else None
+        with pytest.raises(ActshuffleError) as raised:
+            shuffle(endpoint, src, dst, storage_options=endpoint.options(**QUICK))
+        texts += traceback.format_exception(raised.value)
+    endpoint.unkind = lambda method, path: None
+    shuffle(endpoint, src, dst)
+    for key in endpoint.keys(bucket):
+        texts.append(endpoint.get(f"{bucket}/{key}").decode("latin-1"))
+    texts.append(caplog.text)
+    assert "dst.zarr" in "\n".join(texts)
+    assert secrets_in(texts) == set()
+    assert endpoint.seen
+
+
+def secrets_in(texts):
+    return {secret for secret in (SECRET, TOKEN, KEY) for text in texts if secret in text}
+
+
+def test_control_secrets_are_seen(endpoint, bucket, caplog):
+    """In an object and in a log, where the test above looks for them."""
+    endpoint.put(f"{bucket}/dst.zarr/run.json", json.dumps(endpoint.options()).encode())
+    caplog.set_level(logging.DEBUG, logger="actshuffle")
+    logging.getLogger("actshuffle").debug("%s", endpoint.options())
+    texts = [endpoint.get(f"{bucket}/{key}").decode("latin-1") for key in endpoint.keys(bucket)]
+    assert secrets_in(texts) == secrets_in([caplog.text]) == {SECRET, TOKEN, KEY}

@@ -1,0 +1,187 @@
+"""Helpers of the saetrain tests: small meshes, several ranks, planted data, and the plain dense formulas."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from benchmarks.sae.planted import Planted, matched
+from saetrain.config import Config, resolve
+from saetrain.mesh import RENDEZVOUS, Mesh
+from saetrain.model import Model, Norm
+
+__all__ = ["Planted", "matched"]  # and what is defined here
+
+ARCHS = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
+
+
+@contextmanager
+def one_rank() -> Iterator[Mesh]:
+    mesh = Mesh.start("cpu")
+    try:
+        yield mesh
+    finally:
+        mesh.close()
+
+
+def run_ranks(world: int, work: Callable[..., None], *args: Any) -> None:
+    """``work(rank, *args)`` in `world` processes that can find each other."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_child, (world, Path(folder, "meet"), work, args), nprocs=world)  # type: ignore[no-untyped-call]
+
+
+def _child(rank: int, world: int, file: Path, work: Callable[..., None], args: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {RENDEZVOUS: str(file), "RANK": str(rank), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
+    work(rank, *args)
+
+
+def norm_of(rows: Tensor) -> Norm:
+    mean = rows.double().mean(0)
+    variance = float((rows.double() - mean).square().sum(1).mean())
+    return Norm(mean, (rows.shape[1] / variance) ** 0.5)
+
+
+def small(arch: str, **more: Any) -> Config:
+    """A resolved configuration of 64 latents on 16 wide rows."""
+    settings: dict[str, Any] = {
+        "arch": arch,
+        "d_sae": 64,
+        "k": 4,
+        "steps": 20,
+        "batch_size": 32,
+        "lr": 3e-3,
+        "compute": "float64",
+        "tile": 16,
+        "widths": (8, 24, 64) if arch == "matryoshka" else (),
+        "dead_tokens": 64,
+        "holdout": 64,
+        "sparsity": {"relu": 0.3, "jumprelu": 1.0}.get(arch, -1.0),
+        "preact_coef": 1e-3,
+        "aux_k": 6,
+    }
+    return resolve(Config(**(settings | more)), 16, 2048)
+
+
+def small_model(arch: str, mesh: Mesh, rows: Tensor, **more: Any) -> Model:
+    model = Model(small(arch, **more), norm_of(rows), mesh)
+    model.initialise(model.norm(rows[:256]))
+    return model
+
+
+# --- the plain dense formulas, for autograd
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, t: Tensor, width: float) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(pre, t)
+        ctx.width = width
+        return pre * (pre > t.exp())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        pre, t = ctx.saved_tensors
+        theta = t.exp()
+        near = ((pre - theta).abs() < ctx.width / 2).to(pre)
+        return grad * (pre > theta), (-(theta / ctx.width) * near * grad).sum(0), None
+
+
+def chosen(pre: Tensor, k: int, whole_batch: bool) -> Tensor:
+    """Mask of the k largest positive of each row, or of the k a row over the batch; ties to the first."""
+    flat = pre.reshape(1, -1) if whole_batch else pre
+    take = k * len(pre) if whole_batch else k
+    order = torch.sort(flat, dim=1, stable=True, descending=True).indices[:, :take]
+    mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True)
+    return mask.view_as(pre) & (pre > 0)
+
+
+def reference(
+    p: dict[str, Tensor], c: Config, x: Tensor, dead: Tensor | None = None, ramp: float = 1.0
+) -> dict[str, Tensor]:
+    """Loss terms of a whole model on a whole batch; differentiable."""
+    d, tokens = x.shape[1], len(x)
+    pre = (x - p["b_dec"] if c.is_sparse else x) @ p["W_enc"].T + p["b_enc"]
+    if c.is_sparse:
+        acts = pre * chosen(pre.detach(), c.k, c.arch != "topk")
+        errors = [acts[:, :w] @ p["W_dec"][:w] + p["b_dec"] - x for w in c.widths]
+        terms = {"reconstruction": sum(e.square().sum() for e in errors) / (len(errors) * d * tokens)}
+        if dead is not None and dead.any():
+            k = min(c.aux_k, int(dead.sum()))
+            masked = pre.masked_fill(~dead, -1.0)
+            aux = masked * chosen(masked.detach(), k, False)
+            miss = aux @ p["W_dec"] + errors[-1].detach()
+            scale = c.aux_coef * min(int(dead.sum()) / c.aux_k, 1.0)
+            terms["aux"] = scale * miss.square().sum() / (d * tokens)
+        return terms  # type: ignore[return-value]
+    norms = p["W_dec"].norm(dim=1)
+    lam = c.sparsity * ramp
+    if c.arch == "relu":
+        acts = pre.relu()
+        sparsity = lam * (acts * norms).sum()
+        extra = {}
+    else:
+        acts = _Jump.apply(pre, p["log_threshold"], c.bandwidth)  # type: ignore[no-untyped-call]
+        sparsity = lam * torch.tanh(c.tanh_scale * acts * norms).sum()
+        short = (p["log_threshold"].exp() - pre).relu()
+        extra = {"preact": c.preact_coef * (short * norms).sum() / tokens}
+    error = acts @ p["W_dec"] + p["b_dec"] - x
+    return {"reconstruction": error.square().sum() / tokens, "sparsity": sparsity / tokens, **extra}
+
+
+# --- rows in memory
+
+
+class MemoryCursor:
+    """Batches of rows in memory, in an order of each epoch's own; the cursor is the number of steps."""
+
+    def __init__(self, source: MemorySource, rows: int, config: Config, mesh: Mesh) -> None:
+        self.source, self.rows, self.config, self.mesh = source, rows, config, mesh
+        self.step, self.wait_seconds = 0, 0.0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        batch = self.config.batch_size
+        each, order = self.rows // batch, None
+        while True:
+            epoch, at = divmod(self.step, each)
+            if at == 0 or order is None:
+                order = np.random.default_rng([self.config.seed, epoch]).permutation(self.rows)
+            take = np.split(order[at * batch : (at + 1) * batch], self.mesh.world)[self.mesh.rank]
+            self.step += 1
+            self.source.seen.append(take)
+            yield {"x": self.source.x[take], "document": self.source.documents[take]}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+class MemorySource:
+    """A `saetrain.data.Source` of tensors."""
+
+    field, document_field, name = "x", "document", "memory"
+
+    def __init__(self, x: Tensor, documents: Tensor) -> None:
+        self.x, self.documents, self.seen = x, documents, []  # type: ignore[var-annotated]
+        self.rows, self.d_in = len(x), x.shape[1]
+
+    def statistics(self) -> tuple[np.ndarray[Any, Any], float]:
+        x = self.x.double()
+        return x.mean(0).numpy(), float(x.var(0, unbiased=False).sum())
+
+    def read(self, field: str, start: int, stop: int) -> Tensor:
+        return {"x": self.x, "document": self.documents}[field][start:stop]
+
+    def batches(self, rows: int, config: Config, mesh: Mesh) -> MemoryCursor:
+        return MemoryCursor(self, rows, config, mesh)
