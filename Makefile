@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 TESTS := $(wildcard tests/test_*.py tests/*/test_*.py)
+FAST := tests/test_layout.py tests/test_docs.py tests/test_units.py tests/planning/test_planner.py \
+	$(filter-out %/test_mixing.py,$(wildcard tests/ordering/test_*.py))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint soak clean $(TESTS)
+.PHONY: demo check test lint soak clean $(TESTS)
 
 demo: $(VENV)/demo.done       ## shuffle a real model's activations, verify, show the difference, train an SAE from them
 	$(BIN)/python examples/shuffle_minilm.py
 	$(BIN)/python examples/train_minilm.py
+
+check: $(VENV)/test.done      ## the inner loop: style, rules, pages and arithmetic, in seconds
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest --quiet $(FAST)
 
 # A process for each file, two at a time: clusters, forks and memory peaks of one do not touch the next.
 test: $(VENV)/test.done       ## the test suite

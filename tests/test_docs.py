@@ -202,7 +202,7 @@ def test_foreign_flags_are_named_somewhere():
 
 # --- Names of the code ----------------------------------------------------------------------------
 
-ROOMS = sorted(path.parent.name for path in (ROOT / "actshuffle").glob("*/__init__.py"))
+ROOMS = sorted({path.parent.name for path in (ROOT / "actshuffle").glob("*/*.py")})
 FOLDERS = ["actshuffle", "saetrain", "benchmarks", "tests", "examples", "docs"]
 
 
@@ -233,19 +233,18 @@ def file_names() -> set[str]:
 def name_faults(text: str) -> list[str]:
     """Files, tests and dotted names of ours that a page mentions and that do not exist."""
     faults = []
-    paths = set(re.findall(rf"(?<![\w/.-])(?:{'|'.join([*FOLDERS, *ROOMS])})/[a-z0-9_/]+\.py\b", text))
-    faults += [
-        f"{p} does not exist" for p in sorted(paths) if not any((ROOT / f / p).is_file() for f in ("", "actshuffle"))
-    ]
-    faults += [
-        f"{s} does not exist" for s in spans(text) if re.fullmatch(r"[a-z0-9_]+\.py", s) and s not in file_names()
-    ]
+    paths = sorted(set(re.findall(rf"(?<![\w/.-])(?:{'|'.join([*FOLDERS, *ROOMS])})/[a-z0-9_/]+\.py\b", text)))
+    lone = [span for span in spans(text) if re.fullmatch(r"[a-z0-9_]+\.py", span)]
+    roots = [ROOT, ROOT / "actshuffle", ROOT / "tests"]
+    faults += [f"{path} does not exist" for path in paths if not any((root / path).is_file() for root in roots)]
+    faults += [f"{name} does not exist" for name in lone if name not in file_names()]
     for path, test in re.findall(r"([\w/]+\.py)::(\w+)", text):
         if (ROOT / path).is_file() and f"def {test}(" not in (ROOT / path).read_text():
             faults.append(f"{path} has no {test}")
     dotted = set(re.findall(r"(?<![\w/.-])(?:actshuffle|saetrain)(?:\.[A-Za-z_]\w*)+", text))
     dotted |= {f"actshuffle.{n}" for n in re.findall(rf"(?<![\w/.-])(?:{'|'.join(ROOMS)})(?:\.[A-Za-z_]\w*)+", text)}
-    return faults + [f"{name} does not exist" for name in sorted(dotted) if not exists(name)]
+    modules = [name for name in sorted(dotted) if not name.endswith((".py", ".md"))]
+    return faults + [f"{name} does not exist" for name in modules if not exists(name)]
 
 
 @of(WRITTEN)
