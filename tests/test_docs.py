@@ -19,6 +19,7 @@ import pytest
 import actshuffle
 from actshuffle.cli.app import main as actshuffle_main
 from saetrain import cli as saetrain_cli
+from saetrain.cli import main as saetrain_main
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"  # written once by a benchmark, and then kept as they are
@@ -130,10 +131,15 @@ FOREIGN = {"--lifetime": "dask worker", "--help": "every command"}
 def programs() -> dict[str, dict[str, set[str]]]:
     """The flags of each command of each program of ours."""
     benchmarks = importlib.import_module("benchmarks.__main__").main
-    groups = {"actshuffle": actshuffle_main, "benchmarks": benchmarks}
-    found = {program: {name: flags(command) for name, command in g.commands.items()} for program, g in groups.items()}
+    groups = {"actshuffle": actshuffle_main, "saetrain": saetrain_main, "benchmarks": benchmarks}
+    return {program: commands_of(group) for program, group in groups.items()}
+
+
+def commands_of(group: object) -> dict[str, set[str]]:
+    if isinstance(group, click.Group):
+        return {name: flags(command) for name, command in group.commands.items()}
     (choices,) = (action.choices for action in saetrain_cli.parser()._subparsers._group_actions)
-    return {**found, "saetrain": {name: set(command._option_string_actions) for name, command in choices.items()}}
+    return {name: set(command._option_string_actions) for name, command in choices.items()}
 
 
 def flags(command: click.Command) -> set[str]:
