@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import zarr
@@ -33,8 +33,10 @@ from actshuffle.storage.remote import wait
 data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed
 CODECS = ("none", "crc32c", "zstd")
 
+ZarrArray: TypeAlias = zarr.Array[Any]  # the name by which rooms that do not import zarr know its arrays
 
-def open_node(place: Place) -> zarr.Array[Any] | zarr.Group:
+
+def open_node(place: Place) -> ZarrArray | zarr.Group:
     """The array or group at a place, read-only, or a `SourceError` that says what is there instead."""
     try:
         path = "" if virtual.describe(place) is None else virtual.ARRAYS
@@ -54,12 +56,17 @@ def open_node(place: Place) -> zarr.Array[Any] | zarr.Group:
         raise _unreadable(place, err) from err
 
 
+def is_group(node: ZarrArray | zarr.Group) -> bool:
+    """True for a group of arrays, False for an array alone."""
+    return isinstance(node, zarr.Group)
+
+
 def _unreadable(place: Place, err: Exception) -> SourceError:
     text = str(err) if len(str(err)) < 500 else str(err)[:500] + " ..."
     return SourceError(f"cannot read Zarr metadata of {place}: {type(err).__name__}: {text}")
 
 
-def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str, zarr.Array[Any]]:
+def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str, ZarrArray]:
     """The arrays to shuffle together, by output name; checked to be fixed-width and of equal length."""
     node = open_node(place)
     if isinstance(node, zarr.Array):
@@ -91,7 +98,7 @@ def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str,
     return arrays
 
 
-def _members(place: Place, group: zarr.Group) -> dict[str, zarr.Array[Any] | zarr.Group]:
+def _members(place: Place, group: zarr.Group) -> dict[str, ZarrArray | zarr.Group]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ZarrUserWarning)  # stray files beside arrays are not ours to judge
         try:
@@ -102,7 +109,7 @@ def _members(place: Place, group: zarr.Group) -> dict[str, zarr.Array[Any] | zar
             raise _unreadable(place, err) from err
 
 
-def _check_array(place: Place, name: str, array: zarr.Array[Any]) -> None:
+def _check_array(place: Place, name: str, array: ZarrArray) -> None:
     where = f"array {name!r} of {place}"
     if name == OUR_GROUP or not _is_plain(name) or array.path.rsplit("/", 1)[-1] not in (name, ""):
         raise SourceError(f"{where}: its name cannot be that of an array in the output")
@@ -125,7 +132,7 @@ def _is_plain(name: str) -> bool:
     return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")
 
 
-def source_field(name: str, array: zarr.Array[Any]) -> Field:
+def source_field(name: str, array: ZarrArray) -> Field:
     """A source array as the engine sees it."""
     row_shape = tuple(array.shape[1:])
     grid = object_grid(array)
@@ -161,12 +168,12 @@ def _literal(text: str) -> str:
 _MARK = 987654321  # a chunk number that no other part of a key can hold
 
 
-def object_grid(array: zarr.Array[Any]) -> tuple[int, ...]:
+def object_grid(array: ZarrArray) -> tuple[int, ...]:
     """Shape of one stored object: a shard where there are shards, else a chunk."""
     return tuple(array.shards or array.chunks)
 
 
-def is_raw(array: zarr.Array[Any]) -> bool:
+def is_raw(array: ZarrArray) -> bool:
     """Are chunk files the plain little-endian bytes of whole rows, in order?"""
     grid = object_grid(array)
     if grid[1:] != tuple(array.shape[1:]) or array.dtype != array.dtype.newbyteorder("<"):
@@ -180,21 +187,25 @@ def is_raw(array: zarr.Array[Any]) -> bool:
     return len(codecs) == 1 and codecs[0]["name"] == "bytes" and str(endian) in ("little", "Endian.little")
 
 
-def source_buffer(arrays: Sequence[zarr.Array[Any]], *, remote: bool = False) -> int:
+def is_bfloat16(array: ZarrArray) -> bool:
+    """True for bfloat16, which numpy sees as ``uint16``."""
+    return array.metadata.to_dict().get("data_type") == "bfloat16"
+
+
+def source_buffer(arrays: Sequence[ZarrArray], *, remote: bool = False) -> int:
     """Bytes held while rows are decoded through zarr (encoded, decoded, converted) or fetched."""
     fields = [source_field("", a) for a in arrays if remote or not is_raw(a)]
     return max((3 * f.read_rows * f.row_bytes for f in fields), default=0)
 
 
 def output_field(
-    field: Field, array: zarr.Array[Any] | None, rows: int, chunk_rows: int, object_rows: int, codec: str
+    field: Field, array: ZarrArray | None, rows: int, chunk_rows: int, object_rows: int, codec: str
 ) -> Field:
     """The field with its output array's metadata; ``array`` None makes the ``source_row`` array."""
     if array is None:
         dtype, fill, attributes, dims = np.dtype("<u8"), 0, {}, None
     else:
-        bf16 = array.metadata.to_dict().get("data_type") == "bfloat16"
-        dtype = BFloat16() if bf16 else array.dtype.newbyteorder("<")  # type: ignore[assignment]
+        dtype = BFloat16() if is_bfloat16(array) else array.dtype.newbyteorder("<")  # type: ignore[assignment]
         fill, attributes, dims = array.fill_value, dict(array.attrs), _dimension_names(array)
         attributes.pop("_ARRAY_DIMENSIONS", None)
         if array.dtype.kind == "V" and object_rows != chunk_rows:
@@ -234,7 +245,19 @@ def output_field(
     )
 
 
-def _dimension_names(array: zarr.Array[Any]) -> list[str | None] | None:
+def metadata_of(name: str, dtype: str, shape: Sequence[int], rows: int, chunk: int = 1, codec: str = "none") -> str:
+    """``zarr.json`` of an array of rows of some shape; ``dtype`` is numpy's name or "bfloat16"."""
+    array = zarr.create_array(
+        MemoryStore(),
+        shape=(rows, *shape),
+        chunks=(chunk, *(max(1, s) for s in shape)),
+        dtype=BFloat16() if dtype == "bfloat16" else np.dtype(dtype),
+        compressors=None,
+    )
+    return output_field(source_field(name, array), array, rows, chunk, chunk, codec).metadata
+
+
+def _dimension_names(array: ZarrArray) -> list[str | None] | None:
     if array.metadata.zarr_format == 2:
         names = array.attrs.get("_ARRAY_DIMENSIONS")
         return list(names) if isinstance(names, list) and len(names) == array.ndim else None

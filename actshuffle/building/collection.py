@@ -28,9 +28,9 @@ import numpy as np
 from actshuffle._version import __version__
 from actshuffle.arrays import virtual
 from actshuffle.arrays.marker import read_marker
+from actshuffle.arrays.metadata import metadata_of
 from actshuffle.arrays.names import RUN_KEY
 from actshuffle.building.activations import READER
-from actshuffle.building.filesource import metadata_of
 from actshuffle.building.models import DTYPES, Model, load_tokenizer, model_of
 from actshuffle.building.tokens import COLUMNS, Cut, special_tokens, text_files, tokenize
 from actshuffle.engine import manifest, tasks

@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.storage import MemoryStore
 
 from actshuffle.arrays import virtual
-from actshuffle.arrays.metadata import output_field, source_field
+from actshuffle.arrays.metadata import metadata_of
 from actshuffle.arraytypes import U8, U64
-from actshuffle.bfloat16 import BFloat16
 from actshuffle.building.formats import table_of
 from actshuffle.building.table import Column, Part, dtype_name
 from actshuffle.errors import FormatError, SourceError
@@ -93,18 +90,6 @@ def write_files(
         marker={"kind": "collection", "source": str(files[0].parent.absolute())},
     )
     return rows
-
-
-def metadata_of(name: str, dtype: str, shape: Sequence[int], rows: int, chunk: int = 1, codec: str = "none") -> str:
-    """``zarr.json`` of an array of rows of some shape; ``dtype`` is numpy's name or "bfloat16"."""
-    array = zarr.create_array(
-        MemoryStore(),
-        shape=(rows, *shape),
-        chunks=(chunk, *(max(1, s) for s in shape)),
-        dtype=BFloat16() if dtype == "bfloat16" else np.dtype(dtype),
-        compressors=None,
-    )
-    return output_field(source_field(name, array), array, rows, chunk, chunk, codec).metadata
 
 
 class Files:

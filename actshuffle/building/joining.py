@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import take_inventory
-from actshuffle.arrays.metadata import output_field, source_arrays, source_field
+from actshuffle.arrays.metadata import ZarrArray, output_field, source_arrays, source_field
 from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import DestinationExistsError, RequestError, SourceError
@@ -177,11 +176,11 @@ class Concat:
         return virtual.Behind(combined([p["identity"] for p in parts]), {"parts": parts}, tuple(places))
 
 
-def _arrays(store: Dataset, names: Sequence[str] | None) -> dict[str, zarr.Array[Any]]:
+def _arrays(store: Dataset, names: Sequence[str] | None) -> dict[str, ZarrArray]:
     return source_arrays(store.root, sorted(store.fields) if names is None else names)
 
 
-def _check_alike(stores: Sequence[Dataset], found: Sequence[dict[str, zarr.Array[Any]]]) -> None:
+def _check_alike(stores: Sequence[Dataset], found: Sequence[dict[str, ZarrArray]]) -> None:
     """All parts have arrays of the same names, types and row shapes."""
     first, known = found[0], stores[0].fields
     for store, arrays in zip(stores[1:], found[1:], strict=True):
@@ -199,7 +198,7 @@ def _check_alike(stores: Sequence[Dataset], found: Sequence[dict[str, zarr.Array
                 )
 
 
-def _metadata(name: str, arrays: Sequence[zarr.Array[Any]], rows: int) -> str:
+def _metadata(name: str, arrays: Sequence[ZarrArray], rows: int) -> str:
     """``zarr.json`` of the array they make together: coded if any of them is, in the largest chunks."""
     fields = [source_field(name, array) for array in arrays]
     chunk = max(max(f.source_chunk_rows if f.source_key else f.read_rows for f in fields), 1)

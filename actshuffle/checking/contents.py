@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import zarr
-
 from actshuffle.arrays.marker import read_marker
-from actshuffle.arrays.metadata import object_grid, open_node, source_arrays, source_field
+from actshuffle.arrays.metadata import (
+    ZarrArray,
+    is_bfloat16,
+    is_group,
+    object_grid,
+    open_node,
+    source_arrays,
+    source_field,
+)
 from actshuffle.arrays.names import RUN_KEY, SOURCE_ROW
 from actshuffle.errors import IncompleteStoreError
 from actshuffle.loading.dataset import is_ours, open_dataset
@@ -34,7 +40,7 @@ def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dic
     if marker is not None and marker["kind"] == "view":
         view = open_dataset(path, storage_options=storage_options)
     arrays = source_arrays(
-        place if view is None else view.root, None if isinstance(node, zarr.Array) or marker is None else _names(marker)
+        place if view is None else view.root, _names(marker) if is_group(node) and marker is not None else None
     )
     rows = next(iter(arrays.values())).shape[0] if view is None else view.rows
     described = {
@@ -100,17 +106,16 @@ def _names(marker: dict[str, Any]) -> list[str]:
     return [*marker["fields"], *([SOURCE_ROW] if marker.get("source_row") else [])]
 
 
-def _dtype_name(array: zarr.Array[Any]) -> str:
-    named = array.metadata.to_dict().get("data_type")
-    return "bfloat16" if named == "bfloat16" else str(array.dtype)
+def _dtype_name(array: ZarrArray) -> str:
+    return "bfloat16" if is_bfloat16(array) else str(array.dtype)
 
 
-def _codecs(array: zarr.Array[Any]) -> list[str]:
+def _codecs(array: ZarrArray) -> list[str]:
     names = [type(c).__name__.removesuffix("Codec").lower() for c in (*array.filters, *array.compressors)]
     return names or ["none"]
 
 
-def _count(array: zarr.Array[Any]) -> int:
+def _count(array: ZarrArray) -> int:
     total = 1
     for n, c in zip(array.shape, object_grid(array), strict=True):
         total *= -(-n // c)

@@ -25,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import look, take_inventory
 from actshuffle.arrays.marker import altered_files, read_marker
-from actshuffle.arrays.metadata import source_arrays, source_field
+from actshuffle.arrays.metadata import ZarrArray, source_arrays, source_field
 from actshuffle.arrays.names import DIGESTS, SOURCE_ROW
 from actshuffle.arrays.small import get_array
 from actshuffle.arrays.source import Source
@@ -504,7 +503,7 @@ def _padding_problems(pair: Pair, field: Field) -> Iterator[Problem]:
 
 
 def _metadata_problems(
-    theirs: dict[str, zarr.Array[Any]], ours: dict[str, zarr.Array[Any]], names: tuple[str, ...], rows: int
+    theirs: dict[str, ZarrArray], ours: dict[str, ZarrArray], names: tuple[str, ...], rows: int
 ) -> Iterator[Problem]:
     for name, a, b in ((k, theirs[k], ours[k]) for k in names):
         if a.shape != b.shape or a.shape[0] != rows:

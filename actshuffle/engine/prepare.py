@@ -10,13 +10,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import zarr
-
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import take_inventory
 from actshuffle.arrays.marker import is_finished, read_marker
-from actshuffle.arrays.metadata import CODECS, open_node, output_field, source_arrays, source_buffer, source_field
+from actshuffle.arrays.metadata import (
+    CODECS,
+    ZarrArray,
+    is_group,
+    open_node,
+    output_field,
+    source_arrays,
+    source_buffer,
+    source_field,
+)
 from actshuffle.arrays.names import MARKER_KEY, OUR_GROUP, SOURCE_ROW
 from actshuffle.engine import manifest
 from actshuffle.engine.job import Job
@@ -149,9 +156,7 @@ def _remove(objects: Objects) -> None:
 _METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 
-def make_job(
-    src: Place, dst: Place, arrays: dict[str, zarr.Array[Any]], given: dict[str, Any], *, fsync: bool = True
-) -> Job:
+def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], given: dict[str, Any], *, fsync: bool = True) -> Job:
     """Plan a request whose values are all settled.  Reads metadata and lists the source's objects."""
     fill_missing = bool(given.get("fill_missing", False))
     beyond: dict[str, Any] = {}
@@ -200,7 +205,7 @@ def make_job(
         spans = _spans(8, widest, plan)
         provenance = output_field(bare, None, rows, spans * plan.chunk_rows, spans * plan.object_rows, codec)
     node = open_node(src)
-    attributes = dict(node.attrs) if isinstance(node, zarr.Group) else {}
+    attributes = dict(node.attrs) if is_group(node) else {}
     hi_bits, lo_bits = given.get("key_bits", (64, 64))
     return Job(
         plan=plan,
@@ -222,12 +227,7 @@ def make_job(
 
 
 def plan_for(
-    arrays: dict[str, zarr.Array[Any]],
-    fields: Sequence[Field],
-    given: dict[str, Any],
-    *,
-    remote: bool,
-    remote_source: bool,
+    arrays: dict[str, ZarrArray], fields: Sequence[Field], given: dict[str, Any], *, remote: bool, remote_source: bool
 ) -> Plan:
     """The plan for some source arrays under settled arguments.
 
@@ -267,7 +267,7 @@ def default_memory(workers: int) -> int:
     return min(PREFERRED_MEMORY, int(SHARE * machine_memory() / workers))
 
 
-def _settle_memory(arrays: dict[str, zarr.Array[Any]], given: dict[str, Any], most: int, **where: bool) -> int:
+def _settle_memory(arrays: dict[str, ZarrArray], given: dict[str, Any], most: int, **where: bool) -> int:
     """A moderate share of the worker, unless all of it saves a level."""
     fields = [source_field(name, array) for name, array in arrays.items()]
     some: int = min(PREFERRED_MEMORY * given.get("tasks_per_worker", 1), most)

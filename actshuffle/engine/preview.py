@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import zarr
-
 from actshuffle.arrays.field import Field
-from actshuffle.arrays.metadata import source_arrays, source_field
+from actshuffle.arrays.metadata import ZarrArray, source_arrays, source_field
 from actshuffle.engine.prepare import check as check_gather
 from actshuffle.engine.prepare import check_room, default_memory, plan_for
 from actshuffle.errors import InfeasibleError, RequestError
@@ -119,6 +117,6 @@ def gathers_well(
     return made.levels > 1 and max(f.row_bytes for f in described) >= WIDE_ROW
 
 
-def _described(place: Place, fields: Iterable[str] | None) -> tuple[dict[str, zarr.Array[Any]], list[Field]]:
+def _described(place: Place, fields: Iterable[str] | None) -> tuple[dict[str, ZarrArray], list[Field]]:
     arrays = source_arrays(place, None if fields is None else tuple(fields))
     return arrays, [source_field(name, array) for name, array in arrays.items()]

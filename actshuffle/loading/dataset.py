@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.marker import read_marker
-from actshuffle.arrays.metadata import open_node, source_arrays, source_field
+from actshuffle.arrays.metadata import ZarrArray, is_bfloat16, open_node, source_arrays, source_field
 from actshuffle.arrays.names import FORMAT, MARKER_KEY, OUR_GROUP, RUN_KEY, SOURCE_ROW
 from actshuffle.arrays.small import group_metadata
 from actshuffle.arraytypes import U8
@@ -377,7 +376,7 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _describe(name: str, array: zarr.Array[Any]) -> FieldInfo:
+def _describe(name: str, array: ZarrArray) -> FieldInfo:
     found = source_field(name, array)
     return FieldInfo(
         name=name,
@@ -385,7 +384,7 @@ def _describe(name: str, array: zarr.Array[Any]) -> FieldInfo:
         row_shape=found.row_shape,
         row_bytes=found.row_bytes,
         object_rows=found.source_chunk_rows,
-        bfloat16=array.metadata.to_dict().get("data_type") == "bfloat16",
+        bfloat16=is_bfloat16(array),
         raw=bool(found.source_key),
         piece_rows=1 if found.source_key else stored_field(name, array).source_chunk_rows,
     )

@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
-import zarr
 
 from actshuffle.arrays.field import Field
-from actshuffle.arrays.metadata import source_field
+from actshuffle.arrays.metadata import ZarrArray, source_field
 from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U8
 from actshuffle.errors import MissingChunkError, StorageError
@@ -27,7 +25,7 @@ PIECE_BYTES = 4 << 20  # of a shard with small inner chunks, how much is decoded
 KEPT_PIECES = 4  # decoded pieces of each field that are kept
 
 
-def stored_field(name: str, array: zarr.Array[Any]) -> Field:
+def stored_field(name: str, array: ZarrArray) -> Field:
     """The field to read by; of shards, pieces of some inner chunks are decoded and not the whole."""
     found = source_field(name, array)
     if found.source_key:
