@@ -46,8 +46,8 @@ ROWS = {room: row for row, rooms in enumerate(LAYERS) for room in rooms.split()}
 DOORS = {
     "zarr": "arrays storage.remote bfloat16 testing",
     "numcodecs": "",
-    "dask": "executors",
-    "distributed": "executors machine cli.session building.models",
+    "dask": "executors.cluster",
+    "distributed": "executors.cluster",
     "torch": "loading.torchface building",
     "transformers": "building loading.trace",
     "click": "cli",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from actshuffle.arraytypes import U8
 from actshuffle.errors import RequestError, SourceError
+from actshuffle.executors.cluster import worker_name
 from actshuffle.extras import need
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
@@ -202,12 +203,8 @@ def _device(name: str) -> str:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cuda" or torch.cuda.device_count() < 2:
         return name
-    try:
-        from distributed import get_worker
-
-        return f"cuda:{int(str(get_worker().name)) % torch.cuda.device_count()}"
-    except ValueError:  # not a worker, or one with a name of its own
-        return name
+    number = worker_name() or ""
+    return f"cuda:{int(number) % torch.cuda.device_count()}" if number.isdecimal() else name
 
 
 def fingerprint(model: Any) -> str:

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from ipaddress import ip_address
 from multiprocessing import resource_tracker
 from typing import Any, NoReturn, TypeVar
 
@@ -24,7 +23,7 @@ import click
 
 from actshuffle.cli.display import Display, LogLines
 from actshuffle.cli.options import INSECURE
-from actshuffle.errors import ClusterError, RequestError
+from actshuffle.errors import RequestError
 from actshuffle.executors import Executor
 
 T = TypeVar("T")
@@ -95,49 +94,6 @@ def _deaf_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _check_private(address: str) -> None:
-    """Refuse a scheduler on another machine to which everything would go in the clear.
-
-    Without TLS Dask neither hides nor authenticates: whoever is on the way can run code on both sides.
-    """
-    from distributed.comm.addressing import get_address_host, parse_address
-
-    if parse_address(address)[0] in ("tls", "wss", "inproc"):
-        return
-    host = get_address_host(address)
-    try:
-        if host == "localhost" or ip_address(host).is_loopback:
-            return
-    except ValueError:  # a name, of another machine as far as we know
-        pass
-    raise RequestError(
-        f"the Dask scheduler at {address} is on another machine and without TLS: whoever is on the way "
-        "can read the data and run code on the workers. Give a tls:// address (certificates are "
-        "configured the Dask way), or --insecure if you trust that network"
-    )
-
-
-@contextmanager
-def _connected(address: str, *, insecure: bool) -> Iterator[Executor]:
-    """The executor of somebody else's cluster."""
-    from distributed import Client
-
-    from actshuffle.executors import executor_for
-
-    with ExitStack() as stack:
-        try:
-            if not insecure:
-                _check_private(address)
-            # Waits as long as Dask's configuration says, 30 s.
-            client = stack.enter_context(Client(address))  # type: ignore[no-untyped-call]
-        except (OSError, TimeoutError) as err:
-            raise ClusterError(f"no Dask scheduler answers at {address} ({err})") from err
-        except (ValueError, TypeError) as err:
-            hint = " (certificates: docs/scaling.md)" if address.startswith("tls") else ""
-            raise RequestError(f"cannot use {address!r} as a scheduler's address: {err}{hint}") from err
-        yield stack.enter_context(executor_for(None, client))
-
-
 @contextmanager
 def at_work(
     ctx: click.Context, workers: int | None, scheduler: str | None, quiet: bool
@@ -159,7 +115,9 @@ def at_work(
             stack.callback(display.close)
             if scheduler is not None:
                 display.hint("cluster", f"connecting to {scheduler} ...")
-                executor = stack.enter_context(_connected(scheduler, insecure=ctx.meta.get(INSECURE, False)))
+                from actshuffle.executors.cluster import connected
+
+                executor = stack.enter_context(connected(scheduler, insecure=ctx.meta.get(INSECURE, False)))
                 display.line("cluster", _cluster_text(executor))
             else:
                 executor = crew = _Crew(workers, display)

@@ -30,7 +30,7 @@ from actshuffle.engine.job import Job
 from actshuffle.engine.request import Request, _checked_request
 from actshuffle.engine.scratch import check_memory, clear_scratch, recorded_scratch, scratch_place
 from actshuffle.errors import DestinationExistsError, FormatError, InfeasibleError, RequestError, ResumeMismatchError
-from actshuffle.executors import SHARE
+from actshuffle.executors.base import SHARE
 from actshuffle.machine import machine_memory
 from actshuffle.ordering.keys import Keys
 from actshuffle.planning.memory import MemoryModel

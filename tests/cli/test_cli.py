@@ -20,11 +20,12 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from actshuffle import __version__, executors
+from actshuffle import __version__, machine
 from actshuffle.arrays.metadata import CODECS
 from actshuffle.cli.app import main
 from actshuffle.cli.display import Display, Meter, bar, clock_face
 from actshuffle.errors import ConservationError, StorageFullError
+from actshuffle.executors import choice
 from actshuffle.storage import objects
 from support.helpers import array, assert_is_oracle, group, values
 
@@ -545,7 +546,7 @@ BAD = [
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.__name__.strip("_"))
 def test_bad_input_is_refused_before_anything_is_written(case, src, dst, monkeypatch):
     args, words = case(src, dst)
-    monkeypatch.setattr(executors, "local_cluster", None)  # no cluster is started for it either
+    monkeypatch.setattr(choice, "local_cluster", None)  # no cluster is started for it either
     before = sorted(p for p in src.parent.rglob("*"))
     out = call("run", *args, code=2)
     assert out.stderr.startswith("error: ")
@@ -656,8 +657,8 @@ def _raise_full(job, task):
 
 
 def test_small_work_starts_no_cluster(src, dst, monkeypatch):
-    monkeypatch.setattr(executors, "local_cluster", None)
-    monkeypatch.setattr(executors, "cores", lambda: 4)
+    monkeypatch.setattr(choice, "local_cluster", None)
+    monkeypatch.setattr(machine, "cores", lambda: 4)
     assert json.loads(call("run", src, dst, "--json").stdout)["workers"] == 1
     call("verify", src, dst)
 
@@ -697,9 +698,9 @@ def test_a_scheduler_elsewhere_without_tls_needs_a_flag(address, src, dst):
     ["tls://192.0.2.1:8786", "wss://192.0.2.1:8786", "tcp://127.0.0.1:8786", "localhost:8786", "tcp://[::1]:8786"],
 )
 def test_a_scheduler_with_tls_or_on_this_machine_needs_none(address):
-    from actshuffle.cli.session import _check_private
+    from actshuffle.executors.cluster import check_private
 
-    _check_private(address)
+    check_private(address)
 
 
 def test_the_flag_lets_it_pass(src, dst):

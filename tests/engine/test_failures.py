@@ -918,10 +918,10 @@ def test_results_that_die_with_their_worker_are_made_again(tmp_path, monkeypatch
 def test_cluster_without_workers_is_a_clear_error(tmp_path, src, dst, monkeypatch):
     from distributed import Client
 
-    from actshuffle import executors
+    from actshuffle.executors import cluster as dask_module
 
     clock = time.monotonic
-    monkeypatch.setattr(executors.time, "monotonic", lambda: clock() * 60)
+    monkeypatch.setattr(dask_module.time, "monotonic", lambda: clock() * 60)
     with dask_cluster(tmp_path / "dask", 0) as cluster, Client(cluster.address) as client:
         with pytest.raises(ClusterError, match="no workers"):
             actshuffle.shuffle(src, dst, seed=SEED, client=client, **PLAN)

@@ -1,6 +1,6 @@
-"""How tasks are run.  The serial executor is the specification; any other must do exactly as it does.
+"""Executors on a Dask cluster: the user's, or a local one that lasts as long as a run.
 
-An executor maps a function over the argument tuples of many calls and yields results in any order.
+The only module that imports Dask, and it does so late: the import takes half a second.
 """
 
 from __future__ import annotations
@@ -9,79 +9,29 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
+from ipaddress import ip_address
 from itertools import islice
 from typing import Any, TypeVar
 
 from actshuffle.errors import ActshuffleError, ClusterError, RequestError
+from actshuffle.executors.base import SHARE, Executor
 from actshuffle.limits import LEAST_WINDOW, WINDOW
-from actshuffle.machine import cores, machine_memory
+from actshuffle.machine import machine_memory
 from actshuffle.storage import buffers
 
 T = TypeVar("T")
-SHARE = 0.6  # of a worker's memory that a task may use if nobody says otherwise
 log = logging.getLogger("actshuffle")
 
 
-class Executor:
-    """Runs ``fn(*call)`` for every call and yields results as they come, in any order.
-
-    A new executor implements `map`; the defaults say that its work is done here, by one worker.
-    """
-
-    workers: int = 1
-    dashboard: str | None = None
-    one_machine: bool = True  # every worker is certainly on this machine
-    tasks_per_worker: int = 1  # run at the same time in one process and share its memory
-    processes: bool = False  # tasks run in other processes, and a run that is stopped waits for them
-
-    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-        raise NotImplementedError
-
-    def task_memory(self) -> int:
-        """Bytes that one task may use if nobody says otherwise."""
-        return int(SHARE * machine_memory() / self.workers)
-
-    @property
-    def tasks_wanted(self) -> int | None:
-        """Tasks that keep all workers busy to the end; None for one worker, which is busy with any."""
-        return 3 * self.workers if self.workers > 1 else None
-
-    def close(self) -> None:
-        """Give back what the workers hold between tasks."""
-
-
-class Serial(Executor):
-    """One call after the other, in this process."""
-
-    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-        for call in calls:
-            yield fn(*call)
-
-    def close(self) -> None:
-        buffers.release()
-
-
-class Threads(Executor):
-    """Threads of this process, for work that numpy does without the interpreter's lock."""
-
-    def __init__(self, workers: int | None = None) -> None:
-        self.workers = workers or cores()
-
-    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
-        with ThreadPoolExecutor(self.workers, "actshuffle") as pool:
-            yield from pool.map(lambda call: fn(*call), calls)
-
-
 class Dask(Executor):
-    """On the workers of a Dask cluster, with a bounded window of futures.
+    """Runs calls on the workers of a Dask cluster, with a bounded window of futures.
 
     At most ``window`` calls per worker thread (or `LEAST_WINDOW`) are in the scheduler at once, so a
-    million tasks cost it no more memory than a few hundred do; when half have come back, as many go
-    out together.  A call that fails with an error of ours is final; one that fails
-    otherwise is tried ``retries`` times more.  A worker that dies is Dask's to replace.
+    million tasks cost it no more memory than a few hundred do; once half of them are back, as many new ones
+    go out together.  An `ActshuffleError` is final; any other failure is retried ``retries`` times.
+    Dask replaces workers that die.
     """
 
     def __init__(self, client: Any, *, window: int = WINDOW, retries: int = 2, one_machine: bool = False) -> None:
@@ -95,7 +45,7 @@ class Dask(Executor):
 
     @property
     def workers(self) -> int:  # type: ignore[override]
-        """How many there are, or were when the cluster last answered."""
+        """Number of workers, now or when the cluster last answered."""
         with self._asking(suppress=True):
             self._seen = max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
         return self._seen
@@ -103,7 +53,7 @@ class Dask(Executor):
     @property
     def tasks_per_worker(self) -> int:  # type: ignore[override]
         """Threads of the worker that has most."""
-        self._threads()  # there are some
+        self._threads()  # waits for a worker
         with self._asking():
             return int(max(self.client.nthreads().values(), default=1))
 
@@ -115,7 +65,7 @@ class Dask(Executor):
         done = as_completed()
 
         def submit(batch: list[tuple[tuple[Any, ...], int]]) -> None:
-            # Many at once: a graph of one costs scheduler and driver twice as much as a share of many.
+            # Many at once: alone, a call costs scheduler and driver twice as much as its share of a graph of many.
             if batch:
                 columns = zip(*(call for call, _ in batch), strict=True)
                 futures = self.client.map(fn, *columns, pure=False)
@@ -135,7 +85,7 @@ class Dask(Executor):
                 again = []
                 for future in set(ready).difference(finished):
                     if future.status in ("pending", "lost", "finished"):
-                        done.add(future)  # its result died with a worker, and is being made again
+                        done.add(future)  # its result died with a worker, and Dask computes it again
                         continue
                     call, failures = running.pop(future)
                     if future.status != "error":
@@ -181,7 +131,7 @@ class Dask(Executor):
         return int(threads)
 
     def task_memory(self) -> int:
-        """The least that any worker has for one task; workers without a limit share the machine."""
+        """The smallest share of memory per task of any worker; workers without a limit share the machine."""
         with self._asking():
             found = self.client.scheduler_info(n_workers=-1)["workers"].values()
         threads = sum(w["nthreads"] for w in found) or 1
@@ -195,7 +145,7 @@ class Dask(Executor):
 
     @contextmanager
     def _asking(self, *, suppress: bool = False) -> Iterator[None]:
-        """A question to the scheduler, which may be dead."""
+        """Ask the scheduler, which may be dead."""
         try:
             yield
         except Exception as err:
@@ -205,12 +155,12 @@ class Dask(Executor):
                 raise _went_away(err) from err
 
     def _is_gone(self, err: Exception) -> bool:
-        """Is this what Dask makes of a scheduler that is not there?  It may be any error at all."""
+        """True if the scheduler is gone, which Dask may report as any error at all."""
         return isinstance(err, OSError | TimeoutError) or self.client.status != "running"
 
 
 class _Theirs(Exception):
-    """An error of a task, on its way past those of the cluster."""
+    """Carries a task's error past the handlers for errors of the cluster."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -224,7 +174,7 @@ def _went_away(err: BaseException) -> ClusterError:
 
 @contextmanager
 def local_cluster(workers: int) -> Iterator[Dask]:
-    """A Dask cluster of our own: one process per worker, one thread each, loopback only."""
+    """Start a Dask cluster on this machine: one process per worker, one thread each, loopback only."""
     from dask import config
     from distributed import Client, LocalCluster
 
@@ -247,22 +197,51 @@ def local_cluster(workers: int) -> Iterator[Dask]:
 
 
 @contextmanager
-def executor_for(workers: int | None, client: Any = None) -> Iterator[Executor]:
-    """The executor a user asked for: their client, an own local cluster, or none."""
-    if workers is not None and workers < 0:
-        raise RequestError(f"workers must be 0 (no cluster) or more, got {workers}")
-    if client is not None:
-        executor: Executor = Dask(client)
+def connected(address: str, *, insecure: bool = False) -> Iterator[Dask]:
+    """The executor of the cluster whose scheduler listens at ``address``."""
+    from distributed import Client
+
+    with ExitStack() as stack:
         try:
-            yield executor
-        finally:
-            executor.close()
-    elif workers:
-        with local_cluster(workers) as executor:
-            yield executor
-    else:
-        executor = Serial()
-        try:
-            yield executor
-        finally:
-            executor.close()
+            if not insecure:
+                check_private(address)
+            # Waits as long as Dask's configuration says, 30 s.
+            client = stack.enter_context(Client(address))
+        except (OSError, TimeoutError) as err:
+            raise ClusterError(f"no Dask scheduler answers at {address} ({err})") from err
+        except (ValueError, TypeError) as err:
+            hint = " (certificates: docs/scaling.md)" if address.startswith("tls") else ""
+            raise RequestError(f"cannot use {address!r} as a scheduler's address: {err}{hint}") from err
+        yield stack.enter_context(closing(Dask(client)))
+
+
+def check_private(address: str) -> None:
+    """Refuse a scheduler on another machine that is reached without encryption.
+
+    Without TLS Dask neither hides nor authenticates: anyone on the network path can run code on both sides.
+    """
+    from distributed.comm.addressing import get_address_host, parse_address
+
+    if parse_address(address)[0] in ("tls", "wss", "inproc"):
+        return
+    host = get_address_host(address)
+    try:
+        if host == "localhost" or ip_address(host).is_loopback:
+            return
+    except ValueError:  # a name, which may be that of any machine
+        pass
+    raise RequestError(
+        f"the Dask scheduler at {address} is on another machine and without TLS: whoever is on the way "
+        "can read the data and run code on the workers. Give a tls:// address (certificates are "
+        "configured the Dask way), or --insecure if you trust that network"
+    )
+
+
+def worker_name() -> str | None:
+    """The name of the Dask worker that runs this call; None outside of one."""
+    from distributed import get_worker
+
+    try:
+        return str(get_worker().name)
+    except ValueError:
+        return None

@@ -1,0 +1,11 @@
+"""Who runs the tasks: this process, its threads, or a Dask cluster.
+
+A new executor is a new module here, with a subclass of `Executor`, and one row in `choice.py`.
+"""
+
+from actshuffle.executors.base import Executor
+from actshuffle.executors.choice import executor_for
+from actshuffle.executors.cluster import Dask, local_cluster
+from actshuffle.executors.local import Serial, Threads
+
+__all__ = ["Dask", "Executor", "Serial", "Threads", "executor_for", "local_cluster"]

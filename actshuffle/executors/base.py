@@ -1,0 +1,40 @@
+"""What every executor does: map a function over the argument tuples of many calls, results in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from actshuffle.machine import machine_memory
+
+T = TypeVar("T")
+SHARE = 0.6  # of a worker's memory that one task uses by default
+
+
+class Executor:
+    """Runs ``fn(*call)`` for every call and yields results as they come, in any order.
+
+    A new executor implements `map`; the defaults describe one worker in this process.  `Serial` is the
+    specification: every other executor must give exactly its results.
+    """
+
+    workers: int = 1
+    dashboard: str | None = None
+    one_machine: bool = True  # every worker certainly runs on this machine
+    tasks_per_worker: int = 1  # run at the same time in one process and share its memory
+    processes: bool = False  # tasks run in other processes, and a run that is stopped waits for them
+
+    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        raise NotImplementedError
+
+    def task_memory(self) -> int:
+        """Bytes that one task may use by default."""
+        return int(SHARE * machine_memory() / self.workers)
+
+    @property
+    def tasks_wanted(self) -> int | None:
+        """Tasks that keep all workers busy to the end; None for one worker, which any number keeps busy."""
+        return 3 * self.workers if self.workers > 1 else None
+
+    def close(self) -> None:
+        """Give back the memory that workers hold between tasks."""

@@ -1,0 +1,35 @@
+"""The executor a user asks for, by a number of workers or by the client of a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+from actshuffle.errors import RequestError
+from actshuffle.executors.base import Executor
+from actshuffle.executors.cluster import Dask, local_cluster
+from actshuffle.executors.local import Serial
+
+# Executors of a user's own cluster, by the library of its client.
+CLIENTS: dict[str, Callable[[Any], Executor]] = {"distributed": Dask}
+
+
+@contextmanager
+def executor_for(workers: int | None, client: Any = None) -> Iterator[Executor]:
+    """The executor a user asks for: on their client's cluster, on a local cluster of ``workers``, or serial."""
+    if workers is not None and workers < 0:
+        raise RequestError(f"workers must be 0 (no cluster) or more, got {workers}")
+    if client is None and workers:
+        with local_cluster(workers) as executor:
+            yield executor
+    else:
+        with closing(Serial() if client is None else _on(client)) as executor:
+            yield executor
+
+
+def _on(client: Any) -> Executor:
+    for kind in type(client).__mro__:
+        if make := CLIENTS.get(kind.__module__.split(".")[0]):
+            return make(client)
+    raise RequestError(f"client must be one of {', '.join(CLIENTS)}, got {type(client).__name__}")
