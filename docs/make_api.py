@@ -27,7 +27,7 @@ SECTIONS = [
     ("Read", "actshuffle", "Loader open_dataset Dataset came_from where_is"),
     ("Make stores", "actshuffle", "collect import_store concat split head sample append"),
     ("Views of any range", "actshuffle.data.dataset", "write_view"),
-    ("Executors", "actshuffle.executors", "Executor Serial Dask local_cluster executor_for"),
+    ("Executors", "actshuffle.executors", "Executor Serial Threads Dask local_cluster executor_for"),
     ("bfloat16", "actshuffle.bfloat16", "BFloat16"),
     ("Stores that fail, for tests", "actshuffle.testing", ""),
     ("Train", "saetrain", ""),
