@@ -24,7 +24,7 @@ import numpy as np
 import zarr
 
 import actshuffle
-from actshuffle.testing import Faults, Killed, matching
+from actshuffle.testing import Faults, Killed, matching, new_process
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "half_done.tar.xz"
 HERE = Path("/proc/self/cwd")
@@ -148,7 +148,7 @@ def set_times(folder: Path) -> None:
 
 
 def write_sources(folder: Path) -> None:
-    """What the runs read, in the current folder."""
+    """The stores and files that the runs read, in the current folder; all but the model."""
     for name, start, stop in (("all", 0, ROWS), ("first", 0, CUT), ("second", CUT, ROWS)):
         write_store(folder / f"{name}.zarr", start, stop)
     (folder / "files").mkdir()
@@ -156,7 +156,6 @@ def write_sources(folder: Path) -> None:
     for name, data in values().items():
         np.save(folder / "files" / f"{name}.npy", data)
     (folder / "text" / "words.txt").write_text(" ".join(WORDS[1 + n % 7] for n in range(ROWS)))
-    write_model(folder / "model")
     set_times(folder)
     actshuffle.concat([HERE / "first.zarr", HERE / "second.zarr"], HERE / "both")
     for source, output in (("all", "shuffled"), ("first", "first_shuffled")):
@@ -167,13 +166,14 @@ def write_sources(folder: Path) -> None:
 
 
 def stop(case: Case) -> None:
-    """Begin a run, and kill it."""
-    with Faults(matching(case.stop, "kill")):
+    """Begin a run, and kill it; this process goes on as a new one would."""
+    with Faults(matching(case.stop, "kill")) as faults:
         try:
             case.start(fsync=False)
         except Killed:
-            return
-    raise AssertionError(f"no operation matched {case.stop!r}")
+            pass
+    assert faults.dead, f"no operation matched {case.stop!r}"
+    new_process()
 
 
 def pack(folder: Path) -> None:
@@ -202,6 +202,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
         write_sources(Path(name))
+        write_model(Path(name, "model"))
         for case in CASES.values():
             stop(case)
         for kept in set(MEMORY.glob("actshuffle-*")) - before:  # its name has the user's number in it

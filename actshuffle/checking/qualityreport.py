@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from actshuffle.html import page
-from actshuffle.ordering.mixing import MixingReport
+from actshuffle.ordering.mixing import MixingReport, as_html
 
 
 @dataclass(frozen=True)
@@ -111,4 +111,4 @@ class QualityReport:
         whole = page("Mixing quality", facts, header, self._rows(), verdict=self.passed)
         if self.mixing is None:
             return whole
-        return whole + self.mixing.html(f"Order, by {self.provenance}")
+        return whole + as_html(self.mixing, f"Order, by {self.provenance}")

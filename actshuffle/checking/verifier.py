@@ -40,7 +40,7 @@ from actshuffle.executors import Executor, Serial
 from actshuffle.html import page
 from actshuffle.ordering.digest import RowHash
 from actshuffle.ordering.keys import Keys
-from actshuffle.ordering.mixing import MixingAccumulator, MixingReport
+from actshuffle.ordering.mixing import MixingAccumulator, MixingReport, as_html
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import open_objects
@@ -95,7 +95,7 @@ class VerifyReport:
         facts |= {f"note {i}": note for i, note in enumerate(self.notes, 1)}
         rows = [(p.kind, p.where, p.detail) for p in self.problems[:100]]
         whole = page(verdict, facts, ("problem", "where", "what"), rows, verdict=self.ok)
-        return whole if self.mixing is None else whole + self.mixing.html()
+        return whole if self.mixing is None else whole + as_html(self.mixing)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -116,22 +116,7 @@ class MixingReport:
         }
 
     def _repr_html_(self) -> str:
-        return self.html()
-
-    def html(self, title: str = "Mixing") -> str:
-        """The tests of one order, the worst first."""
-        facts = {
-            "rows": f"{self.rows:,}",
-            "tests": f"{len(self.rejected)} of {len(self.tests)} reject at p <= {self.level:.2g}",
-        }
-        facts |= {name: f"not applicable: {why}" for name, why in self.skipped.items()}
-        rows = []
-        for t in sorted(self.tests, key=lambda t: t.p_value):
-            flag = t.direction.upper() if t.rejects(self.level) else ""
-            values = f"{t.statistic:.6g}", f"{t.expected:.6g}", f"{t.p_value:.2g}"
-            rows.append((t.name, t.detail, *values, flag))
-        header = ("test", "at", "observed", "expected", "p-value", "")
-        return page(title, facts, header, rows, verdict=self.passed)
+        return as_html(self)
 
     def table(self) -> str:
         """A terminal table: for each name, the test of smallest p-value; then the verdict."""
@@ -149,6 +134,22 @@ class MixingReport:
             f"p <= {self.level:.2g} (alpha {self.alpha:g} for all, {self.rows} rows)"
         )
         return "\n".join(lines)
+
+
+def as_html(found: MixingReport, title: str = "Mixing") -> str:
+    """The tests of one order, the worst first."""
+    facts = {
+        "rows": f"{found.rows:,}",
+        "tests": f"{len(found.rejected)} of {len(found.tests)} reject at p <= {found.level:.2g}",
+    }
+    facts |= {name: f"not applicable: {why}" for name, why in found.skipped.items()}
+    rows = []
+    for t in sorted(found.tests, key=lambda t: t.p_value):
+        flag = t.direction.upper() if t.rejects(found.level) else ""
+        values = f"{t.statistic:.6g}", f"{t.expected:.6g}", f"{t.p_value:.2g}"
+        rows.append((t.name, t.detail, *values, flag))
+    header = ("test", "at", "observed", "expected", "p-value", "")
+    return page(title, facts, header, rows, verdict=found.passed)
 
 
 def report(source_row: npt.ArrayLike, *, src_chunk_rows: int, dst_chunk_rows: int, alpha: float = 0.01) -> MixingReport:
