@@ -8,7 +8,7 @@ FAST := tests/test_layout.py tests/test_docs.py tests/test_units.py tests/planni
 	$(filter-out %/test_mixing.py,$(wildcard tests/ordering/test_*.py))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check test lint soak clean $(TESTS)
+.PHONY: demo check test lint soak dist clean $(TESTS)
 
 demo: $(VENV)/demo.done       ## shuffle a real model's activations, verify, show the difference, train an SAE from them
 	$(BIN)/python examples/shuffle_minilm.py
@@ -33,8 +33,11 @@ lint: $(VENV)/test.done       ## style and types
 soak: $(VENV)/test.done       ## the long campaigns: hundreds of kills, thousands of seeds
 	$(BIN)/python -m pytest -m soak
 
+dist: $(VENV)/test.done       ## wheel and sdist, tried on every supported Python of this machine
+	$(BIN)/python tests/release.py
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo dist
 
 $(VENV)/demo.done: setup.cfg constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[demo]'

@@ -1,0 +1,102 @@
+"""Builds the wheel and the sdist into dist/, and tries the wheel on each version of Python that is at hand.
+
+    make dist
+
+The wheel is built from the sdist, so that whoever has the sdist alone can build it too.  It goes into an empty virtual
+environment with the newest releases of its dependencies, whatever constraints.txt says; there smoke.py uses it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+from actshuffle import __version__
+
+ROOT = Path(__file__).parents[1]
+DIST = ROOT / "dist"
+VERSIONS = ("3.11", "3.12", "3.13")
+IN_WHEEL = {
+    "actshuffle/py.typed",
+    "saetrain/py.typed",
+    f"actshuffle-{__version__}.dist-info/licenses/LICENSE",
+    f"actshuffle-{__version__}.dist-info/entry_points.txt",
+}
+IN_SDIST = {
+    *(f"actshuffle-{__version__}/{name}" for name in ("LICENSE", "README.md", "CHANGELOG.md", "constraints.txt")),
+    *(f"actshuffle-{__version__}/{name}" for name in ("tests/smoke.py", "tests/fixtures/half_done.tar.xz")),
+}
+
+
+def run(*command: str | Path, **options: str | Path) -> None:
+    """A command, which must succeed; it does not see this environment's packages."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PIP_CONSTRAINT", "VIRTUAL_ENV")}
+    subprocess.run([str(word) for word in command], check=True, env=environment, **options)  # type: ignore[call-overload]
+
+
+def build() -> Path:
+    """Both distributions, with what belongs in them; returns the wheel."""
+    shutil.rmtree(DIST, ignore_errors=True)
+    run(sys.executable, "-m", "build", "--outdir", DIST, ROOT)
+    wheel, sdist = DIST / f"actshuffle-{__version__}-py3-none-any.whl", DIST / f"actshuffle-{__version__}.tar.gz"
+    assert {path.name for path in DIST.iterdir()} == {wheel.name, sdist.name}
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert names >= IN_WHEEL, IN_WHEEL - names
+    folders = {name.split("/")[0] for name in names}
+    assert folders == {"actshuffle", "saetrain", f"actshuffle-{__version__}.dist-info"}, folders
+    modules = {
+        str(path.relative_to(ROOT)) for name in ("actshuffle", "saetrain") for path in (ROOT / name).rglob("*.py")
+    }
+    assert modules == {name for name in names if name.endswith(".py")}
+    with tarfile.open(sdist) as packed:
+        assert set(packed.getnames()) >= IN_SDIST, IN_SDIST - set(packed.getnames())
+    return wheel
+
+
+def interpreters() -> list[str]:
+    """A working Python of each version, on the path or among those that pyenv built."""
+    found = []
+    for version in VERSIONS:
+        name = f"python{version}"
+        built = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/{name}"))
+        candidates = [*built, *(Path(folder, name) for folder in os.get_exec_path())]
+        found += [str(path) for path in candidates if _works(path, version)][:1]
+    return found
+
+
+def _works(path: Path, version: str) -> bool:
+    """Is this a Python of that version that can make environments?"""
+    code = "import ensurepip, venv, sys; print('%d.%d' % sys.version_info[:2])"
+    try:
+        done = subprocess.run([path, "-c", code], capture_output=True, text=True, timeout=60)
+    except OSError:
+        return False
+    return done.returncode == 0 and done.stdout.strip() == version
+
+
+def try_out(python: str, wheel: Path) -> None:
+    """The wheel in an environment that has nothing else."""
+    with tempfile.TemporaryDirectory() as name:
+        run(python, "-m", "venv", Path(name, "venv"))
+        inside = Path(name, "venv", "bin", "python")
+        run(inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel)
+        shutil.copy(ROOT / "tests" / "smoke.py", name)
+        run(inside, "smoke.py", cwd=name)
+
+
+def main() -> None:
+    wheel, found = build(), interpreters()
+    for python in found:
+        try_out(python, wheel)
+    sys.stdout.write(f"{wheel.name} works on {len(found)} of {len(VERSIONS)} versions of Python\n")
+
+
+if __name__ == "__main__":
+    main()
