@@ -389,6 +389,22 @@ def test_modules_are_short_control():
     assert length_faults(lines, {"engine.tasks": ""}) == ["engine.tasks"]
 
 
+def lost_rooms(names: list[str]) -> list[str]:
+    """Rooms without a file of their own, which no wheel would hold."""
+    return sorted(
+        {name.rpartition(".")[0] for name in names if f"{name.rpartition('.')[0]}.__init__" not in names} - {""}
+    )
+
+
+def test_rooms_have_files():
+    for package in (PACKAGE, Path(saetrain.__file__).parent):
+        assert lost_rooms(list(trees(package))) == []
+
+
+def test_rooms_have_files_control():
+    assert lost_rooms(["__init__", "units", "engine.run", "cli.__init__", "cli.app"]) == ["engine"]
+
+
 def init_faults(package: Trees) -> list[str]:
     """A room's own file is a docstring; that of a public face may import from the room, and says `__all__`."""
     faults = []

@@ -1,0 +1,1 @@
+"""This room knows Zarr: fields, metadata, reading sources, writing outputs, the marker; see docs/format.md."""

@@ -1,0 +1,1 @@
+"""This room examines stores: verify, stats, quality, info.  It shares no code with the engine."""

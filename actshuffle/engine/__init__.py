@@ -1,0 +1,1 @@
+"""This room shuffles: request, job, tasks, spill, run; see docs/reliability.md."""

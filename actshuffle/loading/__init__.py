@@ -1,0 +1,1 @@
+"""This room reads finished stores: datasets, batches, epochs, traces of rows; see docs/loading.md."""

@@ -1,0 +1,1 @@
+"""This room turns rows and memory into levels, tasks, peaks and forecasts.  No I/O; see docs/scaling.md."""
