@@ -51,7 +51,7 @@ DOORS = {
     "torch": "loading.torchface building",
     "transformers": "building loading.trace",
     "click": "cli",
-    "hypothesis": "testing",
+    "hypothesis": "testing.stories",
     "pyarrow": "building.arrowfiles",
     "matplotlib": "checking.statsreport",
     "fsspec": "",
@@ -75,7 +75,6 @@ LONGEST = 350  # lines
 LONGER = {
     "ordering.mixing": "the statistics of one report",
     "checking.verifier": "full and quick checks, which share nothing with the engine",
-    "testing": "strategies, faulty stores and the state machine, for other people's tests",
     "engine.prepare": "all refusals",
     "loading.dataset": "what a finished store can be asked",
     "building.cut": "head, sample and split",
@@ -378,7 +377,7 @@ def length_faults(lines: dict[str, int], longer: dict[str, str] = LONGER) -> lis
 def test_modules_are_short():
     lines = {name: len((PACKAGE / f"{name.replace('.', '/')}.py").read_text().splitlines()) for name in trees()}
     assert length_faults(lines) == []
-    assert len(LONGER) <= 7
+    assert len(LONGER) <= 6
 
 
 def test_modules_are_short_control():
@@ -529,6 +528,8 @@ def test_import_is_light():
     seconds, modules = json.loads(done.stdout)
     assert {"numpy", "zarr", "actshuffle"} <= set(modules)  # the list is one of what was loaded
     assert not {"torch", "distributed", "dask", "pandas", "pyarrow", "xarray", "click", "hypothesis"} & set(modules)
+    code = "import sys, actshuffle; assert 'actshuffle.testing' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
     assert seconds < 10  # about 0.3 s on an idle machine
 
 

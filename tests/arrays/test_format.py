@@ -12,7 +12,8 @@ import pytest
 import actshuffle
 from actshuffle.arrays.names import FORMAT
 from actshuffle.errors import FormatError, IncompleteStoreError
-from actshuffle.testing import Faults, differences, new_process
+from actshuffle.testing import Faults, differences
+from actshuffle.testing.stories import new_process
 from make_fixture import PLAN, ROWS, SEED, URL, download, upload
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

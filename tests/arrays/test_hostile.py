@@ -35,8 +35,9 @@ from actshuffle.errors import ActshuffleError, ResumeMismatchError, SourceError
 from actshuffle.storage.files import LocalObjects
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place
-from actshuffle.testing import Faults, Killed, differences, matching, new_process
+from actshuffle.testing import Faults, Killed, differences, matching
 from actshuffle.testing import run as serial_run
+from actshuffle.testing.stories import new_process
 from support.faults import PHASES, PLAN, SEED, assert_exact, source
 from support.helpers import array, values
 

@@ -13,7 +13,8 @@ import zarr
 import actshuffle
 from actshuffle.errors import IncompleteStoreError, RequestError, SourceError
 from actshuffle.ordering.keys import order
-from actshuffle.testing import Dice, Faults, Killed, choose_plan, choose_store, matching, run
+from actshuffle.testing import Faults, Killed, matching, run
+from actshuffle.testing.stories import Dice, choose_plan, choose_store
 from support.faults import PHASES, PLAN, SEED, assert_exact, source
 from support.helpers import group, values
 

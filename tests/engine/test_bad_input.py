@@ -395,7 +395,8 @@ def test_chunk_that_is_a_folder(dst, tmp_path):
 
 
 def test_source_that_vanishes_during_the_run(dst, tmp_path, src):
-    from actshuffle.testing import Faults, Killed, matching, new_process
+    from actshuffle.testing import Faults, Killed, matching
+    from actshuffle.testing.stories import new_process
 
     with Faults(matching("put level1/blocks/c.1.0", "kill")), pytest.raises(Killed):
         from actshuffle.testing import run

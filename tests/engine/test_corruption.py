@@ -19,8 +19,9 @@ from actshuffle.engine import tasks
 from actshuffle.engine.scratch import scratch_place
 from actshuffle.errors import ActshuffleError, ConservationError, FormatError
 from actshuffle.storage.place import as_place
-from actshuffle.testing import Faults, Killed, differences, leftovers, matching, new_process
+from actshuffle.testing import Faults, Killed, differences, leftovers, matching
 from actshuffle.testing import run as serial_run
+from actshuffle.testing.stories import new_process
 from support.faults import PLAN, SEED, source
 
 STOPS = [

@@ -35,8 +35,9 @@ from actshuffle.errors import (
 from actshuffle.executors import Dask, Serial, local_cluster
 from actshuffle.planning.tree import Task
 from actshuffle.storage.place import as_place
-from actshuffle.testing import Faults, Killed, at, differences, leftovers, matching, new_process, prepared
+from actshuffle.testing import Faults, Killed, at, differences, leftovers, matching
 from actshuffle.testing import run as serial_run
+from actshuffle.testing.stories import new_process, prepared
 from support.faults import (
     KEPT,
     PHASES,

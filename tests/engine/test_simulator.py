@@ -17,23 +17,20 @@ from actshuffle.testing import (
     DEADLY,
     HONEST,
     KINDS,
-    Dice,
     Faults,
     Killed,
     SimulationError,
     at,
-    choose_plan,
-    choose_store,
     differences,
     drawn,
     leftovers,
     matching,
-    new_process,
     plans,
     run,
     simulate,
     stores,
 )
+from actshuffle.testing.stories import Dice, choose_plan, choose_store, new_process
 
 # --- The simulator ------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ import zarr
 
 import actshuffle
 from actshuffle.errors import ActshuffleError, DestinationExistsError, MissingChunkError, SourceError, StorageError
-from actshuffle.testing import Faults, Killed, at, differences, matching, new_process
+from actshuffle.testing import Faults, Killed, at, differences, matching
+from actshuffle.testing.stories import new_process
 from support.faults import SEED, dask_cluster, drive, ended, outcome, shuffled, source, start
 from support.helpers import array, values
 
