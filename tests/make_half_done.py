@@ -24,7 +24,8 @@ import numpy as np
 import zarr
 
 import actshuffle
-from actshuffle.testing import Faults, Killed, matching, new_process
+from actshuffle.testing import Faults, Killed, matching
+from actshuffle.testing.stories import new_process
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "half_done.tar.xz"
 HERE = Path("/proc/self/cwd")
@@ -186,14 +187,18 @@ def pack(folder: Path) -> None:
                 archive.addfile(entry, file)
 
 
+def packed() -> dict[str, bytes]:
+    """The fixture's files by path."""
+    with tarfile.open(ARCHIVE) as archive:
+        return {entry.name: file.read() for entry in archive.getmembers() if (file := archive.extractfile(entry))}
+
+
 def unpack(folder: Path) -> None:
     """The fixture's files into a folder."""
-    with tarfile.open(ARCHIVE) as archive:
-        for entry in archive.getmembers():
-            path, file = folder / entry.name, archive.extractfile(entry)
-            assert file is not None
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(file.read())
+    for key, data in packed().items():
+        path = folder / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
     set_times(folder)
 
 

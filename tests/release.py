@@ -22,6 +22,7 @@ from actshuffle import __version__
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 VERSIONS = ("3.11", "3.12", "3.13")
+PACKAGES = ("actshuffle", "saetrain")
 IN_WHEEL = {
     "actshuffle/py.typed",
     "saetrain/py.typed",
@@ -37,7 +38,13 @@ IN_SDIST = {
 def run(*command: str | Path, **options: str | Path) -> None:
     """A command, which must succeed; it does not see this environment's packages."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PIP_CONSTRAINT", "VIRTUAL_ENV")}
-    subprocess.run([str(word) for word in command], check=True, env=environment, **options)  # type: ignore[call-overload]
+    subprocess.run([str(word) for word in command], check=True, env=environment, **options)
+
+
+def expect(place: str, found: set[str], wanted: set[str]) -> None:
+    """Refuse to go on without some of the names that belong in a place."""
+    if lacking := sorted(wanted - found):
+        raise SystemExit(f"{place} lacks {', '.join(lacking)}")
 
 
 def build() -> Path:
@@ -45,18 +52,15 @@ def build() -> Path:
     shutil.rmtree(DIST, ignore_errors=True)
     run(sys.executable, "-m", "build", "--outdir", DIST, ROOT)
     wheel, sdist = DIST / f"actshuffle-{__version__}-py3-none-any.whl", DIST / f"actshuffle-{__version__}.tar.gz"
-    assert {path.name for path in DIST.iterdir()} == {wheel.name, sdist.name}
+    expect(str(DIST), {path.name for path in DIST.iterdir()}, {wheel.name, sdist.name})
+    modules = {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert names >= IN_WHEEL, IN_WHEEL - names
-    folders = {name.split("/")[0] for name in names}
-    assert folders == {"actshuffle", "saetrain", f"actshuffle-{__version__}.dist-info"}, folders
-    modules = {
-        str(path.relative_to(ROOT)) for name in ("actshuffle", "saetrain") for path in (ROOT / name).rglob("*.py")
-    }
-    assert modules == {name for name in names if name.endswith(".py")}
+    expect(wheel.name, names, IN_WHEEL | modules)
+    if others := {name.split("/")[0] for name in names} - {*PACKAGES, f"actshuffle-{__version__}.dist-info"}:
+        raise SystemExit(f"{wheel.name} holds {', '.join(sorted(others))}, which should not be installed")
     with tarfile.open(sdist) as packed:
-        assert set(packed.getnames()) >= IN_SDIST, IN_SDIST - set(packed.getnames())
+        expect(sdist.name, set(packed.getnames()), IN_SDIST)
     return wheel
 
 
@@ -93,6 +97,8 @@ def try_out(python: str, wheel: Path) -> None:
 
 def main() -> None:
     wheel, found = build(), interpreters()
+    if not found:
+        raise SystemExit(f"no Python {', '.join(VERSIONS)} is at hand")
     for python in found:
         try_out(python, wheel)
     sys.stdout.write(f"{wheel.name} works on {len(found)} of {len(VERSIONS)} versions of Python\n")
