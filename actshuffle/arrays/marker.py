@@ -12,7 +12,6 @@ from actshuffle.arrays.names import FORMAT, MARKER_KEY
 from actshuffle.arrays.small import group_metadata
 from actshuffle.errors import FormatError
 from actshuffle.storage.objects import Objects
-from actshuffle.storage.place import public_url as public_url
 
 
 def _is_list(found: Any, length: int, holds: Callable[[Any], bool]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from actshuffle.arrays.field import Field
 from actshuffle.arrays.guard import View
 from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import ActshuffleError, SourceError
-from actshuffle.storage.directio import Extent, two_readers
+from actshuffle.storage.directio import two_readers
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
 
@@ -52,23 +52,17 @@ class Source:
             yield a - start, b - start
 
     def _raw_parts(self, field: Field, start: int, out: U8) -> Iterator[tuple[int, int]]:
-        """Two chunks at a time, straight from their files."""
-        stop, step = start + len(out), field.source_chunk_rows
-        edges = [start, *range((start // step + 1) * step, stop, step), stop]
-        parts = list(pairwise(edges)) if len(out) else []
+        """Two objects at a time, straight from their files."""
+        if not len(out):
+            return
+        extents = field.extents(start, start + len(out), out.data.cast("B"), once=True)
+        first = 0
         with two_readers(self.objects.read, out.nbytes) as read:
-            for two in (parts[at : at + 2] for at in range(0, len(parts), 2)):
-                extents = [
-                    Extent(
-                        field.source_key.format(a // step),
-                        a % step * field.row_bytes,
-                        [out[a - start : b - start].data.cast("B")],
-                        once=True,
-                    )
-                    for a, b in two
-                ]
-                read(extents)
-                yield two[0][0] - start, two[-1][1] - start
+            while two := [*islice(extents, 2)]:
+                read(two)
+                stop = first + sum(e.views[0].nbytes for e in two) // field.row_bytes
+                yield first, stop
+                first = stop
 
     def numbers(self, start: int, stop: int) -> U64:
         """What rows ``[start, stop)`` are called in ``source_row``."""

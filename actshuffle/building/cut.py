@@ -40,7 +40,7 @@ from actshuffle.ordering.keys import Keys
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import open_objects
-from actshuffle.storage.place import Place, as_place, local_path, public_url
+from actshuffle.storage.place import Place, as_place, public_url
 from actshuffle.units import parse_bytes
 
 ROWS_KEY = "_actshuffle/rows"  # the chosen rows, ascending, as little-endian uint64
@@ -275,7 +275,7 @@ class Chosen:
     def __init__(self, place: Place, settings: dict[str, Any]) -> None:
         self._rows = Concat(place, settings)
         self._objects = open_objects(place)
-        self._gap = GAP_BYTES if local_path(place) is not None else REMOTE_GAP_BYTES
+        self._gap = GAP_BYTES if self._objects.is_local else REMOTE_GAP_BYTES
 
     def numbers(self, start: int, stop: int) -> U64:
         rows = np.empty(stop - start, "<u8")

@@ -42,7 +42,6 @@ from actshuffle.ordering.digest import RowHash
 from actshuffle.ordering.keys import Keys
 from actshuffle.ordering.mixing import MixingAccumulator, MixingReport, as_html
 from actshuffle.progress import Progress, Silent
-from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
 from actshuffle.units import format_bytes, format_seconds
@@ -492,14 +491,14 @@ def _object_key(field: Field, number: int) -> str:
 
 def _padding_problems(pair: Pair, field: Field) -> Iterator[Problem]:
     """What fills up the last object, where it is plain bytes, is zeros."""
-    used = pair.rows % field.source_chunk_rows
-    if not field.source_key or not used:
+    unused = -pair.rows % field.source_chunk_rows
+    if not field.source_key or not unused:
         return
-    key = _object_key(field, pair.rows // field.source_chunk_rows)
-    tail = np.ones((field.source_chunk_rows - used) * field.row_bytes, np.uint8)
-    open_objects(pair.destination).read([Extent(key, used * field.row_bytes, [tail.data])])
+    tail = np.ones(unused * field.row_bytes, np.uint8)
+    extents = [*field.extents(pair.rows, pair.rows + unused, tail.data)]
+    open_objects(pair.destination).read(extents)
     if tail.any():
-        yield Problem("rows", key, "holds more than zeros behind its last row")
+        yield Problem("rows", extents[0].key, "holds more than zeros behind its last row")
 
 
 def _metadata_problems(

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 
@@ -32,7 +31,6 @@ from actshuffle.ordering.digest import RowHash
 from actshuffle.ordering.keys import Keys
 from actshuffle.ordering.partition import bucket_of
 from actshuffle.storage.directio import Extent
-from actshuffle.storage.files import LocalObjects
 
 READ_BYTES = 16 << 10  # as long as one more read takes, the page cache copies so many bytes
 KEY_ROWS = 1 << 18  # whose keys are looked at in one go
@@ -110,16 +108,14 @@ def find_rows(keys: Keys, bounds: U64, leaf: int, hi: U64, source_row: U64, tota
 
 def read_column(source: Source, field: Field, rows: U64, out: U8) -> None:
     """Some rows of a field, ascending, picked from all that lies between them, into uint8 ``(m, row_bytes)``."""
-    width, step = field.row_bytes, field.source_chunk_rows
+    width = field.row_bytes
     piece = np.empty((max(1, PIECE // width), width), np.uint8)
     at = 0
     while at < len(rows):
         first = int(rows[at])
-        stop = min(first + len(piece), (first // step + 1) * step)
-        end = at + int(np.searchsorted(rows[at:], np.uint64(stop)))
+        end = at + int(np.searchsorted(rows[at:], np.uint64(first + len(piece))))
         part = piece[: int(rows[end - 1]) - first + 1]
-        key, offset = field.source_key.format(first // step), first % step * width
-        source.objects.read([Extent(key, offset, [part.data.cast("B")])])
+        source.objects.read([*field.extents(first, first + len(part), part.data.cast("B"))])
         picked = (rows[at:end] - np.uint64(first)).astype(np.intp)
         np.take(part, picked, axis=0, out=out[at:end], mode="clip")
         at = end
@@ -129,15 +125,9 @@ def read_rows(source: Source, field: Field, rows: U64, out: U8) -> None:
     """Any rows of a field, in the order given, by a read each, into uint8 ``(m, row_bytes)``."""
     width, view = field.row_bytes, out.data.cast("B")
     for start in range(0, len(rows), AT_ONCE):
-        some = rows[start : start + AT_ONCE].astype(np.int64)
-        objects, places = np.divmod(some, field.source_chunk_rows)
-        by_object = np.argsort(objects, kind="stable")  # those of one are asked for together
-        objects, goals = objects[by_object], ((start + by_object) * width).tolist()
-        offsets = (places[by_object] * width).tolist()
-        cuts = [0, *(np.flatnonzero(np.diff(objects)) + 1).tolist(), len(some)]
-        for number, (a, b) in zip(objects[cuts[:-1]].tolist(), pairwise(cuts), strict=True):
-            key = field.source_key.format(number)
-            source.objects.read_rows(key, width, offsets[a:b], view, goals[a:b])
+        goal = view[start * width :]
+        for key, offsets, goals in field.scattered(rows[start : start + AT_ONCE].astype(np.int64)):
+            source.objects.read_rows(key, width, offsets, goal, goals)
 
 
 def warm_calls(job: Job) -> list[tuple[Job, Field, int, int]]:
@@ -154,11 +144,10 @@ def warm(job: Job, field: Field, first: int, stop: int) -> int:
     """Objects of the source, read in order into the page cache, unless they are there; their bytes."""
     objects, step, total = Source(job.source).objects, field.source_chunk_rows, 0
     piece = memoryview(bytearray(PIECE))
-    for number in range(first, stop):
-        size = (min((number + 1) * step, job.plan.rows) - number * step) * field.row_bytes
-        # At other places each time: a look at what is not there brings it there.
-        key, looks = (field.source_key.format(number), [secrets.randbelow(size) for _ in range(LOOKS)])
-        if not (isinstance(objects, LocalObjects) and all(objects.is_cached(key, at) for at in looks)):
+    for key, _, size in field.spans(first * step, min(stop * step, job.plan.rows)):
+        # At random places, since looking at a page that is absent brings it into the cache.
+        looks = (secrets.randbelow(size) for _ in range(LOOKS))
+        if not all(objects.is_cached(key, at) for at in looks):
             for at in range(0, size, PIECE):
                 objects.read([Extent(key, at, [piece[: min(PIECE, size - at)]])])
         total += size

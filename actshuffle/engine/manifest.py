@@ -40,8 +40,7 @@ from actshuffle.ordering.keys import Keys
 from actshuffle.planning.memory import MemoryModel
 from actshuffle.planning.tree import Plan, Task
 from actshuffle.storage.objects import Objects, open_objects
-from actshuffle.storage.place import Place, local_path
-from actshuffle.storage.place import public_url as public_url
+from actshuffle.storage.place import Place, public_url
 
 T = TypeVar("T")
 ORDER_NAME = "lexsort(lo, hi) of Philox4x64-10 words, SeedSequence(seed, spawn_key=(0,) and (1,))"
@@ -82,7 +81,7 @@ def each(job: Job, look: Callable[[Job, Task], T], tasks: Iterable[Task]) -> Ite
     One at first and more with every step, so that who stops early has not asked for much.
     """
     tasks, size = iter(tasks), 1
-    if local_path(job.scratch) is not None and local_path(job.destination) is not None:
+    if open_objects(job.scratch).is_local and open_objects(job.destination).is_local:
         yield from (look(job, task) for task in tasks)
         return
     with ThreadPoolExecutor(RECEIPTS_AT_ONCE) as pool:

@@ -45,7 +45,7 @@ def check(src: Place, fields: Sequence[Field], given: dict[str, Any]) -> None:
     """Refuse to gather rows from where they cannot be had one by one."""
     if given.get("levels", "auto") not in ("auto", 1) or given.get("spill_memory"):
         raise RequestError("gathering is one level without spill: leave --levels and --spill-memory out")
-    if local_path(src) is None:
+    if not open_objects(src).is_local:
         raise RequestError(
             f"rows can be gathered from a store on this machine, and {src} is elsewhere: leave --gather out"
         )
@@ -117,8 +117,8 @@ def prepare(
                 arrays,
                 given,
                 most_memory() * given.get("tasks_per_worker", 1),
-                remote=local_path(dst) is None,
-                remote_source=local_path(src) is None,
+                remote=not open_objects(dst).is_local,
+                remote_source=not open_objects(src).is_local,
             )
     job = make_job(src, dst, arrays, given, fsync=fsync)
     for part in json.loads(job.facts).get("behind", ()):
@@ -188,7 +188,8 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], given: dict[s
         kind = "gather"
     elif kind != "shuffle":  # leaves alone, as many as memory asks for: nothing is split into runs
         asked = {**given, "run_bytes": 1}
-    plan = plan_for(arrays, fields, asked, remote=local_path(dst) is None, remote_source=local_path(src) is None)
+    remote, remote_source = (not open_objects(place).is_local for place in (dst, src))
+    plan = plan_for(arrays, fields, asked, remote=remote, remote_source=remote_source)
     if kind not in ("shuffle", "gather"):
         plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=(), spill_memory=0)
     rows = plan.rows

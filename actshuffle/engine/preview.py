@@ -14,7 +14,8 @@ from actshuffle.errors import InfeasibleError, RequestError
 from actshuffle.planning.memory import MemoryModel
 from actshuffle.planning.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan
 from actshuffle.planning.tree import Plan
-from actshuffle.storage.place import Place, as_place, local_path
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import Place, as_place
 from actshuffle.units import parse_bytes, parse_count
 
 # Bytes.  Measured: rows of 8 KiB are gathered in 0.6 of the time of two levels, of 512 B in 1.1 of it.
@@ -88,7 +89,7 @@ def plan(
         given["memory"] = default_memory(workers or 1)
     if gather:
         check_gather(place, described, given)
-    made = plan_for(arrays, described, given, remote=remote, remote_source=local_path(place) is None)
+    made = plan_for(arrays, described, given, remote=remote, remote_source=not open_objects(place).is_local)
     if gather:
         check_room(made, workers or 1)
     return made

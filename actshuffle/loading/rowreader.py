@@ -18,7 +18,6 @@ from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U8
 from actshuffle.errors import MissingChunkError, StorageError
 from actshuffle.storage.directio import Extent
-from actshuffle.storage.files import LocalObjects
 from actshuffle.storage.place import Place
 
 PIECE_BYTES = 4 << 20  # of a shard with small inner chunks, how much is decoded at a time
@@ -51,22 +50,17 @@ class Reader:
 
         What can be done before is done here, so that a thread that reads does little else.
         """
-        view, at, extents = memoryview(flat.data), 0, []
+        view, at = memoryview(flat.data), 0
+        extents: list[Extent] = []
         calls: list[Callable[[], None]] = []
-        step, width = stored.source_chunk_rows, stored.row_bytes
+        width = stored.row_bytes
         for start, stop in ranges:
-            size = (stop - start) * width
-            if not stored.source_key:
-                out = flat[at : at + size].reshape(-1, width)
-                calls.append(partial(self._decode, stored, start, stop, out))
-                at += size
-                continue
-            for number in range(start // step, -(-stop // step)):
-                a, b = max(start, number * step), min(stop, (number + 1) * step)
-                size, offset = (b - a) * width, (a - number * step) * width
-                key = stored.source_key.format(number)
-                extents.append(Extent(key, offset, [view[at : at + size]], once))
-                at += size
+            end = at + (stop - start) * width
+            if stored.source_key:
+                extents += stored.extents(start, stop, view[at:end], once=once)
+            else:
+                calls.append(partial(self._decode, stored, start, stop, flat[at:end].reshape(-1, width)))
+            at = end
         if extents:
             calls.append(self._source.objects.reading(extents))
 
@@ -82,11 +76,11 @@ class Reader:
         return read
 
     def is_cached(self, stored: Field, row: int) -> bool:
-        """Would a row come straight from the page cache?"""
-        objects, step = self._source.objects, stored.source_chunk_rows
-        if not stored.source_key or not isinstance(objects, LocalObjects):
+        """True if a read of the row would come straight from the page cache."""
+        if not stored.source_key:
             return False
-        return objects.is_cached(stored.source_key.format(row // step), row % step * stored.row_bytes)
+        key, offset, _ = next(stored.spans(row, row + 1))
+        return self._source.objects.is_cached(key, offset)
 
     def _decode(self, stored: Field, start: int, stop: int, out: U8) -> None:
         """Whole pieces straight into ``out``; of cut ones the rows that are wanted."""

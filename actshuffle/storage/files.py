@@ -41,6 +41,8 @@ class Writer(Protocol):
 class LocalObjects:
     """Files under a directory.  Reads and writes go straight between the file and the caller's memory."""
 
+    is_local = True
+
     def __init__(self, root: Path, fsync: bool = True) -> None:
         self.root = root
         self.fsync = fsync
@@ -168,7 +170,7 @@ class LocalObjects:
                 file.close()
 
     def is_cached(self, key: str, offset: int) -> bool:
-        """Does the page cache have a byte of a file?"""
+        """True if the page cache holds a byte of a file."""
         file = self._ahead(key)
         return file is not None and has_cached(file.fd, offset)
 

@@ -14,12 +14,18 @@ from typing import Any, Protocol
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.files import LocalObjects
 from actshuffle.storage.place import Place, local_path
-from actshuffle.storage.remote import _remote
+from actshuffle.storage.remote import remote_objects
 
 
 class Objects(Protocol):
-    """What the engine asks of a place."""
+    """The operations on the objects of one place, and two facts by which callers choose how to read them.
 
+    ``is_local``: objects are files of this machine, so that a read costs no request to a server.
+    """
+
+    @property
+    def is_local(self) -> bool: ...
+    def is_cached(self, key: str, offset: int) -> bool: ...
     def get(self, key: str) -> bytes | None: ...
     def put(self, key: str, data: bytes | memoryview) -> None: ...
     def writer(self, key: str, size: int) -> Any: ...
@@ -39,9 +45,9 @@ class Objects(Protocol):
 
 
 def open_objects(place: Place, *, fsync: bool = True) -> Objects:
-    """The objects at a place."""
+    """Open the objects at a place; a new backend is one more row here, chosen by the scheme of the URL."""
     path = local_path(place)
-    objects = LocalObjects(path, fsync) if path is not None else _remote(place)
+    objects: Objects = LocalObjects(path, fsync) if path is not None else remote_objects(place)
     return objects if _wrap is None else _wrap(objects, place)
 
 

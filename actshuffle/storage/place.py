@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from actshuffle.errors import RequestError
 
+_FILE_URL = re.compile(r"file://(localhost)?/[^?#]*")
+
 
 def as_place(path: str | Path, storage_options: dict[str, Any] | None = None) -> Place:
-    """A user's path or URL; local ones absolute, since workers may run elsewhere in the tree."""
+    """The place of a user's path or URL; paths become absolute, since workers may run in other folders."""
     try:
         options = json.dumps(storage_options or {}, sort_keys=True)
     except TypeError as err:
@@ -20,6 +24,8 @@ def as_place(path: str | Path, storage_options: dict[str, Any] | None = None) ->
     text = str(path)
     if "\0" in text or not text:
         raise RequestError(f"{text!r} is no path")
+    if text.startswith("file://") and not _FILE_URL.fullmatch(text):
+        raise RequestError(f"{text!r} is no file URL: write file:///absolute/path, with %3F for ? and %23 for #")
     if has_secret(text):
         raise RequestError(
             f"{public_url(text)} was given with a password or a signed query, which would end up in logs: "
@@ -29,14 +35,14 @@ def as_place(path: str | Path, storage_options: dict[str, Any] | None = None) ->
 
 
 def local_path(place: Place) -> Path | None:
-    """The directory of a local place, or None for a URL."""
+    """The directory of a local place (a path or a ``file://`` URL), or None for any other URL."""
     if place.url.startswith("file://"):
-        return Path(place.url.removeprefix("file://"))
+        return Path(unquote(urlsplit(place.url).path))
     return None if "://" in place.url else Path(place.url)
 
 
 def public_url(url: str) -> str:
-    """A URL without user, password or query, fit to be written down."""
+    """A URL without user, password and query, safe to write down."""
     if "://" not in url:
         return url
     scheme, rest = url.split("://", 1)
@@ -45,7 +51,7 @@ def public_url(url: str) -> str:
 
 
 def has_secret(url: str) -> bool:
-    """Does a URL carry a password, or a query, which may be a signature?"""
+    """True if a URL carries a password, or a query, which may be a signature."""
     scheme, mark, rest = url.partition("://")
     user = rest.partition("/")[0].rpartition("@")[0]
     return bool(mark) and scheme != "file" and (":" in user or "?" in rest)
@@ -59,7 +65,7 @@ class Place:
     options: str = dataclasses.field(default="{}", repr=False)  # JSON, as fsspec takes it
 
     def __str__(self) -> str:
-        """Fit to be written down: in logs, messages and files."""
+        """The URL as it may appear in logs, messages and files."""
         return public_url(self.url)
 
     def __repr__(self) -> str:

@@ -41,13 +41,15 @@ def open_store(place: Place, *, read_only: bool = False) -> Store:
 
 
 @lru_cache(maxsize=64)
-def _remote(place: Place) -> StoreObjects:
+def remote_objects(place: Place) -> StoreObjects:
     """One client per place and process: each has connections, and asks for credentials."""
     return StoreObjects(open_store(place), str(place))
 
 
 class StoreObjects:
     """Objects of any Zarr store (fsspec, obstore), through its public asynchronous interface."""
+
+    is_local = False
 
     def __init__(self, store: Store, name: str = "") -> None:
         self.store, self.name = store, name or str(store)
@@ -106,6 +108,10 @@ class StoreObjects:
 
         with self._typed(extents[0].key if extents else ""):
             wait(all_of_them())
+
+    def is_cached(self, key: str, offset: int) -> bool:
+        """False: every read is a request."""
+        return False
 
     def size(self, key: str) -> int | None:
         with self._typed(key):
@@ -225,7 +231,7 @@ def wait(what: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
 
 def _forget() -> None:
     _loop.cache_clear()
-    _remote.cache_clear()
+    remote_objects.cache_clear()
 
 
 os.register_at_fork(after_in_child=_forget)  # threads and connections stay behind in the parent

@@ -132,7 +132,7 @@ class Faults:
         self.dice = random.Random(self.seed)
         self._stack = ExitStack()
         self._before: dict[tuple[str, str], bytes | None] = {}  # by url and key, for stale reads
-        self._undo: list[tuple[str, LocalObjects, str, bytes | None]] = []  # url, objects, key, data
+        self._undo: list[tuple[str, Objects, str, bytes | None]] = []  # url, objects, key, data
         self._in_memory: dict[str, Objects] = {}  # by url: gone with the machine
 
     def __enter__(self) -> Self:
@@ -185,7 +185,7 @@ class Faults:
         """Remember an object before it changes."""
         before = objects.get(key)
         self._before[url, key] = before
-        if isinstance(objects, LocalObjects):
+        if objects.is_local:
             self._undo.append((url, objects, key, before))
 
     def before(self, url: str, key: str) -> tuple[bool, bytes | None]:
@@ -196,7 +196,7 @@ class Faults:
         self._undo = [u for u in self._undo if u[0] != url or not any(u[2].startswith(p) for p in prefixes)]
 
 
-def _restore(objects: LocalObjects, key: str, before: bytes | None) -> None:
+def _restore(objects: Objects, key: str, before: bytes | None) -> None:
     if before is None:
         objects.delete(key)
     else:
@@ -246,6 +246,10 @@ class _Faulty:
         if kind == "lost":
             raise _refused("error", url, key)
         return result
+
+    def is_cached(self, key: str, offset: int) -> bool:
+        """False, since the true answer would give the same story other operations."""
+        return False
 
     def reading(self, extents: Sequence[Extent]) -> Callable[[], None]:
         return partial(self.read, extents)

@@ -45,6 +45,32 @@ def test_open_chooses_by_url(tmp_path):
     assert local_path(as_place("memory://x")) is None
 
 
+def test_file_urls_are_unescaped(tmp_path):
+    folder = tmp_path / "my data #1 50%"
+    place = as_place(folder.as_uri())
+    assert "my%20data%20%231%2050%25" in place.url
+    assert local_path(place) == local_path(as_place(f"file://localhost{folder.as_uri()[7:]}")) == folder
+    open_objects(place).put("a", b"1")
+    assert (folder / "a").read_bytes() == b"1"
+    assert local_path(place.child("b")) == folder / "b"
+
+
+@pytest.mark.parametrize("url", ["file://", "file://relative/path", "file:///a?b", "file:///a#b", "file://[/x"])
+def test_file_urls_that_say_something_else_are_refused(url):
+    with pytest.raises(RequestError, match="file:///absolute/path"):
+        as_place(url)
+
+
+def test_capabilities(tmp_path):
+    local, remote = open_objects(as_place(tmp_path)), open_objects(as_place("memory://capabilities"))
+    for objects in (local, remote):
+        objects.put("a", b"1234")
+        objects.read([Extent("a", 0, [memoryview(bytearray(4))])])
+    assert (local.is_local, remote.is_local) == (True, False)
+    assert not remote.is_cached("a", 0)
+    assert not local.is_cached("absent", 0)
+
+
 def test_open_refuses_an_unknown_protocol():
     with pytest.raises(RequestError, match="nosuch"):
         open_objects(as_place("nosuch://bucket/x"))
