@@ -12,7 +12,7 @@ import hypothesis  # noqa: F401
 import pytest
 
 from actshuffle.executors import Dask, local_cluster
-from support.helpers import SOURCES
+from support.stores import SOURCES
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def cluster() -> Iterator[Callable[[int], Dask]]:
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
-    """``sources(kind, n)``: a store of n rows of one of `helpers.SOURCES`, made once."""
+    """``sources(kind, n)``: a store of n rows of one of `stores.SOURCES`, made once."""
     made: dict[tuple[str, int], Path] = {}
 
     def of(kind: str, n: int = 150) -> Path:

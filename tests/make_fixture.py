@@ -17,7 +17,7 @@ import zarr
 import actshuffle
 from actshuffle.arrays.names import FORMAT
 from actshuffle.testing import Faults, Killed, matching
-from support.helpers import array, values
+from support.stores import array, values
 
 FOLDER = Path(__file__).parent / "fixtures" / f"format{FORMAT}"
 URL = "memory://actshuffle-fixture"

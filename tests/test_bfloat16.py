@@ -14,7 +14,9 @@ import zarr
 from zarr.dtype import DataTypeValidationError
 
 from actshuffle.bfloat16 import BFloat16, bits_to_float, float_to_bits
-from support.helpers import array, assert_is_oracle, run, values
+from support.oracle import assert_is_oracle
+from support.runs import run
+from support.stores import array, values
 
 ALL = np.arange(1 << 16, dtype=np.uint16)
 

@@ -38,8 +38,8 @@ from actshuffle.storage.place import as_place
 from actshuffle.testing import Faults, Killed, differences, matching
 from actshuffle.testing import run as serial_run
 from actshuffle.testing.stories import new_process
-from support.faults import PHASES, PLAN, SEED, assert_exact, source
-from support.helpers import array, values
+from support.processes import PHASES, PLAN, SEED, assert_exact, source
+from support.stores import array, values
 
 SECONDS = 5.0  # of work; on a machine that has nothing else to do, of time
 PATIENCE = 60.0  # seconds for one that has

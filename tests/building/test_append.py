@@ -17,12 +17,15 @@ from actshuffle.building.cut import head
 from actshuffle.building.growth import Appended, append
 from actshuffle.building.joining import concat
 from actshuffle.errors import ConservationError, DestinationExistsError, RequestError, ResumeMismatchError, SourceError
-from actshuffle.executors import Dask, Serial
+from actshuffle.executors import Dask
 from actshuffle.loading.dataset import open_dataset
 from actshuffle.loading.trace import came_from, where_is
 from actshuffle.ordering.keys import Keys
 from actshuffle.storage.files import LocalObjects
-from support.helpers import array, assert_is_oracle, files, group, run, values
+from support.executors import Stops
+from support.oracle import assert_is_oracle
+from support.runs import run
+from support.stores import array, files, group, values
 
 N = 120
 FIELDS = {"act": values(N, (5,)), "token": values(N, (), "<i4", seed=1)}
@@ -174,27 +177,12 @@ def test_rows_that_are_there_already(tmp_path: Path) -> None:
     assert open_dataset(dst).rows == N + 20
 
 
-class Breaks(Serial):
-    """Runs some tasks, then stops as a killed process does."""
-
-    def __init__(self, tasks: int) -> None:
-        self.left = tasks
-
-    def map(self, fn: Any, calls: Any) -> Any:
-        for call in calls:
-            if self.left == 0:
-                raise KeyboardInterrupt
-            done = fn(*call)
-            self.left -= getattr(done, "fresh", True)
-            yield done
-
-
 def test_stopped_anywhere_it_resumes_and_the_old_store_stays(tmp_path: Path) -> None:
     dst, new = old_and_new(tmp_path, 60)
     before, stops = files(dst), 0
     while True:
         try:
-            grow(dst, new, executor=Breaks(2))
+            grow(dst, new, executor=Stops(2))
             break
         except KeyboardInterrupt:
             stops += 1
@@ -286,7 +274,7 @@ def test_bad_requests(tmp_path: Path) -> None:
 def test_other_rows_than_those_it_began_with(tmp_path: Path) -> None:
     dst, new = old_and_new(tmp_path, 60)
     with pytest.raises(KeyboardInterrupt):
-        grow(dst, new, executor=Breaks(6))
+        grow(dst, new, executor=Stops(6))
     with pytest.raises(ResumeMismatchError):
         grow(dst, part(tmp_path / "other.zarr", 60, 90))
     grow(dst, new)

@@ -7,8 +7,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +23,10 @@ from actshuffle.errors import (
     ResumeMismatchError,
     SourceError,
 )
-from actshuffle.executors import Dask, Serial
-from support.helpers import files, rows_of
+from actshuffle.executors import Dask
+from support import processes
+from support.executors import Killed, Stops
+from support.stores import files, rows_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -281,31 +282,16 @@ def open_or_none(path: Path) -> Dataset | None:
         return None
 
 
-IN_PARTS = """
-import json, os, signal, sys
-import torch
-from actshuffle.building.collection import collect  # noqa: E402
-from actshuffle.executors import Serial
-
-class Killed(Serial):
-    def map(self, fn, calls):
-        for number, call in enumerate(calls):
-            if number == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield fn(*call)
-
-torch.set_num_threads(1)
-model, out, part, kill, text, options = json.loads(sys.argv[1])
-collect(model, text, out, fsync=False, part=(part, 2), executor=Killed() if kill else None, **options)
-"""
+def collect_part(model: str, text: list[Path], out: Path, part: int, kill: bool, options: dict[str, Any]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    executor = Killed(after=2) if kill else None
+    collect(model, text, out, fsync=False, part=(part, 2), executor=executor, **options)
 
 
-def start_part(
-    model: Path | str, text: list[Path], out: Path, part: int, kill: bool, **options: Any
-) -> subprocess.Popen[bytes]:
-    """One of two parts of a collection, in a process that ends itself in its third block if so told."""
-    told = json.dumps([str(model), str(out), part, kill, [str(p) for p in text], options])
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", IN_PARTS, told])
+def start_part(model: Path | str, text: list[Path], out: Path, part: int, kill: bool, **options: Any) -> Any:
+    """One of two parts of a collection, in a process that ends itself in its third block if ``kill`` says so."""
+    return processes.start(collect_part, str(model), text, out, part, kill, options)
 
 
 def test_one_of_two_processes_is_killed_and_resumes(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
@@ -313,22 +299,15 @@ def test_one_of_two_processes_is_killed_and_resumes(models: dict[str, Path], cor
     out = tmp_path / "y.zarr"
     options: dict[str, Any] = {"layers": [1], "context": CONTEXT, "chunk_rows": 16, "block_bytes": 2000}
     running = [start_part(models["gpt2"], [corpus[0]], out, p, p == 1, **options) for p in (1, 2)]
-    assert [process.wait(120) for process in running] == [-signal.SIGKILL, 0]
+    assert [processes.ended(process) for process in running] == [-signal.SIGKILL, 0]
     with pytest.raises(IncompleteStoreError):
         open_dataset(out)
     done = len(list(out.glob("_actshuffle/receipts/*")))
     with pytest.raises(ResumeMismatchError, match=r"layers was \[1\], now \[2\]"):
         gather(models["gpt2"], corpus[0], out, layers=[2], block_bytes=2000)
-    ran: list[bool] = []
-
-    class Counts(Serial):
-        def map(self, fn: Any, calls: Any) -> Any:
-            for call in calls:
-                ran.append((done := fn(*call)).fresh)
-                yield done
-
-    gather(models["gpt2"], corpus[0], out, block_bytes=2000, executor=Counts())
-    assert (ran.count(False), ran[:3]) == (done, [False, False, True])
+    again = Stops()
+    gather(models["gpt2"], corpus[0], out, block_bytes=2000, executor=again)
+    assert (again.seen.count(False), again.seen[:3]) == (done, [False, False, True])
     assert files(tmp_path / "x.zarr") == files(out)
 
 
@@ -342,10 +321,10 @@ def test_the_real_weights_of_minilm(tmp_path: Path, cluster: Callable[[int], Das
     one_by_one = tmp_path / "alone.zarr"
     options |= {"batch_tokens": 1, "block_bytes": 1 << 18}
     running = [start_part(model, text, one_by_one, p, p == 1, **options) for p in (1, 2)]
-    assert [process.wait(240) for process in running] == [-signal.SIGKILL, 0]
+    assert [processes.ended(process, 240) for process in running] == [-signal.SIGKILL, 0]
     with pytest.raises(IncompleteStoreError):
         open_dataset(one_by_one)
-    assert start_part(model, text, one_by_one, 1, False, **options).wait(240) == 0
+    assert processes.ended(start_part(model, text, one_by_one, 1, False, **options), 240) == 0
 
     states, known = real_states(model, text)
     data, batched = open_dataset(one_by_one), open_dataset(tmp_path / "batched.zarr")

@@ -28,11 +28,12 @@ from actshuffle.errors import (
     RequestError,
     SourceError,
 )
-from actshuffle.executors import Serial
 from actshuffle.loading.dataset import open_dataset
 from actshuffle.loading.trace import came_from, where_is
 from actshuffle.ordering.keys import Keys
-from support.helpers import array, files, group, opened, rows_of, run, values
+from support.executors import Stops
+from support.runs import run
+from support.stores import array, files, group, opened, rows_of, values
 
 N = 150
 FIELDS = {"act": values(N, (5,)), "token": values(N, (), "<i4", seed=1)}
@@ -220,24 +221,10 @@ def test_a_sample_with_ties(source: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(zarr.open(dst, mode="r")["source_row"][:], order)
 
 
-class StopsAfter(Serial):
-    """Fails in the middle of the work, as a machine does."""
-
-    def __init__(self, tasks: int) -> None:
-        self.left = tasks
-
-    def map(self, fn: Any, calls: Any) -> Any:
-        for call in calls:
-            if self.left == 0:
-                raise KeyboardInterrupt
-            self.left -= 1
-            yield fn(*call)
-
-
 def test_a_sample_resumes_with_the_seed_it_drew(source: Path, tmp_path: Path) -> None:
     dst, shape = tmp_path / "s.zarr", {"block_bytes": 24 * 24, "run_bytes": 1, "chunk_rows": 4}
     with pytest.raises(KeyboardInterrupt):
-        sample(source, 100, dst, executor=StopsAfter(9), fsync=False, **shape)
+        sample(source, 100, dst, executor=Stops(9), fsync=False, **shape)
     seed = json.loads((tmp_path / "s.zarr.chosen/_actshuffle/virtual.json").read_text())["settings"]["seed"]
     done = sample(source, 100, dst, fsync=False, **shape)
     assert (done.seed, done.resumed > 0) == (seed, True)

@@ -15,8 +15,9 @@ from actshuffle.checking.scores import _averages, quality
 from actshuffle.errors import IncompleteStoreError, RequestError, SourceError
 from actshuffle.loading.dataset import open_dataset, write_view
 from actshuffle.loading.loader import Loader
-from support.data_helpers import collection, finish
-from support.helpers import group, run
+from support.finished import collection, finish
+from support.runs import run
+from support.stores import group
 
 ROWS, BATCH = 30_000, 256
 

@@ -22,8 +22,8 @@ from actshuffle.errors import FormatError, IncompleteStoreError, RequestError, S
 from actshuffle.executors import Dask, Serial, Threads
 from actshuffle.loading.dataset import open_dataset, write_view
 from benchmarks.cache import cached_share
-from support.data_helpers import N, collection, finish, shuffled
-from support.helpers import array, evict
+from support.finished import N, collection, finish, shuffled
+from support.stores import array, evict
 
 
 def one(path: Path, data: np.ndarray, **settings: Any) -> FloatStats:

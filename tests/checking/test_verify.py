@@ -15,8 +15,8 @@ from actshuffle.errors import IncompleteStoreError, RequestError, SourceError
 from actshuffle.ordering.keys import order
 from actshuffle.testing import Faults, Killed, matching, run
 from actshuffle.testing.stories import Dice, choose_plan, choose_store
-from support.faults import PHASES, PLAN, SEED, assert_exact, source
-from support.helpers import group, values
+from support.processes import PHASES, PLAN, SEED, assert_exact, source
+from support.stores import group, values
 
 ROWS = 120
 OUTPUTS = {

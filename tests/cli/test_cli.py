@@ -27,7 +27,8 @@ from actshuffle.cli.display import Display, Meter, bar, clock_face
 from actshuffle.errors import ConservationError, StorageFullError
 from actshuffle.executors import choice
 from actshuffle.storage import objects
-from support.helpers import array, assert_is_oracle, group, values
+from support.oracle import assert_is_oracle
+from support.stores import array, group, values
 
 SIZE = ["--block-bytes", "2KB", "--run-bytes", "1", "--chunk-rows", "16"]  # of many small tasks
 PROGRAM = [sys.executable, "-m", "actshuffle"]

@@ -15,8 +15,8 @@ import actshuffle
 from actshuffle.engine import prepare
 from actshuffle.errors import DestinationExistsError, InfeasibleError, MissingChunkError, RequestError, SourceError
 from actshuffle.storage.files import LocalObjects
-from support.faults import SEED, source
-from support.helpers import array, values
+from support.processes import SEED, source
+from support.stores import array, values
 
 
 @pytest.fixture

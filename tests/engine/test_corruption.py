@@ -22,7 +22,7 @@ from actshuffle.storage.place import as_place
 from actshuffle.testing import Faults, Killed, differences, leftovers, matching
 from actshuffle.testing import run as serial_run
 from actshuffle.testing.stories import new_process
-from support.faults import PLAN, SEED, source
+from support.processes import PLAN, SEED, source
 
 STOPS = [
     "put level1/blocks/c.3.0",

@@ -27,7 +27,10 @@ from actshuffle.planning.tree import Task
 from actshuffle.storage import directio as reading
 from actshuffle.storage.files import LocalObjects
 from actshuffle.storage.place import as_place
-from support.helpers import SOURCES, STRUCT, Twice, array, assert_is_oracle, files, group, opened, rows_of, run, values
+from support.executors import Twice
+from support.oracle import assert_is_oracle
+from support.runs import run
+from support.stores import SOURCES, STRUCT, array, files, group, opened, rows_of, values
 
 # --- Every order equally often -------------------------------------------------------------------
 

@@ -34,11 +34,12 @@ from actshuffle.errors import (
 )
 from actshuffle.executors import Dask, Serial, local_cluster
 from actshuffle.planning.tree import Task
+from actshuffle.progress import Silent
 from actshuffle.storage.place import as_place
 from actshuffle.testing import Faults, Killed, at, differences, leftovers, matching
 from actshuffle.testing import run as serial_run
 from actshuffle.testing.stories import new_process, prepared
-from support.faults import (
+from support.processes import (
     KEPT,
     PHASES,
     PLAN,
@@ -57,7 +58,8 @@ from support.faults import (
     takes_what_was_begun_for_done,
     until,
 )
-from support.helpers import values
+from support.runs import force
+from support.stores import values
 
 
 @pytest.fixture(scope="session")
@@ -265,15 +267,11 @@ def test_interrupted_driver_stops_and_resumes(workers, send, src, dst, told):
     finish(src, dst)
 
 
-class _Slow:
+class _Slow(Silent):
     """A run that takes a while."""
-
-    def begin(self, stage, tasks, nbytes): ...
 
     def advance(self, nbytes, fresh):
         time.sleep(0.3)
-
-    def end(self): ...
 
 
 # --- Every operation of a small run -------------------------------------------------------------
@@ -505,15 +503,8 @@ def _in_memory(dst):
 # --- Tasks that run twice, and late -------------------------------------------------------------
 
 
-def force(job, task):
-    {"split": tasks.split, "index": tasks.index, "leaf": tasks.leaf}[task.kind](job, task)
-
-
-class _Haunted:
+class _Haunted(Serial):
     """Runs a third of the tasks again, some calls later."""
-
-    name, workers, dashboard = "haunted", 1, None
-    one_machine, tasks_per_worker = True, 1
 
     def __init__(self, delay):
         self.dice, self.delay, self.owed, self.came = random.Random(3), delay, [], 0
@@ -528,11 +519,6 @@ class _Haunted:
                 if (Path(job.scratch.url) / f"level{task.level - 1}").exists() or task.level == 1:
                     force(job, task)
                     self.came += 1
-
-    def task_memory(self):
-        return 1 << 30
-
-    def close(self): ...
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])

@@ -31,7 +31,9 @@ from actshuffle.ordering.partition import boundaries_at
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place
 from actshuffle.testing import Faults, Killed, drawn
-from support.helpers import SOURCES, Stops, array, assert_is_oracle, evict, group, values
+from support.executors import Elsewhere, Stops, Watched
+from support.oracle import assert_is_oracle
+from support.stores import SOURCES, array, evict, group, values
 
 ROWS = 3001
 SHAPE: dict[str, Any] = {"seed": 3, "chunk_rows": 64, "fsync": False}
@@ -49,25 +51,19 @@ def src(tmp_path: Path) -> Path:
     return path
 
 
-class Counts(Serial):
-    def __init__(self) -> None:
-        self.kinds: list[str] = []
-
-    def map(self, fn: Any, calls: Any) -> Any:
-        for call in calls:
-            self.kinds.append(call[1].kind if fn is tasks.run_task else fn.__name__)
-            yield fn(*call)
-
-
 @pytest.mark.parametrize("block_rows", [64, 500, 5000])
 def test_the_output_is_that_of_any_other_run(src: Path, tmp_path: Path, block_rows: int) -> None:
-    crew, jobs = Counts(), list[Job]()
+    kinds, jobs = list[str](), list[Job]()
+
+    def look(fn: Any, call: Any) -> None:
+        kinds.append(call[1].kind if fn is tasks.run_task else fn.__name__)
+
     result = shuffle(
         src,
         tmp_path / "d.zarr",
         gather=True,
         block_bytes=block_rows * 2444,
-        executor=crew,
+        executor=Watched(look),
         planned=jobs.append,
         **SHAPE,
     )
@@ -75,8 +71,8 @@ def test_the_output_is_that_of_any_other_run(src: Path, tmp_path: Path, block_ro
     assert verify(src, tmp_path / "d.zarr").ok
     made = result.plan
     assert (made.levels, made.scratch_bytes, made.level_bytes(1)[0]) == (1, 0, ROWS * 2444)
-    assert crew.kinds.count("leaf") == made.leaves == -(-ROWS // made.leaf_rows)
-    assert "split" not in crew.kinds
+    assert kinds.count("leaf") == made.leaves == -(-ROWS // made.leaf_rows)
+    assert "split" not in kinds
     straight = gather.Gather(jobs[0]).straight
     assert [jobs[0].fields[n].name for n in straight] == ["wide"] * (block_rows < 5000)
     assert not Path(jobs[0].scratch.url).exists()
@@ -148,7 +144,7 @@ def test_a_stopped_run_resumes(src: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         shuffle(src, dst, gather=True, executor=Stops(5), **settings)
     with pytest.raises(RequestError, match="resume it without a scheduler"):
-        shuffle(src, dst, executor=_Elsewhere(), **settings)
+        shuffle(src, dst, executor=Elsewhere(), **settings)
     again = Stops()
     result = shuffle(src, dst, executor=again, **settings)  # it is remembered that it gathers
     assert (result.resumed, again.seen.count(False)) == (5, 5)
@@ -184,17 +180,14 @@ def test_the_source_comes_into_the_page_cache_first(src: Path, tmp_path: Path) -
         evict(file)
     seen: list[bool] = []
 
-    class Looks(Serial):
-        def map(self, fn: Any, calls: Any) -> Any:
-            for call in calls:
-                if fn is tasks.run_task and not seen:
-                    seen.extend(map(cached, files))
-                yield fn(*call)
+    def look(fn: Any, call: Any) -> None:
+        if fn is tasks.run_task and not seen:
+            seen.extend(map(cached, files))
 
     before = list(map(cached, files))
     if any(before):
         pytest.skip("a file system that is in memory itself")
-    shuffle(src, tmp_path / "d.zarr", gather=True, executor=Looks(), block_bytes="1MB", **SHAPE)
+    shuffle(src, tmp_path / "d.zarr", gather=True, executor=Watched(look), block_bytes="1MB", **SHAPE)
     assert all(seen)
     assert len(seen) == len(files)
 
@@ -270,7 +263,7 @@ def test_control_wide_rows_that_are_read_wrong_are_seen_by_verify(
 def test_refusals_come_before_anything_is_written(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dst = tmp_path / "d.zarr"
     with pytest.raises(RequestError, match="leave it out with a scheduler"):
-        shuffle(src, dst, gather=True, executor=_Elsewhere(), **SHAPE)
+        shuffle(src, dst, gather=True, executor=Elsewhere(), **SHAPE)
     hole = tmp_path / "hole.zarr"
     array(hole, values(50, (12,)))
     (hole / "c/3/0").unlink()
@@ -320,15 +313,12 @@ def test_a_half_done_run_goes_on_as_it_began(src: Path, tmp_path: Path, first: b
 
 
 def test_a_file_that_ends_early_is_told(src: Path, tmp_path: Path) -> None:
-    class Cuts(Serial):
-        def map(self, fn: Any, calls: Any) -> Any:
-            for call in calls:
-                if fn is tasks.run_task:
-                    os.truncate(src / "wide/c/4/0", 1000)
-                yield fn(*call)
+    def cut(fn: Any, call: Any) -> None:
+        if fn is tasks.run_task:
+            os.truncate(src / "wide/c/4/0", 1000)
 
     with pytest.raises(StorageError, match="wide/c/4/0"):
-        shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", executor=Cuts(), **SHAPE)
+        shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", executor=Watched(cut), **SHAPE)
 
 
 def test_rows_from_an_object_store_are_a_request_each() -> None:
@@ -346,7 +336,3 @@ def _virtual(folder: Path) -> Path:
     array(folder / "bare2.zarr", values(50, (12,)))
     concat([folder / "bare.zarr", folder / "bare2.zarr"], folder / "both.zarr")
     return folder / "both.zarr"
-
-
-class _Elsewhere(Serial):
-    one_machine = False

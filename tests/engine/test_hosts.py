@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import actshuffle
-from support.faults import assert_exact, source, until
+from support.processes import assert_exact, source, until
 
 ROWS, SEED = 900, 5
 

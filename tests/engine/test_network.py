@@ -13,7 +13,7 @@ import pytest
 import actshuffle
 from actshuffle.errors import ClusterError
 from actshuffle.executors import local_cluster
-from support.faults import PLAN, SEED, assert_exact, source
+from support.processes import PLAN, SEED, assert_exact, source
 
 
 def listening():

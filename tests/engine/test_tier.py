@@ -15,11 +15,13 @@ from actshuffle.engine import tasks
 from actshuffle.engine.job import Job
 from actshuffle.engine.scratch import scratch_place
 from actshuffle.errors import InfeasibleError, RequestError, StorageError
-from actshuffle.executors import Dask, Serial, local_cluster
+from actshuffle.executors import Dask, local_cluster
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.objects import Objects, open_objects, wrapped
 from actshuffle.storage.place import Place, as_place
-from support.helpers import Stops, array, assert_is_oracle, values
+from support.executors import Elsewhere, Stops, Watched
+from support.oracle import assert_is_oracle
+from support.stores import array, values
 
 ROWS, ROW = 3000, 48
 SHAPE: dict[str, Any] = {"seed": 3, "chunk_rows": 25, "block_bytes": 100 * ROW, "run_bytes": 1}
@@ -52,16 +54,13 @@ def held(src: Path, dst: Path, **settings: Any) -> tuple[Plan, int, int]:
     jobs: list[Job] = []
     found: list[tuple[int, int]] = []
 
-    class Looks(Serial):
-        def map(self, fn: Any, calls: Any) -> Any:
-            for call in calls:
-                if not found and fn is tasks.run_task and call[1].kind == "leaf":
-                    places = Path(jobs[0].scratch.url), Path(tier.memory_place(jobs[0]).url)
-                    a, b = (sum(f.stat().st_size for f in p.glob("level*/blocks/c.*")) for p in places)
-                    found.append((a, b))
-                yield fn(*call)
+    def look(fn: Any, call: Any) -> None:
+        if not found and fn is tasks.run_task and call[1].kind == "leaf":
+            places = Path(jobs[0].scratch.url), Path(tier.memory_place(jobs[0]).url)
+            a, b = (sum(f.stat().st_size for f in p.glob("level*/blocks/c.*")) for p in places)
+            found.append((a, b))
 
-    shuffle(src, dst, executor=Looks(), planned=jobs.append, fsync=False, **SHAPE, **settings)
+    shuffle(src, dst, executor=Watched(look), planned=jobs.append, fsync=False, **SHAPE, **settings)
     return (jobs[0].plan, *found[0])
 
 
@@ -213,7 +212,7 @@ def test_a_half_done_run_is_not_resumed_where_its_memory_is_not(src: Path, tmp_p
     with pytest.raises(KeyboardInterrupt):
         shuffle(src, dst, executor=Stops(20), levels=2, spill_memory=90_000, fsync=False, **SHAPE)
     with pytest.raises(RequestError, match="resume it without a scheduler"):
-        shuffle(src, dst, executor=_Elsewhere(), **SHAPE)
+        shuffle(src, dst, executor=Elsewhere(), **SHAPE)
     shuffle(src, dst, fsync=False, **SHAPE)
     assert_is_oracle(src, dst, 3)
 
@@ -242,7 +241,7 @@ def test_a_folder_that_is_not_ours_alone_is_refused(src: Path, tmp_path: Path, m
 def test_refusals_come_before_anything_is_written(src: Path, tmp_path: Path) -> None:
     dst = tmp_path / "d.zarr"
     with pytest.raises(RequestError, match="leave it out with a scheduler"):
-        shuffle(src, dst, executor=_Elsewhere(), spill_memory="1MB", **SHAPE)
+        shuffle(src, dst, executor=Elsewhere(), spill_memory="1MB", **SHAPE)
     with pytest.raises(RequestError, match="cannot read -1 as a size"):
         shuffle(src, dst, spill_memory=-1, **SHAPE)
     full = tier.shutil.disk_usage(tier.MEMORY_FOLDER)
@@ -251,10 +250,6 @@ def test_refusals_come_before_anything_is_written(src: Path, tmp_path: Path) -> 
         with pytest.raises(InfeasibleError, match="are to stay in memory, and .* has 1 KB free"):
             shuffle(src, dst, spill_memory="1MB", **SHAPE)
     assert not dst.exists()
-
-
-class _Elsewhere(Serial):
-    one_machine = False
 
 
 def test_a_given_cluster_is_not_known_to_be_one_machine() -> None:

@@ -25,8 +25,8 @@ from actshuffle.errors import (
     StorageError,
 )
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain, write_view
-from support.data_helpers import N, collection, shuffled
-from support.helpers import SOURCES, array, evict, opened
+from support.finished import N, collection, shuffled
+from support.stores import SOURCES, array, evict, opened
 
 
 @pytest.mark.parametrize("kind", SOURCES)

@@ -23,8 +23,9 @@ from actshuffle.loading.dataset import Dataset, open_dataset, write_view
 from actshuffle.loading.epochs import Order, unit_rows
 from actshuffle.loading.loader import Loader
 from benchmarks.cache import cached_share
-from support.data_helpers import N, collection, finish, shuffled
-from support.helpers import SOURCES, evict, group, run, values
+from support.finished import N, collection, finish, shuffled
+from support.runs import run
+from support.stores import SOURCES, evict, group, values
 
 Batch = dict[str, Any]
 

@@ -15,7 +15,8 @@ from actshuffle.loading.dataset import open_dataset, write_view
 from actshuffle.loading.ranks import Ranks, key_of
 from actshuffle.loading.trace import came_from, where_is
 from actshuffle.ordering.keys import Keys
-from support.helpers import group, run, values
+from support.runs import run
+from support.stores import group, values
 
 LENGTHS = [40, 1, 7, 90, 12]  # of documents, in tokens
 N = sum(LENGTHS)

@@ -13,7 +13,7 @@ from scipy import stats
 
 import actshuffle.ordering.mixing as mixing
 from actshuffle.ordering.mixing import MixingAccumulator, MixingReport, report
-from support import broken
+from support import orders
 
 ALPHA = 0.01
 
@@ -43,7 +43,7 @@ def test_poisson_against_scipy(mean: float, count: int) -> None:
     assert test.p_value == pytest.approx(min(1, 2 * min(tails)), rel=1e-9)
 
 
-def all_orders(n: int) -> list[broken.Order]:
+def all_orders(n: int) -> list[orders.Order]:
     return [np.array(order) for order in itertools.permutations(range(n))]
 
 
@@ -82,7 +82,7 @@ def honest_reports(request: pytest.FixtureRequest) -> list[MixingReport]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixing, "WINDOW", window)
         return [
-            report(broken.honest(n, seed), src_chunk_rows=src, dst_chunk_rows=dst, alpha=ALPHA) for seed in range(200)
+            report(orders.honest(n, seed), src_chunk_rows=src, dst_chunk_rows=dst, alpha=ALPHA) for seed in range(200)
         ]
 
 
@@ -124,7 +124,7 @@ def test_skewed_laws_are_nominal_far_out() -> None:
     tests = [
         test
         for seed in range(trials)
-        for test in report(broken.honest(1100, seed), src_chunk_rows=275, dst_chunk_rows=275).tests
+        for test in report(orders.honest(1100, seed), src_chunk_rows=275, dst_chunk_rows=275).tests
         if (test.name, test.detail) in {("chunks", "4x4"), ("spectrum", "")}
     ]
     assert len(tests) == 2 * trials
@@ -145,17 +145,17 @@ CLUMPED = ("chunks", "too clumped")
 BALANCED = ("chunks", "too balanced")
 LABELS = ("source offset", "repeats by source chunk")
 LAG = ("spectrum", "repeats at some lag")
-Maker = Callable[[int, int], Callable[[int, int], broken.Order]]  # of block and parts
+Maker = Callable[[int, int], Callable[[int, int], orders.Order]]  # of block and parts
 BROKEN: dict[str, tuple[Maker, set[tuple[str, str]]]] = {
-    "block_local": (lambda b, p: partial(broken.block_local, block=b), {CLUMPED}),
-    "buffer": (lambda b, p: partial(broken.buffer, size=b), {CLUMPED}),
-    "equal_slice": (lambda b, p: partial(broken.equal_slice, block=b, parts=p), {BALANCED}),
+    "block_local": (lambda b, p: partial(orders.block_local, block=b), {CLUMPED}),
+    "buffer": (lambda b, p: partial(orders.buffer, size=b), {CLUMPED}),
+    "equal_slice": (lambda b, p: partial(orders.equal_slice, block=b, parts=p), {BALANCED}),
     "equal_slice, one seed": (
-        lambda b, p: partial(broken.equal_slice, block=b, parts=p, one_seed=True),
+        lambda b, p: partial(orders.equal_slice, block=b, parts=p, one_seed=True),
         {BALANCED, LABELS, LAG},
     ),
-    "reused_seed_blocks": (lambda b, p: partial(broken.reused_seed_blocks, block=b, parts=p), {LABELS}),
-    "reused_seed_buckets": (lambda b, p: partial(broken.reused_seed_buckets, parts=p), {LAG}),
+    "reused_seed_blocks": (lambda b, p: partial(orders.reused_seed_blocks, block=b, parts=p), {LABELS}),
+    "reused_seed_buckets": (lambda b, p: partial(orders.reused_seed_buckets, parts=p), {LAG}),
 }
 
 
@@ -177,19 +177,19 @@ def test_broken_is_rejected_in_the_right_direction(name: str, size: tuple[int, .
 
 def test_equal_slice_is_only_too_balanced() -> None:
     for seed in range(5):
-        order = broken.equal_slice(20_000, seed, block=1000, parts=40)
+        order = orders.equal_slice(20_000, seed, block=1000, parts=40)
         assert found(report(order, src_chunk_rows=200, dst_chunk_rows=500)) == {BALANCED}
 
 
 def test_one_seed_over_buckets_longer_than_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets of 10 output chunks: the spectrum cannot see them repeat, the offsets do."""
     monkeypatch.setattr(mixing, "WINDOW", 2048)
-    order = broken.equal_slice(100_000, 0, block=2000, parts=20, one_seed=True)
+    order = orders.equal_slice(100_000, 0, block=2000, parts=20, one_seed=True)
     r = report(order, src_chunk_rows=500, dst_chunk_rows=500)
     assert ("output offset", "repeats by output chunk") in found(r)
 
 
-def regular_orders(n: int) -> dict[str, broken.Order]:
+def regular_orders(n: int) -> dict[str, orders.Order]:
     r = np.arange(n)
     half = np.concatenate([r[: n // 2, None], r[n // 2 :, None]], axis=1).ravel()
     bits = int(math.log2(n))
@@ -219,9 +219,9 @@ def test_regular_order_is_rejected(name: str, n: int) -> None:
 # --- streaming, small sizes, bad input ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [broken.honest, partial(broken.block_local, block=700)])
+@pytest.mark.parametrize("order", [orders.honest, partial(orders.block_local, block=700)])
 def test_pieces_give_the_same_report_to_the_bit(
-    monkeypatch: pytest.MonkeyPatch, order: Callable[[int, int], broken.Order]
+    monkeypatch: pytest.MonkeyPatch, order: Callable[[int, int], orders.Order]
 ) -> None:
     monkeypatch.setattr(mixing, "WINDOW", 2048)
     n = 10_000
@@ -237,7 +237,7 @@ def test_pieces_give_the_same_report_to_the_bit(
 
 
 def test_windows_change_only_the_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
-    order = broken.honest(10_000, 0)
+    order = orders.honest(10_000, 0)
     whole = report(order, src_chunk_rows=300, dst_chunk_rows=450)
     monkeypatch.setattr(mixing, "WINDOW", 1100)
     for one, other in zip(whole.tests, report(order, src_chunk_rows=300, dst_chunk_rows=450).tests, strict=True):
@@ -259,7 +259,7 @@ def test_memory_is_bounded_for_a_billion_rows() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 2, 10, 63, 64, 65, 100, 300, 1030])
 def test_small_sizes(n: int) -> None:
-    r = report(broken.honest(n, 1), src_chunk_rows=7, dst_chunk_rows=5)
+    r = report(orders.honest(n, 1), src_chunk_rows=7, dst_chunk_rows=5)
     assert r.passed
     assert bool(r.tests) == (n >= 64)
     names = {name for name, _ in mixing.TABLES} | {"order", "serial", "spectrum", "chunk mates"}
@@ -272,13 +272,13 @@ def test_small_sizes(n: int) -> None:
 
 @pytest.mark.parametrize(("src", "dst"), [(1, 1), (1, 3000), (3000, 1), (9999, 10**12), (1500, 2)])
 def test_chunks_of_any_size(src: int, dst: int) -> None:
-    r = report(broken.honest(3000, 2), src_chunk_rows=src, dst_chunk_rows=dst)
+    r = report(orders.honest(3000, 2), src_chunk_rows=src, dst_chunk_rows=dst)
     assert r.passed
     assert {"order", "serial", "spectrum"} <= {t.name for t in r.tests}
 
 
 def test_report_as_json_and_table() -> None:
-    r = report(broken.block_local(5000, 0, block=100), src_chunk_rows=50, dst_chunk_rows=70)
+    r = report(orders.block_local(5000, 0, block=100), src_chunk_rows=50, dst_chunk_rows=70)
     d = json.loads(json.dumps(r.as_dict(), allow_nan=False))
     assert (d["rows"], d["alpha"], d["passed"]) == (5000, 0.01, False)
     assert d["level"] == r.level == 0.01 / len(r.tests)

@@ -22,7 +22,8 @@ from actshuffle.storage.files import LocalObjects
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place, local_path
 from actshuffle.storage.remote import StoreObjects
-from support.helpers import array, assert_is_oracle, values
+from support.oracle import assert_is_oracle
+from support.stores import array, values
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -18,7 +18,7 @@ from actshuffle.storage import directio as reading
 from actshuffle.storage.buffers import Arena
 from actshuffle.storage.directio import Extent, read_full, two_readers
 from benchmarks.cache import cached_share
-from support.helpers import evict
+from support.stores import evict
 
 SIZE = 3 * reading.PIECE + 12_345
 

@@ -17,8 +17,8 @@ import actshuffle
 from actshuffle.errors import ActshuffleError, DestinationExistsError, MissingChunkError, SourceError, StorageError
 from actshuffle.testing import Faults, Killed, at, differences, matching
 from actshuffle.testing.stories import new_process
-from support.faults import SEED, dask_cluster, drive, ended, outcome, shuffled, source, start
-from support.helpers import array, values
+from support.processes import SEED, dask_cluster, drive, ended, outcome, shuffled, source, start
+from support.stores import array, values
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")

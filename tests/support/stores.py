@@ -1,13 +1,11 @@
-"""Source stores of every kind the engine takes, an executor that repeats itself, and the check of outputs."""
+"""Zarr stores of every kind that the engine takes as a source, and their contents as zarr alone sees them."""
 
 from __future__ import annotations
 
 import math
 import os
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,6 @@ from zarr.codecs import ZstdCodec
 from zarr.errors import UnstableSpecificationWarning
 
 from actshuffle.bfloat16 import BFloat16
-from actshuffle.engine import tasks
-from actshuffle.engine.job import Job
-from actshuffle.engine.prepare import prepare
-from actshuffle.engine.request import Request
-from actshuffle.engine.run import Result, execute
-from actshuffle.executors import Serial
-from actshuffle.ordering.keys import Keys
-from actshuffle.planning.tree import Task
-from actshuffle.progress import Silent
-from actshuffle.storage.place import as_place
 
 STRUCT = np.dtype([("id", "<u4"), ("score", "<f8"), ("flag", "i1")])
 DTYPES = ["?", "i1", "<u2", "<i8", "<f2", "<f4", "<f8", "<c8", "<c16", "<M8[ns]", "<m8[s]", "S5", "<U3", "V3", STRUCT]
@@ -155,76 +143,7 @@ SOURCES: dict[str, Callable[[Path, int], None]] = {
 }
 
 
-# --- Running ------------------------------------------------------------------------------------
-
-
-def job_of(src: Path, dst: Path, *, seed: int = 5, **request: Any) -> Job:
-    """A job without fsync, one block unless told otherwise; ``key_bits`` in a request forces ties."""
-    request = {"run_bytes": 1, "block_bytes": 1 << 30} | request
-    return prepare(
-        as_place(src), as_place(dst), Request(seed=seed, **request), most_memory=lambda: 1 << 30, fsync=False
-    )
-
-
-def run(src: Path, dst: Path, executor: Any = None, **request: Any) -> Result:
-    """A whole run of such a job."""
-    return execute(job_of(src, dst, **request), executor or Serial(), Silent())
-
-
-def force(job: Job, task: Task) -> None:
-    """The work of a task, whatever its receipt says: all its bytes are written again."""
-    {"split": tasks.split, "index": tasks.index, "leaf": tasks.leaf}[task.kind](job, task)
-
-
-def _once(rival: bool, job: Job, task: Task) -> tuple[bool, tasks.Done]:
-    return rival, tasks.run_task(job, task)
-
-
-def _forced(rival: bool, job: Job, task: Task) -> tuple[bool, tasks.Done | None]:
-    return rival, force(job, task) if rival else tasks.run_task(job, task)
-
-
-@dataclass
-class Twice:
-    """An executor that runs a share of the tasks twice, as schedulers do that lose a worker.
-
-    ``how`` is "receipt" (the second may meet the receipt of the first), "rewrite" (it writes all bytes
-    again, on a cluster while the first is at it) or "late" (it does so when the level is done).
-    """
-
-    inner: Any
-    how: str
-    share: float = 0.2
-    repeats: int = 0
-    dice: random.Random = field(default_factory=lambda: random.Random(1))
-
-    @property
-    def workers(self) -> int:
-        return int(self.inner.workers)
-
-    def map(self, fn: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        if fn is not tasks.run_task:
-            yield from self.inner.map(fn, calls)
-            return
-        late: list[tuple[Any, ...]] = []
-
-        def doubled() -> Iterator[tuple[Any, ...]]:
-            for call in calls:
-                yield False, *call
-                if self.dice.random() < self.share:
-                    self.repeats += 1
-                    if self.how == "late":
-                        late.append(call)
-                    else:
-                        yield True, *call
-
-        work = _once if self.how == "receipt" else _forced
-        yield from (done for rival, done in self.inner.map(work, doubled()) if not rival)
-        for _ in self.inner.map(force, late):
-            pass
-
-
-# --- Checking -----------------------------------------------------------------------------------
+# --- Contents -----------------------------------------------------------------------------------
 
 
 def rows_of(data: np.ndarray) -> np.ndarray:
@@ -244,54 +163,6 @@ def opened(path: Path | str) -> tuple[dict[str, Any], dict[str, zarr.Array]]:
         return dict(node.attrs), dict(node.arrays())
 
 
-def assert_is_oracle(
-    src: Path,
-    dst: Path,
-    seed: int = 5,
-    *,
-    fields: Sequence[str] | None = None,
-    source_row: bool = True,
-    **key_bits: int,
-) -> None:
-    """Every array of ``dst`` is that of ``src`` in the order of the keys, with all that describes it."""
-    (attributes, before), (found, after) = opened(src), opened(dst)
-    before = {k: v for k, v in before.items() if fields is None or k in fields}
-    n = next(iter(before.values())).shape[0]
-    order = Keys(seed, **key_bits).order(n)
-    assert found == attributes
-    assert set(after) == {*before, *(["source_row"] * source_row)}
-    if source_row:
-        assert after["source_row"].dtype == np.dtype("<u8")
-        np.testing.assert_array_equal(after["source_row"][:], order.astype(np.uint64))
-    for name, was in before.items():
-        now = after[name]
-        assert now.shape == was.shape, name
-        assert now.dtype == was.dtype.newbyteorder("<"), name
-        assert _is_bfloat16(now) == _is_bfloat16(was), name
-        assert now.nchunks_initialized >= now.nchunks, f"{name} has missing chunks"
-        assert _scalar(now) == _scalar(was), f"fill value of {name}"
-        assert _dimensions(name, now) == _dimensions(name, was), name
-        assert dict(now.attrs) == {k: v for k, v in was.attrs.items() if k != "_ARRAY_DIMENSIONS"}, name
-        np.testing.assert_array_equal(rows_of(now[:]), rows_of(was[:])[order], err_msg=name)
-
-
-def _is_bfloat16(array: zarr.Array) -> bool:
-    return array.metadata.to_dict().get("data_type") == "bfloat16"
-
-
-def _scalar(array: zarr.Array) -> bytes:
-    little = array.dtype.newbyteorder("<")
-    fill = array.fill_value
-    return (np.zeros((), little) if fill is None else np.array(fill, array.dtype).astype(little)).tobytes()
-
-
-def _dimensions(name: str, array: zarr.Array) -> list[str]:
-    names = array.attrs.get("_ARRAY_DIMENSIONS") if array.metadata.zarr_format == 2 else array.metadata.dimension_names
-    if names is None or None in names:
-        return ["row", *(f"{name}_{axis}" for axis in range(1, array.ndim))]
-    return list(names)
-
-
 def files(store: Path) -> dict[str, bytes]:
     """Every file of a store but the run's own records, by path."""
     found = {str(p.relative_to(store)): p for p in sorted(store.rglob("*")) if p.is_file()}
@@ -303,20 +174,3 @@ def evict(path: Path) -> None:
     with path.open("rb") as held:
         os.fsync(held)
         os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-class Stops(Serial):
-    """Dies after some tasks, as a machine does; ``seen`` tells which were found done."""
-
-    def __init__(self, after: int = -1) -> None:
-        self.left, self.seen = after, list[bool]()
-
-    def map(self, fn: Any, calls: Any) -> Any:
-        for call in calls:
-            if self.left == 0:
-                raise KeyboardInterrupt
-            done = fn(*call)
-            if fn is tasks.run_task:
-                self.left -= 1
-                self.seen.append(done.fresh)
-            yield done

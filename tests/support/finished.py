@@ -11,7 +11,8 @@ from actshuffle.arrays.names import MARKER_KEY
 from actshuffle.arrays.small import group_metadata
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place
-from support.helpers import group, run
+from support.runs import run
+from support.stores import group
 
 N = 150
 

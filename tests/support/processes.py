@@ -22,7 +22,7 @@ from actshuffle.engine import tasks
 from actshuffle.errors import ActshuffleError, ClusterError
 from actshuffle.executors import Dask
 from actshuffle.testing import Faults, differences, leftovers, matching
-from support.helpers import group, values
+from support.stores import group, values
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["actshuffle.testing", "distributed", "numcodecs", "hypothesis"])
