@@ -86,7 +86,7 @@ def peak_memory(*, reset=False):
     return int(text.split("VmHWM:")[1].split()[0]) << 10
 
 
-def meet(src, tmp_path, witness, **settings):
+def assert_met(src, tmp_path, witness, **settings):
     """Shuffle a hostile store: it must be refused, in time, with little memory, and without straying."""
     dst = tmp_path / "out" / "dst.zarr"
     dst.parent.mkdir(exist_ok=True)
@@ -133,7 +133,7 @@ def edit(path, change):
 
 def test_control_an_honest_store_is_not_refused(tmp_path, witness):
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
-        meet(honest(tmp_path / "in.zarr"), tmp_path, witness)
+        assert_met(honest(tmp_path / "in.zarr"), tmp_path, witness)
 
 
 def test_control_straying_is_seen(tmp_path, witness, monkeypatch):
@@ -151,7 +151,7 @@ def test_control_straying_is_seen(tmp_path, witness, monkeypatch):
     src = honest(tmp_path / "in.zarr")
     (src / "zarr.json").write_bytes(b"[]")
     with pytest.raises(AssertionError, match="secret"):
-        meet(src, tmp_path, witness)
+        assert_met(src, tmp_path, witness)
 
 
 def test_control_slow_and_greedy_are_seen(tmp_path, witness, monkeypatch):
@@ -173,19 +173,19 @@ def test_control_slow_and_greedy_are_seen(tmp_path, witness, monkeypatch):
     monkeypatch.setattr(prepare, "check_places", dawdles)
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match=r"< 0\.2"):
         patch.setitem(globals(), "SECONDS", 0.2)
-        meet(src, tmp_path, witness)
+        assert_met(src, tmp_path, witness)
     monkeypatch.setattr(prepare, "check_places", takes)
     with pytest.raises(AssertionError, match="peak_memory"):
-        meet(src, tmp_path, witness)
+        assert_met(src, tmp_path, witness)
 
 
 def test_control_without_the_guard_a_key_that_is_there_twice_is_taken(tmp_path, witness, monkeypatch):
     src = honest(tmp_path / "in.zarr")
     edit(src / "x/zarr.json", lambda d: json.dumps(d)[:-1] + ', "node_type": "array"}')
-    assert "twice" in meet(src, tmp_path, witness)
+    assert "twice" in assert_met(src, tmp_path, witness)
     monkeypatch.setattr(guard, "check_document", lambda *args: None)
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
-        meet(src, tmp_path, witness)
+        assert_met(src, tmp_path, witness)
 
 
 def test_control_the_fuzzer_sees_errors_of_no_type(tmp_path, monkeypatch):
@@ -408,7 +408,7 @@ def test_metadata_that_lies(name, tmp_path, witness):
     zarr_format = 3 if file.endswith("zarr.json") else 2
     src = honest(tmp_path / "in.zarr", zarr_format)
     edit(src / file, change)
-    meet(src, tmp_path, witness)
+    assert_met(src, tmp_path, witness)
 
 
 def test_there_are_enough_lies():
@@ -434,7 +434,7 @@ def test_consolidated_names(name, tmp_path, witness):
         }
 
     edit(src / "zarr.json", consolidate)
-    meet(src, tmp_path, witness)
+    assert_met(src, tmp_path, witness)
 
 
 def test_stale_consolidated_metadata(tmp_path, witness):
@@ -445,7 +445,7 @@ def test_stale_consolidated_metadata(tmp_path, witness):
         src / "zarr.json",
         setter(["consolidated_metadata"], {"kind": "inline", "must_understand": False, "metadata": {"x": metadata}}),
     )
-    assert "missing" in meet(src, tmp_path, witness)
+    assert "missing" in assert_met(src, tmp_path, witness)
 
 
 # --- Names --------------------------------------------------------------------------------------
@@ -468,7 +468,7 @@ def test_array_names_that_are_format_strings(name, tmp_path):
 def test_array_names_that_are_no_keys(name, tmp_path, witness):
     src = honest(tmp_path / "in.zarr")
     (src / "x").rename(src / os.fsdecode(name))
-    message = meet(src, tmp_path, witness)
+    message = assert_met(src, tmp_path, witness)
     assert message.isprintable() or "\n" not in message
 
 
@@ -481,10 +481,10 @@ def test_chunk_that_links_out_of_the_root(tmp_path, witness):
     secret.write_bytes(bytes((src / "x/c/1/0").stat().st_size))
     (src / "x/c/1/0").unlink()
     (src / "x/c/1/0").symlink_to(secret)
-    assert "link out of" in meet(src, tmp_path, witness)
+    assert "link out of" in assert_met(src, tmp_path, witness)
     (src / "x/c/1/0").unlink()
     (src / "x/c/1/0").symlink_to("../../../../secret")
-    assert "link out of" in meet(src, tmp_path, witness)
+    assert "link out of" in assert_met(src, tmp_path, witness)
 
 
 @pytest.mark.parametrize("what", ["x", "x/c", "x/c/1", "x/zarr.json", "zarr.json"])
@@ -492,7 +492,7 @@ def test_folder_or_metadata_that_links_out_of_the_root(what, tmp_path, witness):
     src = honest(tmp_path / "in.zarr")
     (src / what).rename(tmp_path / "moved")
     (src / what).symlink_to(tmp_path / "moved")
-    meet(src, tmp_path, witness)
+    assert_met(src, tmp_path, witness)
 
 
 @pytest.mark.parametrize("target", ["/dev/zero", "/dev/urandom", "/proc/self/mem", "/etc/passwd", "/"])
@@ -501,7 +501,7 @@ def test_links_to_devices(target, what, tmp_path, witness):
     src = honest(tmp_path / "in.zarr")
     (src / what).unlink()
     (src / what).symlink_to(target)
-    meet(src, tmp_path, witness)
+    assert_met(src, tmp_path, witness)
 
 
 @pytest.mark.parametrize("what", ["x/zarr.json", "x/c/1/0", "zarr.json"])
@@ -509,17 +509,17 @@ def test_pipes(what, tmp_path, witness):
     src = honest(tmp_path / "in.zarr")
     (src / what).unlink()
     os.mkfifo(src / what)
-    meet(src, tmp_path, witness)
+    assert_met(src, tmp_path, witness)
 
 
 def test_links_in_circles(tmp_path, witness):
     src = honest(tmp_path / "in.zarr")
     shutil.rmtree(src / "x/c/1")
     (src / "x/c/1").symlink_to("../c")
-    meet(src, tmp_path, witness)
+    assert_met(src, tmp_path, witness)
     (src / "x/c/1").unlink()
     (src / "x/c/1").symlink_to("1")
-    meet(src, tmp_path, witness)
+    assert_met(src, tmp_path, witness)
 
 
 def test_links_inside_the_root_are_fine(tmp_path):
@@ -578,7 +578,7 @@ def test_no_pickle_is_read(zarr_format, place, tmp_path, witness):
         edit(src / "x/zarr.json", lambda d: d["codecs"].insert(len(d["codecs"]) * (place == "filter"), codec))
     for chunk in (p for p in (src / "x").rglob("*") if p.is_file() and p.name[0] not in ".z"):
         chunk.write_bytes(payload)
-    meet(src, tmp_path, witness)
+    assert_met(src, tmp_path, witness)
     assert not (tmp_path / "bang").exists()
 
 
@@ -586,7 +586,7 @@ def test_fill_value_is_not_unpickled(tmp_path, witness):
     src = honest(tmp_path / "in.zarr", 2)
     bang = base64.b64encode(pickle.dumps(Bang(tmp_path / "bang"))).decode()
     edit(src / "x/.zarray", lambda d: d.update({"fill_value": bang, "dtype": "|O"}))
-    meet(src, tmp_path, witness)
+    assert_met(src, tmp_path, witness)
     assert not (tmp_path / "bang").exists()
 
 
@@ -666,7 +666,7 @@ def test_bombs(name, how, tmp_path, witness):
         edit(src / "x/zarr.json", setter(["codecs"], codecs))
     for chunk in (p for p in (src / "x").rglob("*") if p.is_file() and p.name[0] not in ".z"):
         chunk.write_bytes(data)
-    meet(src, tmp_path, witness)
+    assert_met(src, tmp_path, witness)
 
 
 def test_bombs_that_are_none(tmp_path):
@@ -702,13 +702,13 @@ def test_file_far_larger_than_its_chunk(tmp_path, witness):
     """A sparse file: no bytes on disk, and more than there is memory when it is read."""
     src = honest(tmp_path / "in.zarr", compressors="auto")
     os.truncate(src / "x/c/1/0", 1 << 40)
-    assert "too many" in meet(src, tmp_path, witness)
+    assert "too many" in assert_met(src, tmp_path, witness)
 
 
 def test_metadata_far_too_large(tmp_path, witness):
     src = honest(tmp_path / "in.zarr")
     os.truncate(src / "x/zarr.json", 1 << 40)
-    assert "metadata of that size" in meet(src, tmp_path, witness)
+    assert "metadata of that size" in assert_met(src, tmp_path, witness)
 
 
 def test_shard_index_far_too_large(tmp_path, witness):
@@ -721,7 +721,7 @@ def test_shard_index_far_too_large(tmp_path, witness):
 
     edit(src / "x/zarr.json", widen)
     os.truncate(src / "x/c/0/0", 1 << 33)
-    assert "inner chunks" in meet(src, tmp_path, witness)
+    assert "inner chunks" in assert_met(src, tmp_path, witness)
 
 
 def test_shard_index_that_wraps_round(tmp_path, witness):
@@ -730,13 +730,13 @@ def test_shard_index_that_wraps_round(tmp_path, witness):
     data = bytearray(path.read_bytes())
     data[-4 - 48 : -4 - 32] = struct.pack("<QQ", 2**64 - 100, 200)
     path.write_bytes(data)
-    assert "past its end" in meet(src, tmp_path, witness)
+    assert "past its end" in assert_met(src, tmp_path, witness)
 
 
 def test_gaps_without_end(tmp_path, witness):
     src = honest(tmp_path / "in.zarr")
     edit(src / "x/zarr.json", setter(["shape", 0], 2**50))
-    meet(src, tmp_path, witness, missing_chunks="fill")
+    assert_met(src, tmp_path, witness, missing_chunks="fill")
 
 
 def test_group_of_very_many_names(tmp_path, witness, monkeypatch):
@@ -744,7 +744,7 @@ def test_group_of_very_many_names(tmp_path, witness, monkeypatch):
     src = honest(tmp_path / "in.zarr")
     for number in range(600):
         (src / f"n{number}").touch()
-    assert "names" in meet(src, tmp_path, witness)
+    assert "names" in assert_met(src, tmp_path, witness)
 
 
 def test_deep_groups(tmp_path, witness):
@@ -754,7 +754,7 @@ def test_deep_groups(tmp_path, witness):
         path.mkdir()
         (path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
         path = path / "g"
-    assert "groups" in meet(src, tmp_path, witness)
+    assert "groups" in assert_met(src, tmp_path, witness)
 
 
 def test_shards_within_shards(tmp_path, witness):
@@ -766,7 +766,7 @@ def test_shards_within_shards(tmp_path, witness):
         outer["configuration"]["codecs"] = [inner]
 
     edit(src / "x/zarr.json", nest)
-    assert "shards" in meet(src, tmp_path, witness)
+    assert "shards" in assert_met(src, tmp_path, witness)
 
 
 # --- run.json, which resuming reads --------------------------------------------------------------

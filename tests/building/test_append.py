@@ -25,10 +25,10 @@ from actshuffle.storage.files import LocalObjects
 from support.executors import Stops
 from support.oracle import assert_is_oracle
 from support.runs import run
-from support.stores import array, files, group, values
+from support.stores import act_and_token, array, files, group, values
 
 N = 120
-FIELDS = {"act": values(N, (5,)), "token": values(N, (), "<i4", seed=1)}
+FIELDS = act_and_token(N)
 SHAPE: dict[str, Any] = {"block_bytes": 24 * 30, "run_bytes": 1, "chunk_rows": 4}
 
 
@@ -47,7 +47,7 @@ def grow(dst: Path, new: Path, out: Path | None = None, **options: Any) -> Appen
     return append(dst, new, out, fsync=False, **{**SHAPE, **options})
 
 
-def is_whole(path: Path, seed: int = 5, **key_bits: int) -> None:
+def assert_whole(path: Path, seed: int = 5, **key_bits: int) -> None:
     """All rows, in the order of the keys."""
     found, order = zarr.open_group(path, mode="r"), Keys(seed, **key_bits).order(N)
     np.testing.assert_array_equal(found["source_row"][:], order)
@@ -75,7 +75,7 @@ def test_any_split_gives_what_a_shuffle_of_all_rows_gives(tmp_path: Path, trial:
 def test_every_file_is_that_of_a_shuffle_from_scratch(tmp_path: Path, cut: int) -> None:
     dst, new = old_and_new(tmp_path, cut)
     grow(dst, new, tmp_path / "grown.zarr")
-    is_whole(tmp_path / "grown.zarr")
+    assert_whole(tmp_path / "grown.zarr")
     concat([tmp_path / "old.zarr", new], tmp_path / "both")
     run(tmp_path / "both", tmp_path / "scratch.zarr", **SHAPE)
     assert files(tmp_path / "grown.zarr") == files(tmp_path / "scratch.zarr")
@@ -127,7 +127,7 @@ def test_codecs_shards_and_ties(tmp_path: Path, settings: dict[str, Any]) -> Non
     new = part(tmp_path / "new.zarr", 70, N, compressors="auto")
     append(dst, new, fsync=False, block_bytes=24 * 40, run_bytes=1)
     bits = dict(zip(("hi_bits", "lo_bits"), settings.get("key_bits", (64, 64)), strict=True))
-    is_whole(dst, **bits)
+    assert_whole(dst, **bits)
     group(tmp_path / "all.zarr", FIELDS)
     assert_is_oracle(tmp_path / "all.zarr", dst, **bits)
     assert zarr.open_group(dst, mode="r")["act"].chunks == (4, 5)
@@ -156,7 +156,7 @@ def test_in_place_and_again_and_again(tmp_path: Path) -> None:
     for number, (a, b) in enumerate([(30, 31), (31, 90), (90, N)]):
         done = grow(dst, part(tmp_path / f"{number}.zarr", a, b))
         assert (done.rows, done.added) == (b, b - a)
-    is_whole(dst)
+    assert_whole(dst)
     assert sorted(p.name for p in tmp_path.iterdir() if "dst" in p.name) == ["dst.zarr"]
     parts = ["old", "0", "1", "2"]
     both = concat([tmp_path / f"{name}.zarr" for name in parts], tmp_path / "all")
@@ -189,7 +189,7 @@ def test_stopped_anywhere_it_resumes_and_the_old_store_stays(tmp_path: Path) -> 
             assert files(dst) == before
             assert verify(tmp_path / "old.zarr", dst).ok
     assert stops >= 4
-    is_whole(dst)
+    assert_whole(dst)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dst.zarr", "new.zarr", "old.zarr"]
 
 
@@ -210,7 +210,7 @@ def test_stopped_at_the_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         grow(dst, new)
     monkeypatch.setattr(module, "exchange", real)
     assert grow(dst, new).done_before == (moment == "after")
-    is_whole(dst)
+    assert_whole(dst)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dst.zarr", "new.zarr", "old.zarr"]
 
 
@@ -228,20 +228,20 @@ def test_a_finished_append_of_other_rows_is_not_taken_for_this_one(
     with pytest.raises(DestinationExistsError):
         grow(dst, new)
     grow(dst, new, overwrite=True)
-    is_whole(dst)
+    assert_whole(dst)
 
 
 def test_where_the_system_cannot_exchange_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
     dst, new = old_and_new(tmp_path, 60)
     grow(dst, new)
-    is_whole(dst)
+    assert_whole(dst)
 
 
 def test_on_a_cluster(tmp_path: Path, cluster: Callable[[int], Dask]) -> None:
     dst, new = old_and_new(tmp_path, 60)
     grow(dst, new, executor=cluster(2))
-    is_whole(dst)
+    assert_whole(dst)
 
 
 # --- Refusals -------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_other_rows_than_those_it_began_with(tmp_path: Path) -> None:
     with pytest.raises(ResumeMismatchError):
         grow(dst, part(tmp_path / "other.zarr", 60, 90))
     grow(dst, new)
-    is_whole(dst)
+    assert_whole(dst)
 
 
 def test_an_old_store_that_was_damaged_since_is_noticed(tmp_path: Path) -> None:

@@ -365,7 +365,7 @@ def real_states(model: str, text: list[Path]) -> tuple[dict[int, np.ndarray], di
 
 
 def test_bad_requests(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
-    def refused(
+    def assert_refused(
         error: type[Exception], words: str, model: Path | None = None, text: Path | None = None, **options: Any
     ) -> None:
         with pytest.raises(error, match=words):
@@ -377,22 +377,22 @@ def test_bad_requests(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -
     (tmp_path / "lines.jsonl").write_text('{"text": "w1"}\n{"body": "w2"}\n')
     (tmp_path / "numbers.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "w1"\n')
-    refused(SourceError, r"cannot load the (model|tokenizer)", model=tmp_path / "absent")
-    refused(RequestError, r"no layer 4: .* has hidden states 0 to 3", layers=[4])
-    refused(RequestError, "no layer -1", layers=[-1])
-    refused(RequestError, "at least one layer", layers=[])
-    refused(RequestError, "no module 'h.9'", hooks=["h.9"])
-    refused(RequestError, "types are", dtype="int8")
-    refused(RequestError, "keep or drop", special="maybe")
-    refused(RequestError, "window of 33", context=33)
-    refused(RequestError, "window of 2", model=models["bert"], context=2)
-    refused(RequestError, "part 0 of 2", part=(0, 2))
-    refused(SourceError, "no such file", text=tmp_path / "absent.txt")
-    refused(SourceError, "no files", text=tmp_path / "empty")
-    refused(SourceError, "no tokens", text=tmp_path / "blank.txt")
-    refused(SourceError, "line 2: no 'text', but 'body'; --field", text=tmp_path / "lines.jsonl")
-    refused(SourceError, "line 1 is no JSON", text=tmp_path / "broken.jsonl")
-    refused(SourceError, "line 1: 'text' is no text", text=tmp_path / "numbers.jsonl")
+    assert_refused(SourceError, r"cannot load the (model|tokenizer)", model=tmp_path / "absent")
+    assert_refused(RequestError, r"no layer 4: .* has hidden states 0 to 3", layers=[4])
+    assert_refused(RequestError, "no layer -1", layers=[-1])
+    assert_refused(RequestError, "at least one layer", layers=[])
+    assert_refused(RequestError, "no module 'h.9'", hooks=["h.9"])
+    assert_refused(RequestError, "types are", dtype="int8")
+    assert_refused(RequestError, "keep or drop", special="maybe")
+    assert_refused(RequestError, "window of 33", context=33)
+    assert_refused(RequestError, "window of 2", model=models["bert"], context=2)
+    assert_refused(RequestError, "part 0 of 2", part=(0, 2))
+    assert_refused(SourceError, "no such file", text=tmp_path / "absent.txt")
+    assert_refused(SourceError, "no files", text=tmp_path / "empty")
+    assert_refused(SourceError, "no tokens", text=tmp_path / "blank.txt")
+    assert_refused(SourceError, "line 2: no 'text', but 'body'; --field", text=tmp_path / "lines.jsonl")
+    assert_refused(SourceError, "line 1 is no JSON", text=tmp_path / "broken.jsonl")
+    assert_refused(SourceError, "line 1: 'text' is no text", text=tmp_path / "numbers.jsonl")
 
 
 def test_values_that_do_not_fit_are_refused(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:

@@ -33,10 +33,10 @@ from actshuffle.loading.trace import came_from, where_is
 from actshuffle.ordering.keys import Keys
 from support.executors import Stops
 from support.runs import run
-from support.stores import array, files, group, opened, rows_of, values
+from support.stores import act_and_token, array, files, group, opened, rows_of, values
 
 N = 150
-FIELDS = {"act": values(N, (5,)), "token": values(N, (), "<i4", seed=1)}
+FIELDS = act_and_token(N)
 
 
 @pytest.fixture

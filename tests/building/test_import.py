@@ -40,7 +40,7 @@ def taken(paths: Any, dst: Path, **options: Any) -> tuple[Imported, dict[str, np
     return done, {name: found[:] for name, found in opened(dst)[1].items()}
 
 
-def same(found: np.ndarray, data: np.ndarray) -> None:
+def assert_same(found: np.ndarray, data: np.ndarray) -> None:
     assert found.shape == data.shape
     assert found.dtype == data.dtype.newbyteorder("<")
     np.testing.assert_array_equal(rows_of(found), rows_of(data))
@@ -52,14 +52,14 @@ def same(found: np.ndarray, data: np.ndarray) -> None:
 def test_one_npy_file(tmp_path: Path) -> None:
     np.save(tmp_path / "layer_3.npy", ACT)
     done, found = taken(tmp_path / "layer_3.npy", tmp_path / "x.zarr")
-    same(found["layer_3"], ACT)
+    assert_same(found["layer_3"], ACT)
     assert "layer_3: 6 float16 from 'layer_3', 1 file: one row per item" in str(done)
 
 
 @pytest.mark.parametrize("dtype", ["?", "i1", "<u2", "<i8", "<f2", "<f4", "<f8", "<c8", ">f4", ">i8"])
 def test_types_of_npy(tmp_path: Path, dtype: str) -> None:
     np.save(tmp_path / "x.npy", values(N, (3,), dtype))
-    same(taken(tmp_path / "x.npy", tmp_path / "x.zarr")[1]["x"], values(N, (3,), dtype))
+    assert_same(taken(tmp_path / "x.npy", tmp_path / "x.zarr")[1]["x"], values(N, (3,), dtype))
 
 
 def test_numbered_parts_are_one_array_and_layers_are_not(tmp_path: Path) -> None:
@@ -72,9 +72,9 @@ def test_numbered_parts_are_one_array_and_layers_are_not(tmp_path: Path) -> None
     np.save(folder / "layer_11.npy", ACT[:, 2:])
     _, found = taken(folder, tmp_path / "x.zarr")
     assert set(found) == {"acts", "tok", "layer_3", "layer_11"}
-    same(found["acts"], ACT)
-    same(found["tok"], TOKEN)
-    same(found["layer_11"], ACT[:, 2:])
+    assert_same(found["acts"], ACT)
+    assert_same(found["tok"], TOKEN)
+    assert_same(found["layer_11"], ACT[:, 2:])
     _, found = taken([folder / "layer_3.npy", folder / "layer_11.npy"], tmp_path / "y.zarr", together=False)
     assert set(found) == {"layer_3", "layer_11"}
 
@@ -84,7 +84,7 @@ def test_numbers_sort_as_numbers(tmp_path: Path) -> None:
     for number in range(12):
         np.save(tmp_path / f"acts/{number}.npy", ACT[number * 7 : number * 7 + 7])
     _, found = taken(tmp_path / "acts", tmp_path / "x.zarr", together=True)
-    same(found["acts"], ACT[:84])
+    assert_same(found["acts"], ACT[:84])
 
 
 def test_memmaps_without_a_header(tmp_path: Path) -> None:
@@ -93,9 +93,9 @@ def test_memmaps_without_a_header(tmp_path: Path) -> None:
         memmap[:] = ACT[30 * number : 30 * number + 30]
         memmap.flush()
     found = taken(tmp_path, tmp_path / "x.zarr", dtype="float16", row_shape=(6,))[1]
-    same(next(iter(found.values())), ACT)
+    assert_same(next(iter(found.values())), ACT)
     bits = taken(tmp_path / "part_0.bin", tmp_path / "y.zarr", dtype="bfloat16", row_shape=(2, 3))[1]
-    same(bits["part_0"], ACT[:30].view("<u2").reshape(30, 2, 3))
+    assert_same(bits["part_0"], ACT[:30].view("<u2").reshape(30, 2, 3))
     with pytest.raises(RequestError, match="--dtype"):
         import_store(tmp_path / "part_0.bin", tmp_path / "z.zarr")
     with pytest.raises(SourceError, match="no whole number of rows"):
@@ -121,8 +121,8 @@ def test_safetensors(tmp_path: Path) -> None:
         for i in range(3)
     ]
     _, found = taken(paths, tmp_path / "x.zarr")
-    same(found["acts"], ACT.view("<u2"))
-    same(found["tokens"], TOKEN)
+    assert_same(found["acts"], ACT.view("<u2"))
+    assert_same(found["tokens"], TOKEN)
     assert zarr.open_group(tmp_path / "x.zarr")["acts"].metadata.to_dict()["data_type"] == "bfloat16"
 
 
@@ -131,8 +131,8 @@ def test_files_of_the_safetensors_library(tmp_path: Path) -> None:
     library.save_file({"acts": ACT, "flags": TOKEN > 0, "n": np.array(3)}, tmp_path / "x.safetensors")
     _, found = taken(tmp_path / "x.safetensors", tmp_path / "x.zarr")
     assert set(found) == {"acts", "flags"}
-    same(found["acts"], ACT)
-    same(found["flags"], TOKEN > 0)
+    assert_same(found["acts"], ACT)
+    assert_same(found["flags"], TOKEN > 0)
 
 
 # --- Torch ----------------------------------------------------------------------------------------
@@ -146,10 +146,11 @@ def test_torch_tensors(tmp_path: Path) -> None:
         tensors = {"acts": acts[rows].clone(), "token": torch.from_numpy(TOKEN[rows].copy())}
         torch.save(tensors, tmp_path / f"{i}.pt")
     _, found = taken([tmp_path / f"{i}.pt" for i in range(3)], tmp_path / "x.zarr")
-    same(found["acts"], acts.view(torch.int16).numpy().view("<u2"))
-    same(found["token"], TOKEN)
+    assert_same(found["acts"], acts.view(torch.int16).numpy().view("<u2"))
+    assert_same(found["token"], TOKEN)
     torch.save(acts.T.contiguous().T, tmp_path / "alone.pth")
-    same(taken(tmp_path / "alone.pth", tmp_path / "y.zarr")[1]["alone"], acts.view(torch.int16).numpy().view("<u2"))
+    alone = taken(tmp_path / "alone.pth", tmp_path / "y.zarr")[1]["alone"]
+    assert_same(alone, acts.view(torch.int16).numpy().view("<u2"))
 
 
 class Trap:
@@ -192,8 +193,8 @@ def test_parquet(tmp_path: Path, fixed: bool) -> None:
         table = pa.table({"acts": lists(acts[rows], fixed), "token": TOKEN[rows], "text": ["x"] * 30})
         parquet.write_table(table, tmp_path / f"{i}.parquet", row_group_size=13)
     done, found = taken(tmp_path, tmp_path / "x.zarr")
-    same(found["acts"], acts)
-    same(found["token"], TOKEN)
+    assert_same(found["acts"], acts)
+    assert_same(found["token"], TOKEN)
     assert done.left_out == ("text (string)",)
 
 
@@ -222,15 +223,15 @@ def test_saelens_cached_activations(tmp_path: Path) -> None:
     hook = "blocks.0.hook_mlp_out"
     folder = saved_dataset(tmp_path / "cache", {hook: lists(acts), "token_ids": lists(tokens), "label": label}, batch=7)
     done, found = taken(folder, tmp_path / "x.zarr", names={"token_ids": "token"}, chunk_rows=11)
-    same(found[hook], acts.reshape(-1, width))
-    same(found["token"], tokens.reshape(-1))
-    same(found["label"], np.repeat(label, length))
+    assert_same(found[hook], acts.reshape(-1, width))
+    assert_same(found["token"], tokens.reshape(-1))
+    assert_same(found["label"], np.repeat(label, length))
     np.testing.assert_array_equal(found["document"], np.repeat(np.arange(sequences), length))
     np.testing.assert_array_equal(found["position"], np.tile(np.arange(length), sequences))
     assert "one row per token" in str(done)
     kept = taken(folder, tmp_path / "y.zarr", flatten=False, chunk_rows=3)[1]
-    same(kept[hook], acts)
-    same(kept["token_ids"], tokens)
+    assert_same(kept[hook], acts)
+    assert_same(kept["token_ids"], tokens)
 
 
 def test_folders_of_the_datasets_library(tmp_path: Path) -> None:
@@ -247,12 +248,12 @@ def test_folders_of_the_datasets_library(tmp_path: Path) -> None:
     made = datasets.Dataset.from_dict({"hook": acts, "token_ids": tokens, "text": ["a"] * 20}, features=features)
     made.save_to_disk(tmp_path / "d", num_shards=3)
     found = taken(tmp_path / "d", tmp_path / "x.zarr")[1]
-    same(found["hook"], acts.reshape(-1, 3))
-    same(found["token_ids"], tokens.reshape(-1))
+    assert_same(found["hook"], acts.reshape(-1, 3))
+    assert_same(found["token_ids"], tokens.reshape(-1))
     datasets.DatasetDict({"train": made, "test": made.select(range(5))}).save_to_disk(tmp_path / "dict")
     with pytest.raises(RequestError, match="--split"):
         import_store(tmp_path / "dict", tmp_path / "y.zarr")
-    same(taken(tmp_path / "dict", tmp_path / "y.zarr", split="test")[1]["hook"], acts[:5].reshape(-1, 3))
+    assert_same(taken(tmp_path / "dict", tmp_path / "y.zarr", split="test")[1]["hook"], acts[:5].reshape(-1, 3))
     made.shuffle(seed=1).save_to_disk(tmp_path / "shuffled")
     found = taken(tmp_path / "shuffled", tmp_path / "z.zarr")[1]
     assert sorted(map(bytes, found["hook"])) == sorted(map(bytes, acts.reshape(-1, 3)))
@@ -283,7 +284,7 @@ def test_an_import_resumes_and_until_then_is_no_store(tmp_path: Path) -> None:
     again = Stops()
     import_store(tmp_path / "x.npy", tmp_path / "x.zarr", executor=again, **options)
     assert sum(again.seen) == -(-N // 16) - 3
-    same(opened(tmp_path / "x.zarr")[1]["x"][:], ACT)
+    assert_same(opened(tmp_path / "x.zarr")[1]["x"][:], ACT)
     with pytest.raises(DestinationExistsError):
         import_store(tmp_path / "x.npy", tmp_path / "x.zarr", **options)
     import_store(tmp_path / "x.npy", tmp_path / "x.zarr", overwrite=True, **options)
@@ -306,7 +307,7 @@ def test_on_a_cluster_and_then_shuffled(tmp_path: Path, cluster: Callable[[int],
     taken(paths, tmp_path / "x.zarr", executor=cluster(2), attributes={"model": "tiny"}, codec="zstd")
     shuffle(tmp_path / "x.zarr", tmp_path / "y.zarr", seed=3, fsync=False)
     attributes, found = opened(tmp_path / "y.zarr")
-    same(found["act"][:], ACT[Keys(3).order(N)])
+    assert_same(found["act"][:], ACT[Keys(3).order(N)])
     assert attributes["model"] == "tiny"
     assert attributes["imported"]["mapping"] == {"act": "act", "token": "token"}
 
@@ -315,7 +316,7 @@ def test_on_a_cluster_and_then_shuffled(tmp_path: Path, cluster: Callable[[int],
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    def refused(words: str, *names: str, error: Any = SourceError, **options: Any) -> None:
+    def assert_refused(words: str, *names: str, error: Any = SourceError, **options: Any) -> None:
         with pytest.raises(error, match=words):
             import_store([tmp_path / n for n in names], tmp_path / "out.zarr", **options)
         assert not any(p.name.startswith("out.zarr") for p in tmp_path.iterdir())
@@ -332,22 +333,22 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "noise.npy").write_bytes(b"noise")
     (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 20)
     array(tmp_path / "store.zarr", ACT)
-    refused("mixed widths", "a_000.npy", "a_001.npy")
-    refused("unequal length", "a_000.npy", "short.npy")
-    refused("type <U1", "text.npy")
-    refused("type object", "object.npy")
-    refused("single number", "number.npy")
-    refused("Fortran", "fortran.npy")
-    refused("no rows", "empty.npy")
-    refused("truncated", "cut.npy")
-    refused("no .npy file", "noise.npy")
-    refused("no safetensors file", "cut.safetensors")
-    refused("no such file", "absent.npy")
-    refused("nothing to import", "store.zarr")
-    refused("several formats", "short.npy", "cut.safetensors")
-    refused("no column 'y'", "short.npy", error=RequestError, columns=["y"])
-    refused("no name for an array", "short.npy", error=RequestError, names={"short": "../x"})
-    refused("unknown format", "short.npy", error=RequestError, format="csv")
+    assert_refused("mixed widths", "a_000.npy", "a_001.npy")
+    assert_refused("unequal length", "a_000.npy", "short.npy")
+    assert_refused("type <U1", "text.npy")
+    assert_refused("type object", "object.npy")
+    assert_refused("single number", "number.npy")
+    assert_refused("Fortran", "fortran.npy")
+    assert_refused("no rows", "empty.npy")
+    assert_refused("truncated", "cut.npy")
+    assert_refused("no .npy file", "noise.npy")
+    assert_refused("no safetensors file", "cut.safetensors")
+    assert_refused("no such file", "absent.npy")
+    assert_refused("nothing to import", "store.zarr")
+    assert_refused("several formats", "short.npy", "cut.safetensors")
+    assert_refused("no column 'y'", "short.npy", error=RequestError, columns=["y"])
+    assert_refused("no name for an array", "short.npy", error=RequestError, names={"short": "../x"})
+    assert_refused("unknown format", "short.npy", error=RequestError, format="csv")
 
 
 def test_two_columns_of_one_name(tmp_path: Path) -> None:

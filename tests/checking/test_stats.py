@@ -44,7 +44,7 @@ def activations(n: int, width: int, dtype: str, offset: float = 0.0) -> np.ndarr
     return data.astype(dtype)
 
 
-def check(found: FloatStats, data: np.ndarray, tolerance: float) -> None:
+def assert_close(found: FloatStats, data: np.ndarray, tolerance: float) -> None:
     flat = data.reshape(len(data), -1).astype(np.float64)
     mean, variance = flat.mean(axis=0), flat.var(axis=0)
     size = np.abs(flat).mean(axis=0)
@@ -67,7 +67,7 @@ def check(found: FloatStats, data: np.ndarray, tolerance: float) -> None:
 def test_stats_are_numpys(tmp_path: Path, n: int, width: int, dtype: str, tolerance: float, offset: float) -> None:
     data = activations(n, width, dtype, offset)
     settings = {"serializer": moments_big_endian()} if dtype[0] == ">" else {}
-    check(one(tmp_path / "s", data, chunks=(97, width), **settings), data, tolerance)
+    assert_close(one(tmp_path / "s", data, chunks=(97, width), **settings), data, tolerance)
 
 
 def moments_big_endian() -> Any:
@@ -82,7 +82,7 @@ def test_bfloat16_is_summed_by_its_values(tmp_path: Path) -> None:
     values = (bits.astype(np.uint32) << 16).view(np.float32)
     found = one(tmp_path / "s", bits, dtype=BFloat16())
     assert found.dtype == "bfloat16"
-    check(found, values, 1e-5)
+    assert_close(found, values, 1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
@@ -91,7 +91,7 @@ def test_bfloat16_outside_the_squares_of_float32(tmp_path: Path, scale: float) -
     data[:, 3] = 0
     bits = (data.view(np.uint32) >> 16).astype(np.uint16)
     values = (bits.astype(np.uint32) << 16).view(np.float32)
-    check(one(tmp_path / "s", bits, dtype=BFloat16()), values, 1e-5)
+    assert_close(one(tmp_path / "s", bits, dtype=BFloat16()), values, 1e-5)
 
 
 def uneven(dtype: str, n: int = 1500, width: int = 1100) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +151,7 @@ def test_all_values_of_float16(tmp_path: Path) -> None:
     every = np.arange(1 << 16, dtype=np.uint16).view("<f2").reshape(-1, 1)
     finite = every[np.isfinite(every[:, 0])]
     found = one(tmp_path / "s", finite, chunks=(1 << 16, 1))
-    check(found, finite, 1e-5)
+    assert_close(found, finite, 1e-5)
     found = one(tmp_path / "s", every, chunks=(1 << 16, 1))
     assert (found.nans, found.infs, found.count) == (2046, 2, len(finite))
     np.testing.assert_allclose(found.variance, finite.astype("f8").var(axis=0), rtol=1e-6)
@@ -198,9 +198,9 @@ def test_outliers_and_dimensions_without_variance_are_named(tmp_path: Path) -> N
 
 
 def test_scalars_and_deep_rows(tmp_path: Path) -> None:
-    check(one(tmp_path / "s", activations(300, 1, "<f4")[:, 0]), activations(300, 1, "<f4")[:, 0], 1e-9)
+    assert_close(one(tmp_path / "s", activations(300, 1, "<f4")[:, 0]), activations(300, 1, "<f4")[:, 0], 1e-9)
     deep = activations(300, 24, "<f2").reshape(300, 2, 1, 3, 4)
-    check(one(tmp_path / "s", deep), deep, 1e-5)
+    assert_close(one(tmp_path / "s", deep), deep, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["i1", "<u2", "<i8", "<u8", "?"])
@@ -246,7 +246,7 @@ def test_what_is_no_number_is_skipped_and_said(sources: Callable[[str, int], Pat
 # --- However it is done -------------------------------------------------------------------------
 
 
-def same(a: Stats, b: Stats) -> None:
+def assert_same(a: Stats, b: Stats) -> None:
     assert a.fields.keys() == b.fields.keys()
     for name, of in a.fields.items():
         other = b.fields[name]
@@ -274,7 +274,7 @@ def test_workers_change_nothing(tmp_path: Path, cluster: Callable[[int], Dask]) 
     store = shuffled(tmp_path / "s", 1000, chunk_rows=50)
     # Tasks are cut for the number of workers; for equal cuts the result is equal to the last bit.
     threads = stats(store, executor=Threads(2))
-    same(stats(store, executor=cluster(2)), threads)
+    assert_same(stats(store, executor=cluster(2)), threads)
     serial = stats(store, executor=Serial())
     assert isinstance(serial["data"], FloatStats)
     np.testing.assert_allclose(serial["data"].variance, threads["data"].variance, rtol=1e-5)  # type: ignore[union-attr]
@@ -313,7 +313,7 @@ def test_rows_are_read_past_the_page_cache(tmp_path: Path) -> None:
     files[1].read_bytes()
     found = stats(dataset, executor=Serial())[name]  # tasks of a whole file
     assert isinstance(found, FloatStats)
-    check(found, data, 1e-9)
+    assert_close(found, data, 1e-9)
     assert cached_share([second]) == 1
     assert cached_share([first]) < 0.1  # a look leaves some pages
     dataset.read(name, 0, 1500)  # as whoever wants them again does
@@ -326,7 +326,7 @@ def test_a_damaged_order_of_results_changes_nothing(tmp_path: Path) -> None:
             return iter([fn(*call) for call in list(calls)][::-1])
 
     store = shuffled(tmp_path / "s", 1000, chunk_rows=50)
-    same(stats(store, executor=Backwards()), stats(store, executor=Serial()))
+    assert_same(stats(store, executor=Backwards()), stats(store, executor=Serial()))
 
 
 # --- Kept in the store --------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_they_are_kept_beside_the_rows(tmp_path: Path) -> None:
         read_stats(store)
     found = stats(store)
     assert found.written
-    same(read_stats(store), found)
+    assert_same(read_stats(store), found)
     assert str(read_stats(store)) == str(found)
     group = zarr.open_group(store, mode="r")
     mean = group["_actshuffle/stats/data/mean"]
@@ -376,7 +376,7 @@ def test_a_views_are_its_own(tmp_path: Path) -> None:
     assert not (store / "_actshuffle" / "stats").exists()
     rows = open_dataset(store).read("data", 10, 60).astype("f8")
     np.testing.assert_allclose(found["data"].mean, rows.mean(axis=0), atol=1e-6)  # type: ignore[union-attr]
-    same(read_stats(tmp_path / "v"), found)
+    assert_same(read_stats(tmp_path / "v"), found)
 
 
 def test_what_is_not_ours_is_not_written_to(tmp_path: Path) -> None:
@@ -398,7 +398,7 @@ def test_damaged_or_stale_statistics_are_refused(tmp_path: Path) -> None:
     whole = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     json_file = folder / "stats.json"
 
-    def refused(message: str) -> None:
+    def assert_refused(message: str) -> None:
         with pytest.raises(FormatError, match=message):
             read_stats(store)
         for path, data in whole.items():
@@ -407,22 +407,22 @@ def test_damaged_or_stale_statistics_are_refused(tmp_path: Path) -> None:
         read_stats(store)
 
     json_file.write_text("{")
-    refused("damaged")
+    assert_refused("damaged")
     json_file.write_text("[1]")
-    refused("damaged")
+    assert_refused("damaged")
     json_file.write_bytes(whole[json_file].replace(b'"format": 1', b'"format": 2'))
-    refused("format 2")
+    assert_refused("format 2")
     chunk = next(p for p in folder.glob("data/mean/c*"))
     chunk.write_bytes(chunk.read_bytes()[:-8] + b"12345678")
-    refused("mean of data")
+    assert_refused("mean of data")
     chunk.unlink()
-    refused("damaged")
+    assert_refused("damaged")
     shutil.rmtree(folder / "data")
-    refused("mean of data")
+    assert_refused("mean of data")
     body = json.loads(whole[json_file])
     del body["fields"]["data"]["arrays"]
     json_file.write_text(json.dumps(body))
-    refused("damaged")
+    assert_refused("damaged")
     other = shuffled(tmp_path / "t", seed=77)
     shutil.copytree(folder, other / "_actshuffle" / "stats")
     with pytest.raises(FormatError, match="not of what is stored"):

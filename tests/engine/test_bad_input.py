@@ -41,7 +41,7 @@ def tree(folder):
     return found
 
 
-def refused(error, src, dst, tmp_path, *, says=(), **settings):
+def assert_refused(error, src, dst, tmp_path, *, says=(), **settings):
     """The error, its message, and that nothing at all was written."""
     before = tree(tmp_path)
     with pytest.raises(error) as raised:
@@ -60,53 +60,53 @@ def refused(error, src, dst, tmp_path, *, says=(), **settings):
 
 
 def test_no_such_source(dst, tmp_path):
-    refused(SourceError, tmp_path / "nowhere", dst, tmp_path, says=("no such source", "nowhere"))
+    assert_refused(SourceError, tmp_path / "nowhere", dst, tmp_path, says=("no such source", "nowhere"))
 
 
 def test_not_zarr(dst, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").write_text("hello")
-    refused(SourceError, tmp_path / "in", dst, tmp_path, says="not a Zarr array or group")
+    assert_refused(SourceError, tmp_path / "in", dst, tmp_path, says="not a Zarr array or group")
 
 
 def test_source_is_a_file(dst, tmp_path):
     (tmp_path / "file.npy").write_bytes(b"\x93NUMPY")
-    refused(SourceError, tmp_path / "file.npy", dst, tmp_path)
+    assert_refused(SourceError, tmp_path / "file.npy", dst, tmp_path)
 
 
 def test_source_is_a_dangling_link(dst, tmp_path):
     (tmp_path / "link.zarr").symlink_to(tmp_path / "gone")
-    refused(SourceError, tmp_path / "link.zarr", dst, tmp_path)
+    assert_refused(SourceError, tmp_path / "link.zarr", dst, tmp_path)
 
 
 def test_source_links_to_itself(dst, tmp_path):
     (tmp_path / "link.zarr").symlink_to("link.zarr")
-    refused(RequestError, tmp_path / "link.zarr", dst, tmp_path, says="link.zarr")
+    assert_refused(RequestError, tmp_path / "link.zarr", dst, tmp_path, says="link.zarr")
 
 
 def test_group_without_arrays(dst, tmp_path):
     zarr.create_group(tmp_path / "in.zarr")
-    refused(SourceError, tmp_path / "in.zarr", dst, tmp_path, says="no arrays")
+    assert_refused(SourceError, tmp_path / "in.zarr", dst, tmp_path, says="no arrays")
 
 
 def test_group_with_groups(src, dst, tmp_path):
     zarr.create_group(src, path="deeper")
-    refused(SourceError, src, dst, tmp_path, says=("deeper", "--fields"))
+    assert_refused(SourceError, src, dst, tmp_path, says=("deeper", "--fields"))
 
 
 def test_arrays_of_unequal_length(src, dst, tmp_path):
     array(src, values(59), "short")
-    refused(SourceError, src, dst, tmp_path, says=("unequal length", "short: 59", "x: 60"))
+    assert_refused(SourceError, src, dst, tmp_path, says=("unequal length", "short: 59", "x: 60"))
 
 
 def test_scalar(src, dst, tmp_path):
     zarr.create_array(src, name="scalar", shape=(), dtype="f4")
-    refused(SourceError, src, dst, tmp_path, says="scalar")
+    assert_refused(SourceError, src, dst, tmp_path, says="scalar")
 
 
 def test_rows_that_are_empty(src, dst, tmp_path):
     zarr.create_array(src, name="thin", shape=(60, 0), dtype="f4")
-    refused(SourceError, src, dst, tmp_path, says="rows are empty")
+    assert_refused(SourceError, src, dst, tmp_path, says="rows are empty")
 
 
 def test_object_dtype(dst, tmp_path):
@@ -126,53 +126,53 @@ def test_object_dtype(dst, tmp_path):
             }
         )
     )
-    refused(SourceError, folder, dst, tmp_path)
+    assert_refused(SourceError, folder, dst, tmp_path)
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
 def test_strings_of_any_length(zarr_format, dst, tmp_path):
     made = zarr.create_array(tmp_path / "in.zarr", shape=(3,), dtype=str, zarr_format=zarr_format)
     made[...] = np.array(["a", "bcd", ""])
-    refused(SourceError, tmp_path / "in.zarr", dst, tmp_path, says="no fixed width")
+    assert_refused(SourceError, tmp_path / "in.zarr", dst, tmp_path, says="no fixed width")
 
 
 def test_array_with_our_name(src, dst, tmp_path):
     array(src, values(60), "_actshuffle")
-    refused(SourceError, src, dst, tmp_path, says="_actshuffle")
+    assert_refused(SourceError, src, dst, tmp_path, says="_actshuffle")
 
 
 def test_array_named_source_row(src, dst, tmp_path):
     array(src, values(60), "source_row")
-    refused(RequestError, src, dst, tmp_path, says=("source_row", "--no-source-row"))
+    assert_refused(RequestError, src, dst, tmp_path, says=("source_row", "--no-source-row"))
 
 
 # --- Requests that cannot be met ----------------------------------------------------------------
 
 
 def test_unknown_field(src, dst, tmp_path):
-    refused(RequestError, src, dst, tmp_path, fields=["x", "y"], says=("'y'", "doc", "x"))
+    assert_refused(RequestError, src, dst, tmp_path, fields=["x", "y"], says=("'y'", "doc", "x"))
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "7", True, None])
 def test_seed_that_is_none(seed, src, dst, tmp_path):
     if seed is not None:
-        refused(RequestError, src, dst, tmp_path, seed=seed, says="seed")
+        assert_refused(RequestError, src, dst, tmp_path, seed=seed, says="seed")
 
 
 @pytest.mark.parametrize("levels", [0, -1, 17])
 def test_levels_out_of_range(levels, src, dst, tmp_path):
-    refused(RequestError, src, dst, tmp_path, levels=levels, block_bytes=500, says="levels")
+    assert_refused(RequestError, src, dst, tmp_path, levels=levels, block_bytes=500, says="levels")
 
 
 def test_levels_too_few(src, dst, tmp_path):
-    message = refused(InfeasibleError, src, dst, tmp_path, levels=1, block_bytes=300, run_bytes=1, chunk_rows=4)
+    message = assert_refused(InfeasibleError, src, dst, tmp_path, levels=1, block_bytes=300, run_bytes=1, chunk_rows=4)
     assert "M x (M/P)^0 = " in message
     assert "use --levels" in message
 
 
 def test_memory_too_small_for_its_rows(dst, tmp_path):
     array(tmp_path / "in.zarr", values(8, (1 << 20,)), chunks=(1, 1 << 20))
-    message = refused(InfeasibleError, tmp_path / "in.zarr", dst, tmp_path, memory="17MB", fsync=False)
+    message = assert_refused(InfeasibleError, tmp_path / "in.zarr", dst, tmp_path, memory="17MB", fsync=False)
     assert "give at least --memory" in message
 
 
@@ -203,20 +203,20 @@ def test_memory_advice_is_enough(dst, tmp_path):
     ids=str,
 )
 def test_arguments_that_mean_nothing(settings, src, dst, tmp_path):
-    refused(RequestError, src, dst, tmp_path, **settings)
+    assert_refused(RequestError, src, dst, tmp_path, **settings)
 
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/x", "s3://user:hunter2@bucket/x", "https://h/x?sig=hunter2"])
 def test_urls_that_cannot_be_used(url, src, dst, tmp_path):
-    assert "hunter2" not in refused(RequestError, url, dst, tmp_path)
-    assert "hunter2" not in refused(RequestError, src, url, tmp_path)
-    assert "hunter2" not in refused(RequestError, src, dst, tmp_path, scratch=url)
+    assert "hunter2" not in assert_refused(RequestError, url, dst, tmp_path)
+    assert "hunter2" not in assert_refused(RequestError, src, url, tmp_path)
+    assert "hunter2" not in assert_refused(RequestError, src, dst, tmp_path, scratch=url)
 
 
 @pytest.mark.parametrize("name", ["", "a\0b"])
 def test_paths_that_are_none(name, src, dst, tmp_path):
-    refused(RequestError, name, dst, tmp_path)
-    refused(RequestError, src, name, tmp_path)
+    assert_refused(RequestError, name, dst, tmp_path)
+    assert_refused(RequestError, src, name, tmp_path)
 
 
 def test_path_that_is_too_long(src, dst, tmp_path):
@@ -232,14 +232,14 @@ def test_path_that_is_too_long(src, dst, tmp_path):
 
 def test_destination_exists(src, dst, tmp_path):
     shutil.copytree(src, dst)
-    refused(DestinationExistsError, src, dst, tmp_path, says="--overwrite")
+    assert_refused(DestinationExistsError, src, dst, tmp_path, says="--overwrite")
 
 
 def test_destination_is_a_folder_with_something_else(src, dst, tmp_path):
     dst.mkdir()
     (dst / "thesis.tex").write_text("years of work")
-    refused(DestinationExistsError, src, dst, tmp_path)
-    refused(DestinationExistsError, src, dst, tmp_path, overwrite=True, says="by hand")
+    assert_refused(DestinationExistsError, src, dst, tmp_path)
+    assert_refused(DestinationExistsError, src, dst, tmp_path, overwrite=True, says="by hand")
 
 
 def test_destination_is_an_empty_folder(src, dst):
@@ -250,25 +250,25 @@ def test_destination_is_an_empty_folder(src, dst):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_destination_is_a_file(overwrite, src, dst, tmp_path):
     dst.write_text("years of work")
-    refused(DestinationExistsError, src, dst, tmp_path, overwrite=overwrite, says="is a file")
+    assert_refused(DestinationExistsError, src, dst, tmp_path, overwrite=overwrite, says="is a file")
 
 
 def test_destination_inside_source(src, tmp_path):
-    refused(RequestError, src, src / "dst.zarr", tmp_path, says="inside each other")
-    refused(RequestError, src, src / "x" / "deep" / "dst.zarr", tmp_path, says="inside each other")
-    refused(RequestError, src, src, tmp_path, says="inside each other")
+    assert_refused(RequestError, src, src / "dst.zarr", tmp_path, says="inside each other")
+    assert_refused(RequestError, src, src / "x" / "deep" / "dst.zarr", tmp_path, says="inside each other")
+    assert_refused(RequestError, src, src, tmp_path, says="inside each other")
 
 
 def test_source_inside_destination(src, tmp_path):
-    refused(RequestError, src, src.parent, tmp_path, says="inside each other")
-    refused(RequestError, src, src.parent, tmp_path, overwrite=True, says="inside each other")
+    assert_refused(RequestError, src, src.parent, tmp_path, says="inside each other")
+    assert_refused(RequestError, src, src.parent, tmp_path, overwrite=True, says="inside each other")
 
 
 def test_destination_inside_source_by_way_of_a_link(src, tmp_path):
     (tmp_path / "link").symlink_to(src)
-    refused(RequestError, src, tmp_path / "link" / "dst.zarr", tmp_path, says="inside each other")
-    refused(RequestError, tmp_path / "link", src / "dst.zarr", tmp_path, says="inside each other")
-    refused(RequestError, src, src / ".." / "src.zarr" / "y", tmp_path, says="inside each other")
+    assert_refused(RequestError, src, tmp_path / "link" / "dst.zarr", tmp_path, says="inside each other")
+    assert_refused(RequestError, tmp_path / "link", src / "dst.zarr", tmp_path, says="inside each other")
+    assert_refused(RequestError, src, src / ".." / "src.zarr" / "y", tmp_path, says="inside each other")
 
 
 def test_remote_destination_inside_source(tmp_path):
@@ -278,9 +278,9 @@ def test_remote_destination_inside_source(tmp_path):
 
 
 def test_scratch_inside_source_or_destination(src, dst, tmp_path):
-    refused(RequestError, src, dst, tmp_path, scratch=src / "scratch", says="scratch")
-    refused(RequestError, src, dst, tmp_path, scratch=dst, says="scratch")
-    refused(RequestError, src, dst, tmp_path, scratch=dst / "scratch", says="scratch")
+    assert_refused(RequestError, src, dst, tmp_path, scratch=src / "scratch", says="scratch")
+    assert_refused(RequestError, src, dst, tmp_path, scratch=dst, says="scratch")
+    assert_refused(RequestError, src, dst, tmp_path, scratch=dst / "scratch", says="scratch")
 
 
 @pytest.mark.parametrize("where", ["scratch", "destination"])
@@ -294,7 +294,7 @@ def test_no_room(where, src, dst, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LocalObjects, "free_bytes", free)
     monkeypatch.setattr(prepare, "_device", lambda path: str(path).startswith(str(full)))
-    message = refused(
+    message = assert_refused(
         InfeasibleError, src, dst, tmp_path, scratch=full, levels=2, block_bytes=400, run_bytes=1, chunk_rows=4
     )
     assert "1 KB free" in message
@@ -305,7 +305,7 @@ def test_no_room_for_both_on_one_disk(src, dst, tmp_path, monkeypatch):
     need = 60 * (20 + 8) + 60 * 36
     monkeypatch.setattr(LocalObjects, "free_bytes", lambda objects: need - 1)
     settings = {"levels": 2, "block_bytes": 400, "run_bytes": 1, "chunk_rows": 4}
-    refused(InfeasibleError, src, dst, tmp_path, **settings)
+    assert_refused(InfeasibleError, src, dst, tmp_path, **settings)
     monkeypatch.setattr(LocalObjects, "free_bytes", lambda objects: need)
     actshuffle.shuffle(src, dst, seed=1, fsync=False, **settings)
 
@@ -346,7 +346,8 @@ def test_missing_chunk(kind, dst, tmp_path):
     path = kinds(tmp_path / "in.zarr", kind)
     path.unlink()
     key = str(path.relative_to(tmp_path / "in.zarr"))
-    refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says=(key, "missing", "--missing-chunks fill"))
+    says = (key, "missing", "--missing-chunks fill")
+    assert_refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says=says)
 
 
 @pytest.mark.parametrize("kind", ["sharded", "sharded_zstd"])
@@ -355,7 +356,7 @@ def test_missing_inner_chunk(kind, dst, tmp_path):
     data = bytearray(path.read_bytes())
     data[-4 - 16 * 2 : -4 - 16] = b"\xff" * 16  # the second of three
     path.write_bytes(data)
-    refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says=("x/c/2/0", "lacks inner chunk (1, 0)"))
+    assert_refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says=("x/c/2/0", "lacks inner chunk (1, 0)"))
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "zstd"])
@@ -363,7 +364,7 @@ def test_missing_inner_chunk(kind, dst, tmp_path):
 def test_truncated_chunk(kind, left, dst, tmp_path):
     path = kinds(tmp_path / "in.zarr", kind)
     path.write_bytes(path.read_bytes()[:left])
-    refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says="x/")
+    assert_refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says="x/")
 
 
 def test_truncated_shard_with_its_index(dst, tmp_path):
@@ -371,7 +372,7 @@ def test_truncated_shard_with_its_index(dst, tmp_path):
     path = kinds(tmp_path / "in.zarr", "sharded")
     data = path.read_bytes()
     path.write_bytes(data[-52:])
-    refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says=("x/c/2/0", "past its end"))
+    assert_refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says=("x/c/2/0", "past its end"))
 
 
 @pytest.mark.parametrize("kind", ["zstd", "crc32c", "sharded_zstd"])
@@ -391,7 +392,7 @@ def test_chunk_that_is_a_folder(dst, tmp_path):
     path = kinds(tmp_path / "in.zarr", "raw")
     path.unlink()
     path.mkdir()
-    refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says="x/c/2/0")
+    assert_refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says="x/c/2/0")
 
 
 def test_source_that_vanishes_during_the_run(dst, tmp_path, src):

@@ -341,7 +341,7 @@ AROUND = sorted({0, 1, *(2**j + d for j in range(1, 18) for d in (-1, 0, 1))})
 THIN = [0, 1, 2, 3, 31, 32, 33, 1023, 1024, 1025, 65_535, 65_536, 65_537]
 
 
-def check_rows(tmp_path, n, dtype, shape, executor=None, **request):
+def assert_shuffled(tmp_path, n, dtype, shape, executor=None, **request):
     src, dst = tmp_path / "src", tmp_path / "dst"
     array(src, values(n, shape, dtype), chunks=(max(1, n // 5), *shape))
     run(src, dst, executor, **request)
@@ -351,23 +351,23 @@ def check_rows(tmp_path, n, dtype, shape, executor=None, **request):
 @pytest.mark.parametrize("n", AROUND)
 def test_rows_any_number_in_three_levels(tmp_path, n):
     block = max(3, n // 7)
-    check_rows(tmp_path, n, "<u2", (), levels=3, block_bytes=2 * block, chunk_rows=max(1, n // 20))
+    assert_shuffled(tmp_path, n, "<u2", (), levels=3, block_bytes=2 * block, chunk_rows=max(1, n // 20))
 
 
 @pytest.mark.parametrize("n", THIN)
 def test_rows_any_number_in_two_levels(tmp_path, n):
     block = max(2, math.ceil(n**0.5), n // 9)
-    check_rows(tmp_path, n, "<f4", (3,), levels=2, block_bytes=12 * block, chunk_rows=max(1, block // 2))
+    assert_shuffled(tmp_path, n, "<f4", (3,), levels=2, block_bytes=12 * block, chunk_rows=max(1, block // 2))
 
 
 @pytest.mark.parametrize("n", THIN)
 def test_rows_any_number_in_one_level(tmp_path, n):
-    check_rows(tmp_path, n, "<u2", (), levels=1)
+    assert_shuffled(tmp_path, n, "<u2", (), levels=1)
 
 
 @pytest.mark.parametrize("n", [0, 1, 1025])
 def test_rows_any_number_on_a_cluster(tmp_path, cluster, n):
-    check_rows(tmp_path, n, "i1", (5,), cluster(2), levels=2, block_bytes=5 * max(4, n // 9), chunk_rows=4)
+    assert_shuffled(tmp_path, n, "i1", (5,), cluster(2), levels=2, block_bytes=5 * max(4, n // 9), chunk_rows=4)
 
 
 # --- Every kind of source ------------------------------------------------------------------------

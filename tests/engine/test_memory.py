@@ -116,7 +116,7 @@ def big_source(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-def check(found: dict[str, object], levels: int, at_least: float) -> None:
+def assert_within(found: dict[str, object], levels: int, at_least: float) -> None:
     assert found["levels"] == levels
     assert found["peak"] <= found["bound"], found
     assert found["peak"] >= at_least * found["bound"], f"memory is left unused: {found}"
@@ -153,30 +153,30 @@ GRID = [
 @pytest.mark.parametrize(("row_bytes", "kind", "levels", "memory", "at_least"), SERIAL)
 def test_serial_run_keeps_to_its_memory(big_source, tmp_path, row_bytes, kind, levels, memory, at_least):
     src = big_source(row_bytes, kind)
-    check(measured(src, tmp_path / "dst", memory=memory * MB, levels=levels), levels, at_least)
+    assert_within(measured(src, tmp_path / "dst", memory=memory * MB, levels=levels), levels, at_least)
 
 
 @pytest.mark.parametrize("output", [{"codec": "zstd"}, {"codec": "crc32c"}, {"chunks_per_shard": 4, "chunk_rows": 512}])
 def test_serial_run_keeps_to_its_memory_through_output_codecs(big_source, tmp_path, output):
-    check(measured(big_source(1024, "raw"), tmp_path / "dst", memory=64 * MB, levels=2, **output), 2, 0.6)
+    assert_within(measured(big_source(1024, "raw"), tmp_path / "dst", memory=64 * MB, levels=2, **output), 2, 0.6)
 
 
 def test_serial_run_keeps_to_its_memory_with_narrow_rows(big_source, tmp_path):
     # Keys and their order take several times what the rows do.
     src = big_source(8, "raw", 40 * MB)
-    check(measured(src, tmp_path / "dst", memory=200 * MB, levels=2), 2, 0.7)
+    assert_within(measured(src, tmp_path / "dst", memory=200 * MB, levels=2), 2, 0.7)
 
 
 def test_serial_run_in_one_level_keeps_to_its_memory(big_source, tmp_path):
-    check(measured(big_source(1024, "raw"), tmp_path / "dst", memory=220 * MB), 1, 0.7)
-    check(measured(big_source(1024, "zstd"), tmp_path / "dst", memory=220 * MB), 1, 0.7)
+    assert_within(measured(big_source(1024, "raw"), tmp_path / "dst", memory=220 * MB), 1, 0.7)
+    assert_within(measured(big_source(1024, "zstd"), tmp_path / "dst", memory=220 * MB), 1, 0.7)
 
 
 @pytest.mark.parametrize("row_bytes", [64, 1024, 16384])
 def test_serial_run_that_gathers_keeps_to_its_memory(big_source, tmp_path, row_bytes):
     """What lies in the page cache is the system's, and is not counted; rows are read where they are written from."""
     src = big_source(row_bytes, "raw")
-    check(measured(src, tmp_path / "dst", memory=64 * MB, gather=True), 1, 0.2)
+    assert_within(measured(src, tmp_path / "dst", memory=64 * MB, gather=True), 1, 0.2)
 
 
 def test_measuring_sees_memory_that_was_not_planned(big_source, tmp_path):
@@ -185,7 +185,7 @@ def test_measuring_sees_memory_that_was_not_planned(big_source, tmp_path):
     greedy = measured(src, tmp_path / "dst", memory=48 * MB, levels=2, hog=30 * MB)
     assert greedy["peak"] - honest["peak"] == pytest.approx(30 * MB, rel=0.2)
     with pytest.raises(AssertionError):
-        check(greedy, 2, 0.7)
+        assert_within(greedy, 2, 0.7)
 
 
 @pytest.mark.parametrize(("workers", "threads", "kind"), [(2, 1, "zstd"), (1, 3, "raw")])
@@ -214,7 +214,7 @@ def test_cluster_run_keeps_to_its_memory_in_every_worker(big_source, tmp_path, w
     for worker, peak in peaks.items():
         found = {"peak": peak - idle[worker], "bound": result.plan.memory, "levels": result.plan.levels}
         # Blocks and leaves are smaller than memory allows, so that there are some for every worker.
-        check(found, 2, 0.3)
+        assert_within(found, 2, 0.3)
 
 
 @pytest.mark.soak
@@ -223,7 +223,7 @@ def test_serial_run_keeps_to_its_memory_over_the_grid(big_source, tmp_path, row_
     found = measured(big_source(row_bytes, kind), tmp_path / "dst", memory=memory * MB, levels=levels)
     share = found["peak"] / found["bound"]
     print(f"{row_bytes:6} B {kind:8} {levels} {memory} MB: {found['peak'] / MB:.1f} MB, {share:.2f}")
-    check(found, levels, 0.4)
+    assert_within(found, levels, 0.4)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def dies(work: Callable[[], object], at: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
 
 
-def check(folder: Path, mesh: Mesh, least: int) -> int:
+def assert_resumes(folder: Path, mesh: Mesh, least: int) -> int:
     """The latest checkpoint loads, is whole, and is not older than `least`; returns its step."""
     found = checkpoint.find(folder)
     found.verify()
@@ -238,7 +238,7 @@ def every_point(rank: int, folder: Path, out: Path, careless: bool) -> None:
         points += 1
         died = dies(lambda: save(folder, model, optimizer, 2, {"at": 2}), points)
         try:
-            steps.add(check(folder, mesh, 1))
+            steps.add(assert_resumes(folder, mesh, 1))
         except (CheckpointError, AssertionError):
             failures += 1
         if not died or points > 300:
@@ -278,7 +278,7 @@ def a_hundred_kills(rank: int, folder: Path, out: Path) -> None:
         time.sleep(rng.uniform(0.001, 0.03))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        now = check(folder, mesh, at)
+        now = assert_resumes(folder, mesh, at)
         advanced += now > at
         at = now
     out.write_text(f"{at} {advanced}")

@@ -258,7 +258,7 @@ def test_all_requests_fail_from_some_time_on(what, method, endpoint, bucket, loc
 # --- Who may --------------------------------------------------------------------------------------
 
 
-def refused(endpoint, bucket, options, error=ActshuffleError):
+def assert_refused(endpoint, bucket, options, error=ActshuffleError):
     started = time.monotonic()
     with pytest.raises(error) as raised:
         shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", storage_options=options)
@@ -274,19 +274,19 @@ def refused(endpoint, bucket, options, error=ActshuffleError):
 
 def test_anonymous(endpoint, bucket):
     endpoint.wants = KEY
-    said = refused(endpoint, bucket, endpoint.options(key=None))
+    said = assert_refused(endpoint, bucket, endpoint.options(key=None))
     assert "Access Denied" in said or "Forbidden" in said
 
 
 def test_wrong_key(endpoint, bucket):
     endpoint.wants = KEY
-    said = refused(endpoint, bucket, endpoint.options(key="AKIDOTHER"))
+    said = assert_refused(endpoint, bucket, endpoint.options(key="AKIDOTHER"))
     assert "Access Key Id" in said or "Forbidden" in said
 
 
 def test_expired_token(endpoint, bucket):
     endpoint.unkind = lambda method, path: "expired"
-    said = refused(endpoint, bucket, endpoint.options(**QUICK))
+    said = assert_refused(endpoint, bucket, endpoint.options(**QUICK))
     assert "expired" in said.lower() or "Bad Request" in said
 
 
@@ -308,7 +308,7 @@ def test_token_that_expires_during_the_run(endpoint, bucket, local, tmp_path):
 def test_no_credentials_at_all(endpoint, bucket, monkeypatch):
     options = {"client_kwargs": {"endpoint_url": endpoint.url, "region_name": "us-east-1"}}
     endpoint.wants = KEY
-    refused(endpoint, bucket, options)
+    assert_refused(endpoint, bucket, options)
 
 
 def test_no_such_bucket(endpoint, bucket, tmp_path):

@@ -143,6 +143,11 @@ SOURCES: dict[str, Callable[[Path, int], None]] = {
 }
 
 
+def act_and_token(n: int) -> dict[str, np.ndarray]:
+    """Two fields of ``n`` rows, of 20 and 4 bytes."""
+    return {"act": values(n, (5,)), "token": values(n, (), "<i4", seed=1)}
+
+
 # --- Contents -----------------------------------------------------------------------------------
 
 
