@@ -14,7 +14,7 @@ from actshuffle.errors import FormatError
 from actshuffle.storage.objects import Objects
 
 
-def _is_list(found: Any, length: int, holds: Callable[[Any], bool]) -> bool:
+def is_list(found: Any, length: int, holds: Callable[[Any], bool]) -> bool:
     return isinstance(found, list) and len(found) == length and all(map(holds, found))
 
 
@@ -22,7 +22,7 @@ def altered_files(objects: Objects, marker: dict[str, Any]) -> Iterator[tuple[st
     """Key and what is wrong of each small file, the marker among them, that is not what was written."""
     body = {k: v for k, v in marker.items() if k != "sha256"}
     around = json.loads(group_metadata({"actshuffle": marker}))  # what no checksum of the body sees
-    if marker.get("sha256") != _digest(body) or json.loads(objects.get(MARKER_KEY) or "{}") != around:
+    if marker.get("sha256") != marker_digest(body) or json.loads(objects.get(MARKER_KEY) or "{}") != around:
         yield MARKER_KEY, "is not what was written"
     for key, check in marker.get("files", {}).items():
         data = objects.get(key)
@@ -30,7 +30,7 @@ def altered_files(objects: Objects, marker: dict[str, Any]) -> Iterator[tuple[st
             yield key, "is missing" if data is None else "is not what was written"
 
 
-def _digest(body: dict[str, Any]) -> str:
+def marker_digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -68,7 +68,7 @@ def read_marker(objects: Objects) -> dict[str, Any] | None:
                 raise TypeError(f"{name} cannot be {str(body[name])[:40]!r}")
         if not isinstance(body.get("files", {}), dict):
             raise TypeError("files must be digests by key")
-        if "key_bits" in body and not _is_list(body["key_bits"], 2, lambda x: x in range(65)):
+        if "key_bits" in body and not is_list(body["key_bits"], 2, lambda x: x in range(65)):
             raise TypeError("key_bits must be two numbers up to 64")
     except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise FormatError(f"{MARKER_KEY} is damaged: {err}") from err

@@ -33,13 +33,12 @@ from actshuffle.arrays.names import RUN_KEY
 from actshuffle.building.activations import READER
 from actshuffle.building.models import DTYPES, Model, load_tokenizer, model_of
 from actshuffle.building.tokens import COLUMNS, Cut, special_tokens, text_files, tokenize
-from actshuffle.engine import manifest, tasks
-from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
-from actshuffle.engine.run import execute, publish
-from actshuffle.errors import DestinationExistsError, FormatError, RequestError, ResumeMismatchError, SourceError
+from actshuffle.engine.run import Shuffle, execute
+from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError, SourceError
 from actshuffle.executors import Executor, Serial
+from actshuffle.jobs.running import run_part
 from actshuffle.loading.dataset import open_dataset
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
@@ -169,7 +168,7 @@ def collect(
     if part is None:
         execute(job, crew, shown)
     else:
-        complete = _do_part(job, part, crew, shown)
+        complete = run_part(Shuffle(job), part, crew, shown)
     if complete:
         open_objects(source).delete_prefix("")
     count = job.plan.rows
@@ -191,30 +190,6 @@ def _refuse_other(place: Place, was: dict[str, Any] | None, now: dict[str, Any],
         f"{place} is half done with other arguments: {'; '.join(told)}. Give the same to resume, or "
         "--overwrite to start again"
     )
-
-
-def _do_part(job: Job, part: tuple[int, int], crew: Executor, progress: Progress) -> bool:
-    """One part of the blocks; True if with it all are done, and published."""
-    number, count = part
-    objects = open_objects(job.destination, fsync=job.fsync)
-    if objects.size(RUN_KEY) is None:
-        manifest.write_run(job)
-    blocks = list(job.plan.tasks(1))
-    mine = blocks[len(blocks) * (number - 1) // count : len(blocks) * number // count]
-    progress.begin(f"part {number} of {count}", len(mine), len(mine) * job.plan.block_bytes)
-    for done in crew.map(tasks.run_task, ((job, task) for task in mine)):
-        progress.advance(done.nbytes, done.fresh)
-    progress.end()
-    if read_marker(objects) is not None:  # another part was the last
-        return True
-    if not tasks.complete(job, 1):
-        return read_marker(objects) is not None
-    try:
-        publish(job, progress)
-    except FormatError:  # a receipt is gone: another part publishes, or has published
-        if read_marker(objects) is None:
-            raise
-    return True
 
 
 def _write_source(

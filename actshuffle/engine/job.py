@@ -3,16 +3,80 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import re
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
 from actshuffle.arrays.field import Field
+from actshuffle.arrays.marker import is_list
+from actshuffle.arrays.names import RECEIPTS
+from actshuffle.jobs.records import identity_of
 from actshuffle.ordering.keys import Keys
-from actshuffle.planning.tree import LATER, Plan
-from actshuffle.storage.place import Place, public_url
+from actshuffle.planning.tree import LATER, Plan, Task
+from actshuffle.storage.objects import Objects, open_objects
+from actshuffle.storage.place import Place, local_path, public_url
+
+FACTS = ("marker", "sums", "stage", "behind")
+
+
+class Kind(StrEnum):
+    """The kinds of job.  All but a shuffle have leaves alone: one level, and no spill.
+
+    A *shuffle* splits rows into buckets, level by level, and sorts leaves by key.  In a *gather* each leaf
+    takes its own rows from the source.  In a *merge* a leaf's rows come from sorted stores in any order and
+    are sorted by key.  In a *copy* they stay as they come.
+    """
+
+    SHUFFLE = "shuffle"
+    GATHER = "gather"
+    MERGE = "merge"
+    COPY = "copy"
+
+    @property
+    def ranked(self) -> bool:
+        """True if rows find their leaf by their key's rank, for which the boundaries must be known."""
+        return self in (Kind.SHUFFLE, Kind.GATHER)
+
+    @property
+    def gathers(self) -> bool:
+        """True if a leaf picks its rows from the whole source; its receipt then carries a digest of their keys."""
+        return self is Kind.GATHER
+
+    @property
+    def sorts(self) -> bool:
+        """True if a leaf orders its rows by key."""
+        return self is not Kind.COPY
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a virtual source adds to a job.
+
+    Attributes
+    ----------
+    marker : entries of the completion marker.
+    sums : the digests that the arrays must turn out to have, by name; None if nothing was promised.
+    stage : the name of the stage in the progress display.
+    behind : the places that the source reads from, which must not be written to.
+    """
+
+    marker: dict[str, Any]
+    sums: dict[str, str] | None
+    stage: str | None
+    behind: tuple[str, ...]
+
+    @staticmethod
+    def text(found: dict[str, Any]) -> str:
+        """JSON text of the facts among what is known of a source, as run.json holds it."""
+        return json.dumps({name: found[name] for name in FACTS if name in found}, sort_keys=True)
+
+    @classmethod
+    def read(cls, text: str) -> Facts:
+        found = json.loads(text)
+        return cls(found.get("marker", {}), found.get("sums"), found.get("stage"), tuple(found.get("behind", ())))
 
 
 @dataclass(frozen=True)
@@ -31,11 +95,9 @@ class Job:
     request: str  # JSON text of the settled arguments, for a run that resumes
     fill_missing: bool = False  # absent source chunks are fill values, because the user said so
     fsync: bool = True
-    # "shuffle"; or, with leaves alone, "merge": a leaf's rows come in any order and are sorted by key;
-    # "copy": they stay as they come; "gather": each leaf takes its own from the source.
-    kind: str = "shuffle"
+    kind: Kind = Kind.SHUFFLE
     key_rows: tuple[int, int] | None = None  # ranks are counted among these rows' keys; None: all rows
-    facts: str = "{}"  # JSON text of what a virtual source adds to the marker, and of its digests
+    facts: str = "{}"  # JSON text of `Facts`
 
     def to_json(self) -> dict[str, Any]:
         """All but the places' options."""
@@ -51,5 +113,62 @@ class Job:
         del document["fsync"]
         for name in [k for k in LATER if document["plan"][k] == LATER[k]]:
             del document["plan"][name]
-        text = json.dumps(document, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return identity_of(document)
+
+    @cached_property
+    def known(self) -> Facts:
+        """What a virtual source adds to the job."""
+        return Facts.read(self.facts)
+
+    @property
+    def outputs(self) -> tuple[Field, ...]:
+        """All arrays of the output."""
+        return self.fields if self.source_row is None else (*self.fields, self.source_row)
+
+    @property
+    def at_destination(self) -> Objects:
+        return open_objects(self.destination, fsync=self.fsync)
+
+    @property
+    def at_scratch(self) -> Objects:
+        return open_objects(self.scratch, fsync=self.fsync)
+
+    @property
+    def is_local(self) -> bool:
+        """True if receipts lie on local disk, where one look costs next to nothing."""
+        return self.at_scratch.is_local and self.at_destination.is_local
+
+    def receipt(self, task: Task) -> tuple[Objects, str]:
+        """Where a task's receipt lies: beside the data it speaks of."""
+        if task.kind == "leaf":
+            return self.at_destination, f"{RECEIPTS}/{task.number}.json"
+        folder = "receipts" if task.kind == "split" else "index"
+        return self.at_scratch, f"level{task.level}/{folder}/{task.number}.json"
+
+    def accepts(self, task: Task, body: dict[str, Any]) -> bool:
+        """True if a receipt says what those who read it will ask for, and nothing impossible."""
+        plan = self.plan
+        if task.kind == "index":
+            return True
+        if task.kind == "split":
+            block = plan.block(task.level, task.number)
+            children = len(plan.children(task.level - 1, block.parent))
+            rows, sums = body.get("rows"), body.get("sums")
+            return (
+                is_list(rows, children, lambda x: type(x) is int and x >= 0)
+                and sum(rows) == block.stop - block.start  # type: ignore[arg-type]
+                and is_list(sums, 1 + len(self.fields), lambda x: _is_hex(x, 32 * children))
+            )
+        start, stop = plan.bucket_ranks(plan.levels - 1, task.number)
+        if self.kind.gathers and not _is_hex(body.get("keys"), 32):
+            return False
+        digests = body.get("digests")
+        if not isinstance(digests, dict) or digests.keys() != {f.name for f in self.fields}:
+            return False
+        return all(
+            is_list(digests[f.name], -(-(stop - start) // f.object_rows), lambda x: _is_hex(x, 32)) for f in self.fields
+        )
+
+
+def _is_hex(found: Any, length: int) -> bool:
+    return isinstance(found, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", found) is not None

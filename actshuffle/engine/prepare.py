@@ -26,7 +26,7 @@ from actshuffle.arrays.metadata import (
 )
 from actshuffle.arrays.names import MARKER_KEY, OUR_GROUP, SOURCE_ROW
 from actshuffle.engine import manifest
-from actshuffle.engine.job import Job
+from actshuffle.engine.job import Facts, Job, Kind
 from actshuffle.engine.request import Request, _checked_request
 from actshuffle.engine.scratch import check_memory, clear_scratch, recorded_scratch, scratch_place
 from actshuffle.errors import DestinationExistsError, FormatError, InfeasibleError, RequestError, ResumeMismatchError
@@ -121,7 +121,7 @@ def prepare(
                 remote_source=not open_objects(src).is_local,
             )
     job = make_job(src, dst, arrays, given, fsync=fsync)
-    for part in json.loads(job.facts).get("behind", ()):
+    for part in job.known.behind:
         check_places(Place(part, src.options), dst, request.scratch)
     if recorded is not None:
         if recorded["job"] != job.identity:
@@ -134,7 +134,7 @@ def prepare(
             )
     else:
         _check_space(job)
-        if job.kind == "gather":
+        if job.kind.gathers:
             check_room(job.plan, workers)
     if overwrite:
         _remove(open_objects(dst, fsync=fsync))
@@ -179,18 +179,18 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], given: dict[s
     codec = given.get("codec", "none")
     if codec not in CODECS:
         raise RequestError(f"unknown codec {codec!r}; choose from {', '.join(CODECS)}")
-    kind, asked = beyond.get("kind", "shuffle"), given
+    kind, asked = _kind_of(src, beyond), given
     if given.get("gather"):
         if gappy:
             raise RequestError(
                 f"{', '.join(sorted(gappy))} of {src} lacks chunks, whose rows cannot be gathered: leave --gather out"
             )
-        kind = "gather"
-    elif kind != "shuffle":  # leaves alone, as many as memory asks for: nothing is split into runs
+        kind = Kind.GATHER
+    elif kind is not Kind.SHUFFLE:  # leaves alone, as many as memory asks for: nothing is split into runs
         asked = {**given, "run_bytes": 1}
     remote, remote_source = (not open_objects(place).is_local for place in (dst, src))
     plan = plan_for(arrays, fields, asked, remote=remote, remote_source=remote_source)
-    if kind not in ("shuffle", "gather"):
+    if not kind.ranked:
         plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=(), spill_memory=0)
     rows = plan.rows
     scratch = scratch_place(dst, given.get("scratch"))
@@ -223,8 +223,16 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], given: dict[s
         fsync=fsync,
         kind=kind,
         key_rows=beyond.get("key_rows") and tuple(beyond["key_rows"]),
-        facts=json.dumps({k: beyond[k] for k in ("marker", "sums", "stage", "behind") if k in beyond}, sort_keys=True),
+        facts=Facts.text(beyond),
     )
+
+
+def _kind_of(src: Place, beyond: dict[str, Any]) -> Kind:
+    """How a job treats the rows of this source: a virtual source says so."""
+    try:
+        return Kind(beyond.get("kind", Kind.SHUFFLE))
+    except ValueError as err:
+        raise FormatError(f"{src} is damaged: {err}") from err
 
 
 def plan_for(

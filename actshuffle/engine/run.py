@@ -16,9 +16,8 @@ Array metadata is published last, so a half-done destination is not a Zarr store
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,24 +30,22 @@ from actshuffle.arrays.names import DIGESTS, OUR_GROUP, RECEIPTS, RUN_KEY
 from actshuffle.arrays.small import group_metadata, put_array
 from actshuffle.arraytypes import U64
 from actshuffle.engine import manifest, tasks
-from actshuffle.engine.gather import READING, keys_total, warm, warm_calls
+from actshuffle.engine.gather import keys_total
 from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
 from actshuffle.engine.scratch import claim_memory, clear_scratch
-from actshuffle.engine.spill import Spill
 from actshuffle.errors import ConservationError, FormatError, RequestError
 from actshuffle.executors import Executor, Serial, executor_for
+from actshuffle.jobs.receipts import read_receipts
+from actshuffle.jobs.running import Course, Stage, run
 from actshuffle.ordering import bounds
 from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.planning.planner import Levels
-from actshuffle.planning.tree import Plan, Task
+from actshuffle.planning.tree import Plan
 from actshuffle.progress import Progress, Silent
-from actshuffle.storage.objects import open_objects
-from actshuffle.storage.place import as_place, public_url
+from actshuffle.storage.place import as_place
 from actshuffle.units import format_bytes, format_seconds, parse_bytes
-
-CLEARING = "clearing"  # the stage in which spill that was used, or all of the scratch, is removed
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ def shuffle(
             overwrite=overwrite,
             fsync=fsync,
         )
-        if (job.plan.spill_memory or job.kind == "gather") and not crew.one_machine:  # half done
+        if (job.plan.spill_memory or job.kind.gathers) and not crew.one_machine:  # half done
             raise RequestError(
                 f"{_NOT_SHARED}: {dst} is half done with it; resume it without a scheduler, or --overwrite starts again"
             )
@@ -190,53 +187,41 @@ _NOT_SHARED = (
 )
 
 
+class Shuffle(Course[Job]):
+    """The driver's side of a shuffle, and of the gathers, merges and copies that run on the same tasks."""
+
+    def stages(self) -> list[Stage]:
+        return tasks.stages(self.job)
+
+    def is_finished(self) -> bool:
+        return is_finished(self.job.at_destination)
+
+    def claim(self) -> None:
+        _claim(self.job)
+
+    def join(self) -> None:
+        if self.job.at_destination.size(RUN_KEY) is None:
+            manifest.write_run(self.job)
+
+    def ready(self, executor: Executor, progress: Progress) -> None:
+        _find_boundaries(self.job, executor, progress)
+
+    def publish(self, progress: Progress) -> None:
+        publish(self.job)
+
+    def clear(self, progress: Progress) -> None:
+        _clear(self.job, progress)
+
+
 def execute(job: Job, executor: Executor, progress: Progress) -> Result:
     """Run or resume a prepared job to its completion marker."""
-    started = time.perf_counter()
-    plan, done, total = job.plan, 0, 0
-    if is_finished(open_objects(job.destination)):
-        _clear(job, progress)  # an earlier run got this far
-        return Result(plan, job.keys.seed, str(job.destination), 0.0, 0, 0, executor.workers)
-    _claim(job)
-    _find_boundaries(job, executor, progress)
-    begin = tasks.first_level(job)
-    if job.kind == "gather" and begin == 1:
-        _warm(job, executor, progress)
-    for level in range(begin, plan.levels + 1):
-        progress.begin(_stage(job, level), plan.task_count(level), plan.rows * plan.row_bytes)
-        if level < plan.levels:
-            Spill(job, level).write_metadata()
-        for result in executor.map(tasks.run_task, ((job, task) for task in plan.tasks(level))):
-            total, done = total + 1, done + (not result.fresh)
-            progress.advance(result.nbytes, result.fresh)
-        if level < plan.levels:
-            parents = (Task("index", level, parent) for parent in range(plan.buckets(level - 1)))
-            for _ in executor.map(tasks.run_task, ((job, task) for task in parents)):
-                pass
-        progress.end()
-        if 1 < level < plan.levels:
-            with _clearing(progress):
-                Spill(job, level - 1).delete()  # what it held is in the next one
-    publish(job, progress)
-    return Result(
-        plan,
-        job.keys.seed,
-        public_url(job.destination.url),
-        time.perf_counter() - started,
-        total,
-        done,
-        executor.workers,
-    )
-
-
-def _stage(job: Job, level: int) -> str:
-    if job.kind in ("shuffle", "gather"):
-        return f"level {level} of {job.plan.levels}"
-    return str(json.loads(job.facts).get("stage", job.kind))
+    done = run(Shuffle(job), executor, progress)
+    place = str(job.destination)
+    return Result(job.plan, job.keys.seed, place, done.seconds, done.tasks, done.resumed, executor.workers)
 
 
 def _claim(job: Job) -> None:
-    scratch = open_objects(job.scratch, fsync=job.fsync)
+    scratch = job.at_scratch
     try:
         body = manifest.read_run(scratch, "run.json")
     except FormatError:
@@ -245,14 +230,14 @@ def _claim(job: Job) -> None:
         clear_scratch(job)  # of an earlier run to this destination, which is gone
     scratch.settle([""])
     claim_memory(job)
-    open_objects(job.destination, fsync=job.fsync).settle([""])
+    job.at_destination.settle([""])
     manifest.write_run(job)
-    open_objects(job.destination, fsync=job.fsync).settle([OUR_GROUP])
+    job.at_destination.settle([OUR_GROUP])
 
 
 def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
     plan = job.plan
-    if job.kind not in ("shuffle", "gather") or manifest.read_bounds(job) is not None:
+    if not job.kind.ranked or manifest.read_bounds(job) is not None:
         return
     first, stop = job.key_rows or (0, plan.rows)
     step = bounds.range_rows(stop - first)
@@ -272,29 +257,20 @@ def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
     progress.end()
 
 
-def _warm(job: Job, executor: Executor, progress: Progress) -> None:
-    """Have the whole source in the page cache, from where leaves take their rows."""
-    calls = warm_calls(job)
-    progress.begin(READING, len(calls), job.plan.rows * job.plan.row_bytes)
-    for nbytes in executor.map(warm, calls):
-        progress.advance(nbytes, True)
-    progress.end()
-
-
-def publish(job: Job, progress: Progress) -> None:
-    """Digests, metadata, marker; then clears up.  Every step can be done again."""
-    plan, objects = job.plan, open_objects(job.destination, fsync=job.fsync)
+def publish(job: Job) -> None:
+    """Write digests, metadata and, last of all, the marker.  Every step can be done again."""
+    plan, objects = job.plan, job.at_destination
     digests: dict[str, list[U64]] = {f.name: [] for f in job.fields}
     keys = np.zeros(2, np.uint64)
     leaves = plan.tasks(plan.levels)
-    for task, receipt in zip(leaves, manifest.read_receipts(job, plan.tasks(plan.levels)), strict=True):
+    for task, receipt in zip(leaves, read_receipts(job, plan.tasks(plan.levels)), strict=True):
         if receipt is None:
             raise FormatError(f"receipt of leaf {task.number} vanished from {job.destination.url}; run again")
         for name, texts in receipt["digests"].items():
             digests[name] += [from_hex(text) for text in texts]
-        if job.kind == "gather":
+        if job.kind.gathers:
             keys += from_hex(receipt["keys"])
-    if job.kind == "gather" and not np.array_equal(keys, keys_total(job.keys, plan.rows)):
+    if job.kind.gathers and not np.array_equal(keys, keys_total(job.keys, plan.rows)):
         raise ConservationError(
             "the rows of the leaves are not all rows, each once; nothing was published: --overwrite starts again"
         )
@@ -304,7 +280,7 @@ def publish(job: Job, progress: Progress) -> None:
         table = np.array(found, np.uint64).reshape(-1, 2)
         files |= put_array(objects, f"{DIGESTS}/{name}", table)
         sums[name] = to_hex(table.sum(axis=0, dtype=np.uint64))
-    promised = json.loads(job.facts).get("sums", sums)
+    promised = sums if job.known.sums is None else job.known.sums
     if promised != sums:
         wrong = ", ".join(sorted(name for name in sums if promised.get(name) != sums[name]))
         raise ConservationError(
@@ -312,13 +288,12 @@ def publish(job: Job, progress: Progress) -> None:
             "was damaged since; verify it. Nothing was published"
         )
     metadata = {f"{DIGESTS}/zarr.json": group_metadata({})}
-    metadata |= {f"{f.name}/zarr.json": f.metadata.encode() for f in tasks.output_fields(job)}
+    metadata |= {f"{f.name}/zarr.json": f.metadata.encode() for f in job.outputs}
     metadata["zarr.json"] = group_metadata(json.loads(job.attributes))
     for key, data in metadata.items():
         objects.put(key, data)
     objects.settle([""])
     manifest.write_marker(job, sums, files | metadata)
-    _clear(job, progress)
 
 
 def _clear(job: Job, progress: Progress) -> None:
@@ -327,19 +302,10 @@ def _clear(job: Job, progress: Progress) -> None:
     Scratch goes before the receipts: Dask does a finished task again if its worker dies just then, and
     one that comes so late must find either its receipt or nothing to work on.
     """
-    objects = open_objects(job.destination, fsync=job.fsync)
+    objects = job.at_destination
     objects.settle([OUR_GROUP])  # the marker is durable before anything goes
-    with _clearing(progress):
+    with tasks.clearing(progress):
         clear_scratch(job)
         objects.delete_prefix(RECEIPTS)
         objects.settle([OUR_GROUP])
         objects.delete(RUN_KEY)
-
-
-@contextmanager
-def _clearing(progress: Progress) -> Iterator[None]:
-    """A stage that shows itself where it takes long: some disks give their space back slowly."""
-    progress.begin(CLEARING, 1, 0)
-    yield
-    progress.advance(0, True)
-    progress.end()

@@ -95,7 +95,7 @@ def claim_memory(job: Job) -> None:
 
 def clear_scratch(job: Job) -> None:
     """Remove all of a job's scratch, on disk and in memory."""
-    open_objects(job.scratch).delete_prefix("")
+    job.at_scratch.delete_prefix("")
     if job.plan.spill_memory:
         _refuse_foreign(job)
     elif not _is_ours(job):  # an earlier run to this destination may have kept spill in memory

@@ -29,57 +29,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.arraytypes import I64, U8, U64
+from actshuffle.engine.columns import Columns
 from actshuffle.engine.job import Job
 from actshuffle.engine.scratch import memory_objects
 from actshuffle.errors import FormatError
 from actshuffle.limits import PAGE, STORE_BYTES
-from actshuffle.ordering.digest import RowHash
-from actshuffle.storage.buffers import Arena, Behind, behind
+from actshuffle.storage.buffers import Behind, behind
 from actshuffle.storage.directio import Extent, Read, two_readers
 from actshuffle.storage.files import Writer
-from actshuffle.storage.objects import Objects, open_objects
+from actshuffle.storage.objects import Objects
 
 PIECE = 16 << 20  # bytes read before they are handed on, to be worked on while the next are read
 Ready = Callable[[int, int], None]  # told of rows [a, b) that are there
 CHECK_BYTES = 16  # of a table's checksum: one row of two words
-
-
-@dataclass(frozen=True)
-class Columns:
-    """m rows: hi words and source rows, each uint64 ``(m,)``, and per field uint8 ``(m, row_bytes)``."""
-
-    hi: U64
-    source_row: U64
-    fields: tuple[U8, ...]
-
-    @classmethod
-    def allocate(cls, job: Job, arena: Arena, rows: int) -> Columns:
-        hi, source_row = arena.take((rows,), np.uint64), arena.take((rows,), np.uint64)
-        return cls(hi, source_row, tuple(arena.take((rows, f.row_bytes)) for f in job.fields))
-
-    def parts(self) -> list[U8]:
-        """All columns as uint8 ``(m, width)``, in spill order."""
-        return [self.hi.view(np.uint8).reshape(-1, 8), self.source_row.view(np.uint8).reshape(-1, 8), *self.fields]
-
-    def rows(self, start: int, stop: int) -> Columns:
-        """Some of the rows: views."""
-        fields = tuple(field[start:stop] for field in self.fields)
-        return Columns(self.hi[start:stop], self.source_row[start:stop], fields)
-
-    def hashes(self, job: Job, of: Iterable[int] | None = None) -> Iterator[U64]:
-        """Row hashes, uint64 ``(m, 2)``, of the hi words (number 0) and of each field (from 1), or of some."""
-        hashed = [self.parts()[0], *self.fields]
-        for number in range(len(hashed)) if of is None else of:
-            part = hashed[number]
-            yield RowHash(job.keys.seed, number, part.shape[1]).hashes(part, self.source_row)
 
 
 class Spill:
@@ -87,7 +56,7 @@ class Spill:
 
     def __init__(self, job: Job, level: int) -> None:
         self.job, self.level = job, level
-        self.objects: Objects = open_objects(job.scratch, fsync=job.fsync)
+        self.objects: Objects = job.at_scratch
         self._memory = memory_objects(job)
         self.prefix = f"level{level}"
         self.row_bytes = job.plan.model.spill_row_bytes

@@ -10,6 +10,7 @@ from actshuffle.arrays.marker import read_marker
 from actshuffle.engine import manifest, tasks
 from actshuffle.engine.scratch import recorded_scratch
 from actshuffle.errors import IncompleteStoreError
+from actshuffle.jobs.running import first_unfinished
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place, public_url
 
@@ -26,10 +27,11 @@ def status(dst: str | Path, storage_options: dict[str, Any] | None = None) -> di
     # Its own places are not gone to: the file may be somebody else's.
     job = replace(manifest.job_from(body, place.options), destination=place, scratch=recorded_scratch(place, body))
     levels = []
-    first = tasks.first_level(job)
-    for level in range(1, job.plan.levels + 1):
-        total = job.plan.task_count(level)
-        done = total if level < first else sum(tasks.is_done(job, t) for t in job.plan.tasks(level))
+    stages = tasks.stages(job)
+    first = first_unfinished(job, stages)
+    for level, stage in enumerate(stages, 1):
+        total = stage.count
+        done = total if level <= first else sum(stage.is_done(job, task) for task in stage.tasks())
         levels.append({"level": level, "tasks": total, "done": done})
     state = {"path": public_url(place.url), "state": "half done", "levels": levels}
     return {**state, "request": body["request"], "scratch": public_url(job.scratch.url)}

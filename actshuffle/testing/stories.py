@@ -20,7 +20,7 @@ import zarr
 from numpy.typing import NDArray
 
 from actshuffle.arrays.output import coded_array
-from actshuffle.engine import tasks
+from actshuffle.engine import manifest
 from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
@@ -295,6 +295,6 @@ def prepared(src: Path, dst: Path, seed: int, *, overwrite: bool = False, **plan
 
 def new_process() -> None:
     """Forget everything that a fresh process would not have in memory."""
-    tasks.boundaries.cache_clear()
+    manifest.boundaries.cache_clear()
     coded_array.cache_clear()
     buffers.release()

@@ -1,0 +1,233 @@
+"""A job whose results lie in one folder: the small way to run the tasks of another package.
+
+::
+
+    OUT/job.json                 whose folder this is, while the job is not finished
+    OUT/receipts/STAGE/7.json    task 7 of a stage is done
+    OUT/...                      whatever the tasks write
+    OUT/done.json                the completion marker, last of all; it holds what ``publish`` returned
+
+>>> def count(job, task):                                             # doctest: +SKIP
+...     start, stop = job.settings["cuts"][task.number]
+...     rows = open_dataset(job.settings["store"])["token"][start:stop]
+...     job.objects.put(f"counts/{task.number}.bin", np.bincount(rows).astype("<i8").tobytes())
+...     return {"rows": len(rows)}, rows.nbytes
+>>> steps = [Step("count", count, tasks=100)]
+>>> run_in_folder("token counts", "counts/", settings, steps, executor=executor)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError
+from actshuffle.executors import Executor, Serial
+from actshuffle.jobs.receipts import Payload, read_receipt, read_receipts
+from actshuffle.jobs.records import identity_of, sealed, unsealed
+from actshuffle.jobs.running import Course, Done, Outcome, Stage, once, run
+from actshuffle.progress import Progress, Silent
+from actshuffle.storage.objects import Objects, open_objects
+from actshuffle.storage.place import Place, as_place, local_path
+
+JOB, DONE, RECEIPTS = "job.json", "done.json", "receipts"
+
+
+class FolderTask(NamedTuple):
+    """One task of a step; numbers count from 0."""
+
+    step: str
+    number: int
+
+
+def always(job: FolderJob, task: FolderTask, payload: Payload) -> bool:
+    """Believe a receipt without a look at the objects it speaks of."""
+    return True
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a folder's job.
+
+    Attributes
+    ----------
+    name : of the stage and of the folder of its receipts; part of the job's identity, as ``tasks`` is.
+    do : a module's function ``do(job, task)``.  It writes its data through ``job.objects`` and returns the
+        content of its receipt (plain JSON values) and the bytes it moved.  It must be deterministic and
+        idempotent.
+    tasks : how many tasks there are.
+    is_there : whether the objects that a receipt speaks of are there; consulted on resume.
+    """
+
+    name: str
+    do: Callable[[FolderJob, FolderTask], tuple[Payload, int]]
+    tasks: int
+    is_there: Callable[[FolderJob, FolderTask, Payload], bool] = always
+
+
+@dataclass(frozen=True)
+class FolderJob:
+    """A frozen plan and its place.
+
+    Attributes
+    ----------
+    name : what the job makes; part of its identity.
+    settings : everything that decides the bytes of the results, as plain JSON values.
+    place : the folder.
+    steps : the stages, in order.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    place: Place
+    steps: tuple[Step, ...] = field(compare=False)
+    fsync: bool = True
+
+    @cached_property
+    def identity(self) -> str:
+        return identity_of(self.document)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What the identity is made of."""
+        steps = [[step.name, step.tasks] for step in self.steps]
+        return {"name": self.name, "settings": dict(self.settings), "steps": steps}
+
+    @property
+    def is_local(self) -> bool:
+        return self.objects.is_local
+
+    @property
+    def objects(self) -> Objects:
+        """The folder's objects, by key: ``get``, ``put`` (atomic), ``read`` and the like."""
+        return open_objects(self.place, fsync=self.fsync)
+
+    def receipt(self, task: FolderTask) -> tuple[Objects, str]:
+        return self.objects, f"{RECEIPTS}/{task.step}/{task.number}.json"
+
+    def accepts(self, task: FolderTask, payload: Payload) -> bool:
+        return True
+
+    def step(self, task: FolderTask) -> Step:
+        return next(step for step in self.steps if step.name == task.step)
+
+    def results(self, name: str) -> Iterator[Payload]:
+        """The receipts of a step, in order; for later steps and for ``publish``."""
+        step = next(step for step in self.steps if step.name == name)
+        for number, found in enumerate(read_receipts(self, (FolderTask(name, n) for n in range(step.tasks)))):
+            if found is None:
+                raise RequestError(f"the receipt of {name} {number} vanished from {self.place}; run again to redo it")
+            yield found
+
+
+def run_task(job: FolderJob, task: FolderTask) -> Done:
+    """Do one task, unless its receipt shows that it is done; or the folder is finished, and it comes late."""
+    finished = read_done(job.place)
+    if finished is not None and finished["job"] == job.identity:
+        return Done(task, 0, 0.0, False)
+    return once(job, task, job.step(task).do, is_done)
+
+
+def is_done(job: FolderJob, task: FolderTask) -> bool:
+    """True if there is a valid receipt and the objects it speaks of are there."""
+    payload = read_receipt(job, task)
+    return payload is not None and job.step(task).is_there(job, task, payload)
+
+
+class FolderCourse(Course[FolderJob]):
+    """The driver's side: ``publish`` adds up what the steps made and returns what the marker shall say."""
+
+    def __init__(self, job: FolderJob, publish: Callable[[FolderJob], Payload]) -> None:
+        super().__init__(job)
+        self._publish = publish
+
+    def stages(self) -> list[Stage]:
+        return [self._stage(step) for step in self.job.steps]
+
+    def _stage(self, step: Step) -> Stage:
+        def tasks() -> Iterator[FolderTask]:
+            return (FolderTask(step.name, number) for number in range(step.tasks))
+
+        return Stage(step.name, tasks, step.tasks, 0, run_task, is_done)
+
+    def is_finished(self) -> bool:
+        return read_done(self.job.place) is not None
+
+    def claim(self) -> None:
+        self.job.objects.put(JOB, sealed({"job": self.job.identity, **self.job.document}))
+
+    def publish(self, progress: Progress) -> None:
+        found = self._publish(self.job)
+        objects = self.job.objects
+        objects.settle([""])
+        objects.put(DONE, sealed({"job": self.job.identity, **self.job.document, "found": found}))
+
+    def clear(self, progress: Progress) -> None:
+        """Receipts go first: a late twin of a task must find the folder still claimed."""
+        objects = self.job.objects
+        objects.delete_prefix(RECEIPTS)
+        objects.delete(JOB)
+
+
+def read_done(folder: str | Path | Place) -> Payload | None:
+    """The completion marker of a folder, None if there is no valid one: its results are not complete.
+
+    ``found`` holds what ``publish`` returned, ``name`` and ``settings`` what was asked for.
+    """
+    place = folder if isinstance(folder, Place) else as_place(folder)
+    return unsealed(open_objects(place).get(DONE))
+
+
+def run_in_folder(
+    name: str,
+    folder: str | Path,
+    settings: Mapping[str, Any],
+    steps: Sequence[Step],
+    *,
+    publish: Callable[[FolderJob], Payload] = lambda job: {},
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    fsync: bool = True,
+    storage_options: dict[str, Any] | None = None,
+) -> Outcome:
+    """Run a job of ``steps`` whose results lie in ``folder``, or resume it, or find it finished.
+
+    Parameters
+    ----------
+    name, settings : what the job makes and everything that decides its bytes, as plain JSON values.
+    folder : a path or URL that holds nothing else.
+    publish : called when every task is done; adds up what they made and returns what the marker says.
+    executor, progress : by default this process and no display.
+    overwrite : delete what another job left in the folder.
+
+    Raises
+    ------
+    ResumeMismatchError : the folder holds half of a job with other settings.
+    DestinationExistsError : it holds a finished job with other settings, or something else.
+    """
+    place = as_place(folder, storage_options)
+    job = FolderJob(name, json.loads(json.dumps(dict(settings))), place, tuple(steps), fsync)
+    objects = job.objects
+    finished, claimed = read_done(place), unsealed(objects.get(JOB))
+    before = finished or claimed
+    if before is None or before["job"] != job.identity:
+        if overwrite:
+            objects.delete(DONE)
+            objects.delete_prefix("")
+        elif before is not None:
+            _refuse_other(place, before, job, finished=finished is not None)
+        elif next(iter(objects.list("")), None) is not None:
+            raise DestinationExistsError(f"{place} holds something else; choose another folder, or overwrite it")
+    return run(FolderCourse(job, publish), executor or Serial(), progress or Silent())
+
+
+def _refuse_other(place: Place, before: Payload, job: FolderJob, *, finished: bool) -> None:
+    was, now = ({"name": d["name"], "steps": d["steps"], **d["settings"]} for d in (before, job.document))
+    changed = [f"{k} was {was.get(k)!r}, now {now.get(k)!r}" for k in sorted(was | now) if was.get(k) != now.get(k)]
+    state, error = ("finished", DestinationExistsError) if finished else ("half done", ResumeMismatchError)
+    raise error(f"{place} is {state} with other settings: {'; '.join(changed)}. Give the same again, or overwrite it")

@@ -1,0 +1,49 @@
+"""Small records that carry their own checksum: a torn, stale or altered one counts as absent.
+
+::
+
+    {"sha256": "...", "body": {"format": 1, "job": "...", ...}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from actshuffle.arrays.names import FORMAT
+
+
+def identity_of(document: Any) -> str:
+    """Digest of plain values, 32 hexadecimal digits: the identity of a job that they describe."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def sealed(body: dict[str, Any]) -> bytes:
+    """The text of a record."""
+    text = json.dumps({"format": FORMAT, **body}, sort_keys=True)
+    check = hashlib.sha256(text.encode()).hexdigest()
+    return f'{{"sha256": "{check}", "body": {text}}}'.encode()
+
+
+def unsealed(data: bytes | None) -> dict[str, Any] | None:
+    """The content of a record, or None if it is absent or not as it was written."""
+    if data is None:
+        return None
+    try:
+        document = json.loads(data)
+        body: dict[str, Any] = document["body"]
+        text = json.dumps(body, sort_keys=True)
+        if hashlib.sha256(text.encode()).hexdigest() != document["sha256"] or body["format"] != FORMAT:
+            return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return body
+
+
+def format_of(data: bytes) -> Any:
+    """The format that a record claims, if that much can be read."""
+    try:
+        return json.loads(data)["body"]["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
