@@ -21,11 +21,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actshuffle.arrays.source import Source
-from actshuffle.engine import gather, manifest, spill, tasks
+from actshuffle.engine import gather, leaves, spill, tasks
 from actshuffle.engine.gather import READING
 from actshuffle.engine.job import Job
-from actshuffle.engine.run import CLEARING
+from actshuffle.engine.tasks import CLEARING
 from actshuffle.executors import Executor
+from actshuffle.jobs import receipts
+from actshuffle.jobs.running import Done
 from actshuffle.ordering import digest, keys
 from actshuffle.planning.tree import Task
 from actshuffle.storage import buffers, files
@@ -44,7 +46,7 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
     ("key", keys.Keys, "hi_at"),
     ("partition", tasks, "bucket_of"),
     ("partition", tasks, "group"),
-    ("partition", tasks, "key_order"),
+    ("partition", leaves, "key_order"),
     ("hash", digest.RowHash, "hashes"),
     ("hash", tasks, "add_to_groups"),
     ("gather", spill._Gather, "append"),
@@ -54,8 +56,8 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
     ("gather", tasks, "leaf"),  # what is left of a leaf is the gathering of its rows
     ("write", spill.Spill, "write_block"),  # what is left of it is fsync and rename
     ("write", buffers.Behind, "wait"),
-    ("receipt", manifest, "write_receipt"),
-    ("receipt", manifest, "read_receipt"),
+    ("receipt", receipts, "write_receipt"),
+    ("receipt", receipts, "read_receipt"),
 )
 
 
@@ -174,7 +176,7 @@ _lock = threading.Lock()
 _here = threading.local()
 
 
-def timed_task(job: Job, task: Task) -> tuple[tasks.Done, Trace]:
+def timed_task(job: Job, task: Task) -> tuple[Done, Trace]:
     """`tasks.run_task`, and how long it took."""
     start, cpu = time.monotonic(), time.process_time()
     with _timers() as spent:

@@ -20,8 +20,8 @@ from typing import Any
 from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
-from actshuffle.engine.tasks import Done
 from actshuffle.executors import Dask
+from actshuffle.jobs.running import Done
 from actshuffle.planning.tree import Task
 from actshuffle.storage.place import as_place
 from actshuffle.units import format_bytes

@@ -213,6 +213,7 @@ def run_in_folder(
     place = as_place(folder, storage_options)
     job = FolderJob(name, json.loads(json.dumps(dict(settings))), place, tuple(steps), fsync)
     objects = job.objects
+    objects.settle([""])  # of what a killed writer left
     finished, claimed = read_done(place), unsealed(objects.get(JOB))
     before = finished or claimed
     if before is None or before["job"] != job.identity:
@@ -221,7 +222,7 @@ def run_in_folder(
             objects.delete_prefix("")
         elif before is not None:
             _refuse_other(place, before, job, finished=finished is not None)
-        elif next(iter(objects.list("")), None) is not None:
+        elif any(key != JOB for key in objects.list("")):  # a claim that is torn, alone, is no claim
             raise DestinationExistsError(f"{place} holds something else; choose another folder, or overwrite it")
     return run(FolderCourse(job, publish), executor or Serial(), progress or Silent())
 

@@ -29,9 +29,9 @@ import zarr
 
 import actshuffle
 from actshuffle.arrays import guard
-from actshuffle.engine import manifest
 from actshuffle.engine.scratch import scratch_place
 from actshuffle.errors import ActshuffleError, ResumeMismatchError, SourceError
+from actshuffle.jobs.records import sealed
 from actshuffle.storage.files import LocalObjects
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place
@@ -1017,7 +1017,7 @@ def test_receipts_of_fields_that_are_not_there_count_for_nothing(name, tmp_path)
     path = dst / "_actshuffle/receipts/0.json"
     body = json.loads(path.read_text())["body"]
     body["digests"][name] = body["digests"]["x"]
-    path.write_bytes(manifest._sealed(body))
+    path.write_bytes(sealed(body))
     new_process()
     serial_run(src, dst, SEED, **PLAN)
     assert differences(src, dst, SEED) == []

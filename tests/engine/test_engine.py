@@ -18,9 +18,10 @@ from zarr.storage import FsspecStore
 
 import actshuffle
 from actshuffle.bfloat16 import BFloat16
-from actshuffle.engine import manifest, spill, tasks
+from actshuffle.engine import spill, tasks
 from actshuffle.errors import ConservationError, MissingChunkError, RequestError
 from actshuffle.executors import Serial
+from actshuffle.jobs.receipts import each
 from actshuffle.limits import RECEIPTS_AT_ONCE
 from actshuffle.ordering.keys import Keys, order
 from actshuffle.planning.tree import Task
@@ -412,7 +413,7 @@ def test_source_in_an_object_store(tmp_path):
 
 @pytest.mark.parametrize("place", ["memory://somewhere", "somewhere"])
 def test_tasks_of_a_store_are_looked_at_many_at_once(place):
-    job = SimpleNamespace(scratch=as_place(place), destination=as_place(place))
+    job = SimpleNamespace(is_local="://" not in place)
     count, seen = RECEIPTS_AT_ONCE, []
     together = threading.Barrier(count, timeout=30 if "://" in place else 0.1)
 
@@ -422,7 +423,7 @@ def test_tasks_of_a_store_are_looked_at_many_at_once(place):
             together.wait()
         return task.number
 
-    found = manifest.each(job, look, (Task("leaf", 2, number) for number in range(1 + 2 * count)))
+    found = each(job, look, (Task("leaf", 2, number) for number in range(1 + 2 * count)))
     assert (next(found), seen) == (0, [0])  # who stops here has asked for one
     if "://" in place:
         assert list(found) == list(range(1, 1 + 2 * count))

@@ -33,6 +33,7 @@ from actshuffle.errors import (
     StorageFullError,
 )
 from actshuffle.executors import Dask, Serial, local_cluster
+from actshuffle.jobs.records import sealed
 from actshuffle.planning.tree import Task
 from actshuffle.progress import Silent
 from actshuffle.storage.place import as_place
@@ -833,7 +834,6 @@ def test_damaged_marker_is_refused(damage, src, dst):
 
 @pytest.mark.parametrize("name", ["run.json", "marker", "receipt"])
 def test_unknown_version_is_refused(name, src, dst):
-    from actshuffle.engine import manifest
 
     stop_at(src, dst, PHASES["leaf"])
     if name == "marker":
@@ -850,7 +850,7 @@ def test_unknown_version_is_refused(name, src, dst):
     scratch = Path(scratch_place(as_place(dst), None).url)
     path = dst / "_actshuffle/run.json" if name == "run.json" else scratch / "level2/receipts/1.json"
     body = json.loads(path.read_text())["body"]
-    path.write_bytes(manifest._sealed(body | {"format": 99}))
+    path.write_bytes(sealed(body | {"format": 99}))
     if name == "run.json":
         with pytest.raises(FormatError, match="format 99"):
             serial_run(src, dst, SEED, **PLAN)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actshuffle.engine import tasks
+from actshuffle.jobs.running import Done
 from actshuffle.engine.job import Job
 from actshuffle.executors import Executor, Serial
 from actshuffle.planning.tree import Task
@@ -65,11 +66,11 @@ class Elsewhere(Serial):
     one_machine = False
 
 
-def _once(rival: bool, job: Job, task: Task) -> tuple[bool, tasks.Done]:
+def _once(rival: bool, job: Job, task: Task) -> tuple[bool, Done]:
     return rival, tasks.run_task(job, task)
 
 
-def _forced(rival: bool, job: Job, task: Task) -> tuple[bool, tasks.Done | None]:
+def _forced(rival: bool, job: Job, task: Task) -> tuple[bool, Done | None]:
     return rival, force(job, task) if rival else tasks.run_task(job, task)
 
 

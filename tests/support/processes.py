@@ -21,6 +21,7 @@ from typing import Any
 from actshuffle.engine import tasks
 from actshuffle.errors import ActshuffleError, ClusterError
 from actshuffle.executors import Dask
+from actshuffle.jobs.running import Done
 from actshuffle.testing import Faults, differences, leftovers, matching
 from support.stores import group, values
 
@@ -250,10 +251,10 @@ def takes_what_was_begun_for_done() -> None:
     """Notes that a task is done before it does it."""
     inner = tasks.run_task
 
-    def hasty(job: Any, task: Any) -> tasks.Done:
+    def hasty(job: Any, task: Any) -> Done:
         name = f"{job.scratch.url}.begun-{task.kind}-{task.level}-{task.number}"
         if not first_of_all(Path(name)):
-            return tasks.Done(task, 0, 0.0, False)
+            return Done(task, 0, 0.0, False)
         time.sleep(0.03)  # so that there is time to die in
         return inner(job, task)
 

@@ -10,6 +10,7 @@ from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, execute
+from actshuffle.jobs.receipts import write_receipt
 from actshuffle.executors import Serial
 from actshuffle.planning.tree import Task
 from actshuffle.progress import Silent
@@ -31,4 +32,5 @@ def run(src: Path, dst: Path, executor: Any = None, **request: Any) -> Result:
 
 def force(job: Job, task: Task) -> None:
     """The work of a task, whatever its receipt says: all its bytes are written again."""
-    {"split": tasks.split, "index": tasks.index, "leaf": tasks.leaf}[task.kind](job, task)
+    body, _ = {"split": tasks.split, "index": tasks.index, "leaf": tasks.leaf}[task.kind](job, task)
+    write_receipt(job, task, body)
