@@ -82,7 +82,7 @@ def stages(job: Job) -> list[Stage]:
                 nbytes,
                 run_task,
                 is_done,
-                closing=partial(plan.index_tasks, level),
+                closing=partial(_index_tasks, job, level),
                 before=partial(_before_split, job, level),
                 after=partial(_delete_spill, job, level - 1),
             )
@@ -92,6 +92,11 @@ def stages(job: Job) -> list[Stage]:
     tasks, count = partial(plan.tasks, last), plan.task_count(last)
     found.append(Stage(name, tasks, count, nbytes, run_task, is_done, before=partial(_before_leaves, job)))
     return found
+
+
+def _index_tasks(job: Job, level: int) -> Iterator[Task]:
+    """The tasks that close a split level: one per parent bucket."""
+    return (Task("index", level, parent) for parent in range(job.plan.buckets(level - 1)))
 
 
 def _before_split(job: Job, level: int, executor: Executor, progress: Progress) -> None:

@@ -131,10 +131,6 @@ class Plan:
         kind, count = ("split", self.blocks(level)) if level < self.levels else ("leaf", self.leaves)
         return (Task(kind, level, i) for i in range(count))
 
-    def index_tasks(self, level: int) -> Iterator[Task]:
-        """The tasks that close a split level: one per parent bucket."""
-        return (Task("index", level, parent) for parent in range(self.buckets(level - 1)))
-
     def task_count(self, level: int) -> int:
         return self.blocks(level) if level < self.levels else self.leaves
 
