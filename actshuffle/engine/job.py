@@ -17,7 +17,7 @@ from actshuffle.jobs.records import identity_of
 from actshuffle.ordering.keys import Keys
 from actshuffle.planning.tree import LATER, Plan, Task
 from actshuffle.storage.objects import Objects, open_objects
-from actshuffle.storage.place import Place, local_path, public_url
+from actshuffle.storage.place import Place, public_url
 
 FACTS = ("marker", "sums", "stage", "behind")
 

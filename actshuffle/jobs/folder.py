@@ -32,7 +32,7 @@ from actshuffle.jobs.records import identity_of, sealed, unsealed
 from actshuffle.jobs.running import Course, Done, Outcome, Stage, once, run
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import Objects, open_objects
-from actshuffle.storage.place import Place, as_place, local_path
+from actshuffle.storage.place import Place, as_place
 
 JOB, DONE, RECEIPTS = "job.json", "done.json", "receipts"
 
