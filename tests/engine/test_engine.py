@@ -27,7 +27,6 @@ from actshuffle.ordering.keys import Keys, order
 from actshuffle.planning.tree import Task
 from actshuffle.storage import directio as reading
 from actshuffle.storage.files import LocalObjects
-from actshuffle.storage.place import as_place
 from support.executors import Twice
 from support.oracle import assert_is_oracle
 from support.runs import run

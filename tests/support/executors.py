@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actshuffle.engine import tasks
-from actshuffle.jobs.running import Done
 from actshuffle.engine.job import Job
 from actshuffle.executors import Executor, Serial
+from actshuffle.jobs.running import Done
 from actshuffle.planning.tree import Task
 from support.runs import force
 

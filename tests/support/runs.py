@@ -10,8 +10,8 @@ from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, execute
-from actshuffle.jobs.receipts import write_receipt
 from actshuffle.executors import Serial
+from actshuffle.jobs.receipts import write_receipt
 from actshuffle.planning.tree import Task
 from actshuffle.progress import Silent
 from actshuffle.storage.place import as_place
