@@ -28,6 +28,7 @@ SECTIONS = [
     ("Make stores", "actshuffle", "collect import_store concat split head sample append"),
     ("Views of any range", "actshuffle.data.dataset", "write_view"),
     ("Executors", "actshuffle.executors", "Executor Serial Threads Dask local_cluster executor_for"),
+    ("Jobs of other packages", "actshuffle.jobs", ""),
     ("bfloat16", "actshuffle.bfloat16", "BFloat16"),
     ("Stores that fail, for tests", "actshuffle.testing", ""),
     ("Train", "saetrain", ""),

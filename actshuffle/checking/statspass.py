@@ -46,6 +46,7 @@ from actshuffle.checking.statsreport import FORMAT, Stats
 from actshuffle.checking.statstypes import NUMBERS, FloatStats, IntStats
 from actshuffle.errors import FormatError, RequestError, StorageError
 from actshuffle.executors import Executor, Threads
+from actshuffle.jobs.running import sweep
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.loading.prefetch import in_order
 from actshuffle.progress import Progress, Silent
@@ -95,12 +96,8 @@ def stats(
     counted = tuple(n for n, f in chosen.items() if is_float(f) or is_integer(f))
     row_bytes = sum(chosen[n].row_bytes for n in counted)
     calls = [(dataset, counted, a, b) for a, b in _ranges(dataset, row_bytes, workers.workers)]
-    progress.begin("stats", len(calls), dataset.rows * row_bytes)
-    parts: dict[int, list[Part]] = {}
-    for start, found in workers.map(sums, calls):
-        parts[start] = found
-        progress.advance(row_bytes * min(dataset.rows - start, calls[0][3]), True)
-    progress.end()
+    size, total = lambda part: row_bytes * min(dataset.rows - part[0], calls[0][3]), dataset.rows * row_bytes
+    parts = dict(sweep("stats", sums, calls, workers, progress, size, total))
     # In the order of rows, so that the result does not depend on who was first.
     columns = zip(*(parts[start] for start in sorted(parts)), strict=True)
     merged = {name: reduce(merge, column) for name, column in zip(counted, columns, strict=False)}

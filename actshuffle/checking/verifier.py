@@ -38,6 +38,7 @@ from actshuffle.arraytypes import U64
 from actshuffle.errors import ActshuffleError, FormatError, IncompleteStoreError, RequestError, SourceError
 from actshuffle.executors import Executor, Serial
 from actshuffle.html import page
+from actshuffle.jobs.running import sweep
 from actshuffle.ordering.digest import RowHash
 from actshuffle.ordering.keys import Keys
 from actshuffle.ordering.mixing import MixingAccumulator, MixingReport, as_html
@@ -249,9 +250,9 @@ def _full(pair: Pair, executor: Executor, progress: Progress, _sample: int) -> t
     by_object: list[dict[int, U64]] = [{} for _ in pair.fields]
     edges: dict[int, tuple[U64, U64]] = {}
     problems: list[Problem] = []
-    progress.begin("verify", 2 * len(starts), 2 * pair.rows * row_bytes)
     calls = [(pair, side, start, min(start + step, pair.rows)) for start in starts for side in (0, 1)]
-    for side, start, stop, sums, edge, found in executor.map(check_range, calls):
+    size, all_bytes = lambda part: (part[2] - part[1]) * row_bytes, 2 * pair.rows * row_bytes
+    for side, start, _, sums, edge, found in sweep("verify", check_range, calls, executor, progress, size, all_bytes):
         problems += found
         for number, parts in enumerate(sums):
             for at, part in parts.items():
@@ -261,8 +262,6 @@ def _full(pair: Pair, executor: Executor, progress: Progress, _sample: int) -> t
                     by_object[number][at] = held + part
         if edge is not None:
             edges[start] = edge
-        progress.advance((stop - start) * row_bytes, True)
-    progress.end()
     seams = [edges[s] for s in sorted(edges)]
     for ((_, last), (following, _)), start in zip(pairwise(seams), sorted(edges)[1:], strict=True):
         if not tuple(last) < tuple(following):
@@ -274,7 +273,7 @@ def _full(pair: Pair, executor: Executor, progress: Progress, _sample: int) -> t
             problems += [p for p in found if p.kind != "unreadable"]
     for output in (*pair.fields, *([pair.source_row] if pair.source_row else [])):
         problems += _padding_problems(pair, output)
-    return pair.rows, 2 * pair.rows * row_bytes, problems
+    return pair.rows, all_bytes, problems
 
 
 def check_range(pair: Pair, side: int, start: int, stop: int) -> Any:
@@ -396,13 +395,13 @@ def _quick(pair: Pair, executor: Executor, progress: Progress, sample: int) -> t
     count = max(1, min(sample, pair.rows) // STRETCH) if pair.rows else 0
     starts = np.unique(rng.integers(0, max(1, pair.rows - STRETCH + 1), count))
     row_bytes = sum(f.row_bytes for f in pair.fields)
-    progress.begin("verify (quick)", len(starts), len(starts) * STRETCH * row_bytes)
+    calls, size = [(pair, int(s)) for s in starts], lambda part: part[0] * row_bytes
     problems, checked = [], 0
-    for rows, found in executor.map(check_stretch, ((pair, int(s)) for s in starts)):
+    for rows, found in sweep(
+        "verify (quick)", check_stretch, calls, executor, progress, size, len(starts) * STRETCH * row_bytes
+    ):
         problems += found
         checked += rows
-        progress.advance(rows * row_bytes, True)
-    progress.end()
     return checked, 2 * checked * row_bytes, problems
 
 
