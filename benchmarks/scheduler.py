@@ -20,7 +20,7 @@ from typing import Any
 from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
-from actshuffle.executors import Dask
+from actshuffle.executors import Dask, Serial
 from actshuffle.jobs.running import Done
 from actshuffle.planning.tree import Task
 from actshuffle.storage.place import as_place
@@ -138,8 +138,8 @@ def _cpu(pid: int) -> float:
 
 def _job(work: Path) -> Job:
     source = make_source(work, 1 << 20, 512, 1 << 18)
-    request = Request(seed=1, levels=2, memory=64 << 20)
-    return prepare(as_place(source), as_place(work / "out"), request, most_memory=64 << 20)
+    request = Request.of(seed=1, levels=2, memory=64 << 20)
+    return prepare(as_place(source), as_place(work / "out"), request, Serial())
 
 
 @contextmanager

@@ -76,7 +76,6 @@ LONGEST = 350  # lines
 LONGER = {
     "ordering.mixing": "the statistics of one report",
     "checking.verifier": "full and quick checks, which share nothing with the engine",
-    "engine.prepare": "all refusals",
     "loading.dataset": "what a finished store can be asked",
     "building.cut": "head, sample and split",
     "checking.moments": "sums and their merging, which must fit each other",

@@ -43,7 +43,7 @@ from actshuffle.loading.dataset import open_dataset
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import format_bytes, format_seconds, parse_bytes
+from actshuffle.units import format_bytes, format_seconds
 
 BLOCK_BYTES = 128 << 20  # what a kill can cost
 NAMED_FILES = 10_000  # more files than this are counted, and not named, in the attributes
@@ -153,17 +153,17 @@ def collect(
     if settings.get("asked") != asked or overwrite:
         _refuse_other(place, settings.get("asked"), asked, overwrite)
         settings = _write_source(source, files, asked, seal, shown)
-    request = Request(
+    request = Request.of(
         seed=0,
         source_row=False,
-        memory=None if memory is None else parse_bytes(memory),
-        block_bytes=parse_bytes(BLOCK_BYTES if block_bytes is None else block_bytes),
+        memory=memory,
+        block_bytes=BLOCK_BYTES if block_bytes is None else block_bytes,
         chunk_rows=chunk_rows,
         codec=codec,
-        scratch=None if scratch is None else str(scratch),
-        tasks_wanted=max(3 * crew.workers, part[1] if part else 1) if crew.workers > 1 or part else None,
+        scratch=scratch,
+        tasks_wanted=max(3 * crew.workers, part[1]) if part else None,
     )
-    job = prepare(source, place, request, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync)
+    job = prepare(source, place, request, crew, overwrite=overwrite, fsync=fsync)
     complete = True
     if part is None:
         execute(job, crew, shown)

@@ -41,7 +41,6 @@ from actshuffle.progress import Progress, Silent
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
-from actshuffle.units import parse_bytes
 
 ROWS_KEY = "_actshuffle/rows"  # the chosen rows, ascending, as little-endian uint64
 REMOTE_GAP_BYTES = 1 << 20
@@ -197,18 +196,10 @@ def sample(
         seed = int(before["seed"])  # the same again: go on where it was
     else:
         seed = secrets.randbits(63) if seed is None else seed
-        keys = Keys(seed, *request.get("key_bits", (64, 64)))
+        keys = Keys(seed, *Request.of(**request).key_bits)
         _choose(chosen, store, keys, names, rows, {"asked": asked, "seed": seed}, crew, shown)
-    wanted = Request(
-        seed=seed,
-        memory=None if memory is None else parse_bytes(memory),
-        fields=names,
-        chunk_rows=chunk_rows,
-        scratch=None if scratch is None else str(scratch),
-        tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
-        **request,
-    )
-    job = prepare(chosen, target, wanted, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync)
+    wanted = Request.of(seed=seed, memory=memory, fields=names, chunk_rows=chunk_rows, scratch=scratch, **request)
+    job = prepare(chosen, target, wanted, crew, overwrite=overwrite, fsync=fsync)
     result = execute(job, crew, shown)
     open_objects(chosen).delete_prefix("")
     return result
@@ -341,7 +332,7 @@ def _part(
     place = as_place(target, storage_options)
     source = Place(f"{place.url.rstrip('/')}.part", place.options)
     ranged = replace(store, start=store.start + start, rows=stop - start)
-    marker, asked = store.root_marker or {}, Request(seed=0, source_row=False)
+    marker, asked = store.root_marker or {}, Request.of(seed=0, source_row=False)
     facts: dict[str, Any] = {"kind": "copy", "marker": {"kind": "collection"}}
     names = sorted(store.fields)
     if store.shuffled:
@@ -352,15 +343,15 @@ def _part(
             "first_rank": marker.get("first_rank", 0) + ranged.start,
             **({"parts": marker["parts"]} if "parts" in marker else {}),
         }
-        asked = Request(seed=marker["seed"], key_bits=marker.get("key_bits"), source_row=False)
+        asked = Request.of(seed=marker["seed"], key_bits=marker.get("key_bits"), source_row=False)
         if SOURCE_ROW in names:  # then the engine's own provenance, with keys checked on the way
             names.remove(SOURCE_ROW)
-            facts["kind"], asked = "merge", replace(asked, source_row=True)
+            facts["kind"], asked = "merge", asked.changed(source_row=True)
     reader = "merge" if facts["kind"] == "merge" else "concat"
     write_concat(source, [ranged], names, reader=reader, **facts)
     layout = layout_of(store)
-    wanted = replace(asked, fields=tuple(names), **layout)
-    execute(prepare(source, place, wanted, most_memory=crew.task_memory), crew, progress)
+    wanted = asked.changed(fields=names, **layout)
+    execute(prepare(source, place, wanted, crew), crew, progress)
     open_objects(source).delete_prefix("")
     return open_dataset(target, storage_options=storage_options)
 

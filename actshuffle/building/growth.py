@@ -49,7 +49,7 @@ from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import format_bytes, format_seconds, parse_bytes
+from actshuffle.units import format_bytes, format_seconds
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ def append(
         raise RequestError(f"{fresh.path} is in {store.path} already; give --again to add it once more")
     check_places(fresh.root, target, None)
     assert store.marker is not None
-    asked = Request(
+    asked = Request.of(
         seed=store.marker["seed"],
-        memory=None if memory is None else parse_bytes(memory),
-        fields=tuple(sorted(store.marker["fields"])),
-        scratch=None if scratch is None else str(scratch),
-        tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
-        key_bits=tuple(store.marker["key_bits"]) if "key_bits" in store.marker else None,
-        **{"chunk_rows": chunk_rows, **request},
+        memory=memory,
+        fields=sorted(store.marker["fields"]),
+        chunk_rows=chunk_rows,
+        scratch=scratch,
+        key_bits=store.marker.get("key_bits"),
+        **request,
     )
     if out is None and not overwrite and _rows_from(target) == [*has, added]:
         leftovers: list[Place] = []  # written by an earlier run, which ended before the exchange
@@ -181,11 +181,11 @@ def _sort_new(
         )
     )
     if not ours:
-        wanted, most = replace(asked, chunk_rows=None), crew.task_memory
+        wanted = asked.changed(chunk_rows=None)
         try:
-            job = prepare(base, place, wanted, most_memory=most, overwrite=ours is False, fsync=fsync)
+            job = prepare(base, place, wanted, crew, overwrite=ours is False, fsync=fsync)
         except ResumeMismatchError:  # what an append of something else left behind
-            job = prepare(base, place, wanted, most_memory=most, overwrite=True, fsync=fsync)
+            job = prepare(base, place, wanted, crew, overwrite=True, fsync=fsync)
         execute(job, crew, progress)
     options = json.loads(place.options)
     return open_dataset(place.url, storage_options=options), [base, place]
@@ -220,9 +220,7 @@ def _merge_job(
             "source_identity": combined([part["identity"] for part in parts]),
         },
     )
-    layout = {k: v for k, v in layout_of(store).items() if getattr(asked, k) is None}
-    wanted = replace(asked, **layout)
-    return prepare(source, target, wanted, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync)
+    return prepare(source, target, asked.filled(**layout_of(store)), crew, overwrite=overwrite, fsync=fsync)
 
 
 def layout_of(store: Dataset) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from actshuffle.executors import Executor, Serial
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import format_bytes, format_seconds, parse_bytes
+from actshuffle.units import format_bytes, format_seconds
 
 ARRAY_NAME = re.compile(r"[^/\x00]+")
 
@@ -115,19 +115,18 @@ def import_store(
     rows = write_files(
         source, kind, options, files, found, mapping, sequence, group, {**(attributes or {}), "imported": told}
     )
-    asked = Request(
+    asked = Request.of(
         seed=0,
         source_row=False,
-        memory=None if memory is None else parse_bytes(memory),
+        memory=memory,
         chunk_rows=chunk_rows,
         chunks_per_shard=chunks_per_shard,
         codec=codec,
-        scratch=None if scratch is None else str(scratch),
-        tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
+        scratch=scratch,
         **request,
     )
     try:
-        job = prepare(source, place, asked, most_memory=crew.task_memory, overwrite=overwrite, fsync=fsync)
+        job = prepare(source, place, asked, crew, overwrite=overwrite, fsync=fsync)
     except RequestError:
         open_objects(source).delete_prefix("")
         raise

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import take_inventory
 from actshuffle.arrays.marker import is_finished, read_marker
 from actshuffle.arrays.metadata import (
-    CODECS,
     ZarrArray,
     is_group,
     open_node,
@@ -27,10 +26,10 @@ from actshuffle.arrays.metadata import (
 from actshuffle.arrays.names import MARKER_KEY, OUR_GROUP, SOURCE_ROW
 from actshuffle.engine import manifest
 from actshuffle.engine.job import Facts, Job, Kind
-from actshuffle.engine.request import Request, _checked_request
+from actshuffle.engine.request import Request
 from actshuffle.engine.scratch import check_memory, clear_scratch, recorded_scratch, scratch_place
 from actshuffle.errors import DestinationExistsError, FormatError, InfeasibleError, RequestError, ResumeMismatchError
-from actshuffle.executors.base import SHARE
+from actshuffle.executors.base import SHARE, Executor
 from actshuffle.machine import machine_memory
 from actshuffle.ordering.keys import Keys
 from actshuffle.planning.memory import MemoryModel
@@ -41,9 +40,9 @@ from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import format_bytes
 
 
-def check(src: Place, fields: Sequence[Field], given: dict[str, Any]) -> None:
-    """Refuse to gather rows from where they cannot be had one by one."""
-    if given.get("levels", "auto") not in ("auto", 1) or given.get("spill_memory"):
+def check(src: Place, fields: Sequence[Field], request: Request) -> None:
+    """Refuse sources whose rows cannot be read one by one: remote, virtual, compressed or sharded."""
+    if request.levels not in ("auto", 1) or request.spill_memory:
         raise RequestError("gathering is one level without spill: leave --levels and --spill-memory out")
     if not open_objects(src).is_local:
         raise RequestError(
@@ -75,52 +74,32 @@ def check_room(plan: Plan, workers: int) -> None:
 
 PREFERRED_MEMORY = 2 << 30  # more than this a worker takes only if it saves a level
 
-# Derived from the machine or the cluster, not from what the user typed: never a reason to refuse.
-_SOFT = {"tasks_wanted", "tasks_per_worker"}
-
 
 def prepare(
-    src: Place,
-    dst: Place,
-    request: Request,
-    *,
-    most_memory: Callable[[], int],  # asked only when nobody says how much memory
-    workers: int = 1,
-    overwrite: bool = False,
-    fsync: bool = True,
+    src: Place, dst: Place, request: Request, crew: Executor, *, overwrite: bool = False, fsync: bool = True
 ) -> Job:
     """The job to run, with the destination checked to be free or half done by the same job.
 
-    Nothing is written; with ``overwrite``, what is at the destination goes once all else is in order.
+    Nothing is written; with ``overwrite``, what is at the destination goes once all else is in order.  The crew
+    is asked for its memory only if the request names none.
     """
     check_places(src, dst, request.scratch)
     arrays = source_arrays(src, request.fields)
-    given = request.given()
     recorded = _recorded(dst, overwrite)
     if recorded is not None:
-        before = _checked_request(recorded["request"])
-        held = {"gather": False, **before}
-        differing = {k for k, v in given.items() if k not in _SOFT and held.get(k) != v}
-        if differing:
+        settled = Request.recorded(recorded["request"])
+        if differing := request.against(settled):
             raise ResumeMismatchError(
-                f"{dst.url} is half done with other arguments: "
-                + "; ".join(f"{k} was {before.get(k)!r}, now {given[k]!r}" for k in sorted(differing))
-                + ". Give the same to resume, or --overwrite to start again"
+                f"{dst.url} is half done with other arguments: {differing}. "
+                "Give the same to resume, or --overwrite to start again"
             )
-        given = before
         if request.scratch is None:
             recorded_scratch(dst, recorded)
     else:
-        given.setdefault("seed", secrets.randbits(63))
-        if "memory" not in given and "block_bytes" not in given:
-            given["memory"] = _settle_memory(
-                arrays,
-                given,
-                most_memory() * given.get("tasks_per_worker", 1),
-                remote=not open_objects(dst).is_local,
-                remote_source=not open_objects(src).is_local,
-            )
-    job = make_job(src, dst, arrays, given, fsync=fsync)
+        settled = request.filled(seed=secrets.randbits(63), tasks_wanted=tasks_for(crew.workers))
+        if settled.memory is None and settled.block_bytes is None:
+            settled = _with_memory(settled, arrays, crew, remote=_is_remote(dst), remote_source=_is_remote(src))
+    job = make_job(src, dst, arrays, settled, fsync=fsync)
     for part in job.known.behind:
         check_places(Place(part, src.options), dst, request.scratch)
     if recorded is not None:
@@ -135,7 +114,7 @@ def prepare(
     else:
         _check_space(job)
         if job.kind.gathers:
-            check_room(job.plan, workers)
+            check_room(job.plan, crew.workers)
     if overwrite:
         _remove(open_objects(dst, fsync=fsync))
         clear_scratch(job)
@@ -156,70 +135,57 @@ def _remove(objects: Objects) -> None:
 _METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 
-def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], given: dict[str, Any], *, fsync: bool = True) -> Job:
-    """Plan a request whose values are all settled.  Reads metadata and lists the source's objects."""
-    fill_missing = bool(given.get("fill_missing", False))
+def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Request, *, fsync: bool = True) -> Job:
+    """Plan a request whose seed is settled.  Reads metadata and lists the source's objects."""
+    assert request.seed is not None
     beyond: dict[str, Any] = {}
     gappy: set[str] = set()
     fields = [source_field(name, array) for name, array in arrays.items()]
-    if given.get("gather"):
-        check(src, fields, given)
-    if not fill_missing and (found := virtual.inventory(src, list(arrays))) is not None:
+    if request.gather:
+        check(src, fields, request)
+    if not request.fill_missing and (found := virtual.inventory(src, list(arrays))) is not None:
         identity, beyond = found
     else:
-        identity, gappy = take_inventory(src, arrays, fill_missing=fill_missing)
+        identity, gappy = take_inventory(src, arrays, fill_missing=request.fill_missing)
     # A missing chunk has no file to read: leave that array to zarr, which makes up fill values.
     fields = [dataclasses.replace(f, source_key="") if f.name in gappy else f for f in fields]
-    with_rows = bool(given.get("source_row", True))
-    if with_rows and SOURCE_ROW in arrays:
+    if request.source_row and SOURCE_ROW in arrays:
         raise RequestError(
             f"{src.url} has an array named {SOURCE_ROW!r} already (is it shuffled?), the name of the "
             "output's provenance: leave it out with --fields, or give --no-source-row"
         )
-    codec = given.get("codec", "none")
-    if codec not in CODECS:
-        raise RequestError(f"unknown codec {codec!r}; choose from {', '.join(CODECS)}")
-    kind, asked = _kind_of(src, beyond), given
-    if given.get("gather"):
+    kind, asked = _kind_of(src, beyond), request
+    if request.gather:
         if gappy:
             raise RequestError(
                 f"{', '.join(sorted(gappy))} of {src} lacks chunks, whose rows cannot be gathered: leave --gather out"
             )
         kind = Kind.GATHER
     elif kind is not Kind.SHUFFLE:  # leaves alone, as many as memory asks for: nothing is split into runs
-        asked = {**given, "run_bytes": 1}
-    remote, remote_source = (not open_objects(place).is_local for place in (dst, src))
-    plan = plan_for(arrays, fields, asked, remote=remote, remote_source=remote_source)
+        asked = request.changed(run_bytes=1)
+    plan = plan_for(arrays, fields, asked, remote=_is_remote(dst), remote_source=_is_remote(src))
     if not kind.ranked:
         plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=(), spill_memory=0)
-    rows = plan.rows
-    scratch = scratch_place(dst, given.get("scratch"))
-    outputs, widest = [], max(f.row_bytes for f in fields)
-    for field in fields:
+    widest = max(f.row_bytes for f in fields)
+
+    def output(field: Field, array: ZarrArray | None) -> Field:
         spans = _spans(field.row_bytes, widest, plan)
-        outputs.append(
-            output_field(field, arrays[field.name], rows, spans * plan.chunk_rows, spans * plan.object_rows, codec)
-        )
-    provenance = None
-    if with_rows:
-        bare = Field(SOURCE_ROW, "", 8, (), 1, "")
-        spans = _spans(8, widest, plan)
-        provenance = output_field(bare, None, rows, spans * plan.chunk_rows, spans * plan.object_rows, codec)
+        return output_field(field, array, plan.rows, spans * plan.chunk_rows, spans * plan.object_rows, request.codec)
+
     node = open_node(src)
     attributes = dict(node.attrs) if is_group(node) else {}
-    hi_bits, lo_bits = given.get("key_bits", (64, 64))
     return Job(
         plan=plan,
-        keys=Keys(given["seed"], hi_bits, lo_bits),
+        keys=Keys(request.seed, *request.key_bits),
         source=src,
         destination=dst,
-        scratch=scratch,
-        fields=tuple(outputs),
-        source_row=provenance,
+        scratch=scratch_place(dst, request.scratch),
+        fields=tuple(output(f, arrays[f.name]) for f in fields),
+        source_row=output(Field(SOURCE_ROW, "", 8, (), 1, ""), None) if request.source_row else None,
         attributes=json.dumps(attributes, sort_keys=True),
         source_identity=identity,
-        request=json.dumps(given, sort_keys=True),
-        fill_missing=fill_missing,
+        request=json.dumps(request.to_json(), sort_keys=True),
+        fill_missing=request.fill_missing,
         fsync=fsync,
         kind=kind,
         key_rows=beyond.get("key_rows") and tuple(beyond["key_rows"]),
@@ -236,13 +202,13 @@ def _kind_of(src: Place, beyond: dict[str, Any]) -> Kind:
 
 
 def plan_for(
-    arrays: dict[str, ZarrArray], fields: Sequence[Field], given: dict[str, Any], *, remote: bool, remote_source: bool
+    arrays: dict[str, ZarrArray], fields: Sequence[Field], request: Request, *, remote: bool, remote_source: bool
 ) -> Plan:
-    """The plan for some source arrays under settled arguments.
+    """The plan for some source arrays under a settled request.
 
     ``remote`` says that spill and output are in an object store, ``remote_source`` that the source is.
     """
-    coded = given.get("codec", "none") != "none" or (given.get("chunks_per_shard") or 1) > 1
+    coded = request.codec != "none" or (request.chunks_per_shard or 1) > 1
     model = MemoryModel(
         row_bytes=sum(f.row_bytes for f in fields),
         source_buffer=source_buffer(list(arrays.values()), remote=remote_source),
@@ -250,25 +216,34 @@ def plan_for(
         output_copies=2 if coded or remote else 0,
     )
     widest = max(fields, key=lambda f: f.row_bytes)
-    usual_run = REMOTE_RUN_BYTES if remote else LOCAL_RUN_BYTES
-    sharing, memory = given.get("tasks_per_worker", 1), given.get("memory")
+    widest_row = max(widest.row_bytes, 8 if request.source_row else 0)
+    rows = next(iter(arrays.values())).shape[0]
+    return plan_rows(rows, model, request, widest_row=widest_row, source_chunk_rows=widest.source_chunk_rows)
+
+
+def plan_rows(rows: int, model: MemoryModel, request: Request, **source: int) -> Plan:
+    """The plan for so many rows under a settled request; ``source`` says what `make_plan` asks of the source."""
     plan = make_plan(
-        next(iter(arrays.values())).shape[0],
+        rows,
         model.row_bytes,
-        levels=given.get("levels", "auto"),
-        memory=None if memory is None else memory // sharing,
-        block_bytes=given.get("block_bytes"),
-        run_bytes=usual_run if (run := given.get("run_bytes")) is None else run,
-        chunk_rows=given.get("chunk_rows"),
-        chunks_per_shard=given.get("chunks_per_shard"),
-        widest_row=max(widest.row_bytes, 8 if given.get("source_row", True) else 0),
-        source_chunk_rows=widest.source_chunk_rows,
-        tasks_wanted=given.get("tasks_wanted", 1),
-        spill_memory=given.get("spill_memory", 0),
-        gather=bool(given.get("gather")),
+        levels=request.levels,
+        memory=None if request.memory is None else request.memory // request.tasks_per_worker,
+        block_bytes=request.block_bytes,
+        run_bytes=request.run_bytes or (REMOTE_RUN_BYTES if model.remote else LOCAL_RUN_BYTES),
+        chunk_rows=request.chunk_rows,
+        chunks_per_shard=request.chunks_per_shard,
+        tasks_wanted=request.tasks_wanted,
+        spill_memory=request.spill_memory,
+        gather=request.gather,
         model=model,
+        **source,
     )
-    return dataclasses.replace(plan, memory=plan.memory * sharing)
+    return dataclasses.replace(plan, memory=plan.memory * request.tasks_per_worker)
+
+
+def tasks_for(workers: int) -> int | None:
+    """Tasks that keep all workers busy to the end; None for one worker, which any number keeps busy."""
+    return 3 * workers if workers > 1 else None
 
 
 def default_memory(workers: int) -> int:
@@ -276,13 +251,13 @@ def default_memory(workers: int) -> int:
     return min(PREFERRED_MEMORY, int(SHARE * machine_memory() / workers))
 
 
-def _settle_memory(arrays: dict[str, ZarrArray], given: dict[str, Any], most: int, **where: bool) -> int:
-    """A moderate share of the worker, unless all of it saves a level."""
+def _with_memory(request: Request, arrays: dict[str, ZarrArray], crew: Executor, **where: bool) -> Request:
+    """The request with a moderate share of the worker, unless all of it saves a level."""
     fields = [source_field(name, array) for name, array in arrays.items()]
-    some: int = min(PREFERRED_MEMORY * given.get("tasks_per_worker", 1), most)
+    most = request.changed(memory=crew.task_memory() * request.tasks_per_worker)
+    some = request.changed(memory=min(PREFERRED_MEMORY * request.tasks_per_worker, most.memory or 0))
     try:
-        wide = plan_for(arrays, fields, {**given, "memory": most}, **where)
-        lean = plan_for(arrays, fields, {**given, "memory": some}, **where)
+        wide, lean = plan_for(arrays, fields, most, **where), plan_for(arrays, fields, some, **where)
     except InfeasibleError:
         return most
     return some if lean.levels <= wide.levels else most
@@ -318,6 +293,10 @@ def _where(place: Place) -> Path:
         return path.resolve()
     except (OSError, RuntimeError) as err:  # links in a circle, names too long
         raise RequestError(f"cannot use {place.url}: {err}") from err
+
+
+def _is_remote(place: Place) -> bool:
+    return not open_objects(place).is_local
 
 
 def _inside(path: Path, folder: Path) -> bool:

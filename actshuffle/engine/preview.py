@@ -9,10 +9,11 @@ from typing import Any
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.metadata import ZarrArray, source_arrays, source_field
 from actshuffle.engine.prepare import check as check_gather
-from actshuffle.engine.prepare import check_room, default_memory, plan_for
+from actshuffle.engine.prepare import check_room, default_memory, plan_for, plan_rows, tasks_for
+from actshuffle.engine.request import Request
 from actshuffle.errors import InfeasibleError, RequestError
 from actshuffle.planning.memory import MemoryModel
-from actshuffle.planning.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan
+from actshuffle.planning.planner import Levels
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
@@ -47,51 +48,27 @@ def plan(
     this machine.  ``remote`` says that scratch and output are in an object store.  Raises
     `InfeasibleError` with the arithmetic when it cannot be done.
     """
-    given: dict[str, Any] = {
-        "levels": levels,
-        "memory": None if memory is None else parse_bytes(memory),
-        "block_bytes": None if block_bytes is None else parse_bytes(block_bytes),
-        "run_bytes": None if run_bytes is None else parse_bytes(run_bytes),
-        "chunk_rows": chunk_rows,
-        "chunks_per_shard": chunks_per_shard,
-        "codec": codec,
-        "spill_memory": 0 if spill_memory is None else parse_bytes(spill_memory),
-        "gather": gather,
-        "tasks_wanted": 3 * workers if workers and workers > 1 else 1,
-    }
     if (src is None) == (rows is None or row_bytes is None):
         raise RequestError("give a source, or both rows and row bytes")
     if gather and src is None:
         raise RequestError("rows are gathered from a store: give one")
+    crew = workers or 1
+    request = Request.among(locals()).filled(tasks_wanted=tasks_for(crew))
+    if request.memory is None and request.block_bytes is None:
+        request = request.changed(memory=default_memory(crew))
     if src is None:
-        if given["memory"] is None and given["block_bytes"] is None:
-            given["memory"] = default_memory(workers or 1)
         assert rows is not None
         assert row_bytes is not None
-        usual_run = REMOTE_RUN_BYTES if remote else LOCAL_RUN_BYTES
         width = parse_bytes(row_bytes)
-        return make_plan(
-            parse_count(rows),
-            width,
-            levels=levels,
-            memory=given["memory"],
-            block_bytes=given["block_bytes"],
-            run_bytes=given["run_bytes"] or usual_run,
-            chunk_rows=chunk_rows,
-            chunks_per_shard=chunks_per_shard,
-            tasks_wanted=given["tasks_wanted"],
-            model=MemoryModel(width, remote=True, output_copies=2) if remote else None,
-            spill_memory=given["spill_memory"],
-        )
+        model = MemoryModel(width, remote=True, output_copies=2) if remote else MemoryModel(width)
+        return plan_rows(parse_count(rows), model, request)
     place = as_place(src, storage_options)
-    arrays, described = _described(place, fields)
-    if given["memory"] is None and given["block_bytes"] is None:
-        given["memory"] = default_memory(workers or 1)
+    arrays, described = _described(place, request.fields)
     if gather:
-        check_gather(place, described, given)
-    made = plan_for(arrays, described, given, remote=remote, remote_source=not open_objects(place).is_local)
+        check_gather(place, described, request)
+    made = plan_for(arrays, described, request, remote=remote, remote_source=not open_objects(place).is_local)
     if gather:
-        check_room(made, workers or 1)
+        check_room(made, crew)
     return made
 
 
@@ -111,7 +88,7 @@ def gathers_well(
     place = as_place(src, storage_options)
     _, described = _described(place, fields)
     try:
-        check_gather(place, described, {})
+        check_gather(place, described, Request())
         check_room(made, workers or 1)
     except (RequestError, InfeasibleError):
         return False

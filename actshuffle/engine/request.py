@@ -1,64 +1,201 @@
-"""What a user asks of a run."""
+"""What a user asks of a run: one field of `Request` for each knob.
+
+A knob knows how its values are read, which values it takes, its default, and its help.  The functions, the command
+line and the check of a half-done run's ``run.json`` all go by that::
+
+    "2GB", "auto", 1e6   -- Request.of -->   Request   -- to_json -->   run.json   -- Request.recorded -->   Request
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from pathlib import PurePath
+from typing import Any, Literal, NamedTuple
 
+from actshuffle.arrays.metadata import CODECS
 from actshuffle.arrays.names import RUN_KEY
-from actshuffle.errors import FormatError
-from actshuffle.planning.planner import Levels
+from actshuffle.errors import FormatError, RequestError
+from actshuffle.planning.planner import MAX_LEVELS
+from actshuffle.units import parse_bytes, parse_count
+
+
+class Kind(NamedTuple):
+    """A kind of value.  ``read`` returns what it cannot read as it is; then ``allows`` refuses it."""
+
+    name: str
+    domain: str  # the end of "NAME must be ..."
+    allows: Callable[[Any], bool]
+    read: Callable[[Any], Any] = lambda value: value  # text, or a value from Python
+    metavar: str | None = None  # for the help, if it is not the name in capitals
+    choices: tuple[str, ...] = ()  # all values, as text
+
+
+class Knob(NamedTuple):
+    """One field of `Request`."""
+
+    argument: str  # its name in Python; with hyphens, on the command line
+    field: str  # its name in run.json
+    kind: Kind
+    default: Any
+    help: str
+    shown: str  # the default, in words
+
+    def parsed(self, value: Any) -> Any:
+        try:
+            return self.kind.read(value)
+        except RequestError as err:
+            raise RequestError(f"{self.argument}: {err}") from err
+
+    def check(self, value: Any) -> None:
+        if not self.kind.allows(value):
+            raise RequestError(f"{self.argument} must be {self.kind.domain}, got {repr(value)[:60]}")
+
+
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _number(read: Callable[[Any], int]) -> Callable[[Any], Any]:
+    return lambda value: read(value) if isinstance(value, str | Real) and not isinstance(value, bool) else value
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) and name for name in value)
+
+
+def _names(value: Any) -> tuple[Any, ...]:
+    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
+
+
+_REFUSE_OR_FILL = {"refuse": False, "fill": True}
+
+SIZE = Kind("size", "more than 0 bytes", _whole(1), _number(parse_bytes))
+ROOM = Kind("size", "0 bytes or more", _whole(0), _number(parse_bytes))
+COUNT = Kind("count", "a positive whole number", _whole(1), _number(parse_count))
+SEED = Kind("count", "a non-negative whole number", _whole(0))
+LEVELS = Kind(
+    "levels",
+    f"auto or 1 to {MAX_LEVELS}",
+    lambda value: value == "auto" or (_whole(1)(value) and value <= MAX_LEVELS),
+    lambda value: int(value) if isinstance(value, str) and value.isdecimal() else value,
+    "N",
+)
+SWITCH = Kind("switch", "True or False", lambda value: isinstance(value, bool))
+MISSING = SWITCH._replace(
+    domain="refuse or fill",
+    read=lambda value: _REFUSE_OR_FILL.get(value, value) if isinstance(value, str) else value,
+    choices=tuple(_REFUSE_OR_FILL),
+)
+CODEC = Kind("codec", f"one of {', '.join(CODECS)}", lambda value: value in tuple(CODECS), choices=tuple(CODECS))
+NAMES = Kind("names", "names of arrays, like act,token", _is_names, _names, "A,B")
+FOLDER = Kind(
+    "path",
+    "a folder or a URL",
+    lambda value: isinstance(value, str),
+    lambda value: str(value) if isinstance(value, PurePath) else value,
+)
+BITS = Kind("bits", "two numbers of bits, 0 to 64", lambda value: len(value) == 2 and set(value) <= {*range(65)}, tuple)
+
+_SOFT = {"tasks_wanted", "tasks_per_worker"}  # decided by the machine or the cluster: no reason to refuse a resume
+
+
+def _knob(kind: Kind, help: str = "", shown: str = "", default: Any = None, argument: str = "") -> Any:
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": help, "shown": shown, "name": argument})
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of a run.  None means: as a half-done run recorded it, else the default."""
+    """The settled or default value of every knob, and the names of those that were ``given``.
 
-    seed: int | None = None
-    levels: Levels | None = None
-    memory: int | None = None
-    block_bytes: int | None = None
-    run_bytes: int | None = None
-    chunk_rows: int | None = None
-    chunks_per_shard: int | None = None
-    codec: str | None = None
-    fields: tuple[str, ...] | None = None
-    source_row: bool | None = None
-    fill_missing: bool | None = None
-    scratch: str | None = None
-    tasks_wanted: int | None = None
-    tasks_per_worker: int | None = None  # that share the memory
-    spill_memory: int | None = None
-    gather: bool | None = None
-    key_bits: tuple[int, int] | None = None  # for tests: see keys.Keys
+    Made by `of` or `recorded`.  None stands for a value that is drawn, or found from the data and the machine.
+    """
 
-    def given(self) -> dict[str, Any]:
-        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        result: dict[str, Any] = json.loads(json.dumps(values))  # tuples as they come back from disk
-        return result
+    seed: int | None = _knob(SEED, "Seed of the order.", "drawn, and recorded in the output")
+    levels: int | Literal["auto"] = _knob(
+        LEVELS, "Number of passes over the data.", "auto, the fewest that fit", "auto"
+    )
+    memory: int | None = _knob(SIZE, "Most memory that one worker uses.", "a share of the machine, 2GiB at most")
+    block_bytes: int | None = _knob(SIZE, "Size of the rows of one task (M).", "as --memory allows")
+    run_bytes: int | None = _knob(SIZE, "Least size that is read in one piece (P).", "256KiB; 4MiB if remote")
+    spill_memory: int = _knob(
+        ROOM, "Keep up to this much of the spill in memory (tmpfs), on top of --memory per worker.", "none", 0
+    )
+    gather: bool = _knob(
+        SWITCH, "Make one pass without spill, from a source that fits into this machine's memory.", default=False
+    )
+    chunk_rows: int | None = _knob(COUNT, "Rows per chunk of the widest array.", "about 32MiB")
+    chunks_per_shard: int | None = _knob(COUNT, "Chunks per shard.", "1; more beyond 10^6 chunks")
+    codec: str = _knob(CODEC, "Codec of the output arrays.", "none", "none")
+    fields: tuple[str, ...] | None = _knob(NAMES, "Arrays to take.", "all")
+    source_row: bool = _knob(SWITCH, "Also write the source row of each row.", "yes", True)
+    fill_missing: bool = _knob(
+        MISSING, "Refuse absent chunks of the source, or take them as fill values.", "refuse", False, "missing_chunks"
+    )
+    scratch: str | None = _knob(FOLDER, "Folder or URL of the intermediate data.", "beside the output")
+    # Not for users: the first two come from the machine or the cluster, the last from tests.
+    tasks_wanted: int = _knob(COUNT, default=1)
+    tasks_per_worker: int = _knob(COUNT, default=1)  # that share the memory
+    key_bits: tuple[int, int] = _knob(BITS, default=(64, 64))
+    given: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in sorted(self.given):
+            KNOBS[name].check(getattr(self, name))
+
+    @classmethod
+    def of(cls, **given: Any) -> Request:
+        """Read values as people write them; None is as good as not given."""
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if value is not None:
+                knob = _NAMED.get(name)  # the constructor refuses names that no knob has
+                values[knob.field if knob else name] = knob.parsed(value) if knob else value
+        return cls(**values, given=frozenset(values))
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> Request:
+        """The request among the arguments of a function: those that are named like knobs."""
+        return cls.of(**{knob.argument: arguments.get(knob.argument) for knob in KNOBS.values()})
+
+    @classmethod
+    def recorded(cls, document: Any) -> Request:
+        """The request that a run.json holds; nothing in it is read as text."""
+        if not isinstance(document, dict) or "seed" not in document:
+            raise FormatError(f"{RUN_KEY} is damaged: it names no seed; --overwrite starts again")
+        if unknown := set(document) - set(KNOBS):
+            raise FormatError(f"{RUN_KEY} is damaged: no {min(unknown)[:40]} is known; --overwrite starts again")
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
+        try:
+            return cls(**values, given=frozenset(values))
+        except (RequestError, TypeError) as err:
+            raise FormatError(f"{RUN_KEY} is damaged: {err}; --overwrite starts again") from err
+
+    def to_json(self) -> dict[str, Any]:
+        """The values that were given, as run.json records them."""
+        values = {name: getattr(self, name) for name in self.given}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def changed(self, **values: Any) -> Request:
+        """With other values for some knobs; None takes one away."""
+        return Request.of(**{**{name: getattr(self, name) for name in self.given}, **values})
+
+    def filled(self, **values: Any) -> Request:
+        """With these values for knobs that were not given."""
+        return self.changed(**{name: value for name, value in values.items() if name not in self.given})
+
+    def against(self, before: Request) -> str:
+        """How this differs from an earlier request, in words, where a user decided it."""
+        was, now = before.to_json(), self.to_json()
+        differing = [k for k in sorted(now) if k not in _SOFT and getattr(self, k) != getattr(before, k)]
+        return "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in differing)
 
 
-_TEXTS, _SWITCHES = ("codec", "scratch"), ("source_row", "fill_missing", "gather")
-_KINDS: dict[str, Callable[[Any], bool]] = {
-    **{f.name: lambda x: type(x) is int and x >= 0 for f in dataclasses.fields(Request)},
-    **{name: lambda x: isinstance(x, str) for name in _TEXTS},
-    **{name: lambda x: isinstance(x, bool) for name in _SWITCHES},
-    "levels": lambda x: x == "auto" or (type(x) is int and x > 0),
-    "fields": lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x),
-    "key_bits": lambda x: isinstance(x, list) and len(x) == 2 and set(x) <= {*range(65)},
+KNOBS = {
+    f.name: Knob(m["name"] or f.name, f.name, m["kind"], f.default, m["help"], m["shown"])
+    for f in dataclasses.fields(Request)
+    if (m := f.metadata)
 }
-
-
-def _checked_request(recorded: Any) -> dict[str, Any]:
-    """The arguments that a file says a run was given."""
-    if not isinstance(recorded, dict) or "seed" not in recorded:
-        raise FormatError(f"{RUN_KEY} is damaged: it names no seed; --overwrite starts again")
-    for name, value in recorded.items():
-        if name not in _KINDS or not _KINDS[name](value):
-            raise FormatError(
-                f"{RUN_KEY} is damaged: {name[:40]} cannot be {str(value)[:40]!r}; --overwrite starts again"
-            )
-    return recorded
+_NAMED = {**KNOBS, **{knob.argument: knob for knob in KNOBS.values()}}

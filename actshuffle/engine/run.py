@@ -45,7 +45,7 @@ from actshuffle.planning.planner import Levels
 from actshuffle.planning.tree import Plan
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.place import as_place
-from actshuffle.units import format_bytes, format_seconds, parse_bytes
+from actshuffle.units import format_bytes, format_seconds
 
 
 @dataclass(frozen=True)
@@ -139,37 +139,16 @@ def shuffle(
     RequestError, SourceError : nothing was written.
     ActshuffleError : see `actshuffle.errors`; what was finished is kept.
     """
-    if missing_chunks not in (None, "refuse", "fill"):
-        raise RequestError(f"missing_chunks must be refuse or fill, got {missing_chunks!r}")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise RequestError(f"seed must be a non-negative whole number, got {seed!r}")
+    request = Request.among(locals())
     with executor_for(workers, client) if executor is None else nullcontext(executor) as crew:
-        request = Request(
-            seed=seed,
-            levels=levels,
-            memory=None if memory is None else parse_bytes(memory),
-            block_bytes=None if block_bytes is None else parse_bytes(block_bytes),
-            run_bytes=None if run_bytes is None else parse_bytes(run_bytes),
-            chunk_rows=chunk_rows,
-            chunks_per_shard=chunks_per_shard,
-            codec=codec,
-            fields=None if fields is None else tuple(fields),
-            source_row=source_row,
-            fill_missing=None if missing_chunks is None else missing_chunks == "fill",
-            scratch=None if scratch is None else str(scratch),
-            tasks_wanted=3 * crew.workers if crew.workers > 1 else None,
-            tasks_per_worker=sharing if (sharing := crew.tasks_per_worker) > 1 else None,
-            spill_memory=None if spill_memory is None else parse_bytes(spill_memory),
-            gather=gather,
-        )
         if (request.spill_memory or request.gather) and not crew.one_machine:
             raise RequestError(f"{_NOT_SHARED}: leave it out with a scheduler")
+        sharing = crew.tasks_per_worker
         job = prepare(
             as_place(src, storage_options),
             as_place(dst, storage_options),
-            request,
-            most_memory=crew.task_memory,
-            workers=crew.workers,
+            request.filled(tasks_per_worker=sharing if sharing > 1 else None),
+            crew,
             overwrite=overwrite,
             fsync=fsync,
         )

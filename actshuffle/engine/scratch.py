@@ -16,7 +16,7 @@ from typing import Any
 
 from actshuffle.engine import manifest
 from actshuffle.engine.job import Job
-from actshuffle.engine.request import _checked_request
+from actshuffle.engine.request import Request
 from actshuffle.errors import FormatError, InfeasibleError, ResumeMismatchError, StorageError
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place
@@ -37,7 +37,7 @@ def recorded_scratch(dst: Place, recorded: dict[str, Any]) -> Place:
 
     A path in a file that others may have written is not gone to, unless what is there agrees.
     """
-    folder = _checked_request(recorded.get("request")).get("scratch")
+    folder = Request.recorded(recorded.get("request")).scratch
     if folder is None:
         return scratch_place(dst, None)
     body, found = None, scratch_place(dst, folder)

@@ -31,10 +31,5 @@ class Executor:
         """Bytes that one task may use by default."""
         return int(SHARE * machine_memory() / self.workers)
 
-    @property
-    def tasks_wanted(self) -> int | None:
-        """Tasks that keep all workers busy to the end; None for one worker, which any number keeps busy."""
-        return 3 * self.workers if self.workers > 1 else None
-
     def close(self) -> None:
         """Give back the memory that workers hold between tasks."""

@@ -289,8 +289,8 @@ def run(src: Path, dst: Path, seed: int, *, overwrite: bool = False, **plan: Any
 
 def prepared(src: Path, dst: Path, seed: int, *, overwrite: bool = False, **plan: Any) -> Job:
     """Prepare the job of such a run."""
-    request = Request(**({"seed": seed, "block_bytes": 1 << 30, "run_bytes": 1} | plan))
-    return prepare(as_place(src), as_place(dst), request, most_memory=lambda: 1 << 30, overwrite=overwrite, fsync=False)
+    request = Request.of(**({"seed": seed, "block_bytes": 1 << 30, "run_bytes": 1} | plan))
+    return prepare(as_place(src), as_place(dst), request, Serial(), overwrite=overwrite, fsync=False)
 
 
 def new_process() -> None:

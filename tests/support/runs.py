@@ -20,9 +20,7 @@ from actshuffle.storage.place import as_place
 def job_of(src: Path, dst: Path, *, seed: int = 5, **request: Any) -> Job:
     """A job without fsync, one block unless told otherwise; ``key_bits`` in a request forces ties."""
     request = {"run_bytes": 1, "block_bytes": 1 << 30} | request
-    return prepare(
-        as_place(src), as_place(dst), Request(seed=seed, **request), most_memory=lambda: 1 << 30, fsync=False
-    )
+    return prepare(as_place(src), as_place(dst), Request.of(seed=seed, **request), Serial(), fsync=False)
 
 
 def run(src: Path, dst: Path, executor: Any = None, **request: Any) -> Result:
