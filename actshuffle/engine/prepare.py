@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import secrets
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,65 +13,20 @@ from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import take_inventory
 from actshuffle.arrays.marker import is_finished, read_marker
-from actshuffle.arrays.metadata import (
-    ZarrArray,
-    is_group,
-    open_node,
-    output_field,
-    source_arrays,
-    source_buffer,
-    source_field,
-)
+from actshuffle.arrays.metadata import ZarrArray, is_group, open_node, output_field, source_arrays, source_field
 from actshuffle.arrays.names import MARKER_KEY, OUR_GROUP, SOURCE_ROW
 from actshuffle.engine import manifest
 from actshuffle.engine.job import Facts, Job, Kind
+from actshuffle.engine.preview import check_gather, check_room, is_remote, plan_for, tasks_for, with_memory
 from actshuffle.engine.request import Request
 from actshuffle.engine.scratch import check_memory, clear_scratch, recorded_scratch, scratch_place
 from actshuffle.errors import DestinationExistsError, FormatError, InfeasibleError, RequestError, ResumeMismatchError
-from actshuffle.executors.base import SHARE, Executor
-from actshuffle.machine import machine_memory
+from actshuffle.executors.base import Executor
 from actshuffle.ordering.keys import Keys
-from actshuffle.planning.memory import MemoryModel
-from actshuffle.planning.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, make_plan
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import format_bytes
-
-
-def check(src: Place, fields: Sequence[Field], request: Request) -> None:
-    """Refuse sources whose rows cannot be read one by one: remote, virtual, compressed or sharded."""
-    if request.levels not in ("auto", 1) or request.spill_memory:
-        raise RequestError("gathering is one level without spill: leave --levels and --spill-memory out")
-    if not open_objects(src).is_local:
-        raise RequestError(
-            f"rows can be gathered from a store on this machine, and {src} is elsewhere: leave --gather out"
-        )
-    if virtual.open_reader(src) is not None:
-        raise RequestError(
-            f"rows of {src} lie in other stores or files, and cannot be gathered one by one: leave --gather out"
-        )
-    decoded = [f.name for f in fields if not f.source_key]
-    if decoded:
-        raise RequestError(
-            f"rows of {', '.join(decoded)} must be decoded by the chunk, so they cannot be gathered one by "
-            "one: leave --gather out"
-        )
-
-
-def check_room(plan: Plan, workers: int) -> None:
-    """Refuse to gather from a source that has no room in memory beside the workers."""
-    size, memory = plan.rows * plan.row_bytes, machine_memory()
-    need = size + workers * plan.memory
-    if need > memory:
-        raise InfeasibleError(
-            f"to gather rows, the source's {format_bytes(size)} must lie in memory beside "
-            f"{workers} worker{'s' * (workers != 1)} with {format_bytes(plan.memory)} each, and there are "
-            f"{format_bytes(memory)}: give less --memory, fewer --workers, or leave --gather out"
-        )
-
-
-PREFERRED_MEMORY = 2 << 30  # more than this a worker takes only if it saves a level
 
 
 def prepare(
@@ -98,7 +52,7 @@ def prepare(
     else:
         settled = request.filled(seed=secrets.randbits(63), tasks_wanted=tasks_for(crew.workers))
         if settled.memory is None and settled.block_bytes is None:
-            settled = _with_memory(settled, arrays, crew, remote=_is_remote(dst), remote_source=_is_remote(src))
+            settled = with_memory(settled, arrays, crew, src, dst)
     job = make_job(src, dst, arrays, settled, fsync=fsync)
     for part in job.known.behind:
         check_places(Place(part, src.options), dst, request.scratch)
@@ -142,7 +96,7 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Requ
     gappy: set[str] = set()
     fields = [source_field(name, array) for name, array in arrays.items()]
     if request.gather:
-        check(src, fields, request)
+        check_gather(src, fields, request)
     if not request.fill_missing and (found := virtual.inventory(src, list(arrays))) is not None:
         identity, beyond = found
     else:
@@ -163,7 +117,7 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Requ
         kind = Kind.GATHER
     elif kind is not Kind.SHUFFLE:  # leaves alone, as many as memory asks for: nothing is split into runs
         asked = request.changed(run_bytes=1)
-    plan = plan_for(arrays, fields, asked, remote=_is_remote(dst), remote_source=_is_remote(src))
+    plan = plan_for(arrays, fields, asked, remote=is_remote(dst), remote_source=is_remote(src))
     if not kind.ranked:
         plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=(), spill_memory=0)
     widest = max(f.row_bytes for f in fields)
@@ -201,68 +155,6 @@ def _kind_of(src: Place, beyond: dict[str, Any]) -> Kind:
         raise FormatError(f"{src} is damaged: {err}") from err
 
 
-def plan_for(
-    arrays: dict[str, ZarrArray], fields: Sequence[Field], request: Request, *, remote: bool, remote_source: bool
-) -> Plan:
-    """The plan for some source arrays under a settled request.
-
-    ``remote`` says that spill and output are in an object store, ``remote_source`` that the source is.
-    """
-    coded = request.codec != "none" or (request.chunks_per_shard or 1) > 1
-    model = MemoryModel(
-        row_bytes=sum(f.row_bytes for f in fields),
-        source_buffer=source_buffer(list(arrays.values()), remote=remote_source),
-        remote=remote,
-        output_copies=2 if coded or remote else 0,
-    )
-    widest = max(fields, key=lambda f: f.row_bytes)
-    widest_row = max(widest.row_bytes, 8 if request.source_row else 0)
-    rows = next(iter(arrays.values())).shape[0]
-    return plan_rows(rows, model, request, widest_row=widest_row, source_chunk_rows=widest.source_chunk_rows)
-
-
-def plan_rows(rows: int, model: MemoryModel, request: Request, **source: int) -> Plan:
-    """The plan for so many rows under a settled request; ``source`` says what `make_plan` asks of the source."""
-    plan = make_plan(
-        rows,
-        model.row_bytes,
-        levels=request.levels,
-        memory=None if request.memory is None else request.memory // request.tasks_per_worker,
-        block_bytes=request.block_bytes,
-        run_bytes=request.run_bytes or (REMOTE_RUN_BYTES if model.remote else LOCAL_RUN_BYTES),
-        chunk_rows=request.chunk_rows,
-        chunks_per_shard=request.chunks_per_shard,
-        tasks_wanted=request.tasks_wanted,
-        spill_memory=request.spill_memory,
-        gather=request.gather,
-        model=model,
-        **source,
-    )
-    return dataclasses.replace(plan, memory=plan.memory * request.tasks_per_worker)
-
-
-def tasks_for(workers: int) -> int | None:
-    """Tasks that keep all workers busy to the end; None for one worker, which any number keeps busy."""
-    return 3 * workers if workers > 1 else None
-
-
-def default_memory(workers: int) -> int:
-    """A moderate share of this machine for each of some workers, bytes."""
-    return min(PREFERRED_MEMORY, int(SHARE * machine_memory() / workers))
-
-
-def _with_memory(request: Request, arrays: dict[str, ZarrArray], crew: Executor, **where: bool) -> Request:
-    """The request with a moderate share of the worker, unless all of it saves a level."""
-    fields = [source_field(name, array) for name, array in arrays.items()]
-    most = request.changed(memory=crew.task_memory() * request.tasks_per_worker)
-    some = request.changed(memory=min(PREFERRED_MEMORY * request.tasks_per_worker, most.memory or 0))
-    try:
-        wide, lean = plan_for(arrays, fields, most, **where), plan_for(arrays, fields, some, **where)
-    except InfeasibleError:
-        return most
-    return some if lean.levels <= wide.levels else most
-
-
 def _spans(row_bytes: int, widest: int, plan: Plan) -> int:
     """How many of the widest field's chunks one chunk of this field spans: narrow rows, longer chunks.
 
@@ -293,10 +185,6 @@ def _where(place: Place) -> Path:
         return path.resolve()
     except (OSError, RuntimeError) as err:  # links in a circle, names too long
         raise RequestError(f"cannot use {place.url}: {err}") from err
-
-
-def _is_remote(place: Place) -> bool:
-    return not open_objects(place).is_local
 
 
 def _inside(path: Path, folder: Path) -> bool:

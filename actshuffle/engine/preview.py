@@ -1,24 +1,27 @@
-"""Looking without touching: the plan of a run before it, the state of one on its way, what a store holds."""
+"""The plan of a run, without the run: memory, levels, and whether a source allows its rows to be gathered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
-from actshuffle.arrays.metadata import ZarrArray, source_arrays, source_field
-from actshuffle.engine.prepare import check as check_gather
-from actshuffle.engine.prepare import check_room, default_memory, plan_for, plan_rows, tasks_for
+from actshuffle.arrays.metadata import ZarrArray, source_arrays, source_buffer, source_field
 from actshuffle.engine.request import Request
 from actshuffle.errors import InfeasibleError, RequestError
+from actshuffle.executors.base import SHARE, Executor
+from actshuffle.machine import machine_memory
 from actshuffle.planning.memory import MemoryModel
-from actshuffle.planning.planner import Levels
+from actshuffle.planning.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
-from actshuffle.units import parse_bytes, parse_count
+from actshuffle.units import format_bytes, parse_bytes, parse_count
 
+PREFERRED_MEMORY = 2 << 30  # more than this a worker takes only if it saves a level
 # Bytes.  Measured: rows of 8 KiB are gathered in 0.6 of the time of two levels, of 512 B in 1.1 of it.
 WIDE_ROW = 2 << 10
 
@@ -66,7 +69,7 @@ def plan(
     arrays, described = _described(place, request.fields)
     if gather:
         check_gather(place, described, request)
-    made = plan_for(arrays, described, request, remote=remote, remote_source=not open_objects(place).is_local)
+    made = plan_for(arrays, described, request, remote=remote, remote_source=is_remote(place))
     if gather:
         check_room(made, crew)
     return made
@@ -98,3 +101,102 @@ def gathers_well(
 def _described(place: Place, fields: Iterable[str] | None) -> tuple[dict[str, ZarrArray], list[Field]]:
     arrays = source_arrays(place, None if fields is None else tuple(fields))
     return arrays, [source_field(name, array) for name, array in arrays.items()]
+
+
+def plan_for(
+    arrays: dict[str, ZarrArray], fields: Sequence[Field], request: Request, *, remote: bool, remote_source: bool
+) -> Plan:
+    """The plan for some source arrays under a settled request.
+
+    ``remote`` says that spill and output are in an object store, ``remote_source`` that the source is.
+    """
+    coded = request.codec != "none" or (request.chunks_per_shard or 1) > 1
+    model = MemoryModel(
+        row_bytes=sum(f.row_bytes for f in fields),
+        source_buffer=source_buffer(list(arrays.values()), remote=remote_source),
+        remote=remote,
+        output_copies=2 if coded or remote else 0,
+    )
+    widest = max(fields, key=lambda f: f.row_bytes)
+    widest_row = max(widest.row_bytes, 8 if request.source_row else 0)
+    rows = next(iter(arrays.values())).shape[0]
+    return plan_rows(rows, model, request, widest_row=widest_row, source_chunk_rows=widest.source_chunk_rows)
+
+
+def plan_rows(rows: int, model: MemoryModel, request: Request, **source: int) -> Plan:
+    """The plan for so many rows under a settled request; ``source`` says what `make_plan` asks of the source."""
+    plan = make_plan(
+        rows,
+        model.row_bytes,
+        levels=request.levels,
+        memory=None if request.memory is None else request.memory // request.tasks_per_worker,
+        block_bytes=request.block_bytes,
+        run_bytes=request.run_bytes or (REMOTE_RUN_BYTES if model.remote else LOCAL_RUN_BYTES),
+        chunk_rows=request.chunk_rows,
+        chunks_per_shard=request.chunks_per_shard,
+        tasks_wanted=request.tasks_wanted,
+        spill_memory=request.spill_memory,
+        gather=request.gather,
+        model=model,
+        **source,
+    )
+    return dataclasses.replace(plan, memory=plan.memory * request.tasks_per_worker)
+
+
+def tasks_for(workers: int) -> int | None:
+    """Tasks that keep all workers busy to the end; None for one worker, which any number keeps busy."""
+    return 3 * workers if workers > 1 else None
+
+
+def default_memory(workers: int) -> int:
+    """A moderate share of this machine for each of some workers, bytes."""
+    return min(PREFERRED_MEMORY, int(SHARE * machine_memory() / workers))
+
+
+def with_memory(request: Request, arrays: dict[str, ZarrArray], crew: Executor, src: Place, dst: Place) -> Request:
+    """The request with a moderate share of the worker, unless all of it saves a level."""
+    fields = [source_field(name, array) for name, array in arrays.items()]
+    where = {"remote": is_remote(dst), "remote_source": is_remote(src)}
+    most = request.changed(memory=crew.task_memory() * request.tasks_per_worker)
+    some = request.changed(memory=min(PREFERRED_MEMORY * request.tasks_per_worker, most.memory or 0))
+    try:
+        wide, lean = plan_for(arrays, fields, most, **where), plan_for(arrays, fields, some, **where)
+    except InfeasibleError:
+        return most
+    return some if lean.levels <= wide.levels else most
+
+
+def check_gather(src: Place, fields: Sequence[Field], request: Request) -> None:
+    """Refuse sources whose rows cannot be read one by one: remote, virtual, compressed or sharded."""
+    if request.levels not in ("auto", 1) or request.spill_memory:
+        raise RequestError("gathering is one level without spill: leave --levels and --spill-memory out")
+    if not open_objects(src).is_local:
+        raise RequestError(
+            f"rows can be gathered from a store on this machine, and {src} is elsewhere: leave --gather out"
+        )
+    if virtual.open_reader(src) is not None:
+        raise RequestError(
+            f"rows of {src} lie in other stores or files, and cannot be gathered one by one: leave --gather out"
+        )
+    decoded = [f.name for f in fields if not f.source_key]
+    if decoded:
+        raise RequestError(
+            f"rows of {', '.join(decoded)} must be decoded by the chunk, so they cannot be gathered one by "
+            "one: leave --gather out"
+        )
+
+
+def check_room(plan: Plan, workers: int) -> None:
+    """Refuse to gather from a source that has no room in memory beside the workers."""
+    size, memory = plan.rows * plan.row_bytes, machine_memory()
+    need = size + workers * plan.memory
+    if need > memory:
+        raise InfeasibleError(
+            f"to gather rows, the source's {format_bytes(size)} must lie in memory beside "
+            f"{workers} worker{'s' * (workers != 1)} with {format_bytes(plan.memory)} each, and there are "
+            f"{format_bytes(memory)}: give less --memory, fewer --workers, or leave --gather out"
+        )
+
+
+def is_remote(place: Place) -> bool:
+    return not open_objects(place).is_local

@@ -291,7 +291,7 @@ def test_source_and_all_workers_must_have_room(src: Path, tmp_path: Path, monkey
         workers = 2
 
     dst = tmp_path / "d.zarr"
-    monkeypatch.setattr("actshuffle.engine.prepare.machine_memory", lambda: 87_000_000)
+    monkeypatch.setattr("actshuffle.engine.preview.machine_memory", lambda: 87_000_000)
     with pytest.raises(InfeasibleError, match="7.33 MB .* 2 workers with 40 MB each, .* 87 MB"):
         shuffle(src, dst, gather=True, memory="40MB", executor=Two(), **SHAPE)
     with pytest.raises(InfeasibleError, match="2 workers"):
