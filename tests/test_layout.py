@@ -209,14 +209,12 @@ def string_faults(package: Trees, known: frozenset[str]) -> list[str]:
 
 
 def our_modules() -> frozenset[str]:
-    """Dotted names of our modules and of the rooms with more than one; the packages' own names are no paths."""
-    found = [
-        f"{package.__name__}.{name}".removesuffix(".__init__")
-        for package in (actshuffle, saetrain)
-        for name in trees(Path(package.__file__).parent)
-    ]
-    rooms = [name.rpartition(".")[0] for name in found]
-    return frozenset({*found, *rooms} - {"actshuffle", "saetrain", ""})
+    """Dotted names of our modules and rooms, but not of the two packages themselves."""
+    packages = [Path(package.__file__).parent for package in (actshuffle, saetrain)]
+    paths = [path.relative_to(package.parent) for package in packages for path in package.rglob("*.py")]
+    modules = {".".join(path.with_suffix("").parts) for path in paths}
+    rooms = {".".join(path.parent.parts) for path in paths if path.parent.parent.name}
+    return frozenset(modules | rooms)
 
 
 def test_imports_by_string():
