@@ -305,19 +305,20 @@ def test_killed_at_every_operation(kind, tiny, dst):
         new_process()
         with Faults(at({operation.number: kind}), seed=operation.number), pytest.raises(Killed):
             serial_run(tiny, dst, SEED, **TINY)
-        _finish_torn(tiny, dst, operation)
+        _resume(tiny, dst, operation, TINY)
         shutil.rmtree(dst, ignore_errors=True)
 
 
-def _finish_torn(src, dst, operation):
+def _resume(src, dst, operation, plan):
+    """Finish what an operation cut short; begin again only where `run.json` itself was torn."""
     new_process()
     try:
-        serial_run(src, dst, SEED, **TINY)
+        serial_run(src, dst, SEED, **plan)
     except DestinationExistsError as err:
         assert "finished" in str(err), operation
     except FormatError as err:
-        assert "--overwrite" in str(err), operation  # run.json itself was torn
-        serial_run(src, dst, SEED, overwrite=True, **TINY)
+        assert "--overwrite" in str(err), operation
+        serial_run(src, dst, SEED, overwrite=True, **plan)
     assert differences(src, dst, SEED) == [], operation
     assert leftovers(dst) == [], operation
 
@@ -344,15 +345,7 @@ def test_failing_at_every_operation(kind, plan, tiny, dst):
                 serial_run(tiny, dst, SEED, **plan)
             except (Killed, ActshuffleError):
                 pass
-        new_process()
-        try:
-            serial_run(tiny, dst, SEED, **plan)
-        except DestinationExistsError as err:
-            assert "finished" in str(err), operation
-        except FormatError:
-            serial_run(tiny, dst, SEED, overwrite=True, **plan)
-        assert differences(tiny, dst, SEED) == [], operation
-        assert leftovers(dst) == [], operation
+        _resume(tiny, dst, operation, plan)
         shutil.rmtree(dst)
 
 
@@ -372,7 +365,7 @@ def test_control_an_engine_that_says_too_early_that_it_is_done(tiny, dst, monkey
     with Faults(at({operations[0].number: "kill"})), pytest.raises(Killed):
         serial_run(tiny, dst, SEED, **TINY)
     with pytest.raises(AssertionError):
-        _finish_torn(tiny, dst, operations[0])
+        _resume(tiny, dst, operations[0], TINY)
 
 
 def test_killed_process_at_every_tenth_operation(tiny, dst, told):
@@ -382,7 +375,7 @@ def test_killed_process_at_every_tenth_operation(tiny, dst, told):
         fault = (f"{operation.name} {operation.key}", "kill")
         killed = start(drive, told, tiny, dst, TINY, fault)
         assert ended(killed) == -signal.SIGKILL, operation
-        _finish_torn(tiny, dst, operation)
+        _resume(tiny, dst, operation, TINY)
         shutil.rmtree(dst)
 
 
@@ -392,7 +385,7 @@ def test_killed_process_at_every_operation(tiny, dst, told):
         fault = (f"{operation.name} {operation.key}", "kill")
         killed = start(drive, told, tiny, dst, TINY, fault)
         assert ended(killed) == -signal.SIGKILL, operation
-        _finish_torn(tiny, dst, operation)
+        _resume(tiny, dst, operation, TINY)
         shutil.rmtree(dst)
 
 
@@ -405,7 +398,7 @@ def test_write_fails_at_every_write(kind, error, tiny, dst):
         with Faults(at({operation.number: kind})), pytest.raises(error) as raised:
             serial_run(tiny, dst, SEED, **TINY)
         assert operation.key in str(raised.value)
-        _finish_torn(tiny, dst, operation)
+        _resume(tiny, dst, operation, TINY)
         shutil.rmtree(dst)
 
 

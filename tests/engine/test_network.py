@@ -99,21 +99,27 @@ def _authority(folder, name):
     }
 
 
-def test_tls_with_the_right_and_the_wrong_authority(tmp_path):
-    from distributed import Client, LocalCluster, Security
+def _cluster(security):
+    from distributed import LocalCluster
 
-    right = Security(**_authority(tmp_path / "right", "right"))
-    wrong = Security(**_authority(tmp_path / "wrong", "wrong"))
-    src = source(tmp_path / "src.zarr")
-    with LocalCluster(
+    return LocalCluster(
         n_workers=1,
         threads_per_worker=1,
         processes=False,
         protocol="tls://",
-        security=right,
+        security=security,
         host="127.0.0.1",
         dashboard_address="127.0.0.1:0",
-    ) as cluster:
+    )
+
+
+def test_tls_with_the_right_and_the_wrong_authority(tmp_path):
+    from distributed import Client, Security
+
+    right = Security(**_authority(tmp_path / "right", "right"))
+    wrong = Security(**_authority(tmp_path / "wrong", "wrong"))
+    src = source(tmp_path / "src.zarr")
+    with _cluster(right) as cluster:
         assert cluster.scheduler_address.startswith("tls://")
         with Client(cluster.scheduler_address, security=right) as client:
             actshuffle.shuffle(src, tmp_path / "dst.zarr", seed=SEED, fsync=False, client=client, **PLAN)
@@ -128,7 +134,7 @@ def test_command_line_with_certificates_configured_the_dask_way(authority, tmp_p
     """The wrong authority is an error, not a run that nobody checked."""
     import dask
     from click.testing import CliRunner
-    from distributed import LocalCluster, Security
+    from distributed import Security
 
     from actshuffle.cli.app import main
 
@@ -141,15 +147,7 @@ def test_command_line_with_certificates_configured_the_dask_way(authority, tmp_p
         "tls.client.key": ours["tls_client_key"],
         "timeouts.connect": "2s",
     }
-    with LocalCluster(
-        n_workers=1,
-        threads_per_worker=1,
-        processes=False,
-        protocol="tls://",
-        host="127.0.0.1",
-        security=Security(**files["right"]),
-        dashboard_address="127.0.0.1:0",
-    ) as cluster:
+    with _cluster(Security(**files["right"])) as cluster:
         with dask.config.set({f"distributed.comm.{key}": value for key, value in settings.items()}):
             command = ["run", str(src), str(dst), "--seed", str(SEED), "--scheduler"]
             told = CliRunner().invoke(main, [*command, cluster.scheduler_address])
