@@ -8,8 +8,8 @@ collect these, sort them, and pick::
     refine             |..:..:x.:..|       |.x:..:..|     8 bits more, keys in marked bins only
     collect                 [a b c d]     [e f]           sort, take the wanted ones
 
-Each pass makes every key once (7 ns a row, and as much again to count it) in tasks over row ranges that
-run anywhere; the counts of one are kept below 16 MB, however many leaves there are.  So every
+Each pass computes every key once (7 ns a row, and as much again to count it) in tasks over row ranges that
+run anywhere; the counts of one task stay below 16 MB, however many leaves there are.  So every
 bucket holds exactly the rows it should, memory is bounded exactly and not on average, and a leaf
 is a whole number of output objects.
 """
@@ -30,18 +30,18 @@ from actshuffle.ordering.partition import boundaries_at, key_order
 
 _FIRST_BITS, _MORE_BITS = 16, 8
 _COLLECT = 1 << 17  # collect when no more keys than this are left in marked bins: 11 MB to sort
-_COLLECT_EACH = 16  # or no more than this per boundary, of which each has one at least
-_MOST_COUNTS = 1 << 21  # of one answer: 16 MB, and as much again while it is made
-_SLICE = 1 << 18  # keys made at a time
-COUNT_ROWS = 1 << 27  # rows of one count task, two seconds or more
-COUNT_TASKS = 1024  # longer ones rather than more: every answer goes through the driver
+_COLLECT_EACH = 16  # or no more than this per boundary; each boundary has at least one
+_MOST_COUNTS = 1 << 21  # counts in one answer: 16 MB, and as much again while they are added up
+_SLICE = 1 << 18  # keys computed at a time
+COUNT_ROWS = 1 << 27  # rows of one count task: at least two seconds of work
+COUNT_TASKS = 1024  # beyond this many, tasks grow instead: every answer goes through the driver
 
 
 class Query(NamedTuple):
-    """What one pass asks of every row range.
+    """The question that one pass puts to every row range.
 
     Bins are the leading ``bits`` of hi; those of interest are ``marked``, ascending.  Inside each,
-    ``more`` further bits are counted; 0 means: return the keys themselves.
+    ``more`` further bits are counted; 0 asks for the keys themselves.
     """
 
     bits: int
@@ -50,8 +50,8 @@ class Query(NamedTuple):
 
 
 def answer(keys: Keys, start: int, stop: int, query: Query) -> NDArray[Any]:
-    """One row range's part: counts int64 ``(len(marked) << more,)``, or, if ``more`` is 0, the keys
-    in marked bins as uint64 ``(m, 2)``: hi, row."""
+    """Answer a query for one row range: counts int64 ``(len(marked) << more,)``, or, if ``more`` is 0,
+    the keys in marked bins as uint64 ``(m, 2)``: hi, row."""
     if query.more:
         counts = np.zeros(len(query.marked) << query.more, np.int64)
         for _, hi in _slices(keys, start, stop):
@@ -102,7 +102,7 @@ def range_rows(rows: int) -> int:
 
 
 def answers(rows: int, leaves: int) -> list[int]:
-    """Bytes that one row range answers in each pass of `find` over ``rows`` keys, as expected.
+    """The expected size in bytes of one row range's answer, for each pass of `find` over ``rows`` keys.
 
     >>> answers(10**6, 100)  # counts by 16 bits, then the keys in 99 bins
     [524288, 24151]
@@ -125,13 +125,13 @@ def _first(ranks: int) -> int:
 
 
 def _more(bits: int, marked: int) -> int:
-    """How many bits to count next, inside so many bins that are told by ``bits``."""
+    """Number of bits to count next, inside ``marked`` bins of ``bits`` leading bits each."""
     room = (_MOST_COUNTS // max(marked, 1)).bit_length() - 1
     return min(max(room, 1), _MORE_BITS, 64 - bits)
 
 
 def _enough(ranks: int) -> int:
-    """Keys in marked bins that are few enough to be collected."""
+    """Most keys in marked bins that are collected; more are counted once again."""
     return max(_COLLECT, _COLLECT_EACH * ranks)
 
 

@@ -32,7 +32,7 @@ from actshuffle.arraytypes import U8, U64
 _STREAM = 2  # spawn key; 0 and 1 are the shuffle's own
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SLICE_BYTES = 1 << 19  # rows multiplied at a time: these and a copy stay in the second-level cache
-_MIXED_ROWS = 1 << 12  # rows mixed at a time: what many small numpy calls cost, and a little memory
+_MIXED_ROWS = 1 << 12  # rows mixed at a time: enough to amortise the overhead of numpy calls, in little memory
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def add_to_groups(sums: U64, hashes: U64, group: NDArray[np.uint16]) -> None:
 
 
 def to_hex(digest: U64) -> str:
-    """32 hexadecimal digits, for JSON."""
+    """The digest as 32 hexadecimal digits, for JSON."""
     return "".join(f"{int(x):016x}" for x in digest)
 
 
@@ -103,7 +103,7 @@ def _words(rows: U8) -> NDArray[Any]:
 
 
 def _high(words: NDArray[Any], into: U64) -> NDArray[Any]:
-    """What the second form reads.  Words under 64 bits have no top bits to lose: the words themselves."""
+    """The words of the second form: the upper halves.  Words under 64 bits have no top bits to lose and stay whole."""
     if words.dtype.itemsize < 8:
         return words
     high: U64 = np.right_shift(words, np.uint64(32), out=into[: len(words)])

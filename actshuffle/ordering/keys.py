@@ -8,8 +8,8 @@ Row ``i`` has two 64-bit words, taken from two Philox4x64-10 streams of the seed
     dst[r]      = src[order[r]]
 
 Philox is counter based (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3",
-SC 2011), so any worker has the key of any row without the keys before it.  `lo` only matters where
-two `hi` are equal, about n^2 / 2^65 pairs, and is computed for those rows alone.
+SC 2011), so any worker computes the key of any row without the keys before it.  `lo` only matters
+where two `hi` are equal, about n^2 / 2^65 pairs, and is computed for those rows alone.
 
 >>> order(8, seed=0)
 array([1, 4, 5, 6, 2, 0, 3, 7])
@@ -62,7 +62,7 @@ class Keys:
 
 
 def order(n: int, seed: int) -> I64:
-    """``dst[r] = src[order(n, seed)[r]]``: the definition, in memory, for checking everything else."""
+    """The definition, ``dst[r] = src[order(n, seed)[r]]``, in memory; everything else is checked against it."""
     return Keys(seed).order(n)
 
 
@@ -78,8 +78,8 @@ def order_words(seed: int, stream: int, start: int, stop: int) -> U64:
 def words_at(seed: int, stream: int, rows: NDArray[np.integer[Any]]) -> U64:
     """Words at any positions of one stream: Philox4x64-10 itself, vectorised over the counters.
 
-    A second, independent way to the same words as `order_words`; used where rows are scattered
-    (ties, verify, tracing).  Works in slices that stay in cache; about 0.2 us a word.
+    An independent second implementation of `order_words`, for scattered rows (ties, verify, tracing).
+    It works in slices that stay in cache; about 0.2 us a word.
     """
     keys = _round_keys(seed, stream)
     index: U64 = np.ascontiguousarray(rows, dtype=np.uint64)

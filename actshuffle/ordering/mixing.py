@@ -1,26 +1,26 @@
 """Evidence that an output order is a uniform shuffle: two-sided tests on ``source_row``.
 
 ``source_row[r]`` is the source row at output row r; the null hypothesis is a uniform random
-permutation. A shuffle fails in both directions: rows that stay together (*too clumped*), and rows
-dealt out more evenly than chance would (*too balanced*), as by cutting blocks in equal slices.
+permutation. A shuffle can fail in two directions: rows stay together (*too clumped*), or are dealt
+out more evenly than chance would (*too balanced*), as by cutting blocks into equal slices.
 
 - ``chunks``: Pearson's chi-square of source chunk x output chunk, at several coarsenings.
-- ``source offset``, ``output offset``, ``offsets``: the same with the place inside the chunk on
+- ``source offset``, ``output offset``, ``offsets``: the same test on the place inside the chunk, on
   one or both sides. If one seed permutes every block or bucket, the same places keep meeting.
 - ``order``, ``serial``: correlation of source position with output position, and with itself at
   a few lags.
 - ``spectrum``: the power spectrum of the source positions, flat for a shuffle, peaked if a pattern
   repeats at any lag up to about WINDOW rows. So the bucket size need not be known.
 - ``fixed points``, ``neighbours``, ``chunk mates``: rows left in place, source neighbours still
-  adjacent, adjacent rows out of one source chunk.
+  adjacent, adjacent rows from one source chunk.
 
-Each p-value is by a Poisson law, or by a gamma law (Pearson type III) with the statistic's mean,
-sd and skewness; mean and sd are exact for a random permutation, but for ``spectrum``.
+Each p-value comes from a Poisson law, or from a gamma law (Pearson type III) with the statistic's
+mean, sd and skewness; mean and sd are exact for a random permutation, except for ``spectrum``.
 
-No report proves a shuffle uniform; it rules out what its tests can see. Out of sight are a few
-misplaced rows, equal slices of fewer than four blocks or outputs, and one seed reused over unequal
-buckets if they are longer than WINDOW, or if the generator's permutations of m and m + 1 rows are
-unrelated (`torch.randperm`; those of numpy and of `random.shuffle` are alike, and are seen).
+No report proves a shuffle uniform; it rules out the faults that its tests can see. They do not see a
+few misplaced rows, equal slices of fewer than four blocks or outputs, or one seed reused over unequal
+buckets if these are longer than WINDOW, or if the generator's permutations of m and m + 1 rows are
+unrelated (`torch.randperm`; numpy's and `random.shuffle`'s are similar, and are detected).
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ GROUPS = 256  # a table has at most GROUPS x GROUPS cells
 MIN_ROWS = 64  # the fewest rows, or pairs at a lag, for which the limit laws are good
 MIN_EXPECTED = 8  # rows per cell of a table, on average
 MIN_DF = 9  # with fewer degrees of freedom an exactly even table is not rare
-MIN_SPECTRUM = 1024  # rows in a window for a spectrum: below, the lower tail is not nominal
+MIN_SPECTRUM = 1024  # rows in a window for a spectrum; in shorter ones the lower tail is not nominal
 
-# What a statistic below and above its expected value means.
+# The meaning of a statistic below and above its expected value.
 CLUMPING = "too balanced", "too clumped"
 TABLES = (  # in the order of itertools.product over source and output
     ("chunks", CLUMPING),
@@ -61,7 +61,7 @@ Moments = tuple[float, float, float]  # statistic, expected, sd
 class MixingTest:
     """One two-sided test: `statistic` against its `expected` value and `sd` for a uniform shuffle.
 
-    `detail` tells tests of one `name` apart (table shape, lag). `direction` says in words on which
+    `detail` tells tests of one `name` apart (table shape, lag). `direction` puts into words on which
     side of `expected` the statistic lies: the meaning of a rejection.
     """
 
@@ -74,7 +74,7 @@ class MixingTest:
     direction: str
 
     def rejects(self, alpha: float) -> bool:
-        """Whether the two-sided p-value is at most `alpha`."""
+        """True if the two-sided p-value is at most `alpha`."""
         return self.p_value <= alpha
 
 
@@ -104,11 +104,11 @@ class MixingReport:
 
     @property
     def passed(self) -> bool:
-        """Whether no test rejects; also true if no test applies (then `tests` is empty)."""
+        """True if no test rejects, or if no test applies (then `tests` is empty)."""
         return not self.rejected
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain types that `json.dumps` takes."""
+        """The report as plain types that `json.dumps` accepts."""
         return asdict(self) | {
             "level": self.level,
             "passed": self.passed,
@@ -137,7 +137,7 @@ class MixingReport:
 
 
 def as_html(found: MixingReport, title: str = "Mixing") -> str:
-    """The tests of one order, the worst first."""
+    """The tests of one order as a page, the worst first."""
     facts = {
         "rows": f"{found.rows:,}",
         "tests": f"{len(found.rejected)} of {len(found.tests)} reject at p <= {found.level:.2g}",
@@ -155,8 +155,8 @@ def as_html(found: MixingReport, title: str = "Mixing") -> str:
 def report(source_row: npt.ArrayLike, *, src_chunk_rows: int, dst_chunk_rows: int, alpha: float = 0.01) -> MixingReport:
     """Test an in-memory order: `source_row`, an integer permutation of ``0..n-1``, shape (n,).
 
-    Raises ValueError if `source_row` is no such permutation, or a chunk size or `alpha` is out of
-    range. Memory beyond the input does not grow with n.
+    Raises ValueError if `source_row` is not such a permutation, or if a chunk size or `alpha` is out
+    of range. Memory beyond the input does not grow with n.
     """
     order = np.asarray(source_row)
     if order.ndim != 1:
@@ -194,9 +194,9 @@ class MixingAccumulator:
         self._tail = np.empty(0, np.int64)  # the rows before the buffer that a lag can reach
 
     def update(self, start: int, piece: npt.ArrayLike) -> None:
-        """Take ``source_row[start : start + len(piece)]``; pieces must come in order.
+        """Add ``source_row[start : start + len(piece)]``; pieces must come in order.
 
-        `piece` is 1-D of any integer dtype. Raises ValueError, and takes nothing, on any other
+        `piece` is 1-D of any integer dtype. Raises ValueError, and adds nothing, on any other
         shape or dtype, a value outside ``0..rows-1``, or a `start` other than the next row.
         """
         values = np.asarray(piece)
@@ -243,16 +243,16 @@ class MixingAccumulator:
             self._products[lag] += float(position[first:] @ earlier)
         if size >= MIN_SPECTRUM:
             power = np.abs(np.fft.rfft(position[-size:])[1 : (size + 1) // 2]) ** 2
-            total = float(power.sum()) or 1.0  # zero only if rows repeat; report() says so
+            total = float(power.sum()) or 1.0  # zero only if rows repeat, which report() refuses
             self._power += (len(power) / total) ** 2 * float(power @ power)
-        # enough, as all windows but the last are as long as any lag
+        # One window is enough: all but the last are at least as long as any lag.
         self._tail = source[-max([1, *self._products]) :].copy()
 
     def report(self, alpha: float = 0.01) -> MixingReport:
-        """The report at false-alarm rate `alpha`, once every row has been seen.
+        """The report at false-alarm rate `alpha`, once every row has been added.
 
-        Raises ValueError if rows are missing, if rows repeat (seen by a 64-bit fingerprint of the
-        set of rows), or if `alpha` is not between 0 and 1.
+        Raises ValueError if rows are missing, if rows repeat (detected by a 64-bit fingerprint of
+        the set of rows), or if `alpha` is not between 0 and 1.
         """
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
@@ -281,7 +281,7 @@ class MixingAccumulator:
                 if full and (a, b) not in shapes:
                     shapes.add((a, b))
                     x, mean, sd = _chi_square(table)
-                    # a multiple of a chi-square variable: its skewness is 2 sd / mean
+                    # The statistic is a multiple of a chi-square variable: its skewness is 2 sd / mean.
                     yield _test(name, f"{a}x{b}", (x, mean, sd), 2 * sd / mean, words)
             if not shapes:
                 yield name, f"needs {MIN_EXPECTED} rows a cell and {MIN_DF} degrees of freedom"
@@ -306,7 +306,7 @@ class MixingAccumulator:
     def _spectrum_test(self) -> Iterator[MixingTest | tuple[str, str]]:
         """Mean squared power over squared mean power: 2 for exponential powers, more if peaked.
 
-        In a window with m frequencies the powers of a shuffle are as m independent exponential
+        In a window with m frequencies the powers of a shuffle behave as m independent exponential
         variables, so ``sum(p^2) / sum(p)^2`` is Greenwood's statistic: mean ``2/(m+1)``, variance
         ``4(m-1) / ((m+1)^2 (m+2) (m+3))`` (P. A. P. Moran, JRSS Supplement 9, 1947). Its skewness
         is ``10/sqrt(m)`` to leading order: E[h^3]/E[h^2]^(3/2) = 80/8 for h = p^2 - 4p + 2.
@@ -343,7 +343,7 @@ class MixingAccumulator:
         elif mean < 30:
             yield _poisson("chunk mates", self._mates, mean, CLUMPING)
         else:
-            # skewness as of a binomial count; half a row of continuity correction
+            # The skewness is a binomial count's; half a row is the continuity correction.
             moments = float(self._mates), mean, sd
             yield _test("chunk mates", "", moments, (1 - 2 * mean / (n - 1)) / sd, CLUMPING, 0.5)
 
@@ -361,7 +361,7 @@ def _centred(index: Index, n: int) -> npt.NDArray[np.float64]:
 
 
 def _fingerprint(values: Index) -> int:
-    """Sum of a 64-bit mix (as in splitmix64) of each value: it does not depend on their order."""
+    """Sum of a 64-bit mix (as in splitmix64) of each value, which does not depend on their order."""
     mixed = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(30)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
@@ -375,7 +375,7 @@ def _coarsen(table: Index, limit: int) -> Index:
     while -(-len(table) // width) > limit:
         width *= 2
     starts = np.arange(0, len(table), width)
-    # a short last line would spoil the chi-square law: its neighbour takes it in
+    # A short last line would spoil the chi-square law, so it is merged into its neighbour.
     if len(starts) > 1 and 2 * table[starts[-1] :].sum() < table[:width].sum():
         starts = starts[:-1]
     return np.add.reduceat(table, starts, axis=0)
@@ -421,7 +421,7 @@ def _serial_moments(n: int, lag: int) -> tuple[float, float]:
 
 
 def _mates_moments(n: int, chunk: int) -> tuple[float, float]:
-    """Exact mean and sd of the count of adjacent rows out of one source chunk.
+    """Exact mean and sd of the count of adjacent rows from one source chunk.
 
     With f_k the sum over chunks of ``c (c-1) .. (c-k+1)`` for c rows, the chance that two rows,
     three, or two and two are mates is ``f2/n(n-1)``, ``f3/n(n-1)(n-2)``,
@@ -450,7 +450,7 @@ def _test(
 def _poisson(name: str, count: int, mean: float, words: tuple[str, str]) -> MixingTest:
     """A test by the Poisson law: ``P(X <= k) = Q(k+1, mean)`` and ``P(X >= k) = P(k, mean)``.
 
-    A small count takes few values, so this rejects less often than its p-value says.
+    A small count takes few values, so this test rejects less often than its p-value says.
     """
     lower = _gamma_tails(count + 1, mean)[1]
     upper = _gamma_tails(count, mean)[0] if count else 1.0
@@ -473,8 +473,8 @@ def _gamma_law(z: float, skew: float) -> tuple[float, float]:
 def _gamma_tails(a: float, x: float) -> tuple[float, float]:
     """Regularised incomplete gamma functions P(a, x) and Q(a, x); the smaller one is accurate.
 
-    By the series below ``a + 1``, else by the continued fraction (Abramowitz and Stegun 6.5.29 and
-    6.5.31; Press et al., Numerical Recipes, 6.2).
+    Computed by the series below ``a + 1``, else by the continued fraction (Abramowitz and Stegun
+    6.5.29 and 6.5.31; Press et al., Numerical Recipes, 6.2).
     """
     if x <= 0:
         return 0.0, 1.0

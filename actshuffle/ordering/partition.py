@@ -62,8 +62,9 @@ def group(buckets: NDArray[np.uint16], count: int) -> tuple[I64, I64]:
 def key_order(keys: Keys, hi: U64, source_row: U64) -> I64:
     """The order of the keys, int64 ``(m,)``: ``hi[order]`` ascends, ties by lo, then source row.
 
-    Radix sort on the leading 32 bits of the range the keys span (two passes on uint16 digits, about
-    four times faster than a comparison sort), then the few rows that agree on those are put right.
+    A radix sort orders the leading 32 bits of the range that the keys span (two passes on uint16
+    digits, about four times faster than a comparison sort); then the few rows that agree on those
+    are sorted by their full keys.
     """
     if len(hi) < 2:
         return np.zeros(len(hi), np.int64)
@@ -89,7 +90,7 @@ def key_order(keys: Keys, hi: U64, source_row: U64) -> I64:
 
 
 def _full_order(keys: Keys, hi: U64, source_row: U64) -> NDArray[Any]:
-    """Argsort by (hi, lo, source row), with lo where two hi are equal."""
+    """Argsort by (hi, lo, source row); lo is computed only where two hi are equal."""
     lo = np.zeros_like(hi)
     _, inverse, counts = np.unique(hi, return_inverse=True, return_counts=True)
     tied = counts[inverse] > 1
