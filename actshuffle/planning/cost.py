@@ -1,20 +1,21 @@
-"""What a plan costs on many hosts, by arithmetic: bytes, requests, seconds, dollars, and what limits each.
+"""The cost of a plan on many hosts, by arithmetic: bytes, requests, seconds, dollars, and the limit of each stage.
 
-A run is a row of stages, one after the other (run.py)::
+A run is a sequence of stages (run.py)::
 
     boundaries | level 1 | index 1 | level 2 | index 2 | ... | level L | publish
 
-Each stage has tasks that any worker may take.  A task reads, computes, writes, in this order; what its
-worker's host, the store, the scheduler and the driver can do bounds how fast all of them go by::
+Each stage has tasks that any worker may take.  A task reads, computes and writes, in this order; the
+capacity of the hosts, the store, the scheduler and the driver bounds the time that a stage takes::
 
     seconds >= max(network, disk, store, requests, workers, longest task, scheduler) + driver
 
-`limits` gives each of these terms; the largest is what to buy more of.  `simulate` plays the stages out,
-task by task, where the terms meet: waiting for the last task, stragglers, hosts that die.
+`limits` gives each of these terms; the largest names the resource to buy more of.  `simulate` plays the
+stages out, task by task, with the effects that lie between the terms: waiting for the last task,
+stragglers, hosts that die.
 
-Sources of the constants: SPLIT_CPU, LEAF_CPU and OVERHEAD are what ``python -m benchmarks calibrate --mode cached``
-found with all cores at work, rounded up, DISPATCH what ``scheduler`` did; COUNT_CPU, INDEX_CPU and RECEIPT were
-timed by themselves; those marked "assumed" are not measured.
+Sources of the constants: ``python -m benchmarks calibrate --mode cached`` measured SPLIT_CPU, LEAF_CPU and
+OVERHEAD with all cores at work (rounded up), and ``scheduler`` measured DISPATCH; COUNT_CPU, INDEX_CPU and
+RECEIPT were timed separately; those marked "assumed" are not measured.
 """
 
 from __future__ import annotations
@@ -33,40 +34,40 @@ from actshuffle.planning.planner import CHUNK_BYTES
 from actshuffle.planning.tree import Plan
 from actshuffle.units import format_bytes
 
-SPLIT_CPU = 0.7e-9  # seconds per byte, of a split's processor time beside its reads and writes
-LEAF_CPU = 0.9e-9  # and of a leaf's
+SPLIT_CPU = 0.7e-9  # seconds of processor time per byte of a split, beside its reads and writes
+LEAF_CPU = 0.9e-9  # the same for a leaf
 COUNT_CPU = 20e-9  # seconds per row and pass of the search for boundaries
-INDEX_CPU = 2e-6  # seconds per run that an index task reads of; 2.9 on a busy core
+INDEX_CPU = 2e-6  # seconds per run in the receipts that an index task reads; 2.9e-6 on a busy core
 RECEIPT_CPU = 1e-4  # seconds per receipt that the driver reads; assumed
-OVERHEAD = 0.01  # seconds per task beside its bytes
+OVERHEAD = 0.01  # seconds per task, whatever its size
 DISPATCH = 1.5e-3  # seconds of scheduler and driver per task
-DRIVER_RATE = 300e6  # bytes per second of answers that a driver takes in; assumed
+DRIVER_RATE = 300e6  # bytes of answers per second that a driver receives; assumed
 LATENCY = 0.03  # seconds per request to an object store; assumed
-PART = 50 << 20  # bytes of a part of a large upload, as s3fs cuts them
+PART = 50 << 20  # bytes of one part of a large upload, as s3fs cuts them
 RECEIPT = 72  # bytes of a split's receipt per child bucket, for one field
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Hosts, what joins them, and what they are paid for.  Rates are bytes a second.
+    """Hosts with their network, disks and object store, and their prices.  Rates are in bytes per second.
 
     With ``disk``, scratch lies on a filesystem over the hosts' own disks, and so do source and
-    destination unless there is a store; without, all is in an object store.
+    destination unless there is a store; without it, everything lies in an object store.
 
     Attributes
     ----------
-    hosts, workers_per_host : how many; a worker is a process with a thread and a core.
-    network : of a host, each way.
-    disk : of a host's disks, reads and writes together.
-    store, requests : of the object store in all: bytes, and GETs and PUTs, a second.
-    latency : seconds per request; a task has 16 under way at once.
-    stream : of one worker's reads or writes, whatever the host can do.
-    split_cpu, leaf_cpu : seconds per byte.
-    overhead, dispatch : seconds per task of its worker, and of scheduler and driver.
-    jitter : how much a task's processor time varies, as a share of it.
-    straggling, slowness : this share of tasks takes so many times as long.
-    mtbf, repair : a host works so many seconds between failures (0: for ever), and is away so many.
-    put_price, get_price, host_price, scratch_price : dollars per request, request, host second, byte second.
+    hosts, workers_per_host : numbers of each; a worker is a process with one thread and one core.
+    network : rate of one host's network, each way.
+    disk : rate of one host's disks, reads and writes together.
+    store, requests : limits of the object store as a whole: bytes, and GETs plus PUTs, per second.
+    latency : seconds per request; a task has 16 requests in flight.
+    stream : rate at which one worker reads or writes at most, whatever its host can do.
+    split_cpu, leaf_cpu : seconds of processor time per byte.
+    overhead, dispatch : seconds per task, of its worker and of scheduler plus driver.
+    jitter : variation of a task's processor time, as a share of it.
+    straggling, slowness : the share of tasks that straggle, and how many times as long they take.
+    mtbf, repair : seconds between a host's failures (0: it never fails), and seconds until it is back.
+    put_price, get_price, host_price, scratch_price : dollars per PUT, GET, host second, byte second.
     """
 
     hosts: int = 1
@@ -118,12 +119,12 @@ class Cluster:
 
     @property
     def scratch(self) -> str:
-        """Where the spill is: "disk" or "store"."""
+        """The place of the spill: "disk" or "store"."""
         return "store" if self.disk is None else "disk"
 
     @property
     def ends(self) -> str:
-        """Where source and destination are."""
+        """The place of source and destination: "disk" or "store"."""
         return "disk" if self.disk is not None and self.remote_rates == (None, None) else "store"
 
     @property
@@ -131,17 +132,17 @@ class Cluster:
         return self.store, self.requests
 
     def channel_rate(self, channel: str) -> float:
-        """Bytes a second of one host: its "disk", or its network's "in" or "out"."""
+        """Bytes per second of one host: of its "disk", or of its network "in" or "out"."""
         return min(self.disk or math.inf, self.network) if channel == "disk" else self.network
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Tasks that wait for those before and are waited for by those after.
+    """Tasks that start when the stage before has ended; the stage after waits for all of them.
 
-    ``rows`` (int64) are those of each task, None if all are alike.  Bytes, requests and ``cpu`` seconds
-    are of all tasks together, ``driver`` seconds come after them.  A task has ``at_once`` requests under
-    way.  ``read_from`` and ``write_to`` are "disk" or "store".
+    ``rows`` (int64) holds the rows of each task, or is None if all tasks are alike.  Bytes, requests and
+    ``cpu`` seconds are totals over all tasks; ``driver`` seconds follow them.  A task has ``at_once``
+    requests in flight.  ``read_from`` and ``write_to`` are "disk" or "store".
     """
 
     name: str
@@ -163,7 +164,7 @@ class Stage:
 
 
 def stages(plan: Plan, cluster: Cluster) -> Iterator[Stage]:
-    """The stages of a run, as run.py has them."""
+    """The stages of a run, in the order of run.py."""
     yield _boundaries(plan)
     for level in range(1, plan.levels):
         yield _split(plan, cluster, level)
@@ -217,7 +218,7 @@ def _split(plan: Plan, cluster: Cluster, level: int) -> Stage:
 
 
 def _index(plan: Plan, cluster: Cluster, level: int) -> Stage:
-    """One task per parent bucket reads the receipts of its blocks, and writes tables one by one."""
+    """The index stage: one task per parent bucket reads its blocks' receipts and writes tables one by one."""
     parents, blocks, stored = (plan.buckets(level - 1), plan.blocks(level), cluster.scratch == "store")
     runs, gets, puts = (blocks * _fan_out(plan, level), blocks + parents, 2 * plan.buckets(level) + parents)
     return Stage(
@@ -259,19 +260,19 @@ def _fan_out(plan: Plan, level: int) -> int:
 
 
 def _range_reads(plan: Plan, level: int) -> float:
-    """Ranges of the spill of level - 1 that a level asks for: every run in pieces, and cut runs twice."""
+    """Range reads of the spill of level - 1 by a level: every run in pieces, and a run cut between two tasks twice."""
     runs = plan.blocks(level - 1) * _fan_out(plan, level - 1)
     run_bytes = plan.rows * plan.model.spill_row_bytes / max(runs, 1)
     return runs * math.ceil(run_bytes / STORE_PIECE) + plan.task_count(level)
 
 
 def _uploads(nbytes: int) -> int:
-    """Requests that put one object: one, or parts with a beginning and an end."""
+    """Requests that upload one object: one PUT, or a start, the parts and a completion."""
     return 1 if nbytes < 2 * PART else 2 + math.ceil(nbytes / PART)
 
 
 def limits(stage: Stage, c: Cluster) -> dict[str, float]:
-    """Seconds that a stage takes at least, by each thing that it needs."""
+    """The least seconds that a stage takes, by each resource that it needs."""
     into, out = stage.on("store")
     requests = stage.gets + stage.puts
     own = stage.cpu + stage.tasks * c.overhead
@@ -294,7 +295,7 @@ def limits(stage: Stage, c: Cluster) -> dict[str, float]:
 
 
 def least_seconds(stage: Stage, c: Cluster) -> tuple[float, str]:
-    """The lower bound of a stage, and what sets it."""
+    """The lower bound of a stage in seconds, and the name of the resource that sets it."""
     found = limits(stage, c)
     name = max(found, key=lambda key: found[key])
     if stage.driver > found[name]:
@@ -303,7 +304,7 @@ def least_seconds(stage: Stage, c: Cluster) -> tuple[float, str]:
 
 
 def dollars(plan: Plan, found: list[Stage], c: Cluster, seconds: float) -> dict[str, float]:
-    """What requests, hosts and scratch cost; scratch as if it were full all the time."""
+    """The cost of requests, hosts and scratch in dollars; scratch counts as full all the time."""
     parts = {
         "requests": sum(s.puts * c.put_price + s.gets * c.get_price for s in found),
         "hosts": c.hosts * seconds * c.host_price,
@@ -313,7 +314,7 @@ def dollars(plan: Plan, found: list[Stage], c: Cluster, seconds: float) -> dict[
 
 
 def concerns(plan: Plan, c: Cluster) -> list[str]:
-    """What would not work, or not well, though the plan is right."""
+    """Warnings about this cluster: the parts of a valid plan that would fail on it, or run badly."""
     found = []
     answers = bounds.answers(plan.rows, plan.leaves)
     ranges = -(-plan.rows // bounds.range_rows(plan.rows))

@@ -1,4 +1,4 @@
-"""What a run on many hosts would take: the report of `actshuffle plan --hosts`."""
+"""The forecast of a run on many hosts: the report of `actshuffle plan --hosts`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from actshuffle.units import format_bytes, format_seconds
 def forecast(plan: Plan, cluster: Cluster, *, simulated: bool = False, seed: int = 0) -> dict[str, Any]:
     """Stages with their limits, seconds, bytes, requests and dollars, as plain values.
 
-    Seconds are the least by arithmetic, or, if ``simulated``, what a simulated run took.
+    Seconds are the lower bounds by arithmetic, or, if ``simulated``, those of one simulated run.
     """
     found = list(cost.stages(plan, cluster))
     rows: list[dict[str, Any]] = []
@@ -62,7 +62,7 @@ def forecast(plan: Plan, cluster: Cluster, *, simulated: bool = False, seed: int
 
 
 def text(told: dict[str, Any]) -> str:
-    """A forecast for people."""
+    """A forecast as lines of text for people."""
     return "\n".join(_lines(told))
 
 

@@ -1,15 +1,15 @@
-"""What a task holds in memory, in one place.  The planner turns it round: memory given, rows allowed.
+"""The memory model of a task, in one place.  The planner inverts it: given memory, how many rows fit?
 
 A split task holds one block of rows with their keys and numbers, and a staging buffer through which the
-grouped rows leave.  A leaf task holds one leaf of rows, and output objects.  Beside these there is, one
-after the other, what it takes to decode source rows, and what it takes to order them::
+grouped rows leave.  A leaf task holds one leaf of rows, and output objects.  Besides these it holds, one
+after the other, the buffers that decode source rows and the arrays that order them::
 
     split = BASE + rows x spill_row_bytes + staging      + max(source_buffer, rows x AUX_SPLIT)
     leaf  = BASE + rows x spill_row_bytes + max(staging, 2 x object_bytes)
                                 + copies x object_bytes  + max(source_buffer, rows x AUX_LEAF)
 
-Staging counts in a leaf too, because the memory of a worker's tasks is that of the largest so far.
-Sizes are bytes of one worker process beyond its idle footprint (interpreter, imports, cluster comms).
+Staging counts in a leaf too, because a worker keeps the memory of its largest task so far.
+Sizes are in bytes of one worker process beyond its idle footprint (interpreter, imports, cluster comms).
 The constants are measured peaks (tests/test_memory.py), rounded up.
 """
 
@@ -21,24 +21,24 @@ from actshuffle.limits import PAGE, STORE_BYTES
 
 BASE = 12 << 20  # zarr, receipts, run tables, hash slices: 3 to 5 MB raw, 5 to 9 MB through codecs
 SPILL_ROW = 16  # bytes that travel with each row: its key's hi word and its source row
-# Per row: bucket 2, order 8, and the sort's own.  46 were measured when hashes of a whole block were held; a
-# lower figure would cut half-done runs another way, which could then not be resumed.
+# Per row: bucket 2, order 8, and the sort's scratch.  46 were measured when hashes of a whole block were held;
+# a lower figure would cut half-done runs in another way, and they could not be resumed.
 AUX_SPLIT = 48
 AUX_LEAF = 44  # per row: order 8, source row 8, radix digits and argsorts; 38 measured
-STAGING = 8 << 20  # a split fills one half while the other is written
+STAGING = 8 << 20  # two halves: a split fills one while the other is written
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """How source, spill and output are reached decides what is held.
+    """Peak memory of a task, by the way in which it reaches source, spill and output.
 
     Attributes
     ----------
     row_bytes : bytes of one row over all fields.
     source_buffer : bytes held while source chunks are decoded (0 when local chunk files are read raw).
-    remote : spill and output are in an object store, which takes and gives objects as a whole.
-    output_copies : output objects in memory beside the two that are filled in turn: 0 raw, 2 through
-        codecs or to an object store.
+    remote : True if spill and output are in an object store, which moves objects as a whole.
+    output_copies : output objects in memory besides the two that are filled in turn: 0 for raw files, 2
+        through codecs or to an object store.
     """
 
     row_bytes: int
@@ -86,5 +86,5 @@ class MemoryModel:
 
     @property
     def _split_row(self) -> int:
-        # An object store takes a block in one call: its bytes, and the client's copy of them.
+        # A block goes to an object store in one call, which holds its bytes and the client's copy of them.
         return self.spill_row_bytes * (3 if self.remote else 1)

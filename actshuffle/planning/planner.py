@@ -21,13 +21,13 @@ from actshuffle.planning.memory import MemoryModel
 from actshuffle.planning.tree import Plan
 from actshuffle.units import format_bytes
 
-LOCAL_RUN_BYTES = 256 << 10  # from here on a local disk reads runs at full speed
-REMOTE_RUN_BYTES = 4 << 20  # and an object store
+LOCAL_RUN_BYTES = 256 << 10  # the run length from which a local disk reads at full speed
+REMOTE_RUN_BYTES = 4 << 20  # the same for an object store
 CHUNK_BYTES = 32 << 20  # output chunks, for a loader that reads in order
 MAX_OBJECTS = 1_000_000  # more chunks of one array than this are packed into shards
 MAX_LEVELS = 16
-# A worker's first task pays for its memory, which those after it find there: seconds for a gigabyte on some
-# virtual machines.  So larger tasks are cut in three, as long as they stay so large and their runs so long.
+# The first task on a worker pays to fault its memory in (seconds per GB on some VMs); later tasks reuse it.  So
+# large tasks are cut in three, provided that each stays above LARGE_BYTES and its runs above LONG_RUN.
 FINER, LARGE_BYTES, LONG_RUN = 3, 512 << 20, 16 << 20
 
 Levels = int | Literal["auto"]
@@ -53,11 +53,11 @@ def make_plan(
     """Cut ``rows`` rows of ``row_bytes`` bytes into a feasible `Plan`, or raise `InfeasibleError`.
 
     Give ``memory`` (bytes a worker may use) or ``block_bytes`` (M itself), or both.  ``widest_row`` is
-    the row of the widest field, which sets the chunk size; ``source_chunk_rows`` aligns the first
-    level's blocks; ``tasks_wanted`` makes blocks and leaves smaller than memory asks for, so that
-    all workers are busy and several tasks use the memory that the first touched, where that costs no extra
-    level; ``spill_memory`` is how many bytes of spill stay in the machine's memory; with ``gather`` there are
-    leaves alone, which take their rows from a source that lies in memory.
+    the row of the widest field in bytes, which sets the chunk size; ``source_chunk_rows`` aligns the first
+    level's blocks; ``tasks_wanted`` makes blocks and leaves smaller than memory allows, where that costs no
+    extra level, so that all workers are busy and several tasks reuse the memory that the first one touched;
+    ``spill_memory`` is the number of bytes of spill that stay in the machine's memory; with ``gather`` the
+    plan has leaves only, which read their rows straight from a source that lies in memory.
     """
     if rows < 0 or row_bytes <= 0:
         raise RequestError(f"need rows >= 0 and row bytes > 0, got {rows} rows of {row_bytes} bytes")
@@ -167,7 +167,7 @@ def _fit(
         elif block_bytes is not None:
             chunk_rows = _dividing(block_bytes // row_bytes, target) or chunk_rows
         while chunk_rows > 1 and most(chunk_rows * (per_shard or 1)) < chunk_rows * (per_shard or 1):
-            chunk_rows //= 2  # narrow rows take more for their keys than for themselves
+            chunk_rows //= 2  # the keys of narrow rows take more memory than the rows
     if chunk_rows < 1 or (per_shard is not None and per_shard < 1):
         raise RequestError(f"chunk rows and chunks per shard must be positive, got {chunk_rows}, {per_shard}")
     if per_shard is None:
@@ -196,8 +196,8 @@ def _fit(
 
 
 def _round_down(most_rows: int, object_rows: int) -> int:
-    """A whole number of objects; large numbers keep four leading bits, so that narrow fields, whose
-    chunks span several objects of the widest, find a divisor."""
+    """Round down to a whole number of objects; large numbers keep four leading bits, so that narrow
+    fields, whose chunks span several objects of the widest, find a divisor."""
     objects = max(1, most_rows // object_rows)
     if most_rows % object_rows:
         spare = max(0, objects.bit_length() - 4)
@@ -256,7 +256,7 @@ def _root(leaves: int, power: int) -> int:
 
 
 def _finer(wanted: int, rows: int, row_bytes: int, levels: int, least_run: int) -> int:
-    """Rows of a task that was to have ``wanted``: down to a third of them where that costs nothing."""
+    """Rows per task: a third of ``wanted`` where smaller tasks cost nothing, else ``wanted``."""
     finer = max(-(-wanted // FINER), LARGE_BYTES // row_bytes)
     run = finer * row_bytes // _root(-(-rows // finer), levels - 1)
     return finer if finer < wanted and run >= max(LONG_RUN, least_run) else wanted

@@ -10,7 +10,7 @@ from actshuffle.units import format_bytes
 
 
 def plan_report(made: Plan) -> dict[str, Any]:
-    """A plan as plain values: what `actshuffle plan --json` prints."""
+    """A plan as plain values, the output of `actshuffle plan --json`."""
     depths = range(1, made.levels)
     reads_writes = [made.level_bytes(level) for level in range(1, made.levels + 1)]
     return {
@@ -41,7 +41,7 @@ def plan_report(made: Plan) -> dict[str, Any]:
 
 
 def plan_text(made: Plan) -> str:
-    """A plan for people."""
+    """A plan as text for people."""
     r = plan_report(made)
     lines = [
         f"{made.rows:,} rows x {format_bytes(made.row_bytes)} = {format_bytes(r['bytes'])}",
@@ -55,7 +55,7 @@ def plan_text(made: Plan) -> str:
         + (f", and {format_bytes(r['spill_memory'])} of spill" if r["spill_memory"] else ""),
         f"disk         scratch up to {format_bytes(r['scratch_bytes'])}, "
         f"with the output up to {format_bytes(r['disk_bytes'])}"
-        + (f"; {r['disk_io_bytes'] / max(1, 2 * r['bytes']):.2f} times what a copy moves" if r["spill_memory"] else ""),
+        + (f"; {r['disk_io_bytes'] / max(1, 2 * r['bytes']):.2f} times a copy's bytes" if r["spill_memory"] else ""),
         "",
         "reach at this M and P: "
         + ",  ".join(f"{x['levels']} level{'s' * (x['levels'] > 1)} {format_bytes(x['bytes'])}" for x in r["reach"]),

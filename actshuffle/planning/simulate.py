@@ -1,18 +1,18 @@
 """A run on many hosts, played out: a discrete-event simulation of a plan's real tasks on a `Cluster`.
 
-Every stage of `cost.stages` begins when the one before has ended.  Its tasks wait in order; a worker that
-is free takes the next one, which the scheduler hands out one by one, ahead of need by the executor's
-window.  A task reads, computes and writes::
+Every stage of `cost.stages` begins when the one before has ended.  Its tasks queue in order; the scheduler
+hands them out one by one to free workers, and runs ahead of demand by the executor's window.  A task reads,
+computes and writes::
 
     host 1   worker  |read....|compute|write....|read....|compute| ...
              worker  |read......|compute|write......|          x host dies, its tasks go back
-             disk, or network in and out: shared evenly among those who use it at a moment
+             disk, or network in and out: shared evenly among its users at each moment
     store    bytes and requests of all hosts, first come first served
-    driver   takes the answers at the end
+    driver   receives the answers at the end
 
-Workers by the thousand and tasks by the million are too many to follow one by one: while many tasks are
-left, a worker takes several at once, fewer and fewer towards the end, so that the last ones, which
-everybody waits for, are single tasks.  One seed, one result, to the last bit.
+Thousands of workers and millions of tasks are too many to follow one by one: while many tasks are left, a
+worker takes several at once, fewer and fewer towards the end, so that the last ones, which everybody waits
+for, are single tasks.  One seed gives one result, to the last bit.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from actshuffle.limits import LEAST_WINDOW, WINDOW
 from actshuffle.planning.cost import Cluster, Stage, least_seconds, stages
 from actshuffle.planning.tree import Plan
 
-GRAIN = 8  # at least so many turns of each worker in a stage, if it has as many tasks
-SPREAD = 0.1  # of the tasks of a turn, so that workers fall out of step as they do by single tasks
+GRAIN = 8  # fewest turns of each worker in a stage, if the stage has enough tasks
+SPREAD = 0.1  # random share by which turns differ in tasks, so that workers fall out of step as with single tasks
 DETECT = 300.0  # seconds until the scheduler gives up a host that went silent (Dask's worker-ttl)
 
 
 @dataclass(frozen=True)
 class Played:
-    """How a stage went.  ``least`` is what `cost.limits` asks for at least, because of ``limit``.
+    """The outcome of a stage.  ``least`` is its lower bound in seconds by `cost.limits`, set by ``limit``.
 
-    ``tail`` are the seconds from the first worker without work to the end; ``lost`` tasks were under way
-    on a host that died, and were done again.  ``read`` and ``written`` are of what was of use.
+    ``tail`` is the time in seconds from the first idle worker to the end; ``lost`` counts the tasks that were
+    under way on a host that died, and were done again.  ``read`` and ``written`` are bytes of useful work.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Played:
 
 
 def simulate(plan: Plan, cluster: Cluster, *, seed: int = 0, grain: int = GRAIN) -> list[Played]:
-    """Play all stages of a run; ``grain`` 0 follows every task by itself."""
+    """Play all stages of a run; ``grain`` 0 follows every task on its own."""
     rng = np.random.default_rng(seed)
     return [_Playing(stage, cluster, rng, grain).play() for stage in stages(plan, cluster)]
 
@@ -63,8 +63,9 @@ def simulate(plan: Plan, cluster: Cluster, *, seed: int = 0, grain: int = GRAIN)
 class _Channel:
     """A host's disk, or one way of its network, shared evenly by its users at each moment.
 
-    Each user has been given as many bytes as any other since both are there: ``given`` counts the bytes of
-    one that was there from the beginning, and a user is done when that has grown by what it wants.
+    From the moment that two users are both present, each receives as many bytes as the other.  So ``given``
+    counts the bytes of an imaginary user present from the beginning, and a user is done when ``given`` has
+    grown by the bytes it wants.
     """
 
     __slots__ = ("at", "given", "rate", "users", "version")
@@ -83,7 +84,7 @@ class _Channel:
 
 
 class _Turn:
-    """What a worker does at once: tasks ``[first, first + count)`` of a stage."""
+    """The tasks ``[first, first + count)`` of a stage, which one worker does together."""
 
     __slots__ = ("count", "dead", "earliest", "first", "host", "phase", "share", "started")
 
@@ -98,10 +99,10 @@ class _Playing:
     def __init__(self, stage: Stage, cluster: Cluster, rng: Any, grain: int) -> None:
         self.stage, self.c, self.rng, self.grain = stage, cluster, rng, grain
         self.events: list[tuple[float, int, str, Any]] = []
-        self.number = 0  # of events, so that those of one moment keep their order
+        self.number = 0  # events so far, so that those of one moment keep their order
         self.now = self.handed_out = 0.0
         self.idle_since: float | None = None
-        self.store_free = self.requests_free = 0.0  # when what was asked of the store will be served
+        self.store_free = self.requests_free = 0.0  # when the store will have served all requests so far
         self.next_task, self.left = 0, stage.tasks
         self.again: deque[tuple[int, int]] = deque()
         self.idle: deque[int] = deque()  # hosts, once per idle worker
@@ -109,7 +110,7 @@ class _Playing:
         self.channels: dict[tuple[int, str], _Channel] = {}
         self.times_done = np.zeros(stage.tasks, np.uint8)
         self.failures = self.lost = 0
-        self.work = 0.0  # done, as a share of all
+        self.work = 0.0  # work done, as a share of all
         ends = np.arange(stage.tasks + 1) if stage.rows is None else np.cumsum(stage.rows)
         before = ends if stage.rows is None else np.concatenate([[0], ends])
         self.before = (before / max(before[-1], 1)).tolist()  # share of the work before each task
@@ -152,7 +153,7 @@ class _Playing:
         while self.idle and (self.again or self.next_task < self.stage.tasks):
             host = self.idle.popleft()
             first, count = self._take()
-            # The scheduler has worked ahead, but not further than the window.
+            # The scheduler has worked ahead, though no further than the window.
             ahead = max(WINDOW * self.c.workers, LEAST_WINDOW) * self.c.dispatch
             self.handed_out = max(self.handed_out, self.now - ahead) + count * self.c.dispatch
             share = self.before[first + count] - self.before[first]
@@ -173,7 +174,7 @@ class _Playing:
         return first, count
 
     def _finish(self, turn: _Turn) -> None:
-        """All is read, computed and written; a straggler has its worker wait."""
+        """Everything is read, computed and written; the worker of a straggler waits longer."""
         c = self.c
         slow = self.rng.binomial(turn.count, c.straggling) if c.straggling else 0
         extra = slow / turn.count * (c.slowness - 1) * (self.now - turn.started)
@@ -229,7 +230,7 @@ class _Playing:
         self._watch(channel)
 
     def _watch(self, channel: _Channel) -> None:
-        """What was foretold of a channel is void once its users change."""
+        """Predict the next event of a channel anew; earlier predictions are void once its users change."""
         channel.version += 1
         if channel.users:
             self._later(channel.next_end(), "channel", (channel, channel.version))
@@ -258,7 +259,7 @@ class _Playing:
     # --- Hosts that die ---------------------------------------------------------------------------
 
     def _failure(self, host: int) -> None:
-        """All that a host was doing goes back; what its workers had finished is in the store."""
+        """The tasks under way on a host go back to the queue; results its workers had finished are in the store."""
         self.failures += 1
         for turn in sorted(self.turns[host], key=lambda t: t.first):
             turn.dead = True

@@ -1,8 +1,8 @@
 """The immutable data that planning makes and tasks read.
 
-A `Plan` is arithmetic alone: how many rows, cut how, in how many passes.  A `Job` is a plan bound to
-places: source, destination, scratch, fields and seed.  A `Task` names one piece of work in a job, and
-a task is run by a plain function of (job, task).
+A `Plan` is pure arithmetic: how many rows there are, how they are cut, and in how many passes they move.  A
+`Job` is a plan bound to places: source, destination, scratch, fields and seed.  A `Task` names one piece of
+work in a job; a plain function of (job, task) does it.
 
 The rows of a job form a tree of *buckets*.  Depth 0 has one bucket, all rows; depth ``levels - 1``
 has the leaves.  Bucket ``b`` at depth ``d`` is a range of ranks in the shuffled order, known before any
@@ -37,15 +37,15 @@ class Task(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What one split task reads: rows ``[start, stop)`` of its parent bucket, in spill order."""
+    """The rows that one split task reads: ``[start, stop)`` of its parent bucket, in spill order."""
 
     parent: int
     start: int
     stop: int
 
 
-# Fields of a plan that came after runs of this format were first written, and what they were before:
-# a half-done run from before them is the same run, and resumes.
+# Fields of a plan that were added after runs of this format were first written, and the values that stand for
+# their absence: a half-done run without them is the same run, and resumes.
 LATER = {"spill_memory": 0}
 
 
@@ -55,9 +55,9 @@ class Plan:
 
     Attributes
     ----------
-    rows, row_bytes : the data; row_bytes counts all fields, without keys.
+    rows, row_bytes : size of the data; row_bytes counts all fields, without keys.
     levels : passes over the data.
-    leaf_rows : rows of a leaf, a whole number of output objects (the last leaf has what is left).
+    leaf_rows : rows of a leaf, a whole number of output objects (the last leaf has the remainder).
     object_rows : rows of one output object of the widest field (a chunk, or a shard).
     chunk_rows : rows of one output chunk of the widest field.
     widths : leaves per bucket at depth 0 .. levels - 1.
@@ -114,7 +114,7 @@ class Plan:
         return (parents - 1) * self.blocks_per_parent(level) + last
 
     def block(self, level: int, index: int) -> Block:
-        """What block ``index`` of a split level reads."""
+        """The rows that block ``index`` of a split level reads."""
         parent, at = divmod(index, self.blocks_per_parent(level))
         start, stop = self.bucket_ranks(level - 1, parent)
         step = self.block_rows[level - 1]
@@ -135,18 +135,18 @@ class Plan:
         return self.blocks(level) if level < self.levels else self.leaves
 
     def level_bytes(self, level: int) -> tuple[int, int]:
-        """Bytes read and written by a level: rows plus the key and source row that spills carry."""
+        """Bytes read and written by a level: rows, plus the key and source row of each in a spill."""
         bare, spilled = self.rows * self.row_bytes, self.rows * self.model.spill_row_bytes
         return (bare if level == 1 else spilled), (spilled if level < self.levels else bare)
 
     def kept(self, level: int) -> int:
-        """How many spill blocks of a split level stay in memory; two levels' spills live side by side."""
+        """Number of spill blocks of a split level that stay in memory; two levels' spills live side by side."""
         share = self.spill_memory // min(2, self.levels - 1)
         block = self.block_rows[level - 1] * self.model.spill_row_bytes
         return min(self.blocks(level), share // block) if block else 0
 
     def is_kept(self, level: int, block: int) -> bool:
-        """Does this block stay in memory?  They are spread evenly, so that disk and memory work at once."""
+        """True if this block stays in memory.  Such blocks are spread evenly, so that disk and memory work at once."""
         count, kept = self.blocks(level), self.kept(level)
         return (block + 1) * kept // count > block * kept // count
 
@@ -157,7 +157,7 @@ class Plan:
 
     @property
     def disk_io_bytes(self) -> int:
-        """Bytes that levels read from disk and write to it: all but the spill that stays in memory."""
+        """Bytes that all levels read from disk and write to it: everything but the spill that stays in memory."""
         moved = sum(sum(self.level_bytes(level)) for level in range(1, self.levels + 1))
         return moved - 2 * sum(self._kept_bytes(level) for level in range(1, self.levels))
 
@@ -182,12 +182,12 @@ class Plan:
         return min(whole, self.rows) * self.model.spill_row_bytes
 
     def _spilled_bytes(self, level: int) -> int:
-        """What of a level's spill goes to disk; any block may be the short one."""
+        """Bytes of a level's spill that go to disk; any block may be the short one."""
         left = (self.blocks(level) - self.kept(level)) * self.block_rows[level - 1]
         return min(left, self.rows) * self.model.spill_row_bytes
 
     def _repr_html_(self) -> str:
-        """A plan: what it reads, writes and needs."""
+        """The plan as a page: its reads, writes and needs."""
         facts = {
             "data": f"{self.rows:,} rows x {format_bytes(self.row_bytes)} = {format_bytes(self.rows * self.row_bytes)}",
             "levels": self.levels,
