@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,10 +78,8 @@ def run(
                 if outcome != "done":
                     break
                 pause = (time.monotonic() - looked) / _LOOKS
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     child.wait(min(max(_INTERVAL, pause), _LONGEST))
-                except subprocess.TimeoutExpired:
-                    pass
             elapsed = time.monotonic() - started
         finally:
             _end(child, mark)
@@ -143,10 +142,8 @@ def _end(child: subprocess.Popen[Any], mark: str) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         left = marked(mark)
         for pid in left:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
         deadline = time.monotonic() + 5
         while left and time.monotonic() < deadline and marked(mark):
             child.poll()  # so that it does not stay as a zombie

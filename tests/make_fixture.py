@@ -9,6 +9,7 @@ The half-done run lives in fsspec's memory filesystem, so that no machine's path
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -56,11 +57,8 @@ def main() -> None:
     upload(FOLDER / "src", f"{URL}/src")
     settings = {"seed": SEED, **PLAN}
     actshuffle.shuffle(f"{URL}/src", f"{URL}/finished", **settings)
-    with Faults(matching(STOP, "kill")):
-        try:
-            actshuffle.shuffle(f"{URL}/src", f"{URL}/half_done", **settings)
-        except Killed:
-            pass
+    with Faults(matching(STOP, "kill")), suppress(Killed):
+        actshuffle.shuffle(f"{URL}/src", f"{URL}/half_done", **settings)
     download(URL, FOLDER)
     size = sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file())
     print(f"{FOLDER}: {sum(p.is_file() for p in FOLDER.rglob('*'))} files, {size:,} bytes")

@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,11 +169,8 @@ def write_sources(folder: Path) -> None:
 
 def stop(case: Case) -> None:
     """Begin a run, and kill it; this process goes on as a new one would."""
-    with Faults(matching(case.stop, "kill")) as faults:
-        try:
-            case.start(fsync=False)
-        except Killed:
-            pass
+    with Faults(matching(case.stop, "kill")) as faults, suppress(Killed):
+        case.start(fsync=False)
     assert faults.dead, f"no operation matched {case.stop!r}"
     new_process()
 

@@ -215,10 +215,8 @@ def attributes(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def _parsed(value: Any) -> Any:
     """A JSON value, or the value that its text stands for.  The metadata of arrays is Zarr's, but for attributes."""
     if isinstance(value, str) and value.startswith(("{", "[")):
-        try:
+        with suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            pass
     if isinstance(value, dict) and value.get("node_type") == "array":
         return {"attributes": value["attributes"]}
     return value

@@ -231,7 +231,7 @@ def test_control_rows_that_are_read_wrong_end_the_run(
         self.fields[1][0] ^= 1
 
     monkeypatch.setattr(tasks.Columns, "hashes", late)
-    with pytest.raises(ConservationError, match="rows of (narrow|middle)"):
+    with pytest.raises(ConservationError, match=r"rows of (narrow|middle)"):
         shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", **SHAPE)
 
 
@@ -292,7 +292,7 @@ def test_source_and_all_workers_must_have_room(src: Path, tmp_path: Path, monkey
 
     dst = tmp_path / "d.zarr"
     monkeypatch.setattr("actshuffle.engine.preview.machine_memory", lambda: 87_000_000)
-    with pytest.raises(InfeasibleError, match="7.33 MB .* 2 workers with 40 MB each, .* 87 MB"):
+    with pytest.raises(InfeasibleError, match=r"7.33 MB .* 2 workers with 40 MB each, .* 87 MB"):
         shuffle(src, dst, gather=True, memory="40MB", executor=Two(), **SHAPE)
     with pytest.raises(InfeasibleError, match="2 workers"):
         plan(src, gather=True, memory="40MB", workers=2)

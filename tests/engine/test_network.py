@@ -142,15 +142,14 @@ def test_command_line_with_certificates_configured_the_dask_way(authority, tmp_p
     src, dst = source(tmp_path / "src.zarr"), tmp_path / "dst.zarr"
     ours = files[authority]
     settings = {
-        "tls.ca-file": ours["tls_ca_file"],
-        "tls.client.cert": ours["tls_client_cert"],
-        "tls.client.key": ours["tls_client_key"],
-        "timeouts.connect": "2s",
+        "distributed.comm.tls.ca-file": ours["tls_ca_file"],
+        "distributed.comm.tls.client.cert": ours["tls_client_cert"],
+        "distributed.comm.tls.client.key": ours["tls_client_key"],
+        "distributed.comm.timeouts.connect": "2s",
     }
-    with _cluster(Security(**files["right"])) as cluster:
-        with dask.config.set({f"distributed.comm.{key}": value for key, value in settings.items()}):
-            command = ["run", str(src), str(dst), "--seed", str(SEED), "--scheduler"]
-            told = CliRunner().invoke(main, [*command, cluster.scheduler_address])
+    with _cluster(Security(**files["right"])) as cluster, dask.config.set(settings):
+        command = ["run", str(src), str(dst), "--seed", str(SEED), "--scheduler"]
+        told = CliRunner().invoke(main, [*command, cluster.scheduler_address])
     if authority == "right":
         assert told.exit_code == 0, told.stderr
         assert_exact(src, dst)

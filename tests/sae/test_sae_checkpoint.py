@@ -130,7 +130,7 @@ def test_resume_on_other_numbers_of_ranks(world: int, tensor_parallel: int, tmp_
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     with one_rank() as mesh:
         train(tmp_path, "topk", mesh, after=3)
-        with pytest.raises(ConfigError, match="lr 0.003 / 0.001"):
+        with pytest.raises(ConfigError, match=r"lr 0.003 / 0.001"):
             train(tmp_path, "topk", mesh, lr=1e-3)
         train(tmp_path, "topk", mesh, log_every=4)  # what may change
 
@@ -172,7 +172,7 @@ def test_blocks_must_fit_what_was_announced(tmp_path: Path) -> None:
     assert TensorFile(tmp_path / "x").read("none").shape == (0, 3)
     bad = [good[:2], good[1:], [*good, good[0]], [good[2], *good[:2]], [("a", torch.ones(5)), good[2]]]
     for blocks in bad:
-        with pytest.raises(ValueError, match="due|announced"):
+        with pytest.raises(ValueError, match=r"due|announced"):
             write(tmp_path / "y", specs, blocks, {})
 
 

@@ -319,7 +319,7 @@ def test_no_such_bucket(endpoint, bucket, tmp_path):
 
 
 def test_no_such_source(endpoint, bucket, tmp_path):
-    with pytest.raises(SourceError, match="nothing.zarr"):
+    with pytest.raises(SourceError, match=r"nothing.zarr"):
         shuffle(endpoint, f"{bucket}/nothing.zarr", tmp_path / "dst.zarr")
 
 
