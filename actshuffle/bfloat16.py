@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from zarr.core.dtype.common import HasEndianness
 from zarr.dtype import DataTypeValidationError, ZDType
 
@@ -90,3 +91,8 @@ def float_to_bits(value: float) -> np.uint16:
 def bits_to_float(bits: np.uint16) -> float:
     """The exact value of a bfloat16."""
     return float(np.uint32(int(bits) << 16).view(np.float32))
+
+
+def widened(bits: NDArray[Any]) -> NDArray[np.float32]:
+    """The values of an array of bfloat16 bits (``uint16``), exact in float32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

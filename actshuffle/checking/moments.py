@@ -41,7 +41,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.arraytypes import F64, I64, U64
+from actshuffle.bfloat16 import widened
 from actshuffle.loading.dataset import FieldInfo
+from actshuffle.ordering.digest import mix
 
 # Most values of a tile, 2 MiB as float32; a fourth in float64.  Smaller ones take more calls, and were slower.
 SLICE_VALUES = 1 << 19
@@ -50,6 +52,7 @@ NARROW = 64  # rows of fewer values are summed in float64: float32 gains nothing
 SKETCH = 1024
 # At a time.  Of all but the first only those that belong to the sketch are sorted.
 HASHED_VALUES = 1 << 15
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step, without which 0 would be mixed to 0
 _KEY_BITS = np.uint64(44)  # of a float64, so that 8 bits of its mantissa are left
 _SHIFT, _MASK = np.int32(13), np.int32(0x8FFFE000 - (1 << 32))
 _SCALE = np.float32(2.0**112)
@@ -160,7 +163,7 @@ class FloatSums:
         if not max(norms.max(), squares.max()) < np.inf:
             return False
         low = np.flatnonzero(squares < _TINY)
-        return not (len(low) and (_widened(part[:, low]) - self._centre[low]).any())
+        return not (len(low) and (widened(part[:, low]) - self._centre[low]).any())
 
     def _move(self, by: F64) -> None:
         """Move the centre, and what has been summed about it."""
@@ -192,7 +195,7 @@ class FloatSums:
 
     def _add_wide(self, part: NDArray[Any], first: int) -> None:
         if self._bfloat16:
-            part = _widened(part)
+            part = widened(part)
         if self._small:
             values = part.astype(np.float64)
         else:
@@ -244,11 +247,6 @@ class FloatSums:
             )
 
 
-def _widened(bits: NDArray[Any]) -> NDArray[np.float32]:
-    """The values of bfloat16 bits."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
 def _column_sums(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Sums over rows: of strips of rows by BLAS, then over strips.
 
@@ -288,23 +286,12 @@ class IntSums:
     def add(self, rows: NDArray[Any], first: int) -> None:
         flat, part = rows.reshape(-1), self._part
         for values in (flat[i : i + HASHED_VALUES] for i in range(0, len(flat), HASHED_VALUES)):
-            hashes = _smallest(_mixed(values.astype(np.int64).view(np.uint64)), part.hashes)
+            hashes = _smallest(mix(values.astype(np.int64).view(np.uint64) + _GOLDEN), part.hashes)
             part = _merge_ints(part, IntPart(0, int(values.min()), int(values.max()), hashes))
         self._part = replace(part, count=part.count + len(rows))
 
     def part(self) -> IntPart:
         return self._part
-
-
-def _mixed(x: U64) -> U64:
-    """splitmix64's finaliser, which no two values share."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
 
 
 def _smallest(hashes: U64, held: U64) -> U64:

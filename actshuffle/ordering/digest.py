@@ -64,7 +64,7 @@ class RowHash:
             for form, offset in zip(out[:, start:stop], (a, b), strict=True):
                 form += place
                 form += offset
-                _mix(form)
+                mix(form)
         return out.T
 
     def total(self, rows: U8, source_row: U64) -> U64:
@@ -119,7 +119,8 @@ def _dot(words: NDArray[Any], weights: U64) -> U64:
     return dots
 
 
-def _mix(x: U64) -> U64:
+def mix(x: U64) -> U64:
+    """Mix each number in place by splitmix64's finaliser, which is a bijection; returns ``x``."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)

@@ -36,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actshuffle.html import page
+from actshuffle.ordering.digest import mix
 
 WINDOW = 1 << 18  # rows scored at a time: bounds the memory (about 35 MB) and the lags seen
 GROUPS = 256  # a table has at most GROUPS x GROUPS cells
@@ -361,12 +362,8 @@ def _centred(index: Index, n: int) -> npt.NDArray[np.float64]:
 
 
 def _fingerprint(values: Index) -> int:
-    """Sum of a 64-bit mix (as in splitmix64) of each value, which does not depend on their order."""
-    mixed = values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed ^= mixed >> np.uint64(30)
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    return int(mixed.sum())
+    """Sum of a 64-bit mix of each value, which does not depend on their order."""
+    return int(mix(values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).sum())
 
 
 def _coarsen(table: Index, limit: int) -> Index:
