@@ -73,7 +73,7 @@ def main() -> None:
     given = parser.parse_args()
     with executor_for(given.workers) as executor:
         done = count_tokens(given.store, given.out, executor=executor)
-    if not done.tasks:
+    if done.already_finished:
         print(f"{given.out}: already finished")
         return
     table = np.load(given.out / "tokens.npy")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ from actshuffle.units import format_bytes
 def prepare(
     src: Place, dst: Place, request: Request, crew: Executor, *, overwrite: bool = False, fsync: bool = True
 ) -> Job:
-    """The job to run, with the destination checked to be free or half done by the same job.
+    """The job to run, with the destination checked to be free, or half done or finished by the same request.
 
     Nothing is written; with ``overwrite``, what is at the destination goes once all else is in order.  The crew
     is asked for its memory only if the request names none.
     """
     check_places(src, dst, request.scratch)
     arrays = source_arrays(src, request.fields)
-    recorded = _recorded(dst, overwrite)
+    recorded, marker = _found(dst, overwrite)
     if recorded is not None:
         settled = Request.recorded(recorded["request"])
         if differing := request.against(settled):
@@ -50,7 +51,8 @@ def prepare(
         if request.scratch is None:
             recorded_scratch(dst, recorded)
     else:
-        settled = request.filled(seed=secrets.randbits(63), tasks_wanted=tasks_for(crew.workers))
+        seed = secrets.randbits(63) if marker is None else marker.get("seed", 0)
+        settled = request.filled(seed=seed, tasks_wanted=tasks_for(crew.workers))
         if settled.memory is None and settled.block_bytes is None:
             settled = with_memory(settled, arrays, crew, src, dst)
     job = make_job(src, dst, arrays, settled, fsync=fsync)
@@ -64,6 +66,12 @@ def prepare(
                 f"{dst.url} is half done, and since then {', '.join(changed)} changed"
                 f"{' (the source is not what it was)' if 'source_identity' in changed else ''}; "
                 "--overwrite starts again"
+            )
+    elif marker is not None:
+        if differing := "; ".join(_changed(job, request, marker)):
+            raise DestinationExistsError(
+                f"{dst.url} is finished with other arguments: {differing}. Choose another path, or --overwrite "
+                "replaces it"
             )
     else:
         _check_space(job)
@@ -191,8 +199,11 @@ def _inside(path: Path, folder: Path) -> bool:
     return path == folder or folder in path.parents
 
 
-def _recorded(dst: Place, overwrite: bool) -> dict[str, Any] | None:
-    """What a half-done run left at the destination; refuses what may not be touched."""
+def _found(dst: Place, overwrite: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The record of a half-done run at the destination, or the marker of a finished one.
+
+    Refuses a destination that may not be touched.
+    """
     objects = open_objects(dst)
     path = local_path(dst)
     if path is not None and objects.size("") is not None and not path.is_dir():
@@ -202,21 +213,49 @@ def _recorded(dst: Place, overwrite: bool) -> dict[str, Any] | None:
     if overwrite:
         if names and not stored and OUR_GROUP not in names:
             raise DestinationExistsError(f"{dst.url} is no Zarr store; it is not overwritten, remove it by hand")
-        return None
+        return None, None
     finished = is_finished(objects)
     recorded = None
     with contextlib.suppress(FormatError) if finished else contextlib.nullcontext():
         recorded = manifest.read_run(objects)
     if recorded is not None:  # beside a marker: done, but for the clearing away
-        return recorded
-    if finished or read_marker(objects) is not None:
-        raise DestinationExistsError(f"{dst.url} is finished; --overwrite replaces it")
+        return recorded, None
+    if (marker := read_marker(objects)) is not None:
+        if marker["kind"] == "view":
+            raise DestinationExistsError(f"{dst.url} is a view; --overwrite replaces it")
+        return None, marker
     if next(iter(objects.list("")), None) is not None:
         raise DestinationExistsError(
             f"{dst.url} exists and is not a half-done shuffle; choose another path"
             + (", or --overwrite to replace it" if stored or OUR_GROUP in names else "")
         )
-    return None
+    return None, None
+
+
+def _changed(job: Job, request: Request, marker: dict[str, Any]) -> Iterator[str]:
+    """How a request differs from the one that finished the store at its destination, in words.
+
+    Only what decides the bytes of the output counts, and a number of levels that the user named.
+    """
+    sums = marker.get("kind") == "collection"  # a copy: its seed is that of the digests, and it has no levels
+    if "seed" in request.given and not sums and request.seed != marker["seed"]:
+        yield f"seed was {marker['seed']}, now {request.seed}"
+    if request.levels != "auto" and not sums and request.levels != marker["levels"]:
+        yield f"levels were {marker['levels']}, now {request.levels}"
+    if job.source_identity != marker.get("source_identity"):
+        yield "the source is not the one that it was made from"
+    if job.fill_missing != marker.get("fill_missing", False):
+        yield f"missing_chunks was {'refuse' if job.fill_missing else 'fill'}"
+    now = {f.name: json.loads(f.metadata) for f in job.outputs}
+    was = {name: json.loads(job.at_destination.get(f"{name}/zarr.json") or "{}") for name in now}
+    had = {*marker["fields"], *([SOURCE_ROW] if marker.get("source_row") else [])}
+    if set(now) != had:
+        yield f"arrays were {', '.join(sorted(had))}, now {', '.join(sorted(now))}"
+    # Without these the chunks follow from the machine's memory, which need not be the same again.
+    chunked = {"memory", "block_bytes", "chunk_rows", "chunks_per_shard"} & request.given
+    for part in ("codecs", "chunk_grid") if chunked else ("codecs",):
+        if any(was[name].get(part) != now[name].get(part) for name in set(now) & had):
+            yield "the codec was another" if part == "codecs" else "the chunks had another size"
 
 
 def _check_space(job: Job) -> None:

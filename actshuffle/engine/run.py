@@ -59,12 +59,15 @@ class Result:
     tasks: int
     resumed: int
     workers: int
+    already_finished: bool = False  # by an earlier run, so that this one wrote nothing
 
     @property
     def nbytes(self) -> int:
         return self.plan.rows * self.plan.row_bytes
 
     def __str__(self) -> str:
+        if self.already_finished:
+            return f"{self.destination}: already finished, {self.plan.rows:,} rows, seed {self.seed}"
         rate = f"{format_bytes(self.nbytes / self.seconds)}/s" if self.seconds else "-"
         text = (
             f"{self.plan.rows:,} rows, {format_bytes(self.nbytes)}, {self.plan.levels} "
@@ -189,14 +192,17 @@ class Shuffle(Course[Job]):
         publish(self.job)
 
     def clear(self, progress: Progress) -> None:
-        _clear(self.job, progress)
+        if self.job.at_destination.size(RUN_KEY) is not None:  # nothing is written to a store that is finished
+            _clear(self.job, progress)
 
 
 def execute(job: Job, executor: Executor, progress: Progress) -> Result:
     """Run or resume a prepared job to its completion marker."""
     done = run(Shuffle(job), executor, progress)
     place = str(job.destination)
-    return Result(job.plan, job.keys.seed, place, done.seconds, done.tasks, done.resumed, executor.workers)
+    return Result(
+        job.plan, job.keys.seed, place, done.seconds, done.tasks, done.resumed, executor.workers, done.already_finished
+    )
 
 
 def _claim(job: Job) -> None:

@@ -109,6 +109,7 @@ class Outcome:
     tasks: int
     resumed: int
     seconds: float
+    already_finished: bool = False  # by an earlier run
 
 
 def once(job: J, task: Any, do: Callable[[J, Any], tuple[Payload, int]], is_done: Callable[[J, Any], bool]) -> Done:
@@ -126,7 +127,7 @@ def run(course: Course[Any], executor: Executor, progress: Progress) -> Outcome:
     started = time.perf_counter()
     if course.is_finished():
         course.clear(progress)  # an earlier run got this far
-        return Outcome(0, 0, 0.0)
+        return Outcome(0, 0, 0.0, already_finished=True)
     course.claim()
     course.ready(executor, progress)
     stages, total, resumed = course.stages(), 0, 0

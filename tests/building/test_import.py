@@ -24,7 +24,7 @@ from actshuffle.executors import Dask
 from actshuffle.loading.dataset import open_dataset
 from actshuffle.ordering.keys import Keys
 from support.executors import Stops
-from support.stores import array, opened, rows_of, values
+from support.stores import array, files, opened, rows_of, values
 
 N = 90
 ACT, TOKEN = values(N, (6,), "<f2"), values(N, (), "<i4", seed=2)
@@ -285,8 +285,11 @@ def test_an_import_resumes_and_until_then_is_no_store(tmp_path: Path) -> None:
     import_store(tmp_path / "x.npy", tmp_path / "x.zarr", executor=again, **options)
     assert sum(again.seen) == -(-N // 16) - 3
     assert_same(opened(tmp_path / "x.zarr")[1]["x"][:], ACT)
-    with pytest.raises(DestinationExistsError):
-        import_store(tmp_path / "x.npy", tmp_path / "x.zarr", **options)
+    before = files(tmp_path)
+    import_store(tmp_path / "x.npy", tmp_path / "x.zarr", **options)  # already finished
+    assert files(tmp_path) == before
+    with pytest.raises(DestinationExistsError, match="codec"):
+        import_store(tmp_path / "x.npy", tmp_path / "x.zarr", codec="zstd", **options)
     import_store(tmp_path / "x.npy", tmp_path / "x.zarr", overwrite=True, **options)
 
 

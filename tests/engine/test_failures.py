@@ -60,7 +60,7 @@ from support.processes import (
     until,
 )
 from support.runs import force
-from support.stores import values
+from support.stores import group, values
 
 
 @pytest.fixture(scope="session")
@@ -658,9 +658,39 @@ def test_settled_arguments_need_not_be_given_again(src, dst):
 def test_finished_store_is_not_overwritten_unless_asked(src, dst):
     serial_run(src, dst, SEED, **PLAN)
     before = _files(dst)
-    with pytest.raises(DestinationExistsError, match="--overwrite"):
-        serial_run(src, dst, SEED, **PLAN)
+    for other, words in [
+        ({"seed": 6}, "seed was 5, now 6"),
+        ({"levels": 2, "block_bytes": 2000}, "levels were 3, now 2"),
+        ({"codec": "crc32c"}, "the codec was another"),
+        ({"chunk_rows": 5}, "chunks had another size"),
+        ({"source_row": False}, "arrays were .*source_row"),
+        ({"missing_chunks": "fill"}, "missing_chunks was refuse"),
+    ]:
+        with pytest.raises(DestinationExistsError, match=f"{words}.*--overwrite"):
+            actshuffle.shuffle(src, dst, **({"seed": SEED, "fsync": False} | PLAN | other))
+        assert _files(dst) == before
+    group(src.with_name("grown"), {"extra": values(ROWS, (2,))})
+    with pytest.raises(DestinationExistsError, match="source is not the one"):
+        actshuffle.shuffle(src.with_name("grown"), dst, seed=SEED, fsync=False)
     assert _files(dst) == before
+
+
+def test_the_same_request_on_a_finished_store_writes_nothing(src, dst):
+    """As a scheduler gives it that requeues a run killed between its marker and its exit."""
+    first = serial_run(src, dst, SEED, **PLAN)
+    before, log = _files(dst), Faults()
+    for settings in ({"seed": SEED, **PLAN}, {**PLAN}, {"seed": SEED}, {}):
+        with log:
+            again = actshuffle.shuffle(src, dst, fsync=False, **settings)
+        assert (again.already_finished, again.tasks, again.seed) == (True, 0, SEED)
+        assert "already finished" in str(again)
+    assert not first.already_finished
+    assert _files(dst) == before
+    assert not [o for o, _ in log.log if o.name in ("put", "delete", "delete_prefix", "settle")]
+
+
+def test_finished_store_is_overwritten_if_asked(src, dst):
+    serial_run(src, dst, SEED, **PLAN)
     actshuffle.shuffle(src, dst, seed=6, fsync=False, overwrite=True, **PLAN)
     assert_exact(src, dst, 6)
 

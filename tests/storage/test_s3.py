@@ -88,8 +88,9 @@ def test_from_bucket_to_bucket(endpoint, bucket, local, tmp_path):
     assert actshuffle.verify(src, dst, storage_options=options, quick=True).ok
     assert actshuffle.info(dst, options)["rows"] == ROWS
     assert actshuffle.status(dst, options)["state"] == "complete"
-    with pytest.raises(DestinationExistsError):
-        shuffle(endpoint, src, dst)
+    assert shuffle(endpoint, src, dst).already_finished
+    with pytest.raises(DestinationExistsError, match="seed was"):
+        shuffle(endpoint, src, dst, seed=99)
     # Others' clients in the same thread go on to work.
     rows = zarr.open_group(dst, mode="r", storage_options=options)["x"][:]
     assert rows.shape == (ROWS, 4)
