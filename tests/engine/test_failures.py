@@ -669,7 +669,7 @@ def test_finished_store_is_not_overwritten_unless_asked(src, dst):
         with pytest.raises(DestinationExistsError, match=f"{words}.*--overwrite"):
             actshuffle.shuffle(src, dst, **({"seed": SEED, "fsync": False} | PLAN | other))
         assert _files(dst) == before
-    group(src.with_name("grown"), {"extra": values(ROWS, (2,))})
+    group(src.with_name("grown"), {"extra": values(120, (2,))})
     with pytest.raises(DestinationExistsError, match="source is not the one"):
         actshuffle.shuffle(src.with_name("grown"), dst, seed=SEED, fsync=False)
     assert _files(dst) == before
