@@ -60,17 +60,17 @@ def coding_of(array: zarr.Array[Any], where: str) -> Coding:
     meta = array.metadata.to_dict()
     itemsize = array.dtype.itemsize
     if array.metadata.zarr_format == 2:
-        filters = [_described(c) for c in meta.get("filters") or ()]  # type: ignore[union-attr]
-        chain = filters + [_described(c) for c in (meta.get("compressor"),) if c]
+        filters = [described(c) for c in meta.get("filters") or ()]  # type: ignore[union-attr]
+        chain = filters + [described(c) for c in (meta.get("compressor"),) if c]
         return Coding(*_checked(chain, math.prod(array.chunks) * itemsize, where))
     if meta.get("storage_transformers"):
         raise SourceError(f"{where} is stored by way of storage transformers; it is not read")
-    chain = [_described(c) for c in meta["codecs"]]  # type: ignore[union-attr]
+    chain = [described(c) for c in meta["codecs"]]  # type: ignore[union-attr]
     if not any(name == "sharding_indexed" for name, _ in chain):
         return Coding(*_checked(chain, math.prod(array.chunks) * itemsize, where))
     (name, settings), *others = chain
-    inner = [_described(c) for c in settings.get("codecs", ())]
-    index = [n for n, _ in map(_described, settings.get("index_codecs", ()))]
+    inner = [described(c) for c in settings.get("codecs", ())]
+    index = [n for n, _ in map(described, settings.get("index_codecs", ()))]
     if others or name != "sharding_indexed" or any(n == name for n, _ in inner):
         raise SourceError(f"{where} wraps its shards in other codecs, or in shards; it is not read")
     if index not in (["bytes"], ["bytes", "crc32c"]):
@@ -87,13 +87,13 @@ def stored_bytes(array: zarr.Array[Any]) -> int | None:
     if array.metadata.zarr_format == 2:
         plain, names = not meta.get("filters") and not meta.get("compressor"), []
     else:
-        names = [_described(c)[0] for c in meta["codecs"]]  # type: ignore[union-attr]
+        names = [described(c)[0] for c in meta["codecs"]]  # type: ignore[union-attr]
         plain = set(names) <= {"bytes", "transpose", "crc32c"}
     full = math.prod(array.chunks) * array.dtype.itemsize + 4 * names.count("crc32c")
     return full if plain else None
 
 
-def _described(codec: Any) -> tuple[str, dict[str, Any]]:
+def described(codec: Any) -> tuple[str, dict[str, Any]]:
     """Name and settings of a codec, in either format's way of writing it."""
     for method in ("to_dict", "get_config"):
         if hasattr(codec, method):

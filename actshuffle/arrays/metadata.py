@@ -15,12 +15,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import zarr
 from zarr.buffer import cpu
-from zarr.codecs import Crc32cCodec
 from zarr.dtype import data_type_registry
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
 from actshuffle.arrays import virtual
+from actshuffle.arrays.codecs import CODECS
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.guard import View, coding_of
 from actshuffle.arrays.names import OUR_GROUP
@@ -31,7 +31,6 @@ from actshuffle.storage.place import Place
 from actshuffle.storage.remote import wait
 
 data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed
-CODECS = ("none", "crc32c", "zstd")
 
 ZarrArray: TypeAlias = zarr.Array[Any]  # the name by which rooms that do not import zarr know its arrays
 
@@ -213,6 +212,12 @@ def output_field(
                 f"zarr cannot shard arrays of dtype {array.dtype} ({field.name!r}): give --chunks-per-shard 1, "
                 "or leave the array out with --fields"
             )
+    coding = CODECS[codec]
+    if chunk_rows * field.row_bytes > coding.most_bytes:
+        raise RequestError(
+            f"a chunk of {field.name!r} has {chunk_rows * field.row_bytes:,} bytes, codec {codec} takes "
+            f"{coding.most_bytes:,} at most: give less --chunk-rows"
+        )
     if dims is None:
         dims = ["row", *(f"{field.name}_{i + 1}" for i in range(len(field.row_shape)))]
     memory = MemoryStore()
@@ -225,7 +230,7 @@ def output_field(
         fill_value=fill,
         attributes=attributes,
         shards=None if object_rows == chunk_rows else (object_rows, *field.row_shape),
-        compressors={"none": None, "crc32c": [Crc32cCodec()], "zstd": "auto"}[codec],
+        compressors=None if coding.raw else coding.chain(field.row_bytes // math.prod(field.row_shape)),
         filters=None,
         dimension_names=dims,
         # A flat key: with "/" every chunk of a matrix would be a directory of its own.
@@ -239,7 +244,7 @@ def output_field(
             "metadata": text.to_bytes().decode(),
             "chunk_rows": chunk_rows,
             "object_rows": object_rows,
-            "raw_output": codec == "none" and object_rows == chunk_rows,
+            "raw_output": coding.raw and object_rows == chunk_rows,
             "object_key": f"{_literal(field.name)}/c.{{}}" + ".0" * len(field.row_shape),
         }
     )

@@ -92,4 +92,4 @@ def row_bytes_of(rows: NDArray[Any]) -> U8:
     """An array's rows as little-endian bytes, uint8 ``(m, row_bytes)``."""
     little = np.ascontiguousarray(rows, dtype=rows.dtype.newbyteorder("<"))
     width = little.dtype.itemsize * math.prod(little.shape[1:])
-    return np.frombuffer(little.data if len(little) else b"", np.uint8).reshape(len(little), width)
+    return little.reshape(-1).view(np.uint8).reshape(len(little), width)

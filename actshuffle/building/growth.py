@@ -31,6 +31,8 @@ from typing import Any
 import numpy as np
 
 from actshuffle.arrays import virtual
+from actshuffle.arrays.codecs import name_of
+from actshuffle.arrays.guard import described
 from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.metadata import source_arrays
 from actshuffle.arrays.names import SOURCE_ROW
@@ -228,12 +230,11 @@ def layout_of(store: Dataset) -> dict[str, Any]:
     name = max(store.fields, key=lambda k: store.fields[k].row_bytes)
     array = source_arrays(store.root, [name])[name]
     rows, shards = array.chunks[0], array.shards
-    codecs = [type(c).__name__.removesuffix("Codec").lower() for c in array.compressors]
     return {
         # One chunk that holds all rows was not chosen, it was enough.
         "chunk_rows": None if rows >= array.shape[0] else rows,
         "chunks_per_shard": None if shards is None else shards[0] // rows,
-        "codec": codecs[0] if codecs and codecs[0] in ("crc32c", "zstd") else None,
+        "codec": name_of([described(codec) for codec in array.compressors]),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from actshuffle.arrays.codecs import CODECS
 from actshuffle.errors import ActshuffleError, RequestError
 from actshuffle.units import parse_bytes, parse_count
 
@@ -67,6 +68,12 @@ def _stragglers(text: str) -> tuple[float, float]:
 SIZE = Parsed("size", parse_bytes)
 RATE = Parsed("rate", _rate)
 COUNT = Parsed("count", parse_count)
+CODEC = click.option(
+    "--codec",
+    type=click.Choice(list(CODECS)),
+    metavar="NAME",
+    help=f"Codec of the output arrays: {', '.join(CODECS)}.  [default: none]",
+)
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -107,7 +114,7 @@ SHAPE = _options(
     ),
     click.option("--chunk-rows", type=COUNT, help="Rows of a chunk of the widest array.  [default: about 32MiB]"),
     click.option("--chunks-per-shard", type=COUNT, help="Chunks of a shard.  [default: 1; more beyond 10^6 chunks]"),
-    click.option("--codec", type=click.Choice(["none", "crc32c", "zstd"]), help="Of the output.  [default: none]"),
+    CODEC,
     click.option("--fields", metavar="A,B", type=Parsed("names", _names), help="Arrays to take.  [default: all]"),
 )
 WORKERS = click.option(

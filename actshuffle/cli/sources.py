@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from actshuffle.cli.options import COUNT, SIZE, WORK, Parsed
+from actshuffle.cli.options import CODEC, COUNT, SIZE, WORK, Parsed
 from actshuffle.cli.session import at_work, show, wrapped
 from actshuffle.errors import RequestError
 
@@ -42,7 +42,6 @@ NUMBERS, LIST, PART = Parsed("numbers", _numbers), Parsed("names", _list), Parse
 
 MEMORY = click.option("--memory", type=SIZE, help="Most memory of one worker.  [default: a share of the machine]")
 CHUNK_ROWS = click.option("--chunk-rows", type=COUNT, help="Rows of a chunk of the widest array.")
-CODEC = click.option("--codec", type=click.Choice(["none", "crc32c", "zstd"]), help="Of the output.  [default: none]")
 SCRATCH = click.option(
     "--scratch", type=click.Path(), help="Where the intermediate goes.  [default: beside the output]"
 )

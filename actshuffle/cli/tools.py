@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from actshuffle.cli.options import COUNT, LOOK, WORK, Parsed
+from actshuffle.cli.options import CODEC, COUNT, LOOK, WORK, Parsed
 from actshuffle.cli.session import at_work, show
-from actshuffle.cli.sources import CHUNK_ROWS, CODEC, LIST, MEMORY, OVERWRITE, SCRATCH, collect, done, import_
+from actshuffle.cli.sources import CHUNK_ROWS, LIST, MEMORY, OVERWRITE, SCRATCH, collect, done, import_
 from actshuffle.errors import RequestError
 
 

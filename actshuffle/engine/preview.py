@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from actshuffle.arrays import virtual
+from actshuffle.arrays.codecs import CODECS
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.metadata import ZarrArray, source_arrays, source_buffer, source_field
 from actshuffle.engine.request import Request
@@ -110,7 +111,7 @@ def plan_for(
 
     ``remote`` says that spill and output are in an object store, ``remote_source`` that the source is.
     """
-    coded = request.codec != "none" or (request.chunks_per_shard or 1) > 1
+    coded = not CODECS[request.codec].raw or (request.chunks_per_shard or 1) > 1
     model = MemoryModel(
         row_bytes=sum(f.row_bytes for f in fields),
         source_buffer=source_buffer(list(arrays.values()), remote=remote_source),

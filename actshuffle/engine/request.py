@@ -15,7 +15,7 @@ from numbers import Real
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
-from actshuffle.arrays.metadata import CODECS
+from actshuffle.arrays.codecs import CODECS
 from actshuffle.arrays.names import RUN_KEY
 from actshuffle.errors import FormatError, RequestError
 from actshuffle.planning.planner import MAX_LEVELS
@@ -89,7 +89,8 @@ MISSING = SWITCH._replace(
     read=lambda value: _REFUSE_OR_FILL.get(value, value) if isinstance(value, str) else value,
     choices=tuple(_REFUSE_OR_FILL),
 )
-CODEC = Kind("codec", f"one of {', '.join(CODECS)}", lambda value: value in tuple(CODECS), choices=tuple(CODECS))
+_CODECS = ", ".join(CODECS)
+CODEC = Kind("codec", f"one of {_CODECS}", lambda v: v in tuple(CODECS), metavar="NAME", choices=tuple(CODECS))
 NAMES = Kind("names", "names of arrays, like act,token", _is_names, _names, "A,B")
 FOLDER = Kind(
     "path",
@@ -128,7 +129,7 @@ class Request:
     )
     chunk_rows: int | None = _knob(COUNT, "Rows per chunk of the widest array.", "about 32MiB")
     chunks_per_shard: int | None = _knob(COUNT, "Chunks per shard.", "1; more beyond 10^6 chunks")
-    codec: str = _knob(CODEC, "Codec of the output arrays.", "none", "none")
+    codec: str = _knob(CODEC, f"Codec of the output arrays: {_CODECS}.", "none", "none")
     fields: tuple[str, ...] | None = _knob(NAMES, "Arrays to take.", "all")
     source_row: bool = _knob(SWITCH, "Also write the source row of each row.", "yes", True)
     fill_missing: bool = _knob(

@@ -120,7 +120,7 @@ def shuffle(
     memory : the most that one worker uses beyond its idle footprint ("2GB").
     block_bytes, run_bytes : M and P of the arithmetic of passes; derived if not given.
     chunk_rows, chunks_per_shard : chunking of the widest output array; chosen if not given.
-    codec : "none" (default), "crc32c" or "zstd" for the output.
+    codec : of the output arrays, a name in `actshuffle.arrays.codecs.CODECS`; "none" (default) leaves plain bytes.
     fields : names of the arrays to take; all if not given.
     source_row : also write the provenance array (default True).
     missing_chunks : "refuse" (default) or "fill": what an absent source chunk means.

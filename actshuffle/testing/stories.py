@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
 
 from actshuffle.arrays.output import coded_array
 from actshuffle.engine import manifest
@@ -102,7 +103,7 @@ def _write_array(path: Path, name: str, spec: ArraySpec, rows: int, zarr_format:
     if spec.codec == "zstd":
         settings["compressors"] = "auto"
     elif spec.codec == "crc32c" and zarr_format == 3:
-        settings["compressors"] = [zarr.codecs.Crc32cCodec()]
+        settings["compressors"] = [Crc32cCodec()]
     elif spec.codec == "sharded" and zarr_format == 3:
         settings["shards"] = (2 * spec.chunk_rows, *spec.row_shape)
     array = zarr.create_array(

@@ -195,7 +195,7 @@ def test_memory_advice_is_enough(dst, tmp_path):
         {"chunk_rows": 0},
         {"chunk_rows": -3},
         {"chunks_per_shard": 0},
-        {"codec": "gzip"},
+        {"codec": "brotli"},
         {"missing_chunks": "ignore"},
         {"workers": -1},
         {"storage_options": {"key": object}},
