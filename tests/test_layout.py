@@ -35,7 +35,7 @@ LAYERS = [
     "planning storage",  # neither knows the other
     "arrays executors",
     "jobs",
-    "engine loading",  # neither knows the other
+    "engine loading foreign",  # none knows another
     "building checking",  # neither knows the other
     "__init__",  # the package itself, which gathers the public names
     "cli testing",
@@ -53,7 +53,7 @@ DOORS = {
     "transformers": "building loading.trace",
     "click": "cli",
     "hypothesis": "testing.stories",
-    "pyarrow": "building.arrowfiles",
+    "pyarrow": "building.arrowfiles foreign.texttables",
     "matplotlib": "checking.statsreport",
     "fsspec": "",
     "pandas": "",

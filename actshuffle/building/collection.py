@@ -38,6 +38,7 @@ from actshuffle.engine.request import Request
 from actshuffle.engine.run import Shuffle, execute
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError, SourceError
 from actshuffle.executors import Executor, Serial
+from actshuffle.foreign.textfiles import kind_of
 from actshuffle.jobs.running import run_part
 from actshuffle.loading.dataset import open_dataset
 from actshuffle.progress import Progress, Silent
@@ -103,7 +104,8 @@ def collect(
     Parameters
     ----------
     model : name or path, as transformers' AutoModel takes it; any causal or encoder model.
-    text : files and folders.  A line of a .jsonl file is a document (its ``field``), any other file is one.
+    text : files and folders of JSON lines, JSON, CSV, parquet, Arrow (a document is the ``field`` of each row)
+        and plain text (a file is a document), compressed or not; see docs/inputs.md.
     layers, hooks : numbers of ``hidden_states`` (0 is the embedding), names of modules; at least one.
     dtype, model_dtype : what is stored (rounded to nearest even), and what the model computes in.
     context : tokens of a window, special ones included.  Default: 128, or less if the model takes less.
@@ -126,6 +128,8 @@ def collect(
     place = as_place(out, storage_options)
     source = Place(f"{place.url.rstrip('/')}.collect", place.options)
     files = text_files([Path(p) for p in text], apart=[local_path(place), local_path(source)])
+    for file in files:
+        kind_of(file)  # one that is not text is refused before the model is loaded
     asked = {
         "model": model,
         "tokenizer": tokenizer or model,
@@ -216,7 +220,12 @@ def _write_source(
         objects.delete_prefix("")  # of the same arguments it stays: another part may be reading it
     cut = Cut(objects, content, before, after, asked["special"] == "keep", asked["rows"])
     progress.begin("tokens", len(files), 0)
-    listing = tokenize(files, tokenizer, cut, asked, progress)
+    try:
+        listing = tokenize(files, tokenizer, cut, asked, progress)
+    except SourceError:
+        if virtual.describe(source) is None:  # otherwise another part has written it, of the same text
+            objects.delete_prefix("")
+        raise
     progress.end()
     cut.finish()
     if cut.rows == 0:

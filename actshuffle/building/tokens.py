@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.errors import SourceError
+from actshuffle.foreign.textfiles import documents
 from actshuffle.progress import Progress
 from actshuffle.storage.objects import Objects
 
@@ -156,31 +156,6 @@ def text_files(paths: Sequence[Path], apart: Sequence[Path | None] = ()) -> list
     if not files:
         raise SourceError(f"no files in {', '.join(map(str, paths))}")
     return files
-
-
-def documents(file: Path, field: str) -> Iterator[str]:
-    """The documents of a file.  What is no UTF-8 becomes U+FFFD."""
-    if file.suffix != ".jsonl":
-        yield file.read_text("utf-8", errors="replace")
-        return
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                found = json.loads(line)
-            except ValueError as err:
-                why = str(err).split(":")[0]  # the rest counts lines within this one
-                raise SourceError(f"{file}, line {number:,} is no JSON: {why}") from err
-            if not isinstance(found, dict) or field not in found:
-                has = ", ".join(map(repr, found)) if isinstance(found, dict) else "no object"
-                raise SourceError(
-                    f"{file}, line {number:,}: no {field!r}, but {has or 'nothing'}; --field names another"
-                )
-            text = found[field]
-            if not isinstance(text, str):
-                raise SourceError(f"{file}, line {number:,}: {field!r} is no text")
-            yield text
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

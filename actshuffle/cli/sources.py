@@ -119,7 +119,7 @@ def import_(
     type=click.Path(),
     required=True,
     multiple=True,
-    help="A file or folder; may be given again.  A line of .jsonl is a document.",
+    help="A file or folder of text, JSON lines, CSV, parquet ...; may be given again.",
 )
 @click.option("--out", type=click.Path(), required=True, help="The store to write.")
 @click.option("--layers", metavar="N,N", type=NUMBERS, help="Hidden states to take: 0 is the embedding.")
@@ -143,7 +143,7 @@ def import_(
 @click.option("--batch-tokens", type=COUNT, default=8192, help="Of one forward pass.  [default: 8192]")
 @click.option("--tokens-per-document", type=COUNT, help="Take no more of each.")
 @click.option("--rows", type=COUNT, help="Take no more in all.")
-@click.option("--field", default="text", help="The text in a line of .jsonl.  [default: text]")
+@click.option("--field", default="text", help="The text in a JSON object, or the column of a table.  [default: text]")
 @click.option("--tokenizer", help="If it is not the model's own.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1, ...  [default: cuda if there is one]")
 @click.option("--part", type=PART, help="Do part I of N; other processes do the others.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.resources
 import json
 import os
@@ -393,6 +394,48 @@ def test_bad_requests(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -
     assert_refused(SourceError, "line 2: no 'text', but 'body'; --field", text=tmp_path / "lines.jsonl")
     assert_refused(SourceError, "line 1 is no JSON", text=tmp_path / "broken.jsonl")
     assert_refused(SourceError, "line 1: 'text' is no text", text=tmp_path / "numbers.jsonl")
+
+
+def test_the_form_of_the_text_does_not_matter(models: dict[str, Path], tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = ["w1 w2 w3", "w4", "w5 " * 20]
+    lines = "\n".join(json.dumps({"text": text}) for text in texts).encode()
+    forms = {
+        "a.jsonl": lines,
+        "a.jsonl.gz": gzip.compress(lines),
+        "a.json.gz": gzip.compress(json.dumps(texts).encode()),
+        "a.jsonl.zst": bytes(pa.Codec("zstd").compress(lines)),
+        "wide.jsonl": lines.decode().encode("utf-16"),
+    }
+    for name, data in forms.items():
+        (tmp_path / name).write_bytes(data)
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    stores = {}
+    for name in (*forms, "a.parquet"):
+        stores[name] = gather(models["gpt2"], tmp_path / name, tmp_path / f"{name}.zarr")[1]
+        for array in ("layer_1", "token", "document", "position"):
+            found, first = stores[name].read(array, 0, 24), stores["a.jsonl"].read(array, 0, 24)
+            np.testing.assert_array_equal(found, first)
+    assert [d["count"] for d in stores["a.parquet"].attributes["documents"]] == [3]
+
+
+def test_files_that_are_no_text_leave_nothing_behind(
+    models: dict[str, Path], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from actshuffle.cli.app import main
+
+    monkeypatch.setattr(tokens_module, "PIECE", 8)  # so that some have been written before the bad file is met
+    (tmp_path / "late.txt").write_bytes(b"x " * 9000 + b"\xff")
+    (tmp_path / "noise.bin").write_bytes(bytes(99))
+    for name in ("late.txt", "noise.bin"):
+        command = ["collect", "--model", str(models["gpt2"]), "--layers", "1", "--out", str(tmp_path / "x.zarr")]
+        command += ["--text", str(corpus[0]), "--text", str(tmp_path / name), "--json"]
+        done = CliRunner().invoke(main, command)
+        assert (done.exit_code, json.loads(done.stdout)["error"]) == (2, "bad-source")
+        assert f"{tmp_path / name} is not text" in json.loads(done.stdout)["message"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["late.txt", "noise.bin"]
 
 
 def test_values_that_do_not_fit_are_refused(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:

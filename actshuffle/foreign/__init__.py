@@ -1,0 +1,1 @@
+"""Files that others wrote: which of them can be read, and how."""
