@@ -13,9 +13,8 @@ import numpy as np
 
 from actshuffle._version import __version__
 from actshuffle.arraytypes import F64
-from actshuffle.checking import statsreport as statsview
 from actshuffle.checking.moments import bin_edges
-from actshuffle.checking.statstypes import FloatStats, IntStats
+from actshuffle.checking.statstypes import HEAVY, FloatStats, IntStats
 from actshuffle.errors import RequestError
 from actshuffle.html import image, page
 from actshuffle.units import format_bytes, format_seconds
@@ -53,23 +52,24 @@ class Stats:
         }
 
     def __str__(self) -> str:
-        return statsview.text(self)
+        return text(self)
 
     def __repr__(self) -> str:
         return f"<Stats of {self.path}: {self.rows:,} rows, {', '.join(self.fields)}>"
 
     def _repr_html_(self) -> str:
-        return statsview.html(self)
+        return html(self)
 
     def png(self, path: str | Path | None = None) -> bytes:
         """A picture of the floating fields, also written to ``path``.  Needs matplotlib."""
-        data = statsview.png(self)
+        data = png(self)
         if path is not None:
             Path(path).write_bytes(data)
         return data
 
 
 SHOWN = 8  # outlier places that are named
+HEAVY_SHARE = 0.05  # of the squared norm: from here on heavy rows are named
 FLOAT_HEADER = ("field", "type", "mean |x|²", "total var", "|mean|", "norm min", "5 %", "median", "95 %", "max")
 INT_HEADER = ("field", "type", "min", "max", "distinct")
 
@@ -102,6 +102,12 @@ def _notes(of: FloatStats) -> list[str]:
             notes.append(f"{count:,} {kind}, the first in row {first[0]:,} at place {first[1]:,}")
     if of.left_out:
         notes.append(f"{of.left_out:,} rows with these are left out of the rest")
+    rows, share = of.heavy
+    if share >= HEAVY_SHARE:
+        notes.append(
+            f"{rows:,} of {of.count:,} rows ({rows / of.count:.2%}) have over {HEAVY:g} times the median norm and hold "
+            f"{share:.1%} of the squared norm: means, scales and explained variance describe them and little else"
+        )
     outliers = of.outliers
     if outliers:
         named = ", ".join(f"{i} ({times:.3g}x)" for i, times in list(outliers.items())[:SHOWN])

@@ -197,6 +197,31 @@ def test_outliers_and_dimensions_without_variance_are_named(tmp_path: Path) -> N
     assert found.constant == 2
 
 
+@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
+def test_rows_that_rule_the_norm_are_named(tmp_path: Path, dtype: str) -> None:
+    """As the tokens at which attention sinks: one row in 64 with 100 times the norm of the others."""
+    data = activations(4096, 32, "<f4")
+    data[::64] *= 100
+    data = data.astype(dtype)
+    found = one(tmp_path / "s", data)
+    squares = np.square(data.astype("f8")).sum(axis=1)
+    heavy = squares > 100 * np.median(squares)
+    assert found.heavy == (heavy.sum(), pytest.approx(squares[heavy].sum() / squares.sum(), rel=0.01))
+    assert f"64 of 4,096 rows (1.56%) have over 10 times the median norm and hold {found.heavy[1]:.1%}" in str(
+        stats(tmp_path / "s")
+    )
+    assert json.loads(json.dumps(found.as_dict()))["heavy"]["rows"] == 64
+
+
+def test_rows_of_like_norms_are_not_named(tmp_path: Path) -> None:
+    assert one(tmp_path / "s", activations(4096, 32, "<f4")).heavy == (0, 0.0)
+    assert "median norm" not in str(stats(tmp_path / "s"))
+    few = np.random.default_rng(1).standard_normal((8192, 32), "<f4")
+    few[7] *= 14  # one heavy row holds too little to rule
+    assert one(tmp_path / "t", few).heavy[0] == 1
+    assert "median norm" not in str(stats(tmp_path / "t"))
+
+
 def test_scalars_and_deep_rows(tmp_path: Path) -> None:
     assert_close(one(tmp_path / "s", activations(300, 1, "<f4")[:, 0]), activations(300, 1, "<f4")[:, 0], 1e-9)
     deep = activations(300, 24, "<f2").reshape(300, 2, 1, 3, 4)
