@@ -12,10 +12,11 @@ the command line.
 
 from actshuffle._version import __version__
 from actshuffle.building.collection import collect
-from actshuffle.building.cut import head, sample, split
 from actshuffle.building.growth import append
 from actshuffle.building.importers import import_store
 from actshuffle.building.joining import concat
+from actshuffle.building.sampling import sample
+from actshuffle.building.splitting import head, split
 from actshuffle.checking.contents import info
 from actshuffle.checking.scores import quality
 from actshuffle.checking.statspass import read_stats, stats

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from actshuffle.cli.app import COUNT, SIZE  # sizes and counts, read as the product reads them
+from actshuffle.cli.options import COUNT, SIZE  # sizes and counts, read as the product reads them
 from actshuffle.machine import cores
 from actshuffle.units import parse_bytes
 from benchmarks import results

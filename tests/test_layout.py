@@ -78,7 +78,6 @@ LONGER = {
     "ordering.mixing": "the statistics of one report",
     "checking.verifier": "full and quick checks, which share nothing with the engine",
     "loading.dataset": "what a finished store can be asked",
-    "building.cut": "head, sample and split",
 }
 SAETRAIN_SEES = {"errors", "jobs"}  # of actshuffle, beside its public names
 

@@ -35,7 +35,7 @@ from actshuffle.building.models import DTYPES, Model, load_tokenizer, model_of
 from actshuffle.building.tokens import COLUMNS, Cut, special_tokens, text_files, tokenize
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
-from actshuffle.engine.run import Shuffle, execute
+from actshuffle.engine.run import Shuffle, copy_through
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError, SourceError
 from actshuffle.executors import Executor, Serial
 from actshuffle.foreign.textfiles import kind_of
@@ -126,7 +126,7 @@ def collect(
     if part is not None and not 1 <= part[0] <= part[1]:
         raise RequestError(f"part {part[0]} of {part[1]} makes no sense; parts count from 1")
     place = as_place(out, storage_options)
-    source = Place(f"{place.url.rstrip('/')}.collect", place.options)
+    source = place.beside(".collect")
     files = text_files([Path(p) for p in text], apart=[local_path(place), local_path(source)])
     for file in files:
         kind_of(file)  # one that is not text is refused before the model is loaded
@@ -167,18 +167,16 @@ def collect(
         scratch=scratch,
         tasks_wanted=max(3 * crew.workers, part[1]) if part else None,
     )
-    job = prepare(source, place, request, crew, overwrite=overwrite, fsync=fsync)
     complete = True
     if part is None:
-        execute(job, crew, shown)
+        plan = copy_through(source, place, request, crew, shown, overwrite=overwrite, fsync=fsync).plan
     else:
-        complete = run_part(Shuffle(job), part, crew, shown)
-    if complete:
-        open_objects(source).delete_prefix("")
-    count = job.plan.rows
-    return Collected(
-        str(place), count, settings["documents"], count * job.plan.row_bytes, time.perf_counter() - started, complete
-    )
+        job = prepare(source, place, request, crew, overwrite=overwrite, fsync=fsync)
+        plan, complete = job.plan, run_part(Shuffle(job), part, crew, shown)
+        if complete:
+            open_objects(source).delete_prefix("")
+    nbytes, seconds = plan.rows * plan.row_bytes, time.perf_counter() - started
+    return Collected(str(place), plan.rows, settings["documents"], nbytes, seconds, complete)
 
 
 def _refuse_other(place: Place, was: dict[str, Any] | None, now: dict[str, Any], overwrite: bool) -> None:

@@ -22,9 +22,9 @@ import ctypes
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,9 @@ from actshuffle.arrays.metadata import source_arrays
 from actshuffle.arrays.names import SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
 from actshuffle.building.joining import Concat, combined, write_concat
-from actshuffle.engine.job import Job
-from actshuffle.engine.prepare import check_places, prepare
+from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
-from actshuffle.engine.run import execute
+from actshuffle.engine.run import Result, copy_through
 from actshuffle.errors import RequestError, ResumeMismatchError
 from actshuffle.executors import Executor, Serial
 from actshuffle.loading.dataset import Dataset, open_dataset
@@ -104,15 +103,15 @@ def append(
     """
     started, crew, shown = time.perf_counter(), executor or Serial(), progress or Silent()
     place = as_place(dst, storage_options)
-    beside = Place(f"{place.url.rstrip('/')}.grown", place.options)
-    target = beside if out is None else as_place(out, storage_options)
+    grown = place.beside(".grown")
+    target = grown if out is None else as_place(out, storage_options)
     if out is None and local_path(place) is None:
         raise RequestError(f"{place} cannot be replaced in one step where it is: give another place")
     store = whole(open_dataset(dst, storage_options=storage_options))
     fresh = open_dataset(new, incomplete=True, storage_options=storage_options)
     has, added = _rows_from(place), (fresh.path, fresh.rows)
-    if out is None and len(has) > 1 and has == [*_rows_from(beside), added]:
-        open_objects(beside).delete_prefix("")  # all that was left to do
+    if out is None and len(has) > 1 and has == [*_rows_from(grown), added]:
+        open_objects(grown).delete_prefix("")  # all that was left to do
         return Appended(store.path, store.rows, fresh.rows, store.nbytes, 0.0, done_before=True)
     if not again and any(source == fresh.path for source, _ in has):
         raise RequestError(f"{fresh.path} is in {store.path} already; give --again to add it once more")
@@ -127,15 +126,11 @@ def append(
         key_bits=store.marker.get("key_bits"),
         **request,
     )
-    if out is None and not overwrite and _rows_from(target) == [*has, added]:
-        leftovers: list[Place] = []  # written by an earlier run, which ended before the exchange
-    else:
-        ordered, leftovers = _sort_new(store, fresh, target, asked, crew, shown, fsync)
-        leftovers.append(Place(f"{target.url.rstrip('/')}.merge", target.options))
-        job = _merge_job(store, ordered, leftovers[-1], target, asked, crew, overwrite, fsync)
-        execute(job, crew, shown)
-    for leftover in leftovers:
-        open_objects(leftover).delete_prefix("")
+    if out is not None or overwrite or _rows_from(target) != [*has, added]:  # else only the exchange is left to do
+        copy = partial(copy_through, executor=crew, progress=shown, fsync=fsync)
+        ordered = _sort_new(store, fresh, target, asked, copy)
+        _merge(store, ordered, target, asked, partial(copy, overwrite=overwrite))
+        open_objects(ordered.place).delete_prefix("")
     if out is None:
         exchange(target, place)
         open_objects(target).delete_prefix("")
@@ -163,52 +158,39 @@ def _parts(store: Dataset) -> list[dict[str, Any]]:
     return list(store.marker.get("parts", [alone]))
 
 
-def _sort_new(
-    store: Dataset, fresh: Dataset, target: Place, asked: Request, crew: Executor, progress: Progress, fsync: bool
-) -> tuple[Dataset, list[Place]]:
-    """The new rows in the order of their keys, as a store of its own; and what to remove at the end."""
+def _sort_new(store: Dataset, fresh: Dataset, target: Place, asked: Request, copy: Callable[..., Result]) -> Dataset:
+    """The new rows in the order of their keys, as a store."""
     first, stop = store.rows, store.rows + fresh.rows
-    base = Place(f"{target.url.rstrip('/')}.new", target.options)
-    place = Place(f"{base.url}-sorted", base.options)
+    base, place = target.beside(".new"), target.beside(".new-sorted")
     if asked.scratch is not None and "://" not in asked.scratch:
         place = Place(str(Path(asked.scratch).absolute() / place.url.rsplit("/", 1)[-1]))
     write_concat(base, [fresh], asked.fields, first_row=first, key_rows=(first, stop), marker={"first_row": first})
-    found = virtual.inventory(base, asked.fields or ())
-    marker = read_marker(open_objects(place))
-    ours = (
-        None
-        if marker is None or found is None
-        else (
-            marker["seed"] == asked.seed and marker.get("first_row") == first and marker["source_identity"] == found[0]
-        )
-    )
-    if not ours:
+    found, marker = virtual.inventory(base, asked.fields or ()), read_marker(open_objects(place))
+    if marker is not None and found is not None and _is_sorted(marker, asked.seed, first, found[0]):
+        open_objects(base).delete_prefix("")
+    else:
         wanted = asked.changed(chunk_rows=None)
         try:
-            job = prepare(base, place, wanted, crew, overwrite=ours is False, fsync=fsync)
+            copy(base, place, wanted, overwrite=marker is not None)
         except ResumeMismatchError:  # what an append of something else left behind
-            job = prepare(base, place, wanted, crew, overwrite=True, fsync=fsync)
-        execute(job, crew, progress)
-    options = json.loads(place.options)
-    return open_dataset(place.url, storage_options=options), [base, place]
+            copy(base, place, wanted, overwrite=True)
+    return open_dataset(place.url, storage_options=json.loads(place.options))
 
 
-def _merge_job(
-    store: Dataset,
-    ordered: Dataset,
-    source: Place,
-    target: Place,
-    asked: Request,
-    crew: Executor,
-    overwrite: bool,
-    fsync: bool,
-) -> Job:
-    """The job that merges the old store and the new rows, both in the order of their keys."""
+def _is_sorted(marker: dict[str, Any], seed: int | None, first_row: int, identity: str) -> bool:
+    """Is this the marker of these very rows in the order of their keys, from an earlier run?"""
+    there = marker["seed"], marker.get("first_row"), marker["source_identity"]
+    return there == (seed, first_row, identity)
+
+
+def _merge(store: Dataset, ordered: Dataset, target: Place, asked: Request, copy: Callable[..., Result]) -> None:
+    """Write the old store and the new rows, both in the order of their keys, as one to ``target``."""
     assert store.marker is not None
     assert ordered.marker is not None
     parts = [*_parts(store), *_parts(ordered)]
     both = [store.marker["fields"], ordered.marker["fields"]]
     sums = {k: to_hex(from_hex(both[0][k]["sum"]) + from_hex(both[1][k]["sum"])) for k in both[0]}
+    source = target.beside(".merge")
     write_concat(
         source,
         [store, ordered],
@@ -222,7 +204,7 @@ def _merge_job(
             "source_identity": combined([part["identity"] for part in parts]),
         },
     )
-    return prepare(source, target, asked.filled(**layout_of(store)), crew, overwrite=overwrite, fsync=fsync)
+    copy(source, target, asked.filled(**layout_of(store)))
 
 
 def layout_of(store: Dataset) -> dict[str, Any]:

@@ -26,9 +26,8 @@ from actshuffle.building.filesource import Mapped, write_files
 from actshuffle.building.formats import FORMATS, table_of
 from actshuffle.building.table import Column, Table, joined
 from actshuffle.building.tokens import natural
-from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
-from actshuffle.engine.run import execute
+from actshuffle.engine.run import copy_through
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.executors import Executor, Serial
 from actshuffle.progress import Progress, Silent
@@ -109,7 +108,7 @@ def import_store(
     left_out = table.left_out(files[0]) if hasattr(table, "left_out") else []
     mapping, sequence = _mapped(found, kind, columns, names or {}, flatten)
     place = as_place(dst, storage_options)
-    source = _beside(place)
+    source = _description(place)
     told = {"format": kind, "files": len(files), "mapping": {m.array: m.column or m.rule for m in mapping}}
     group = table.group_items(files) * sequence if hasattr(table, "group_items") else 1
     rows = write_files(
@@ -126,20 +125,18 @@ def import_store(
         **request,
     )
     try:
-        job = prepare(source, place, asked, crew, overwrite=overwrite, fsync=fsync)
+        made = copy_through(source, place, asked, crew, progress or Silent(), overwrite=overwrite, fsync=fsync)
     except RequestError:
         open_objects(source).delete_prefix("")
         raise
-    execute(job, crew, progress or Silent())
-    open_objects(source).delete_prefix("")
-    nbytes = rows * job.plan.row_bytes
-    return Imported(str(place), rows, nbytes, time.perf_counter() - started, tuple(mapping), tuple(left_out))
+    seconds = time.perf_counter() - started
+    return Imported(str(place), rows, made.nbytes, seconds, tuple(mapping), tuple(left_out))
 
 
-def _beside(place: Place) -> Place:
+def _description(place: Place) -> Place:
     """Where the files' description is kept meanwhile: always on this machine, as the files are."""
     if local_path(place) is not None:
-        return Place(f"{place.url.rstrip('/')}.import")
+        return Place(place.url).beside(".import")
     tag = hashlib.sha256(place.url.encode()).hexdigest()[:16]
     return Place(str(Path(tempfile.gettempdir()) / f"actshuffle-{tag}.import"))
 

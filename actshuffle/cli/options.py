@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
 
-from actshuffle.arrays.codecs import CODECS
+from actshuffle.engine.request import KNOBS
 from actshuffle.errors import ActshuffleError, RequestError
 from actshuffle.units import parse_bytes, parse_count
 
@@ -26,21 +26,6 @@ class Parsed(click.ParamType[Any]):
             return self._parse(value) if isinstance(value, str) else value
         except (ActshuffleError, ValueError, OverflowError) as err:
             self.fail(str(err), param, ctx)
-
-
-def _levels(text: str) -> int | str:
-    if text == "auto":
-        return text
-    if not text.isdecimal():
-        raise RequestError(f"levels must be auto or a whole number, got {text!r}")
-    return int(text)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise RequestError(f"cannot read {text!r} as array names; write them like act,token")
-    return names
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -68,12 +53,7 @@ def _stragglers(text: str) -> tuple[float, float]:
 SIZE = Parsed("size", parse_bytes)
 RATE = Parsed("rate", _rate)
 COUNT = Parsed("count", parse_count)
-CODEC = click.option(
-    "--codec",
-    type=click.Choice(list(CODECS)),
-    metavar="NAME",
-    help=f"Codec of the output arrays: {', '.join(CODECS)}.  [default: none]",
-)
+_TYPES: dict[str, click.ParamType[Any]] = {"size": SIZE, "count": COUNT, "path": click.Path()}
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -87,41 +67,31 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
-SHAPE = _options(
-    click.option(
-        "--levels",
-        metavar="N",
-        type=Parsed("levels", _levels),
-        help="Passes over the data.  [default: auto, the fewest that fit]",
-    ),
-    click.option(
-        "--memory", type=SIZE, help="Most memory of one worker.  [default: a share of the machine, 2GiB at most]"
-    ),
-    click.option("--block-bytes", type=SIZE, help="Rows of one task, in bytes (M).  [default: from --memory]"),
-    click.option(
-        "--run-bytes", type=SIZE, help="Least that is read in one piece (P).  [default: 256KiB; remote, 4MiB]"
-    ),
-    click.option(
-        "--spill-memory",
-        type=SIZE,
-        help="How much of the spill may stay in memory, beside the workers'.  [default: none]",
-    ),
-    click.option(
-        "--gather",
-        is_flag=True,
-        default=None,
-        help="One pass without spill, from a source that fits into this machine's memory.",
-    ),
-    click.option("--chunk-rows", type=COUNT, help="Rows of a chunk of the widest array.  [default: about 32MiB]"),
-    click.option("--chunks-per-shard", type=COUNT, help="Chunks of a shard.  [default: 1; more beyond 10^6 chunks]"),
-    CODEC,
-    click.option("--fields", metavar="A,B", type=Parsed("names", _names), help="Arrays to take.  [default: all]"),
-)
+def knob(name: str, *, help: str = "", shown: str = "") -> Callable[[F], F]:
+    """The option of a field of `Request`, with its own help and default in words unless given here."""
+    found = KNOBS[name]
+    kind, flag, help = found.kind, "--" + found.argument.replace("_", "-"), help or found.help
+    if shown := shown or found.shown:
+        help += f"  [default: {shown}]"
+    if kind.choices:
+        return click.option(flag, metavar=kind.metavar, type=click.Choice(kind.choices), help=help)
+    if kind.name == "switch":
+        names = f"{flag}/--no-{flag[2:]}" if found.default else flag
+        return click.option(names, is_flag=True, default=None, help=help)
+    value = _TYPES.get(kind.name) or Parsed(kind.name, kind.read)
+    return click.option(flag, metavar=kind.metavar, type=value, help=help)
+
+
+def knobs(names: Iterable[str]) -> Callable[[F], F]:
+    """The options of several fields of `Request`."""
+    return _options(*map(knob, names))
+
+
 WORKERS = click.option(
     "--workers",
     metavar="N",
     type=COUNT,
-    help="Worker processes; 0 works in this one.  [default: one per core; 0 below 256MB]",
+    help="Number of worker processes; 0 works in this process.  [default: one per core; 0 below 256MB]",
 )
 INSECURE = "actshuffle.insecure"  # in a context's meta
 
@@ -131,13 +101,13 @@ def _remember_insecure(ctx: click.Context, _: click.Parameter, value: bool) -> N
 
 
 SCHEDULER = _options(
-    click.option("--scheduler", metavar="ADDRESS", help="Run on this Dask cluster: tls://host:8786."),
+    click.option("--scheduler", metavar="ADDRESS", help="Run on the Dask cluster at this address: tls://host:8786."),
     click.option(
         "--insecure",
         is_flag=True,
         expose_value=False,
         callback=_remember_insecure,
-        help="Let --scheduler be on another machine without TLS.",
+        help="Allow a --scheduler on another machine without TLS.",
     ),
 )
 STORAGE = click.option(
@@ -145,10 +115,10 @@ STORAGE = click.option(
     metavar="JSON",
     type=Parsed("JSON", _json_object),
     envvar="ACTSHUFFLE_STORAGE_OPTIONS",
-    help="For URLs, as fsspec takes them.  [env: ACTSHUFFLE_STORAGE_OPTIONS]",
+    help="Options for URLs, as fsspec takes them.  [env: ACTSHUFFLE_STORAGE_OPTIONS]",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-QUIET = click.option("--quiet", is_flag=True, help="Print errors only, and what --json asks for.")
+QUIET = click.option("--quiet", is_flag=True, help="Print only errors, and the object of --json.")
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks and Dask's own log.")
 LOOK = _options(STORAGE, JSON, DEBUG)  # of commands that look at something
 WORK = _options(WORKERS, SCHEDULER, STORAGE, JSON, QUIET, DEBUG)  # of those with work to share
@@ -156,31 +126,33 @@ WORK = _options(WORKERS, SCHEDULER, STORAGE, JSON, QUIET, DEBUG)  # of those wit
 
 # The hosts of a forecast; their names are those of `forecast_cluster`.
 CLUSTER = _options(
-    click.option("--hosts", type=COUNT, help="Forecast the run on so many hosts; see docs/scaling.md."),
-    click.option("--workers-per-host", type=COUNT, default=16, help="Worker processes.  [default: 16]"),
-    click.option("--network", type=RATE, default="3GB/s", help="Of a host, each way.  [default: 3GB/s]"),
+    click.option("--hosts", type=COUNT, help="Forecast the run on this many hosts; see docs/scaling.md."),
+    click.option("--workers-per-host", type=COUNT, default=16, help="Worker processes per host.  [default: 16]"),
+    click.option("--network", type=RATE, default="3GB/s", help="Network rate of a host, each way.  [default: 3GB/s]"),
     click.option(
-        "--disk", type=RATE, help="Of a host's disks, where scratch is on them.  [default: scratch is in the store]"
+        "--disk", type=RATE, help="Rate of a host's disks, if they hold the scratch.  [default: the store holds it]"
     ),
-    click.option("--store-rate", type=RATE, help="Of the object store in all."),
-    click.option("--requests", type=float, help="GETs and PUTs a second that the store takes in all."),
+    click.option("--store-rate", type=RATE, help="Total rate of the object store.  [default: unlimited]"),
+    click.option(
+        "--requests", type=float, help="Total GETs and PUTs per second of the object store.  [default: unlimited]"
+    ),
     click.option("--latency", type=float, default=0.03, help="Seconds per request.  [default: 0.03]"),
-    click.option("--stream", type=RATE, help="Of one worker, whatever its host can do."),
-    click.option("--price-per-put", type=float, default=0.0, help="Dollars per 1,000."),
-    click.option("--price-per-get", type=float, default=0.0, help="Dollars per 1,000."),
-    click.option("--price-per-host", type=float, default=0.0, help="Dollars per hour."),
-    click.option("--price-per-gb", type=float, default=0.0, help="Dollars per month, of scratch."),
-    click.option("--simulate", is_flag=True, help="Play the run out task by task, not by arithmetic."),
+    click.option("--stream", type=RATE, help="Highest rate of one worker.  [default: that of its host]"),
+    click.option("--price-per-put", type=float, default=0.0, help="Dollars per 1,000 PUTs."),
+    click.option("--price-per-get", type=float, default=0.0, help="Dollars per 1,000 GETs."),
+    click.option("--price-per-host", type=float, default=0.0, help="Dollars per host and hour."),
+    click.option("--price-per-gb", type=float, default=0.0, help="Dollars per GB of scratch and month."),
+    click.option("--simulate", is_flag=True, help="Simulate the run task by task, instead of by arithmetic."),
     click.option(
         "--stragglers",
         metavar="SHARE:TIMES",
         type=Parsed("stragglers", _stragglers),
         default="0:1",
-        help="0.01:4 means that 1% of the tasks take 4 times as long.",
+        help="Share of slow tasks: 0.01:4 means that 1% of the tasks take 4 times as long.",
     ),
-    click.option("--mtbf", type=float, default=0.0, help="Hours between failures of a host."),
-    click.option("--repair", type=float, default=10.0, help="Minutes until it is back.  [default: 10]"),
-    click.option("--simulation-seed", type=COUNT, default=0, help="Of what is drawn.  [default: 0]"),
+    click.option("--mtbf", type=float, default=0.0, help="Hours between failures of a host.  [default: none fails]"),
+    click.option("--repair", type=float, default=10.0, help="Minutes until a failed host is back.  [default: 10]"),
+    click.option("--simulation-seed", type=COUNT, default=0, help="Seed of the simulation.  [default: 0]"),
 )
 
 

@@ -1,6 +1,6 @@
-"""What stands between a command and the library: who does the work, who watches it, how it is stopped.
+"""Between a command and the library: who does the work, who watches it, how it stops, and how it answers.
 
-Like app.py, it may print: results to stdout, all else to stderr.
+Results go to stdout, all else to stderr.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from multiprocessing import resource_tracker
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import click
 
 from actshuffle.cli.display import Display, LogLines
-from actshuffle.cli.options import INSECURE
+from actshuffle.cli.options import INSECURE, LOOK, WORK
 from actshuffle.errors import RequestError
 from actshuffle.executors import Executor
 
 T = TypeVar("T")
 QUIET_DASK = {"DASK_LOGGING__DISTRIBUTED": "critical", "PYTHONWARNINGS": "ignore"}  # for workers
-SMALL = 256_000_000  # bytes that are moved sooner than a cluster of our own has started
+SMALL = 256_000_000  # bytes that move sooner than a cluster of our own starts
 
 
 class _Crew(Executor):
     """The executor that was asked for, opened when the first work comes.
 
-    So a request that is refused is refused at once, and a small one need not wait for a cluster.
+    A bad request is thus refused at once, and a small one waits for no cluster.
     """
 
     def __init__(self, workers: int | None, display: Display) -> None:
@@ -50,7 +50,7 @@ class _Crew(Executor):
         self._inner: Executor | None = None
 
     def ready(self, nbytes: int) -> Executor:
-        """Open the executor for work of so many bytes, if it is not open."""
+        """Open the executor for this many bytes of work, if it is not open."""
         if self._inner is None:
             from actshuffle.executors import executor_for
 
@@ -84,8 +84,10 @@ def _cluster_text(executor: Executor) -> str:
 
 @contextmanager
 def _deaf_children() -> Iterator[None]:
-    """Processes started here, and by threads started here, never see Ctrl-C: a terminal sends it to all,
-    and we stop them ourselves."""
+    """Keep Ctrl-C from processes started here, and by threads started here.
+
+    A terminal sends it to all processes; the workers are stopped by us.
+    """
     resource_tracker.ensure_running()  # its start would undo the mask in the thread that starts workers
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -98,7 +100,7 @@ def _deaf_children() -> Iterator[None]:
 def at_work(
     ctx: click.Context, workers: int | None, scheduler: str | None, quiet: bool
 ) -> Iterator[tuple[Executor, Display]]:
-    """An executor and a display, both put away in good order whatever happens."""
+    """An executor and a display, both closed in order whatever happens."""
     if workers is not None and scheduler is not None:
         raise click.UsageError("give --workers or --scheduler, not both")
     display = Display(None if quiet else sys.stderr)
@@ -139,14 +141,14 @@ def at_work(
 
 
 def _hush() -> None:
-    """What Dask has to say about connections that end is nobody's concern once we end them."""
+    """Silence what Dask logs about the connections that we are about to close."""
     for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 @contextmanager
 def signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop a run in good order; a second one stops it at once."""
+    """Let Ctrl-C and SIGTERM stop a run in order, and a second one stop it at once."""
 
     def stop(number: int, _: Any) -> NoReturn:
         signal.signal(number, lambda *_: os._exit(1))  # workers go when they see that we are gone
@@ -168,7 +170,7 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def wrapped(text: str, stream: Any) -> str:
-    """Broken at spaces where a terminal would break words."""
+    """The text, broken at spaces where a terminal would break words."""
     if not stream.isatty():
         return text
     wrap = partial(
@@ -177,8 +179,63 @@ def wrapped(text: str, stream: Any) -> str:
     return "\n".join(map(wrap, text.splitlines()))
 
 
-def show(document: dict[str, Any], text: str, as_json: bool) -> None:
+class Answer(NamedTuple):
+    """The result of a command: one JSON object, and text for people."""
+
+    document: dict[str, Any]
+    text: str
+    ok: bool = True  # if not, the exit code is 1
+    wraps: bool = True  # lines may be broken where the terminal ends
+    then: Callable[[], object] = lambda: None  # called when the answer is printed
+
+
+def _give(ctx: click.Context, answer: Answer, as_json: bool, quiet: bool = False) -> None:
     if as_json:
-        print_json(document)
-    else:
-        click.echo(text)
+        print_json(answer.document)
+    elif not quiet:
+        click.echo(wrapped(answer.text, sys.stdout) if answer.wraps else answer.text)
+    answer.then()
+    if not answer.ok:
+        ctx.exit(1)
+
+
+def work(*, here: bool = False) -> Callable[[Callable[..., Answer]], Callable[..., None]]:
+    """Give a command the options of `WORK`, an executor and a display, and print its answer.
+
+    With ``here`` the executor is None unless --workers or --scheduler is given.
+    """
+
+    def decorate(command: Callable[..., Answer]) -> Callable[..., None]:
+        @WORK
+        @click.pass_context
+        @wraps(command)
+        def run(
+            ctx: click.Context,
+            /,
+            *,
+            workers: int | None,
+            scheduler: str | None,
+            as_json: bool,
+            quiet: bool,
+            **options: Any,
+        ) -> None:
+            alone = here and workers is None and scheduler is None
+            with at_work(ctx, 0 if alone else workers, scheduler, quiet) as (executor, display):
+                answer = command(None if alone else executor, display, **options)
+            _give(ctx, answer, as_json, quiet)
+
+        return run
+
+    return decorate
+
+
+def look(command: Callable[..., Answer]) -> Callable[..., None]:
+    """Give a command the options of `LOOK`, and print its answer."""
+
+    @LOOK
+    @click.pass_context
+    @wraps(command)
+    def run(ctx: click.Context, /, *, as_json: bool, **options: Any) -> None:
+        _give(ctx, command(**options)._replace(wraps=False), as_json)
+
+    return run

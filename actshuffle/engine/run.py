@@ -44,7 +44,8 @@ from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.planning.planner import Levels
 from actshuffle.planning.tree import Plan
 from actshuffle.progress import Progress, Silent
-from actshuffle.storage.place import as_place
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import Place, as_place
 from actshuffle.units import format_bytes, format_seconds
 
 
@@ -203,6 +204,23 @@ def execute(job: Job, executor: Executor, progress: Progress) -> Result:
     return Result(
         job.plan, job.keys.seed, place, done.seconds, done.tasks, done.resumed, executor.workers, done.already_finished
     )
+
+
+def copy_through(
+    source: Place,
+    target: Place,
+    request: Request,
+    executor: Executor,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+    fsync: bool = True,
+) -> Result:
+    """Make ``target`` of the virtual source that was written beside it for that, and then remove the source."""
+    job = prepare(source, target, request, executor, overwrite=overwrite, fsync=fsync)
+    result = execute(job, executor, progress)
+    open_objects(source).delete_prefix("")
+    return result
 
 
 def _claim(job: Job) -> None:

@@ -71,5 +71,9 @@ class Place:
     def __repr__(self) -> str:
         return f"Place({str(self)!r})"
 
+    def beside(self, suffix: str) -> Place:
+        """The place next to this one that has its name and a suffix."""
+        return Place(self.url.rstrip("/") + suffix, self.options)
+
     def child(self, name: str) -> Place:
         return Place(self.url.rstrip("/") + "/" + name, self.options)

@@ -13,9 +13,9 @@ import pytest
 import zarr
 
 from actshuffle import shuffle, verify
-from actshuffle.building.cut import head
 from actshuffle.building.growth import Appended, append
 from actshuffle.building.joining import concat
+from actshuffle.building.splitting import head
 from actshuffle.errors import ConservationError, DestinationExistsError, RequestError, ResumeMismatchError, SourceError
 from actshuffle.executors import Dask
 from actshuffle.loading.dataset import open_dataset

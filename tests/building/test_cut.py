@@ -16,9 +16,10 @@ import zarr
 from click.testing import CliRunner
 
 from actshuffle import shuffle, verify
-from actshuffle.building.cut import first_rows, head, sample, shares, split
 from actshuffle.building.growth import append
 from actshuffle.building.joining import concat
+from actshuffle.building.sampling import sample
+from actshuffle.building.splitting import first_rows, head, shares, split
 from actshuffle.cli.app import main
 from actshuffle.errors import (
     DestinationExistsError,
@@ -155,7 +156,7 @@ def test_a_split_into_copies_resumes(shuffled: Path, tmp_path: Path) -> None:
 
 
 def test_no_more_rows_are_shown_than_one_can_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actshuffle.building.cut.SHOWN_ROWS", N - 1)
+    monkeypatch.setattr("actshuffle.building.splitting.SHOWN_ROWS", N - 1)
     assert len(first_rows(source, N - 1)["token"]) == N - 1
     with pytest.raises(RequestError, match="name a store to write them to"):
         first_rows(source, 10**12)

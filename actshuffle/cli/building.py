@@ -1,0 +1,298 @@
+"""Commands that make stores: split, head, sample, concat and append of stores, import of files, collect of a model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+from actshuffle.building import collection, growth, importers, joining, sampling, splitting
+from actshuffle.building.formats import FORMATS
+from actshuffle.building.models import DTYPES
+from actshuffle.cli.options import COUNT, Parsed, knob, knobs
+from actshuffle.cli.session import Answer, look, work
+from actshuffle.errors import RequestError
+
+
+def _share(text: str) -> tuple[str, int | float | str]:
+    name, equals, share = text.rpartition("=")
+    if not equals or not name:
+        raise RequestError(f"write a part as NAME=SHARE, like train.zarr=0.9; got {text!r}")
+    if share == "rest":
+        return name, share
+    if re.fullmatch(r"[0-9_]+", share):
+        return name, int(share)
+    try:
+        value = float(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
+    except ValueError:
+        raise RequestError(f"{share!r} is no count, no fraction and not rest") from None
+    return name, int(value) if value > 1 and value.is_integer() else value
+
+
+def _renamed(text: str) -> tuple[str, str]:
+    column, equals, name = text.rpartition("=")
+    if not equals or not column or not name:
+        raise RequestError(f"write a name as COLUMN=ARRAY, like token_ids=token; got {text!r}")
+    return column, name
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise RequestError(f"cannot read {text!r} as numbers; write them like 3,5")
+    return tuple(map(int, text.split(",")))
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+def _part(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+/\d+", text):
+        raise RequestError(f"write a part as I/N, like 1/4; got {text!r}")
+    number, count = text.split("/")
+    return int(number), int(count)
+
+
+SHARE, RENAMED, PART = Parsed("NAME=SHARE", _share), Parsed("COLUMN=ARRAY", _renamed), Parsed("I/N", _part)
+NUMBERS, LIST = Parsed("numbers", _numbers), Parsed("names", _list)
+
+COPY = click.option("--copy", is_flag=True, help="Copy the rows, instead of naming them in a view.")
+ORDERED = click.option("--ordered", is_flag=True, help="Allow a store that is not shuffled.")
+OUT = click.option("--out", type=click.Path(), required=True, help="Store to write.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a store that is there.")
+
+
+@click.command()
+@click.argument("store", type=click.Path())
+@click.argument("parts", type=SHARE, nargs=-1, required=True, metavar="NAME=SHARE...")
+@click.option("--folder", type=click.Path(), help="Folder of the parts.  [default: here]")
+@COPY
+@ORDERED
+@work()
+def split(executor: Any, display: Any, store: str, parts: tuple[tuple[str, Any], ...], **options: Any) -> Answer:
+    """Cut a shuffled STORE into parts: fractions, counts, or "rest".
+
+    A part is a contiguous range of rows, and so a uniform sample; it takes no space unless --copy is given.
+
+    \b
+    Examples:
+      actshuffle split shuffled.zarr train.zarr=0.9 val.zarr=rest
+      actshuffle split shuffled.zarr probe.zarr=10000 --copy
+    """
+    if len(dict(parts)) < len(parts):
+        raise RequestError("two parts have the same name")
+    made = splitting.split(store, dict(parts), executor=executor, progress=display, **options)
+    document = {"parts": {name: {"path": d.path, "rows": d.rows} for name, d in made.items()}}
+    return Answer(document, "\n".join(f"{d.path}: {d.rows:,} rows ({d.kind})" for d in made.values()))
+
+
+@click.command()
+@click.argument("store", type=click.Path())
+@click.argument("rows", type=COUNT)
+@click.argument("out", type=click.Path(), required=False)
+@COPY
+@ORDERED
+@look
+def head(store: str, rows: int, out: str | None, **options: Any) -> Answer:
+    """Show the first ROWS rows of STORE, or make them the store OUT.
+
+    \b
+    Examples:
+      actshuffle head shuffled.zarr 5
+      actshuffle head shuffled.zarr 1e6 small.zarr
+    """
+    if out is not None:
+        made = splitting.head(store, rows, out, **options)
+        return Answer({"path": made.path, "rows": made.rows}, f"{made.path}: {made.rows:,} rows ({made.kind})")
+    found = splitting.first_rows(store, rows, options["storage_options"])
+    lines = [f"{name}\n  " + "\n  ".join(shown) for name, shown in found.items()]
+    return Answer({"arrays": found}, "\n".join(lines))
+
+
+@click.command()
+@click.argument("src", type=click.Path())
+@click.argument("rows", type=COUNT)
+@click.argument("dst", type=click.Path())
+@knobs(["seed", "fields", "memory", "chunk_rows", "codec", "scratch"])
+@OVERWRITE
+@work()
+def sample(executor: Any, display: Any, src: str, rows: int, dst: str, **options: Any) -> Answer:
+    """Write an exactly uniform sample of ROWS rows of SRC to DST, in random order.
+
+    DST equals the first rows of a shuffle of all of SRC under the same seed, but no other rows are read.
+
+    \b
+    Example:
+      actshuffle sample acts.zarr 1e6 sample.zarr --seed 7
+    """
+    made = sampling.sample(src, rows, dst, executor=executor, progress=display, **options)
+    document = {
+        "destination": made.destination,
+        "rows": made.plan.rows,
+        "bytes": made.nbytes,
+        "seed": made.seed,
+        "seconds": made.seconds,
+    }
+    return Answer(document, str(made))
+
+
+@click.command()
+@click.argument("sources", type=click.Path(), nargs=-1, required=True)
+@click.option("--out", type=click.Path(), required=True, help="Folder that will name the sources.")
+@knob("fields")
+@look
+def concat(sources: tuple[str, ...], out: str, **options: Any) -> Answer:
+    """Join several SOURCES into one source for run, without copying a row.
+
+    \b
+    Example:
+      actshuffle concat monday.zarr tuesday.zarr --out both
+      actshuffle run both shuffled.zarr
+    """
+    made = joining.concat(sources, out, **options)
+    document = {"path": made.path, "rows": made.rows, "arrays": sorted(made.fields)}
+    return Answer(document, f"{made.path}: {made.rows:,} rows of {len(sources)} sources")
+
+
+@click.command()
+@click.argument("dst", type=click.Path())
+@click.argument("new", type=click.Path())
+@click.option("--out", type=click.Path(), help="Write old and new rows here, and leave DST as it is.")
+@click.option("--again", is_flag=True, help="Allow rows that are in DST already.")
+@knob("memory")
+@knob("chunk_rows", shown="as in DST")
+@knob("scratch")
+@OVERWRITE
+@work()
+def append(executor: Any, display: Any, dst: str, new: str, **options: Any) -> Answer:
+    """Add the rows of NEW to the shuffled store DST.
+
+    The result equals a shuffle of all rows from scratch, for one read and one write of the old rows.  DST changes
+    in the last step, at once.  The same command again resumes.
+
+    \b
+    Example:
+      actshuffle append shuffled.zarr wednesday.zarr
+    """
+    made = growth.append(dst, new, executor=executor, progress=display, **options)
+    document = {
+        "destination": made.destination,
+        "rows": made.rows,
+        "added": made.added,
+        "bytes": made.nbytes,
+        "seconds": made.seconds,
+        "done_before": made.done_before,
+    }
+    return Answer(document, str(made))
+
+
+@click.command("import")
+@click.argument("paths", type=click.Path(), nargs=-1, required=True)
+@OUT
+@click.option(
+    "--format",
+    type=click.Choice(list(dict.fromkeys(FORMATS.values()))),
+    help="Format of the files.  [default: told by their names]",
+)
+@click.option("--columns", metavar="A,B", type=LIST, help="Columns to take.  [default: all of numbers]")
+@click.option("--name", "names", type=RENAMED, multiple=True, help="Give the array of a column another name.")
+@click.option(
+    "--flatten/--no-flatten",
+    default=None,
+    help="Make a row of each token, where items are sequences.  [default: if SAELens wrote them]",
+)
+@click.option(
+    "--together/--apart",
+    default=None,
+    help="Read numbered .npy files as parts of one array.  [default: told by their names]",
+)
+@click.option("--split", help="Split of a datasets folder.")
+@click.option("--dtype", help="Data type of raw files (no header).")
+@click.option("--row-shape", type=NUMBERS, help="Row shape of raw files (no header): 4096, or 12,64.")
+@knobs(["memory", "chunk_rows", "codec", "scratch"])
+@OVERWRITE
+@work()
+def import_(
+    executor: Any, display: Any, paths: tuple[str, ...], out: str, names: tuple[tuple[str, str], ...], **options: Any
+) -> Answer:
+    """Make a store of .npy or memmap files, safetensors, parquet, datasets folders, or torch tensors.
+
+    Reports which column became which array.  No code in any of the files is run.
+
+    \b
+    Examples:
+      actshuffle import acts.npy tokens.npy --out acts.zarr
+      actshuffle import saelens-cache/ --out acts.zarr --name token_ids=token
+      actshuffle import memmap.bin --dtype float16 --row-shape 4096 --out a.zarr
+    """
+    made = importers.import_store(paths, out, names=dict(names), executor=executor, progress=display, **options)
+    return Answer(made.as_dict(), str(made))
+
+
+@click.command()
+@click.option("--model", required=True, help="Name or path of the model, as transformers takes it.")
+@click.option(
+    "--text",
+    type=click.Path(),
+    required=True,
+    multiple=True,
+    help="File or folder of text, JSON lines, CSV, parquet ...; may be given again.",
+)
+@OUT
+@click.option("--layers", metavar="N,N", type=NUMBERS, help="Hidden states to take; 0 is the embedding.")
+@click.option("--hooks", metavar="A,B", type=LIST, help="Modules whose outputs to take.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Data type of the store.  [default: float32]"
+)
+@click.option(
+    "--model-dtype",
+    type=click.Choice(list(DTYPES)),
+    default="float32",
+    help="Data type in which the model computes.  [default: float32]",
+)
+@click.option("--context", type=COUNT, help="Tokens per window.  [default: 128, or as many as the model takes]")
+@click.option(
+    "--special",
+    type=click.Choice(["drop", "keep"]),
+    default="drop",
+    help="Drop or keep the rows of special tokens.  [default: drop]",
+)
+@click.option("--batch-tokens", type=COUNT, default=8192, help="Most tokens of one forward pass.  [default: 8192]")
+@click.option("--tokens-per-document", type=COUNT, help="Most tokens to take of a document.  [default: all]")
+@click.option("--rows", type=COUNT, help="Most rows to take in total.  [default: all]")
+@click.option(
+    "--field", default="text", help="Field of JSON objects, or column of tables, that holds the text.  [default: text]"
+)
+@click.option("--tokenizer", help="Name or path of the tokenizer.  [default: that of the model]")
+@click.option(
+    "--device", default="auto", help="Device of the model: cpu, cuda, cuda:1, ...  [default: cuda if there is one]"
+)
+@click.option("--part", type=PART, help="Do part I of N, while other processes do the others.")
+@knob("block_bytes", help="Size of a block: the work lost if the process is killed.", shown="128MiB")
+@knobs(["chunk_rows", "codec"])
+@OVERWRITE
+@work(here=True)  # another process doubles the model's memory and halves its threads
+def collect(executor: Any, display: Any, model: str, text: tuple[str, ...], out: str, **options: Any) -> Answer:
+    """Collect activations of a language model over text, one row per token.
+
+    A collection that was stopped resumes when the same command is given again.  With --part, several processes
+    fill one store.
+
+    \b
+    Examples:
+      actshuffle collect --model gpt2 --layers 3,5 --text corpus/ --out acts.zarr
+      actshuffle collect --model gpt2 --hooks h.3.mlp --text a.jsonl \\
+        --out acts.zarr --part 1/4
+    """
+    options |= {name: options[name] or () for name in ("layers", "hooks")}
+    made = collection.collect(model, text, out, executor=executor, progress=display, **options)
+    document = {
+        "destination": made.destination,
+        "rows": made.rows,
+        "documents": made.documents,
+        "bytes": made.nbytes,
+        "seconds": made.seconds,
+        "complete": made.complete,
+    }
+    return Answer(document, str(made))
