@@ -26,13 +26,13 @@ def table_of(kind: str, options: dict[str, Any]) -> Table:
 
 FORMATS = {
     ".npy": "npy",
+    ".bin": "raw",
+    ".dat": "raw",
+    ".raw": "raw",
+    ".mmap": "raw",
     ".safetensors": "safetensors",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".pt": "torch",
     ".pth": "torch",
-    ".bin": "raw",
-    ".dat": "raw",
-    ".raw": "raw",
-    ".mmap": "raw",
 }
