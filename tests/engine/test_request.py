@@ -79,7 +79,7 @@ def test_a_value_outside_its_domain_is_refused_in_one_sentence(argument: str, va
 
 
 def test_an_unknown_codec_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(RequestError, match="codec must be one of none, .*crc32c.*, got 'gzip'"):
+    with pytest.raises(RequestError, match=r"codec must be one of none, .*crc32c.*, got 'gzip'"):
         Request.of(codec="gzip")
 
 
