@@ -130,7 +130,8 @@ def append(
         copy = partial(copy_through, executor=crew, progress=shown, fsync=fsync)
         ordered = _sort_new(store, fresh, target, asked, copy)
         _merge(store, ordered, target, asked, partial(copy, overwrite=overwrite))
-        open_objects(ordered.place).delete_prefix("")
+        for leftover in (target.beside(".new"), ordered.place):
+            open_objects(leftover).delete_prefix("")
     if out is None:
         exchange(target, place)
         open_objects(target).delete_prefix("")
@@ -166,14 +167,12 @@ def _sort_new(store: Dataset, fresh: Dataset, target: Place, asked: Request, cop
         place = Place(str(Path(asked.scratch).absolute() / place.url.rsplit("/", 1)[-1]))
     write_concat(base, [fresh], asked.fields, first_row=first, key_rows=(first, stop), marker={"first_row": first})
     found, marker = virtual.inventory(base, asked.fields or ()), read_marker(open_objects(place))
-    if marker is not None and found is not None and _is_sorted(marker, asked.seed, first, found[0]):
-        open_objects(base).delete_prefix("")
-    else:
+    if marker is None or found is None or not _is_sorted(marker, asked.seed, first, found[0]):
         wanted = asked.changed(chunk_rows=None)
         try:
-            copy(base, place, wanted, overwrite=marker is not None)
-        except ResumeMismatchError:  # what an append of something else left behind
-            copy(base, place, wanted, overwrite=True)
+            copy(base, place, wanted, overwrite=marker is not None, keep=True)
+        except ResumeMismatchError:  # an append of something else left this behind
+            copy(base, place, wanted, overwrite=True, keep=True)
     return open_dataset(place.url, storage_options=json.loads(place.options))
 
 

@@ -215,11 +215,13 @@ def copy_through(
     *,
     overwrite: bool = False,
     fsync: bool = True,
+    keep: bool = False,
 ) -> Result:
-    """Make ``target`` of the virtual source that was written beside it for that, and then remove the source."""
+    """Make ``target`` of the virtual source that was written for that, and remove the source unless ``keep``."""
     job = prepare(source, target, request, executor, overwrite=overwrite, fsync=fsync)
     result = execute(job, executor, progress)
-    open_objects(source).delete_prefix("")
+    if not keep:
+        open_objects(source).delete_prefix("")
     return result
 
 
