@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from saetrain.log import read_log
+from saetrain.training.log import read_log
 
 
 def main() -> None:

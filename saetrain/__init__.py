@@ -7,6 +7,6 @@
 
 from saetrain.config import Config
 from saetrain.sae import SAE, load
-from saetrain.train import fit
+from saetrain.training.train import fit
 
 __all__ = ["SAE", "Config", "fit", "load"]

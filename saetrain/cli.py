@@ -13,12 +13,12 @@ from typing import Any
 
 from actshuffle.errors import ActshuffleError
 from saetrain import exchange
+from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, field_help, parse_field
 from saetrain.data import Store
 from saetrain.errors import ConfigError, SaetrainError
-from saetrain.launch import launch
-from saetrain.mesh import RENDEZVOUS, Mesh
-from saetrain.train import fit
+from saetrain.training.launch import launch
+from saetrain.training.train import fit
 
 SWEPT = ("arch", "d_sae", "k", "lr", "sparsity", "aux_coef")  # what runs of one sweep may differ in
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in ("fit", "sweep"):
             return _train(options, arguments)
         if options.command == "report":
-            from saetrain.report import report  # brings matplotlib
+            from saetrain.training.report import report  # brings matplotlib
 
             for path in report(options.runs, options.out or options.runs[0]):
                 say(str(path))

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from actshuffle import Dataset, Loader, open_dataset, read_stats
 from actshuffle.errors import ActshuffleError, FormatError, RequestError
+from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
 from saetrain.errors import DataError
-from saetrain.mesh import Mesh
 from saetrain.model import Norm, norm_from
 
 DOCUMENT_NAMES = ("document", "documents", "document_id", "document_ids", "doc", "doc_id", "doc_ids")

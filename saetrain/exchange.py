@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saetrain import checkpoint
 from saetrain.config import Config
 from saetrain.errors import CheckpointError, ExchangeError
 from saetrain.sae import SAE, Folded
 from saetrain.tensors import Spec, TensorFile, write
+from saetrain.training import checkpoint
 
 SAELENS_VERSION = "6.0.0"  # the layout of cfg.json that is written
 STRIPE_BYTES = 256 << 20

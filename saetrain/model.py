@@ -30,11 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saetrain.compute.kernels import Codes, Encoder, choose_tile
+from saetrain.compute.mesh import Mesh
+from saetrain.compute.selection import topk
 from saetrain.config import Config
 from saetrain.errors import ConfigError
-from saetrain.kernels import Codes, Encoder, choose_tile
-from saetrain.mesh import Mesh
-from saetrain.select import topk
 
 INIT_BLOCK = 1024  # latents whose initial rows come from one random stream
 # Split by latent; others are whole everywhere.

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saetrain.checkpoint import Checkpoint, find
-from saetrain.kernels import exact_topk
+from saetrain.compute.kernels import exact_topk
+from saetrain.training.checkpoint import Checkpoint, find
 
 BLOCK = 1024  # latents read at a time
 

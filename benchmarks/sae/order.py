@@ -23,7 +23,7 @@ from benchmarks import plots
 from benchmarks.results import Bench, table
 from benchmarks.sae.planted import Planted
 from saetrain.cli import main as saetrain
-from saetrain.log import read_log
+from saetrain.training.log import read_log
 
 ROWS = 32_768  # copied at once
 SHOWN = ("eval_fvu", "eval_fvu_low", "eval_fvu_high", "eval_l0", "dead", "document_entropy")

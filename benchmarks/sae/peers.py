@@ -28,7 +28,7 @@ from benchmarks import plots
 from benchmarks.results import Bench, ranged, spread, table
 from benchmarks.sae.planted import Planted, matched
 from benchmarks.sae.tools import TOOLS, Task, Tool, Trained, installed
-from saetrain.mesh import Mesh
+from saetrain.compute.mesh import Mesh
 
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # besides each tool's default
 PLANTED = {"d": 64, "features": 192, "active": 4.0}

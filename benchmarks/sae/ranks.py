@@ -16,7 +16,7 @@ import zarr
 from actshuffle.units import format_bytes
 from benchmarks import measure, plots
 from benchmarks.results import Bench, table
-from saetrain.log import read_log
+from saetrain.training.log import read_log
 
 STEPS, BATCH, K = 6, 256, 32
 KINDS = ("rows", "candidates", "reconstructions")

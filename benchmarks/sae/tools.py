@@ -18,12 +18,12 @@ from torch import Tensor
 
 import actshuffle
 import saetrain
-from saetrain import checkpoint
+from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
-from saetrain.losses import step
-from saetrain.mesh import Mesh
 from saetrain.model import Model, norm_from
-from saetrain.optim import Optimizer, ramps
+from saetrain.training import checkpoint
+from saetrain.training.losses import step
+from saetrain.training.optim import Optimizer, ramps
 
 
 @dataclass

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from saetrain import checkpoint
+from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
 from saetrain.errors import CheckpointError, ConfigError
-from saetrain.log import read_log
-from saetrain.losses import step
-from saetrain.mesh import Mesh
 from saetrain.model import Model
-from saetrain.optim import Optimizer
 from saetrain.tensors import Spec, TensorFile, write
-from saetrain.train import fit
+from saetrain.training import checkpoint
+from saetrain.training.log import read_log
+from saetrain.training.losses import step
+from saetrain.training.optim import Optimizer
+from saetrain.training.train import fit
 from support.sae_helpers import ARCHS, MemoryCursor, MemorySource, Planted, one_rank, run_ranks, small, small_model
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import saetrain
-from saetrain import checkpoint, exchange
+from saetrain import exchange
 from saetrain.cli import main
 from saetrain.errors import CheckpointError, ExchangeError
 from saetrain.tensors import Spec, TensorFile, write
-from saetrain.train import fit
+from saetrain.training import checkpoint
+from saetrain.training.train import fit
 from support.sae_helpers import ARCHS, MemorySource, Planted, one_rank, small
 
 FORMATS = [("saelens", arch) for arch in ARCHS] + [("sparsify", "topk")]
@@ -187,7 +188,7 @@ def test_sparsify_loads_ours_and_we_load_theirs(trained: Any, tmp_path: Path) ->
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
 def test_our_fvu_is_sparsifys(tmp_path: Path) -> None:
-    from saetrain.metrics import batch_fvu
+    from saetrain.training.metrics import batch_fvu
 
     coder, config = peer("sparsify").SparseCoder, peer("sparsify").SparseCoderConfig
     theirs, rows = coder(16, config(num_latents=64, k=4)), torch.randn(50, 16)

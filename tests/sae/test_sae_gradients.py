@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from saetrain import kernels
-from saetrain.kernels import Codes, Encoder, exact_topk
-from saetrain.losses import step
-from saetrain.mesh import Mesh
+from saetrain.compute import kernels
+from saetrain.compute.kernels import Codes, Encoder, exact_topk
+from saetrain.compute.mesh import Mesh
+from saetrain.training.losses import step
 from support.sae_helpers import ARCHS, Planted, one_rank, reference, small_model
 
 
@@ -54,7 +54,7 @@ def test_gradients_equal_autograd(arch: str, dead: bool, mesh: Mesh) -> None:
 
 
 def test_gradients_of_relu_where_few_are_active(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saetrain.losses.DENSE_ABOVE", 1.1)  # the sparse path, whatever the density
+    monkeypatch.setattr("saetrain.training.losses.DENSE_ABOVE", 1.1)  # the sparse path, whatever the density
     compare("relu", mesh, dead=False)
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from saetrain import metrics
 from saetrain.config import Config, resolve
-from saetrain.losses import step
-from saetrain.optim import Optimizer, ramps
+from saetrain.training import metrics
+from saetrain.training.losses import step
+from saetrain.training.optim import Optimizer, ramps
 from support.sae_helpers import one_rank, small_model
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from saetrain.compute.kernels import Encoder
+from saetrain.compute.mesh import Mesh, _add_in_order
+from saetrain.compute.selection import batch_topk, topk
 from saetrain.config import Config, resolve
-from saetrain.kernels import Encoder
-from saetrain.losses import step
-from saetrain.mesh import Mesh, _add_in_order
 from saetrain.model import SHARDED, Model
-from saetrain.optim import Optimizer, ramps
-from saetrain.select import batch_topk, topk
+from saetrain.training.losses import step
+from saetrain.training.optim import Optimizer, ramps
 from support.sae_helpers import ARCHS, Planted, norm_of, one_rank, run_ranks, small
 
 STEPS = 20

@@ -19,14 +19,14 @@ import torch
 import zarr
 
 import actshuffle
-from saetrain import checkpoint
 from saetrain.cli import main
+from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
 from saetrain.data import Store
 from saetrain.errors import CheckpointError, DataError
-from saetrain.log import read_log
-from saetrain.mesh import Mesh
-from saetrain.train import fit
+from saetrain.training import checkpoint
+from saetrain.training.log import read_log
+from saetrain.training.train import fit
 from support.sae_helpers import Planted, run_ranks
 
 ROWS, D = 6000, 16

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import saetrain
-from saetrain import checkpoint
 from saetrain.config import Config, field_help, parse_field, resolve
 from saetrain.errors import ConfigError, DataError, SaetrainError
-from saetrain.log import read_log
-from saetrain.train import fit
+from saetrain.training import checkpoint
+from saetrain.training.log import read_log
+from saetrain.training.train import fit
 from support.sae_helpers import ARCHS, MemorySource, Planted, matched, one_rank, small
 
 PLANTED: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from benchmarks.sae.planted import Planted, matched
+from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, resolve
-from saetrain.mesh import RENDEZVOUS, Mesh
 from saetrain.model import Model, Norm
 
 __all__ = ["Planted", "matched"]  # and what is defined here

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from saetrain.errors import SaetrainError
-from saetrain.log import read_log
-from saetrain.metrics import EDGES
+from saetrain.training.log import read_log
+from saetrain.training.metrics import EDGES
 
 COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#8a5ea8", "#c77f1a", "#3aa6a6", "#6b6b6b", "#a3315d")
 Points = list[tuple[float, float]]

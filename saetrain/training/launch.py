@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saetrain.mesh import RENDEZVOUS
+from saetrain.compute.mesh import RENDEZVOUS
 
 GRACE = 30.0  # seconds that the other ranks get once one has failed
 

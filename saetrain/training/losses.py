@@ -29,9 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saetrain.kernels import Codes, from_dense, sum_of_squares
+from saetrain.compute.kernels import Codes, from_dense, sum_of_squares
+from saetrain.compute.selection import batch_topk, segments, topk
 from saetrain.model import Model
-from saetrain.select import batch_topk, segments, topk
 
 DENSE_ABOVE = 1 / 50  # share of active latents from which relu's dense products are the faster
 

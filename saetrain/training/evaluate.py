@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saetrain import metrics
+from saetrain.compute.mesh import Mesh
 from saetrain.data import Source
-from saetrain.mesh import Mesh
 from saetrain.model import Model
+from saetrain.training import metrics
 
 EVAL_ROWS = 2048  # rows of one evaluation batch
 

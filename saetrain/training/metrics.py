@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
-from saetrain.mesh import Mesh
 from saetrain.model import Model
 
 DENSE = 0.1

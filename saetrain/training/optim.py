@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saetrain.compute.kernels import sum_of_squares
 from saetrain.config import Config
-from saetrain.kernels import sum_of_squares
 from saetrain.model import SHARDED, Model
 
 

@@ -21,19 +21,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib import import_module
-from types import ModuleType
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-triton_kernels: ModuleType | None
 try:
-    triton_kernels = import_module("saetrain.triton_kernels")
-except ImportError:
-    triton_kernels = None
+    from saetrain.compute import triton_kernels
+except ImportError:  # Triton is not installed
+    triton_kernels = None  # type: ignore[assignment]
 
 GROUPS = (32, 16, 8)  # latents whose maximum is looked at first in a top-k
 
@@ -98,14 +95,14 @@ def _offsets(sorted_ids: Tensor, count: int) -> Tensor:
 
 def bag_sum(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if table.is_cuda and triton_kernels is not None:
-        return cast(Tensor, triton_kernels.bag_sum(table, index, weight, offsets))
+        return triton_kernels.bag_sum(table, index, weight, offsets)
     weight = weight.to(table.dtype)
     return F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True)
 
 
 def bag_dot(up: Tensor, table: Tensor, index: Tensor, bag: Tensor, offsets: Tensor) -> Tensor:
     if table.is_cuda and triton_kernels is not None:
-        return cast(Tensor, triton_kernels.bag_dot(up, table, index, bag))
+        return triton_kernels.bag_dot(up, table, index, bag)
     if not len(index):
         return up.new_empty(0)
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward

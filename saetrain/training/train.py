@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saetrain import checkpoint, metrics
+from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
 from saetrain.data import Batch, Cursor, Source, check_finite, norm_of, sample, stream
 from saetrain.errors import ConfigError, DataError, SaetrainError
-from saetrain.evaluate import Heldout
-from saetrain.log import Log
-from saetrain.losses import Step, step
-from saetrain.mesh import Mesh
 from saetrain.model import Model
-from saetrain.optim import Optimizer, ramps
+from saetrain.training import checkpoint, metrics
+from saetrain.training.evaluate import Heldout
+from saetrain.training.log import Log
+from saetrain.training.losses import Step, step
+from saetrain.training.optim import Optimizer, ramps
 
 INIT_ROWS = 8192
 # Settings that may change when a run is resumed; any other would make it another run.

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saetrain.kernels import Codes, Encoder
-from saetrain.mesh import Mesh
+from saetrain.compute.kernels import Codes, Encoder
+from saetrain.compute.mesh import Mesh
 
 # (shift, width) of a positive float32's 31 bits, highest first.
 DIGITS = ((20, 11), (10, 10), (0, 10))

@@ -26,12 +26,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
 from saetrain.errors import CheckpointError
-from saetrain.mesh import Mesh
 from saetrain.model import SHARDED, Model, Norm
-from saetrain.optim import Optimizer
 from saetrain.tensors import Spec, TensorFile, sha256, write
+from saetrain.training.optim import Optimizer
 
 FORMAT = 1
 SPLIT_STATE = ("quiet", "fired")  # the rest of Model.state is whole on every rank
