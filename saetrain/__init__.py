@@ -6,7 +6,8 @@
 """
 
 from saetrain.config import Config
-from saetrain.sae import SAE, load
+from saetrain.opening import load
+from saetrain.sae import SAE
 from saetrain.training.train import fit
 
 __all__ = ["SAE", "Config", "fit", "load"]

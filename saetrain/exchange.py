@@ -11,7 +11,7 @@ jumprelu    jumprelu                                     refused
 ==========  ===========================================  ===========================================
 
 Export goes block by block: the whole dictionary is never in memory (SAELens keeps W_enc as [d_in, d_sae], so
-that file is written in stripes of columns, each found by one pass over the checkpoint).
+that file is written in stripes of columns, each collected by one pass over the checkpoint).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from saetrain.errors import CheckpointError, ExchangeError
 from saetrain.sae import SAE, Folded
 from saetrain.tensors import Spec, TensorFile, write
 from saetrain.training import checkpoint
+from saetrain.variants.table import SAELENS, VARIANTS
 
 SAELENS_VERSION = "6.0.0"  # the layout of cfg.json that is written
 STRIPE_BYTES = 256 << 20
@@ -39,58 +40,72 @@ def export(run: Path, to: Path, format: str = "saelens") -> None:
     """Write a run, or one of its checkpoints, for SAELens or sparsify."""
     found = checkpoint.find(run)
     found.verify()
-    folded, config, d = Folded(found), found.config, int(found.state["d_in"])
-    if to.exists() and any(to.iterdir()):
-        raise ExchangeError(f"{to} exists and is not empty")
+    _refuse_content(to)
     to.mkdir(parents=True, exist_ok=True)
-    n, dtype = config.d_sae, found.files[0].specs["W_enc"].dtype
-    rows, one = Spec(dtype, (n, d)), Spec(dtype, (n,))
-    if format == "sparsify":
-        if config.arch != "topk":
-            what = f"sparsify holds topk models only, and this is {config.arch}"
-            raise ExchangeError(f"{what}; SAELens holds it")
-        names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec"}
-        specs = {"b_dec": Spec(dtype, (d,)), "encoder.weight": rows, "encoder.bias": one}
-        specs["W_dec"] = rows
-        cfg: dict[str, Any] = {
-            "activation": "topk",
-            "expansion_factor": max(n // d, 1),
-            "normalize_decoder": True,
-            "num_latents": n,
-            "k": config.k,
-            "multi_topk": False,
-            "skip_connection": False,
-            "transcode": False,
-            "d_in": d,
-        }
-        write(to / "sae.safetensors", specs, _tensors(folded, names, dtype), {"format": "pt"})
-    else:
-        names = {"b_enc": "b_enc", "W_dec": "W_dec", "threshold": "threshold", "W_enc": "W_enc"}
-        if folded.activation != "jumprelu":
-            del names["threshold"]
-        specs = {"b_dec": Spec(dtype, (d,))} | {m: rows if m == "W_dec" else one for m in names}
-        specs["W_enc"] = Spec(dtype, (d, n))
-        cfg = {
-            "architecture": {"relu": "standard"}.get(folded.activation, folded.activation),
-            "d_in": d,
-            "d_sae": n,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": "cpu",
-            "apply_b_dec_to_input": folded.subtract_b_dec,
-            "normalize_activations": "none",
-            "reshape_activations": "none",
-            "metadata": {
-                "sae_lens_version": SAELENS_VERSION,
-                "sae_lens_training_version": None,
-                "trained_with": "saetrain",
-                "variant": config.arch,
-            },
-        }
-        if folded.activation == "topk":
-            cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
-        blocks = _tensors(folded, names, dtype)
-        write(to / "sae_weights.safetensors", specs, blocks, {"format": "pt"})
+    cfg = (_export_sparsify if format == "sparsify" else _export_saelens)(Folded(found), to)
     checkpoint.write_json(to / "cfg.json", cfg)
+
+
+def _refuse_content(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise ExchangeError(f"{folder} exists and is not empty")
+
+
+def _shapes(folded: Folded) -> tuple[int, int, torch.dtype]:
+    """Latents, width, and data type."""
+    found = folded.checkpoint
+    return found.config.d_sae, int(found.state["d_in"]), found.files[0].specs["W_enc"].dtype
+
+
+def _export_sparsify(folded: Folded, to: Path) -> dict[str, Any]:
+    """Write the tensors; returns the content of cfg.json."""
+    config, (n, d, dtype) = folded.checkpoint.config, _shapes(folded)
+    if not folded.variant.sparsify:
+        holds = ", ".join(name for name, variant in VARIANTS.items() if variant.sparsify)
+        raise ExchangeError(f"sparsify holds {holds} models only, and this is {config.arch}; SAELens holds it")
+    names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec"}
+    rows, one = Spec(dtype, (n, d)), Spec(dtype, (n,))
+    specs = {"b_dec": Spec(dtype, (d,)), "encoder.weight": rows, "encoder.bias": one, "W_dec": rows}
+    write(to / "sae.safetensors", specs, _tensors(folded, names, dtype), {"format": "pt"})
+    return {
+        "activation": folded.variant.activation,
+        "expansion_factor": max(n // d, 1),
+        "normalize_decoder": True,
+        "num_latents": n,
+        "k": config.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": d,
+    }
+
+
+def _export_saelens(folded: Folded, to: Path) -> dict[str, Any]:
+    """Write the tensors; returns the content of cfg.json."""
+    config, variant, (n, d, dtype) = folded.checkpoint.config, folded.variant, _shapes(folded)
+    names = ["b_enc", "W_dec", *(["threshold"] if variant.has_thresholds else []), "W_enc"]
+    rows, one = Spec(dtype, (n, d)), Spec(dtype, (n,))
+    specs = {"b_dec": Spec(dtype, (d,))} | {name: rows if name == "W_dec" else one for name in names}
+    specs["W_enc"] = Spec(dtype, (d, n))
+    blocks = _tensors(folded, {name: name for name in names}, dtype)
+    write(to / "sae_weights.safetensors", specs, blocks, {"format": "pt"})
+    return {
+        "architecture": variant.saelens,
+        "d_in": d,
+        "d_sae": n,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": variant.pre_bias,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            "trained_with": "saetrain",
+            "variant": config.arch,
+        },
+        **variant.saelens_settings(config.k),
+    }
 
 
 def _tensors(folded: Folded, names: dict[str, str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -101,8 +116,8 @@ def _tensors(folded: Folded, names: dict[str, str], dtype: torch.dtype) -> Itera
             for part in folded.blocks():
                 yield theirs, part[ours].to(dtype)
             continue
-        config, d = folded.checkpoint.config, int(folded.checkpoint.state["d_in"])
-        width = max(STRIPE_BYTES // (config.d_sae * dtype.itemsize), 1)
+        n, d, _ = _shapes(folded)
+        width = max(STRIPE_BYTES // (n * dtype.itemsize), 1)
         for at in range(0, d, width):
             stripe = torch.cat([part["W_enc"][:, at : at + width] for part in folded.blocks()])
             yield "W_enc", stripe.T.to(dtype)
@@ -112,19 +127,16 @@ def _tensors(folded: Folded, names: dict[str, str], dtype: torch.dtype) -> Itera
 
 
 def read_foreign(folder: Path) -> SAE:
-    """An autoencoder that SAELens or sparsify wrote.  Refuses what it would not compute identically."""
+    """An autoencoder that SAELens or sparsify wrote.  Refuses one that `SAE` would not compute identically."""
     try:
         cfg = json.loads((folder / "cfg.json").read_text())
         for name, reader in (("sae_weights.safetensors", _saelens), ("sae.safetensors", _sparsify)):
             if (folder / name).exists():
                 found = reader(cfg, TensorFile(folder / name))
                 n, d = found.W_dec.shape
-                shapes = {"W_enc": (n, d), "b_enc": (n,), "b_dec": (d,)}
-                for part, shape in shapes.items():
-                    if tuple(getattr(found, part).shape) != shape:
-                        raise ExchangeError(
-                            f"{folder}: {part} has shape {tuple(getattr(found, part).shape)}, not {shape}"
-                        )
+                for part, shape in {"W_enc": (n, d), "b_enc": (n,), "b_dec": (d,)}.items():
+                    if (has := tuple(getattr(found, part).shape)) != shape:
+                        raise ExchangeError(f"{folder}: {part} has shape {has}, not {shape}")
                 return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
         raise ExchangeError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
@@ -140,23 +152,23 @@ def _only(cfg: dict[str, Any], **allowed: Any) -> None:
 def _saelens(cfg: dict[str, Any], file: TensorFile) -> SAE:
     _only(cfg, reshape_activations="none", finetuning_scaling_factor=False)
     if cfg.get("normalize_activations") not in ("none", False, None):
-        what = f"normalize_activations {cfg['normalize_activations']!r}"
-        raise ExchangeError(f"{what}: fold it in SAELens first")
-    arch = cfg.get("architecture", "standard")
+        raise ExchangeError(f"normalize_activations {cfg['normalize_activations']!r}: fold it in SAELens first")
+    architecture = cfg.get("architecture", "standard")
     if cfg.get("activation_fn_str") == "topk":  # before version 6
-        arch, cfg = "topk", cfg | {"k": cfg["activation_fn_kwargs"]["k"]}
-    if arch not in ("standard", "topk", "jumprelu"):
-        what = "read are standard, topk and jumprelu (save it for inference)"
-        raise ExchangeError(f"architecture {arch!r}; {what}")
+        architecture, cfg = "topk", cfg | {"k": cfg["activation_fn_kwargs"]["k"]}
+    if architecture not in SAELENS:
+        names = ", ".join(SAELENS)
+        raise ExchangeError(f"architecture {architecture!r} is not one of {names} (save it for inference)")
+    variant = SAELENS[architecture]
     found = SAE(
-        {"standard": "relu"}.get(arch, arch),
+        variant.name,
         file.read("W_enc").T.contiguous(),
         file.read("b_enc"),
         file.read("W_dec"),
         file.read("b_dec"),
         bool(cfg.get("apply_b_dec_to_input", True)),
-        int(cfg["k"]) if arch == "topk" else 0,
-        file.read("threshold") if arch == "jumprelu" else None,
+        int(cfg["k"]) if variant.takes_k else 0,
+        file.read("threshold") if variant.has_thresholds else None,
     )
     if cfg.get("rescale_acts_by_decoder_norm"):
         norm = found.W_dec.norm(dim=1)
@@ -181,15 +193,16 @@ def _sparsify(cfg: dict[str, Any], file: TensorFile) -> SAE:
 def bring(folder: Path, run: Path) -> None:
     """Make a run, with one checkpoint at step 0, of another tool's autoencoder."""
     found = read_foreign(folder)
-    if run.exists() and any(run.iterdir()):
-        raise ExchangeError(f"{run} exists and is not empty")
+    _refuse_content(run)
     n, d = found.W_dec.shape
-    arch = found.activation
-    config = Config(arch=arch, d_sae=n, k=max(found.k, 1), widths=(n,))  # type: ignore[arg-type]
+    config = Config(arch=found.activation, d_sae=n, k=max(found.k, 1), widths=(n,))
     config = replace(config, batch_size=1, steps=1)
+    variant = VARIANTS[config.arch]
     b_enc = found.b_enc
-    if found.subtract_b_dec != config.is_sparse:  # the bias does what the subtraction did, or back
-        b_enc = b_enc + (found.W_enc @ found.b_dec) * (1 if config.is_sparse else -1)
+    if found.subtract_b_dec != variant.pre_bias:  # the bias takes over from the subtraction, or gives it back
+        b_enc = b_enc + (found.W_enc @ found.b_dec) * (1 if variant.pre_bias else -1)
+    if found.threshold is not None and bool((found.threshold < 0).any()):
+        raise ExchangeError(f"{folder}: a threshold is negative")
     held = {
         "W_enc": found.W_enc,
         "b_enc": b_enc,
@@ -200,27 +213,22 @@ def bring(folder: Path, run: Path) -> None:
         "threshold": torch.zeros(1, dtype=torch.float64),
         "quiet": torch.zeros(n, dtype=torch.int64),
         "fired": torch.zeros(n, dtype=torch.int64),
+        **variant.unfold(found.threshold),
     }
-    if found.threshold is not None:
-        if bool((found.threshold < 0).any()):
-            raise ExchangeError(f"{folder}: a threshold is negative")
-        held["log_threshold"] = found.threshold.clamp_min(torch.finfo(torch.float32).tiny).log()
     target = checkpoint.step_folder(run, 0)
     target.mkdir(parents=True)
     specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in held.items()}
     name = "shard-0-of-1.safetensors"
     digest = write(target / name, specs, held.items(), {"format": "saetrain"})
-    checkpoint.write_json(
-        target / "state.json",
-        {
-            "format": checkpoint.FORMAT,
-            "step": 0,
-            "config": config.to_json(),
-            "d_in": d,
-            "scale": 1.0,
-            "tile": 0,
-            "cursor": {},
-            "shards": {name: digest},
-        },
-    )
+    state = {
+        "format": checkpoint.FORMAT,
+        "step": 0,
+        "config": config.to_json(),
+        "d_in": d,
+        "scale": 1.0,
+        "tile": 0,
+        "cursor": {},
+        "shards": {name: digest},
+    }
+    checkpoint.write_json(target / "state.json", state)
     checkpoint.write_json(run / "config.json", {"config": config.to_json(), "about": {"imported": str(folder)}})

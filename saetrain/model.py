@@ -1,29 +1,23 @@
-"""One rank's share of a sparse autoencoder: parameters, state, and what it computes at inference.
+"""One rank's share of a sparse autoencoder: parameters, state, and everything that the variants have in common.
 
 Inputs are normalised once, from the store's statistics: x = (raw - mean) * scale with scale such that the mean
 squared norm of x is d_in (so lambda, learning rate and thresholds mean the same thing for every model).  Weights
 are kept with one row for each latent, so that an active latent is one contiguous row of either matrix:
 
-    pre = W_enc (x - [b_dec]) + b_enc          [b_dec] for topk, batchtopk and matryoshka
+    pre = W_enc (x - [b_dec]) + b_enc          [b_dec] where the variant has `pre_bias`
     x^  = sum over active i  f_i W_dec[i]  + b_dec
 
-============  =======================================================  ========================================
-variant       active latents                                           paper
-============  =======================================================  ========================================
-relu          pre > 0                                                  Anthropic, Circuits Updates, April 2024
-topk          the k largest positive of each token                     Gao et al. 2024, arXiv 2406.04093
-batchtopk     the k B largest positive of the batch; at inference      Bussmann et al. 2024, arXiv 2412.06410
-              pre > threshold, the running mean of the smallest chosen
-matryoshka    as batchtopk, with nested reconstructions                Bussmann et al. 2025, arXiv 2503.17547
-jumprelu      pre > exp(log_threshold)                                 Rajamanoharan et al. 2024, arXiv
-                                                                       2407.14435; Anthropic, January 2025
-============  =======================================================  ========================================
+A variant is a subclass in a file of `variants/` and a row in `variants.table`.  It says which latents are active,
+how its parameters start, what its loss and gradients are, and how it is written down when finished.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -32,19 +26,17 @@ from torch import Tensor
 
 from saetrain.compute.kernels import Codes, Encoder, choose_tile
 from saetrain.compute.mesh import Mesh
-from saetrain.compute.selection import topk
-from saetrain.config import Config
 from saetrain.errors import ConfigError
+from saetrain.settings import Settings
 
 INIT_BLOCK = 1024  # latents whose initial rows come from one random stream
-# Split by latent; others are whole everywhere.
-SHARDED = ("W_enc", "b_enc", "W_dec", "log_threshold")
+WHOLE = ("b_dec",)  # parameters that every rank holds whole; all others have one row for each latent
 
 
 class Norm(NamedTuple):
     """x = (raw - mean) * scale."""
 
-    mean: Tensor
+    mean: Tensor  # [d_in]
     scale: float
 
     def __call__(self, raw: Tensor) -> Tensor:
@@ -58,9 +50,94 @@ def norm_from(mean: NDArray[Any], variance: float) -> Norm:
     return Norm(torch.from_numpy(np.asarray(mean, np.float64)), (len(mean) / variance) ** 0.5)
 
 
-class Model:
-    def __init__(self, config: Config, norm: Norm, mesh: Mesh) -> None:
-        """`config` as `resolve` returns it.  Parameters are made by `initialise` or by `checkpoint.load`."""
+class Part(NamedTuple):
+    """The part of a step that one rank computes alone."""
+
+    grads: dict[str, Tensor]
+    residual: Tensor  # [tokens, d_in]: x^ - x
+    fired: Tensor  # [latents]: tokens on which each latent fired
+    whole: dict[str, Tensor]  # loss terms summed over my tokens; all ranks of the replica hold them
+    mine: dict[str, Tensor]  # loss terms summed over my tokens and my latents
+
+
+class Model(ABC):
+    """Base of the variants.  The attributes and methods that a variant may set or override come first."""
+
+    name: ClassVar[str]
+    pre_bias: ClassVar[bool] = False  # b_dec is subtracted from the input
+    unit_rows: ClassVar[bool] = False  # decoder rows are kept at norm 1 in training, not only when finished
+    takes_k: ClassVar[bool] = False  # k latents per token are active, exactly or on average
+    extra: ClassVar[Mapping[str, float]] = {}  # further parameters, one number per latent, and their first values
+    # Choices where a setting leaves them open; see `config.resolve`.
+    most_hurry: ClassVar[float] = math.inf  # bound of the learning rate's factor in short runs
+    default_sparsity_warmup: ClassVar[float] = 0.05
+    # The finished autoencoder, in our files and in those of other tools.
+    activation: ClassVar[str]  # name of the variant whose `activate` it uses
+    has_thresholds: ClassVar[bool] = False  # `fold` gives them
+    saelens: ClassVar[str]  # SAELens' name of the architecture
+    sparsify: ClassVar[bool] = False  # sparsify can hold it
+
+    @abstractmethod
+    def initialise(self, sample: Tensor) -> None:
+        """Fill the parameters, given normalised rows [rows, d_in].  They do not depend on the number of ranks."""
+
+    @abstractmethod
+    def gradients(self, x: Tensor, ramp: float) -> Part:
+        """Loss and gradients on this replica's normalised tokens [tokens, d_in]; training/losses.py has the formulas.
+
+        `ramp` scales the sparsity term.
+        """
+
+    def thresholds(self) -> Tensor | float | None:
+        """The number that a pre-activation must exceed at inference, for all latents or [latents]; None for none."""
+        return None
+
+    def codes(self, x: Tensor) -> Codes:
+        """My latents that are active at inference, for normalised tokens [tokens, d_in]."""
+        floor = self.thresholds()
+        return self.encoder().above(self.centred(x), 0.0 if floor is None else floor)
+
+    @classmethod
+    def nested_widths(cls, given: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
+        """Sizes of the nested dictionaries; the last is d_sae."""
+        return (d_sae,)
+
+    @classmethod
+    def default_sparsity(cls, d_in: int) -> float:
+        return 0.0
+
+    @classmethod
+    def computes_densely(cls, active: float, d_sae: int) -> bool:
+        """True if a step with so many active latents per token multiplies all latents, active or not."""
+        return False
+
+    @classmethod
+    def fold(cls, part: dict[str, Tensor], running: float, scale: float) -> dict[str, Tensor]:
+        """W_enc, b_enc, W_dec and any threshold of a block of latents, for activations divided by `scale`.
+
+        `part` holds rows of the parameters, `running` the running mean of the batch threshold.
+        """
+        return {"W_enc": part["W_enc"], "b_enc": part["b_enc"] / scale, "W_dec": part["W_dec"]}
+
+    @classmethod
+    def unfold(cls, threshold: Tensor | None) -> dict[str, Tensor]:
+        """The parameters in `extra`, from the thresholds [latents] of a finished autoencoder."""
+        return {}
+
+    @staticmethod
+    def activate(pre: Tensor, k: int, threshold: Tensor | None) -> Tensor:
+        """Activations of a finished autoencoder whose `activation` is this variant, from pre [rows, latents]."""
+        raise NotImplementedError
+
+    @classmethod
+    def saelens_settings(cls, k: int) -> dict[str, Any]:
+        """Entries of SAELens' cfg.json beyond those that every architecture has."""
+        return {}
+
+    # --- the same for all variants
+
+    def __init__(self, config: Settings, norm: Norm, mesh: Mesh) -> None:
+        """`config` as `resolve` returns it.  `initialise` or `checkpoint.load` fills the parameters."""
         self.config, self.mesh = config, mesh
         compute = config.compute
         if compute == "auto":
@@ -79,9 +156,8 @@ class Model:
             "b_enc": make(n),
             "W_dec": make((n, self.d_in)),
             "b_dec": make(self.d_in),
+            **{name: make(n) + first for name, first in self.extra.items()},
         }
-        if config.arch == "jumprelu":
-            self.params["log_threshold"] = make(n) + 0.1
         self.state = {  # not trained
             "quiet": count(n),  # tokens since the latent last fired
             "fired": count(n),  # tokens of the current window on which it fired
@@ -91,48 +167,15 @@ class Model:
 
     @property
     def latents(self) -> int:
+        """Latents of this rank."""
         return self.hi - self.lo
 
-    @property
-    def pre_bias(self) -> bool:
-        return self.config.is_sparse
-
-    def initialise(self, sample: Tensor) -> None:
-        """Random decoder rows, encoder tied to their transpose.  Rows depend on (seed, latent) alone, not on ranks.
-
-        topk family   unit rows, encoder such a multiple of them that k latents of each token rebuild
-                      `sample` best                              (Gao et al., appendix A.1)
-        relu          rows of norm 0.1, encoder equal to them                          (Anthropic, April 2024)
-        jumprelu      U(-1/sqrt(d), 1/sqrt(d)), encoder d/n times them, b_enc such that each latent fires on
-                      10,000 / n of `sample`, at most on half                          (Anthropic, January 2025)
-        """
-        c, p = self.config, self.params
-        drawn = np.concatenate(
-            [
-                _random_rows(c.seed, block, self.d_in, c.arch == "jumprelu")
-                for block in range(self.lo // INIT_BLOCK, -(-self.hi // INIT_BLOCK))
-            ]
-        )[self.lo % INIT_BLOCK :][: self.latents]
-        w = torch.from_numpy(drawn).to(self.mesh.device, self.dtype)
-        if c.arch == "jumprelu":
-            p["W_dec"].copy_(w / self.d_in**0.5)
-            p["W_enc"].copy_(p["W_dec"] * (self.d_in / c.d_sae))
-            rate = min(10_000 / c.d_sae, 0.5)
-            below = len(sample) - max(round(rate * len(sample)), 1)  # rows on which none fires
-            for start in range(0, self.latents, 1024):  # bounds memory
-                part = slice(start, start + 1024)
-                pre = (sample @ p["W_enc"][part].T).sort(dim=0).values
-                # Between two rows of the sample, so that rounding decides about none of them.
-                quantile = (pre[max(below - 1, 0)] + pre[below]) / 2
-                p["b_enc"][part] = p["log_threshold"][part].exp() - quantile
-        else:
-            p["W_dec"].copy_(w / w.norm(dim=1, keepdim=True) * (0.1 if c.arch == "relu" else 1.0))
-            p["W_enc"].copy_(p["W_dec"])
-        if c.is_sparse:
-            rows = sample[:INIT_BLOCK]
-            out = topk(self.encoder(), rows, c.k, self.mesh).decode(p["W_dec"])
-            out = self.mesh.sum(out, "tp", "reconstructions")
-            p["W_enc"] *= float((out * rows).sum() / out.square().sum().clamp_min(1e-12))
+    def draw(self, *, uniform: bool) -> Tensor:
+        """Random rows [latents, d_in] of my latents, U(-1, 1) or N(0, 1); each depends on (seed, latent) alone."""
+        blocks = range(self.lo // INIT_BLOCK, -(-self.hi // INIT_BLOCK))
+        rows = np.concatenate([_random_rows(self.config.seed, block, self.d_in, uniform) for block in blocks])
+        mine = rows[self.lo % INIT_BLOCK :][: self.latents]
+        return torch.from_numpy(mine).to(self.mesh.device, self.dtype)
 
     def measure_tile(self, tokens: int) -> None:
         """Settle the tile size of the encoder product; all ranks use the same."""
@@ -150,24 +193,11 @@ class Model:
         return Encoder(weight, bias, self.compute, self.tile or 256)
 
     def centred(self, x: Tensor) -> Tensor:
+        """The input of the encoder product."""
         return x - self.params["b_dec"] if self.pre_bias else x
 
-    def thresholds(self) -> Tensor | float:
-        """What a pre-activation must exceed at inference (topk has no such number: 0)."""
-        if self.config.arch == "jumprelu":
-            return torch.exp(self.params["log_threshold"])
-        batch = self.config.arch in ("batchtopk", "matryoshka")
-        return float(self.state["threshold"]) if batch else 0.0
-
-    def codes(self, x: Tensor) -> Codes:
-        """My latents that are active at inference, for normalised tokens."""
-        encoder = self.encoder()
-        if self.config.arch == "topk":
-            return topk(encoder, self.centred(x), self.config.k, self.mesh)
-        return encoder.above(self.centred(x), self.thresholds())
-
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x^ of normalised tokens, and the number of active latents of each; over all ranks of a replica."""
+        """x^ [tokens, d_in] of normalised tokens and their numbers of active latents [tokens], over all my replica."""
         codes = self.codes(x)
         out = self.mesh.sum(codes.decode(self.params["W_dec"]), "tp", "reconstructions")
         return out + self.params["b_dec"], self.mesh.sum(codes.offsets.diff(), "tp")

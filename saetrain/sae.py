@@ -1,32 +1,32 @@
-"""A finished autoencoder, in the units of the raw rows: what a run comes down to, and what other tools hold.
+"""A finished autoencoder in the units of the raw rows: the result of a run, and the content of other tools' files.
 
 Normalisation is folded away.  With x = (raw - mean) * scale, dividing all activations by scale gives
 
-    topk family     pre = W_enc (raw - b) + b_enc / scale               b = mean + b_dec / scale
-    relu, jumprelu  pre = W_enc raw + b_enc / scale - W_enc mean
-                    raw^ = sum f_i W_dec[i] + b;                        thresholds too are divided by scale
+    with `pre_bias`    pre = W_enc (raw - b) + b_enc / scale               b = mean + b_dec / scale
+    without            pre = W_enc raw + b_enc / scale - W_enc mean
+                       raw^ = sum f_i W_dec[i] + b;                        thresholds too are divided by scale
 
-and relu's and jumprelu's decoder norms go into the encoder, so that every decoder row has norm 1.
+and where training leaves decoder norms free, they go into the encoder, so that every decoder row has norm 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from saetrain.compute.kernels import exact_topk
-from saetrain.training.checkpoint import Checkpoint, find
+from saetrain.model import Model
+from saetrain.training.checkpoint import Checkpoint
+from saetrain.variants.table import VARIANTS
 
 BLOCK = 1024  # latents read at a time
 
 
 @dataclass
 class SAE:
-    """`activation` is relu, topk (with `k`) or jumprelu (with `threshold`, one number a latent)."""
+    """`activation` is relu, topk (with `k`) or jumprelu (with `threshold`, one number per latent)."""
 
     activation: str
     W_enc: Tensor  # [latents, d]
@@ -38,18 +38,13 @@ class SAE:
     threshold: Tensor | None = None
 
     def encode(self, raw: Tensor) -> Tensor:
-        """[rows, latents]: activations."""
+        """Activations [rows, latents] of raw rows [rows, d]."""
         x = raw.to(self.W_enc.dtype) - (self.b_dec if self.subtract_b_dec else 0)
         pre = x @ self.W_enc.T + self.b_enc
-        if self.activation == "jumprelu":
-            assert self.threshold is not None
-            return pre * (pre > self.threshold)
-        if self.activation == "topk":
-            value, latent = exact_topk(pre, self.k)
-            return torch.zeros_like(pre).scatter_(1, latent, value.relu())
-        return pre.relu()
+        return VARIANTS[self.activation].activate(pre, self.k, self.threshold)
 
     def decode(self, acts: Tensor) -> Tensor:
+        """Raw rows [rows, d] rebuilt from activations [rows, latents]."""
         return acts @ self.W_dec + self.b_dec
 
     def __call__(self, raw: Tensor) -> Tensor:
@@ -63,56 +58,42 @@ class Folded:
     checkpoint: Checkpoint
 
     @property
-    def activation(self) -> str:
-        arch = self.checkpoint.config.arch
-        return {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}.get(arch, arch)
-
-    @property
-    def subtract_b_dec(self) -> bool:
-        return self.checkpoint.config.is_sparse
+    def variant(self) -> type[Model]:
+        return VARIANTS[self.checkpoint.config.arch]
 
     def b_dec(self) -> Tensor:
         mean = self.checkpoint.read("mean")
         return mean + self.checkpoint.read("b_dec") / float(self.checkpoint.state["scale"])
 
     def blocks(self) -> Iterator[dict[str, Tensor]]:
-        """W_enc, b_enc, W_dec and threshold (if any), rows one block after the other."""
-        c, scale = self.checkpoint, self.checkpoint.state["scale"]
-        mean, config = c.read("mean"), c.config
-        for lo in range(0, config.d_sae, BLOCK):
-            hi = min(lo + BLOCK, config.d_sae)
-            part = {n: c.read(n, lo, hi) for n in ("W_enc", "b_enc", "W_dec")}
-            part["b_enc"] = part["b_enc"] / scale
-            if config.arch == "jumprelu":
-                part["threshold"] = c.read("log_threshold", lo, hi).exp() / scale
-            elif self.activation == "jumprelu":
-                part["threshold"] = torch.full_like(part["b_enc"], float(c.read("threshold")) / scale)
-            if not config.is_sparse:
-                norm = part["W_dec"].norm(dim=1).clamp_min(1e-12)
+        """W_enc, b_enc, W_dec and any threshold, rows one block after the other."""
+        c, variant, scale = self.checkpoint, self.variant, self.checkpoint.state["scale"]
+        mean, running, latents = c.read("mean"), float(c.read("threshold")), c.config.d_sae
+        for lo in range(0, latents, BLOCK):
+            hi = min(lo + BLOCK, latents)
+            part = {n: c.read(n, lo, hi) for n in ("W_enc", "b_enc", "W_dec", *variant.extra)}
+            part = variant.fold(part, running, scale)
+            if not variant.pre_bias:
                 part["b_enc"] = part["b_enc"] - part["W_enc"] @ mean
-                for name in part:
-                    shape = norm[:, None] if part[name].dim() == 2 else norm
-                    part[name] = part[name] / shape if name == "W_dec" else part[name] * shape
-            yield part
+            yield part if variant.unit_rows else _with_unit_rows(part)
 
     def whole(self) -> SAE:
         parts = list(self.blocks())
         joined = {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
         return SAE(
-            self.activation,
+            self.variant.activation,
             joined["W_enc"],
             joined["b_enc"],
             joined["W_dec"],
             self.b_dec(),
-            self.subtract_b_dec,
+            self.variant.pre_bias,
             self.checkpoint.config.k,
             joined.get("threshold"),
         )
 
 
-def load(path: str | Path) -> SAE:
-    """The autoencoder of a run or checkpoint, or of a folder that SAELens or sparsify wrote."""
-    from saetrain.exchange import read_foreign
-
-    path = Path(path)
-    return read_foreign(path) if (path / "cfg.json").exists() else Folded(find(path)).whole()
+def _with_unit_rows(part: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same autoencoder with decoder norms moved into the encoder and the thresholds."""
+    norm = part["W_dec"].norm(dim=1).clamp_min(1e-12)
+    scaled = {n: t * (norm[:, None] if t.dim() == 2 else norm) for n, t in part.items() if n != "W_dec"}
+    return scaled | {"W_dec": part["W_dec"] / norm[:, None]}

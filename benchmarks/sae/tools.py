@@ -20,10 +20,11 @@ import actshuffle
 import saetrain
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
-from saetrain.model import Model, norm_from
+from saetrain.model import norm_from
 from saetrain.training import checkpoint
 from saetrain.training.losses import step
 from saetrain.training.optim import Optimizer, ramps
+from saetrain.variants.table import VARIANTS
 
 
 @dataclass
@@ -62,7 +63,7 @@ def ours(task: Task, lr: float | None, mesh: Mesh) -> Run:
     mean = task.rows.double().mean(0)
     variance = float(sum((p.double() - mean).square().sum() for p in task.rows.split(65_536)))
     norm = norm_from(mean.numpy(), variance / len(task.rows))
-    model = Model(resolve(config, task.d_in, len(task.rows)), norm, mesh)
+    model = VARIANTS[config.arch](resolve(config, task.d_in, len(task.rows)), norm, mesh)
     model.initialise(model.norm(task.rows[:8192]))
     model.measure_tile(task.batch)
     optimizer, at = Optimizer(model), 0

@@ -1,8 +1,8 @@
 """Exact top-k over latents that live on several ranks.
 
-Order is everywhere: larger value first, then (batchtopk) earlier token, then lower latent index.  Only positive
-pre-activations are ever active.  The chosen set is therefore a function of the values alone, not of the number of
-ranks: any k winners of a token may sit on one rank, so each rank offers its own k best.
+The order is the same everywhere: larger value first, then (batchtopk) earlier token, then lower latent index.  Only
+positive pre-activations are ever active.  The chosen set is therefore a function of the values alone, not of the
+number of ranks: all k winners of a token may sit on one rank, so each rank offers its own k best.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ DIGITS = ((20, 11), (10, 10), (0, 10))
 def topk(encoder: Encoder, x: Tensor, k: int, mesh: Mesh) -> Codes:
     """This rank's part of each token's k largest positive pre-activations.
 
-    Ranks exchange values only: lists come in order of rank, and so of latent index, and the sort is stable, which
-    settles ties.  4 k (T - 1) bytes a token.
+    Ranks exchange values only: 4 k (T - 1) bytes per token.  Lists arrive in order of rank, and so of latent index,
+    and the sort is stable, which settles ties.
     """
     latents = encoder.weight.shape[0]
     value, latent = encoder.topk(x, k)
-    short = k - value.shape[1]  # a rank of fewer than k latents offers as many, the rest empty
+    short = k - value.shape[1]  # a rank with fewer than k latents pads its offers
     value = F.pad(value.where(value > 0, -torch.inf), (0, short), value=-torch.inf)
     latent = F.pad(latent, (0, short))
     offers = mesh.gather(value, "tp", "candidates").permute(1, 0, 2).reshape(len(x), -1)
@@ -40,9 +40,8 @@ def topk(encoder: Encoder, x: Tensor, k: int, mesh: Mesh) -> Codes:
 def batch_topk(encoder: Encoder, x: Tensor, total: int, mesh: Mesh, floor: float) -> tuple[Codes, Tensor]:
     """This rank's part of the `total` largest positive pre-activations of the whole batch, and the smallest value.
 
-    `floor` is a guess below which no winner is expected (a part of the last threshold); candidates are looked for
-    above it first and, if they are too few, above zero, so the guess costs time when wrong but never changes
-    the result.
+    `floor` is a guess below which no winner is expected (a fraction of the last threshold).  Candidates are first
+    sought above it and, if these are too few, above zero: a wrong guess costs time but never changes the result.
     """
     codes = encoder.above(x, floor)
     if floor > 0 and int(mesh.sum(_count(codes), "world", "candidates")) < total:
@@ -63,8 +62,10 @@ def batch_topk(encoder: Encoder, x: Tensor, total: int, mesh: Mesh, floor: float
 
 
 def kth_largest(values: Tensor, total: int, mesh: Mesh) -> tuple[Tensor, int]:
-    """The `total`-th largest of the positive values of all ranks (the smallest, if they are fewer), and how many
-    are larger.  A radix select: three histograms of the bits of the floats, summed over ranks, 24 KB in all.
+    """The `total`-th largest of the positive values of all ranks (the smallest, if there are fewer), and the number
+    of larger ones.
+
+    This is a radix select: three histograms of the bits of the floats, summed over ranks, 24 KB in all.
     """
     exact = values.dtype == torch.float32
     bits = (values if exact else values.float()).view(torch.int32).long()
@@ -91,17 +92,6 @@ def kth_largest(values: Tensor, total: int, mesh: Mesh) -> tuple[Tensor, int]:
         cut = rest[min(max(total - above, 1), len(rest)) - 1]
         above += int((rest > cut).sum())
     return cut, above
-
-
-def segments(codes: Codes, widths: tuple[int, ...], first_latent: int) -> Codes:
-    """Codes whose bags are (segment, token): the segment of nested dictionaries that each latent lies in."""
-    if len(widths) == 1:
-        return codes
-    edges = torch.tensor(widths, device=codes.latent.device)
-    segment = torch.bucketize(codes.latent + first_latent, edges, right=True)
-    bag, order = torch.sort(segment * codes.bags + codes.bag, stable=True)
-    bags = codes.bags * len(widths)
-    return Codes(codes.latent[order], codes.value[order], bag, bags, codes.latents)
 
 
 def _count(codes: Codes) -> Tensor:

@@ -7,10 +7,10 @@
         shard-1-of-2.safetensors      latents [n/2, n)
         state.json                    settings, step, data cursor, normalisation scale, SHA-256 of the shards
 
-A checkpoint is written under a name that no reader looks at, made durable, and renamed: it is there whole or not
-at all, whenever the process dies.  What is not split (b_dec and its moments, mean, threshold) is in shard 0.
-No rank ever holds another's parameters: to resume on another number of ranks, each reads its rows from the
-files that have them.  On as many ranks the run goes on bitwise as if it had not stopped.
+A checkpoint is written under a name that no reader looks for, made durable, and renamed: it is there whole or not
+at all, whenever the process dies.  Tensors that are not split (b_dec and its moments, mean, threshold) are in shard 0.
+No rank ever holds another's parameters: to resume on another number of ranks, each reads its rows from the files
+that have them.  On the same number of ranks, a resumed run is bitwise the run that never stopped.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from torch import Tensor
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
 from saetrain.errors import CheckpointError
-from saetrain.model import SHARDED, Model, Norm
+from saetrain.model import WHOLE, Model, Norm
 from saetrain.tensors import Spec, TensorFile, sha256, write
 from saetrain.training.optim import Optimizer
+from saetrain.variants.table import VARIANTS
 
 FORMAT = 1
-SPLIT_STATE = ("quiet", "fired")  # the rest of Model.state is whole on every rank
+WHOLE_TENSORS = {*WHOLE, "mean", "window", "threshold"}  # the same on every rank; all others are split by latent
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -42,12 +43,12 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def save(run: Path, model: Model, optimizer: Optimizer, step: int, cursor: dict[str, Any]) -> Path:
-    """Publish a checkpoint; all ranks call it.  Older ones beyond `keep` are removed."""
+    """Publish a checkpoint, and remove old ones beyond `keep`.  All ranks call this."""
     mesh, target = model.mesh, step_folder(run, step)
     building = target.with_name(f".{target.name}")
     with _together(mesh, f"checkpoint {target}"):
         if mesh.rank == 0:
-            for left_behind in target.parent.glob(".*step-*"):  # by a process that died
+            for left_behind in target.parent.glob(".*step-*"):  # left by a process that died
                 shutil.rmtree(left_behind, ignore_errors=True)
             building.mkdir(parents=True)
     name = f"shard-{mesh.tp_index}-of-{mesh.tp}.safetensors"
@@ -74,7 +75,7 @@ def save(run: Path, model: Model, optimizer: Optimizer, step: int, cursor: dict[
             }
             write_json(building / "state.json", state)
             _sync(building)
-            if target.exists():  # damaged, or it would have been resumed from
+            if target.exists():  # damaged: a sound one would have been resumed
                 _remove(target)
             building.rename(target)
             _sync(target.parent)
@@ -84,37 +85,37 @@ def save(run: Path, model: Model, optimizer: Optimizer, step: int, cursor: dict[
 
 
 def _remove(folder: Path) -> None:
-    """Take a checkpoint away; a half-deleted one must not look like one."""
+    """Remove a checkpoint in such a way that a half-deleted one does not look like a checkpoint."""
     gone = folder.rename(folder.with_name(f".gone-{folder.name}"))
     shutil.rmtree(gone, ignore_errors=True)
 
 
 def _held(model: Model, optimizer: Optimizer, whole: bool) -> dict[str, Tensor]:
-    """What this rank writes: its rows of what is split, and on the first rank what is not."""
+    """The tensors this rank writes: its rows of those that are split, and on the first rank (`whole`) the others."""
     found = {**model.params, **optimizer.moments(), **model.state, "mean": model.norm.mean}
     return {n: t for n, t in found.items() if whole or _is_split(n)}
 
 
 def _is_split(name: str) -> bool:
-    return name in SPLIT_STATE or name.removeprefix("adam_m.").removeprefix("adam_v.") in SHARDED
+    return name.removeprefix("adam_m.").removeprefix("adam_v.") not in WHOLE_TENSORS
 
 
 class _together:
     """A block that fails on all ranks if it fails on one, so that none waits for ever."""
 
-    def __init__(self, mesh: Mesh, what: str) -> None:
-        self.mesh, self.what = mesh, what
+    def __init__(self, mesh: Mesh, task: str) -> None:
+        self.mesh, self.task = mesh, task
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and not isinstance(error, Exception):
-            return  # leaving in a hurry
+            return  # the process is leaving: do not wait for the others
         if self.mesh.any(error is not None) and error is None:
-            raise CheckpointError(f"{self.what}: another rank failed")
+            raise CheckpointError(f"{self.task}: another rank failed")
         if isinstance(error, OSError):
-            raise CheckpointError(f"{self.what}: {error}") from error
+            raise CheckpointError(f"{self.task}: {error}") from error
 
 
 # --- reading
@@ -149,25 +150,24 @@ class Checkpoint:
         return name in self.files[0].specs
 
     def verify(self, files: set[int] | None = None) -> None:
-        """Compare the files (all, or some by number) with the digests in state.json."""
+        """Compare the files (all, or those with the given numbers) with the digests in state.json."""
         for i, file in enumerate(self.files):
             due = self.state["shards"][file.path.name]
             if (files is None or i in files) and sha256(file.path) != due:
-                raise CheckpointError(f"{file.path} is damaged: its SHA-256 is not state.json's")
+                raise CheckpointError(f"{file.path} is damaged: its SHA-256 differs from state.json's")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         state = json.loads((folder / "state.json").read_text())
         if state["format"] != FORMAT:
-            raise CheckpointError(f"{folder} has format {state['format']}; this reads {FORMAT}")
+            raise CheckpointError(f"{folder} has format {state['format']}; this version reads {FORMAT}")
         if any("/" in name for name in state["shards"]):
             raise CheckpointError(f"{folder / 'state.json'} names files outside its folder")
         files = tuple(TensorFile(folder / name) for name in state["shards"])
         return Checkpoint(folder, state, files)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{folder} is no checkpoint: {why}") from error
+        raise CheckpointError(f"{folder} is not a checkpoint: {type(error).__name__}: {error}") from error
 
 
 def published(run: Path) -> list[Path]:
@@ -184,7 +184,7 @@ def find(path: Path) -> Checkpoint:
 
 
 def load_latest(runs: Sequence[Path], mesh: Mesh, warn: Callable[[str], None]) -> list[Loaded] | None:
-    """All runs of a sweep (or one) at the latest step of which every one has an undamaged checkpoint."""
+    """All runs of a sweep (or a single run) at the latest step for which every one has an undamaged checkpoint."""
     steps = [{folder.name for folder in published(run)} for run in runs]
     for name in sorted(set.intersection(*steps), reverse=True):
         found, trouble = [], ""
@@ -206,11 +206,12 @@ class Loaded(NamedTuple):
 
 
 def load(checkpoint: Checkpoint, mesh: Mesh) -> Loaded:
+    """This rank's model and optimizer; only the files that hold its latents are read and verified."""
     state, config = checkpoint.state, checkpoint.config
     lo, hi = mesh.share(config.d_sae, "d_sae")
     each = config.d_sae // len(checkpoint.files)
     checkpoint.verify({0} | set(range(lo // each, -(-hi // each))))
-    model = Model(config, Norm(checkpoint.read("mean"), state["scale"]), mesh)
+    model = VARIANTS[config.arch](config, Norm(checkpoint.read("mean"), state["scale"]), mesh)
     model.tile = state["tile"]
     for name, tensor in (model.params | model.state).items():
         tensor.copy_(checkpoint.read(name, lo, hi))
@@ -226,7 +227,7 @@ def load(checkpoint: Checkpoint, mesh: Mesh) -> Loaded:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is there whole or not at all."""
+    """Write JSON atomically: the file is there whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     with part.open("w") as file:
         json.dump(value, file, indent=1)

@@ -1,20 +1,20 @@
 """Every number a run reports, defined once.
 
-Functions of plain values or of one rank's share; those that take a mesh give the same answer on every rank.
+These are functions of plain values or of one rank's share; those that take a mesh return the same on every rank.
 
 fvu                  sum |x - x^|^2 / sum |x - mean x|^2; explained variance is 1 - fvu
-l0                   active latents a token, the mean over tokens
-dead                 share of latents that have not fired for `dead_tokens` tokens
-dense                share of latents that fired on more than a tenth of the tokens of the window
-density histogram    latents by log10 of the share of tokens they fired on, in half decades from 1e-7 to 1
-gradient norm        of each parameter over all ranks, before clipping
-update norm          of Adam's step for each parameter over all ranks, before rows are brought to norm 1
-decoder cosine       of a sample of decoder rows, the largest cosine with any other row: mean and 95th percentile
-encoder cosine       the mean cosine between a latent's encoder and decoder rows
-document entropy     -sum p log2 p over the documents of a batch, over log2 of its rows: 1 if all differ
-tokens/s             tokens of the interval over its seconds, evaluations and checkpoints left out
-mfu                  tokens/s times `flops_per_token` over the measured speed of one large matrix product
-loader wait          share of the interval's seconds in which a batch was waited for
+l0                   mean number of active latents per token
+dead                 fraction of latents that have not fired for `dead_tokens` tokens
+dense                fraction of latents that fired on more than a tenth of the tokens of the window
+density histogram    latents by log10 of the fraction of tokens they fired on, in half decades from 1e-7 to 1
+gradient norm        norm of each parameter's gradient over all ranks, before clipping
+update norm          norm of Adam's step for each parameter over all ranks, before decoder rows are scaled to norm 1
+decoder cosine       largest cosine of a decoder row with any other, over a sample of rows: mean and 95th percentile
+encoder cosine       mean cosine between a latent's encoder and decoder rows
+document entropy     -sum p log2 p over the documents of a batch, divided by log2 of its rows: 1 if all differ
+tokens/s             tokens of the interval divided by its seconds, without evaluations and checkpoints
+mfu                  tokens/s times `flops_per_token`, divided by the measured speed of one large matrix product
+loader wait          fraction of the interval's seconds spent waiting for a batch
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from saetrain.compute.mesh import Mesh
-from saetrain.config import Config
 from saetrain.model import Model
+from saetrain.settings import Settings
+from saetrain.variants.table import VARIANTS
 
 DENSE = 0.1
 EDGES = [x / 2 for x in range(-14, 1)]  # log10 of firing rates
@@ -43,9 +44,9 @@ class Interval(NamedTuple):
 
 
 def ratio_interval(top: Tensor, bottom: Tensor, groups: Tensor | None = None) -> Interval:
-    """sum(top) / sum(bottom) with a 95 % interval, by the delta method.
+    """sum(top) / sum(bottom) with a 95 % interval, by the delta method; all arguments are [rows].
 
-    Rows of one group (a document) are not independent: with `groups`, sums over groups are the sample.
+    Rows of one group (a document) are not independent: with `groups`, the sums over groups are the observations.
     """
     top, bottom = top.double(), bottom.double()
     if groups is not None:
@@ -61,7 +62,7 @@ def ratio_interval(top: Tensor, bottom: Tensor, groups: Tensor | None = None) ->
 
 
 def fvu(error_square: float, row_sum: Tensor, square: float, rows: int) -> float:
-    """From sums over rows: of |x - x^|^2, of x, of |x|^2."""
+    """FVU from sums over rows: of |x - x^|^2, of x [d], of |x|^2."""
     return error_square / (square - float(row_sum.double().square().sum()) / rows)
 
 
@@ -72,23 +73,25 @@ def batch_fvu(x: Tensor, residual: Tensor, mesh: Mesh) -> float:
 
 
 def dead(quiet: Tensor, dead_tokens: int) -> Tensor:
+    """[latents]: True where a latent has been quiet for so many tokens."""
     return quiet >= dead_tokens
 
 
 def rates(fired: Tensor, window: int) -> Tensor:
+    """[latents]: fraction of the window's tokens on which each latent fired."""
     return fired.double() / max(window, 1)
 
 
 def density_histogram(rate: Tensor) -> Tensor:
-    """Counts: never fired, below 1e-7, then half decades up to 1."""
+    """Numbers of latents that never fired, that fired at a rate below 1e-7, and by half decades up to 1."""
     bins = torch.bucketize(rate.clamp_min(1e-300).log10(), torch.tensor(EDGES, dtype=rate.dtype, device=rate.device))
-    # 1 falls into the last half decade, and is not a bin of its own
+    # A rate of 1 belongs to the last half decade.
     bins = bins.clamp(max=len(EDGES) - 1) + 1
     return torch.bincount(bins.masked_fill(rate == 0, 0), minlength=len(EDGES) + 1)
 
 
 def latent_summary(model: Model) -> dict[str, float | list[int]]:
-    """dead, dense and the histogram over the current window, over all latents."""
+    """dead, dense and the density histogram of the current window, over all latents of all ranks."""
     state, mesh, c = model.state, model.mesh, model.config
     rate = rates(state["fired"], int(state["window"]))
     counts = torch.cat(
@@ -99,7 +102,7 @@ def latent_summary(model: Model) -> dict[str, float | list[int]]:
 
 
 def cosines(model: Model, sample: int = COSINE_SAMPLE) -> dict[str, float]:
-    """Decoder and encoder cosines; sends `sample` decoder rows between ranks, never the whole."""
+    """Decoder and encoder cosines; ranks exchange `sample` decoder rows, never the whole dictionary."""
     mesh, w = model.mesh, model.params["W_dec"]
     unit = w / w.norm(dim=1, keepdim=True).clamp_min(1e-12)
     each = min(sample // mesh.tp or 1, len(w))
@@ -108,7 +111,7 @@ def cosines(model: Model, sample: int = COSINE_SAMPLE) -> dict[str, float]:
     best = torch.full((len(rows),), -1.0, device=w.device, dtype=w.dtype)
     for start in range(0, len(unit), 4096):
         product = rows @ unit[start : start + 4096].T
-        own = (mine >= start) & (mine < start + 4096)  # a row is no neighbour of itself
+        own = (mine >= start) & (mine < start + 4096)  # a row does not count as its own neighbour
         at = own.nonzero().view(-1)
         product[at + mesh.tp_index * each, mine[at] - start] = -1.0
         best = torch.maximum(best, product.amax(1))
@@ -124,10 +127,11 @@ def cosines(model: Model, sample: int = COSINE_SAMPLE) -> dict[str, float]:
 
 
 def threshold_summary(model: Model) -> dict[str, float]:
-    """Smallest, mean and largest threshold, where the variant has any."""
-    if model.config.arch == "topk" or model.config.arch == "relu":
+    """Smallest, mean and largest threshold, if the variant has any."""
+    thresholds = model.thresholds()
+    if thresholds is None:
         return {}
-    found = torch.as_tensor(model.thresholds(), dtype=torch.float64).reshape(-1)
+    found = torch.as_tensor(thresholds, dtype=torch.float64).reshape(-1)
     mesh = model.mesh
     low, high = -mesh.max(-found.min()[None], "tp"), mesh.max(found.max()[None], "tp")
     mean = mesh.sum(found.mean()[None], "tp") / mesh.tp
@@ -135,7 +139,7 @@ def threshold_summary(model: Model) -> dict[str, float]:
 
 
 def document_entropy(documents: Tensor) -> float:
-    """Of the document ids of a batch; 1 if all rows are of different documents, 0 if all are of one."""
+    """Entropy of the document ids [rows] of a batch: 1 if all rows are of different documents, 0 if all are of one."""
     if len(documents) < 2:
         return 1.0
     counts = torch.unique(documents, return_counts=True)[1].double()
@@ -143,19 +147,19 @@ def document_entropy(documents: Tensor) -> float:
     return float(-(p * p.log2()).sum()) / math.log2(len(documents)) + 0.0
 
 
-def flops_per_token(config: Config, d_in: int, active: float) -> float:
-    """Multiply-adds times two that one training step needs for a token, over all ranks.
+def flops_per_token(config: Settings, d_in: int, active: float) -> float:
+    """Floating-point operations of one training step per token, over all ranks.
 
-    The encoder product is dense, 2 d n.  Decoding, the gradient of the values, and the two weight gradients touch
-    active latents only: 8 d active.  A dense variant multiplies all latents each time instead: 8 d n.
+    The encoder product is dense: 2 d n.  Decoding, the gradient of the values, and the two weight gradients touch
+    active latents only: 8 d active.  A variant that computes densely multiplies all latents instead: 8 d n.
     """
     n = config.d_sae
-    dense = config.arch == "jumprelu" or (config.arch == "relu" and active > n / 50)
+    dense = VARIANTS[config.arch].computes_densely(active, n)
     return 2.0 * d_in * n + 8.0 * d_in * (n if dense else active)
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the fastest of five square matrix products on this device."""
+    """Operations per second of the fastest of five square matrix products on this device."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")

@@ -1,6 +1,6 @@
 """Adam on this rank's share, learning-rate schedule, gradient clipping, and unit-norm decoder rows.
 
-Everything here is local to a rank except one number a step: the squared norm of the gradient over all ranks.
+Everything here is local to a rank, except that each step sums the squared gradient norms over all ranks.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from saetrain.compute.kernels import sum_of_squares
-from saetrain.config import Config
-from saetrain.model import SHARDED, Model
+from saetrain.model import WHOLE, Model
+from saetrain.settings import Settings
 
 
-def ramps(config: Config, step: int) -> tuple[float, float]:
+def ramps(config: Settings, step: int) -> tuple[float, float]:
     """(learning rate, factor of the sparsity term) for step 0, 1, ... of the run.
 
     The rate rises linearly over `lr_warmup` of the run, stays, and falls linearly to 0 over the last `lr_decay`.
@@ -34,14 +34,13 @@ class Optimizer:
         )
 
     def apply(self, grads: dict[str, Tensor], lr: float) -> dict[str, float]:
-        """One update.  Returns the norm of the gradient of each parameter over all ranks, before clipping.
+        """Update the parameters once.  Returns each parameter's gradient norm over all ranks, before clipping.
 
-        topk family (Gao et al., section 2.3): the part of a decoder row's gradient along the row is removed, and
-        rows are brought back to norm 1 after the update.
+        With `unit_rows` (Gao et al., section 2.3) the component of each decoder row's gradient along the row is
+        removed, and rows are scaled back to norm 1 after the update.
         """
         model, params = self.model, self.model.params
-        unit = model.config.is_sparse
-        if unit:
+        if model.unit_rows:
             rows = params["W_dec"]
             along = (grads["W_dec"] * rows).sum(1, keepdim=True)
             grads["W_dec"].addcmul_(along, rows, value=-1)
@@ -54,12 +53,12 @@ class Optimizer:
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
-        if unit:
+        if model.unit_rows:
             params["W_dec"] /= params["W_dec"].norm(dim=1, keepdim=True).clamp_min(1e-12)
         return norms | {"all": total}
 
     def update_norms(self) -> dict[str, float]:
-        """Norm of Adam's last step for each parameter, over all ranks, from its moments (nothing is copied)."""
+        """Norm of Adam's last step for each parameter, over all ranks, computed from its moments without a copy."""
         c, steps = self.model.config, {}
         for name, param in self.model.params.items():
             state = self.adam.state[param]
@@ -71,7 +70,7 @@ class Optimizer:
             steps[name] = square.sqrt() * lr
         return group_norms(self.model, steps)
 
-    # --- for checkpoints: the moments by parameter, and the number of steps taken
+    # --- for checkpoints: the moments by parameter, and the number of steps made
 
     def moments(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -92,8 +91,8 @@ class Optimizer:
 
 
 def group_norms(model: Model, tensors: dict[str, Tensor]) -> dict[str, float]:
-    """Norm over all ranks of each parameter-like tensor; one message."""
+    """Norm over all ranks of each tensor, which has the shape of the parameter of its name; one message."""
     squares = torch.stack([sum_of_squares(t) for t in tensors.values()])
     everywhere = model.mesh.sum(squares, "tp")
-    split = torch.tensor([name in SHARDED for name in tensors], device=squares.device)
+    split = torch.tensor([name not in WHOLE for name in tensors], device=squares.device)
     return dict(zip(tensors, torch.where(split, everywhere, squares).sqrt().tolist(), strict=True))

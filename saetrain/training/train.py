@@ -27,9 +27,10 @@ from saetrain.training.evaluate import Heldout
 from saetrain.training.log import Log
 from saetrain.training.losses import Step, step
 from saetrain.training.optim import Optimizer, ramps
+from saetrain.variants.table import VARIANTS
 
 INIT_ROWS = 8192
-# Settings that may change when a run is resumed; any other would make it another run.
+# Settings that may change when a run resumes; with any other changed it would be a different run.
 FREE = {"device", "tensor_parallel", "log_every", "eval_every", "checkpoint_every", "keep"}
 # Settings that runs of one sweep have in common.
 SHARED = ("batch_size", "steps", "holdout", "seed", "buffer_rows", "log_every", "eval_every", "checkpoint_every")
@@ -53,17 +54,17 @@ def fit(
     heldout: Source | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[Path, dict[str, Any]]:
-    """Train one autoencoder for each (folder, settings), or go on where these runs stopped.
+    """Train one autoencoder for each (folder, settings), or resume these runs where they stopped.
 
-    Returns each one's last line of metrics.  `heldout` is evaluated instead of the source's own tail.
-    SIGTERM and SIGINT end the step under way, write a checkpoint, and return ("stopped" is then true).
+    Returns the last line of metrics of each run.  Evaluation is on `heldout` instead of the source's own tail.
+    On SIGTERM or SIGINT this finishes the step under way, writes a checkpoint, and returns ("stopped" is then true).
     """
     runs = {run: resolve(config, source.d_in, source.rows) for run, config in runs.items()}
     config = next(iter(runs.values()))
     for other in runs.values():
         _same(config, other, SHARED, "runs of one sweep")
     if config.batch_size % mesh.world:
-        raise ConfigError(f"batch_size {config.batch_size} is no multiple of {mesh.world} ranks")
+        raise ConfigError(f"batch_size {config.batch_size} is not a multiple of the number of ranks, {mesh.world}")
 
     members, at, state = _begin(source, runs, mesh, say)
     cursor = source.batches(source.rows - config.holdout, config, mesh)
@@ -116,21 +117,21 @@ def fit(
 def _begin(
     source: Source, runs: Mapping[Path, Config], mesh: Mesh, say: Callable[[str], None]
 ) -> tuple[list[Member], int, dict[str, Any] | None]:
-    """The members at the step of their common last checkpoint, or new ones; and the data cursor."""
+    """The members at their last common checkpoint, or new ones; the step reached; and the data cursor, if any."""
     for run, config in runs.items():
         if found := checkpoint.published(run):
             old = checkpoint.open_checkpoint(found[0])
             if old.state["d_in"] != source.d_in:
-                raise DataError(f"{source.name} is {source.d_in} wide; {run} is for {old.state['d_in']}")
+                raise DataError(f"{source.name} is {source.d_in} wide; {run} was trained on {old.state['d_in']}")
             names = [f.name for f in fields(Config) if f.name not in FREE]
-            _same(old.config, config, names, f"{run} was begun with other settings")
+            _same(old.config, config, names, f"{run} was started with other settings")
     loaded = checkpoint.load_latest(list(runs), mesh, say)
     if loaded is None:
         if any(checkpoint.published(run) for run in runs):
-            raise SaetrainError("no step of which all runs have a checkpoint: remove them")
+            raise SaetrainError("there is no step for which all runs have a checkpoint: remove the runs to start again")
         norm, members = norm_of(source), []
         for run, config in runs.items():
-            model = Model(config, norm, mesh)
+            model = VARIANTS[config.arch](config, norm, mesh)
             model.initialise(sample(source, model.norm, INIT_ROWS, mesh))
             model.measure_tile(config.batch_size // mesh.dp)
             members.append(Member(run, model, Optimizer(model), None))
@@ -158,10 +159,11 @@ def _begin(
     return members, at, state
 
 
-def _same(one: Config, other: Config, names: Any, what: str) -> None:
+def _same(one: Config, other: Config, names: Any, context: str) -> None:
+    """Refuse settings that differ; `context` begins the message."""
     pairs = [(n, getattr(one, n), getattr(other, n)) for n in names]
     if different := [f"{n} {a!r} / {b!r}" for n, a, b in pairs if a != b]:
-        raise ConfigError(f"{what}: {'; '.join(different)}")
+        raise ConfigError(f"{context}: {'; '.join(different)}")
 
 
 def _line(m: Member, out: Step, x: Tensor, batch: Batch, lr: float, norms: dict[str, float], at: int) -> dict[str, Any]:
@@ -185,18 +187,18 @@ def _line(m: Member, out: Step, x: Tensor, batch: Batch, lr: float, norms: dict[
 
 
 def _explain(out: Step, batch: Batch, source: Source, config: Config, mesh: Mesh, at: int) -> None:
-    """The loss is no number: say which row is to blame, or that training diverged."""
+    """The loss is not finite: name the row to blame, or say that training diverged."""
     first = (at - 1) * config.batch_size + mesh.dp_index * len(batch.rows)
-    what = source.name + (", in reading order" if at * config.batch_size > source.rows else "")
-    check_finite(batch.rows, what, source.field, first)
+    name = source.name + (", in reading order" if at * config.batch_size > source.rows else "")
+    check_finite(batch.rows, name, source.field, first)
     raise SaetrainError(
-        f"step {at:,}: the loss is {out.losses['loss']}: training diverged (lr too high?), "
-        "or a number of another rank's rows is NaN or infinite"
+        f"step {at:,}: the loss is {out.losses['loss']}: training diverged (is lr too high?), "
+        "or the rows of another rank hold a NaN or an infinite number"
     )
 
 
 class _Clock:
-    """Seconds and loader waits since the last line, pauses left out."""
+    """Seconds and loader waits since the last line, without pauses."""
 
     def __init__(self, cursor: Cursor, config: Config, mesh: Mesh) -> None:
         self.cursor, self.config, self.mesh, self.device = cursor, config, mesh, mesh.device
@@ -215,7 +217,7 @@ class _Clock:
         self.away += time.perf_counter() - started
 
     def rates(self, model: Model, at: int, active: float) -> dict[str, float]:
-        if self.at < 0:  # the first interval holds warming up: no rates
+        if self.at < 0:  # the first interval includes warm-up: no rates
             return {}
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -236,7 +238,7 @@ class _Clock:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that a SIGTERM or SIGINT puts its number into; a second one acts as usual."""
+    """A list to which SIGTERM and SIGINT append their numbers; a second signal acts as usual."""
     asked: list[int] = []
     before: dict[int, Any] = {}
 
@@ -247,7 +249,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: the caller looks after signals
+    except ValueError:  # not the main thread: the caller handles signals
         pass
     try:
         yield asked

@@ -54,7 +54,7 @@ def test_gradients_equal_autograd(arch: str, dead: bool, mesh: Mesh) -> None:
 
 
 def test_gradients_of_relu_where_few_are_active(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saetrain.training.losses.DENSE_ABOVE", 1.1)  # the sparse path, whatever the density
+    monkeypatch.setattr("saetrain.variants.relu.DENSE_ABOVE", 1.1)  # the sparse path, whatever the density
     compare("relu", mesh, dead=False)
 
 

@@ -14,9 +14,12 @@ from saetrain.compute.kernels import Encoder
 from saetrain.compute.mesh import Mesh, _add_in_order
 from saetrain.compute.selection import batch_topk, topk
 from saetrain.config import Config, resolve
-from saetrain.model import SHARDED, Model
+from saetrain.model import WHOLE, Model
 from saetrain.training.losses import step
 from saetrain.training.optim import Optimizer, ramps
+from saetrain.variants.batchtopk import BatchTopK
+from saetrain.variants.table import VARIANTS
+from saetrain.variants.topk import TopK
 from support.sae_helpers import ARCHS, Planted, norm_of, one_rank, run_ranks, small
 
 STEPS = 20
@@ -48,7 +51,7 @@ def session(rank: int, folder: Path, layout: str, tensor_parallel: int) -> None:
 def train(mesh: Mesh, folder: Path, name: str, arch: str) -> None:
     """20 steps of a variant; what each step gave goes to a file of this rank."""
     data = Planted.make(2048, 16, 24)
-    model = Model(small(arch), norm_of(data.rows), mesh)
+    model = VARIANTS[arch](small(arch), norm_of(data.rows), mesh)
     model.initialise(model.norm(data.rows[:256]))
     optimizer, seen = Optimizer(model), []
     share = BATCH // mesh.dp
@@ -111,7 +114,7 @@ def read(folder: Path, name: str, arch: str) -> list[dict[str, Any]]:
         joined = dict(parts[0])
         for group in ("grads", "params"):
             joined[group] = {
-                n: torch.cat([part[group][n] for part in parts]) if n in SHARDED else parts[0][group][n]
+                n: torch.cat([part[group][n] for part in parts]) if n not in WHOLE else parts[0][group][n]
                 for n in parts[0][group]
             }
         joined["quiet"] = torch.cat([part["state"]["quiet"] for part in parts])
@@ -174,7 +177,7 @@ def test_known_mistakes_are_noticed(mistake: str, run: Callable[[str], Path]) ->
 
 
 def ties(mesh: Mesh, folder: Path, name: str) -> None:
-    model = Model(small("topk", k=5), norm_of(torch.randn(64, 16)), mesh)
+    model = TopK(small("topk", k=5), norm_of(torch.randn(64, 16)), mesh)
     ids = torch.arange(model.lo, model.hi)
     model.params["W_enc"][:, 0] = (ids % 4).double()  # 16 latents share each value
     share = 8 // mesh.dp
@@ -200,7 +203,7 @@ D, N, K, TOKENS = 96, 2048, 8, 256
 def measure(mesh: Mesh, folder: Path, name: str) -> None:
     rows = torch.randn(512, D, generator=torch.Generator().manual_seed(0))
     config = Config(d_sae=N, k=K, steps=4, batch_size=TOKENS, tile=64, holdout=1)
-    model = Model(resolve(config, D, 2000), norm_of(rows), mesh)
+    model = TopK(resolve(config, D, 2000), norm_of(rows), mesh)
     model.initialise(rows)
     optimizer = Optimizer(model)
     mesh.sent.clear()
@@ -226,7 +229,7 @@ def test_traffic_is_as_stated_and_parameters_fall_with_the_ranks(layout: str, ru
 def test_the_floor_of_batch_topk_never_changes_the_result() -> None:
     with one_rank() as mesh:
         data = Planted.make(512, 16, 24)
-        model = Model(small("batchtopk"), norm_of(data.rows), mesh)
+        model = BatchTopK(small("batchtopk"), norm_of(data.rows), mesh)
         model.initialise(model.norm(data.rows))
         x = model.norm(data.rows[:64])
         plain, cut = batch_topk(model.encoder(), x, 200, mesh, 0.0)

@@ -9,11 +9,16 @@ import pytest
 import torch
 
 import saetrain
+from saetrain.compute.kernels import Codes, Encoder
+from saetrain.compute.selection import topk
 from saetrain.config import Config, field_help, parse_field, resolve
 from saetrain.errors import ConfigError, DataError, SaetrainError
+from saetrain.exchange import export
 from saetrain.training import checkpoint
 from saetrain.training.log import read_log
 from saetrain.training.train import fit
+from saetrain.variants.table import VARIANTS
+from saetrain.variants.topk import TopK
 from support.sae_helpers import ARCHS, MemorySource, Planted, matched, one_rank, small
 
 PLANTED: dict[str, dict[str, Any]] = {
@@ -33,7 +38,7 @@ def planted() -> Planted:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_planted_dictionary_is_found(arch: str, planted: Planted, tmp_path: Path) -> None:
     settings = {"d_sae": 128, "k": 3, "steps": 700, "batch_size": 256, "lr": 4e-3, "tile": 256}
-    config = Config(arch=arch, **(settings | PLANTED[arch]))  # type: ignore[arg-type]
+    config = Config(arch=arch, **(settings | PLANTED[arch]))
     with one_rank() as mesh:
         source = MemorySource(planted.rows, planted.documents)
         last = fit(source, {tmp_path: config}, mesh)[tmp_path]
@@ -68,6 +73,37 @@ def test_a_sweep_is_what_its_runs_are_alone(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="batch_size 32 / 16"):
             one, other = configs["k2"], small("topk", batch_size=16)
             fit(together, {tmp_path / "a": one, tmp_path / "b": other}, mesh)
+
+
+class Halved(TopK):
+    """A variant that no file knows: topk with half of the k latents."""
+
+    name = activation = "halved"
+
+    def choose(self, encoder: Encoder, xc: torch.Tensor) -> Codes:
+        return topk(encoder, xc, self.config.k // 2, self.mesh)
+
+    @staticmethod
+    def activate(pre: torch.Tensor, k: int, threshold: torch.Tensor | None) -> torch.Tensor:
+        return TopK.activate(pre, k // 2, threshold)
+
+    @classmethod
+    def saelens_settings(cls, k: int) -> dict[str, Any]:
+        return TopK.saelens_settings(k // 2)
+
+
+def test_a_variant_is_a_class_and_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "halved", Halved)
+    data = Planted.make(2048, 16, 24)
+    with one_rank() as mesh:
+        source = MemorySource(data.rows, data.documents)
+        last = fit(source, {tmp_path / "run": small("halved", k=6, compute="float32")}, mesh)[tmp_path / "run"]
+    assert 2 < last["l0"] <= 3
+    assert last["eval_l0"] <= 3
+    sae = saetrain.load(tmp_path / "run")
+    assert (sae.encode(data.rows) > 0).sum(1).max() == 3
+    export(tmp_path / "run", tmp_path / "out")
+    assert torch.equal(saetrain.load(tmp_path / "out")(data.rows), sae(data.rows))
 
 
 def test_lines_hold_every_metric_and_are_numbers(tmp_path: Path) -> None:

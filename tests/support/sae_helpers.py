@@ -18,10 +18,11 @@ from benchmarks.sae.planted import Planted, matched
 from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, resolve
 from saetrain.model import Model, Norm
+from saetrain.variants.table import VARIANTS
 
 __all__ = ["Planted", "matched"]  # and what is defined here
 
-ARCHS = ("topk", "batchtopk", "matryoshka", "relu", "jumprelu")
+ARCHS = tuple(VARIANTS)
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def small(arch: str, **more: Any) -> Config:
 
 
 def small_model(arch: str, mesh: Mesh, rows: Tensor, **more: Any) -> Model:
-    model = Model(small(arch, **more), norm_of(rows), mesh)
+    model = VARIANTS[arch](small(arch, **more), norm_of(rows), mesh)
     model.initialise(model.norm(rows[:256]))
     return model
 

@@ -1,0 +1,128 @@
+"""The settings of a run.  The string under each field is its help on the command line.
+
+A zero (or -1 for coefficients, or an empty text) means "choose": `config.resolve` replaces each such value by
+arithmetic on the size of the data, so that a run's config.json leaves nothing to choose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+from saetrain.errors import ConfigError
+
+Arch = str  # a name in `variants.table.VARIANTS`
+Compute = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting, with its default.  `config.Config` adds the checks that need the table of variants."""
+
+    # --- model
+    arch: Arch = "topk"
+    """SAE variant to train: {variants}"""
+    d_sae: int = 0
+    """Number of latents; 0 chooses 16 times the width of the activations"""
+    k: int = 32
+    """Active latents per token (topk), or their mean per token (batchtopk, matryoshka)"""
+    widths: tuple[int, ...] = ()
+    """Nested dictionary sizes (matryoshka); empty chooses d_sae / 16, / 8, / 4, / 2, / 1"""
+    sparsity: float = -1.0
+    """Lambda of the L1 term (relu) or of the tanh term (jumprelu); -1 chooses 5 and 10, less below 1,024 wide"""
+    aux_coef: float = 1 / 32
+    """Weight of the AuxK loss of dead latents (topk, batchtopk, matryoshka)"""
+    aux_k: int = 0
+    """Latents in the AuxK loss; 0 chooses half the width of the activations"""
+    dead_tokens: int = 0
+    """Tokens without firing after which a latent counts as dead; 0 chooses the lesser of 10 million and a tenth
+    of the run, but at least 20 batches"""
+    threshold_rate: float = 0.0
+    """Rate of the running mean of the activation threshold used at inference (batchtopk, matryoshka); 0 chooses
+    0.01, or 20 / steps if that is more"""
+    bandwidth: float = 2.0
+    """Width of the straight-through kernel (jumprelu)"""
+    tanh_scale: float = 4.0
+    """Factor c inside the tanh penalty (jumprelu)"""
+    preact_coef: float = 3e-6
+    """Weight of the pre-activation loss that revives latents (jumprelu)"""
+    # --- optimisation
+    batch_size: int = 0
+    """Tokens per step over all ranks; 0 chooses a power of two from 256 to 4096 that gives about 2,000 steps"""
+    steps: int = 0
+    """Optimiser steps; 0 chooses one pass, or up to 20 passes where one gives fewer than 2,000 steps"""
+    lr: float = 0.0
+    """Learning rate of Adam; 0 chooses 2e-4 sqrt(16,384 / d_sae), for fewer than 20,000 steps times
+    sqrt(20,000 / steps), at most 0.016 (jumprelu: at most 5 times)"""
+    lr_warmup: float = 0.02
+    """Fraction of the run in which the learning rate rises from 0"""
+    lr_decay: float = 0.2
+    """Fraction of the run, at its end, in which the learning rate falls to 0"""
+    sparsity_warmup: float = -1.0
+    """Fraction of the run in which the sparsity term rises from 0; -1 chooses 0.05 for relu, 1 for jumprelu"""
+    beta1: float = 0.9
+    """Adam's beta1"""
+    beta2: float = 0.999
+    """Adam's beta2"""
+    eps: float = 6.25e-10
+    """Adam's epsilon"""
+    clip: float = 1.0
+    """Largest norm of the gradient over all parameters; 0 sets no limit"""
+    seed: int = 0
+    """Seed of the initial weights, and of the batch order of later epochs"""
+    # --- data
+    field: str = ""
+    """Array of the store to train on; empty chooses the only floating-point array of two axes"""
+    document_field: str = ""
+    """Array of document ids, for the document entropy of batches; empty chooses `document` or a similar name, if
+    the store has one"""
+    holdout: int = 0
+    """Rows at the end of the store to keep for evaluation; 0 chooses the lesser of 5 % and 16,384"""
+    incomplete: bool = False
+    """Whether to accept (true) a store without its completion marker: an array or group of any origin"""
+    buffer_rows: int = -1
+    """Rows of a shuffle buffer for a store that is not shuffled; 0 takes the stored order, -1 refuses such a store"""
+    # --- machine
+    device: str = "auto"
+    """Device to train on: cpu, cuda, or auto"""
+    compute: Compute = "auto"
+    """Precision of the encoder product; auto chooses bfloat16 on CUDA, float32 elsewhere.  Parameters, optimiser
+    and sums stay float32 (float64 with float64)"""
+    tensor_parallel: int = 0
+    """Ranks that share one copy of the parameters; 0 chooses all of them"""
+    tile: int = 0
+    """Tokens per encoder product; 0 times a few sizes once and keeps the fastest"""
+    # --- bookkeeping
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl"""
+    eval_every: int = 0
+    """Steps between evaluations on held-out rows; 0 chooses a tenth of the run"""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 chooses a tenth of the run, and at most 1,000"""
+    keep: int = 2
+    """Checkpoints to keep"""
+
+    def __post_init__(self) -> None:
+        if self.compute not in (known := get_args(Compute)):
+            raise ConfigError(f"compute must be one of {', '.join(known)}, got {self.compute!r}")
+        for name in _NEVER_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("k", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if list(self.widths) != sorted(set(self.widths)) or any(w < 1 for w in self.widths):
+            raise ConfigError(f"widths must rise strictly from 1 or more, got {self.widths}")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Self:
+        names = {f.name for f in fields(cls)}
+        if unknown := set(found) - names:
+            raise ConfigError(f"unknown settings {sorted(unknown)}: did a newer version write them?")
+        return cls(**{**found, "widths": tuple(found.get("widths", ()))})
+
+
+_NEVER_NEGATIVE = ["d_sae", "aux_k", "dead_tokens", "batch_size", "steps", "lr", "clip", "holdout", "tile", "aux_coef"]
