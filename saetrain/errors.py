@@ -2,11 +2,13 @@
 
 ::
 
-    SaetrainError            exit
-    ├── ConfigError          2     the settings contradict each other or the data
-    ├── DataError            2     the store is unfinished, of the wrong width, or holds NaNs
-    ├── CheckpointError      1     no checkpoint, or a damaged one
-    └── ExchangeError        2     another tool's file that cannot be read, or a model it cannot hold
+    SaetrainError            code              exit
+    ├── ConfigError          bad-request       2     the settings contradict each other or the data
+    ├── DataError            bad-source        2     the store is unfinished, of the wrong width, or holds NaNs
+    ├── CheckpointError      bad-checkpoint    1     there is no checkpoint, or it is damaged
+    └── ExchangeError        bad-exchange      2     another tool's file is unreadable, or cannot hold the model
+
+The codes that actshuffle has too mean the same there.
 """
 
 from __future__ import annotations
@@ -15,22 +17,26 @@ from typing import ClassVar
 
 
 class SaetrainError(Exception):
-    """Base of all errors raised on purpose by saetrain."""
+    """Base of all errors that saetrain raises on purpose."""
 
+    code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
 
 
 class ConfigError(SaetrainError, ValueError):
+    code = "bad-request"
     exit_code = 2
 
 
 class DataError(SaetrainError):
+    code = "bad-source"
     exit_code = 2
 
 
 class CheckpointError(SaetrainError):
-    pass
+    code = "bad-checkpoint"
 
 
 class ExchangeError(SaetrainError):
+    code = "bad-exchange"
     exit_code = 2

@@ -88,8 +88,8 @@ def test_ranks_of_nproc_train_the_same(store: Path, tmp_path: Path) -> None:
     assert [x["document_entropy"] for x in two] == [x["document_entropy"] for x in one]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_checkpoints_and_leaves_cleanly(ranks: int, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGINT)])
+def test_a_signal_checkpoints_and_leaves_cleanly(ranks: int, number: int, store: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = [*FAST, "--steps", "1000000", "--log-every", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -98,7 +98,7 @@ def test_sigterm_checkpoints_and_leaves_cleanly(ranks: int, store: Path, tmp_pat
     deadline = time.monotonic() + 90
     while len(read_log(out)) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors

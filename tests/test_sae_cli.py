@@ -1,0 +1,188 @@
+"""The command line: JSON on stdout, one line for an error, exit codes, help."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import actshuffle
+import saetrain
+from sae_helpers import MemorySource, Planted, one_rank, small
+from saetrain import cli
+from saetrain.cli import main
+from saetrain.config import Config
+from saetrain.variants.table import VARIANTS
+
+SMALL = ("--steps", "6", "--d-sae", "64", "--k", "4", "--batch-size", "64", "--device", "cpu", "--tile", "64")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import zarr
+
+    folder = tmp_path_factory.mktemp("cli")
+    rows = Planted.make(2048, 16, 24).rows.numpy()
+    zarr.create_array(folder / "src.zarr", data=rows, chunks=(512, 16))
+    actshuffle.shuffle(folder / "src.zarr", folder / "rows.zarr", seed=1, memory="64MB")
+    return folder / "rows.zarr"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data, folder = Planted.make(2048, 16, 24), tmp_path_factory.mktemp("run")
+    with one_rank() as mesh:
+        saetrain.fit(MemorySource(data.rows, data.documents), {folder: small("topk")}, mesh)
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> tuple[dict[str, Any], str]:
+    """The one JSON object on stdout, and stderr."""
+    assert main([*map(str, arguments), "--json"]) == code
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1
+    return json.loads(out), err
+
+
+# --- JSON
+
+
+def test_fit_prints_its_facts(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, err = said(capsys, "fit", store, "--out", tmp_path / "run", *SMALL)
+    assert found["run"] == str(tmp_path / "run")
+    assert found["stopped"] is False
+    assert found["metrics"]["step"] == 6
+    assert "eval_fvu" in found["metrics"]
+    assert "6/6" in err  # progress is for people
+    assert main(["fit", str(store), "--out", str(tmp_path / "plain"), *SMALL]) == 0
+    out, err = capsys.readouterr()
+    assert "6/6" in out
+    assert err == ""
+
+
+def test_sweep_prints_the_facts_of_each_run(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, _ = said(capsys, "sweep", store, "--out", tmp_path, *SMALL, "--k", "2,4")
+    assert [Path(x["run"]).name for x in found["runs"]] == ["k=2", "k=4"]
+    assert found["runs"][0]["metrics"]["l0"] <= 2 < found["runs"][1]["metrics"]["l0"]
+
+
+def test_of_several_ranks_one_prints(store: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "saetrain", "fit", store, "--out", tmp_path, "--nproc", "2", "--json", *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["step"] == 6
+    refused = subprocess.run(
+        [*command, "--field", "other"], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert refused.returncode == 2
+    assert json.loads(refused.stdout)["error"] == "bad-source"
+
+
+def test_other_commands_print_their_facts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, _ = said(capsys, "report", run, "--out", tmp_path)
+    assert [Path(name).name for name in found["files"]] == ["report.html", "report.png"]
+    out = tmp_path / "out"
+    assert said(capsys, "export", run, out)[0] == {"run": str(run), "to": str(out), "format": "saelens"}
+    back = tmp_path / "back"
+    assert said(capsys, "import", out, back)[0] == {"folder": str(out), "run": str(back)}
+
+
+# --- Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error", "words"),
+    [
+        (["fit", "absent.zarr"], 2, "bad-source", "no such source"),
+        (["fit", "x.zarr", "--arch", "gated"], 2, "bad-request", "arch must be one of topk, batchtopk"),
+        (["fit", "x.zarr", "--k", "many"], 2, "bad-request", "--k must be an integer, got 'many'"),
+        (["fit", "x.zarr", "--nproc", "0"], 2, "bad-request", "--nproc must be 1 or more"),
+        (["fit"], 2, "bad-request", "Missing argument 'STORE'"),
+        (["fit", "x.zarr", "--novel", "1"], 2, "bad-request", "No such option"),
+        (["sweep", "x.zarr"], 2, "bad-request", "a sweep needs a list"),
+        (["export", "absent", "out"], 1, "bad-checkpoint", "no checkpoint in absent"),
+        (["export", "absent", "out", "--format", "onnx"], 2, "bad-request", "'onnx' is not one of"),
+        (["import", "absent", "run"], 2, "bad-exchange", "absent cannot be read"),
+        (["report", "absent"], 1, "error", "no metrics.jsonl"),
+        (["novel"], 2, "bad-request", "No such command"),
+    ],
+)
+def test_errors_have_a_line_a_code_and_an_exit_code(
+    arguments: list[str],
+    code: int,
+    error: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, err = said(capsys, *arguments, code=code)
+    assert found["error"] == error
+    assert words in found["message"]
+    assert words in err
+    assert "Traceback" not in err
+    assert main(arguments) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unexpected_error_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(*_: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("saetrain.exchange.bring", breaks)
+    assert main(["import", "a", "b"]) == 1
+    err = capsys.readouterr().err
+    assert err == "error: unexpected ZeroDivisionError: division by zero (--debug shows where)\n"
+    assert main(["import", "a", "b", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setattr("saetrain.exchange.bring", lambda *_: Path("/dev/null/x").write_text(""))
+    found, err = said(capsys, "import", "a", "b", code=1)
+    assert found["error"] == "io"
+    assert "/dev/null/x" in err
+
+
+def test_ctrl_c_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("saetrain.exchange.bring", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["import", "a", "b"])
+
+
+# --- Help
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"saetrain {actshuffle.__version__}\n"
+    assert main([]) == 2
+    assert "Missing command" in capsys.readouterr().err
+    for name in cli.command_line.commands:
+        assert main([name, "-h"]) == 0
+        assert main([name, "--help"]) == 0
+    assert "--d-sae" in capsys.readouterr().out
+    assert main(["fit", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(VARIANTS) in told
+    assert "[default: 32]" in told
+
+
+def test_every_setting_is_an_option_of_fit_and_sweep() -> None:
+    for name in ("fit", "sweep"):
+        options = {p.name: p for p in cli.command_line.commands[name].params}
+        assert set(Config().to_json()) <= set(options)
+        swept = {n for n, p in options.items() if p.metavar == "A,B"}
+        assert swept == (set(cli.SWEPT) if name == "sweep" else set())
