@@ -1,9 +1,9 @@
-"""Rows to train on: what the trainer asks of a store, and actshuffle's stores as such.
+"""Rows to train on: `Source`, the interface the trainer needs, and `Store`, which gives it to an actshuffle store.
 
 ::
 
     rows     0 ...................... train | n ... held out       the tail of a shuffled store is a random sample
-    a step   batch_size rows; rank r of w reads the r-th of w neighbouring parts, and the tensor-parallel ranks
+    a step   batch_size rows; rank r of w reads the r-th of w adjacent parts, and the tensor-parallel ranks
              of a replica share theirs: each row is read once, whatever the number of ranks
 """
 
@@ -30,9 +30,9 @@ SAMPLE_ROWS = 65_536  # for statistics where the store has none
 
 
 class Cursor(Protocol):
-    """Batches of this rank, and where they are."""
+    """Batches of this rank, from a position that can be saved and restored."""
 
-    wait_seconds: float
+    wait_seconds: float  # spent waiting for rows so far
 
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -40,7 +40,7 @@ class Cursor(Protocol):
 
 
 class Source(Protocol):
-    """Rows by number, and batches of a range of them."""
+    """Rows by number, and batches of the first of them."""
 
     name: str
     rows: int
@@ -49,16 +49,21 @@ class Source(Protocol):
     document_field: str | None
 
     def statistics(self) -> tuple[np.ndarray[Any, Any], float]:
-        """The mean row, and the sum over columns of the variance."""
+        """The mean row [d_in], and the sum over columns of the variance."""
         ...
 
-    def read(self, field: str, start: int, stop: int) -> Tensor: ...
-    def batches(self, rows: int, config: Config, mesh: Mesh) -> Cursor: ...
+    def read(self, field: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of an array."""
+        ...
+
+    def batches(self, rows: int, config: Config, mesh: Mesh) -> Cursor:
+        """Endless batches of the first `rows` rows, each row once per epoch."""
+        ...
 
 
 class Batch(NamedTuple):
-    rows: Tensor  # raw activations of this replica
-    documents: Tensor | None  # ids of the documents of the rows that this rank read
+    rows: Tensor  # [rows, d_in]: raw activations of this replica
+    documents: Tensor | None  # [rows read by this rank]: ids of their documents
 
 
 class Store:
@@ -79,7 +84,7 @@ class Store:
         if len(info.row_shape) != 1 or not (info.dtype.kind == "f" or info.bfloat16):
             raise DataError(
                 f"{self.field!r} in {path} has rows of shape {info.row_shape} and type {info.dtype_name}; "
-                "activations are one axis of floating-point numbers"
+                "activations need rows of one axis of floating-point numbers"
             )
         self.d_in = int(info.row_shape[0])
         names = [config.document_field] if config.document_field else DOCUMENT_NAMES
@@ -97,7 +102,7 @@ class Store:
         return found[0]
 
     def statistics(self) -> tuple[np.ndarray[Any, Any], float]:
-        """As `actshuffle stats` recorded them with the store, else of a sample of its rows."""
+        """The statistics that `actshuffle stats` recorded with the store, else those of a sample of its rows."""
         try:
             known: Any = read_stats(self.data)[self.field]
         except (RequestError, FormatError, KeyError):
@@ -107,10 +112,10 @@ class Store:
                 row, column = known.first_nan or known.first_inf or (0, 0)
                 raise DataError(
                     f"{self.field!r} in {self.name} holds {known.nans:,} NaNs and {known.infs:,} infinite "
-                    f"numbers; the first in row {row:,}, column {column}"
+                    f"numbers; the first is in row {row:,}, column {column}"
                 )
             return known.mean.astype(np.float64), float(known.variance.sum(dtype=np.float64))
-        # A shuffled store's first rows are a random sample; of another one, 64 runs from all over it.
+        # The first rows of a shuffled store are a random sample; any other store gives 64 runs from all over it.
         runs = 1 if self.data.shuffled else 64
         each = max(min(self.rows, SAMPLE_ROWS) // runs, 1)
         shift, count, total, square = np.zeros(self.d_in), 0, np.zeros(self.d_in), 0.0
@@ -120,7 +125,7 @@ class Store:
                 part = self.read(self.field, at, min(at + 4096, first + each, self.rows)).double()
                 check_finite(part, self.name, self.field, at)
                 if not count:
-                    shift = part.mean(0).numpy()  # so that a large mean costs no digits
+                    shift = part.mean(0).numpy()  # a large mean would cost digits
                 part -= torch.from_numpy(shift)
                 count, total = count + len(part), total + part.sum(0).numpy()
                 square += float(part.square().sum())
@@ -154,8 +159,8 @@ class Store:
 
 
 def check_finite(rows: Tensor, name: str, field: str, first: int) -> None:
-    """Refuse NaNs and infinities, and say where."""
-    if bool(torch.isfinite(rows.sum())):  # one pass; a sum that overflows is looked at again
+    """Refuse NaNs and infinities, and name the first; `first` is the number of the first row."""
+    if bool(torch.isfinite(rows.sum())):  # one pass; a sum that overflows needs the closer look below
         return
     bad = (~torch.isfinite(rows)).nonzero()
     if len(bad):
@@ -171,14 +176,14 @@ def norm_of(source: Source) -> Norm:
 
 
 def sample(source: Source, norm: Norm, rows: int, mesh: Mesh) -> Tensor:
-    """The first rows, normalised: what variants initialise from, the same on every rank."""
+    """The first rows, normalised, from which variants initialise; the same on every rank."""
     raw = source.read(source.field, 0, min(rows, source.rows))
     check_finite(raw, source.name, source.field, 0)
     return norm(raw.to(mesh.device))
 
 
 def stream(source: Source, cursor: Cursor, mesh: Mesh) -> Iterator[Batch]:
-    """The batches of this replica: each rank's part of the rows, shared among its tensor-parallel ranks."""
+    """The batches of this replica: its tensor-parallel ranks each read a part of the rows, and share it."""
     for batch in cursor:
         mine = batch[source.field].to(mesh.device, non_blocking=True)
         rows = mesh.gather(mine, "tp", "rows").reshape(-1, mine.shape[1])

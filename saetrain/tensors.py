@@ -6,8 +6,8 @@
     header    JSON: {name: {"dtype": "F32", "shape": [n, d], "data_offsets": [from, to]}, "__metadata__": {...}}
     data      the tensors' bytes, little-endian, C order, without gaps
 
-Written here and not by the safetensors package, whose writer wants every tensor whole in memory: a dictionary
-larger than one machine's memory is exported from its shards a block at a time.  Nothing in such a file is code.
+The safetensors package is not used, since its writer needs every tensor whole in memory, and a dictionary larger than
+one machine's memory is exported from its shards a block at a time.  Nothing in such a file is code.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write(
 ) -> str:
     """Write a file and make it durable; returns the SHA-256 of its bytes.
 
-    `blocks` gives each tensor in the order of `specs`, whole or as rows one after the other.
+    `blocks` gives each tensor in the order of `specs`, whole or as consecutive blocks of rows.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
@@ -79,8 +79,7 @@ def write(
                 left = specs[name].nbytes if name else 0
             piece = as_bytes(block)
             if of != name or len(piece) > left or block.dtype != specs[name].dtype:
-                what = f"block of {of!r}, {len(piece)} bytes"
-                raise ValueError(f"{what}, where {left} of {name!r} are due")
+                raise ValueError(f"block of {of!r}, {len(piece)} bytes, where {left} of {name!r} are due")
             file.write(piece)
             digest.update(piece)
             written, left = written + len(piece), left - len(piece)
@@ -92,13 +91,13 @@ def write(
 
 
 def as_bytes(x: Tensor) -> memoryview:
-    """The bytes of a tensor; of a copy of it if it is on a GPU or not contiguous."""
+    """The bytes of a tensor, copied if it is on a GPU or not contiguous."""
     flat = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
 class TensorFile:
-    """A file to read from; nothing of the data is read before it is asked for."""
+    """A file to read from.  Opening it reads the header only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -117,14 +116,13 @@ class TensorFile:
                 a, b = (int(v) for v in entry["data_offsets"])
                 fits = b - a == spec.nbytes and 0 <= a <= b <= size - self.start
                 if min(spec.shape, default=0) < 0 or not fits:
-                    what = f"{name!r} at [{a}, {b}) of {size - self.start} bytes"
-                    raise ValueError(f"{what} does not fit {spec}")
+                    raise ValueError(f"{name!r} at [{a}, {b}) of {size - self.start} bytes does not fit {spec}")
                 self.specs[name], self.offsets[name] = spec, a
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no safetensors file: {error}") from error
+            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a tensor, in memory of their own."""
+        """Rows [start, stop) of a tensor, copied into new memory."""
         if name not in self.specs:
             raise CheckpointError(f"{self.path} has no {name!r}; it has {sorted(self.specs)}")
         spec = self.specs[name]

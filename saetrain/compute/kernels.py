@@ -1,7 +1,7 @@
 """The three products of a sparse code, touching active latents only, and an exact top-k.
 
 A batch's active latents are `Codes`: entry e says that in bag b the latent `latent[e]` has the value `value[e]`,
-bags one behind the other.  A bag is a token, or for nested dictionaries a (segment, token) pair.
+one bag after the other.  A bag is a token, or for nested dictionaries a (segment, token) pair.
 
 ::
 
@@ -9,10 +9,10 @@ bags one behind the other.  A bag is a token, or for nested dictionaries a (segm
     dots      out[e]   = <up[bag[e]], table[latent[e]]>                                   nnz d
     scatter   out[i]   = sum over entries e of latent i  weight[e] rows[row[e]]           nnz d
 
-`decode` and `scatter` are the same weighted bag sum, over the entries in bag order and in latent order: no atomic
-adds, so the result is the same bits each time.  They run as torch's embedding_bag, which reads each row once and
-writes each sum once (on 2 cores 30 times faster than index_select, multiply, index_add); on CUDA as the Triton
-kernels of triton_kernels.py where Triton is installed, else as embedding_bag again.
+`decode` and `scatter` are the same weighted bag sum, over the entries in bag order and in latent order.  Neither
+needs atomic adds, so results repeat bit for bit.  They run as torch's embedding_bag, which reads each row once and
+writes each sum once (on 2 cores 30 times faster than index_select, multiply, index_add); on CUDA they run as the
+Triton kernels of triton_kernels.py where Triton is installed, else as embedding_bag again.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ try:
 except ImportError:  # Triton is not installed
     triton_kernels = None  # type: ignore[assignment]
 
-GROUPS = (32, 16, 8)  # latents whose maximum is looked at first in a top-k
+GROUPS = (32, 16, 8)  # sizes of the groups of latents whose maxima bound a top-k
 
 
 @dataclass(frozen=True)
 class Codes:
+    """The active latents of a batch, and their values."""
+
     latent: Tensor  # int64 [nnz], row of this rank's share of the dictionary
     value: Tensor  # [nnz]
     bag: Tensor  # int64 [nnz], ascending
@@ -49,17 +51,20 @@ class Codes:
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
-        """The entries in order of latent (bags ascending within), and where each latent's begin."""
+        """The order of entries by latent (bags ascending within), and the offset of each latent's first."""
         latent, order = torch.sort(self.latent, stable=True)
         return order, _offsets(latent, self.latents)
 
     def decode(self, table: Tensor) -> Tensor:
+        """[bags, d] from table [latents, d]."""
         return bag_sum(table, self.latent, self.value, self.offsets)
 
     def dots(self, up: Tensor, table: Tensor) -> Tensor:
+        """[nnz] from up [bags, d] and table [latents, d]."""
         return bag_dot(up, table, self.latent, self.bag, self.offsets)
 
     def scatter(self, rows: Tensor, row: Tensor, weight: Tensor) -> Tensor:
+        """[latents, d] from rows [m, d]; row and weight are [nnz]."""
         order, offsets = self.by_latent
         return bag_sum(rows, row[order], weight[order], offsets)
 
@@ -73,7 +78,7 @@ class Codes:
         return self.by_latent[1].diff()
 
     def then(self, other: Codes) -> Codes:
-        """Both, the other's bags behind mine."""
+        """Both, with the other's bags after mine."""
         return Codes(
             torch.cat([self.latent, other.latent]),
             torch.cat([self.value, other.value]),
@@ -110,7 +115,7 @@ def bag_dot(up: Tensor, table: Tensor, index: Tensor, bag: Tensor, offsets: Tens
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """In one pass, with nothing made on the way."""
+    """One pass, without temporaries."""
     flat = x.reshape(-1)
     return flat.dot(flat)
 
@@ -122,8 +127,8 @@ def exact_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and columns of the k largest of each row, largest first, equal ones in order of column.
 
     The k-th largest of the maxima of groups of columns is a bound that at least k values of the row reach, and
-    seldom many more: only these are sorted (stably, so that ties go to the lowest columns, which torch.topk leaves
-    open).  A NaN is not below any bound, and comes out first.
+    seldom many more.  Only these are sorted, stably, so that ties go to the lowest columns; torch.topk breaks ties
+    arbitrarily.  A NaN is not below any bound, and comes first.
     """
     rows, n = pre.shape
     k = min(k, n)
@@ -147,8 +152,8 @@ def exact_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 class Encoder:
     """x W^T + b a tile of tokens at a time, so that only `tile` rows of pre-activations exist at once.
 
-    `compute` is the precision of the product; the bias is added after, in float32.  On CUDA an inner dimension
-    that is no multiple of 16 is padded, since tensor cores fall back to slow paths there.
+    `compute` is the precision of the product; the bias is added afterwards, in float32.  On CUDA an inner dimension
+    that is not a multiple of 16 is padded, since tensor cores otherwise fall back to slow paths.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, compute: torch.dtype, tile: int) -> None:
@@ -157,6 +162,7 @@ class Encoder:
         self.bias, self.tile, self.compute = bias, max(tile, 1), compute
 
     def product(self, x: Tensor) -> Tensor:
+        """Pre-activations [tokens, latents]."""
         if self.compute == self.bias.dtype and not self.pad:
             return torch.addmm(self.bias, x, self.weight.T)
         x = F.pad(x.to(self.compute), (0, self.pad)) if self.pad else x.to(self.compute)
@@ -166,11 +172,12 @@ class Encoder:
         return [partial(self.product, part) for part in torch.split(x, self.tile)]
 
     def topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Values and latents [tokens, k] of each token's k largest pre-activations."""
         found = [exact_topk(pre(), k) for pre in self.tiles(x)]
         return torch.cat([v for v, _ in found]), torch.cat([c for _, c in found])
 
     def above(self, x: Tensor, floor: Tensor | float) -> Codes:
-        """Codes of all pre-activations above `floor` (a number, or one for each latent)."""
+        """Codes of all pre-activations above `floor` (one number, or [latents])."""
         bags, latents, values = [], [], []
         for number, pre in enumerate(self.tiles(x)):
             found = pre()
@@ -183,14 +190,14 @@ class Encoder:
 
 
 def choose_tile(weight: Tensor, bias: Tensor, compute: torch.dtype, k: int, tokens: int) -> int:
-    """The fastest of a few tile sizes for this shape on this machine, by trying each a few times."""
+    """The fastest of a few tile sizes for this shape on this machine; each is timed three times."""
     best = (float("inf"), 1)
     sizes = [size for size in (128, 256, 512, 1024, 2048, 4096, 8192) if size < tokens] + [tokens]
     limit = 2**28 if weight.is_cuda else 2**25  # elements of pre-activations at once
     x = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=bias.dtype)
     for size in [s for s in sizes if s * weight.shape[0] <= limit] or sizes[:1]:
         encoder = Encoder(weight, bias, compute, size)
-        encoder.topk(x, k)  # warms up
+        encoder.topk(x, k)  # warm-up
         for _ in range(3):
             started = time.perf_counter()
             encoder.topk(x, k)

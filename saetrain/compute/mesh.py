@@ -1,4 +1,4 @@
-"""Who holds what, and every word spoken between ranks.
+"""The share of each rank, and all communication between ranks.
 
 World = data-parallel replicas (dp) x tensor-parallel ranks (tp) on a torch DeviceMesh; rank = dp_index * tp + tp_index.
 
@@ -8,18 +8,18 @@ World = data-parallel replicas (dp) x tensor-parallel ranks (tp) on a torch Devi
     dp 0   rank 0: latents A   rank 1: latents B       and sees, with the other ranks of row i, the same
     dp 1   rank 2: latents A   rank 3: latents B       batch / D tokens
 
-Sums are made in a stated order: each rank receives one slice from all others, adds them in order of rank, and
-sends the result round.  So every rank holds the same bits, whatever the backend, at the traffic of a ring.
-A group of one rank takes the same calls, and each of them is then the identity.
+Sums have a fixed order: each rank receives one slice from all others, adds them in order of rank, and sends the
+result to all.  So every rank holds the same bits, whatever the backend, at the traffic of a ring.  A group of one
+rank makes the same calls, and each of them is then the identity.
 
-Bytes that a rank sends, for each token of its replica (T tensor-parallel ranks, e bytes an element of the
-store, 4 bytes a float32):
+Bytes that a rank sends, for each token of its replica (T tensor-parallel ranks, e bytes per element of the
+store, 4 bytes per float32):
 
     rows of the batch     d e (T - 1) / T          each rank reads its own rows, once, and shares them
-    top-k candidates      4 k (T - 1)              topk; batchtopk sends histograms instead, 24 KB a step
+    top-k candidates      4 k (T - 1)              topk; batchtopk sends histograms instead, 24 KB per step
     reconstructions       8 d G (T - 1) / T        G = nested dictionaries, 1 except for matryoshka; AuxK adds one
 
-and once a step 2 (D - 1) / D of its share of the gradients between replicas.  `Mesh.sent` counts what was sent.
+and once per step 2 (D - 1) / D of its share of the gradients between replicas.  `Mesh.sent` counts the bytes sent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Mesh:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.tp = tensor_parallel or self.world
         if self.world % self.tp:
-            raise ConfigError(f"tensor_parallel {self.tp} does not divide the {self.world} ranks")
+            raise ConfigError(f"tensor_parallel {self.tp} does not divide the number of ranks, {self.world}")
         self.dp = self.world // self.tp
         self.dp_index, self.tp_index = divmod(self.rank, self.tp)
         self.torch_mesh = init_device_mesh(device.type, (self.dp, self.tp), mesh_dim_names=("dp", "tp"))
@@ -85,24 +85,24 @@ class Mesh:
 
     # --- sums and gathers; `over` is "tp", "dp" or "world"
 
-    def gather(self, x: Tensor, over: str, what: str = "other") -> Tensor:
-        """[size, *x.shape]: the equal-shaped `x` of all ranks, in order of rank."""
+    def gather(self, x: Tensor, over: str, purpose: str = "other") -> Tensor:
+        """[size, *x.shape]: the `x` of all ranks, of one shape, in order of rank."""
         group, size, _ = self.groups[over]
         if size == 1:
             return x[None]
         raw = x.contiguous().view(-1).view(torch.uint8)
         out = raw.new_empty(size * raw.numel())
         dist.all_gather_single(out, raw, group=group)
-        self.sent[what] += raw.numel() * (size - 1)
+        self.sent[purpose] += raw.numel() * (size - 1)
         return out.view(x.dtype).view(size, *x.shape)
 
-    def sum(self, x: Tensor, over: str, what: str = "other") -> Tensor:
+    def sum(self, x: Tensor, over: str, purpose: str = "other") -> Tensor:
         """The sum over ranks, added in order of rank, the same bits everywhere."""
         group, size, _ = self.groups[over]
         if size == 1:
             return x
         if x.numel() < size * 1024:  # short: one message instead of two
-            return _add_in_order(self.gather(x, over, what))
+            return _add_in_order(self.gather(x, over, purpose))
         flat = x.contiguous().view(-1)
         share = -(-flat.numel() // size)
         flat = torch.nn.functional.pad(flat, (0, share * size - flat.numel()))
@@ -110,39 +110,41 @@ class Mesh:
         dist.all_to_all_single(mine, flat, group=group)
         total = _add_in_order(mine.view(size, share))
         dist.all_gather_single(flat, total, group=group)
-        self.sent[what] += 2 * (size - 1) * share * x.element_size()
+        self.sent[purpose] += 2 * (size - 1) * share * x.element_size()
         return flat[: x.numel()].view(x.shape)
 
     def max(self, x: Tensor, over: str) -> Tensor:
         return self.gather(x, over).amax(0)
 
-    def gather_ragged(self, x: Tensor, over: str, what: str = "other") -> Tensor:
-        """The 1-D `x` of all ranks, one behind the other, whatever their lengths."""
+    def gather_ragged(self, x: Tensor, over: str, purpose: str = "other") -> Tensor:
+        """The 1-D `x` of all ranks, concatenated in order of rank; lengths may differ."""
         if self.groups[over][1] == 1:
             return x
-        lengths = self.gather(torch.tensor([x.numel()], device=x.device), over, what).view(-1).tolist()
+        lengths = self.gather(torch.tensor([x.numel()], device=x.device), over, purpose).view(-1).tolist()
         padded = torch.nn.functional.pad(x, (0, max(lengths) - x.numel()))
-        parts = self.gather(padded, over, what)
+        parts = self.gather(padded, over, purpose)
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so; all get the same answer."""
+        """True on every rank if `flag` is true on any."""
         return bool(self.gather(torch.tensor([flag], device=self.device), "world").any())
 
-    def share(self, total: int, what: str) -> tuple[int, int]:
+    def share(self, total: int, name: str) -> tuple[int, int]:
         """This rank's rows [lo, hi) of `total` latents."""
         if total % self.tp:
-            raise ConfigError(f"{what} {total} is no multiple of {self.tp}, the ranks that share the parameters")
+            raise ConfigError(f"{name} {total} is not a multiple of {self.tp}, the ranks that share the parameters")
         each = total // self.tp
         return self.tp_index * each, (self.tp_index + 1) * each
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc reuse freed blocks of up to 32 MB: returned to the system, each would come back as fresh pages,
-    which take longer to be made than the sums in them."""
+    """Have glibc reuse freed blocks of up to 32 MB.
+
+    Returned to the system, each would come back as fresh pages, which cost more than the sums made in them.
+    """
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; more is refused
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; glibc refuses more
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError):
         pass  # another C library

@@ -1,7 +1,7 @@
 """The sparse products of kernels.py for CUDA, in Triton.
 
-One program makes one sum (a bag) or one dot product (an entry), over blocks of columns, in float32: rows are read
-once, nothing is materialised, and no two programs write the same place, so results repeat bit for bit.
+One program computes one sum (a bag) or one dot product (an entry), over blocks of columns, in float32.  Each row is
+read once, nothing is materialised, and no two programs write to the same place, so results repeat bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluation on held-out rows, with intervals."""
+"""Evaluation on held-out rows, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from saetrain.data import Source
 from saetrain.model import Model
 from saetrain.training import metrics
 
-EVAL_ROWS = 2048  # rows of one evaluation batch
+EVAL_ROWS = 2048  # rows per evaluation batch
 
 
 class Heldout:
-    """Rows that are not trained on, and what a model makes of them."""
+    """Rows that are not trained on, and the evaluation of a model on them."""
 
     def __init__(self, source: Source, rows: int, mesh: Mesh) -> None:
         self.source, self.mesh = source, mesh
-        each = rows // mesh.dp  # every replica takes a part; a remainder is left out
+        each = rows // mesh.dp  # every replica evaluates a part; the remainder is dropped
         self.start = source.rows - rows + mesh.dp_index * each
         self.stop = self.start + each
 
@@ -29,7 +29,7 @@ class Heldout:
             yield self.source.read(field, at, min(at + EVAL_ROWS, self.stop)).to(self.mesh.device)
 
     def evaluate(self, model: Model) -> dict[str, float]:
-        """FVU and L0 with 95 % intervals; by documents where the store has them."""
+        """FVU and L0 with 95 % intervals, over documents where the store has them, else over rows."""
         mesh, source = self.mesh, self.source
         if self.stop == self.start:
             return {}

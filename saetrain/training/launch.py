@@ -1,6 +1,6 @@
-"""`--nproc N`: N ranks of this command on this machine, without torchrun.
+"""`--nproc N`: run this command as N ranks on this machine, without torchrun.
 
-Ranks find each other through a file in a private folder and talk over the loopback interface only.
+Ranks find each other through a file in a private folder and communicate over the loopback interface only.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 from saetrain.compute.mesh import RENDEZVOUS
 
-GRACE = 30.0  # seconds that the other ranks get once one has failed
+GRACE = 30.0  # seconds that the other ranks get to leave once one has failed
 
 
 def launch(arguments: Sequence[str], nproc: int) -> int:
-    """Run `python -m saetrain arguments` on N ranks; the exit status of the first that failed, or 0.
+    """Run `python -m saetrain arguments` on N ranks; returns the exit status of the first that failed, or 0.
 
-    SIGTERM and SIGINT are passed on, so that all ranks checkpoint and leave together.
+    SIGTERM and SIGINT are passed on, so that all ranks write a checkpoint and leave together.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // nproc, 1))
     with tempfile.TemporaryDirectory(prefix="saetrain-") as folder:
@@ -39,7 +39,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
             subprocess.Popen(
                 [sys.executable, "-m", "saetrain", *arguments],
                 env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,  # a Ctrl-C reaches them through us, once
+                start_new_session=True,  # so that Ctrl-C reaches them once, through `pass_on`
             )
             for rank in range(nproc)
         ]

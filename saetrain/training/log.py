@@ -1,4 +1,4 @@
-"""metrics.jsonl, and TensorBoard where it is installed.  Only rank 0 writes."""
+"""The log of a run: metrics.jsonl, and TensorBoard where it is installed.  Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 
 class Log:
+    """Appends one line of metrics at a time."""
+
     def __init__(self, run: Path, step: int) -> None:
-        """Go on after `step`: lines of later steps, from a stretch that is repeated, are dropped."""
+        """Continue after `step`: lines of later steps are dropped, since those steps are about to be repeated."""
         self.path = run / "metrics.jsonl"
         kept = [line for line in read_log(run) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -32,7 +34,7 @@ class Log:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run; a last line cut short by a crash is left out."""
+    """The lines of a run.  Lines that a crash cut short are skipped."""
     path = run / "metrics.jsonl"
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:

@@ -1,6 +1,6 @@
 """`saetrain report`: the curves of one or more runs, as one self-contained HTML page and a PNG.
 
-Both show the same figure; the page has it as inline SVG, and needs nothing but a browser.
+Both show the same figure; the page embeds it as SVG and loads nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ Points = list[tuple[float, float]]
 
 @dataclass
 class Panel:
+    """One small plot: for each run a curve of (x, y), and a band of (x, low, high) if there is one."""
+
     title: str
     curves: dict[str, Points]
     bands: dict[str, list[tuple[float, float, float]]]
     log: bool = False
     x: str = "step"
-    share: bool = False  # of something: drawn from 0, and no less than a hundredth up
+    share: bool = False  # a fraction: the axis starts at 0 and reaches at least 0.01
 
 
 CURVES = {  # key of metrics.jsonl: (title, logarithmic)
@@ -81,12 +83,12 @@ TABLE = (
 
 
 def report(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Write report.html and report.png; returns their paths."""
+    """Write report.html and report.png to the folder `out`; returns their paths."""
     logs = {}
     for run in runs:
         logs[_name(run, runs)] = read_log(run)
         if not logs[_name(run, runs)]:
-            raise SaetrainError(f"{run} has no metrics.jsonl with a line in it")
+            raise SaetrainError(f"{run} has no metrics.jsonl, or an empty one")
     configs = {_name(run, runs): _config(run) for run in runs}
     colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(logs)}
     figure = _draw(panels_of(logs), colours)
@@ -98,6 +100,7 @@ def report(runs: Sequence[Path], out: Path) -> list[Path]:
 
 
 def panels_of(logs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
+    """The panels for which at least one run has numbers, from the lines of each run's log."""
     found = []
     for key, (title, log) in CURVES.items():
         curves = {

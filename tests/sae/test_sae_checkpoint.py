@@ -161,7 +161,7 @@ def test_cut_files_are_refused(size: int, tmp_path: Path) -> None:
     write(path, {"a": Spec(torch.float32, (4, 4))}, [("a", torch.ones(4, 4))], {})
     assert torch.equal(TensorFile(path).read("a", 1, 3), torch.ones(2, 4))
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         TensorFile(path)
 
 
