@@ -15,11 +15,11 @@ import click
 import pytest
 
 import saetrain
-from sae_helpers import ARCHS, MemorySource, Planted, one_rank, small
 from saetrain import cli, data, errors, exchange
 from saetrain.config import Config
+from support.sae_helpers import ARCHS, MemorySource, Planted, one_rank, small
 
-FROZEN = Path(__file__).parent / "fixtures" / "saetrain_api.json"
+FROZEN = Path(__file__).parents[1] / "fixtures" / "saetrain_api.json"
 Section = dict[str, str]
 
 
