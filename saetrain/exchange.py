@@ -208,7 +208,7 @@ def bring(folder: Path, run: Path) -> None:
         "b_enc": b_enc,
         "W_dec": found.W_dec,
         "b_dec": found.b_dec,
-        "mean": torch.zeros(d),
+        "mean": torch.zeros(d, dtype=found.W_enc.dtype),
         "window": torch.zeros(1, dtype=torch.int64),
         "threshold": torch.zeros(1, dtype=torch.float64),
         "quiet": torch.zeros(n, dtype=torch.int64),

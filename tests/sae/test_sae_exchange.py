@@ -127,6 +127,29 @@ def test_norms_that_saelens_keeps_apart_are_folded(tmp_path: Path) -> None:
     torch.testing.assert_close(saetrain.load(tmp_path)(rows), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+def test_an_import_keeps_its_data_type(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    w = torch.randn(8, 4).to(dtype)
+    unit = (w / w.norm(dim=1, keepdim=True)).to(dtype)
+    tensors = {"W_enc": w.T.contiguous(), "b_enc": torch.zeros(8).to(dtype), "W_dec": unit, "b_dec": w[0]}
+    if architecture == "jumprelu":
+        tensors["threshold"] = torch.ones(8).to(dtype)
+    write(
+        tmp_path / "sae_weights.safetensors",
+        {n: Spec(t.dtype, tuple(t.shape)) for n, t in tensors.items()},
+        tensors.items(),
+        {},
+    )
+    cfg = {"architecture": architecture, "k": 3, "d_in": 4, "d_sae": 8, "apply_b_dec_to_input": False}
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    exchange.bring(tmp_path, tmp_path / "run")
+    found, theirs = saetrain.load(tmp_path / "run"), saetrain.load(tmp_path)
+    assert found.W_enc.dtype == dtype
+    rows = torch.randn(20, 4)
+    torch.testing.assert_close(found.decode(found.encode(rows)), theirs(rows), rtol=0.1, atol=0.1)
+
+
 # --- the peers themselves
 
 
