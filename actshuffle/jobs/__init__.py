@@ -1,4 +1,4 @@
-"""Jobs of idempotent tasks, resumed by receipts: what the shuffle stands on, for tasks of any kind.
+"""Jobs of idempotent tasks, resumed by receipts: the base of the shuffle, open to tasks of any kind.
 
 `run_in_folder` runs plain functions ``do(job, task)`` on any executor, keeps a receipt of each in the folder
 of the results, resumes after a kill, refuses to mix two requests, and writes the completion marker last.

@@ -1,11 +1,11 @@
-"""A job whose results lie in one folder: the small way to run the tasks of another package.
+"""A job whose results lie in one folder: the simple way to run the tasks of another package.
 
 ::
 
-    OUT/job.json                 whose folder this is, while the job is not finished
+    OUT/job.json                 the job that owns the folder, until it is finished
     OUT/receipts/STAGE/7.json    task 7 of a stage is done
-    OUT/...                      whatever the tasks write
-    OUT/done.json                the completion marker, last of all; it holds what ``publish`` returned
+    OUT/...                      the objects that tasks write
+    OUT/done.json                the completion marker, written last; it holds the value that ``publish`` returned
 
 >>> def count(job, task):                                             # doctest: +SKIP
 ...     start, stop = job.settings["cuts"][task.number]
@@ -45,7 +45,7 @@ class FolderTask(NamedTuple):
 
 
 def always(job: FolderJob, task: FolderTask, payload: Payload) -> bool:
-    """Believe a receipt without a look at the objects it speaks of."""
+    """Trust a receipt without a look at the objects that it names."""
     return True
 
 
@@ -55,12 +55,12 @@ class Step:
 
     Attributes
     ----------
-    name : of the stage and of the folder of its receipts; part of the job's identity, as ``tasks`` is.
-    do : a module's function ``do(job, task)``.  It writes its data through ``job.objects`` and returns the
-        content of its receipt (plain JSON values) and the bytes it moved.  It must be deterministic and
-        idempotent.
-    tasks : how many tasks there are.
-    is_there : whether the objects that a receipt speaks of are there; consulted on resume.
+    name : names the stage and the folder of its receipts; part of the job's identity, as ``tasks`` is.
+    do : a module-level function ``do(job, task)``.  It writes its data through ``job.objects`` and returns
+        the content of its receipt (plain JSON values) and the number of bytes it moved.  It must be
+        deterministic and idempotent.
+    tasks : the number of tasks.
+    is_there : returns True if the objects that a receipt names exist; called on resume.
     """
 
     name: str
@@ -75,10 +75,11 @@ class FolderJob:
 
     Attributes
     ----------
-    name : what the job makes; part of its identity.
+    name : names the results; part of the job's identity.
     settings : everything that decides the bytes of the results, as plain JSON values.
     place : the folder.
     steps : the stages, in order.
+    fsync : make every object durable before its receipt.
     """
 
     name: str
@@ -93,7 +94,7 @@ class FolderJob:
 
     @property
     def document(self) -> dict[str, Any]:
-        """What the identity is made of."""
+        """The values whose digest is the identity."""
         steps = [[step.name, step.tasks] for step in self.steps]
         return {"name": self.name, "settings": dict(self.settings), "steps": steps}
 
@@ -125,7 +126,7 @@ class FolderJob:
 
 
 def run_task(job: FolderJob, task: FolderTask) -> Done:
-    """Do one task, unless its receipt shows that it is done; or the folder is finished, and it comes late."""
+    """Do one task, unless its receipt shows that it is done, or it comes late and the folder is finished."""
     finished = read_done(job.place)
     if finished is not None and finished["job"] == job.identity:
         return Done(task, 0, 0.0, False)
@@ -133,13 +134,13 @@ def run_task(job: FolderJob, task: FolderTask) -> Done:
 
 
 def is_done(job: FolderJob, task: FolderTask) -> bool:
-    """True if there is a valid receipt and the objects it speaks of are there."""
+    """True if there is a valid receipt and the objects it names exist."""
     payload = read_receipt(job, task)
     return payload is not None and job.step(task).is_there(job, task, payload)
 
 
 class FolderCourse(Course[FolderJob]):
-    """The driver's side: ``publish`` adds up what the steps made and returns what the marker shall say."""
+    """The driver's side: ``publish`` adds up the results of the steps and returns the content of the marker."""
 
     def __init__(self, job: FolderJob, publish: Callable[[FolderJob], Payload]) -> None:
         super().__init__(job)
@@ -174,9 +175,9 @@ class FolderCourse(Course[FolderJob]):
 
 
 def read_done(folder: str | Path | Place) -> Payload | None:
-    """The completion marker of a folder, None if there is no valid one: its results are not complete.
+    """The completion marker of a folder, or None if there is no valid one: the results are incomplete.
 
-    ``found`` holds what ``publish`` returned, ``name`` and ``settings`` what was asked for.
+    ``found`` holds the value that ``publish`` returned; ``name`` and ``settings`` describe the job.
     """
     place = folder if isinstance(folder, Place) else as_place(folder)
     return unsealed(open_objects(place).get(DONE))
@@ -199,21 +200,23 @@ def run_in_folder(
 
     Parameters
     ----------
-    name, settings : what the job makes and everything that decides its bytes, as plain JSON values.
+    name, settings : the name of the results, and everything that decides their bytes, as plain JSON values.
     folder : a path or URL that holds nothing else.
-    publish : called when every task is done; adds up what they made and returns what the marker says.
+    publish : called when every task is done; adds up their results and returns the content of the marker.
     executor, progress : by default this process and no display.
-    overwrite : delete what another job left in the folder.
+    overwrite : delete the objects that another job left in the folder.
+    fsync : make every object durable before its receipt.
+    storage_options : options of the object store, for a URL.
 
     Raises
     ------
-    ResumeMismatchError : the folder holds half of a job with other settings.
-    DestinationExistsError : it holds a finished job with other settings, or something else.
+    ResumeMismatchError : the folder holds a half-done job with other settings.
+    DestinationExistsError : the folder holds a finished job with other settings, or other objects.
     """
     place = as_place(folder, storage_options)
     job = FolderJob(name, json.loads(json.dumps(dict(settings))), place, tuple(steps), fsync)
     objects = job.objects
-    objects.settle([""])  # of what a killed writer left
+    objects.settle([""])  # removes the leftovers of a killed writer
     finished, claimed = read_done(place), unsealed(objects.get(JOB))
     before = finished or claimed
     if before is None or before["job"] != job.identity:
@@ -222,7 +225,7 @@ def run_in_folder(
             objects.delete_prefix("")
         elif before is not None:
             _refuse_other(place, before, job, finished=finished is not None)
-        elif any(key != JOB for key in objects.list("")):  # a claim that is torn, alone, is no claim
+        elif any(key != JOB for key in objects.list("")):  # a torn claim on its own counts as absent
             raise DestinationExistsError(f"{place} holds something else; choose another folder, or overwrite it")
     return run(FolderCourse(job, publish), executor or Serial(), progress or Silent())
 

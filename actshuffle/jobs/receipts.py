@@ -1,4 +1,4 @@
-"""Receipts: the proof that a task is done, written after its data and checked before it is believed.
+"""Receipts: the proof that a task is done, written after its data and checked before it is trusted.
 
 A receipt names the job and the task and carries its own checksum.  One that is torn, stale or of another
 job counts as absent, and so does one whose content the job does not accept; its task then runs again.
@@ -22,21 +22,21 @@ Payload = dict[str, Any]  # plain values that JSON keeps as they are
 
 
 class Job(Protocol):
-    """All that a task needs to know: a frozen plan and its places.  It travels to the workers with each task."""
+    """A frozen plan and its places: everything that a task needs.  It travels to the workers with each task."""
 
     @property
     def identity(self) -> str:
-        """Digest of everything that decides what tasks read and write."""
+        """Digest of everything that decides the reads and writes of tasks."""
 
     @property
     def is_local(self) -> bool:
         """True if all receipts lie on local disk, where one look costs next to nothing."""
 
     def receipt(self, task: Any) -> tuple[Objects, str]:
-        """The objects and the key where the receipt of a task lies: beside the data it speaks of."""
+        """The objects and the key of a task's receipt, which lies beside the task's data."""
 
     def accepts(self, task: Any, payload: Payload) -> bool:
-        """True if a receipt's content holds everything its readers will ask for, and nothing impossible."""
+        """True if a receipt's content holds every value that its readers need, and no impossible one."""
 
 
 J = TypeVar("J", bound=Job)
@@ -44,7 +44,7 @@ K = TypeVar("K", bound=Task)
 
 
 def write_receipt(job: Job, task: Task, payload: Payload) -> None:
-    """State that a task is done.  Its data must be in place."""
+    """Record that a task is done.  Its data must be in place."""
     objects, key = job.receipt(task)
     objects.put(key, sealed({"job": job.identity, "task": list(task), **payload}))
 
@@ -70,9 +70,9 @@ def withdraw(job: Job, task: Task) -> None:
 
 
 def each(job: J, look: Callable[[J, K], T], tasks: Iterable[K]) -> Iterator[T]:
-    """``look(job, task)`` for many tasks, in order; many at once in an object store, where each one waits.
+    """Yield ``look(job, task)`` for many tasks, in order; concurrently in an object store, which has latency.
 
-    The first batch is one task and later ones grow, so that a caller who stops early has not asked for much.
+    The first batch is one task and later ones grow, so that a caller who stops early costs few requests.
     """
     tasks, size = iter(tasks), 1
     if job.is_local:

@@ -15,19 +15,19 @@ from actshuffle.arrays.names import FORMAT
 
 
 def identity_of(document: Any) -> str:
-    """Digest of plain values, 32 hexadecimal digits: the identity of a job that they describe."""
+    """The identity of a job: a digest of the plain values that describe it, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def sealed(body: dict[str, Any]) -> bytes:
-    """The text of a record."""
+    """The bytes of a record, with its checksum."""
     text = json.dumps({"format": FORMAT, **body}, sort_keys=True)
     check = hashlib.sha256(text.encode()).hexdigest()
     return f'{{"sha256": "{check}", "body": {text}}}'.encode()
 
 
 def unsealed(data: bytes | None) -> dict[str, Any] | None:
-    """The content of a record, or None if it is absent or not as it was written."""
+    """The content of a record, or None if it is absent, torn or altered."""
     if data is None:
         return None
     try:

@@ -2,20 +2,20 @@
 
 ::
 
-    claim      the job is written down where its results will be
-    ready      what tasks of every stage need
-    stage 1    tasks, in any order, on any executor; then its closing tasks, which add up their receipts
+    claim      write the job down where its results will be
+    ready      provide the data that tasks of every stage need
+    stage 1    run tasks, in any order, on any executor; then closing tasks, which add up their receipts
     stage 2    ...
-    publish    what readers look for; the completion marker is the last write
-    clear      what only an unfinished job needs
+    publish    write the objects that readers look for, the completion marker last
+    clear      delete the objects that only an unfinished job needs
 
 A task is a plain function of (job, task).  It is deterministic and idempotent: a retry, a duplicate or a
-late twin writes the same bytes to the same place.  Its receipt comes after its data, and a run that begins
-again resumes after the last stage whose results are all there, task by task.  A stage may delete what
-earlier stages left, since a complete stage stands for all before it.
+late twin writes the same bytes to the same place.  Its receipt comes after its data.  A run that begins
+again resumes after the last stage whose results are all there, task by task.  A stage may delete the results
+of earlier stages, since a complete stage stands for all before it.
 
-Nothing here knows what tasks do.  The shuffle, `collect`, imports, splits and merges run on this, and so may
-the tasks of another package: see `actshuffle.jobs.folder`.
+This module does not know the content of tasks.  The shuffle, `collect`, imports, splits and merges run on it,
+and so may the tasks of another package: see `actshuffle.jobs.folder`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Done:
     """A task's report to the driver: small, since the result itself is in the store."""
 
     task: Any
-    nbytes: int  # moved, for the progress display
+    nbytes: int  # bytes moved, for the progress display
     seconds: float
     fresh: bool = True  # False if a receipt showed that it was done before
 
@@ -53,10 +53,10 @@ class Stage:
     ----------
     name : its name in the progress display.
     tasks : makes the tasks, lazily; a million is fine.
-    count, nbytes : how many tasks there are, and the bytes that they move in all.
-    run : does one task, `once`, on a worker; a module's function, so that it can be sent there.
-    is_done : whether a task's receipt and the objects it speaks of are there.
-    closing : makes tasks that run when the others are done and add up their receipts.
+    count, nbytes : the number of tasks, and of the bytes that they move together.
+    run : does one task, `once`, on a worker; a module-level function, so that it can be sent there.
+    is_done : returns True if a task's receipt and the objects it names exist.
+    closing : makes the tasks that run when the others are done and add up their receipts.
     before, after : steps of the driver around the stage.
     """
 
@@ -81,7 +81,7 @@ class Course(Generic[J]):
         raise NotImplementedError
 
     def is_finished(self) -> bool:
-        """True if the completion marker is there."""
+        """True if the completion marker exists."""
         raise NotImplementedError
 
     def claim(self) -> None:
@@ -92,19 +92,19 @@ class Course(Generic[J]):
         self.claim()
 
     def ready(self, executor: Executor, progress: Progress) -> None:
-        """Provide what tasks of every stage need."""
+        """Provide the data that tasks of every stage need."""
 
     def publish(self, progress: Progress) -> None:
-        """Write what readers look for, the completion marker last."""
+        """Write the objects that readers look for, the completion marker last."""
         raise NotImplementedError
 
     def clear(self, progress: Progress) -> None:
-        """Remove what only an unfinished job needs."""
+        """Delete the objects that only an unfinished job needs."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Tasks of a run; ``resumed`` of them an earlier run had done.  ``seconds`` are those of this run."""
+    """The tasks of a run, of which an earlier run had done ``resumed``, and the ``seconds`` that this run took."""
 
     tasks: int
     resumed: int
@@ -113,7 +113,7 @@ class Outcome:
 
 
 def once(job: J, task: Any, do: Callable[[J, Any], tuple[Payload, int]], is_done: Callable[[J, Any], bool]) -> Done:
-    """Do a task unless it is done: ``do`` returns the content of its receipt and the bytes it moved."""
+    """Do a task unless it is done: ``do`` returns the content of its receipt and the number of bytes it moved."""
     started = time.perf_counter()
     nbytes, fresh = 0, not is_done(job, task)
     if fresh:
@@ -180,7 +180,7 @@ def first_unfinished(job: Job, stages: list[Stage]) -> int:
 
 
 def is_complete(job: Job, stage: Stage) -> bool:
-    """True if all results of a stage are there."""
+    """True if all results of a stage exist."""
     # Closing receipts come last, so the first look usually shows that a stage is unfinished.
     return all(receipts.each(job, stage.is_done, chain(stage.closing(), stage.tasks())))
 
@@ -194,9 +194,9 @@ def sweep(
     nbytes: Callable[[T], int] = lambda result: 0,
     total: int = 0,
 ) -> Iterator[T]:
-    """Run calls whose results the driver takes itself and nothing keeps for a resume.
+    """Run calls whose results go straight to the driver; they leave no receipts, so a resume repeats them.
 
-    Shown as one stage of ``total`` bytes, of which each result stands for ``nbytes(result)``.
+    The progress display shows one stage of ``total`` bytes, of which each result stands for ``nbytes(result)``.
     """
     progress.begin(name, len(calls), total)
     for result in executor.map(fn, calls):
