@@ -6,8 +6,7 @@
 >>> for batch in actshuffle.Loader("shuffled.zarr", batch_size=4096):      # doctest: +SKIP
 ...     batch["activations"]
 
-The modules of this folder are the shuffle; `actshuffle.data` has the tools around it, `actshuffle.cli`
-the command line.
+Each folder here is one room of the code; docs/architecture.md draws them and the way of a row through them.
 """
 
 from actshuffle._version import __version__

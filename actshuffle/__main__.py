@@ -1,4 +1,4 @@
-"""``python -m actshuffle``."""
+"""Run the command line by ``python -m actshuffle``."""
 
 from actshuffle.cli.app import main
 

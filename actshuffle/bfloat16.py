@@ -1,7 +1,7 @@
 """The ``bfloat16`` Zarr data type: ``"data_type": "bfloat16"`` on disk, uint16 bit patterns in memory.
 
 numpy has no bfloat16; tensorstore and zarrs read and write it under this name.  ``import actshuffle``
-registers the type with zarr.  There is an entry point too (``zarr.data_type``), but zarr up to 3.1.6
+registers the type with zarr.  An entry point (``zarr.data_type``) declares it too, but zarr up to 3.1.6
 collects these without ever loading them, so there the import must come before the store is opened.
 In torch: ``torch.from_numpy(x.view("i2")).view(torch.bfloat16)``.
 """
@@ -21,7 +21,7 @@ from zarr.dtype import DataTypeValidationError, ZDType
 class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness):
     """bfloat16 as its 16 bits.  Zarr v3 only; fill values are hexadecimal bit patterns or numbers.
 
-    `HasEndianness` keeps ``endian`` in the bytes codec's metadata, without which others refuse it.
+    `HasEndianness` keeps ``endian`` in the metadata of the bytes codec; other readers refuse an array without it.
     """
 
     dtype_cls = np.dtypes.UInt16DType
@@ -81,7 +81,7 @@ class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness):
 
 
 def float_to_bits(value: float) -> np.uint16:
-    """Round a number to bfloat16, nearest even; a NaN stays one."""
+    """Round a number to bfloat16, nearest even; a NaN stays a NaN."""
     bits = int(np.float32(value).view(np.uint32))
     if np.isnan(value):
         return np.uint16(0x7FC0)

@@ -7,7 +7,7 @@
     │   ├── InfeasibleError            infeasible       2     ... by the arithmetic of levels, memory or disk
     │   ├── DestinationExistsError     exists           2     dst is finished, or is not ours
     │   └── ResumeMismatchError        resume-mismatch  2     dst is half done, with other arguments
-    ├── SourceError                    bad-source       2     the input is not what it should be
+    ├── SourceError                    bad-source       2     the input is damaged or not supported
     │   └── MissingChunkError          missing-chunk    2     ... a chunk is absent or truncated
     ├── FormatError                    bad-format       1     a file of ours is damaged or of another version
     ├── IncompleteStoreError           incomplete       2     a store without its completion marker
@@ -17,8 +17,8 @@
     ├── ClusterError                   cluster          1     the Dask cluster went away
     └── InterruptedRunError            interrupted      1     stopped on request; run again to resume
 
-A message says what, where, the numbers, and what to do.  All are picklable (one message argument),
-so they cross from a worker to the driver unchanged.
+A message names the fault and its place, gives the numbers, and says what to do.  All errors are picklable
+(one message argument), so they cross from a worker to the driver unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packages that only some commands need, imported when they are, with word of what to install."""
+"""Packages that only some commands need: imported on first use; an error names the extra to install."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from actshuffle.errors import RequestError
 
 
 def need(module: str, extra: str) -> Any:
-    """The module, or a `RequestError` that names the extra which brings it."""
+    """Import and return a module, or raise a `RequestError` that names the extra which installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as err:

@@ -1,6 +1,6 @@
-"""How plans, datasets and reports show themselves in a notebook: a heading, facts, a table.
+"""The notebook display of plans, datasets and reports: a heading, facts, a table.
 
-Plain values in, one self-contained fragment out: no scripts, no fonts, colours that suit light and
+Plain values go in, one self-contained fragment comes out: no scripts, no fonts, colours that suit light and
 dark pages.  All text is escaped, since names and paths come from stores that others made.
 """
 
@@ -22,9 +22,9 @@ def page(
     verdict: bool | None = None,
     extra: str = "",
 ) -> str:
-    """A fragment: ``facts`` as name and value, ``rows`` under ``header``; ``verdict`` colours the title.
+    """Render a fragment: ``facts`` as name and value, ``rows`` under ``header``; ``verdict`` colours the title.
 
-    ``extra`` is HTML of our own (an image), put between the two.
+    ``extra`` is trusted HTML (an image), placed between the two.
     """
     colour = {None: "", True: "color:#1a7f37", False: "color:#cf222e"}[verdict]
     parts = [
@@ -41,7 +41,7 @@ def page(
 
 
 def image(png: bytes, alt: str) -> str:
-    """An inline picture."""
+    """Render a PNG as an inline image."""
     from base64 import b64encode
 
     data = b64encode(png).decode()
@@ -49,7 +49,7 @@ def image(png: bytes, alt: str) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
-    """Cells are HTML already."""
+    """Render a table whose cells are HTML already."""
     text = ['<table style="border-collapse:collapse;margin:4px 0">']
     if header:
         cells = "".join(f'<th style="{_CELL};{_RULE}">{h}</th>' for h in header)

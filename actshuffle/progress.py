@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it.  The library itself prints nothing."""
+"""Reports of progress from a run to its observer.  The library itself prints nothing."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the stages of a run.  Called from the driver, in order."""
+    """An observer of the stages of a run.  The driver calls its methods in order."""
 
     def begin(self, stage: str, tasks: int, nbytes: int) -> None:
-        """A stage starts ("boundaries", "level 1 of 3", "clearing", "verify"...); nbytes of rows will pass."""
+        """A stage starts ("boundaries", "level 1 of 3", "clearing", "verify"...), which moves ``nbytes`` of rows."""
 
     def advance(self, nbytes: int, fresh: bool) -> None:
-        """A task is done; ``fresh`` is False if it had been done by an earlier run."""
+        """A task is done; ``fresh`` is False if an earlier run had done it."""
 
     def end(self) -> None:
         """The stage is over."""
 
 
 class Silent:
-    """No display."""
+    """An observer that ignores everything."""
 
     def begin(self, stage: str, tasks: int, nbytes: int) -> None: ...
 

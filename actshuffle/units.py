@@ -1,4 +1,4 @@
-"""Sizes, counts and durations, as people write them."""
+"""Read and write sizes, counts and durations in the forms that people use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FACTOR: dict[str, int] = {
 
 
 def parse_bytes(text: str | int | float) -> int:
-    """Bytes from ``"8GB"`` (10^9), ``"8GiB"`` (2^30), ``"1.5 MB"`` or a plain number.
+    """Read a number of bytes from ``"8GB"`` (10^9), ``"8GiB"`` (2^30), ``"1.5 MB"`` or a plain number.
 
     >>> parse_bytes("8GB"), parse_bytes("64KiB"), parse_bytes(512)
     (8000000000, 65536, 512)
@@ -27,7 +27,7 @@ def parse_bytes(text: str | int | float) -> int:
 
 
 def parse_count(text: str | int | float) -> int:
-    """A whole number from ``"100e9"``, ``"1_000"`` or an int; exact below 2^53.
+    """Read a whole number from ``"100e9"``, ``"1_000"`` or an int; exact below 2^53.
 
     >>> parse_count("100e9"), parse_count("1_000")
     (100000000000, 1000)
@@ -45,7 +45,7 @@ def parse_count(text: str | int | float) -> int:
 
 
 def format_bytes(n: float) -> str:
-    """Decimal units, three digits: ``1.23 GB``."""
+    """Write bytes in decimal units with three digits: ``1.23 GB``."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if abs(n) < 999.5:  # from here on three digits round to 1000
             return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
@@ -54,7 +54,7 @@ def format_bytes(n: float) -> str:
 
 
 def format_seconds(s: float) -> str:
-    """``4.2 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    """Write a duration as ``4.2 s``, ``3 min 05 s`` or ``2 h 10 min``."""
     if s < 59.95:
         return f"{s:.1f} s"
     minutes, seconds = divmod(round(s), 60)
