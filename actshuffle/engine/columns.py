@@ -1,4 +1,4 @@
-"""The rows of one task in memory, column by column, and how they are read from the source."""
+"""The rows of one task in memory, column by column, and their way from the source."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Columns:
         return [self.hi.view(np.uint8).reshape(-1, 8), self.source_row.view(np.uint8).reshape(-1, 8), *self.fields]
 
     def rows(self, start: int, stop: int) -> Columns:
-        """Some of the rows: views."""
+        """Views of rows ``[start, stop)``."""
         fields = tuple(field[start:stop] for field in self.fields)
         return Columns(self.hi[start:stop], self.source_row[start:stop], fields)
 
     def hashes(self, job: Job, of: Iterable[int] | None = None) -> Iterator[U64]:
-        """Row hashes, uint64 ``(m, 2)``, of the hi words (number 0) and of each field (from 1), or of some."""
+        """Row hashes, uint64 ``(m, 2)``, of the hi words (number 0) and the fields (from 1), or of those in ``of``."""
         hashed = [self.parts()[0], *self.fields]
         for number in range(len(hashed)) if of is None else of:
             part = hashed[number]
@@ -52,14 +52,14 @@ class Columns:
     def read_source(self, job: Job, start: int) -> Iterator[tuple[Sequence[int], int, int]]:
         """Fill the columns from source row ``start`` on.
 
-        Yields which parts (0: hi words; then fields from 1) of which rows ``[a, b)`` are there.
+        Yields (parts, a, b) when these parts (0: hi words; then fields from 1) of rows ``[a, b)`` are filled.
         """
         stop = start + len(self.hi)
         source = Source(job.source, job.fill_missing)
         self.source_row[:] = numbers = source.numbers(start, stop)
         first, last = int(numbers[0]), int(numbers[-1])
         if not job.kind.sorts:
-            self.hi[:] = 0  # nobody asks for their order
+            self.hi[:] = 0  # a copy does not sort
         elif job.kind is Kind.SHUFFLE and last - first == len(numbers) - 1:  # a shuffle's numbers ascend
             self.hi[:] = job.keys.hi(first, last + 1)
         else:

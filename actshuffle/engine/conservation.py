@@ -1,4 +1,4 @@
-"""Conservation: rows that go into a bucket come out of it, and if not, which spilled runs are to blame."""
+"""Conservation: the rows that go into a bucket come out of it; if not, find the spilled runs to blame."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def check_conserved(job: Job, level: int, bucket: int, expected: U64, found: U64
             bucket,
             blocks,
             f"rows of {', '.join(names[i] for i in wrong)} in bucket {bucket} "
-            f"read by level {level} are not the rows that were put into it",
+            f"read by level {level} are not the rows that went into it",
         )
 
 
 def blame(job: Job, level: int, parent: int, blocks: list[Task], what: str) -> None:
-    """Find which spilled runs of a bucket differ from their receipts, have them redone next time, and raise.
+    """Find the spilled runs of a bucket that differ from their receipts, withdraw these receipts, and raise.
 
     ``level`` is the one that noticed: its input is bucket ``parent`` as level - 1 wrote it.
     """
@@ -55,12 +55,12 @@ def blame(job: Job, level: int, parent: int, blocks: list[Task], what: str) -> N
                 guilty.append(spill.block_key(source.number))
                 withdraw(job, source)
                 withdraw(job, Task("index", level - 1, grand))
-    for task in blocks:  # made of damaged rows, or damaged themselves
+    for task in blocks:  # they were made of damaged rows, or are damaged themselves
         withdraw(job, task)
-    if not guilty and level > 1:  # or the sums that this level was told are wrong
+    if not guilty and level > 1:  # then the sums of level - 1 are wrong
         Spill(job, level - 1).distrust(parent)
     where = f"; damaged in scratch: {', '.join(guilty[:5])}" if guilty else ""
-    raise ConservationError(f"{what}{where}; nothing of it was published; run again to redo those rows")
+    raise ConservationError(f"{what}{where}; none of these rows was published; run again to redo them")
 
 
 def unpack(text: str) -> U64:

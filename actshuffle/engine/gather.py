@@ -1,16 +1,16 @@
-"""One pass and no spill: every leaf takes its rows from a source that lies in the machine's memory.
+"""One pass and no spill: every leaf picks its rows from a source that lies in the machine's memory.
 
-Where the page cache has room for the whole source, rows need not be put down in between.  A leaf finds
-which rows are its own from their keys alone, and reads them where they are::
+Where the page cache has room for the whole source, rows need no intermediate.  A leaf finds its rows from
+their keys alone, and reads them from the source::
 
     source, in the page cache    | r0 r1 r2 r3 r4 r5 r6 r7 r8 ...
     rows of one leaf                   .     .        .
-    output object                | r6 r1 r4 ...     in key order, each by a read of its own
+    output object                | r6 r1 r4 ...     in key order, each by a separate read
 
-So the source is read once from the disk, in order (`warm`), and the output written once: the bytes of a
-copy.  Wide rows go straight to where they are written from.  A read of its own costs as much processor
-time as some `READ_BYTES` read in one go, so a column of which a leaf wants one row in fewer bytes than
-that is read as a whole by every leaf, and its rows are picked out.
+So the source is read once from the disk, in order (`warm`), and the output is written once: the bytes of a
+copy.  Wide rows go straight into the buffer that is written.  A separate read costs as much processor time
+as some `READ_BYTES` within one long read, so where the rows of a leaf lie closer together than that, every
+leaf reads the whole column and picks its rows out.
 
 Copies: a wide row is copied once in memory on its way in, a narrow one twice more; none on the way out.
 """
@@ -32,17 +32,17 @@ from actshuffle.ordering.keys import Keys
 from actshuffle.ordering.partition import bucket_of
 from actshuffle.storage.directio import Extent
 
-READ_BYTES = 16 << 10  # as long as one more read takes, the page cache copies so many bytes
-KEY_ROWS = 1 << 18  # whose keys are looked at in one go
-AT_ONCE = 1 << 15  # rows of their own reads that are asked for in one go
-PIECE = 1 << 20  # bytes of a column that are read in one go
-LOOKS = 8  # at the page cache, for each object
-READING = "reading"  # the stage in which the source comes into the page cache
-WARM_BYTES = 256 << 20  # read by one task
+READ_BYTES = 16 << 10  # bytes that the page cache copies in the time that one more read costs
+KEY_ROWS = 1 << 18  # keys computed at a time
+AT_ONCE = 1 << 15  # rows requested by separate reads at a time
+PIECE = 1 << 20  # bytes of a column read at a time
+LOOKS = 8  # samples of the page cache, for each object
+READING = "reading"  # the stage that reads the source into the page cache
+WARM_BYTES = 256 << 20  # bytes that one task reads
 
 
 def keys_total(keys: Keys, rows: int) -> U64:
-    """Digest of the first key words of all rows: what those of the leaves must add up to."""
+    """Digest of the first key words of all rows, to which the digests of the leaves must add up."""
     total, row_hash = np.zeros(2, np.uint64), RowHash(keys.seed, 0, 8)
     for start in range(0, rows, KEY_ROWS):
         stop = min(start + KEY_ROWS, rows)
@@ -52,11 +52,11 @@ def keys_total(keys: Keys, rows: int) -> U64:
 
 
 class Gather:
-    """Takes the rows of one leaf from the source of a job.
+    """Reads the rows of one leaf from the source of a job.
 
     Attributes
     ----------
-    straight : numbers of the fields whose rows are read one by one, to where they are written from.
+    straight : numbers of the fields whose rows are read one by one, into the buffer that is written.
     """
 
     def __init__(self, job: Job) -> None:
@@ -65,7 +65,10 @@ class Gather:
         self.straight = [n for n, f in enumerate(job.fields) if f.row_bytes * leaves > READ_BYTES]
 
     def fill(self, bounds: U64, leaf: int, hi: U64, source_row: U64, fields: Sequence[U8]) -> list[int]:
-        """The leaf's keys and numbers, in source order, and rows of the other fields; returns these' numbers."""
+        """Fill in the leaf's keys and source rows, in source order, and the rows of all fields not in ``straight``.
+
+        Returns the numbers of these fields.
+        """
         find_rows(self.job.keys, bounds, leaf, hi, source_row, self.job.plan.rows)
         others = [n for n in range(len(fields)) if n not in self.straight]
         for number in others:
@@ -73,18 +76,18 @@ class Gather:
         return others
 
     def read(self, number: int, rows: U64, out: U8) -> None:
-        """Any rows of a field, in the order given, straight from the source."""
+        """Read any rows of a field, in the order given, straight from the source."""
         read_rows(self._source, self.job.fields[number], rows, out)
 
 
 def find_rows(keys: Keys, bounds: U64, leaf: int, hi: U64, source_row: U64, total: int) -> None:
-    """The rows of a leaf in source order, and their first key words, into ``source_row`` and ``hi``.
+    """Put the rows of a leaf, in source order, and their first key words into ``source_row`` and ``hi``.
 
-    ``bounds`` are the full keys at the first rank of leaves 1, 2, ..., uint64 ``(leaves - 1, 3)``.  Looks at
+    ``bounds`` are the full keys at the first rank of leaves 1, 2, ..., uint64 ``(leaves - 1, 3)``.  Computes
     all ``total`` keys: some 8 ns each.
     """
-    around = bounds[max(0, leaf - 1) : leaf + 1]  # of its two ends those that are inside
-    inside = min(leaf, 1)  # the bucket between them
+    around = bounds[max(0, leaf - 1) : leaf + 1]  # the leaf's bounds; the first and the last leaf have one
+    inside = min(leaf, 1)  # the number of the bucket between them
     low = around[0, 0] if leaf else np.uint64(0)
     high = around[-1, 0] if leaf < len(bounds) else np.uint64(2**64 - 1)
     at = 0
@@ -101,13 +104,13 @@ def find_rows(keys: Keys, bounds: U64, leaf: int, hi: U64, source_row: U64, tota
         at = end
     if at != len(hi) or end > len(hi):
         raise FormatError(
-            f"leaf {leaf} has other rows than the {len(hi):,} that were planned: the bucket boundaries are "
+            f"leaf {leaf} has other rows than the {len(hi):,} of the plan: the bucket boundaries are "
             "damaged; --overwrite starts again"
         )
 
 
 def read_column(source: Source, field: Field, rows: U64, out: U8) -> None:
-    """Some rows of a field, ascending, picked from all that lies between them, into uint8 ``(m, row_bytes)``."""
+    """Read ascending rows of a field, and every row between them, and pick them into uint8 ``(m, row_bytes)``."""
     width = field.row_bytes
     piece = np.empty((max(1, PIECE // width), width), np.uint8)
     at = 0
@@ -122,7 +125,7 @@ def read_column(source: Source, field: Field, rows: U64, out: U8) -> None:
 
 
 def read_rows(source: Source, field: Field, rows: U64, out: U8) -> None:
-    """Any rows of a field, in the order given, by a read each, into uint8 ``(m, row_bytes)``."""
+    """Read any rows of a field, in the order given, by one read each, into uint8 ``(m, row_bytes)``."""
     width, view = field.row_bytes, out.data.cast("B")
     for start in range(0, len(rows), AT_ONCE):
         goal = view[start * width :]
@@ -131,7 +134,7 @@ def read_rows(source: Source, field: Field, rows: U64, out: U8) -> None:
 
 
 def warm_calls(job: Job) -> list[tuple[Job, Field, int, int]]:
-    """Calls of `warm` for the whole source."""
+    """The calls of `warm` that cover the whole source."""
     calls = []
     for field in job.fields:
         objects = -(-job.plan.rows // field.source_chunk_rows)
@@ -141,11 +144,11 @@ def warm_calls(job: Job) -> list[tuple[Job, Field, int, int]]:
 
 
 def warm(job: Job, field: Field, first: int, stop: int) -> int:
-    """Objects of the source, read in order into the page cache, unless they are there; their bytes."""
+    """Read objects of the source in order into the page cache, unless they are there; return their bytes."""
     objects, step, total = Source(job.source).objects, field.source_chunk_rows, 0
     piece = memoryview(bytearray(PIECE))
     for key, _, size in field.spans(first * step, min(stop * step, job.plan.rows)):
-        # At random places, since looking at a page that is absent brings it into the cache.
+        # The places are random, since a look at an absent page brings it into the cache.
         looks = (secrets.randbelow(size) for _ in range(LOOKS))
         if not all(objects.is_cached(key, at) for at in looks):
             for at in range(0, size, PIECE):

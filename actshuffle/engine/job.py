@@ -1,4 +1,4 @@
-"""A plan bound to its places: everything a task needs to know, and the identity that its receipts carry."""
+"""A plan bound to its places: everything that a task needs, and the identity that its receipts carry."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ FACTS = ("marker", "sums", "stage", "behind")
 
 
 class Kind(StrEnum):
-    """The kinds of job.  All but a shuffle have leaves alone: one level, and no spill.
+    """The kinds of job.  All but a shuffle consist of leaves only: one level, and no spill.
 
     A *shuffle* splits rows into buckets, level by level, and sorts leaves by key.  In a *gather* each leaf
-    takes its own rows from the source.  In a *merge* a leaf's rows come from sorted stores in any order and
-    are sorted by key.  In a *copy* they stay as they come.
+    picks its rows from the source.  In a *merge* a leaf's rows come from sorted stores in any order and
+    are sorted by key.  In a *copy* they keep the order of the source.
     """
 
     SHUFFLE = "shuffle"
@@ -37,7 +37,7 @@ class Kind(StrEnum):
 
     @property
     def ranked(self) -> bool:
-        """True if rows find their leaf by their key's rank, for which the boundaries must be known."""
+        """True if the rank of its key assigns a row to its leaf, which requires the boundaries."""
         return self in (Kind.SHUFFLE, Kind.GATHER)
 
     @property
@@ -53,14 +53,14 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a virtual source adds to a job.
+    """The entries that a virtual source adds to a job.
 
     Attributes
     ----------
     marker : entries of the completion marker.
-    sums : the digests that the arrays must turn out to have, by name; None if nothing was promised.
+    sums : the expected digest of each array, by name; None if no digest is known beforehand.
     stage : the name of the stage in the progress display.
-    behind : the places that the source reads from, which must not be written to.
+    behind : the places that the source reads from; a job must not write to them.
     """
 
     marker: dict[str, Any]
@@ -70,7 +70,7 @@ class Facts:
 
     @staticmethod
     def text(found: dict[str, Any]) -> str:
-        """JSON text of the facts among what is known of a source, as run.json holds it."""
+        """JSON text of the facts among the entries of a source's description, as run.json holds it."""
         return json.dumps({name: found[name] for name in FACTS if name in found}, sort_keys=True)
 
     @classmethod
@@ -81,7 +81,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Job:
-    """A plan bound to its places: all that a task needs to know."""
+    """A plan bound to its places: everything that a task needs."""
 
     plan: Plan
     keys: Keys
@@ -89,18 +89,18 @@ class Job:
     destination: Place
     scratch: Place
     fields: tuple[Field, ...]
-    source_row: Field | None  # provenance: which source row each output row is
+    source_row: Field | None  # provenance: the source row of each output row
     attributes: str  # JSON text of the output group's attributes
     source_identity: str  # digest of the source's metadata and object sizes
     request: str  # JSON text of the settled arguments, for a run that resumes
-    fill_missing: bool = False  # absent source chunks are fill values, because the user said so
+    fill_missing: bool = False  # absent source chunks read as fill values, at the user's request
     fsync: bool = True
     kind: Kind = Kind.SHUFFLE
     key_rows: tuple[int, int] | None = None  # ranks are counted among these rows' keys; None: all rows
     facts: str = "{}"  # JSON text of `Facts`
 
     def to_json(self) -> dict[str, Any]:
-        """All but the places' options."""
+        """The job as plain JSON values, without the options of its places, which may hold secrets."""
         document = dataclasses.asdict(self)
         for place in ("source", "destination", "scratch"):
             document[place] = public_url(document[place]["url"])
@@ -108,7 +108,7 @@ class Job:
 
     @cached_property
     def identity(self) -> str:
-        """Digest of everything that decides what tasks read and write; receipts carry it."""
+        """Digest of everything that decides the reads and writes of tasks; receipts carry it."""
         document = self.to_json()
         del document["fsync"]
         for name in [k for k in LATER if document["plan"][k] == LATER[k]]:
@@ -117,7 +117,7 @@ class Job:
 
     @cached_property
     def known(self) -> Facts:
-        """What a virtual source adds to the job."""
+        """The facts that a virtual source adds to the job."""
         return Facts.read(self.facts)
 
     @property
@@ -139,14 +139,14 @@ class Job:
         return self.at_scratch.is_local and self.at_destination.is_local
 
     def receipt(self, task: Task) -> tuple[Objects, str]:
-        """Where a task's receipt lies: beside the data it speaks of."""
+        """The objects and the key of a task's receipt, which lies beside the task's data."""
         if task.kind == "leaf":
             return self.at_destination, f"{RECEIPTS}/{task.number}.json"
         folder = "receipts" if task.kind == "split" else "index"
         return self.at_scratch, f"level{task.level}/{folder}/{task.number}.json"
 
     def accepts(self, task: Task, body: dict[str, Any]) -> bool:
-        """True if a receipt says what those who read it will ask for, and nothing impossible."""
+        """True if a receipt's content holds every value that its readers need, and no impossible one."""
         plan = self.plan
         if task.kind == "index":
             return True

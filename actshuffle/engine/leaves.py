@@ -23,9 +23,9 @@ from actshuffle.storage.buffers import arena, behind, padded
 def leaf(job: Job, task: Task) -> tuple[Payload, int]:
     """Do one leaf; returns the content of its receipt and the bytes it moved.
 
-    The digests of the rows that are written must be those of the rows that went into the leaf.  A gather
-    reads wide fields straight to where they are written from, so for these there is nothing to compare:
-    `run.publish` sees by the digests of the keys that all rows are there once.
+    The digests of the rows written must equal those of the rows that went into the leaf.  A gather reads
+    wide fields straight into the buffer that is written, so for these there is nothing to compare:
+    `run.publish` checks by the digests of the keys that every row is there once.
     """
     plan = job.plan
     first, stop = plan.bucket_ranks(plan.levels - 1, task.number)
@@ -46,7 +46,7 @@ def leaf(job: Job, task: Task) -> tuple[Payload, int]:
 
 
 def _read(job: Job, leaf: int, first: int, columns: Columns, gather: Gather | None) -> U64:
-    """Fill the columns; the digests of the hi words and of each field that they must have, uint64 (1 + fields, 2)."""
+    """Fill the columns; return the expected digests of the hi words and of each field, uint64 (1 + fields, 2)."""
     if gather is not None:
         fields = gather.fill(manifest.boundaries(job), leaf, columns.hi, columns.source_row, columns.fields)
         hashed = [0, *(1 + number for number in fields)]
@@ -90,7 +90,7 @@ def _write(
                 else:
                     np.take(parts[number], order[a:b], axis=0, out=used, mode="clip")
                 writing.submit(output.write, field, at, whole, b - a)
-                if field is not job.source_row:  # while they are written
+                if field is not job.source_row:  # the digest is computed while they are written
                     digest = row_hash.total(used, source_row[a:b])
                     found[1 + number] += digest
                     digests[field.name].append(to_hex(digest))

@@ -2,16 +2,16 @@
 
 ::
 
-    dst/_actshuffle/run.json            the job, while it is not finished
+    dst/_actshuffle/run.json            the job, until it is finished
     dst/_actshuffle/receipts/7.json     leaf 7 is written: digests of its objects
     dst/_actshuffle/digests/NAME        uint64 (objects, 2), at the end: digest of every output object
-    dst/_actshuffle/zarr.json           the completion marker, last of all
-    scratch/run.json                    whose scratch this is
+    dst/_actshuffle/zarr.json           the completion marker, written last
+    scratch/run.json                    the job that owns the scratch
     scratch/bounds, bounds.json         keys at the boundaries between leaves, and their checksum
     scratch/level1/receipts/7.json      block 7 is split: rows and digests of its runs
-    scratch/level1/index/0.json         the blocks of bucket 0 are all there and add up
+    scratch/level1/index/0.json         the blocks of bucket 0 are complete and add up
 
-See `actshuffle.jobs.receipts` for what makes a receipt count.
+`actshuffle.jobs.receipts` says when a receipt is valid.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def write_run(job: Job) -> None:
 
 
 def read_run(objects: Objects, key: str = RUN_KEY) -> dict[str, Any] | None:
-    """The job a half-done destination belongs to, or None."""
+    """The record of the job that a half-done destination belongs to, or None."""
     data = objects.get(key)
     if data is None:
         return None
@@ -55,7 +55,7 @@ def read_run(objects: Objects, key: str = RUN_KEY) -> dict[str, Any] | None:
     kinds = {"job": str, "request": dict, "plan": dict}
     if body is None or any(not isinstance(body.get(k), kind) for k, kind in kinds.items()):
         other = format_of(data)
-        what = "is damaged" if other in (None, FORMAT) else f"has format {other!r}, this reads {FORMAT}"
+        what = "is damaged" if other in (None, FORMAT) else f"has format {other!r}, but this version reads {FORMAT}"
         raise FormatError(
             f"{key} {what}, so this half-done run cannot be resumed; delete the destination "
             "(or give --overwrite) and start again"
@@ -90,7 +90,7 @@ def job_from(body: dict[str, Any], options: str = "{}") -> Job:
 
 
 def write_bounds(job: Job, bounds: U64) -> None:
-    """Keep the boundaries between leaves, uint64 ``(leaves - 1, 3)``: array first, checksum last."""
+    """Store the boundaries between leaves, uint64 ``(leaves - 1, 3)``: array first, checksum last."""
     objects = job.at_scratch
     put_array(objects, "bounds", bounds)
     check = hashlib.sha256(bounds.astype("<u8").tobytes()).hexdigest()
@@ -123,9 +123,9 @@ def boundaries(job: Job) -> U64:
 
 
 def write_marker(job: Job, sums: dict[str, str], files: dict[str, bytes]) -> None:
-    """The last write of a run: from here on the store is complete.
+    """Make the last write of a run, after which the store is complete.
 
-    ``files`` are the store's small files, all that is no chunk: `verify` will know them again.
+    ``files`` are the store's small files, everything but chunks; the marker records their digests for `verify`.
     """
     plan = job.plan
     body: dict[str, Any] = {
@@ -146,7 +146,7 @@ def write_marker(job: Job, sums: dict[str, str], files: dict[str, bytes]) -> Non
     if (job.keys.hi_bits, job.keys.lo_bits) != (64, 64):
         body["key_bits"] = [job.keys.hi_bits, job.keys.lo_bits]
     body |= job.known.marker
-    if body["kind"] == "collection":  # in no order but its own; the seed is that of the digests
+    if body["kind"] == "collection":  # it is not shuffled; the seed belongs to the digests
         del body["order"], body["levels"]
     body["sha256"] = marker_digest(body)
     objects = job.at_destination

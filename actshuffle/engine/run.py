@@ -2,15 +2,15 @@
 
 ::
 
-    prepare     look, plan, refuse                               (prepare.py; nothing is written)
-    claim       run.json in dst and scratch
-    boundaries  keys at the edges of the leaves                  (bounds.py)
+    prepare     inspect, plan, refuse                            (prepare.py; nothing is written)
+    claim       write run.json in dst and scratch
+    boundaries  find the keys at the edges of the leaves         (bounds.py)
     level 1     split source blocks   -> scratch/level1, index
     ...
     level L     sort leaves           -> dst, whole objects
-    publish     digests, zarr.json of arrays and group, marker; then scratch and receipts go
+    publish     write digests, zarr.json of arrays and group, marker; then delete scratch and receipts
 
-Array metadata is published last, so a half-done destination is not a Zarr store to anybody.
+Array metadata is published last, so no reader takes a half-done destination for a Zarr store.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from actshuffle.units import format_bytes, format_seconds
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did.  ``seconds`` is this run's; ``resumed`` tasks were found done."""
+    """The outcome of a run.  ``seconds`` is the time of this run; ``resumed`` of the tasks were found done."""
 
     plan: Plan
     seed: int
@@ -109,8 +109,8 @@ def shuffle(
     """Write ``src`` to ``dst`` in exactly uniform random order.
 
     The order is a pure function of ``seed`` and the number of rows (see `actshuffle.order`); levels,
-    memory, workers and retries change nothing in the output.  Called again with the same arguments on
-    a half-done ``dst``, it resumes.
+    memory, workers and retries change nothing in the output.  A second call with the same arguments on
+    a half-done ``dst`` resumes.
 
     Parameters
     ----------
@@ -121,27 +121,28 @@ def shuffle(
     memory : the most that one worker uses beyond its idle footprint ("2GB").
     block_bytes, run_bytes : M and P of the arithmetic of passes; derived if not given.
     chunk_rows, chunks_per_shard : chunking of the widest output array; chosen if not given.
-    codec : of the output arrays, a name in `actshuffle.arrays.codecs.CODECS`; "none" (default) leaves plain bytes.
-    fields : names of the arrays to take; all if not given.
-    source_row : also write the provenance array (default True).
-    missing_chunks : "refuse" (default) or "fill": what an absent source chunk means.
+    codec : codec of the output, a name in `actshuffle.arrays.codecs.CODECS`; "none" (default) leaves plain bytes.
+    fields : names of the arrays to shuffle; all if not given.
+    source_row : also write the provenance array, the source row of each output row (default True).
+    missing_chunks : "refuse" (default) an absent source chunk, or "fill" it with the fill value.
     scratch : folder or URL for the intermediate; beside ``dst`` if not given.
-    spill_memory : how much of the intermediate may stay in this machine's memory ("8GB"), beside the
-        workers' own; the rest goes to ``scratch``.  Default none.
-    gather : one pass without spill, each row taken from the source by itself; for a source that fits into
-        this machine's memory, as plain bytes on its disk.
-    workers : processes of an own local Dask cluster; 0 or None runs here, without Dask.
+    spill_memory : keep up to this much of the intermediate in this machine's memory ("8GB"), on top of
+        ``memory`` per worker; the rest goes to ``scratch``.  Default none.
+    gather : make one pass without spill, in which each row is read from the source separately; for a
+        source that fits into this machine's memory and lies as plain bytes on its disk.
+    workers : processes of a local Dask cluster for this run; 0 or None runs here, without Dask.
     client : a `distributed.Client` to run on instead.
-    executor : what to run on instead of either; it stays open.
+    executor : an executor to run on instead of either; it stays open.
+    overwrite : replace the present content of ``dst``, finished or half done.
     fsync : make every object durable before its receipt.
-    storage_options : for URLs, as fsspec takes them; never stored.
-    progress : is told of the stages.
-    planned : is called with the settled job before it starts.
+    storage_options : options for URLs, in fsspec's form; never stored.
+    progress : an observer of the stages (`actshuffle.progress.Progress`).
+    planned : called with the settled job before it starts.
 
     Raises
     ------
-    RequestError, SourceError : nothing was written.
-    ActshuffleError : see `actshuffle.errors`; what was finished is kept.
+    RequestError, SourceError : the request or the source was refused; nothing was written.
+    ActshuffleError : the run stopped (see `actshuffle.errors`); finished tasks are kept.
     """
     request = Request.among(locals())
     with executor_for(workers, client) if executor is None else nullcontext(executor) as crew:
@@ -165,9 +166,7 @@ def shuffle(
         return execute(job, crew, progress or Silent())
 
 
-_NOT_SHARED = (
-    "spill memory and gathering use this machine's memory, where workers on others would not find what is in it"
-)
+_NOT_SHARED = "spill memory and gathering use the memory of this machine, which workers on other machines cannot read"
 
 
 class Shuffle(Course[Job]):
@@ -232,7 +231,7 @@ def _claim(job: Job) -> None:
     except FormatError:
         body = None
     if body is None or body["job"] != job.identity:
-        clear_scratch(job)  # of an earlier run to this destination, which is gone
+        clear_scratch(job)  # left by an earlier run to this destination that no longer exists
     scratch.settle([""])
     claim_memory(job)
     job.at_destination.settle([""])
@@ -247,7 +246,7 @@ def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
     first, stop = job.key_rows or (0, plan.rows)
     step = bounds.range_rows(stop - first)
     starts = range(first, stop, step)
-    # One task's worth of keys is quicker made here than sent for.
+    # The keys of one task are computed faster here than on a worker.
     where: Executor = executor if len(starts) > 1 else Serial()
 
     def ask(query: bounds.Query) -> Iterator[NDArray[Any]]:
@@ -263,21 +262,23 @@ def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
 
 
 def publish(job: Job) -> None:
-    """Write digests, metadata and, last of all, the marker.  Every step can be done again."""
+    """Write digests, metadata and, last of all, the marker.  Every step can be repeated."""
     plan, objects = job.plan, job.at_destination
     digests: dict[str, list[U64]] = {f.name: [] for f in job.fields}
     keys = np.zeros(2, np.uint64)
     leaves = plan.tasks(plan.levels)
     for task, receipt in zip(leaves, read_receipts(job, plan.tasks(plan.levels)), strict=True):
         if receipt is None:
-            raise FormatError(f"receipt of leaf {task.number} vanished from {job.destination.url}; run again")
+            raise FormatError(
+                f"the receipt of leaf {task.number} vanished from {job.destination.url}; run again to redo it"
+            )
         for name, texts in receipt["digests"].items():
             digests[name] += [from_hex(text) for text in texts]
         if job.kind.gathers:
             keys += from_hex(receipt["keys"])
     if job.kind.gathers and not np.array_equal(keys, keys_total(job.keys, plan.rows)):
         raise ConservationError(
-            "the rows of the leaves are not all rows, each once; nothing was published: --overwrite starts again"
+            "the leaves do not hold every row exactly once; nothing was published: --overwrite starts again"
         )
     sums: dict[str, str] = {}
     files: dict[str, bytes] = {}
@@ -290,7 +291,7 @@ def publish(job: Job) -> None:
         wrong = ", ".join(sorted(name for name in sums if promised.get(name) != sums[name]))
         raise ConservationError(
             f"rows of {wrong} are not those that {job.source.url} had when they were written: an input "
-            "was damaged since; verify it. Nothing was published"
+            "has been damaged since; verify it. Nothing was published"
         )
     metadata = {f"{DIGESTS}/zarr.json": group_metadata({})}
     metadata |= {f"{f.name}/zarr.json": f.metadata.encode() for f in job.outputs}
@@ -302,13 +303,13 @@ def publish(job: Job) -> None:
 
 
 def _clear(job: Job, progress: Progress) -> None:
-    """Remove what only an unfinished run needs; ``run.json`` last, since it tells of the rest.
+    """Delete the objects that only an unfinished run needs; ``run.json`` last, since it leads to the others.
 
-    Scratch goes before the receipts: Dask does a finished task again if its worker dies just then, and
-    one that comes so late must find either its receipt or nothing to work on.
+    Scratch goes before the receipts: Dask repeats a finished task if its worker dies just then, and such a
+    late task must find either its receipt or no input.
     """
     objects = job.at_destination
-    objects.settle([OUR_GROUP])  # the marker is durable before anything goes
+    objects.settle([OUR_GROUP])  # the marker is durable before anything is deleted
     with tasks.clearing(progress):
         clear_scratch(job)
         objects.delete_prefix(RECEIPTS)

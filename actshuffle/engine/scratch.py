@@ -1,7 +1,7 @@
 """The part of the scratch that stays in the machine's memory: a folder in its tmpfs.
 
-Shared by all workers of the machine, so that it outlives any of them.  It does not outlive the machine:
-what was there is then missing, its tasks count as not done, and a run that resumes does them again.
+All workers of the machine share it, so it outlives any of them.  It does not outlive the machine: the
+blocks in it are then missing, their tasks count as not done, and a run that resumes repeats them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def scratch_place(dst: Place, folder: str | None) -> Place:
 
 
 def recorded_scratch(dst: Place, recorded: dict[str, Any]) -> Place:
-    """Where a half-done run says its scratch is.
+    """The scratch of a half-done run, by its record.
 
-    A path in a file that others may have written is not gone to, unless what is there agrees.
+    Others may have written that record, so a path in it is used only if the ``run.json`` there names the same job.
     """
     folder = Request.recorded(recorded.get("request")).scratch
     if folder is None:
@@ -46,7 +46,7 @@ def recorded_scratch(dst: Place, recorded: dict[str, Any]) -> Place:
             body = manifest.read_run(open_objects(found), "run.json")
     if body is None or body["job"] != recorded["job"]:
         raise ResumeMismatchError(
-            f"{dst} is half done with its scratch in {folder}, where nothing of it is: give --scratch to resume"
+            f"{dst} is half done, and its scratch {folder} holds nothing of this run: give --scratch to resume"
         )
     return found
 
@@ -66,12 +66,12 @@ def memory_beside(scratch: Place) -> Place:
 
 
 def memory_objects(job: Job) -> Objects | None:
-    """The part of the spill that is kept in memory, if there is one."""
+    """The part of the spill that stays in memory, or None."""
     return open_objects(memory_place(job), fsync=False) if job.plan.spill_memory else None
 
 
 def check_memory(job: Job) -> None:
-    """Refuse to keep more in memory than there is room for."""
+    """Refuse to keep more spill in memory than there is room for."""
     need = job.plan.kept_bytes
     if not MEMORY_FOLDER.is_dir():
         raise InfeasibleError(f"no {MEMORY_FOLDER} to keep spill in; leave --spill-memory out")
@@ -79,13 +79,13 @@ def check_memory(job: Job) -> None:
     free = shutil.disk_usage(MEMORY_FOLDER).free + held
     if need > free:
         raise InfeasibleError(
-            f"{format_bytes(need)} of spill are to stay in memory, and {MEMORY_FOLDER} has "
+            f"{format_bytes(need)} of spill are to stay in memory, but {MEMORY_FOLDER} has "
             f"{format_bytes(free)} free: give less --spill-memory"
         )
 
 
 def claim_memory(job: Job) -> None:
-    """Make the folder in memory, for nobody else's eyes."""
+    """Make the folder in memory, closed to other users."""
     if job.plan.spill_memory:
         with contextlib.suppress(FileExistsError):
             Path(memory_place(job).url).mkdir(mode=0o700)
@@ -94,7 +94,7 @@ def claim_memory(job: Job) -> None:
 
 
 def clear_scratch(job: Job) -> None:
-    """Remove all of a job's scratch, on disk and in memory."""
+    """Delete all of a job's scratch, on disk and in memory."""
     job.at_scratch.delete_prefix("")
     if job.plan.spill_memory:
         _refuse_foreign(job)
@@ -104,7 +104,7 @@ def clear_scratch(job: Job) -> None:
 
 
 def _is_ours(job: Job) -> bool:
-    """Anybody may make names in that file system; a folder of ours is closed to others."""
+    """True if the folder in memory is this user's and closed to others; any user may create names there."""
     with contextlib.suppress(FileNotFoundError):
         found = Path(memory_place(job).url).lstat()
         is_folder, closed = stat.S_ISDIR(found.st_mode), not found.st_mode & 0o077

@@ -14,12 +14,12 @@ columns follow each other: hi words, source rows, then each field's rows::
 
 ``runs[bucket, b]`` is (byte offset, rows) of the bucket's run in block b of its parent, and a bucket's
 rows are its runs in block order.  ``sums[bucket]`` are the conservation digests (digest.py) of the hi
-words and of each field.  The last row of both is a checksum of the rest, the object's name and the job:
-a table that is damaged, another bucket's or another run's is seen before anything is read by it.
+words and of each field.  The last row of both is a checksum of the rest, the object's name and the job,
+so a damaged table, or one of another bucket or run, is detected before it is used.
 
 Blocks that the plan keeps in memory (`Plan.is_kept`) lie in a folder of the machine's tmpfs instead,
-under the same keys.  A worker that dies leaves them there; when the machine dies they are gone, and
-their tasks count as not done.
+under the same keys.  They survive the death of a worker; when the machine dies they are lost, and their
+tasks count as not done.
 
 Copies: a row is copied once in memory on its way out (gathered into the staging buffer, then written
 by the kernel) and once on its way in (read as whole pages, then scattered into its columns).
@@ -46,9 +46,9 @@ from actshuffle.storage.directio import Extent, Read, two_readers
 from actshuffle.storage.files import Writer
 from actshuffle.storage.objects import Objects
 
-PIECE = 16 << 20  # bytes read before they are handed on, to be worked on while the next are read
-Ready = Callable[[int, int], None]  # told of rows [a, b) that are there
-CHECK_BYTES = 16  # of a table's checksum: one row of two words
+PIECE = 16 << 20  # bytes read before they are handed on and processed while the next are read
+Ready = Callable[[int, int], None]  # called with (a, b) when rows [a, b) have been read
+CHECK_BYTES = 16  # size of a table's checksum: one row of two words
 
 
 class Spill:
@@ -66,7 +66,7 @@ class Spill:
         return f"{self.prefix}/blocks/c.{block}.0"
 
     def home(self, block: int) -> Objects:
-        """Where a block's object is."""
+        """The objects, on disk or in memory, that hold a block."""
         if self._memory is not None and self.job.plan.is_kept(self.level, block):
             return self._memory
         return self.objects
@@ -91,7 +91,7 @@ class Spill:
         limit = np.uint64(self.block_bytes)
         ends = table[:, 0] + table[:, 1] * np.uint64(self.row_bytes)
         if (table > limit).any() or (ends > limit).any() or table[:, 1].sum() != stop - start:
-            raise self._damaged(key, "its runs are not those of the bucket")
+            raise self._damaged(key, "its runs do not fit the bucket")
         return table
 
     def sums(self, bucket: int) -> U64:
@@ -103,24 +103,24 @@ class Spill:
         if data is None:
             raise self._damaged(key, "it is missing")
         if data[-CHECK_BYTES:] != self._check(key, data[:-CHECK_BYTES]):
-            raise self._damaged(key, "its checksum is not that of its bytes")
+            raise self._damaged(key, "its checksum does not match its bytes")
         try:
             return np.frombuffer(data[:-CHECK_BYTES], "<u8").reshape(shape)
         except ValueError as err:
             raise self._damaged(key, str(err)) from err
 
     def _check(self, key: str, data: bytes) -> bytes:
-        """Checksum of a table that belongs to this job and to no other place in it."""
+        """Checksum of a table, which covers its key and its job too."""
         name = f"{self.job.identity} {key} ".encode()
         return hashlib.sha256(name + data).digest()[:CHECK_BYTES]
 
     def _damaged(self, key: str, what: str) -> FormatError:
-        """Drop a table that cannot be right, so that the next run makes it again."""
+        """Delete a table that cannot be right, so that the next run rebuilds it."""
         self.objects.delete(key)
-        return FormatError(f"{key} in {self.job.scratch} is damaged ({what}); run again to have it made again")
+        return FormatError(f"{key} in {self.job.scratch} is damaged ({what}); run again to rebuild it")
 
     def distrust(self, bucket: int) -> None:
-        """Drop the tables of a bucket, since something that they say is not so."""
+        """Delete the tables of a bucket, since some entry of theirs is wrong."""
         for name in ("runs", "sums"):
             self.objects.delete(f"{self.prefix}/{name}/c.{bucket}.0.0")
 
@@ -134,9 +134,9 @@ class Spill:
             self.objects.put(key, data + self._check(key, data))
 
     def read(self, bucket: int, start: int, columns: Columns, ready: Ready | None = None) -> None:
-        """Rows ``[start, start + m)`` of a bucket, in run order, into columns of m rows.
+        """Read rows ``[start, start + m)`` of a bucket, in run order, into columns of m rows.
 
-        ``ready`` is called with every range of the m rows, in order, once it is there.
+        ``ready`` is called with every range of the m rows, in order, once it has been read.
         """
         runs = self.runs(bucket)
         stop = start + len(columns.hi)
@@ -144,7 +144,7 @@ class Spill:
         first_block = parent * self.job.plan.blocks_per_parent(self.level)
         ends = np.cumsum(runs[:, 1].astype(np.int64))
         step = STORE_BYTES if self.job.plan.model.remote else PIECE
-        at = there = 0  # rows asked for, rows read
+        at = there = 0  # rows requested, rows read
         extents: tuple[list[Extent], list[Extent]] = ([], [])  # on disk, in memory
         with two_readers(self.objects.read, len(columns.hi) * self.row_bytes) as read:
             for number in range(int(np.searchsorted(ends, start, side="right")), len(runs)):
@@ -158,7 +158,7 @@ class Spill:
                     kept = self.home(first_block + number) is not self.objects
                     extents[kept].extend(_extents(key, offset, rows, a, b, columns.parts(), at))
                     at += b - a
-                # Not one extent by itself: there may be two readers.
+                # Never a single extent: there may be two readers to share the work.
                 enough = (at - there) * self.row_bytes >= step and len(extents[False]) != 1
                 if enough or at == len(columns.hi):
                     self._fetch(extents, read)
@@ -174,13 +174,13 @@ class Spill:
             done.clear()
 
     def delete(self) -> None:
-        """Remove the level: what it held is in the next one."""
+        """Delete the level, whose rows are all in the next one."""
         self.objects.delete_prefix(self.prefix)
         if self._memory is not None:
             self._memory.delete_prefix(self.prefix)
 
     def write_metadata(self) -> None:
-        """``zarr.json`` of the level's arrays, so that a spill opens as Zarr when one must look."""
+        """Write ``zarr.json`` of the level's arrays, so that a spill can be opened as Zarr for inspection."""
         plan, fields = self.job.plan, 1 + len(self.job.fields)
         blocks, buckets = plan.blocks(self.level), plan.buckets(self.level)
         per_parent = plan.blocks_per_parent(self.level)
@@ -232,7 +232,7 @@ class _Gather:
             order = order[count:]
 
     def _pass_on(self) -> None:
-        """Have the whole pages of this half written; what is over starts the other half."""
+        """Submit the whole pages of this half to be written; the remainder starts the other half."""
         half = self._halves[self._writing.turn]
         whole = self._at // PAGE * PAGE
         over = self._at - whole

@@ -1,4 +1,4 @@
-"""How far the run that writes a store has come, from its receipts alone."""
+"""The state of the run that writes a store, read from its receipts alone."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from actshuffle.storage.place import as_place, public_url
 
 
 def status(dst: str | Path, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """How far the run that writes ``dst`` is: tasks done by level, from the receipts."""
+    """The state of the run that writes ``dst``: tasks done by level, read from the receipts.
+
+    Returns plain values: ``state`` is "complete" or "half done"; ``levels`` has ``level``, ``tasks`` and ``done`` of
+    each level.  Raises `IncompleteStoreError` if ``dst`` is not an output of actshuffle.
+    """
     place = as_place(dst, storage_options)
     objects = open_objects(place)
     if read_marker(objects) is not None:
         return {"path": public_url(place.url), "state": "complete", "levels": []}
     body = manifest.read_run(objects)
     if body is None:
-        raise IncompleteStoreError(f"{dst} is no output of actshuffle, finished or half done")
-    # Its own places are not gone to: the file may be somebody else's.
+        raise IncompleteStoreError(f"{dst} is not an output of actshuffle, finished or half done")
+    # The places in the record are not used: the file may come from somebody else.
     job = replace(manifest.job_from(body, place.options), destination=place, scratch=recorded_scratch(place, body))
     levels = []
     stages = tasks.stages(job)
@@ -38,10 +42,10 @@ def status(dst: str | Path, storage_options: dict[str, Any] | None = None) -> di
 
 
 def status_text(found: dict[str, Any]) -> str:
-    """`status` for people."""
+    """The result of `status` as text for people."""
     if found["state"] == "complete":
         return f"{found['path']}: complete"
-    lines = [f"{found['path']}: half done; run it again with the same arguments to go on"]
+    lines = [f"{found['path']}: half done; run it again with the same arguments to resume"]
     for x in found["levels"]:
         share = x["done"] / x["tasks"] if x["tasks"] else 1.0
         lines.append(

@@ -4,11 +4,11 @@
 
     count    keys of a row range            -> counts for the boundaries (returned, nothing stored)
     split    one block of rows              -> one spill object, grouped by bucket, and a receipt
-    index    receipts of a bucket's blocks  -> where each child's runs are, and their digests
+    index    receipts of a bucket's blocks  -> the place of each child's runs, and their digests
     leaf     all runs of one leaf           -> its objects in the output, and a receipt
 
-Each checks what it is given against what the step before it said (rows per bucket, conservation
-digests), writes data first and its receipt last, and does nothing if a valid receipt is there.
+Each task checks its input against the record of the step before (rows per bucket, conservation digests),
+writes its data first and its receipt last, and does nothing if a valid receipt exists.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from actshuffle.planning.tree import Task
 from actshuffle.progress import Progress
 from actshuffle.storage.buffers import arena, behind, lean_heap, padded
 
-# Hashed and told apart at a time: a few 100 KB of temporaries, whatever the block holds.
+# Rows hashed and assigned to buckets at a time: a few 100 KB of temporaries, however large the block.
 LOOK_ROWS = 1 << 13
 
 
@@ -52,7 +52,7 @@ def run_task(job: Job, task: Task) -> Done:
 
 
 def is_done(job: Job, task: Task) -> bool:
-    """True if there is a valid receipt and the objects it speaks of are there with their sizes."""
+    """True if there is a valid receipt and the objects it names exist with the right sizes."""
     if read_receipt(job, task) is None:
         return False
     if task.kind == "split":
@@ -70,7 +70,7 @@ def is_done(job: Job, task: Task) -> bool:
 
 
 def stages(job: Job) -> list[Stage]:
-    """The stages of a job: one a level.  A split level is closed by the index of what it split."""
+    """The stages of a job: one per level.  Index tasks close a split level."""
     plan, found = job.plan, []
     nbytes = plan.rows * plan.row_bytes
     for level in range(1, plan.levels):
@@ -104,7 +104,7 @@ def _before_split(job: Job, level: int, executor: Executor, progress: Progress) 
 
 
 def _before_leaves(job: Job, executor: Executor, progress: Progress) -> None:
-    """Have the whole source in the page cache, from where the leaves of a gather take their rows."""
+    """Read the whole source into the page cache, from which the leaves of a gather pick their rows."""
     if job.kind.gathers:
         for _ in sweep(READING, warm, warm_calls(job), executor, progress, int, job.plan.rows * job.plan.row_bytes):
             pass
@@ -122,7 +122,7 @@ CLEARING = "clearing"  # the stage in which used spill, or all of the scratch, i
 
 @contextmanager
 def clearing(progress: Progress) -> Iterator[None]:
-    """A stage of its own where it takes long: some disks give their space back slowly."""
+    """Show a deletion as a separate stage, since it can take long: some disks free their space slowly."""
     progress.begin(CLEARING, 1, 0)
     yield
     progress.advance(0, True)
@@ -130,7 +130,7 @@ def clearing(progress: Progress) -> Iterator[None]:
 
 
 def count(job: Job, start: int, stop: int, query: bounds.Query) -> NDArray[Any]:
-    """One row range's part of the search for bucket boundaries."""
+    """Answer one query of the search for bucket boundaries, for one row range."""
     return bounds.answer(job.keys, start, stop, query)
 
 
@@ -153,12 +153,12 @@ def split(job: Job, task: Task) -> tuple[Payload, int]:
         for a in range(start, stop, LOOK_ROWS):
             b = min(a + LOOK_ROWS, stop)
             seen = columns.rows(a, b)
-            if parts[0] == 0:  # the hi words, which come before the others or with them
+            if parts[0] == 0:  # the hi words, which arrive before the fields or together with them
                 buckets[a:b] = bucket_of(job.keys, seen.hi, seen.source_row, cutting)
             for number, hashes in zip(parts, seen.hashes(job, parts), strict=True):
                 add_to_groups(sums[number], hashes, buckets[a:b])
 
-    with behind() as beside:  # looks at rows while the next are read
+    with behind() as beside:  # look at rows while the next ones are read
         if level == 1:
             for parts, start, stop in columns.read_source(job, block.start):
                 beside.submit(look, parts, start, stop)
@@ -172,7 +172,7 @@ def split(job: Job, task: Task) -> tuple[Payload, int]:
 
 
 def index(job: Job, task: Task) -> tuple[Payload, int]:
-    """Gather the receipts of a parent bucket's blocks into one table per child; check that all adds up."""
+    """Gather the receipts of a parent bucket's blocks into one table per child; check that the totals agree."""
     plan, level, parent = job.plan, task.level, task.number
     children = plan.children(level - 1, parent)
     blocks = [Task("split", level, block) for block in plan.blocks_of(level, parent)]
@@ -181,7 +181,7 @@ def index(job: Job, task: Task) -> tuple[Payload, int]:
     found = zip(blocks, read_receipts(job, blocks), strict=True)
     for number, (block, receipt) in enumerate(found):
         if receipt is None:
-            raise FormatError(f"receipt of block {block.number} of level {level} vanished; run again")
+            raise FormatError(f"the receipt of block {block.number} of level {level} vanished; run again to redo it")
         rows[number] = receipt["rows"]
         for field, text in enumerate(receipt["sums"]):
             sums[:, field] += unpack(text)
@@ -199,7 +199,7 @@ def index(job: Job, task: Task) -> tuple[Payload, int]:
         expected = Spill(job, level - 1).sums(parent)
         check_conserved(job, level, parent, expected, add_up(sums), blocks)
     spill = Spill(job, level)
-    begins = np.zeros(len(blocks), np.uint64)  # of the child's run in each block
+    begins = np.zeros(len(blocks), np.uint64)  # byte offset of the child's run in each block
     for at, child in enumerate(children):
         spill.put_tables(child, np.stack([begins, rows[:, at]], axis=1), sums[at])
         begins += rows[:, at] * np.uint64(plan.model.spill_row_bytes)

@@ -245,7 +245,7 @@ def test_control_rows_that_are_taken_twice_end_the_run(
         find(keys, bounds, 0 if leaf == 1 else leaf, *rest)
 
     monkeypatch.setattr(gather, "find_rows", again)
-    with pytest.raises(ConservationError, match="not all rows, each once"):
+    with pytest.raises(ConservationError, match="every row exactly once"):
         shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes=500 * 2444, **SHAPE)
     assert not (tmp_path / "d.zarr/zarr.json").exists()
 

@@ -247,7 +247,7 @@ def test_refusals_come_before_anything_is_written(src: Path, tmp_path: Path) -> 
     full = tier.shutil.disk_usage(tier.MEMORY_FOLDER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tier.shutil, "disk_usage", lambda path: full._replace(free=1000))
-        with pytest.raises(InfeasibleError, match=r"are to stay in memory, and .* has 1 KB free"):
+        with pytest.raises(InfeasibleError, match=r"are to stay in memory, but .* has 1 KB free"):
             shuffle(src, dst, spill_memory="1MB", **SHAPE)
     assert not dst.exists()
 
