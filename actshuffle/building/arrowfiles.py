@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 
 from actshuffle.arrays.source import row_bytes_of
 from actshuffle.arraytypes import U8
-from actshuffle.building.table import Column, Part
+from actshuffle.building.table import Column, Part, Table
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.extras import need
 
 
-class ArrowFiles:
+class ArrowFiles(Table):
     """Reads columns group by group (a row group of parquet, a record batch of Arrow)."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, options: dict[str, Any]) -> None:
+        super().__init__(options)
         self._open = lru_cache(maxsize=8)(_open_parquet if kind == "parquet" else _open_arrow)
         self._dense = lru_cache(maxsize=2)(self._decoded)  # reads go on where the last one stopped
 
@@ -43,12 +44,10 @@ class ArrowFiles:
                 yield Column(name, first.dtype.newbyteorder("<").str, first.shape[1:], (part,))
 
     def left_out(self, file: Path) -> list[str]:
-        """Columns that hold no numbers."""
         found = self._open(str(file))
         return [f"{n} ({found.type_of(n)})" for n in found.names if not _numeric(found.type_of(n))]
 
     def group_items(self, files: Sequence[Path]) -> int:
-        """Items of the largest group: what is decoded at a time."""
         return max((int(np.diff([0, *self._open(str(f)).ends]).max(initial=1)) for f in files), default=1)
 
     def read(self, part: Part, start: int, out: U8) -> None:
@@ -168,13 +167,18 @@ def _tried(action: Any, file: str) -> Any:
         raise SourceError(f"cannot read {file}: {err}") from err
 
 
-def dataset_files(folder: Path, split: str | None) -> list[Path]:
-    """The Arrow files of a folder that ``datasets.save_to_disk`` wrote, in order."""
+def dataset_files(folder: Path, split: str | None) -> list[Path] | None:
+    """The Arrow files of a folder that ``datasets.save_to_disk`` wrote, in order; None for any other folder."""
     if (listing := folder / "dataset_dict.json").exists():
         splits = json.loads(listing.read_text())["splits"]
         if split is None and len(splits) > 1:
             raise RequestError(f"{folder} has the splits {splits}: choose one with --split")
-        return dataset_files(folder / (split or splits[0]), None)
+        inside = folder / (split or splits[0])
+        if (found := dataset_files(inside, None)) is None:
+            raise SourceError(f"no dataset in {inside}: there is no state.json")
+        return found
+    if not (folder / "state.json").exists():
+        return None
     state = json.loads((folder / "state.json").read_text())
     if state.get("_indices_files"):
         raise SourceError(

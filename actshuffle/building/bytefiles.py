@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from actshuffle.arraytypes import U8
-from actshuffle.building.table import Column, Part
+from actshuffle.building.table import Column, Part, Table
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.extras import need
 
@@ -45,11 +46,8 @@ _SAFETENSORS = {
 _HEADER_LIMIT = 100 << 20  # bytes; a longer safetensors header is refused, as by its own library
 
 
-class _Bytes:
-    """Formats whose items lie in the file as they are in memory."""
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
+class _Bytes(Table):
+    """Formats whose items lie in the file as they do in memory."""
 
     def read(self, part: Part, start: int, out: U8) -> None:
         offset = int(part.at) + start * out.shape[1]
@@ -87,7 +85,7 @@ class Npy(_Bytes):
             if swap and dtype.kind == "c":
                 raise SourceError(f"{file} has big-endian complex numbers; save it little-endian")
             part = Part(str(file), offset, shape[0], swap)
-            yield _complete(file, Column(file.stem, dtype.newbyteorder("<").str, shape[1:], (part,)))
+            yield _complete(file, Column("", dtype.newbyteorder("<").str, shape[1:], (part,)))
 
 
 class Raw(_Bytes):
@@ -102,14 +100,14 @@ class Raw(_Bytes):
         except TypeError as err:
             raise RequestError(f"{dtype!r} is no type: {err}") from err
         for file in files:
-            column = Column(file.stem, name, tuple(shape), (Part(str(file), 0, 0),))
+            column = Column("", name, tuple(shape), (Part(str(file), 0, 0),))
             items, rest = divmod(file.stat().st_size, max(1, column.item_bytes))
             if rest:
                 raise SourceError(
                     f"{file} has {file.stat().st_size:,} bytes, no whole number of rows of "
                     f"{column.item_bytes:,} ({dtype}, shape {tuple(shape)})"
                 )
-            yield Column(file.stem, name, tuple(shape), (Part(str(file), 0, items),))
+            yield replace(column, parts=(Part(str(file), 0, items),))
 
 
 class Safetensors(_Bytes):
@@ -140,10 +138,11 @@ class Safetensors(_Bytes):
                 yield _complete(file, column)
 
 
-class Torch:
+class Torch(Table):
     """``torch.save`` files of a tensor, or of a dict of tensors."""
 
     def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(options)
         self._load = lru_cache(maxsize=4)(_load_tensors)
 
     def columns(self, files: Sequence[Path]) -> Iterator[Column]:
@@ -157,7 +156,7 @@ class Torch:
                 except TypeError:
                     raise SourceError(f"{file} has a tensor of type {dtype}, of no use here") from None
                 part = Part(str(file), name, tensor.shape[0])
-                yield Column(name or file.stem, known, tuple(tensor.shape[1:]), (part,))
+                yield Column(name, known, tuple(tensor.shape[1:]), (part,))
 
     def read(self, part: Part, start: int, out: U8) -> None:
         torch = need("torch", "train")

@@ -14,7 +14,7 @@ import numpy as np
 from actshuffle.arrays import virtual
 from actshuffle.arrays.metadata import metadata_of
 from actshuffle.arraytypes import U8, U64
-from actshuffle.building.formats import table_of
+from actshuffle.building.formats import FORMATS
 from actshuffle.building.table import Column, Part, dtype_name
 from actshuffle.errors import FormatError, SourceError
 from actshuffle.storage.objects import open_objects
@@ -96,7 +96,7 @@ class Files:
     """Reads rows out of files of another format."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self._table = table_of(settings["kind"], settings["options"])
+        self._table = FORMATS[settings["kind"]].reader(settings["options"])
         self._files, self._sequence = settings["files"], int(settings["sequence"])
         self._rules = {name: entry["rule"] for name, entry in settings["arrays"].items()}
         self._parts = {name: [Part(*part) for part in entry["parts"]] for name, entry in settings["arrays"].items()}

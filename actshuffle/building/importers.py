@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from actshuffle.building.filesource import Mapped, write_files
-from actshuffle.building.formats import FORMATS, table_of
+from actshuffle.building.formats import ENDINGS, FORMATS
 from actshuffle.building.table import Column, Table, joined
 from actshuffle.building.tokens import natural
 from actshuffle.engine.request import Request
@@ -88,7 +88,7 @@ def import_store(
     Parameters
     ----------
     paths : files, folders of them, or folders that ``datasets.save_to_disk`` wrote.
-    format : "npy", "raw", "safetensors", "parquet", "arrow" or "torch"; told by the names if not given.
+    format : "npy", "raw", "safetensors", "parquet", "arrow" or "torch"; by default the endings of the names decide.
     columns, names : which columns to take (default: all of numbers); array names for some.
     flatten : make each token of items that are sequences a row (see above).
     together : .npy files with numbered names are parts of one array.  Default: if the numbers are padded
@@ -103,14 +103,14 @@ def import_store(
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
     kind, files = find_files([Path(p) for p in listed], format, split)
     options = {"dtype": dtype, "row_shape": None if row_shape is None else list(row_shape)}
-    table = table_of(kind, options)
-    found = _columns(kind, table, files, together)
-    left_out = table.left_out(files[0]) if hasattr(table, "left_out") else []
+    table = FORMATS[kind].reader(options)
+    found = _columns(table, files, together)
+    left_out = table.left_out(files[0])
     mapping, sequence = _mapped(found, kind, columns, names or {}, flatten)
     place = as_place(dst, storage_options)
     source = _description(place)
     told = {"format": kind, "files": len(files), "mapping": {m.array: m.column or m.rule for m in mapping}}
-    group = table.group_items(files) * sequence if hasattr(table, "group_items") else 1
+    group = table.group_items(files) * sequence or 1
     rows = write_files(
         source, kind, options, files, found, mapping, sequence, group, {**(attributes or {}), "imported": told}
     )
@@ -143,39 +143,36 @@ def _description(place: Place) -> Place:
 
 def find_files(paths: Sequence[Path], format: str | None, split: str | None) -> tuple[str, list[Path]]:
     """The format and the files that some paths stand for, in the order of their names and numbers."""
-    if format is not None and format not in FORMATS.values():
-        raise RequestError(f"unknown format {format!r}; known are {', '.join(sorted(set(FORMATS.values())))}")
+    if format is not None and format not in FORMATS:
+        raise RequestError(f"unknown format {format!r}; known are {', '.join(sorted(FORMATS))}")
     files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise SourceError(f"no such file or folder: {path}")
+        layouts = (row.folder(path, split) for row in FORMATS.values())
         if path.is_file():
             files.append(path)
-        elif any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
-            from actshuffle.building.arrowfiles import dataset_files
-
-            files += dataset_files(path, split)
+        elif (listed := next((found for found in layouts if found is not None), None)) is not None:
+            files += listed
         else:
             inside = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
-            known = [p for p in inside if format is not None or p.suffix in FORMATS]
+            known = [p for p in inside if format is not None or p.suffix in ENDINGS]
             files += sorted(known, key=lambda p: natural(p.relative_to(path).as_posix()))
-    kinds = {format or FORMATS.get(p.suffix, "") for p in files}
+    kinds = {format or ENDINGS.get(p.suffix, "") for p in files}
     if not files or kinds == {""}:
-        raise SourceError(f"nothing to import in {', '.join(map(str, paths))}: no files ending in {', '.join(FORMATS)}")
+        raise SourceError(f"nothing to import in {', '.join(map(str, paths))}: no files ending in {', '.join(ENDINGS)}")
     if len(kinds) > 1:
         raise SourceError(f"files of several formats ({', '.join(sorted(k or '?' for k in kinds))}): give --format")
     return kinds.pop(), files
 
 
-def _columns(kind: str, table: Table, files: Sequence[Path], together: bool | None) -> dict[str, Column]:
+def _columns(table: Table, files: Sequence[Path], together: bool | None) -> dict[str, Column]:
     """All columns by name; of files that are a column each, those that belong together as one."""
     families = [_family(file, together) for file in files]
     named_after = {str(f): f.stem if families.count(n) == 1 else n for f, n in zip(files, families, strict=True)}
     by_name: dict[str, list[Column]] = {}
     for column in table.columns(files):
-        part = column.parts[0]
-        unnamed = kind in ("npy", "raw") or part.at == ""
-        name = named_after[part.file] if unnamed else column.name
+        name = column.name or named_after[column.parts[0].file]
         by_name.setdefault(name, []).append(replace(column, name=name))
     if not by_name:
         raise SourceError(f"no columns of numbers in {files[0]}" + " and the others" * (len(files) > 1))
@@ -214,7 +211,7 @@ def _mapped(
         raise SourceError(f"columns of unequal length ({listed}); choose some with --columns")
     lengths = {c.name: c.shape[0] for c in chosen if c.shape}
     if flatten is None:
-        flatten = kind == "arrow" and any(len(c.shape) == 2 for c in chosen)
+        flatten = FORMATS[kind].flatten and any(len(c.shape) == 2 for c in chosen)
     if not flatten:
         mapping = [Mapped(names.get(c.name, c.name), c.name, "rows", c.dtype, c.shape, len(c.parts)) for c in chosen]
         return _distinct(mapping), 1

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,14 +46,27 @@ class Column:
         return width * math.prod(self.shape)
 
 
-class Table(Protocol):
-    """Reads items of columns of one format."""
+class Table:
+    """Reads items of columns of one format.  A new format implements `columns` and `read`."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
 
     def columns(self, files: Sequence[Path]) -> Iterator[Column]:
-        """The columns of each file by itself; those of one name belong together."""
+        """The columns of each file; columns of one name belong together, one without is named after its file."""
+        raise NotImplementedError
 
     def read(self, part: Part, start: int, out: U8) -> None:
-        """Items from ``start`` on of one file's part of a column, uint8 ``(m, item bytes)``."""
+        """Read items from ``start`` on of one file's part of a column into ``out``, uint8 ``(m, item bytes)``."""
+        raise NotImplementedError
+
+    def left_out(self, file: Path) -> list[str]:
+        """Columns of a file that hold no numbers."""
+        return []
+
+    def group_items(self, files: Sequence[Path]) -> int:
+        """The most items that are decoded together; 0 where any can be read alone."""
+        return 0
 
 
 def dtype_name(dtype: str) -> str:

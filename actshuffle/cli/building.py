@@ -191,9 +191,7 @@ def append(executor: Any, display: Any, dst: str, new: str, **options: Any) -> A
 @click.argument("paths", type=click.Path(), nargs=-1, required=True)
 @OUT
 @click.option(
-    "--format",
-    type=click.Choice(list(dict.fromkeys(FORMATS.values()))),
-    help="Format of the files.  [default: told by their names]",
+    "--format", type=click.Choice(list(FORMATS)), help="Format of the files.  [default: by the endings of their names]"
 )
 @click.option("--columns", metavar="A,B", type=LIST, help="Columns to take.  [default: all of numbers]")
 @click.option("--name", "names", type=RENAMED, multiple=True, help="Give the array of a column another name.")
@@ -205,7 +203,7 @@ def append(executor: Any, display: Any, dst: str, new: str, **options: Any) -> A
 @click.option(
     "--together/--apart",
     default=None,
-    help="Read numbered .npy files as parts of one array.  [default: told by their names]",
+    help="Read numbered .npy files as parts of one array.  [default: by the endings of their names]",
 )
 @click.option("--split", help="Split of a datasets folder.")
 @click.option("--dtype", help="Data type of raw files (no header).")

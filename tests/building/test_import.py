@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import pytest
 import zarr
 
 from actshuffle import shuffle
+from actshuffle.building.formats import FORMATS, Format
 from actshuffle.building.importers import Imported, find_files, import_store
+from actshuffle.building.table import Column, Part, Table
 from actshuffle.errors import (
     DestinationExistsError,
     IncompleteStoreError,
@@ -383,3 +385,27 @@ def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(RequestError, match=r"actshuffle\[import\]"):
         import_store(tmp_path / "x.parquet", tmp_path / "x.zarr")
     assert find_files([tmp_path], None, None)[0] == "parquet"
+
+
+def test_a_new_format_is_a_reader_and_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lines(Table):
+        """One number on each line of a text file."""
+
+        def columns(self, files: Sequence[Path]) -> Iterator[Column]:
+            for file in files:
+                yield Column("", "<i8", (), (Part(str(file), 0, len(file.read_text().splitlines())),))
+
+        def read(self, part: Part, start: int, out: np.ndarray) -> None:
+            lines = Path(part.file).read_text().splitlines()[start : start + len(out)]
+            out[:] = np.array(lines, "<i8")[:, None].view(np.uint8)
+
+    monkeypatch.setitem(FORMATS, "lines", Format(Lines, (".txt",)))
+    (tmp_path / "numbers.txt").write_text("\n".join(map(str, range(40, 0, -1))))
+    _, found = taken(tmp_path / "numbers.txt", tmp_path / "x.zarr", format="lines")
+    assert_same(found["numbers"], np.arange(40, 0, -1))
+
+
+def test_a_datasets_folder_without_its_parts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(SourceError, match=r"no dataset in .*train"):
+        find_files([tmp_path], None, None)
