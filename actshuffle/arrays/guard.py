@@ -3,6 +3,8 @@
 Zarr believes what it reads.  So what it reads of a place comes through here, and is refused when it is
 
 - metadata that is no UTF-8 JSON, is absurdly large, or says one thing twice (readers differ on which counts);
+- consolidated metadata, a group's copy of its arrays' own, which is out of date once an array has grown; it is
+  never shown, so that every array speaks for itself;
 - a codec beyond the list below.  numcodecs can unpickle, which is running the store's code;
 - a chunk that would unpack to more than its place in the array: a few bytes of zstd or gzip can ask
   for terabytes.  Formats that say their size up front are asked; the others are unpacked once into
@@ -32,6 +34,7 @@ from actshuffle.storage.objects import Objects
 
 T = TypeVar("T")
 METADATA_NAMES = {"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"}
+COPIES = ".zmetadata"  # Zarr v2's copies of the metadata below a group; v3 keeps them in the group's own document
 METADATA_BYTES = 64 << 20
 MEMBERS = 100_000  # names in a group's folder, each of which zarr asks for metadata
 
@@ -204,6 +207,28 @@ def check_document(data: bytes, where: str) -> None:
         raise SourceError(f"{where} is not JSON in UTF-8: {err}") from err
 
 
+def without_copies(key: str, data: bytes) -> bytes | None:
+    """A metadata document without consolidated metadata, which nobody updates when an array grows."""
+    if key.rsplit("/", 1)[-1] == COPIES:
+        return None
+    document = json.loads(data)
+    if not isinstance(document, dict) or document.pop("consolidated_metadata", None) is None:
+        return data
+    return json.dumps(document).encode()
+
+
+def listed_arrays(objects: Objects) -> set[str]:
+    """Paths of the arrays that the consolidated metadata of a group lists; empty where there is none."""
+    group = json.loads(objects.get("zarr.json") or objects.get(COPIES) or b"{}")
+    copies = group.get("consolidated_metadata", group if "zarr_consolidated_format" in group else None)
+    listed = copies.get("metadata") if isinstance(copies, dict) else None
+    if not isinstance(listed, dict):
+        return set()
+    if copies is group:  # v2 lists documents
+        return {key.removesuffix("/.zarray") for key in listed if key.endswith("/.zarray")}
+    return {k for k, v in listed.items() if isinstance(v, dict) and v.get("node_type") == "array"}
+
+
 class View(Store):
     """A place as a read-only Zarr store, through `Objects`: what zarr reads, we have looked at.
 
@@ -252,7 +277,7 @@ class View(Store):
             data = None if size is None else self.objects.get(key)
             if data is not None:
                 check_document(data, where)
-            return data
+            return data if data is None else without_copies(key, data)
         data = self.objects.get(key) if wanted is None else self._range(key, wanted)
         if data is None and self.strict:
             raise MissingChunkError(f"chunk {where} is missing")

@@ -22,7 +22,7 @@ from zarr.storage import MemoryStore
 from actshuffle.arrays import virtual
 from actshuffle.arrays.codecs import CODECS
 from actshuffle.arrays.field import Field
-from actshuffle.arrays.guard import View, coding_of
+from actshuffle.arrays.guard import View, coding_of, listed_arrays
 from actshuffle.arrays.names import OUR_GROUP
 from actshuffle.bfloat16 import BFloat16
 from actshuffle.errors import ActshuffleError, RequestError, SourceError
@@ -85,6 +85,11 @@ def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str,
             raise SourceError(
                 f"{place.url} holds groups {groups} beside its arrays, which would be left out: "
                 "give the path of one group, or choose arrays with --fields"
+            )
+        elif lost := sorted(path for path in listed_arrays(open_objects(place)) if path.split("/")[0] not in members):
+            raise SourceError(
+                f"the consolidated metadata of {place.url} lists array {lost[0]!r}, which has no metadata of its own: "
+                "it is lost, or was deleted and not unlisted; choose arrays with --fields, or consolidate again"
             )
         if not arrays:
             raise SourceError(f"no arrays in {place.url}")

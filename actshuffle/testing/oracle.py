@@ -22,10 +22,10 @@ def differences(src: Path, dst: Path, seed: int) -> list[str]:
     """List the ways in which ``dst`` differs from ``src`` in the order of its seed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        node = zarr.open(src, mode="r")
+        node = zarr.open(src, mode="r", use_consolidated=False)
         before = {"data": node} if isinstance(node, zarr.Array) else dict(node.arrays())
         try:
-            after = dict(zarr.open_group(dst, mode="r").arrays())
+            after = dict(zarr.open_group(dst, mode="r", use_consolidated=False).arrays())
         except Exception as err:  # zarr raises many kinds for damaged metadata
             return [f"cannot be opened: {type(err).__name__}: {err}"]
         found = [f"array {name} is absent" for name in sorted(set(before) - set(after))]
