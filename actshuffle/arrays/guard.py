@@ -217,18 +217,6 @@ def without_copies(key: str, data: bytes) -> bytes | None:
     return json.dumps(document).encode()
 
 
-def listed_arrays(objects: Objects) -> set[str]:
-    """Paths of the arrays that the consolidated metadata of a group lists; empty where there is none."""
-    group = json.loads(objects.get("zarr.json") or objects.get(COPIES) or b"{}")
-    copies = group.get("consolidated_metadata", group if "zarr_consolidated_format" in group else None)
-    listed = copies.get("metadata") if isinstance(copies, dict) else None
-    if not isinstance(listed, dict):
-        return set()
-    if copies is group:  # v2 lists documents
-        return {key.removesuffix("/.zarray") for key in listed if key.endswith("/.zarray")}
-    return {k for k, v in listed.items() if isinstance(v, dict) and v.get("node_type") == "array"}
-
-
 class View(Store):
     """A place as a read-only Zarr store, through `Objects`: what zarr reads, we have looked at.
 

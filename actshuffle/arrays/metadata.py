@@ -7,6 +7,7 @@ zarr, one source chunk or one output object at a time, so that memory stays what
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -22,11 +23,11 @@ from zarr.storage import MemoryStore
 from actshuffle.arrays import virtual
 from actshuffle.arrays.codecs import CODECS
 from actshuffle.arrays.field import Field
-from actshuffle.arrays.guard import View, coding_of, listed_arrays
+from actshuffle.arrays.guard import COPIES, View, coding_of
 from actshuffle.arrays.names import OUR_GROUP
 from actshuffle.bfloat16 import BFloat16
 from actshuffle.errors import ActshuffleError, RequestError, SourceError
-from actshuffle.storage.objects import open_objects
+from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place
 from actshuffle.storage.remote import wait
 
@@ -86,7 +87,7 @@ def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str,
                 f"{place.url} holds groups {groups} beside its arrays, which would be left out: "
                 "give the path of one group, or choose arrays with --fields"
             )
-        elif lost := sorted(path for path in listed_arrays(open_objects(place)) if path.split("/")[0] not in members):
+        elif lost := sorted(path for path in _listed(open_objects(place)) if path.split("/")[0] not in members):
             raise SourceError(
                 f"the consolidated metadata of {place.url} lists array {lost[0]!r}, which has no metadata of its own: "
                 "it is lost, or was deleted and not unlisted; choose arrays with --fields, or consolidate again"
@@ -111,6 +112,18 @@ def _members(place: Place, group: zarr.Group) -> dict[str, ZarrArray | zarr.Grou
             raise
         except Exception as err:
             raise _unreadable(place, err) from err
+
+
+def _listed(objects: Objects) -> set[str]:
+    """Paths of the arrays that the consolidated metadata of a group lists; empty where there is none."""
+    group = json.loads(objects.get("zarr.json") or objects.get(COPIES) or b"{}")
+    copies = group.get("consolidated_metadata", group if "zarr_consolidated_format" in group else None)
+    listed = copies.get("metadata") if isinstance(copies, dict) else None
+    if not isinstance(listed, dict):
+        return set()
+    if copies is group:  # v2 lists documents
+        return {key.removesuffix("/.zarray") for key in listed if key.endswith("/.zarray")}
+    return {k for k, v in listed.items() if isinstance(v, dict) and v.get("node_type") == "array"}
 
 
 def _check_array(place: Place, name: str, array: ZarrArray) -> None:

@@ -247,7 +247,7 @@ def _changed(job: Job, request: Request, marker: dict[str, Any]) -> Iterator[str
     if job.fill_missing != marker.get("fill_missing", False):
         yield f"missing_chunks was {'refuse' if job.fill_missing else 'fill'}"
     now = {f.name: json.loads(f.metadata) for f in job.outputs}
-    was = {name: json.loads(job.at_destination.get(f"{name}/zarr.json") or "{}") for name in now}
+    was = {name: _written(job, name) for name in now}
     had = {*marker["fields"], *([SOURCE_ROW] if marker.get("source_row") else [])}
     if set(now) != had:
         yield f"arrays were {', '.join(sorted(had))}, now {', '.join(sorted(now))}"
@@ -256,6 +256,18 @@ def _changed(job: Job, request: Request, marker: dict[str, Any]) -> Iterator[str
     for part in ("codecs", "chunk_grid") if chunked else ("codecs",):
         if any(was[name].get(part) != now[name].get(part) for name in set(now) & had):
             yield "the codec was another" if part == "codecs" else "the chunks had another size"
+
+
+def _written(job: Job, name: str) -> dict[str, Any]:
+    """The metadata of an array at the destination; empty where there is none."""
+    text = job.at_destination.get(f"{name}/zarr.json")
+    try:
+        found = json.loads(text or b"{}")
+    except (ValueError, RecursionError) as err:
+        raise FormatError(f"{name}/zarr.json of {job.destination} is damaged: {err}; --overwrite replaces it") from err
+    if not isinstance(found, dict):
+        raise FormatError(f"{name}/zarr.json of {job.destination} is damaged: no object; --overwrite replaces it")
+    return found
 
 
 def _check_space(job: Job) -> None:

@@ -64,7 +64,7 @@ def test_finished_stores_speak_for_themselves(tmp_path):
         name = next(iter(actshuffle.open_dataset(path).fields))
         node = zarr.open_array(path, path=name, mode="r+")
         node.resize((rows - 1, *node.shape[1:]))
-        with pytest.raises(actshuffle.errors.ActshuffleError, match="rows|length"):
+        with pytest.raises(actshuffle.errors.ActshuffleError, match=r"rows|length"):
             actshuffle.open_dataset(path)
 
 
