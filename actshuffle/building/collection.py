@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from actshuffle._version import __version__
 from actshuffle.arrays import virtual
 from actshuffle.arrays.marker import read_marker
@@ -103,7 +101,8 @@ def collect(
 
     Parameters
     ----------
-    model : name or path, as transformers' AutoModel takes it; any causal or encoder model.
+    model : name or path, as transformers' AutoModel takes it; any causal or encoder model, or one with a part that
+        is (the text model of Gemma 3, the encoder of T5).
     text : files and folders of JSON lines, JSON, CSV, parquet, Arrow (a document is the ``field`` of each row)
         and plain text (a file is a document), compressed or not; see docs/inputs.md.
     layers, hooks : numbers of ``hidden_states`` (0 is the embedding), names of modules; at least one.
@@ -211,7 +210,7 @@ def _write_source(
             f"a window of {context} tokens: the model takes {most:,} at most, {len(before) + len(after)} of "
             "them special"
         )
-    widths = {name: found.shape[2] for name, found in model(np.array([run["probe"]])).items()}
+    widths = model.widths(run["probe"], context)
     objects = open_objects(source)
     there = virtual.describe(source)
     if there is not None and there["settings"].get("asked") != asked:
@@ -270,8 +269,9 @@ def _attributes(
     """What the store says of itself: enough to make it again, and to read it."""
     names = [str(tokenizer.decode([i])) for i in (*before, *after)]
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    of = " of the encoder" if "part" in model.identity else ""
     layers = {
-        f"layer_{n}": f"hidden_states[{n}]: the residual stream "
+        f"layer_{n}": f"hidden_states[{n}]{of}: the residual stream "
         + ("before the first block" if n == 0 else f"after {n} of {model.layers} blocks")
         + (", with the final norm where the model applies one" if n == model.layers else "")
         for n in asked["layers"]

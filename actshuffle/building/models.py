@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,87 +15,103 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.arraytypes import U8
-from actshuffle.errors import RequestError, SourceError
+from actshuffle.errors import ActshuffleError, RequestError, SourceError
 from actshuffle.executors.cluster import worker_name
 from actshuffle.extras import need
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
+PROBES = ((3, 5), (2, 7))  # windows and tokens of trial passes: unequal, so that no axis is taken for another
 
 
 class Model:
     """A transformers model that gives some of its activations for windows of equal length.
 
-    ``layers`` are numbers of ``hidden_states``; ``hooks`` names of modules, whose (first) output is taken.
+    ``layers`` are numbers of ``hidden_states``; ``hooks`` names of modules, whose (first) output is taken.  Of an
+    encoder-decoder the encoder runs, of a model of text and pictures the part for text.  All is tried out first: what
+    does not give one vector for each token, once in a pass, is refused.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._torch = torch = need("torch", "collect")
-        self.model = load_model(settings["model"], settings["model_dtype"])
+        self.name = settings["model"]
+        self.model = load_model(self.name, settings["model_dtype"])
         self.device = _device(settings["device"])
         self.model.eval().to(self.device)
+        config = self.model.config
+        self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self._encoder = bool(getattr(config, "is_encoder_decoder", False))
+        self._runs = self.model.get_encoder() if self._encoder else self.model
+        positions = getattr(self._config, "max_position_embeddings", None)  # -1: any number
+        self._longest = int(positions) if positions is not None and positions > 0 else 1 << 20
+        self._cached = "use_cache" in inspect.signature(self._runs.forward).parameters
         self._layers: dict[str, int] = {f"layer_{n}": n for n in settings["layers"]}
         self._hooks = {name: self._module(name) for name in settings["hooks"]}
         self._dtype = getattr(torch, settings["dtype"])
-        self.layers = int(getattr(self.model.config, "num_hidden_layers", 0))
-        wrong = [n for n in self._layers.values() if not 0 <= n <= self.layers]
-        if wrong:
-            raise RequestError(f"no layer {wrong[0]}: {settings['model']} has hidden states 0 to {self.layers}")
+        self._blocks: Any = None
+        self.layers = self._try_out(settings["probe"])
         self.identity = {
-            "name": settings["model"],
+            "name": self.name,
             "class": type(self.model).__name__,
             "layers": self.layers,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": settings["model_dtype"],
             "fingerprint": fingerprint(self.model),
-        }
+        } | ({"part": "encoder"} if self._encoder else {})
         self._blocks = self._early_exit(settings["probe"]) if self._layers else None
 
     def __call__(self, tokens: NDArray[Any]) -> dict[str, U8]:
-        """Activations of windows, tokens int64 ``(windows, length)``: uint8 ``(windows, length, width)``."""
+        """Activations of windows, tokens int64 ``(windows, length)``: uint8 ``(windows, length, bytes)``."""
         return {name: self._bits(name, value) for name, value in self.raw(tokens).items()}
 
     def raw(self, tokens: NDArray[Any]) -> dict[str, Any]:
         """The same as the model's own tensors."""
         inputs = self._torch.from_numpy(np.ascontiguousarray(tokens)).to(self.device)
         with self._torch.inference_mode():
-            return self._stopping(inputs) if self._blocks is not None else self._plain(inputs)
+            found = self._stopping(inputs) if self._blocks is not None else self._plain(inputs)[0]
+        return {name: self._one(name, outputs, tokens.shape) for name, outputs in found.items()}
 
     def most_tokens(self, tokenizer: Any) -> int:
         """The longest window that model and tokenizer say they take."""
-        told = (getattr(self.model.config, "max_position_embeddings", None), tokenizer.model_max_length)
-        return min(int(n) for n in (*told, 1 << 20) if n is not None and n > 0)
+        return min(self._longest, *(int(n) for n in [tokenizer.model_max_length] if n > 0))
 
-    def _plain(self, inputs: Any) -> dict[str, Any]:
-        held: dict[str, Any] = {}
-        hooks = [_keep(module, held, name) for name, module in self._hooks.items()]
+    def widths(self, probe: Sequence[int], length: int) -> dict[str, int]:
+        """The bytes of a row of each array, found with one window of so many tokens."""
+        found = self._trial(partial(self, np.resize(np.array(probe), (1, length))), f"a window of {length:,} tokens")
+        return {name: value.shape[2] for name, value in found.items()}
+
+    def _plain(self, inputs: Any) -> tuple[dict[str, list[Any]], Sequence[Any]]:
+        """All outputs of what was asked for in one pass, by name; and the hidden states."""
+        held: dict[str, list[Any]] = {name: [] for name in self._hooks}
+        hooks = [_keep(module, held[name]) for name, module in self._hooks.items()]
+        cache = {"use_cache": False} if self._cached else {}
         try:
-            output = self.model(input_ids=inputs, output_hidden_states=bool(self._layers), use_cache=False)
+            output = self._runs(input_ids=inputs, output_hidden_states=bool(self._layers), **cache)
         finally:
             for hook in hooks:
                 hook.remove()
-        return held | {name: output.hidden_states[n] for name, n in self._layers.items()}
+        states = getattr(output, "hidden_states", None) or () if self._layers else ()
+        return held | {name: [states[n]] for name, n in self._layers.items() if 0 <= n < len(states)}, states
 
-    def _stopping(self, inputs: Any) -> dict[str, Any]:
+    def _stopping(self, inputs: Any) -> dict[str, list[Any]]:
         """As `_plain`, but the model is left as soon as the last layer asked for has been seen."""
-        assert self._blocks is not None
-        held: dict[str, Any] = {}
+        held: dict[str, list[Any]] = {name: [] for name in (*self._hooks, *self._layers)}
         wanted = {n: name for name, n in self._layers.items()}
-        hooks = [_keep(module, held, name) for name, module in self._hooks.items()]
+        hooks = [_keep(module, held[name]) for name, module in self._hooks.items()]
         last = max(wanted)
         if 0 in wanted:
             hooks.append(
                 self._blocks[0].register_forward_pre_hook(
-                    lambda _, args, kwargs: held.update({wanted[0]: _first(args or tuple(kwargs.values()))}),
+                    lambda _, args, kwargs: held[wanted[0]].append(_first(args or tuple(kwargs.values()))),
                     with_kwargs=True,
                 )
             )
         for n in sorted(set(wanted) - {0}):
-            hooks.append(_keep(self._blocks[n - 1], held, wanted[n]))
+            hooks.append(_keep(self._blocks[n - 1], held[wanted[n]]))
         if not self._hooks:
             stop_at = self._blocks[max(last - 1, 0)]
             hooks.append(stop_at.register_forward_hook(_leave))
         try:
-            self.model(input_ids=inputs, use_cache=False)
+            self._runs(input_ids=inputs, **({"use_cache": False} if self._cached else {}))
         except _EnoughError:
             pass
         finally:
@@ -107,19 +124,67 @@ class Model:
         count = self.layers
         if max(self._layers.values()) >= count:
             return None  # the last one may be normed after its block
-        lists = [m for m in self.model.modules() if isinstance(m, self._torch.nn.ModuleList) and len(m) == count]
+        lists = [m for m in self._runs.modules() if isinstance(m, self._torch.nn.ModuleList) and len(m) == count]
         if len(lists) != 1 or count == 0:
             return None
-        inputs = self._torch.tensor([list(probe)], device=self.device)
-        with self._torch.inference_mode():
-            plain = self._plain(inputs)
-            self._blocks = lists[0]
-            try:
-                found = self._stopping(inputs)
-            except Exception:  # a model whose blocks are called in some other way
-                return None
+        tokens = np.array([list(probe)])
+        plain = self.raw(tokens)
+        self._blocks = lists[0]
+        try:
+            found = self.raw(tokens)
+        except Exception:  # a model whose blocks are called in some other way
+            return None
         same = set(found) == set(plain) and all(self._torch.equal(found[k], plain[k]) for k in plain)
         return lists[0] if same else None
+
+    def _try_out(self, probe: Sequence[int]) -> int:
+        """Run as few tokens as tell axes apart, refuse what cannot be collected; the number of the last layer."""
+        widths: dict[str, int] = {}
+        for windows, length in PROBES:
+            tokens = np.resize(np.array(probe), (windows, min(length, self._longest)))
+            inputs = self._torch.from_numpy(tokens).to(self.device)
+            with self._torch.inference_mode():
+                found, states = self._trial(partial(self._plain, inputs), "tokens alone")
+            fit = [n for n, state in enumerate(states) if _shape(state)[:-1] == tokens.shape]
+            for name, n in self._layers.items():
+                if not 0 <= n < len(states):
+                    has = f"hidden states 0 to {len(states) - 1}" if states else "no hidden states"
+                    raise RequestError(f"no layer {n}: {self.name} has {has}")
+                if n not in fit:
+                    raise RequestError(f"{self._misfit(name, states[n], tokens.shape)}; hidden states {fit} do")
+            for name, outputs in found.items():
+                value = self._one(name, outputs, tokens.shape)
+                if widths.setdefault(name, value.shape[2]) != value.shape[2]:
+                    raise RequestError(f"{name!r} gives vectors whose width is not the same for all windows")
+        return len(states) - 1 if states else int(getattr(self._config, "num_hidden_layers", 0))
+
+    def _trial(self, action: Callable[[], Any], on: str) -> Any:
+        try:
+            return action()
+        except ActshuffleError:
+            raise
+        except Exception as err:  # of as many kinds as there are models
+            why = (str(err).splitlines() or [""])[0]
+            raise SourceError(f"{self.name} ({type(self._runs).__name__}) cannot run on {on}: {why}") from err
+
+    def _one(self, name: str, outputs: list[Any], shape: tuple[int, ...]) -> Any:
+        """The one output of a pass, which must be a vector for each token."""
+        if not outputs:
+            part = "only the encoder of this model runs" if self._encoder else "it has no part in reading text"
+            raise RequestError(f"module {name!r} does not run: {part}")
+        if len(outputs) > 1:
+            raise RequestError(
+                f"module {name!r} runs {len(outputs)} times in a pass, so no single output is its own; take hidden "
+                "states (--layers), or a module that runs once"
+            )
+        value = outputs[0]
+        if len(_shape(value)) != 3 or _shape(value)[:2] != shape or not value.is_floating_point():
+            raise RequestError(self._misfit(name, value, shape))
+        return value
+
+    def _misfit(self, name: str, value: Any, shape: tuple[int, ...]) -> str:
+        found = f"{value.dtype} of shape {tuple(value.shape)}" if _shape(value) else type(value).__name__
+        return f"{name!r} gives {found} for {shape[0]} windows of {shape[1]} tokens: not one vector for each token"
 
     def _module(self, name: str) -> Any:
         modules = dict(self.model.named_modules())
@@ -132,8 +197,6 @@ class Model:
 
     def _bits(self, name: str, value: Any) -> U8:
         torch = self._torch
-        if not isinstance(value, torch.Tensor) or value.ndim != 3:
-            raise RequestError(f"{name!r} does not give one vector for each token")
         rounded = value.to(self._dtype)
         if not bool(torch.isfinite(rounded).all()):
             whose = "the model gives" if not bool(torch.isfinite(value).all()) else f"in {self._dtype} there are"
@@ -152,12 +215,20 @@ def _leave(*_: Any) -> None:
     raise _EnoughError
 
 
-def _keep(module: Any, held: dict[str, Any], name: str) -> Any:
-    return module.register_forward_hook(lambda _, __, output: held.update({name: _first(output)}))
+def _keep(module: Any, held: list[Any]) -> Any:
+    return module.register_forward_hook(lambda _, __, output: held.append(_first(output)))
 
 
 def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple | list) else output
+    """The first of several outputs: of a tuple, a list, or a ModelOutput of transformers."""
+    while isinstance(output, tuple | list) or hasattr(output, "to_tuple"):
+        output = next(iter(output.to_tuple() if hasattr(output, "to_tuple") else output), None)
+    return output
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """The shape of a tensor, none of anything else."""
+    return tuple(getattr(value, "shape", ()))
 
 
 def load_model(name: str, dtype: str) -> Any:
