@@ -1,31 +1,49 @@
 """The package's own rules: one direction of imports, few doors to each library, small rooms, silence.
 
-A *room* is a folder of `actshuffle/`, or a module at its top.  Each rule is a function from syntax trees to
-the list of its faults, and has a negative control.  No table exempts anything from the layers; the few
-exemptions from other rules say why, and the tests fail if one is no longer needed.
+Each rule has a negative control.  No table exempts anything from the layers; the few exemptions from other rules say
+why, and the tests fail if one is no longer needed.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-import re
 import subprocess
 import sys
 import tomllib
-from collections import Counter
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 import actshuffle
 import saetrain
+from support.rules import (
+    LONGEST,
+    Trees,
+    circle_faults,
+    dotted_names,
+    imports,
+    init_faults,
+    layer_faults,
+    length_faults,
+    lengths,
+    lost_rooms,
+    module,
+    name_faults,
+    nodes,
+    room_faults,
+    room_of,
+    rows_of,
+    string_faults,
+    trees,
+    within,
+)
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = Path(actshuffle.__file__).parent
-Trees = dict[str, ast.Module]  # by dotted name within the package; "room.__init__" for the file of a room itself
+HOME = "actshuffle"
+OURS = trees(actshuffle)
+KNOWN = dotted_names(actshuffle, saetrain)
+PUBLIC = {*actshuffle.__all__, *saetrain.__all__}
 
 # A module imports from lower rows, and from its own room.
 LAYERS = [
@@ -41,7 +59,6 @@ LAYERS = [
     "cli testing",
     "data files mixing simulate __main__",  # paths that documentation once gave, and the command
 ]
-ROWS = {room: row for row, rooms in enumerate(LAYERS) for room in rooms.split()}
 
 # Rooms that may import a library, wherever in a module that is, by `import` or by `extras.need`.
 DOORS = {
@@ -72,8 +89,6 @@ NEVER = {
 }
 
 FACES = {"__init__", "executors", "jobs", "testing"}  # their `__init__` gives the public names of the room
-LARGEST = 14  # modules
-LONGEST = 350  # lines
 LONGER = {
     "ordering.mixing": "the statistics of one report",
     "checking.verifier": "full and quick checks, which share nothing with the engine",
@@ -82,83 +97,12 @@ LONGER = {
 SAETRAIN_SEES = {"errors", "jobs"}  # of actshuffle, beside its public names
 
 
-@cache
-def trees(package: Path = PACKAGE) -> Trees:
-    return {
-        ".".join(path.relative_to(package).with_suffix("").parts): ast.parse(path.read_text())
-        for path in sorted(package.rglob("*.py"))
-    }
-
-
-def fault_of(text: str, name: str) -> Trees:
-    """A package of one module, for negative controls."""
-    return {name: ast.parse(text)}
-
-
-def room_of(module: str) -> str:
-    return module.split(".")[0]
-
-
-def within(module: str, place: str) -> bool:
-    """Is the module this place, or in this room?"""
-    return module == place or module.startswith(f"{place}.")
-
-
-@cache
-def nodes(tree: ast.Module) -> list[ast.AST]:
-    return list(ast.walk(tree))
-
-
-@cache
-def imports(tree: ast.Module) -> list[str]:
-    """Dotted names of all that is imported, in functions and under TYPE_CHECKING too, ``from a import b`` as a.b."""
-    found = []
-    for node in nodes(tree):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            found += ["." * node.level + f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__", "need") and node.args:
-            found += strings(node.args[0])
-    return found
-
-
-def called(node: ast.Call) -> str:
-    """The last part of the name of what is called."""
-    return ast.unparse(node.func).split(".")[-1]
-
-
-def strings(node: ast.AST) -> Iterator[str]:
-    return (n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
-
-
-def imported_rooms(tree: ast.Module) -> Iterator[str]:
-    """Rooms of actshuffle that a module imports; a public name comes from the package's own ``__init__``."""
-    for name in imports(tree):
-        if within(name, "actshuffle"):
-            room = room_of(name.removeprefix("actshuffle").removeprefix("."))
-            yield room if room in ROWS else "__init__"
-
-
 # --- Layers -------------------------------------------------------------------------------------
 
 
-def layer_faults(package: Trees) -> list[str]:
-    faults = []
-    for name, tree in package.items():
-        room = room_of(name)
-        if room not in ROWS:
-            faults.append(f"{name} has no place in LAYERS")
-            continue
-        faults += [f"{name} imports {other} by a relative path" for other in imports(tree) if other.startswith(".")]
-        for other in imported_rooms(tree):
-            if other != room and ROWS[other] >= ROWS[room]:
-                faults.append(f"{name} imports {other}, which is not below it")
-    return faults
-
-
 def test_layers():
-    assert layer_faults(trees()) == []
+    assert layer_faults(OURS, HOME, LAYERS) == []
+    assert circle_faults(OURS, HOME) == []
 
 
 @pytest.mark.parametrize(
@@ -173,51 +117,43 @@ def test_layers():
     ],
 )
 def test_layers_control(text):
-    assert layer_faults(fault_of(text, "ordering.keys")) == ["ordering.keys imports engine, which is not below it"]
-    assert len(layer_faults(fault_of(text, "loading.loader"))) == 1  # a room of the same row
-    assert layer_faults(fault_of(text, "engine.tasks")) == []
-    assert layer_faults(fault_of(text, "cli.app")) == []
+    assert layer_faults(module("ordering.keys", text), HOME, LAYERS) == [
+        "ordering.keys imports engine, which is not below it"
+    ]
+    assert len(layer_faults(module("loading.loader", text), HOME, LAYERS)) == 1  # a room of the same row
+    assert layer_faults(module("engine.tasks", text), HOME, LAYERS) == []
+    assert layer_faults(module("cli.app", text), HOME, LAYERS) == []
 
 
 def test_layers_control_of_public_names_relative_paths_and_new_rooms():
-    assert layer_faults(fault_of("from actshuffle import shuffle", "engine.run")) == [
+    assert layer_faults(module("engine.run", "from actshuffle import shuffle"), HOME, LAYERS) == [
         "engine.run imports __init__, which is not below it"
     ]
-    assert len(layer_faults(fault_of("from .keys import Keys", "ordering.mixing"))) == 1
-    assert layer_faults(fault_of("", "novel")) == ["novel has no place in LAYERS"]
+    assert len(layer_faults(module("ordering.mixing", "from .keys import Keys"), HOME, LAYERS)) == 1
+    assert layer_faults(module("novel", ""), HOME, LAYERS) == ["novel has no row"]
+
+
+def test_layers_control_of_circles_in_a_room():
+    package = {
+        **module("ordering.keys", "def f():\n    from actshuffle.ordering import bounds"),
+        **module("ordering.bounds", "from actshuffle.ordering.keys import Keys"),
+        **module("ordering.digest", "import actshuffle.units"),
+    }
+    assert layer_faults(package, HOME, LAYERS) == []
+    assert circle_faults(package, HOME) == [
+        f"ordering.{name} is in or above a circle of imports" for name in ("bounds", "keys")
+    ]
 
 
 def test_layers_hold_rooms_that_exist():
-    assert set(ROWS) == {room_of(name) for name in trees()}
+    assert set(rows_of(LAYERS)) == {room_of(name) for name in OURS}
 
 
 # --- No imports by string -----------------------------------------------------------------------
 
 
-def string_faults(package: Trees, known: frozenset[str]) -> list[str]:
-    """Calls that import one of our modules by its name, and strings that are such a name."""
-    faults = []
-    ours = re.compile(r"(actshuffle|saetrain)(\..*)?")
-    for name, tree in package.items():
-        for node in nodes(tree):
-            if isinstance(node, ast.Call) and called(node) in ("import_module", "__import__", "find_spec", "need"):
-                faults += [f"{name}: {text!r}" for text in strings(node) if ours.fullmatch(text)]
-            elif isinstance(node, ast.Constant) and node.value in known:
-                faults.append(f"{name}: {node.value!r}")
-    return faults
-
-
-def our_modules() -> frozenset[str]:
-    """Dotted names of our modules and rooms, but not of the two packages themselves."""
-    packages = [Path(package.__file__).parent for package in (actshuffle, saetrain)]
-    paths = [path.relative_to(package.parent) for package in packages for path in package.rglob("*.py")]
-    modules = {".".join(path.with_suffix("").parts) for path in paths}
-    rooms = {".".join(path.parent.parts) for path in paths if path.parent.parent.name}
-    return frozenset(modules | rooms)
-
-
 def test_imports_by_string():
-    assert string_faults(trees(), our_modules()) == []
+    assert string_faults(OURS, KNOWN) == []
 
 
 @pytest.mark.parametrize(
@@ -234,12 +170,12 @@ def test_imports_by_string():
     ],
 )
 def test_imports_by_string_control(text):
-    assert len(string_faults(fault_of(text, "arrays.virtual"), our_modules())) == 1
+    assert len(string_faults(module("arrays.virtual", text), KNOWN)) == 1
 
 
 def test_imports_by_string_control_of_other_names():
     text = "getLogger('actshuffle')\nkey = 'actshuffle.insecure'\nimport_module('matplotlib.figure')"
-    assert string_faults(fault_of(text, "cli.app"), our_modules()) == []
+    assert string_faults(module("cli.app", text), KNOWN) == []
 
 
 # --- Doors to libraries, and what a room never sees ---------------------------------------------
@@ -255,7 +191,7 @@ def door_faults(package: Trees) -> list[str]:
 
 
 def test_doors():
-    assert door_faults(trees()) == []
+    assert door_faults(OURS) == []
 
 
 @pytest.mark.parametrize(
@@ -272,7 +208,7 @@ def test_doors():
     ],
 )
 def test_doors_control(name, text, library):
-    assert door_faults(fault_of(text, name)) == [f"{name} imports {library}"]
+    assert door_faults(module(name, text)) == [f"{name} imports {library}"]
 
 
 def unused_doors(package: Trees, doors: dict[str, str] = DOORS) -> list[str]:
@@ -287,11 +223,11 @@ def unused_doors(package: Trees, doors: dict[str, str] = DOORS) -> list[str]:
 
 
 def test_doors_are_used():
-    assert unused_doors(trees()) == []
+    assert unused_doors(OURS) == []
 
 
 def test_doors_are_used_control():
-    package = fault_of("import zarr.codecs", "arrays.output")
+    package = module("arrays.output", "import zarr.codecs")
     assert unused_doors(package, {"zarr": "arrays bfloat16"}) == ["bfloat16 does not import zarr"]
 
 
@@ -306,8 +242,8 @@ def never_faults(package: Trees) -> list[str]:
 
 
 def test_never():
-    assert never_faults(trees()) == []
-    assert set(NEVER) <= set(ROWS)
+    assert never_faults(OURS) == []
+    assert set(NEVER) <= set(rows_of(LAYERS))
 
 
 @pytest.mark.parametrize(
@@ -322,41 +258,23 @@ def test_never():
     ],
 )
 def test_never_control(name, text, never):
-    assert never_faults(fault_of(text, name)) == [f"{name} sees {never}"]
+    assert never_faults(module(name, text)) == [f"{name} sees {never}"]
 
 
 # --- Names, sizes and the files of rooms --------------------------------------------------------
 
 
-def name_faults(package: Trees) -> list[str]:
-    """Modules and rooms that bear a public name, so that a reader could take the one for the other."""
-    public = {*actshuffle.__all__, *saetrain.__all__}
-    return [name for name in package if public & set(name.removesuffix("__init__").strip(".").split("."))]
-
-
 def test_names():
-    assert name_faults(trees()) == []
+    assert name_faults(OURS, PUBLIC) == []
 
 
 def test_names_control():
-    assert name_faults(dict.fromkeys(["verify", "checking.verify", "shuffle.run", "append.__init__", "fit"])) == [
-        "verify",
-        "checking.verify",
-        "shuffle.run",
-        "append.__init__",
-        "fit",
-    ]
-
-
-def room_faults(names: list[str]) -> list[str]:
-    """Rooms with too many modules; the package itself is one.  The files by which Python enters one do not count."""
-    modules = [name for name in names if not name.endswith(("__init__", "__main__"))]
-    sizes = Counter(name.rpartition(".")[0] for name in modules)
-    return [f"{room or 'actshuffle'} has {size} modules" for room, size in sizes.items() if size > LARGEST]
+    names = ["verify", "checking.verify", "shuffle.run", "append.__init__", "fit"]
+    assert name_faults([*names, "verifier", "checking.__init__"], PUBLIC) == names
 
 
 def test_rooms_are_small():
-    assert room_faults(list(trees())) == []
+    assert room_faults(OURS) == []
 
 
 def test_rooms_are_small_control():
@@ -365,15 +283,8 @@ def test_rooms_are_small_control():
     assert room_faults([*crowd[1:], "engine.__init__"]) == []
 
 
-def length_faults(lines: dict[str, int], longer: dict[str, str] = LONGER) -> list[str]:
-    """Modules that are too long, and exemptions of modules that are not, or that give no reason."""
-    long = {name for name, count in lines.items() if count > LONGEST}
-    return sorted(long ^ set(longer)) + [name for name, reason in longer.items() if not reason]
-
-
 def test_modules_are_short():
-    lines = {name: len((PACKAGE / f"{name.replace('.', '/')}.py").read_text().splitlines()) for name in trees()}
-    assert length_faults(lines) == []
+    assert length_faults(lengths(actshuffle), LONGER) == []
     assert len(LONGER) <= 4
 
 
@@ -385,40 +296,16 @@ def test_modules_are_short_control():
     assert length_faults(lines, {"engine.tasks": ""}) == ["engine.tasks"]
 
 
-def lost_rooms(names: list[str]) -> list[str]:
-    """Rooms without a file of their own, which no wheel would hold."""
-    return sorted(
-        {name.rpartition(".")[0] for name in names if f"{name.rpartition('.')[0]}.__init__" not in names} - {""}
-    )
-
-
 def test_rooms_have_files():
-    for package in (PACKAGE, Path(saetrain.__file__).parent):
-        assert lost_rooms(list(trees(package))) == []
+    assert lost_rooms(OURS) == []
 
 
 def test_rooms_have_files_control():
     assert lost_rooms(["__init__", "units", "engine.run", "cli.__init__", "cli.app"]) == ["engine"]
 
 
-def init_faults(package: Trees) -> list[str]:
-    """A room's own file is a docstring; that of a public face may import from the room, and says `__all__`."""
-    faults = []
-    for name, tree in package.items():
-        room = name.removesuffix(".__init__")
-        if not name.endswith("__init__"):
-            continue
-        home = "actshuffle" if room == "__init__" else f"actshuffle.{room}"
-        for node in tree.body[ast.get_docstring(tree) is not None :]:
-            public = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-            inside = isinstance(node, ast.ImportFrom) and node.level == 0 and within(str(node.module), home)
-            if room not in FACES or not (public or inside):
-                faults.append(f"{name}: {ast.unparse(node)}")
-    return faults
-
-
 def test_files_of_rooms():
-    assert init_faults(trees()) == []
+    assert init_faults(OURS, HOME, FACES) == []
 
 
 @pytest.mark.parametrize(
@@ -432,7 +319,7 @@ def test_files_of_rooms():
     ],
 )
 def test_files_of_rooms_control(name, text):
-    assert len(init_faults(fault_of(text, name))) == 1
+    assert len(init_faults(module(name, text), HOME, FACES)) == 1
 
 
 # --- saetrain -----------------------------------------------------------------------------------
@@ -451,16 +338,16 @@ def saetrain_faults(package: Trees) -> list[str]:
 
 
 def test_saetrain_sees_public_names():
-    assert saetrain_faults(trees(Path(saetrain.__file__).parent)) == []
+    assert saetrain_faults(trees(saetrain)) == []
 
 
 def test_saetrain_sees_public_names_control():
     text = (
         "import actshuffle\nfrom actshuffle.errors import RequestError\nfrom actshuffle import Loader, errors, loading"
     )
-    assert saetrain_faults(fault_of(text, "data")) == ["data imports actshuffle.loading"]
-    assert len(saetrain_faults(fault_of("def f():\n    from actshuffle.loading.loader import Loader", "data"))) == 1
-    assert len(saetrain_faults(fault_of("if TYPE_CHECKING:\n    import actshuffle.loading", "data"))) == 1
+    assert saetrain_faults(module("data", text)) == ["data imports actshuffle.loading"]
+    assert len(saetrain_faults(module("data", "def f():\n    from actshuffle.loading.loader import Loader"))) == 1
+    assert len(saetrain_faults(module("data", "if TYPE_CHECKING:\n    import actshuffle.loading"))) == 1
 
 
 # --- Silence ------------------------------------------------------------------------------------
@@ -477,12 +364,12 @@ def print_faults(package: Trees) -> list[str]:
 
 
 def test_silence():
-    assert print_faults(trees()) == []
+    assert print_faults(OURS) == []
 
 
 def test_silence_control():
-    assert print_faults(fault_of("def f():\n    print(1)", "engine.run")) == ["engine.run:2"]
-    assert print_faults(fault_of("print(1)", "cli.app")) == []
+    assert print_faults(module("engine.run", "def f():\n    print(1)")) == ["engine.run:2"]
+    assert print_faults(module("cli.app", "print(1)")) == []
 
 
 # --- Exemptions from the linter -----------------------------------------------------------------

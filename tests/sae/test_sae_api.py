@@ -17,7 +17,7 @@ import pytest
 import saetrain
 from saetrain import cli, data, errors, exchange
 from saetrain.config import Config
-from support.sae_helpers import ARCHS, MemorySource, Planted, one_rank, small
+from support.sae import ARCHS, MemorySource, Planted, one_rank, small
 
 FROZEN = Path(__file__).parents[1] / "fixtures" / "saetrain_api.json"
 Section = dict[str, str]

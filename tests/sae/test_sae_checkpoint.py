@@ -25,7 +25,7 @@ from saetrain.training.log import read_log
 from saetrain.training.losses import step
 from saetrain.training.optim import Optimizer
 from saetrain.training.train import fit
-from support.sae_helpers import ARCHS, MemoryCursor, MemorySource, Planted, one_rank, run_ranks, small, small_model
+from support.sae import ARCHS, MemoryCursor, MemorySource, Planted, one_rank, run_ranks, small, small_model
 
 
 class Stopping(MemorySource):

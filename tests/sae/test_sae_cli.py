@@ -17,7 +17,7 @@ from saetrain import cli
 from saetrain.cli import main
 from saetrain.config import Config
 from saetrain.variants.table import VARIANTS
-from support.sae_helpers import MemorySource, Planted, one_rank, small
+from support.sae import MemorySource, Planted, one_rank, small
 
 SMALL = ("--steps", "6", "--d-sae", "64", "--k", "4", "--batch-size", "64", "--device", "cpu", "--tile", "64")
 

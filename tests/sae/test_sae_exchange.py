@@ -17,7 +17,7 @@ from saetrain.errors import CheckpointError, ExchangeError
 from saetrain.tensors import Spec, TensorFile, write
 from saetrain.training import checkpoint
 from saetrain.training.train import fit
-from support.sae_helpers import ARCHS, MemorySource, Planted, one_rank, small
+from support.sae import ARCHS, MemorySource, Planted, one_rank, small
 
 FORMATS = [("saelens", arch) for arch in ARCHS] + [("sparsify", "topk")]
 

@@ -11,7 +11,7 @@ from saetrain.compute import kernels
 from saetrain.compute.kernels import Codes, Encoder, exact_topk
 from saetrain.compute.mesh import Mesh
 from saetrain.training.losses import step
-from support.sae_helpers import ARCHS, Planted, one_rank, reference, small_model
+from support.sae import ARCHS, Planted, one_rank, reference, small_model
 
 
 @pytest.fixture(scope="module")

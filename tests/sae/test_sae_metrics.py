@@ -12,7 +12,7 @@ from saetrain.config import Config, resolve
 from saetrain.training import metrics
 from saetrain.training.losses import step
 from saetrain.training.optim import Optimizer, ramps
-from support.sae_helpers import one_rank, small_model
+from support.sae import one_rank, small_model
 
 
 def test_fvu() -> None:

@@ -20,7 +20,7 @@ from saetrain.training.optim import Optimizer, ramps
 from saetrain.variants.batchtopk import BatchTopK
 from saetrain.variants.table import VARIANTS
 from saetrain.variants.topk import TopK
-from support.sae_helpers import ARCHS, Planted, norm_of, one_rank, run_ranks, small
+from support.sae import ARCHS, Planted, norm_of, one_rank, run_ranks, small
 
 STEPS = 20
 BATCH = 32

@@ -27,7 +27,7 @@ from saetrain.errors import CheckpointError, DataError
 from saetrain.training import checkpoint
 from saetrain.training.log import read_log
 from saetrain.training.train import fit
-from support.sae_helpers import Planted, run_ranks
+from support.sae import Planted, run_ranks
 
 ROWS, D = 6000, 16
 FAST = ("--steps", "40", "--d-sae", "64", "--k", "4", "--batch-size", "128", "--device", "cpu", "--tile", "128")

@@ -19,7 +19,7 @@ from saetrain.training.log import read_log
 from saetrain.training.train import fit
 from saetrain.variants.table import VARIANTS
 from saetrain.variants.topk import TopK
-from support.sae_helpers import ARCHS, MemorySource, Planted, matched, one_rank, small
+from support.sae import ARCHS, MemorySource, Planted, matched, one_rank, small
 
 PLANTED: dict[str, dict[str, Any]] = {
     "topk": {},
