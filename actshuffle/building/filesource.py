@@ -14,9 +14,9 @@ import numpy as np
 from actshuffle.arrays import virtual
 from actshuffle.arrays.metadata import metadata_of
 from actshuffle.arraytypes import U8, U64
-from actshuffle.building.formats import FORMATS
-from actshuffle.building.table import Column, Part, dtype_name
 from actshuffle.errors import FormatError, SourceError
+from actshuffle.foreign.formats import FORMATS
+from actshuffle.foreign.table import Column, Part, dtype_name
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, local_path
 

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from actshuffle.building.filesource import Mapped, write_files
-from actshuffle.building.formats import ENDINGS, FORMATS
-from actshuffle.building.table import Column, Table, joined
 from actshuffle.building.tokens import natural
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.executors import Executor, Serial
+from actshuffle.foreign.formats import ENDINGS, FORMATS
+from actshuffle.foreign.table import Column, Table, joined
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path

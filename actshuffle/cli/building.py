@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from actshuffle.building import collection, growth, importers, joining, sampling, splitting
-from actshuffle.building.formats import FORMATS
 from actshuffle.building.models import DTYPES
 from actshuffle.cli.options import COUNT, Parsed, knob, knobs
 from actshuffle.cli.session import Answer, look, work
 from actshuffle.errors import RequestError
+from actshuffle.foreign.formats import FORMATS
 
 
 def _share(text: str) -> tuple[str, int | float | str]:

@@ -12,9 +12,7 @@ import pytest
 import zarr
 
 from actshuffle import shuffle
-from actshuffle.building.formats import FORMATS, Format
 from actshuffle.building.importers import Imported, find_files, import_store
-from actshuffle.building.table import Column, Part, Table
 from actshuffle.errors import (
     DestinationExistsError,
     IncompleteStoreError,
@@ -23,6 +21,8 @@ from actshuffle.errors import (
     SourceError,
 )
 from actshuffle.executors import Dask
+from actshuffle.foreign.formats import FORMATS, Format
+from actshuffle.foreign.table import Column, Part, Table
 from actshuffle.loading.dataset import open_dataset
 from actshuffle.ordering.keys import Keys
 from support.executors import Stops

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from actshuffle.arrays.source import row_bytes_of
 from actshuffle.arraytypes import U8
-from actshuffle.building.table import Column, Part, Table
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.extras import need
+from actshuffle.foreign.table import Column, Part, Table
 
 
 class ArrowFiles(Table):

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from actshuffle.arraytypes import U8
-from actshuffle.building.table import Column, Part, Table
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.extras import need
+from actshuffle.foreign.table import Column, Part, Table
 
 _SAFETENSORS = {
     "F64": "<f8",

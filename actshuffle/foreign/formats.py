@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from actshuffle.building.arrowfiles import ArrowFiles, dataset_files
-from actshuffle.building.bytefiles import Npy, Raw, Safetensors, Torch
-from actshuffle.building.table import Table
+from actshuffle.foreign.arrowfiles import ArrowFiles, dataset_files
+from actshuffle.foreign.bytefiles import Npy, Raw, Safetensors, Torch
+from actshuffle.foreign.table import Table
 
 
 class Format(NamedTuple):
