@@ -1,4 +1,4 @@
-"""Other tools' folders: SAELens (cfg.json, sae_weights.safetensors) and sparsify (cfg.json, sae.safetensors).
+"""Export to other tools' folders, and runs made of them; `saetrain.foreign` reads them.
 
 ==========  ===========================================  ===========================================
 variant     SAELens                                      sparsify
@@ -16,7 +16,6 @@ that file is written in stripes of columns, each collected by one pass over the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +25,12 @@ import torch
 from torch import Tensor
 
 from saetrain.config import Config
-from saetrain.errors import CheckpointError, ExchangeError
-from saetrain.sae import SAE, Folded
-from saetrain.tensors import Spec, TensorFile, write
+from saetrain.errors import ExchangeError
+from saetrain.foreign import read_foreign
+from saetrain.sae import Folded
+from saetrain.tensors import Spec, write
 from saetrain.training import checkpoint
-from saetrain.variants.table import SAELENS, VARIANTS
+from saetrain.variants.table import VARIANTS
 
 SAELENS_VERSION = "6.0.0"  # the layout of cfg.json that is written
 STRIPE_BYTES = 256 << 20
@@ -40,6 +40,7 @@ def export(run: Path, to: Path, format: str = "saelens") -> None:
     """Write a run, or one of its checkpoints, for SAELens or sparsify."""
     found = checkpoint.find(run)
     found.verify()
+    found.check_names()
     _refuse_content(to)
     to.mkdir(parents=True, exist_ok=True)
     cfg = (_export_sparsify if format == "sparsify" else _export_saelens)(Folded(found), to)
@@ -123,71 +124,7 @@ def _tensors(folded: Folded, names: dict[str, str], dtype: torch.dtype) -> Itera
             yield "W_enc", stripe.T.to(dtype)
 
 
-# --- reading
-
-
-def read_foreign(folder: Path) -> SAE:
-    """An autoencoder that SAELens or sparsify wrote.  Refuses one that `SAE` would not compute identically."""
-    try:
-        cfg = json.loads((folder / "cfg.json").read_text())
-        for name, reader in (("sae_weights.safetensors", _saelens), ("sae.safetensors", _sparsify)):
-            if (folder / name).exists():
-                found = reader(cfg, TensorFile(folder / name))
-                n, d = found.W_dec.shape
-                for part, shape in {"W_enc": (n, d), "b_enc": (n,), "b_dec": (d,)}.items():
-                    if (has := tuple(getattr(found, part).shape)) != shape:
-                        raise ExchangeError(f"{folder}: {part} has shape {has}, not {shape}")
-                return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
-        raise ExchangeError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
-    raise ExchangeError(f"{folder} holds neither sae_weights.safetensors nor sae.safetensors")
-
-
-def _only(cfg: dict[str, Any], **allowed: Any) -> None:
-    for name, value in allowed.items():
-        if cfg.get(name, value) not in (value, None):
-            raise ExchangeError(f"{name} {cfg[name]!r} is not supported, only {value!r}")
-
-
-def _saelens(cfg: dict[str, Any], file: TensorFile) -> SAE:
-    _only(cfg, reshape_activations="none", finetuning_scaling_factor=False)
-    if cfg.get("normalize_activations") not in ("none", False, None):
-        raise ExchangeError(f"normalize_activations {cfg['normalize_activations']!r}: fold it in SAELens first")
-    architecture = cfg.get("architecture", "standard")
-    if cfg.get("activation_fn_str") == "topk":  # before version 6
-        architecture, cfg = "topk", cfg | {"k": cfg["activation_fn_kwargs"]["k"]}
-    if architecture not in SAELENS:
-        names = ", ".join(SAELENS)
-        raise ExchangeError(f"architecture {architecture!r} is not one of {names} (save it for inference)")
-    variant = SAELENS[architecture]
-    found = SAE(
-        variant.name,
-        file.read("W_enc").T.contiguous(),
-        file.read("b_enc"),
-        file.read("W_dec"),
-        file.read("b_dec"),
-        bool(cfg.get("apply_b_dec_to_input", True)),
-        int(cfg["k"]) if variant.takes_k else 0,
-        file.read("threshold") if variant.has_thresholds else None,
-    )
-    if cfg.get("rescale_acts_by_decoder_norm"):
-        norm = found.W_dec.norm(dim=1)
-        found.W_enc, found.b_enc = found.W_enc * norm[:, None], found.b_enc * norm
-        found.W_dec = found.W_dec / norm[:, None]
-    return found
-
-
-def _sparsify(cfg: dict[str, Any], file: TensorFile) -> SAE:
-    _only(cfg, activation="topk", skip_connection=False, transcode=False)
-    return SAE(
-        "topk",
-        file.read("encoder.weight"),
-        file.read("encoder.bias"),
-        file.read("W_dec"),
-        file.read("b_dec"),
-        True,
-        int(cfg["k"]),
-    )
+# --- import
 
 
 def bring(folder: Path, run: Path) -> None:
@@ -201,8 +138,6 @@ def bring(folder: Path, run: Path) -> None:
     b_enc = found.b_enc
     if found.subtract_b_dec != variant.pre_bias:  # the bias takes over from the subtraction, or gives it back
         b_enc = b_enc + (found.W_enc @ found.b_dec) * (1 if variant.pre_bias else -1)
-    if found.threshold is not None and bool((found.threshold < 0).any()):
-        raise ExchangeError(f"{folder}: a threshold is negative")
     held = {
         "W_enc": found.W_enc,
         "b_enc": b_enc,

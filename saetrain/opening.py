@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from saetrain.exchange import read_foreign
+from saetrain.foreign import read_foreign
 from saetrain.sae import SAE, Folded
 from saetrain.training.checkpoint import find
 

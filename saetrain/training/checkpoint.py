@@ -149,6 +149,15 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         return name in self.files[0].specs
 
+    def check_names(self) -> None:
+        """Refuse tensors that are not of this variant: they may change what the others compute."""
+        split = {"W_enc", "b_enc", "W_dec", *VARIANTS[self.config.arch].extra}
+        params = split | set(WHOLE)
+        known = params | {f"adam_{m}.{name}" for m in "mv" for name in params} | WHOLE_TENSORS | {"quiet", "fired"}
+        for file in self.files:
+            if unknown := sorted(set(file.specs) - known):
+                raise CheckpointError(f"{file.path} holds {', '.join(unknown)}, which {self.config.arch} has not")
+
     def verify(self, files: set[int] | None = None) -> None:
         """Compare the files (all, or those with the given numbers) with the digests in state.json."""
         for i, file in enumerate(self.files):

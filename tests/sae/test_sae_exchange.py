@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import saetrain
 from saetrain import exchange
 from saetrain.cli import main
 from saetrain.errors import CheckpointError, ExchangeError
+from saetrain.foreign import SAELENS_KEYS, SPARSIFY_KEYS
 from saetrain.tensors import Spec, TensorFile, write
 from saetrain.training import checkpoint
 from saetrain.training.train import fit
@@ -148,6 +150,165 @@ def test_an_import_keeps_its_data_type(architecture: str, dtype: torch.dtype, tm
     assert found.W_enc.dtype == dtype
     rows = torch.randn(20, 4)
     torch.testing.assert_close(found.decode(found.encode(rows)), theirs(rows), rtol=0.1, atol=0.1)
+
+
+# --- only what is known is read
+
+WEIGHTS = {
+    "saelens": {"W_enc": (4, 8), "b_enc": (8,), "W_dec": (8, 4), "b_dec": (4,)},
+    "sparsify": {"encoder.weight": (8, 4), "encoder.bias": (8,), "W_dec": (8, 4), "b_dec": (4,)},
+}
+FILES = {"saelens": "sae_weights.safetensors", "sparsify": "sae.safetensors"}
+KEYS = {"saelens": SAELENS_KEYS, "sparsify": SPARSIFY_KEYS}
+TOPK: dict[str, dict[str, Any]] = {
+    "saelens": {"architecture": "topk", "k": 3, "d_in": 4, "d_sae": 8},
+    "sparsify": {"activation": "topk", "k": 3, "d_in": 4, "num_latents": 8},
+}
+
+
+def foreign(folder: Path, format: str, cfg: dict[str, Any], **tensors: torch.Tensor) -> Path:
+    """A folder of 8 latents, 4 wide, with these settings and tensors in place of or beside the usual ones."""
+    folder.mkdir(exist_ok=True)
+    rng = torch.Generator().manual_seed(1)
+    held = {n: torch.randn(shape, generator=rng) for n, shape in WEIGHTS[format].items()} | tensors
+    specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in held.items()}
+    write(folder / FILES[format], specs, held.items(), {})
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("format", "change", "words"),
+    [
+        ("saelens", {"architecture": "standard", "activation_fn_str": "tanh-relu"}, "activation_fn_str 'tanh-relu'"),
+        ("saelens", {"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu'"),
+        ("saelens", {"activation_fn_str": "relu"}, "'topk' with activation_fn_str 'relu'"),
+        ("saelens", {"activation_fn_str": "topk", "activation_fn": "relu"}, "is not supported"),
+        ("saelens", {"architecture": "gated"}, "architecture 'gated'"),
+        ("saelens", {"architecture": None}, "architecture None"),
+        ("saelens", {"activation_fn_kwargs": {"k": 4}}, "contradicts topk with k 3"),
+        ("saelens", {"activation_fn_kwargs": {"slope": 1}}, "activation_fn_kwargs"),
+        ("saelens", {"normalize_activations": "expected_average_only_in"}, "normalize_activations"),
+        ("saelens", {"normalize_activations": True}, "normalize_activations True"),
+        ("saelens", {"reshape_activations": "hook_z"}, "reshape_activations"),
+        ("saelens", {"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
+        ("saelens", {"architecture": "standard", "rescale_acts_by_decoder_norm": True}, "for topk only"),
+        ("saelens", {"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input 'no'"),
+        ("saelens", {"d_out": 4}, "'d_out'"),
+        ("saelens", {"hardcoded_norm": 2.0}, "'hardcoded_norm'"),
+        ("saelens", {"d_in": 5}, r"W_enc has shape \[4, 8\]"),
+        ("saelens", {"d_sae": 9}, r"W_enc has shape \[4, 8\]"),
+        ("saelens", {"k": 9}, "k is 9"),
+        ("saelens", {"k": 2.5}, "k 2.5"),
+        ("saelens", {"k": True}, "k True"),
+        ("saelens", {"dtype": "int8"}, "dtype 'int8'"),
+        ("sparsify", {"activation": "groupmax"}, "activation 'groupmax'"),
+        ("sparsify", {"skip_connection": True}, "skip_connection"),
+        ("sparsify", {"transcode": True}, "transcode"),
+        ("sparsify", {"embed_skip": True}, "'embed_skip'"),
+        ("sparsify", {"signed": True}, "signed"),
+        ("sparsify", {"architecture": "jumprelu"}, "'architecture'"),
+        ("sparsify", {"d_in": 8}, "encoder.weight has shape"),
+        ("sparsify", {"num_latents": 7}, "encoder.weight has shape"),
+        ("sparsify", {"k": 0}, "k 0"),
+    ],
+)
+def test_a_setting_that_is_not_known_is_refused(
+    format: str, change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    good = TOPK[format]
+    saetrain.load(foreign(tmp_path / "good", format, good))
+    with pytest.raises(ExchangeError, match=words):
+        saetrain.load(foreign(tmp_path / "bad", format, good | change))
+    assert main(["import", str(tmp_path / "bad"), str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("format", FILES)
+def test_every_accepted_setting_leaves_the_function_as_it_is(format: str, tmp_path: Path) -> None:
+    """Each value here is accepted; those of 'anything' are texts."""
+    rows, good = torch.randn(20, 4), TOPK[format]
+    due = saetrain.load(foreign(tmp_path, format, good))(rows)
+    for name, accepted in KEYS[format].items():
+        tried = ["text", None, False, True, 1, 0, "none", "topk", "cpu", "float32", {}]
+        allowed = [value for value in tried if accepted.allows(value)]
+        assert allowed or name == "architecture"
+        for value in allowed:
+            if name in ("d_in", "d_sae", "num_latents", "k", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+                continue  # these say what the function is, and have tests above and below
+            assert torch.equal(saetrain.load(foreign(tmp_path, format, good | {name: value}))(rows), due), name
+
+
+@pytest.mark.parametrize(
+    ("format", "tensors", "words"),
+    [
+        ("saelens", {"threshold": torch.ones(8)}, "'threshold' is unknown"),
+        ("saelens", {"r_mag": torch.ones(8)}, "'r_mag' is unknown"),
+        ("saelens", {"scaling_factor": torch.full((8,), 2.0)}, "scaling_factor differs from 1"),
+        ("saelens", {"b_dec": torch.zeros(5)}, r"b_dec has shape \[5\]"),
+        ("saelens", {"b_enc": torch.zeros(8, dtype=torch.int64)}, "b_enc has type torch.int64"),
+        ("saelens", {"b_enc": torch.zeros(8, dtype=torch.float64)}, "b_enc has type torch.float64"),
+        ("saelens", {"W_dec": torch.full((8, 4), torch.nan)}, "W_dec holds numbers that are not finite"),
+        ("sparsify", {"W_skip": torch.ones(4, 4)}, "'W_skip' is unknown"),
+        ("sparsify", {"encoder.bias": torch.zeros(7)}, r"encoder.bias has shape \[7\]"),
+    ],
+)
+def test_a_tensor_that_is_not_known_is_refused(
+    format: str, tensors: dict[str, torch.Tensor], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ExchangeError, match=words):
+        saetrain.load(foreign(tmp_path, format, TOPK[format], **tensors))
+
+
+def test_factors_of_one_are_accepted(tmp_path: Path) -> None:
+    rows = torch.randn(20, 4)
+    due = saetrain.load(foreign(tmp_path, "saelens", TOPK["saelens"]))(rows)
+    found = saetrain.load(foreign(tmp_path, "saelens", TOPK["saelens"], scaling_factor=torch.ones(8)))
+    assert torch.equal(found(rows), due)
+
+
+def test_the_same_topk_before_version_6(tmp_path: Path) -> None:
+    rows, old = torch.randn(20, 4), {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}
+    due = saetrain.load(foreign(tmp_path, "saelens", TOPK["saelens"]))(rows)
+    for architecture in ({}, {"architecture": "standard"}, {"architecture": "topk"}):
+        found = saetrain.load(foreign(tmp_path, "saelens", {"hook_point": "x", **architecture, **old}))
+        assert torch.equal(found(rows), due)
+
+
+def test_a_negative_threshold_lets_no_negative_activation_through(tmp_path: Path) -> None:
+    cfg = {"architecture": "jumprelu", "d_in": 4, "d_sae": 8}
+    found = saetrain.load(foreign(tmp_path / "x", "saelens", cfg, threshold=torch.full((8,), -0.5)))
+    rows = torch.randn(200, 4)
+    pre = (rows - found.b_dec) @ found.W_enc.T + found.b_enc
+    assert torch.equal(found.encode(rows), pre.relu() * (pre > -0.5))
+    exchange.bring(tmp_path / "x", tmp_path / "run")
+    torch.testing.assert_close(saetrain.load(tmp_path / "run")(rows), found(rows))
+
+
+def test_two_files_of_weights_are_refused(tmp_path: Path) -> None:
+    foreign(tmp_path, "sparsify", {})
+    foreign(tmp_path, "saelens", TOPK["saelens"])
+    with pytest.raises(ExchangeError, match="holds both"):
+        saetrain.load(tmp_path)
+    (tmp_path / "cfg.json").write_text("[]")
+    with pytest.raises(ExchangeError, match="holds list"):
+        saetrain.load(tmp_path)
+
+
+def test_an_export_refuses_tensors_that_are_not_of_the_variant(trained: Any, tmp_path: Path) -> None:
+    shutil.copytree(trained[0] / "topk", tmp_path / "run")
+    folder = checkpoint.published(tmp_path / "run")[0]
+    state = json.loads((folder / "state.json").read_text())
+    [name] = state["shards"]
+    old = TensorFile(folder / name)
+    held = {n: old.read(n) for n in old.specs} | {"W_skip": torch.ones(64, 16)}
+    specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in held.items()}
+    state["shards"][name] = write(folder / name, specs, held.items(), {})
+    (folder / "state.json").write_text(json.dumps(state))
+    for format in FILES:
+        with pytest.raises(CheckpointError, match="W_skip, which topk has not"):
+            exchange.export(tmp_path / "run", tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
 
 
 # --- the peers themselves

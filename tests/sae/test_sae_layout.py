@@ -44,8 +44,8 @@ LAYERS = [
     "data",
     "training",
     "sae",
-    "exchange",
-    "opening",
+    "foreign",
+    "exchange opening",
     "cli __init__",
     "__main__",
 ]
