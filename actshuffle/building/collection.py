@@ -2,15 +2,15 @@
 
 >>> collect("gpt2", ["corpus/"], "acts.zarr", layers=[3, 5])          # doctest: +SKIP
 
-Text becomes tokens first, which says how many rows there will be; then the activations are a virtual
-source (activations.py) and a run copies it block by block: whole chunks, receipts, a marker at the end,
-and a run that was stopped goes on at the block where it was.  One row is one token::
+Text becomes tokens first, which fixes the number of rows.  Then the activations are a virtual source
+(activations.py), and a run copies it block by block: whole chunks, receipts, a marker at the end, and a
+stopped run resumes at the block where it was.  One row is one token::
 
     layer_3, layer_5      the residual stream, hidden_states[3] and [5]
-    NAME                  the output of a module that was named
+    NAME                  the output of the module NAME
     token, document, position
 
-Several processes share the work with ``part``: each does its blocks, the last one publishes.
+Several processes share the work with ``part``: each does its blocks, and the last one publishes.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import format_bytes, format_seconds
 
-BLOCK_BYTES = 128 << 20  # what a kill can cost
-NAMED_FILES = 10_000  # more files than this are counted, and not named, in the attributes
+BLOCK_BYTES = 128 << 20  # the most work that a kill can cost
+NAMED_FILES = 10_000  # attributes name up to this many files, and count more
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What a collection did; ``complete`` is False while other parts are still missing."""
+    """The outcome of a collection; ``complete`` is False while other parts are still missing."""
 
     destination: str
     rows: int
@@ -106,14 +106,14 @@ def collect(
     text : files and folders of JSON lines, JSON, CSV, parquet, Arrow (a document is the ``field`` of each row)
         and plain text (a file is a document), compressed or not; see docs/inputs.md.
     layers, hooks : numbers of ``hidden_states`` (0 is the embedding), names of modules; at least one.
-    dtype, model_dtype : what is stored (rounded to nearest even), and what the model computes in.
-    context : tokens of a window, special ones included.  Default: 128, or less if the model takes less.
+    dtype, model_dtype : data types of the store (rounded to nearest even), and of the model's computation.
+    context : tokens per window, special ones included.  Default: 128, or less if the model takes less.
     special : "drop" or "keep" the rows of tokens that the tokenizer adds to each window.
     batch_tokens : the most tokens of one forward pass.
-    tokens_per_document, rows : take no more than these.
-    part : (i, n): do the i-th of n parts of the work, i from 1; the same ``out`` for all.
+    tokens_per_document, rows : the most tokens to take of a document, and in total.
+    part : (i, n) does the i-th of n parts of the work, i from 1; all parts name the same ``out``.
 
-    Other parameters as in `actshuffle.shuffle`.
+    Other parameters are as in `actshuffle.shuffle`.
     """
     started, crew, shown = time.perf_counter(), executor or Serial(), progress or Silent()
     if not layers and not hooks:
@@ -179,7 +179,7 @@ def collect(
 
 
 def _refuse_other(place: Place, was: dict[str, Any] | None, now: dict[str, Any], overwrite: bool) -> None:
-    """A collection that is half done goes on as it began, or not at all."""
+    """Refuse to resume a half-done collection with other arguments."""
     if overwrite or was is None or open_objects(place).size(RUN_KEY) is None:
         return
     told = [
@@ -196,7 +196,7 @@ def _refuse_other(place: Place, was: dict[str, Any] | None, now: dict[str, Any],
 def _write_source(
     source: Place, files: Sequence[Path], asked: dict[str, Any], seal: str, progress: Progress
 ) -> dict[str, Any]:
-    """Look at the model, make tokens of the text, and write both down as a virtual source."""
+    """Probe the model, turn the text into tokens, and write both as a virtual source."""
     tokenizer = load_tokenizer(asked["tokenizer"])
     before, after = special_tokens(tokenizer)
     run = {k: asked[k] for k in ("model", "model_dtype", "layers", "hooks", "dtype", "device")}
@@ -214,7 +214,7 @@ def _write_source(
     objects = open_objects(source)
     there = virtual.describe(source)
     if there is not None and there["settings"].get("asked") != asked:
-        objects.delete_prefix("")  # of the same arguments it stays: another part may be reading it
+        objects.delete_prefix("")  # one of the same arguments stays: another part may be reading it
     cut = Cut(objects, content, before, after, asked["special"] == "keep", asked["rows"])
     progress.begin("tokens", len(files), 0)
     try:
@@ -266,7 +266,7 @@ def _attributes(
     listing: list[dict[str, Any]],
     cut: Cut,
 ) -> dict[str, Any]:
-    """What the store says of itself: enough to make it again, and to read it."""
+    """The attributes of the store: enough to make it again, and to read it."""
     names = [str(tokenizer.decode([i])) for i in (*before, *after)]
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     of = " of the encoder" if "part" in model.identity else ""

@@ -1,19 +1,18 @@
-"""Grow a shuffled store: the result is what shuffling old and new rows from scratch would give.
+"""Grow a shuffled store: the result equals a shuffle of old and new rows from scratch.
 
-Keys depend on the row number alone, so old rows keep their keys and thus their order, and new rows,
-numbered on from the old ones, fall in between.  Only the new rows are shuffled; then two sorted stores
-are merged, one output leaf at a time::
+Keys depend on row numbers alone, so old rows keep their keys and thus their order.  New rows are numbered
+on from the old ones and fall in between.  Only the new rows are shuffled; then the two sorted stores are
+merged, one output leaf at a time::
 
     old, sorted      |--------a1--------|------a2------|---
     new, sorted      |--b1--|----b2----|---
     output leaves    |  leaf 1: a1 + b1      |  leaf 2: a2 + b2      | ...
 
-Where a leaf's share of each input begins is found by looking at a few keys (the "merge path" of Odeh,
-Green, Mwassi, Shmueli, Birk, 2012), so leaves are tasks that know nothing of each other.  The old data is
-read once and written once.
+A look at a few keys finds where a leaf's share of each input begins (the "merge path" of Odeh, Green,
+Mwassi, Shmueli, Birk, 2012), so leaves are independent tasks.  The old data is read once and written once.
 
-The grown store is written beside the old one, which stays as it is until the last moment: then the two
-change names in one step.
+The grown store is written beside the old one, which stays unchanged until the last step exchanges the
+names of the two.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ from actshuffle.units import format_bytes, format_seconds
 
 @dataclass(frozen=True)
 class Appended:
-    """What an append did.  ``done_before``: these rows were there already, from an earlier run."""
+    """The outcome of an append.  ``done_before``: an earlier run had appended these rows already."""
 
     destination: str
     rows: int
@@ -91,10 +90,10 @@ def append(
 ) -> Appended:
     """Add the rows of ``new`` to the shuffled store ``dst``, or write old and new together to ``out``.
 
-    Equal, byte for byte, to ``shuffle(concat([old source, new]), seed=the old seed)``.  Memory, disk and
-    chunks as in `actshuffle.shuffle`; chunks are by default those of ``dst``.  Stopped, it resumes when
-    called again.  ``again`` allows rows that are in ``dst`` already; ``overwrite`` starts over, and replaces
-    a store at ``out``.
+    The result equals ``shuffle(concat([old source, new]), seed=the old seed)`` byte for byte.  Memory, disk and
+    chunks are as in `actshuffle.shuffle`; by default chunks are those of ``dst``.  A stopped append resumes when
+    it is called again.  ``again`` allows rows that are in ``dst`` already; ``overwrite`` starts over, and
+    replaces a store at ``out``.
 
     Raises
     ------
@@ -106,12 +105,14 @@ def append(
     grown = place.beside(".grown")
     target = grown if out is None else as_place(out, storage_options)
     if out is None and local_path(place) is None:
-        raise RequestError(f"{place} cannot be replaced in one step where it is: give another place")
+        raise RequestError(
+            f"{place} cannot be replaced in one step, since it is not on a local disk: give another place"
+        )
     store = whole(open_dataset(dst, storage_options=storage_options))
     fresh = open_dataset(new, incomplete=True, storage_options=storage_options)
     has, added = _rows_from(place), (fresh.path, fresh.rows)
     if out is None and len(has) > 1 and has == [*_rows_from(grown), added]:
-        open_objects(grown).delete_prefix("")  # all that was left to do
+        open_objects(grown).delete_prefix("")  # the last step of an earlier run
         return Appended(store.path, store.rows, fresh.rows, store.nbytes, 0.0, done_before=True)
     if not again and any(source == fresh.path for source, _ in has):
         raise RequestError(f"{fresh.path} is in {store.path} already; give --again to add it once more")
@@ -148,7 +149,7 @@ def whole(store: Dataset) -> Dataset:
             "the output of run or of append"
         )
     if not marker["source_row"]:
-        raise RequestError(f"{store.path} was written without source_row, which says what its keys are")
+        raise RequestError(f"{store.path} was written without source_row, which tells its keys")
     return store
 
 
@@ -177,7 +178,7 @@ def _sort_new(store: Dataset, fresh: Dataset, target: Place, asked: Request, cop
 
 
 def _is_sorted(marker: dict[str, Any], seed: int | None, first_row: int, identity: str) -> bool:
-    """Is this the marker of these very rows in the order of their keys, from an earlier run?"""
+    """True if an earlier run sorted these same rows, and left this marker."""
     there = marker["seed"], marker.get("first_row"), marker["source_identity"]
     return there == (seed, first_row, identity)
 
@@ -212,7 +213,7 @@ def layout_of(store: Dataset) -> dict[str, Any]:
     array = source_arrays(store.root, [name])[name]
     rows, shards = array.chunks[0], array.shards
     return {
-        # One chunk that holds all rows was not chosen, it was enough.
+        # A single chunk that holds all rows was not chosen, but was enough.
         "chunk_rows": None if rows >= array.shape[0] else rows,
         "chunks_per_shard": None if shards is None else shards[0] // rows,
         "codec": name_of([described(codec) for codec in array.compressors]),
@@ -266,7 +267,7 @@ def _rows_from(place: Place) -> list[tuple[str, int]]:
 
 
 def exchange(grown: Place, old: Place) -> None:
-    """Let two local folders change names, in one step where the system can (Linux: renameat2)."""
+    """Exchange the names of two local folders, in one step where the system can (Linux: renameat2)."""
     first, second = local_path(grown), local_path(old)
     assert first is not None
     assert second is not None

@@ -1,13 +1,13 @@
-"""Make a store of what people have: .npy and memmap folders, safetensors, parquet, ``datasets``, torch.
+"""Make a store of other files: .npy and memmap folders, safetensors, parquet, ``datasets``, torch.
 
 >>> import_store(["acts.npy", "tokens.npy"], "acts.zarr")            # doctest: +SKIP
 
-The files become a virtual source (virtual.py) and a run copies it, in order, block by block: memory is
-bounded, chunks are whole, and a run that was stopped resumes.  What became of each column is returned.
+The files become a virtual source (virtual.py), and a run copies it in order, block by block: memory is
+bounded, chunks are whole, and a stopped run resumes.  The result names the array of each column.
 
 Rows are the items along the first axis.  Where items are sequences, shape (tokens, width), ``flatten``
 makes each token a row; columns with one value per sequence are repeated, and ``document`` (the number of
-the sequence) and ``position`` are added.  Done unasked for ``datasets`` folders whose columns are
+the sequence) and ``position`` are added.  This is the default for ``datasets`` folders whose columns are
 two-dimensional, the layout of SAELens's cached activations.
 """
 
@@ -40,7 +40,7 @@ ARRAY_NAME = re.compile(r"[^/\x00]+")
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import did."""
+    """The outcome of an import."""
 
     destination: str
     rows: int
@@ -89,15 +89,15 @@ def import_store(
     ----------
     paths : files, folders of them, or folders that ``datasets.save_to_disk`` wrote.
     format : "npy", "raw", "safetensors", "parquet", "arrow" or "torch"; by default the endings of the names decide.
-    columns, names : which columns to take (default: all of numbers); array names for some.
-    flatten : make each token of items that are sequences a row (see above).
-    together : .npy files with numbered names are parts of one array.  Default: if the numbers are padded
-        with zeros, or the names say shard, part, chunk or batch.
-    split : which split of a ``datasets`` folder.
-    dtype, row_shape : of files without a header.
-    attributes : more of them, for the store.
+    columns, names : columns to take (default: all of numbers), and array names for some of them.
+    flatten : make a row of each token, where items are sequences (see above).
+    together : read .npy files with numbered names as parts of one array.  Default: if the numbers are padded
+        with zeros, or the names contain shard, part, chunk or batch.
+    split : the split of a ``datasets`` folder to take.
+    dtype, row_shape : data type and row shape of raw files, which have no header.
+    attributes : further attributes for the store.
 
-    Other parameters as in `actshuffle.shuffle`.
+    Other parameters are as in `actshuffle.shuffle`.
     """
     started, crew = time.perf_counter(), executor or Serial()
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
@@ -134,7 +134,7 @@ def import_store(
 
 
 def _description(place: Place) -> Place:
-    """Where the files' description is kept meanwhile: always on this machine, as the files are."""
+    """The place of the virtual source: always on this machine, as the files are."""
     if local_path(place) is not None:
         return Place(place.url).beside(".import")
     tag = hashlib.sha256(place.url.encode()).hexdigest()[:16]
@@ -167,7 +167,7 @@ def find_files(paths: Sequence[Path], format: str | None, split: str | None) -> 
 
 
 def _columns(table: Table, files: Sequence[Path], together: bool | None) -> dict[str, Column]:
-    """All columns by name; of files that are a column each, those that belong together as one."""
+    """All columns by name; files of one column each that belong together make one column."""
     families = [_family(file, together) for file in files]
     named_after = {str(f): f.stem if families.count(n) == 1 else n for f, n in zip(files, families, strict=True)}
     by_name: dict[str, list[Column]] = {}
@@ -180,7 +180,7 @@ def _columns(table: Table, files: Sequence[Path], together: bool | None) -> dict
 
 
 def _family(file: Path, together: bool | None) -> str:
-    """The array that a file is, or is a part of."""
+    """The name of the array that a file holds, or holds a part of."""
     match = re.fullmatch(r"(.*?)[-_. ]?(\d+)(-of-\d+)?", file.stem)
     if match is None or together is False:
         return file.stem

@@ -3,8 +3,8 @@
 >>> concat(["monday.zarr", "tuesday.zarr"], "both")                 # doctest: +SKIP
 >>> actshuffle.shuffle("both", "shuffled.zarr")                     # doctest: +SKIP
 
-Not a row is copied: ``both`` is a small folder that names its parts.  Rows are read from the parts when
-the run reads them, straight into its buffers.
+No row is copied: ``both`` is a small folder that names its parts.  A run reads the rows from the parts,
+straight into its buffers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def concat(
 
 @dataclass(frozen=True)
 class Presented:
-    """What a virtual source shows of its parts: array metadata, attributes, and its reader's settings."""
+    """A virtual source as it appears: array metadata, attributes, and the settings of its reader."""
 
     rows: int
     arrays: dict[str, str]
@@ -71,7 +71,7 @@ def present(
     rows: int | None = None,
     first_row: int = 0,
 ) -> Presented:
-    """The stores as one at ``place``, checked to be alike; with ``rows``, that many instead of all."""
+    """The stores as one at ``place``, after a check that they are alike; with ``rows``, only that many rows."""
     found = [_arrays(store, names) for store in stores]
     _check_alike(stores, found)
     count = sum(store.rows for store in stores) if rows is None else rows
@@ -101,20 +101,20 @@ def write_concat(
     first_row: int = 0,
     **facts: Any,
 ) -> Presented:
-    """Write the stores as one virtual source, whose rows are numbered from ``first_row`` on."""
+    """Write the stores as one virtual source, and number its rows from ``first_row``."""
     shown = present(place, stores, names, first_row=first_row)
     virtual.write(place, reader, shown.settings, shown.arrays, shown.attributes, **facts)
     return shown
 
 
 def combined(identities: Sequence[str]) -> str:
-    """The identity of a concatenation of sources that have these."""
+    """The identity of a concatenation of sources with these identities."""
     return hashlib.sha256(json.dumps(list(identities)).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of one store, from its row ``offset`` on, that are rows ``[start, stop)`` of the whole."""
+    """Rows of one store, from its row ``offset``, that are rows ``[start, stop)`` of the whole."""
 
     place: Place
     source: Source
@@ -181,7 +181,7 @@ def _arrays(store: Dataset, names: Sequence[str] | None) -> dict[str, ZarrArray]
 
 
 def _check_alike(stores: Sequence[Dataset], found: Sequence[dict[str, ZarrArray]]) -> None:
-    """All parts have arrays of the same names, types and row shapes."""
+    """Refuse parts whose arrays differ in names, types or row shapes."""
     first, known = found[0], stores[0].fields
     for store, arrays in zip(stores[1:], found[1:], strict=True):
         if set(arrays) != set(first):
@@ -199,7 +199,7 @@ def _check_alike(stores: Sequence[Dataset], found: Sequence[dict[str, ZarrArray]
 
 
 def _metadata(name: str, arrays: Sequence[ZarrArray], rows: int) -> str:
-    """``zarr.json`` of the array they make together: coded if any of them is, in the largest chunks."""
+    """``zarr.json`` of the joint array: with a codec if any of them has one, in the largest chunks."""
     fields = [source_field(name, array) for array in arrays]
     chunk = max(max(f.source_chunk_rows if f.source_key else f.read_rows for f in fields), 1)
     codec = "none" if all(f.source_key for f in fields) else "crc32c"

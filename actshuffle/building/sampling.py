@@ -1,10 +1,10 @@
 """Exact samples without a full shuffle: rows chosen by their keys, then shuffled.
 
-A sample of m rows is what the first m rows of the full shuffle under that seed would be, byte for byte:
-the rows with the m smallest keys.  The m-th smallest key is found from the keys alone (bounds.py); then
-only the rows below it are read and shuffled::
+A sample of m rows equals the first m rows of the full shuffle under the same seed, byte for byte: they
+are the rows with the m smallest keys.  The m-th smallest key follows from the keys alone (bounds.py); then
+a run reads and shuffles only the rows up to it::
 
-    keys of all rows  ->  key of rank m  ->  rows below it, in source order  ->  a run on these rows
+    keys of all rows  ->  key of rank m  ->  rows up to it, in source order  ->  a run on these rows
 
 Cost: about 25 ns for each row of the source, and the usual cost of a run for m rows.
 """
@@ -37,8 +37,8 @@ from actshuffle.storage.place import Place, as_place, public_url
 
 ROWS_KEY = "_actshuffle/rows"  # the chosen rows, ascending, as little-endian uint64
 REMOTE_GAP_BYTES = 1 << 20
-GAP_BYTES = 16 << 10  # between two chosen rows, less than this is read through
-SPAN_BYTES = 4 << 20  # read at a time
+GAP_BYTES = 16 << 10  # smaller gaps between chosen rows are read through
+SPAN_BYTES = 4 << 20  # bytes read at a time
 _SLICE = 1 << 18  # keys made at a time
 
 
@@ -61,7 +61,8 @@ def sample(
 ) -> Result:
     """Write an exactly uniform sample of ``rows`` rows of ``src``, in exactly uniform random order.
 
-    Byte for byte the first ``rows`` rows of ``shuffle(src, seed=seed)``.  The same again resumes.
+    The sample equals the first ``rows`` rows of ``shuffle(src, seed=seed)`` byte for byte.  Other arguments are as in
+    `actshuffle.shuffle`.  A stopped sample resumes when it is called again.
     """
     crew, shown = executor or Serial(), progress or Silent()
     wanted = Request.of(seed=seed, memory=memory, fields=fields, chunk_rows=chunk_rows, scratch=scratch, **request)
@@ -95,7 +96,7 @@ def _choose(
     crew: Executor,
     progress: Progress,
 ) -> None:
-    """Write the virtual source that has the rows with the smallest keys, in source order."""
+    """Write a virtual source of the rows with the smallest keys, in source order."""
     objects = open_objects(place)
     objects.delete_prefix("")
     shown = present(place, [store], names, rows=count)
@@ -141,7 +142,7 @@ def _not_above(keys: Keys, rows: int, last: U64) -> Iterator[U64]:
 
 @virtual.reader("chosen")
 class Chosen:
-    """Reads chosen rows of a store: neighbours together, and small gaps rather than twice."""
+    """Reads chosen rows of a store; neighbours come in one read, together with small gaps between them."""
 
     def __init__(self, place: Place, settings: dict[str, Any]) -> None:
         self._rows = Concat(place, settings)

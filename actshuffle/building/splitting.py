@@ -1,7 +1,7 @@
-"""Parts of a store: splits and heads that copy nothing, or make stores of their own.
+"""Parts of a store: splits and heads, as views that copy nothing, or as stores.
 
 A row range of a shuffled store is a uniform sample of its rows, so a split by ranges is a random split.
-It is a *view*: a marker that names the store and the range.  ``copy`` makes it a store of its own.
+It is a *view*: a marker that names the store and the range.  ``copy`` makes it a separate store.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Share = int | float | str
 def shares(rows: int, parts: Mapping[str, Share]) -> dict[str, tuple[int, int]]:
     """Row ranges, one after the other, by name.
 
-    An int is a number of rows, a float a fraction of all of them, and "rest" (once) what is left.
-    Fractions are rounded where they end, so those that add up to one leave out no row.
+    An int is a number of rows, a float a fraction of all rows, and "rest" (at most once) all remaining rows.
+    Fractions are rounded where they end, so fractions that add up to one leave out no row.
 
     >>> shares(1000, {"train": 0.9, "test": 50, "spare": "rest"})
     {'train': (0, 900), 'test': (900, 950), 'spare': (950, 1000)}
@@ -47,7 +47,7 @@ def shares(rows: int, parts: Mapping[str, Share]) -> dict[str, tuple[int, int]]:
     wanted = {name: _rows_of(name, share, rows) for name, share in parts.items()}
     total = sum(w for w in wanted.values() if w is not None)
     if total > rows + 1e-9 * rows:
-        raise RequestError(f"{total:,.0f} rows are asked for in all, and there are {rows:,}")
+        raise RequestError(f"{total:,.0f} rows are asked for in total, and there are {rows:,}")
     counts, exact = {}, 0.0
     for name, count in wanted.items():
         if isinstance(count, float):
@@ -73,14 +73,14 @@ def split(
 ) -> dict[str, Dataset]:
     """Cut a shuffled store into contiguous ranges; ``parts`` maps paths to shares (see `shares`).
 
-    Each part becomes a view, or with ``copy`` a store of its own, at its path (under ``folder``).  In a
-    store that is not shuffled, a range is no random sample of it: refused unless ``ordered``.
+    Each part becomes a view, or with ``copy`` a separate store, at its path (under ``folder``).  A range of a
+    store that is not shuffled is no random sample, so it is refused unless ``ordered``.
     """
     store = open_dataset(path, storage_options=storage_options)
     if not store.shuffled and not ordered:
         raise RequestError(
             f"{store.path} is not shuffled, so a range of its rows is no random sample: shuffle it "
-            "first, or say that the order is what you want (--ordered)"
+            "first, or accept its order with --ordered"
         )
     crew, shown = executor or Serial(), progress or Silent()
     cuts = {
@@ -123,7 +123,7 @@ def head(
 
 
 def first_rows(path: str | Path, rows: int, storage_options: dict[str, Any] | None = None) -> dict[str, list[str]]:
-    """The first rows of each array, as text: what a look at a store needs."""
+    """The first rows of each array, as text for people."""
     store = open_finished_or_plain(path, storage_options=storage_options)
     count, shown = min(rows, store.rows), {}
     if count > SHOWN_ROWS:
@@ -142,7 +142,7 @@ def first_rows(path: str | Path, rows: int, storage_options: dict[str, Any] | No
 def _there(
     store: Dataset, target: str, start: int, stop: int, copy: bool, storage_options: dict[str, Any] | None
 ) -> bool:
-    """Is this very copy finished, by a split that was stopped?  Refuses whatever else is in the way."""
+    """True if a stopped split finished this same copy.  Refuses anything else that is in the way."""
     place = as_place(target, storage_options)
     marker = read_marker(objects := open_objects(place))
     if marker is not None and copy and store.shuffled:
@@ -187,7 +187,7 @@ def _part(
             **({"parts": marker["parts"]} if "parts" in marker else {}),
         }
         asked = Request.of(seed=marker["seed"], key_bits=marker.get("key_bits"), source_row=False)
-        if SOURCE_ROW in names:  # then the engine's own provenance, with keys checked on the way
+        if SOURCE_ROW in names:  # the engine writes it again, and checks keys on the way
             names.remove(SOURCE_ROW)
             facts["kind"], asked = "merge", asked.changed(source_row=True)
     reader = "merge" if facts["kind"] == "merge" else "concat"

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line per stage on a terminal, dated log lines anywhere else.
+"""The display of a run: a live line per stage on a terminal, dated log lines anywhere else.
 
 ::
 
@@ -8,7 +8,7 @@
     level 2 of 2    ━━━━━━━━╸────────────   41%   212 MB   301 MB/s     0:01 left
 
 Tasks report only when they are done, a millisecond or ten minutes apart, so a thread redraws the line
-ten times a second from a `Meter`, which goes on at the measured rate in between.
+ten times a second from a `Meter`, which advances at the measured rate in between.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ import click
 
 from actshuffle.units import format_bytes, format_seconds
 
-TITLE = 16  # columns of a line's title; "verify (quick)" fits
+TITLE = 16  # columns of a title; "verify (quick)" fits
 NUMBERS = 40  # columns after the bar
 BAR = 40  # columns of a bar at most
 REDRAW = 0.1  # seconds
 QUIET_START = 0.5  # a stage that moves no bytes and is over by then is not shown
 LOG_EVERY, LOG_SELDOM = 5.0, 60.0  # seconds between log lines: at first, and in a long stage
-WINDOW = 30.0  # seconds that the rate looks back, or longer if tasks are
+WINDOW = 30.0  # seconds that the rate looks back, or longer where tasks take longer
 
 
 class Meter:
-    """How far a stage is, how fast, and how long it will take.
+    """The progress of a stage, its rate, and the time that is left.
 
-    Tasks that an earlier run did count as done, not into the rate.  Between two completions the estimate
-    goes on at the rate, but not past what the tasks in flight can hold, and it never goes back.
+    Tasks of an earlier run count as done, but not into the rate.  Between two completions the estimate
+    advances at the rate, but not past the bytes of the tasks in flight, and it never goes back.
     """
 
     def __init__(self, tasks: int, nbytes: int, workers: int, now: float, rate: float | None = None) -> None:
@@ -47,7 +47,7 @@ class Meter:
         self.units = nbytes or tasks  # a stage that moves no bytes is measured in tasks
         self.share = self.units / max(1, tasks)
         self.tasks_done, self.resumed, self.done, self.fresh = 0, 0, 0.0, 0.0
-        self._marks = deque([(now, 0.0)])  # times, and what was fresh by then
+        self._marks = deque([(now, 0.0)])  # times, and fresh units by then
         self._before = rate if nbytes else None  # the last stage's rate, until this one has its own
         self._shown = 0.0
 
@@ -71,7 +71,7 @@ class Meter:
             marks.popleft()
 
     def rate(self, now: float) -> float | None:
-        """Units a second, as of the last completion; lower once the next one is overdue."""
+        """Units per second at the last completion; lower once the next one is overdue."""
         (t0, before), (t1, after) = self._marks[0], self._marks[-1]
         if after <= before:
             return None
@@ -79,7 +79,7 @@ class Meter:
         return (after - before) / max(t1 - t0, now - patience - t0, 1e-3)
 
     def estimate(self, now: float) -> float:
-        """Units done, with what is likely done of the tasks in flight."""
+        """Units done, including the likely share of the tasks in flight."""
         rate = self.rate(now) or self._before or 0.0
         in_flight = min(self.workers, self.tasks - self.tasks_done) * self.share
         guess = self.done + min(rate * (now - self._marks[-1][0]), 0.95 * in_flight)
@@ -91,15 +91,15 @@ class Meter:
         return (self.units - self.estimate(now)) / rate if rate else None
 
     def mean_rate(self, now: float) -> float | None:
-        """Units a second over the whole stage, of fresh work."""
+        """Units of fresh work per second, over the whole stage."""
         return self.fresh / (now - self.started) if self.fresh and now > self.started else None
 
 
 class Display:
     """A `Progress` that writes to a terminal or a log.
 
-    ``workers`` says how many tasks are in flight; ``before`` is called with a stage's bytes ahead of its
-    first task.  ``live`` is taken from the stream if not given; no stream means nothing to show.
+    ``workers`` returns the number of tasks in flight; ``before`` is called with a stage's bytes ahead of its
+    first task.  ``live`` follows the stream if not given; without a stream nothing is shown.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Display:
             self._write_live(f"{title:<{TITLE}}{text}", "")
 
     def close(self) -> None:
-        """Leave the last line as it is.  Can be called again."""
+        """Leave the last line as it is.  May be called again."""
         self._stop.set()
         with self._lock:
             if self._open:
@@ -197,7 +197,7 @@ class Display:
                 if meter is None or (not meter.nbytes and now - meter.started < QUIET_START):
                     continue
                 percent, amount, rate, left = self._numbers(meter, now)
-                if not left:  # no rate to tell it from yet
+                if not left:  # no rate is known yet
                     left = f"{clock_face(now - meter.started)} so far"
                 elif meter.tasks_done == meter.tasks:
                     left = "finishing"
@@ -205,7 +205,7 @@ class Display:
                 self._write_live(self._row(self._stage, fraction, percent, amount, rate, left), "")
 
     def _numbers(self, meter: Meter, now: float) -> tuple[str, str, str, str]:
-        """Percent, amount, rate and time left; the last two empty while unknown."""
+        """Percent, amount, rate and time left; the last two are empty while unknown."""
         done, rate, left = meter.estimate(now), meter.rate(now), meter.left(now)
         percent = f"{int(100 * done / meter.units) if meter.units else 100}%"
         return (
@@ -252,7 +252,7 @@ class Display:
             self.stream.write(text)
             self.stream.flush()
         except (OSError, ValueError):
-            pass  # nobody looks any more; the run goes on
+            pass  # nobody looks any more, and the run continues
 
 
 class LogLines(logging.Handler):

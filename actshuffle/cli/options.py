@@ -1,4 +1,4 @@
-"""The options that commands share, and how their values are read."""
+"""Options that commands share, and how their values are read."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _TYPES: dict[str, click.ParamType[Any]] = {"size": SIZE, "count": COUNT, "path":
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator, in the order given."""
+    """One decorator of several options, in the order given."""
 
     def apply(command: F) -> F:
         for option in reversed(options):

@@ -1,4 +1,4 @@
-"""From a request to a job: look at the source, plan, and refuse what cannot work before the first byte."""
+"""From a request to a job: look at the source, plan, and refuse an impossible request before the first byte."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from actshuffle.units import format_bytes
 def prepare(
     src: Place, dst: Place, request: Request, crew: Executor, *, overwrite: bool = False, fsync: bool = True
 ) -> Job:
-    """The job to run, with the destination checked to be free, or half done or finished by the same request.
+    """The job to run.  Its destination is free, or half done or finished by the same request.
 
-    Nothing is written; with ``overwrite``, what is at the destination goes once all else is in order.  The crew
-    is asked for its memory only if the request names none.
+    Writes nothing.  With ``overwrite`` it removes the store at the destination, once everything else is in order.
+    It asks the crew for its memory only if the request names none.
     """
     check_places(src, dst, request.scratch)
     arrays = source_arrays(src, request.fields)
@@ -84,8 +84,8 @@ def prepare(
 
 
 def _remove(objects: Objects) -> None:
-    """Delete a store: its marker first, so that nobody takes what is left for whole; what shows that it
-    was a store last, so that a deletion that was cut short can be asked for again."""
+    """Delete a store: its marker first, so that nobody takes the rest for a whole store, and its metadata last, so
+    that an interrupted deletion can be asked for again."""
     objects.delete(MARKER_KEY)
     objects.settle([OUR_GROUP])
     for name in objects.names(""):
@@ -98,7 +98,7 @@ _METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 
 def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Request, *, fsync: bool = True) -> Job:
-    """Plan a request whose seed is settled.  Reads metadata and lists the source's objects."""
+    """The job of a request whose seed is settled.  Reads metadata and lists the objects of the source."""
     assert request.seed is not None
     beyond: dict[str, Any] = {}
     gappy: set[str] = set()
@@ -109,7 +109,7 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Requ
         identity, beyond = found
     else:
         identity, gappy = take_inventory(src, arrays, fill_missing=request.fill_missing)
-    # A missing chunk has no file to read: leave that array to zarr, which makes up fill values.
+    # A missing chunk has no file to read: zarr reads that array, and makes up the fill values.
     fields = [dataclasses.replace(f, source_key="") if f.name in gappy else f for f in fields]
     if request.source_row and SOURCE_ROW in arrays:
         raise RequestError(
@@ -123,7 +123,7 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Requ
                 f"{', '.join(sorted(gappy))} of {src} lacks chunks, whose rows cannot be gathered: leave --gather out"
             )
         kind = Kind.GATHER
-    elif kind is not Kind.SHUFFLE:  # leaves alone, as many as memory asks for: nothing is split into runs
+    elif kind is not Kind.SHUFFLE:  # leaves alone, as many as memory asks for; they need no runs
         asked = request.changed(run_bytes=1)
     plan = plan_for(arrays, fields, asked, remote=is_remote(dst), remote_source=is_remote(src))
     if not kind.ranked:
@@ -156,7 +156,7 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Requ
 
 
 def _kind_of(src: Place, beyond: dict[str, Any]) -> Kind:
-    """How a job treats the rows of this source: a virtual source says so."""
+    """How a job treats the rows of this source, which a virtual source records."""
     try:
         return Kind(beyond.get("kind", Kind.SHUFFLE))
     except ValueError as err:
@@ -164,10 +164,10 @@ def _kind_of(src: Place, beyond: dict[str, Any]) -> Kind:
 
 
 def _spans(row_bytes: int, widest: int, plan: Plan) -> int:
-    """How many of the widest field's chunks one chunk of this field spans: narrow rows, longer chunks.
+    """How many chunks of the widest field one chunk of this field spans: narrow rows get longer chunks.
 
-    A divisor of the leaf, so that every leaf still holds a whole number of this field's objects; and
-    no more bytes than a chunk of the widest field, which is what the plan has memory for.
+    The number divides a leaf, so that each leaf holds a whole number of this field's objects.  The chunk is no
+    larger than one of the widest field, since the plan counts memory for that.
     """
     objects = plan.leaf_rows // plan.object_rows
     fits = max(1, widest // row_bytes)
@@ -185,7 +185,7 @@ def check_places(src: Place, dst: Place, scratch: str | None) -> None:
 
 
 def _where(place: Place) -> Path:
-    """A path that tells places apart: the real one on disk, else the URL's."""
+    """A path that tells places apart: the resolved one on disk, or that of the URL."""
     path = local_path(place)
     if path is None:
         return Path(place.url)
@@ -218,7 +218,7 @@ def _found(dst: Place, overwrite: bool) -> tuple[dict[str, Any] | None, dict[str
     recorded = None
     with contextlib.suppress(FormatError) if finished else contextlib.nullcontext():
         recorded = manifest.read_run(objects)
-    if recorded is not None:  # beside a marker: done, but for the clearing away
+    if recorded is not None:  # beside a marker: finished, but not yet cleared
         return recorded, None
     if (marker := read_marker(objects)) is not None:
         if marker["kind"] == "view":

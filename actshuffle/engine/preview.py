@@ -22,9 +22,8 @@ from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
 from actshuffle.units import format_bytes, parse_bytes, parse_count
 
-PREFERRED_MEMORY = 2 << 30  # more than this a worker takes only if it saves a level
-# Bytes.  Measured: rows of 8 KiB are gathered in 0.6 of the time of two levels, of 512 B in 1.1 of it.
-WIDE_ROW = 2 << 10
+PREFERRED_MEMORY = 2 << 30  # a worker takes more only if that saves a level
+WIDE_ROW = 2 << 10  # bytes; gathering takes 0.6 of the time of two levels for rows of 8 KiB, and 1.1 of it for 512 B
 
 
 def plan(
@@ -46,11 +45,11 @@ def plan(
     remote: bool = False,
     storage_options: dict[str, Any] | None = None,
 ) -> Plan:
-    """The plan `actshuffle.shuffle` would follow, for a store or for so many rows of so many bytes.
+    """The plan that `actshuffle.shuffle` would follow, for a store or for a number of rows and bytes per row.
 
-    Give ``src``, or ``rows`` and ``row_bytes``.  Without ``memory`` or ``block_bytes`` it is made for
-    this machine.  ``remote`` says that scratch and output are in an object store.  Raises
-    `InfeasibleError` with the arithmetic when it cannot be done.
+    Give ``src``, or ``rows`` and ``row_bytes``.  Without ``memory`` or ``block_bytes`` the plan is made for this
+    machine.  ``remote`` means that scratch and output are in an object store.  Raises `InfeasibleError`, with the
+    arithmetic, where no plan is possible.
     """
     if (src is None) == (rows is None or row_bytes is None):
         raise RequestError("give a source, or both rows and row bytes")
@@ -84,10 +83,10 @@ def gathers_well(
     workers: int | None = None,
     storage_options: dict[str, Any] | None = None,
 ) -> bool:
-    """Would gathering do for a source with less reading and writing than this plan of several levels?
+    """True if gathering reads and writes less than this plan of several levels, and takes less time.
 
-    There must be room for the source in this machine's memory; and rows so narrow that a read for each takes
-    longer than another level are better left to it.
+    The source must fit into this machine's memory, and its rows must be so wide that reading each by itself is
+    quicker than another level.
     """
     place = as_place(src, storage_options)
     _, described = _described(place, fields)
@@ -109,7 +108,7 @@ def plan_for(
 ) -> Plan:
     """The plan for some source arrays under a settled request.
 
-    ``remote`` says that spill and output are in an object store, ``remote_source`` that the source is.
+    ``remote`` means that spill and output are in an object store, ``remote_source`` that the source is.
     """
     coded = not CODECS[request.codec].raw or (request.chunks_per_shard or 1) > 1
     model = MemoryModel(
@@ -125,7 +124,7 @@ def plan_for(
 
 
 def plan_rows(rows: int, model: MemoryModel, request: Request, **source: int) -> Plan:
-    """The plan for so many rows under a settled request; ``source`` says what `make_plan` asks of the source."""
+    """The plan for a number of rows under a settled request; ``source`` goes to `make_plan`."""
     plan = make_plan(
         rows,
         model.row_bytes,
@@ -145,17 +144,17 @@ def plan_rows(rows: int, model: MemoryModel, request: Request, **source: int) ->
 
 
 def tasks_for(workers: int) -> int | None:
-    """Tasks that keep all workers busy to the end; None for one worker, which any number keeps busy."""
+    """A number of tasks that keeps all workers busy to the end; None for one worker, which any number keeps busy."""
     return 3 * workers if workers > 1 else None
 
 
 def default_memory(workers: int) -> int:
-    """A moderate share of this machine for each of some workers, bytes."""
+    """A moderate share of this machine's memory for each worker, in bytes."""
     return min(PREFERRED_MEMORY, int(SHARE * machine_memory() / workers))
 
 
 def with_memory(request: Request, arrays: dict[str, ZarrArray], crew: Executor, src: Place, dst: Place) -> Request:
-    """The request with a moderate share of the worker, unless all of it saves a level."""
+    """The request with a moderate share of a worker's memory, or with all of it where that saves a level."""
     fields = [source_field(name, array) for name, array in arrays.items()]
     where = {"remote": is_remote(dst), "remote_source": is_remote(src)}
     most = request.changed(memory=crew.task_memory() * request.tasks_per_worker)
@@ -188,7 +187,7 @@ def check_gather(src: Place, fields: Sequence[Field], request: Request) -> None:
 
 
 def check_room(plan: Plan, workers: int) -> None:
-    """Refuse to gather from a source that has no room in memory beside the workers."""
+    """Refuse to gather from a source that does not fit into memory beside the workers."""
     size, memory = plan.rows * plan.row_bytes, machine_memory()
     need = size + workers * plan.memory
     if need > memory:

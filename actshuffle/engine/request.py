@@ -1,7 +1,7 @@
-"""What a user asks of a run: one field of `Request` for each knob.
+"""The request of a user: one field of `Request` for each knob.
 
-A knob knows how its values are read, which values it takes, its default, and its help.  The functions, the command
-line and the check of a half-done run's ``run.json`` all go by that::
+A knob defines how its values are read, which values it takes, its default, and its help.  The public functions, the
+command line and the check of a half-done run's ``run.json`` all follow this one definition::
 
     "2GB", "auto", 1e6   -- Request.of -->   Request   -- to_json -->   run.json   -- Request.recorded -->   Request
 """
@@ -23,13 +23,13 @@ from actshuffle.units import parse_bytes, parse_count
 
 
 class Kind(NamedTuple):
-    """A kind of value.  ``read`` returns what it cannot read as it is; then ``allows`` refuses it."""
+    """A kind of value.  ``read`` returns a value that it cannot read unchanged, and ``allows`` then refuses it."""
 
     name: str
     domain: str  # the end of "NAME must be ..."
     allows: Callable[[Any], bool]
     read: Callable[[Any], Any] = lambda value: value  # text, or a value from Python
-    metavar: str | None = None  # for the help, if it is not the name in capitals
+    metavar: str | None = None  # in the help; by default the name in capitals
     choices: tuple[str, ...] = ()  # all values, as text
 
 
@@ -100,7 +100,7 @@ FOLDER = Kind(
 )
 BITS = Kind("bits", "two numbers of bits, 0 to 64", lambda value: len(value) == 2 and set(value) <= {*range(65)}, tuple)
 
-_SOFT = {"tasks_wanted", "tasks_per_worker"}  # decided by the machine or the cluster: no reason to refuse a resume
+_SOFT = {"tasks_wanted", "tasks_per_worker"}  # set by the machine or the cluster: no reason to refuse a resume
 
 
 def _knob(kind: Kind, help: str = "", shown: str = "", default: Any = None, argument: str = "") -> Any:
@@ -109,9 +109,9 @@ def _knob(kind: Kind, help: str = "", shown: str = "", default: Any = None, argu
 
 @dataclass(frozen=True)
 class Request:
-    """The settled or default value of every knob, and the names of those that were ``given``.
+    """The value of every knob, given or by default, and the names of those that were ``given``.
 
-    Made by `of` or `recorded`.  None stands for a value that is drawn, or found from the data and the machine.
+    Made by `of` or `recorded`.  None stands for a value that is drawn, or follows from the data and the machine.
     """
 
     seed: int | None = _knob(SEED, "Seed of the order.", "drawn, and recorded in the output")
@@ -136,7 +136,7 @@ class Request:
         MISSING, "Refuse absent chunks of the source, or take them as fill values.", "refuse", False, "missing_chunks"
     )
     scratch: str | None = _knob(FOLDER, "Folder or URL of the intermediate data.", "beside the output")
-    # Not for users: the first two come from the machine or the cluster, the last from tests.
+    # Not for users: the machine or the cluster sets the first two, and tests the last.
     tasks_wanted: int = _knob(COUNT, default=1)
     tasks_per_worker: int = _knob(COUNT, default=1)  # that share the memory
     key_bits: tuple[int, int] = _knob(BITS, default=(64, 64))
@@ -148,7 +148,7 @@ class Request:
 
     @classmethod
     def of(cls, **given: Any) -> Request:
-        """Read values as people write them; None is as good as not given."""
+        """The request of values as people write them, like "2GB"; None counts as not given."""
         values: dict[str, Any] = {}
         for name, value in given.items():
             if value is not None:
@@ -158,12 +158,12 @@ class Request:
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> Request:
-        """The request among the arguments of a function: those that are named like knobs."""
+        """The request in the arguments of a function: those that have the name of a knob."""
         return cls.of(**{knob.argument: arguments.get(knob.argument) for knob in KNOBS.values()})
 
     @classmethod
     def recorded(cls, document: Any) -> Request:
-        """The request that a run.json holds; nothing in it is read as text."""
+        """The request that a run.json holds, with each value checked, and none read from text."""
         if not isinstance(document, dict) or "seed" not in document:
             raise FormatError(f"{RUN_KEY} is damaged: it names no seed; --overwrite starts again")
         if unknown := set(document) - set(KNOBS):
@@ -175,20 +175,20 @@ class Request:
             raise FormatError(f"{RUN_KEY} is damaged: {err}; --overwrite starts again") from err
 
     def to_json(self) -> dict[str, Any]:
-        """The values that were given, as run.json records them."""
+        """The given values, as run.json records them."""
         values = {name: getattr(self, name) for name in self.given}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def changed(self, **values: Any) -> Request:
-        """With other values for some knobs; None takes one away."""
+        """The request with other values for some knobs; None makes a knob not given."""
         return Request.of(**{**{name: getattr(self, name) for name in self.given}, **values})
 
     def filled(self, **values: Any) -> Request:
-        """With these values for knobs that were not given."""
+        """The request with these values for knobs that were not given."""
         return self.changed(**{name: value for name, value in values.items() if name not in self.given})
 
     def against(self, before: Request) -> str:
-        """How this differs from an earlier request, in words, where a user decided it."""
+        """How this differs from an earlier request, in words; only values that a user gives count."""
         was, now = before.to_json(), self.to_json()
         differing = [k for k in sorted(now) if k not in _SOFT and getattr(self, k) != getattr(before, k)]
         return "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in differing)
