@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +10,7 @@ from actshuffle._version import __version__
 from actshuffle.arrays.names import FORMAT, MARKER_KEY
 from actshuffle.arrays.small import group_metadata
 from actshuffle.errors import FormatError
+from actshuffle.seals import checksum, seal
 from actshuffle.storage.objects import Objects
 
 
@@ -22,16 +22,12 @@ def altered_files(objects: Objects, marker: dict[str, Any]) -> Iterator[tuple[st
     """Key and what is wrong of each small file, the marker among them, that is not what was written."""
     body = {k: v for k, v in marker.items() if k != "sha256"}
     around = json.loads(group_metadata({"actshuffle": marker}))  # what no checksum of the body sees
-    if marker.get("sha256") != marker_digest(body) or json.loads(objects.get(MARKER_KEY) or "{}") != around:
+    if marker.get("sha256") != seal(body, 64) or json.loads(objects.get(MARKER_KEY) or "{}") != around:
         yield MARKER_KEY, "is not what was written"
     for key, check in marker.get("files", {}).items():
         data = objects.get(key)
-        if data is None or hashlib.sha256(data).hexdigest() != check:
+        if data is None or checksum(data) != check:
             yield key, "is missing" if data is None else "is not what was written"
-
-
-def marker_digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 # What a marker must hold, by its kind: a shuffled store, a row range of another store, or a finished

@@ -14,8 +14,6 @@ was divided, or resumed.  (It does depend on machine, library versions, and numb
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +23,7 @@ from actshuffle.arrays import virtual
 from actshuffle.arraytypes import I64, U8, U64
 from actshuffle.building.models import model_of
 from actshuffle.building.tokens import COLUMNS, Pieces
+from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
 
@@ -64,8 +63,7 @@ class Activations:
         return np.arange(start, stop, dtype=np.uint64)
 
     def inventory(self, names: Sequence[str]) -> virtual.Behind:
-        text = json.dumps([self._settings, list(names)], sort_keys=True)
-        return virtual.Behind(hashlib.sha256(text.encode()).hexdigest()[:32], {})
+        return virtual.Behind(seal([self._settings, list(names)]), {})
 
     def _compute(self, start: int, stop: int, out: Mapping[str, U8]) -> None:
         """Rows ``[start, stop)`` of all activations, by running every batch that has one of them."""

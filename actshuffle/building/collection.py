@@ -15,7 +15,6 @@ Several processes share the work with ``part``: each does its blocks, and the la
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +39,7 @@ from actshuffle.foreign.textfiles import kind_of
 from actshuffle.jobs.running import run_part
 from actshuffle.loading.dataset import open_dataset
 from actshuffle.progress import Progress, Silent
+from actshuffle.seals import checksum, seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import format_bytes, format_seconds
@@ -145,17 +145,17 @@ def collect(
         "device": device,
         "text": [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
     }
-    seal = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+    identity = seal(asked)
     marker = None if overwrite else read_marker(open_objects(place))
     if marker is not None:
-        if part is None or marker.get("collected") != seal:
+        if part is None or marker.get("collected") != identity:
             raise DestinationExistsError(f"{place} is finished; --overwrite replaces it")
         done = open_dataset(out, storage_options=storage_options)
         return Collected(done.path, done.rows, marker["documents"], done.nbytes, 0.0)
     settings = (virtual.describe(source) or {}).get("settings", {})
     if settings.get("asked") != asked or overwrite:
         _refuse_other(place, settings.get("asked"), asked, overwrite)
-        settings = _write_source(source, files, asked, seal, shown)
+        settings = _write_source(source, files, asked, identity, shown)
     request = Request.of(
         seed=0,
         source_row=False,
@@ -194,7 +194,7 @@ def _refuse_other(place: Place, was: dict[str, Any] | None, now: dict[str, Any],
 
 
 def _write_source(
-    source: Place, files: Sequence[Path], asked: dict[str, Any], seal: str, progress: Progress
+    source: Place, files: Sequence[Path], asked: dict[str, Any], identity: str, progress: Progress
 ) -> dict[str, Any]:
     """Probe the model, turn the text into tokens, and write both as a virtual source."""
     tokenizer = load_tokenizer(asked["tokenizer"])
@@ -251,7 +251,7 @@ def _write_source(
         _attributes(asked, model, tokenizer, context, before, after, listing, cut),
         kind="copy",
         stage="collect",
-        marker={"kind": "collection", "source": asked["model"], "collected": seal, "documents": cut.documents},
+        marker={"kind": "collection", "source": asked["model"], "collected": identity, "documents": cut.documents},
     )
     return settings
 
@@ -282,7 +282,7 @@ def _attributes(
             "name": asked["tokenizer"],
             "class": type(tokenizer).__name__,
             "vocabulary": len(tokenizer),
-            "fingerprint": hashlib.sha256(vocabulary.encode()).hexdigest()[:32],
+            "fingerprint": checksum(vocabulary, 32),
         },
         "arrays": layers | {name: f"output of {name}" for name in asked["hooks"]},
         "dtype": asked["dtype"],

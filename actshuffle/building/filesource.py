@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import FormatError, SourceError
 from actshuffle.foreign.formats import FORMATS
 from actshuffle.foreign.table import Column, Part, dtype_name
+from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, local_path
 
@@ -146,8 +145,7 @@ class Files:
             found = Path(path).stat() if Path(path).exists() else None
             if found is None or (found.st_size, found.st_mtime_ns) != (size, changed):
                 raise SourceError(f"{path} has changed or gone since it was looked at; run again")
-        text = json.dumps([self._files, self._rules, list(names)])
-        return virtual.Behind(hashlib.sha256(text.encode()).hexdigest()[:32], {})
+        return virtual.Behind(seal([self._files, self._rules, list(names)]), {})
 
 
 @virtual.reader("files")

@@ -13,7 +13,6 @@ two-dimensional, the layout of SAELens's cached activations.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
 import time
@@ -31,6 +30,7 @@ from actshuffle.executors import Executor, Serial
 from actshuffle.foreign.formats import ENDINGS, FORMATS
 from actshuffle.foreign.table import Column, Table, joined
 from actshuffle.progress import Progress, Silent
+from actshuffle.seals import checksum
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import format_bytes, format_seconds
@@ -137,7 +137,7 @@ def _description(place: Place) -> Place:
     """The place of the virtual source: always on this machine, as the files are."""
     if local_path(place) is not None:
         return Place(place.url).beside(".import")
-    tag = hashlib.sha256(place.url.encode()).hexdigest()[:16]
+    tag = checksum(place.url, 16)
     return Place(str(Path(tempfile.gettempdir()) / f"actshuffle-{tag}.import"))
 
 

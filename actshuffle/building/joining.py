@@ -9,8 +9,6 @@ straight into its buffers.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import DestinationExistsError, RequestError, SourceError
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.views import followed, reference
+from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
 
@@ -109,7 +108,7 @@ def write_concat(
 
 def combined(identities: Sequence[str]) -> str:
     """The identity of a concatenation of sources with these identities."""
-    return hashlib.sha256(json.dumps(list(identities)).encode()).hexdigest()[:32]
+    return seal(list(identities))
 
 
 @dataclass(frozen=True)

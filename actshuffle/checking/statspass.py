@@ -13,7 +13,6 @@ one of another store as stale.  For a view all this is in the view's own folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -50,6 +49,7 @@ from actshuffle.jobs.running import sweep
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.loading.prefetch import in_order
 from actshuffle.progress import Progress, Silent
+from actshuffle.seals import checksum
 from actshuffle.storage.buffers import pages
 from actshuffle.storage.objects import Objects, open_objects
 
@@ -247,4 +247,4 @@ def _read_field(objects: Objects, dataset: Dataset, name: str, body: dict[str, A
 
 
 def _seal(array: NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return checksum(np.ascontiguousarray(array).tobytes())

@@ -13,9 +13,9 @@ from typing import Any
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.marker import is_list
 from actshuffle.arrays.names import RECEIPTS
-from actshuffle.jobs.records import identity_of
 from actshuffle.ordering.keys import Keys
 from actshuffle.planning.tree import LATER, Plan, Task
+from actshuffle.seals import seal
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, public_url
 
@@ -113,7 +113,7 @@ class Job:
         del document["fsync"]
         for name in [k for k in LATER if document["plan"][k] == LATER[k]]:
             del document["plan"][name]
-        return identity_of(document)
+        return seal(document)
 
     @cached_property
     def known(self) -> Facts:

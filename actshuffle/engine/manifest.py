@@ -16,14 +16,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import lru_cache
 from typing import Any
 
 from actshuffle._version import __version__
 from actshuffle.arrays.field import Field
-from actshuffle.arrays.marker import marker_digest
 from actshuffle.arrays.names import FORMAT, MARKER_KEY, RUN_KEY
 from actshuffle.arrays.small import get_array, group_metadata, put_array
 from actshuffle.arraytypes import U64
@@ -33,6 +31,7 @@ from actshuffle.jobs.records import format_of, sealed, unsealed
 from actshuffle.ordering.keys import Keys
 from actshuffle.planning.memory import MemoryModel
 from actshuffle.planning.tree import Plan
+from actshuffle.seals import checksum, seal
 from actshuffle.storage.objects import Objects
 from actshuffle.storage.place import Place, public_url
 
@@ -93,7 +92,7 @@ def write_bounds(job: Job, bounds: U64) -> None:
     """Store the boundaries between leaves, uint64 ``(leaves - 1, 3)``: array first, checksum last."""
     objects = job.at_scratch
     put_array(objects, "bounds", bounds)
-    check = hashlib.sha256(bounds.astype("<u8").tobytes()).hexdigest()
+    check = checksum(bounds.astype("<u8").tobytes())
     objects.put("bounds.json", sealed({"job": job.identity, "bounds": check}))
 
 
@@ -108,7 +107,7 @@ def read_bounds(job: Job) -> U64 | None:
         bounds = get_array(objects, "bounds")
     except FormatError:
         return None
-    if bounds is None or hashlib.sha256(bounds.tobytes()).hexdigest() != body.get("bounds"):
+    if bounds is None or checksum(bounds.tobytes()) != body.get("bounds"):
         return None
     return bounds
 
@@ -141,13 +140,13 @@ def write_marker(job: Job, sums: dict[str, str], files: dict[str, bytes]) -> Non
         "source_row": job.source_row is not None,
         "fill_missing": job.fill_missing,
         "fields": {f.name: {"sum": sums[f.name], "object_rows": f.object_rows} for f in job.fields},
-        "files": {key: hashlib.sha256(data).hexdigest() for key, data in sorted(files.items())},
+        "files": {key: checksum(data) for key, data in sorted(files.items())},
     }
     if (job.keys.hi_bits, job.keys.lo_bits) != (64, 64):
         body["key_bits"] = [job.keys.hi_bits, job.keys.lo_bits]
     body |= job.known.marker
     if body["kind"] == "collection":  # it is not shuffled; the seed belongs to the digests
         del body["order"], body["levels"]
-    body["sha256"] = marker_digest(body)
+    body["sha256"] = seal(body, 64)
     objects = job.at_destination
     objects.put(MARKER_KEY, group_metadata({"actshuffle": body}))

@@ -7,7 +7,6 @@ blocks in it are then missing, their tasks count as not done, and a run that res
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import stat
@@ -18,6 +17,7 @@ from actshuffle.engine import manifest
 from actshuffle.engine.job import Job
 from actshuffle.engine.request import Request
 from actshuffle.errors import FormatError, InfeasibleError, ResumeMismatchError, StorageError
+from actshuffle.seals import checksum
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place
 from actshuffle.units import format_bytes
@@ -26,7 +26,7 @@ from actshuffle.units import format_bytes
 def scratch_place(dst: Place, folder: str | None) -> Place:
     """A place for the spill that belongs to this destination alone: beside it, or in a given folder."""
     name = dst.url.rstrip("/").rsplit("/", 1)[-1]
-    tag = hashlib.sha256(dst.url.rstrip("/").encode()).hexdigest()[:8]
+    tag = checksum(dst.url.rstrip("/"), 8)
     if folder is None:
         return Place(f"{dst.url.rstrip('/')}.scratch-{tag}", dst.options)
     return Place(folder, dst.options if "://" in folder else "{}").child(f"{name}.scratch-{tag}")
@@ -61,7 +61,7 @@ def memory_place(job: Job) -> Place:
 
 def memory_beside(scratch: Place) -> Place:
     """The folder in memory that belongs to a scratch, and to this user."""
-    tag = hashlib.sha256(scratch.url.encode()).hexdigest()[:16]
+    tag = checksum(scratch.url, 16)
     return Place(str(MEMORY_FOLDER / f"actshuffle-{os.geteuid()}-{tag}"))
 
 

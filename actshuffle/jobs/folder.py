@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError
 from actshuffle.executors import Executor, Serial
 from actshuffle.jobs.receipts import Payload, read_receipt, read_receipts
-from actshuffle.jobs.records import identity_of, sealed, unsealed
+from actshuffle.jobs.records import sealed, unsealed
 from actshuffle.jobs.running import Course, Done, Outcome, Stage, once, run
 from actshuffle.progress import Progress, Silent
+from actshuffle.seals import seal
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place
 
@@ -90,7 +91,7 @@ class FolderJob:
 
     @cached_property
     def identity(self) -> str:
-        return identity_of(self.document)
+        return seal(self.document)
 
     @property
     def document(self) -> dict[str, Any]:

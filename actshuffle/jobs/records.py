@@ -7,23 +7,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
 from actshuffle.arrays.names import FORMAT
-
-
-def identity_of(document: Any) -> str:
-    """The identity of a job: a digest of the plain values that describe it, 32 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
+from actshuffle.seals import checksum
 
 
 def sealed(body: dict[str, Any]) -> bytes:
     """The bytes of a record, with its checksum."""
     text = json.dumps({"format": FORMAT, **body}, sort_keys=True)
-    check = hashlib.sha256(text.encode()).hexdigest()
-    return f'{{"sha256": "{check}", "body": {text}}}'.encode()
+    return f'{{"sha256": "{checksum(text)}", "body": {text}}}'.encode()
 
 
 def unsealed(data: bytes | None) -> dict[str, Any] | None:
@@ -34,7 +28,7 @@ def unsealed(data: bytes | None) -> dict[str, Any] | None:
         document = json.loads(data)
         body: dict[str, Any] = document["body"]
         text = json.dumps(body, sort_keys=True)
-        if hashlib.sha256(text.encode()).hexdigest() != document["sha256"] or body["format"] != FORMAT:
+        if checksum(text) != document["sha256"] or body["format"] != FORMAT:
             return None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -13,8 +13,6 @@ kept, so that reads on both sides of a cut decode it once.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +33,7 @@ from actshuffle.errors import DestinationExistsError, FormatError, IncompleteSto
 from actshuffle.html import page
 from actshuffle.loading.rowreader import Reader, stored_field
 from actshuffle.loading.views import followed, reference
+from actshuffle.seals import seal
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place, public_url
 from actshuffle.units import format_bytes
@@ -123,7 +122,7 @@ class Dataset:
         """Digest of what is stored here: marker, row range, fields; the same after the store is moved."""
         marker = self.root_marker and {k: v for k, v in self.root_marker.items() if k != "source"}
         fields = [(f.name, f.dtype_name, f.row_shape) for f in self.fields.values()]
-        return _digest([marker, self.start, self.rows, fields])
+        return seal([marker, self.start, self.rows, fields])
 
     def read(self, name: str, start: int, stop: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Rows ``[start, stop)`` of a field, as ``(stop - start, *row_shape)`` of its dtype.
@@ -369,11 +368,6 @@ def write_view(
 
 def _provenance(marker: dict[str, Any]) -> list[str]:
     return [SOURCE_ROW] if marker.get("source_row") else []
-
-
-def _digest(values: Any) -> str:
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _describe(name: str, array: ZarrArray) -> FieldInfo:

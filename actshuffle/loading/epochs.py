@@ -19,7 +19,7 @@ of one unit land in one window, or in two, so this is no uniform shuffle; `Loade
 far from it.
 
 Both are pure functions of (seed, epoch) and the store, so any position can be found without the ones
-before it.  Words come from Philox as in `actshuffle.ordering.keys`, under spawn keys of our own.
+before it.  Words come from Philox as in `actshuffle.ordering.keys`, under `Stream.UNITS` and `Stream.WINDOW`.
 
 >>> Order(rows=10, unit=3, seed=0).rows_at(0, 2, 5)
 array([2, 3, 4])
@@ -37,12 +37,12 @@ from itertools import pairwise
 import numpy as np
 
 from actshuffle.arraytypes import I64, U64
+from actshuffle.ordering.keys import Stream
 
 Range = tuple[int, int]
 # Units are smaller than objects to have as many.  Every unit is a read of its own, so of those that pass
 # through no window there are fewer: at 1 GB they are 16 MB, two reads to a block of the loader.
 MOST_UNITS, MOST_UNITS_BUFFERED = 64, 256
-_UNITS, _WINDOW = 3, 4  # spawn keys; 0, 1 and 2 belong to keys.py and digest.py
 
 
 def unit_rows(rows: int, object_rows: int, piece_rows: int, *, buffered: bool) -> int:
@@ -80,7 +80,7 @@ class Order:
     def within(self, epoch: int, number: int) -> I64:
         """The permutation of a window: place in it, by position in it."""
         a, b = self.window(number)
-        return _permutation(self.seed, (_WINDOW, epoch, number), b - a)
+        return _permutation(self.seed, (Stream.WINDOW, epoch, number), b - a)
 
     def ranges(self, epoch: int, start: int, stop: int) -> list[Range]:
         """Store rows at positions ``[start, stop)``, as ranges one after the other, before windows."""
@@ -164,11 +164,11 @@ def _wrapped(a: int, b: int, n: int) -> list[Range]:
 def _epoch(order: Order, epoch: int) -> tuple[I64, I64, int]:
     """Units in their order, the positions where each begins (before the turn) and the end, the turn."""
     number = -(-order.rows // order.unit)
-    units = _permutation(order.seed, (_UNITS, epoch), number)
+    units = _permutation(order.seed, (Stream.UNITS, epoch), number)
     sizes = np.full(number, order.unit)
     sizes[units == number - 1] = order.rows - (number - 1) * order.unit
     edges = np.concatenate([[0], np.cumsum(sizes)])
-    turn = int(_words(order.seed, (_UNITS, epoch, 0), 1)[0]) % order.rows
+    turn = int(_words(order.seed, (Stream.UNITS, epoch, 0), 1)[0]) % order.rows
     return units, edges, turn
 
 

@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.arraytypes import U8, U64
+from actshuffle.ordering.keys import Stream
 
-_STREAM = 2  # spawn key; 0 and 1 are the shuffle's own
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SLICE_BYTES = 1 << 19  # rows multiplied at a time: these and a copy stay in the second-level cache
 _MIXED_ROWS = 1 << 12  # rows mixed at a time: enough to amortise the overhead of numpy calls, in little memory
@@ -132,7 +132,7 @@ def mix(x: U64) -> U64:
 @lru_cache(maxsize=64)
 def _weights(seed: int, field: int, row_bytes: int) -> tuple[U64, U64, np.uint64, np.uint64]:
     count = row_bytes // _unit(row_bytes)
-    philox = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_STREAM, field)))
+    philox = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(Stream.ROW_HASH, field)))
     raw: U64 = philox.random_raw(2 * count + 2)
     odd = np.uint64(1)
     return raw[:count] | odd, raw[count : 2 * count] | odd, raw[-2], raw[-1]

@@ -20,6 +20,7 @@ array([ True])
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +29,15 @@ from numpy.typing import NDArray
 
 from actshuffle.arraytypes import I64, U64
 
-_HI, _LO = 0, 1  # spawn keys of the two streams; 2 belongs to digest.py
+
+class Stream(IntEnum):
+    """Spawn keys under a seed: every use of random words has a stream that no other use reads."""
+
+    HI = 0
+    LO = 1
+    ROW_HASH = 2
+    UNITS = 3
+    WINDOW = 4
 
 
 @dataclass(frozen=True)
@@ -45,19 +54,19 @@ class Keys:
 
     def hi(self, start: int, stop: int) -> U64:
         """First key words of rows ``[start, stop)``, uint64."""
-        return _leading(order_words(self.seed, _HI, start, stop), self.hi_bits)
+        return _leading(order_words(self.seed, Stream.HI, start, stop), self.hi_bits)
 
     def hi_at(self, rows: NDArray[np.integer[Any]]) -> U64:
         """First key words of any rows, in the order given, uint64."""
-        return _leading(words_at(self.seed, _HI, rows), self.hi_bits)
+        return _leading(words_at(self.seed, Stream.HI, rows), self.hi_bits)
 
     def lo_at(self, rows: NDArray[np.integer[Any]]) -> U64:
         """Second key words of any rows, in the order given, uint64."""
-        return _leading(words_at(self.seed, _LO, rows), self.lo_bits)
+        return _leading(words_at(self.seed, Stream.LO, rows), self.lo_bits)
 
     def order(self, n: int) -> I64:
         """The oracle: the source row of each output row, int64.  Needs about 40 n bytes."""
-        lo = _leading(order_words(self.seed, _LO, 0, n), self.lo_bits)
+        lo = _leading(order_words(self.seed, Stream.LO, 0, n), self.lo_bits)
         return np.lexsort((lo, self.hi(0, n)))
 
 
