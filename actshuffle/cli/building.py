@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -52,6 +53,10 @@ def _part(text: str) -> tuple[int, int]:
         raise RequestError(f"write a part as I/N, like 1/4; got {text!r}")
     number, count = text.split("/")
     return int(number), int(count)
+
+
+def _document(outcome: growth.Appended | collection.Collected) -> dict[str, Any]:
+    return {"bytes" if name == "nbytes" else name: value for name, value in asdict(outcome).items()}
 
 
 SHARE, RENAMED, PART = Parsed("NAME=SHARE", _share), Parsed("COLUMN=ARRAY", _renamed), Parsed("I/N", _part)
@@ -176,15 +181,7 @@ def append(executor: Any, display: Any, dst: str, new: str, **options: Any) -> A
       actshuffle append shuffled.zarr wednesday.zarr
     """
     made = growth.append(dst, new, executor=executor, progress=display, **options)
-    document = {
-        "destination": made.destination,
-        "rows": made.rows,
-        "added": made.added,
-        "bytes": made.nbytes,
-        "seconds": made.seconds,
-        "done_before": made.done_before,
-    }
-    return Answer(document, str(made))
+    return Answer(_document(made), str(made))
 
 
 @click.command("import")
@@ -285,12 +282,4 @@ def collect(executor: Any, display: Any, model: str, text: tuple[str, ...], out:
     """
     options |= {name: options[name] or () for name in ("layers", "hooks")}
     made = collection.collect(model, text, out, executor=executor, progress=display, **options)
-    document = {
-        "destination": made.destination,
-        "rows": made.rows,
-        "documents": made.documents,
-        "bytes": made.nbytes,
-        "seconds": made.seconds,
-        "complete": made.complete,
-    }
-    return Answer(document, str(made))
+    return Answer(_document(made), str(made))
