@@ -1,1 +1,1 @@
-"""What the shuffle costs, beside what moving the same bytes costs.  See README.md here."""
+"""The cost of a shuffle, beside the cost of moving the same bytes.  See README.md here."""

@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from actshuffle.cli.options import COUNT, SIZE  # sizes and counts, read as the product reads them
+from actshuffle.cli.options import COUNT, SIZE  # sizes and counts, parsed as in the product
 from actshuffle.machine import cores
 from actshuffle.units import parse_bytes
 from benchmarks import results
 
 
 class _List(click.ParamType[Any]):
-    """Several values of one kind, with commas between."""
+    """Several values of one kind, separated by commas."""
 
     name = "list"
 
@@ -97,14 +97,14 @@ TINY: dict[str, dict[str, Any]] = {
 
 def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--tiny", is_flag=True, help="In miniature, to see that it works."),
+        click.option("--tiny", is_flag=True, help="Run in miniature, as a test of the benchmark."),
         click.option(
             "--out", type=click.Path(path_type=Path), help="Results folder.  [default: benchmarks/results/DATE-NAME]"
         ),
         click.option(
             "--work",
             type=click.Path(path_type=Path),
-            help="Where data goes; on the disk to be measured.  [default: benchmarks/.work]",
+            help="Folder for the data, on the disk to measure.  [default: benchmarks/.work]",
         ),
     ):
         command = option(command)
@@ -121,7 +121,7 @@ def _start(name: str, run: Callable[..., None], options: dict[str, Any]) -> None
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main() -> None:
-    """What the shuffle costs, beside what moving the same bytes costs.
+    """Measure the cost of a shuffle, beside the cost of moving the same bytes.
 
     \b
     Each command writes benchmarks/results/DATE-NAME/: results.json, README.md and plots.
@@ -136,7 +136,7 @@ def main() -> None:
 @click.option("--chunk", type=SIZE, default="32MiB", help="Size of the chunk files.")
 @_common
 def floor(**options: Any) -> None:
-    """Memory and disk: memcpy, read, write and copy by our own copier."""
+    """Measure memory and disk: memcpy, read, write and copy by our own copier."""
     from benchmarks import floor as module
 
     _start("floor", module.run, options)
@@ -149,11 +149,11 @@ def floor(**options: Any) -> None:
 @click.option("--levels", type=INTS, default="1,2,3", help="Passes over the data; 1 gathers rows.")
 @click.option("--modes", type=MODES, default="cached,disk", help="Where the data is.")
 @click.option("--rounds", type=COUNT, default=5, help="Times that everything is measured.")
-@click.option("--memory", type=SIZE, default="256MiB", help="Of one worker.")
+@click.option("--memory", type=SIZE, default="256MiB", help="Most memory that one worker uses.")
 @click.option("--chunk", type=SIZE, default="32MiB", help="Size of the source's chunk files.")
 @_common
 def shuffle(**options: Any) -> None:
-    """The engine as a fraction of the copier, and where its time goes."""
+    """Measure the engine as a fraction of the copier, and where its time goes."""
     from benchmarks import shuffle as module
 
     _start("shuffle", module.run, options)
@@ -162,44 +162,44 @@ def shuffle(**options: Any) -> None:
 @main.command()
 @click.option("--size", type=SIZE, default="2GB", help="Data to shuffle.")
 @click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")
-@click.option("--memory", type=SIZE, help="In all, for those that can be told.  [default: their own]")
-@click.option("--workers", type=COUNT, default=cores(), help="Processes or threads of each.")
-@click.option("--rounds", type=COUNT, default=3, help="Times that each is run.")
+@click.option("--memory", type=SIZE, help="Total memory, for peers with such a setting.  [default: their own]")
+@click.option("--workers", type=COUNT, default=cores(), help="Processes or threads of each peer.")
+@click.option("--rounds", type=COUNT, default=3, help="Times that each peer is run.")
 @click.option("--seconds", type=float, default=1800.0, help="Time limit of one run.")
-@click.option("--most-memory", type=SIZE, help="A run that holds more is ended.  [default: 80%]")
-@click.option("--only", type=_List(str), default=None, help="These peers alone.")
+@click.option("--most-memory", type=SIZE, help="Kill a run that holds more than this.  [default: 80%]")
+@click.option("--only", type=_List(str), default=None, help="Run only these peers.")
 @click.option(
     "--python",
     type=(str, click.Path(exists=True)),
     multiple=True,
-    help="PEER INTERPRETER: run a peer by another Python.",
+    help="PEER INTERPRETER: run a peer with another Python.",
 )
 @click.option(
     "--add",
     type=click.Path(exists=True, path_type=Path),
     multiple=True,
-    help="results.json of earlier peers, to be in the same table.",
+    help="results.json of an earlier run, whose peers join the table.",
 )
 @_common
 def peers(**options: Any) -> None:
-    """The same rows through what one would use instead: time, memory, and is it uniform."""
+    """Compare with other tools on the same rows: time, memory, uniformity."""
     from benchmarks.peers import driver as module
 
     _start("peers", module.run, options)
 
 
 @main.command()
-@click.option("--start", type=SIZE, default="64MB", help="The smallest data.")
-@click.option("--factors", type=INTS, default="1,2,4,8,16,32,64", help="Multiples of it.")
+@click.option("--start", type=SIZE, default="64MB", help="Size of the smallest data.")
+@click.option("--factors", type=INTS, default="1,2,4,8,16,32,64", help="Multiples of that size.")
 @click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")
-@click.option("--memory", type=SIZE, default="96MiB", help="Of one worker, at every size.")
-@click.option("--block", type=SIZE, default=None, help="Rows of one task (M).  [from --memory]")
-@click.option("--run-bytes", type=SIZE, default="1MiB", help="Least piece read at once (P).")
+@click.option("--memory", type=SIZE, default="96MiB", help="Most memory that one worker uses, at every size.")
+@click.option("--block", type=SIZE, default=None, help="Size of the rows of one task (M).  [from --memory]")
+@click.option("--run-bytes", type=SIZE, default="1MiB", help="Least size that is read in one piece (P).")
 @click.option("--workers", type=COUNT, default=0, help="Dask workers; 0 is serial.")
 @click.option("--rounds", type=COUNT, default=3, help="Times that each size is run.")
 @_common
 def growth(**options: Any) -> None:
-    """Time and peak memory as the data grows and the memory given does not."""
+    """Measure time and peak memory as the data grows at a fixed memory limit."""
     from benchmarks import growth as module
 
     _start("growth", module.run, options)
@@ -209,12 +209,12 @@ def growth(**options: Any) -> None:
 @click.option("--size", type=SIZE, default="1GB", help="Data to shuffle.")
 @click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")
 @click.option("--levels", type=COUNT, default=2, help="Passes over the data.")
-@click.option("--memory", type=SIZE, default="256MiB", help="Of the process.")
+@click.option("--memory", type=SIZE, default="256MiB", help="Most memory that the process uses.")
 @click.option("--mode", type=click.Choice(["cached", "disk"]), default="disk", help="Where the data is.")
 @click.option("--rounds", type=COUNT, default=5, help="Times that everything is measured.")
 @_common
 def costs(**options: Any) -> None:
-    """What digests, the cluster and the source's codecs add to a shuffle."""
+    """Measure the cost that digests, the cluster and the source's codecs add to a shuffle."""
     from benchmarks import costs as module
 
     _start("costs", module.run, options)
@@ -225,7 +225,7 @@ def costs(**options: Any) -> None:
 @click.option("--workers", type=COUNT, default=cores(), help="Dask worker processes.")
 @_common
 def scheduler(**options: Any) -> None:
-    """Tasks that do nothing, through the real executor and a real Dask scheduler."""
+    """Measure tasks that do nothing, through the real executor and a real Dask scheduler."""
     from benchmarks import scheduler as module
 
     _start("scheduler", module.run, options)
@@ -234,25 +234,25 @@ def scheduler(**options: Any) -> None:
 @main.command()
 @click.option("--size", type=SIZE, default="1GB", help="Bytes of each store.")
 @click.option("--widths", type=INTS, default="384,4096", help="Values of a row.")
-@click.option("--threads", type=INTS, default=f"1,{cores()}", help="Of the loader and of the read.")
+@click.option("--threads", type=INTS, default=f"1,{cores()}", help="Threads of the loader and of the plain read.")
 @click.option("--modes", type=MODES, default="cached,disk", help="Where the data is.")
 @click.option("--batch-sizes", type=INTS, default="1024,4096", help="Rows of a batch.")
 @click.option("--chunk", type=SIZE, default="32MiB", help="Size of the chunk files.")
 @click.option("--rounds", type=COUNT, default=15, help="Times that everything is measured.")
-@click.option("--disk-rounds", type=COUNT, default=5, help="The same, where the data is on disk.")
+@click.option("--disk-rounds", type=COUNT, default=5, help="Times that the cases on disk are measured.")
 @_common
 def loader(**options: Any) -> None:
-    """The loader and stats, beside a plain sequential read of the same files."""
+    """Measure the loader and stats, beside a plain sequential read of the same files."""
     from benchmarks import loader as module
 
     _start("loader", module.run, options)
 
 
 @main.command()
-@click.option("--known", type=SIZES, default="400MB,1.2GB", help="Sizes to learn from.")
-@click.option("--held-out", type=SIZES, default="800MB,1.6GB", help="Sizes to foretell.")
-@click.option("--memories", type=SIZES, default="96MiB,192MiB", help="Of one worker, to learn from.")
-@click.option("--held-memory", type=SIZE, default="144MiB", help="Of one worker, to foretell.")
+@click.option("--known", type=SIZES, default="400MB,1.2GB", help="Sizes to fit to.")
+@click.option("--held-out", type=SIZES, default="800MB,1.6GB", help="Sizes to predict.")
+@click.option("--memories", type=SIZES, default="96MiB,192MiB", help="Memory of one worker in the runs to fit to.")
+@click.option("--held-memory", type=SIZE, default="144MiB", help="Memory of one worker in the runs to predict.")
 @click.option("--mode", type=click.Choice(["disk", "cached"]), default="disk", help="Where the data is.")
 @click.option("--workers", type=INTS, default=f"0,1,{cores()}", help="Dask workers; 0 is serial.")
 @click.option("--levels", type=INTS, default="2,3", help="Passes over the data.")
@@ -260,7 +260,7 @@ def loader(**options: Any) -> None:
 @click.option("--rounds", type=COUNT, default=3, help="Times that each is run.")
 @_common
 def calibrate(**options: Any) -> None:
-    """The cost model's constants on this machine, and how well it foretells runs it has not seen."""
+    """Fit the cost model's constants on this machine, and test its predictions on other runs."""
     from benchmarks import calibrate as module
 
     _start("calibrate", module.run, options)
@@ -271,46 +271,46 @@ STORE = click.Path(path_type=Path)
 
 @main.command(name="sae-peers")
 @click.option("--store", type=STORE, default="demo/shuffled.zarr", help="Shuffled activations.")
-@click.option("--d-sae", type=COUNT, default=1024, help="Latents.")
-@click.option("--k", type=COUNT, default=32, help="Active latents a token.")
-@click.option("--steps", type=COUNT, default=120, help="On the store's rows; 0 leaves these out.")
-@click.option("--batch", type=COUNT, default=1024, help="Rows of a step.")
-@click.option("--planted-steps", type=COUNT, default=400, help="On planted rows; 0 leaves these out.")
-@click.option("--rounds", type=COUNT, default=10, help="Of the speed comparison; 0 leaves it out.")
-@click.option("--speed-batch", type=COUNT, default=2048, help="Rows of a step, for speed.")
-@click.option("--wide", type=INTS, default="768,12288,64", help="Another width, latents, k for speed.")
-@click.option("--only", type=_List(str), default=None, help="These tools alone, by module.")
+@click.option("--d-sae", type=COUNT, default=1024, help="Number of latents.")
+@click.option("--k", type=COUNT, default=32, help="Active latents per token.")
+@click.option("--steps", type=COUNT, default=120, help="Steps on the store's rows; 0 leaves these out.")
+@click.option("--batch", type=COUNT, default=1024, help="Rows per step.")
+@click.option("--planted-steps", type=COUNT, default=400, help="Steps on planted rows; 0 leaves these out.")
+@click.option("--rounds", type=COUNT, default=10, help="Rounds of the speed comparison; 0 leaves it out.")
+@click.option("--speed-batch", type=COUNT, default=2048, help="Rows per step in the speed comparison.")
+@click.option("--wide", type=INTS, default="768,12288,64", help="A second width, latents, k for speed.")
+@click.option("--only", type=_List(str), default=None, help="Run only these tools, named by module.")
 @_common
 def sae_peers(**options: Any) -> None:
-    """saetrain and other trainers on the same rows: FVU, planted features found, speed."""
+    """Compare saetrain and other trainers on the same rows: FVU, planted features found, speed."""
     from benchmarks.sae import peers as module
 
     _start("sae-peers", module.run, options)
 
 
 @main.command(name="sae-order")
-@click.option("--store", type=STORE, default="demo/activations.zarr", help="Rows as harvested.")
-@click.option("--d-sae", type=COUNT, default=1024, help="Latents.")
-@click.option("--k", type=COUNT, default=32, help="Active latents a token.")
-@click.option("--batch", type=COUNT, default=512, help="Rows of a step.")
+@click.option("--store", type=STORE, default="demo/activations.zarr", help="Activations in harvest order.")
+@click.option("--d-sae", type=COUNT, default=1024, help="Number of latents.")
+@click.option("--k", type=COUNT, default=32, help="Active latents per token.")
+@click.option("--batch", type=COUNT, default=512, help="Rows per step.")
 @click.option("--buffer", type=COUNT, default=16_384, help="Rows of the shuffle buffer.")
 @click.option("--dead", type=COUNT, default=40, help="Steps without firing after which a latent is dead.")
 @_common
 def sae_order(**options: Any) -> None:
-    """The same SAE from shuffled rows, from a shuffle buffer, and in the order of the harvest."""
+    """Train the same SAE on shuffled rows, through a shuffle buffer, and in harvest order."""
     from benchmarks.sae import order as module
 
     _start("sae-order", module.run, options)
 
 
 @main.command(name="sae-ranks")
-@click.option("--width", type=COUNT, default=512, help="Of the activations.")
-@click.option("--d-sae", type=COUNT, default=65_536, help="Latents.")
-@click.option("--small", type=COUNT, default=512, help="Latents of the base.")
-@click.option("--ranks", type=INTS, default="1,2,4", help="Numbers of ranks.")
+@click.option("--width", type=COUNT, default=512, help="Width of the activations.")
+@click.option("--d-sae", type=COUNT, default=65_536, help="Number of latents.")
+@click.option("--small", type=COUNT, default=512, help="Number of latents of the base.")
+@click.option("--ranks", type=INTS, default="1,2,4", help="Numbers of ranks to try.")
 @_common
 def sae_ranks(**options: Any) -> None:
-    """Memory of each rank as more of them share a dictionary, and bytes sent between them."""
+    """Measure each rank's memory as more ranks share a dictionary, and the bytes sent between them."""
     from benchmarks.sae import ranks as module
 
     _start("sae-ranks", module.run, options)
@@ -319,7 +319,7 @@ def sae_ranks(**options: Any) -> None:
 @main.command(name="all")
 @_common
 def everything(**options: Any) -> None:
-    """All of them, one after the other, as their defaults say."""
+    """Run all benchmarks in turn, with their defaults."""
     for command in (floor, shuffle, costs, loader, growth, scheduler, calibrate, peers, sae_ranks):
         with click.Context(command) as ctx:
             defaults = {p.name: p.get_default(ctx) for p in command.params if p.name}

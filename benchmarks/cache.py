@@ -1,4 +1,4 @@
-"""Warm and cold files: what is in the page cache before a measurement, and proof of it."""
+"""Warm and cold files: set the state of the page cache before a measurement, and check it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from random import randrange
 import numpy as np
 
 PAGE = 4096
-HOLES = 1 << 40  # bytes of a file that takes no space
-FILLED = 16 << 20  # of it that are read in a row
-KEPT_FREE = 256 << 20  # above what the system keeps for itself
+HOLES = 1 << 40  # bytes of a sparse file, which takes no space
+FILLED = 16 << 20  # bytes of it that are read in a row
+KEPT_FREE = 256 << 20  # free bytes, above the system's reserve
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def evict(folders: Iterable[Path]) -> None:
-    """Put the files below some folders out of the page cache."""
+    """Evict the files below some folders from the page cache."""
     for path in _files(folders):
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -41,16 +41,16 @@ def warm(folders: Iterable[Path]) -> None:
 
 
 def fill_memory(folder: Path, keep: int = KEPT_FREE) -> int:
-    """Have free memory be full of pages of a file of holes, all but ``keep`` bytes; returns how many it read.
+    """Fill free memory, all but ``keep`` bytes, with pages of a sparse file; returns the number of bytes read.
 
-    So it is on a machine in use, full of other files' pages: who wants memory has some of them dropped.  What
-    is free, a virtual machine's host takes back within seconds, and to get it again costs more than a second
-    for a gigabyte, ten times what copying it does: whoever comes first would pay for it.
+    Memory is full of other files' pages on any machine in use, and whoever needs some has these pages dropped.
+    A virtual machine's host takes free memory back within seconds; to get it again costs more than a second per
+    gigabyte, ten times as much as copying it, and whoever comes first would pay for it.
     """
     done, most = 0, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     buffer = bytearray(1 << 20)
     while done < most and os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") > keep:
-        first = randrange(HOLES // FILLED) * FILLED  # at a place that is not cached yet
+        first = randrange(HOLES // FILLED) * FILLED  # a place that is not cached yet
         for at in range(first, first + FILLED, len(buffer)):
             done += os.preadv(_holes(folder), [buffer], at)
     return done
@@ -58,14 +58,14 @@ def fill_memory(folder: Path, keep: int = KEPT_FREE) -> int:
 
 @lru_cache(maxsize=1)
 def _holes(folder: Path) -> int:
-    """A file without a name, open until this process ends: when it goes, so do its pages."""
+    """A file without a name, open until this process ends; its pages are dropped with it."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.truncate(HOLES)
         return os.dup(file.fileno())
 
 
 def settle(folders: Iterable[Path]) -> None:
-    """Make files durable, so that writing them back does not weigh on what is measured next."""
+    """Make files durable, so that write-back does not slow the next measurement."""
     for path in _files(folders):
         fd = os.open(path, os.O_RDONLY)
         try:

@@ -1,18 +1,18 @@
-"""`calibrate`: the constants of the cost model on this machine, and how well it foretells other runs.
+"""`calibrate`: the constants of the cost model on this machine, and the accuracy of its predictions.
 
 Small runs are measured, level by level.  A level of n tasks of b bytes on w workers takes
 
     ceil(n / w) x (overhead + CPU per byte x b)
 
-and what is left of a run (boundaries, index, publishing, clearing) a fixed time, some more per task and some
-per byte of spill, which is removed.  The six numbers are fitted per number of workers, since workers of one
-machine are in each other's way.  Then runs of sizes and block sizes that were not measured are foretold by
-`actshuffle.planning.simulate`, run, and compared.
+and the rest of a run (boundaries, index, publishing, clearing) takes a fixed time, plus some time per task and
+per byte of spill, which has to be deleted.  The six numbers are fitted per number of workers, since workers of
+one machine get in each other's way.  Then `actshuffle.planning.simulate` predicts runs of other sizes and block
+sizes, and these are run and compared.
 
-In mode "disk" the source is out of the cache and all that is written durable, so a byte's seconds have its
-reads and writes in them.  In mode "cached" all is in memory and without fsync, and they are the processor's
-alone, which is what the cost model wants beside the rates of other disks; keep sizes small there,
-lest the kernel writes back in the midst of a run.
+In mode "disk" the source starts out of the cache and every write is durable, so a byte's seconds include its
+reads and writes.  In mode "cached" everything is in memory and without fsync, so the seconds are those of the
+processor alone, which the cost model needs beside the rates of other disks; keep sizes small there, lest the
+kernel starts write-back in the middle of a run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from benchmarks.phases import Timed
 from benchmarks.results import Bench, need_space, spread, table
 from benchmarks.sources import make_source
 
-RUN_BYTES = 32 << 10  # small, so that small data has as many levels as one likes
+RUN_BYTES = 32 << 10  # small, so that small data can have any number of levels
 UNLIMITED = 1e15  # bytes a second
 GOAL = 0.15
 PER_BYTE = ("split_cpu", "leaf_cpu", "clear")
@@ -50,7 +50,7 @@ PER_BYTE = ("split_cpu", "leaf_cpu", "clear")
 
 @dataclass(frozen=True)
 class Case:
-    """One run; ``workers`` 0 is the serial executor.  ``known`` ones are what constants are fitted to."""
+    """One run; ``workers`` 0 is the serial executor.  Constants are fitted to the ``known`` ones."""
 
     size: int
     memory: int
@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Constants:
-    """What was fitted for one number of workers: seconds, and seconds per byte."""
+    """The constants fitted for one number of workers: seconds, and seconds per byte."""
 
     overhead: float
     split_cpu: float
@@ -102,9 +102,9 @@ def run(
         crews: dict[int, Executor] = {n: stack.enter_context(local_cluster(n)) if n else Serial() for n in workers}
         sizes = sorted({case.size for case in cases})
         sources = {size: make_source(bench.work, size, row_bytes, 8 << 20) for size in sizes}
-        for crew in crews.values():  # buffers are touched, code is loaded
+        for crew in crews.values():  # touch buffers and load code
             _one(crew, sources[sizes[0]], bench.work / "out", cases[0], mode)
-        for _ in range(rounds):  # all sizes in each, since a disk is not the same all the time
+        for _ in range(rounds):  # each has all sizes, since a disk's speed varies over time
             for case in cases:
                 try:
                     plans[case], one = _one(crews[case.workers], sources[case.size], bench.work / "out", case, mode)
@@ -137,7 +137,7 @@ def run(
 
 
 def _one(crew: Executor, source: Path, target: Path, case: Case, mode: str) -> tuple[Plan, dict[str, Any]]:
-    """A run, from the call to its end: seconds in all, and of each level's tasks."""
+    """Time one run, from the call to its end: seconds in total, and of each level's tasks."""
     prepare(mode, [source])
     timed = Timed(crew)
     start = time.monotonic()
@@ -162,12 +162,12 @@ def _one(crew: Executor, source: Path, target: Path, case: Case, mode: str) -> t
 
 
 def _fastest(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """What else the machine does can only slow a run down."""
+    """The fastest round, since other load on the machine can only slow a run down."""
     return min(found, key=operator.itemgetter("seconds"))
 
 
 def fit(runs: list[tuple[Plan, dict[str, Any]]], workers: int) -> Constants:
-    """Least squares of relative errors; ``runs`` are plans and what was measured of them."""
+    """Fit by least squares of relative errors; ``runs`` are plans and their measurements."""
     levels, rests = [], []
     for plan, one in runs:
         for level, seconds in enumerate(one["walls"], 1):
@@ -186,10 +186,10 @@ def _amounts(plan: Plan) -> tuple[int, int]:
 
 
 def _solve(equations: list[tuple[list[float], float]]) -> list[float]:
-    """Coefficients, none below 0, that reproduce the right sides, by their relative errors.
+    """Coefficients, none below 0, that fit the right sides by least squares of relative errors.
 
-    Relative to what is foretold: to what was measured, runs that were slow by chance would weigh less than
-    those that were quick, and all would be foretold too fast.
+    Errors are relative to the prediction.  Relative to the measurement, runs that were slow by chance would
+    weigh less than those that were quick, and all predictions would be too fast.
     """
     left, right = np.array([a for a, _ in equations]), np.array([y for _, y in equations])
     scale = right
@@ -200,7 +200,7 @@ def _solve(equations: list[tuple[list[float], float]]) -> list[float]:
 
 
 def _not_negative(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
-    """Least squares, without the coefficients that would come out below 0."""
+    """Least squares without the coefficients that would come out below 0."""
     found, used = np.zeros(left.shape[1]), list(range(left.shape[1]))
     while True:
         found[used] = np.linalg.lstsq(left[:, used], right, rcond=None)[0]
@@ -212,7 +212,7 @@ def _not_negative(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
 
 
 def foretell(plan: Plan, constants: Constants, workers: int) -> float:
-    """Seconds of a run: its levels simulated, the rest by its line."""
+    """Predict the seconds of a run: its levels by simulation, the rest by the fitted line."""
     cluster = Cluster(
         hosts=1,
         workers_per_host=max(1, workers),
@@ -230,9 +230,9 @@ def foretell(plan: Plan, constants: Constants, workers: int) -> float:
 
 
 MODES = {
-    "disk": "Source out of the page cache, everything written durable: a byte's seconds have its reads and "
-    "writes in them",
-    "cached": "In memory (page cache or tmpfs), without fsync",
+    "disk": "The source starts out of the page cache and every write is durable: a byte's seconds include its "
+    "reads and writes",
+    "cached": "Everything is in memory (page cache or tmpfs), without fsync",
 }
 
 
@@ -243,9 +243,9 @@ def page(rows: list[dict[str, Any]], constants: dict[int, Constants], mode: str)
     crew = {count: "serial" if not count else f"{count} workers" for count in constants}
     return [
         f"{MODES[mode]}. Constants are fitted to the *known* runs, per "
-        "number of workers; the others were run only to be compared with what the simulation had foretold. "
-        "The fastest of the rounds counts, in both: what else the machine does can only slow a run down. "
-        "In brackets is the range of the rounds.",
+        "number of workers; the others were run only to be compared with the prediction of the simulation. "
+        "The fastest of the rounds counts, in both: other load on the machine can only slow a run down. "
+        "The range of the rounds is in brackets.",
         "",
         *table(
             ("", "overhead ms", "split s/GB", "leaf s/GB", "fixed ms", "more ms a task", "clearing s/GB"),
@@ -256,7 +256,7 @@ def page(rows: list[dict[str, Any]], constants: dict[int, Constants], mode: str)
         ),
         "",
         *table(
-            ("", "data", "memory", "", "levels", "tasks", "measured s", "foretold s", "off"),
+            ("", "data", "memory", "", "levels", "tasks", "measured s", "predicted s", "off"),
             (
                 (
                     "known" if r["known"] else "**held out**",

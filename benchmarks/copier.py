@@ -1,10 +1,10 @@
-"""Our own copier: the floor that a shuffle is held against.
+"""Our own copier: the floor that a shuffle is measured against.
 
-The same number of processes as the shuffle has workers, the same path between file and memory
-(`actshuffle.storage.files.LocalObjects`: O_DIRECT writes and fsync where the shuffle has them), chunk files as
-they come, through aligned buffers that were touched before and are used again.  Nothing is looked at
-on the way.  With two buffers a process writes one chunk while it reads the next, as tasks of the
-shuffle do; with one it takes turns.  A copy is whichever of the two is faster.
+It has as many processes as the shuffle has workers and the same path between file and memory
+(`actshuffle.storage.files.LocalObjects`: O_DIRECT writes and fsync where the shuffle has them).  It moves chunk
+files in any order through aligned buffers, which are touched beforehand and reused, and never looks at the
+bytes.  With two buffers a process writes one chunk while it reads the next, as tasks of the shuffle do; with
+one it takes turns.  A copy is the faster of the two.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MEMCPY_REPEATS = 8
 
 @dataclass(frozen=True)
 class Work:
-    """What to do with every chunk file: "read", "write", "copy" or "memcpy" (no files at all)."""
+    """The operation on every chunk file: "read", "write", "copy" or "memcpy" (no files at all)."""
 
     what: str
     source: Path
@@ -42,7 +42,7 @@ class Work:
 
 
 class Copier:
-    """Processes that are started once, and their buffers with them."""
+    """Processes that are started once and keep their buffers."""
 
     def __init__(self, processes: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -54,7 +54,7 @@ class Copier:
         )
 
     def seconds(self, work: Work) -> float:
-        """Wall time from the first process that starts to the last that is done."""
+        """Wall time from the start of the first process to the end of the last."""
         self._ticket.value = 0
         spans = list(self._pool.map(_run, itertools.repeat(work, self.processes)))
         return max(stop for _, stop in spans) - min(start for start, _ in spans)
@@ -75,14 +75,14 @@ def _start(ticket: Any, gate: Any) -> None:
 
 
 def _run(work: Work) -> tuple[float, float]:
-    """One process's part: takes chunk numbers until there are no more.  Returns start and stop."""
+    """Do one process's part: take chunk numbers until there are no more.  Returns start and stop."""
     assert _shared is not None
     ticket, gate = _shared
     room = padded(work.chunk_bytes)
     memory = arena().reset(2 * room)
     buffers = [memory.take((work.chunk_bytes,)), memory.take((work.chunk_bytes,))]
     for buffer in buffers:
-        buffer[::4096] = 1  # touched now, not while the clock runs
+        buffer[::4096] = 1  # touch pages now, before the clock runs
     gate.wait()  # every process has one part
     started = time.monotonic()
     if work.what == "memcpy":

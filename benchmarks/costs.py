@@ -1,15 +1,15 @@
-"""`costs`: what checking, the cluster and the source's codecs add to a shuffle, each against one without.
+"""`costs`: the time that checks, the cluster and the source's codecs add to a shuffle, each against one without.
 
 A round is one shuffle of each kind, all of the same rows, in one process with the serial executor unless
-said otherwise, and a pass through zarr that decodes and does nothing else::
+noted otherwise, and a pass through zarr that only decodes::
 
     plain       chunk files are the bytes of their rows
-    unchecked   plain, with a row hash that takes no time: what the conservation digests cost
-    dask        plain, on one worker of a Dask cluster: what the cluster costs
+    unchecked   plain, with a row hash that takes no time: shows the cost of the conservation digests
+    dask        plain, on one worker of a Dask cluster: shows the cost of the cluster
     zstd        chunks compressed by zstd
     sharded     the same chunks, 32 to a shard
 
-A source that must be decoded should cost what decoding alone costs and what a plain shuffle costs.
+A source that must be decoded should cost as much as decoding alone plus a plain shuffle.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from benchmarks.sources import make_source
 
 CODED = ("zstd", "sharded")
 CHUNK, SHARD = 1 << 20, 32 << 20
-HALF = np.uint64(0x0F0F0F0F0F0F0F0F)  # random bits do not compress; these do, by half
+HALF = np.uint64(0x0F0F0F0F0F0F0F0F)  # random bits do not compress; under this mask they do, by half
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A time over another time of the same round, and what it should stay below."""
+    """A time over another time of the same round, and the limit below which it should stay."""
 
     name: str
     of: str
@@ -86,7 +86,7 @@ def run(bench: Bench, *, size: int, row_bytes: int, levels: int, memory: int, mo
             bench.did(f"{what}: {rate(nbytes, seconds)}")
             return {what: seconds}
 
-        for crew in (serial, cluster):  # buffers are touched, code is loaded
+        for crew in (serial, cluster):  # touch buffers and load code
             actshuffle.shuffle(plain, target, seed=1, levels=levels, memory=memory, executor=crew)
             shutil.rmtree(target)
         receipts = _receipts(plain, target, levels, memory, durable(mode))
@@ -118,7 +118,7 @@ def summary(found: list[dict[str, float]]) -> list[dict[str, Any]]:
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """While this is open, every row of this process hashes to 0, at once; all sums agree."""
+    """While this is open, every row of this process hashes to 0, in no time; all sums agree."""
     before = RowHash.hashes
     RowHash.hashes = lambda _self, rows, _numbers: np.zeros((len(rows), 2), np.uint64)  # type: ignore[method-assign]
     try:
@@ -128,7 +128,7 @@ def unchecked() -> Iterator[None]:
 
 
 def _receipts(source: Path, target: Path, levels: int, memory: int, fsync: bool) -> float:
-    """The share of a serial run's time that goes to writing and reading receipts."""
+    """The share of a serial run's time that it spends on writing and reading receipts."""
     timed, start = Timed(Serial()), time.monotonic()
     actshuffle.shuffle(
         source, target, seed=1, levels=levels, memory=memory, executor=timed, progress=timed, fsync=fsync
@@ -158,7 +158,7 @@ def _encode(plain: Path, path: Path, name: str) -> Path:
 
 
 def _decode(path: Path) -> int:
-    """Decode every row once, a shard's worth at a time; bytes of the rows."""
+    """Decode every row once, a shard's worth at a time; returns the bytes of the rows."""
     array = zarr.open_array(path, mode="r")
     step = max(1, SHARD // (array.dtype.itemsize * array.shape[1]))
     return sum(np.asarray(array[start : start + step]).nbytes for start in range(0, array.shape[0], step))

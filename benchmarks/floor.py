@@ -1,4 +1,4 @@
-"""`floor`: what memory and disk can do here, by our own copier, in interleaved rounds."""
+"""`floor`: the speed of memory and disk on this machine, by our own copier, in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from benchmarks.results import Bench, need_space, ranged, rate, spread, table
 from benchmarks.sources import chunk_keys, make_source
 
 KINDS = (("memcpy", 1), ("read", 1), ("write", 1), ("copy", 1), ("copy", 2))
-ROW_BYTES = 8192  # a copier does not look at rows
-LEAST_FILLED = 256 << 20  # bytes of a source that make it worth the seconds to fill memory
+ROW_BYTES = 8192  # any width will do: a copier does not look at rows
+LEAST_FILLED = 256 << 20  # from this source size on, filling memory is worth its seconds
 
 
 class Floor:
@@ -28,7 +28,7 @@ class Floor:
         self.nbytes = len(self._keys) * self._size
 
     def measure(self, what: str, buffers: int, mode: str) -> dict[str, Any]:
-        """Seconds, bytes moved, and how much of the source was cached when it began."""
+        """Measure seconds, bytes moved, and the share of the source that was cached at the start."""
         prepare(mode, [self.source])
         share = cache.cached_share([self.source])
         work = Work(what, self.source, self._target, self._keys, self._size, durable(mode), buffers)
@@ -56,18 +56,18 @@ def label(what: str, buffers: int) -> str:
 
 
 def prepare(mode: str, folders: list[Path]) -> None:
-    """Sources as the mode wants them: "cached" in memory, "disk" on disk alone; other memory is in use."""
+    """Bring sources into the mode's state, "cached" in memory or "disk" on disk only, and the rest of memory in use."""
     if mode == "disk":
         cache.evict(folders)
     size = sum(path.stat().st_size for folder in folders for path in folder.rglob("*"))
     if size >= LEAST_FILLED:
         cache.fill_memory(folders[0].parent)
     if mode == "cached":
-        cache.warm(folders)  # after that, or their pages would be the first to go
+        cache.warm(folders)  # comes last, or their pages would be the first to be dropped
 
 
 def durable(mode: str) -> bool:
-    """Are writes to reach the disk before they count?"""
+    """True if writes must reach the disk before they count."""
     return mode == "disk"
 
 
@@ -117,7 +117,7 @@ def page(rows: list[dict[str, Any]], size: int, chunk: int) -> list[str]:
         f"{format_bytes(size)} in chunk files of {format_bytes(chunk)}; GB/s, median (range) of "
         "interleaved rounds. *cached*: the source is in the page cache and writes need not reach the "
         "disk. *disk*: the source is out of the cache (the last column is the share of its pages that "
-        "still were there) and writes bypass it and are fsynced. A copy of N bytes counts N, once.",
+        "were still there) and writes bypass it and are fsynced. A copy of N bytes counts as N, not 2N.",
         "",
         *table(
             ("mode", "processes", "", "GB/s", "cached before"),

@@ -1,8 +1,8 @@
-"""`growth`: time and peak memory as the data grows and the memory given to the engine does not.
+"""`growth`: time and peak memory as the data grows at a fixed memory limit.
 
-Each run is a process of its own, by the command line that a user would type, from start to exit.  Time
-should follow bytes x levels in a straight line, with a step where a level is added, and memory should
-not move.  What does not fit the line is named.
+Each run is a separate process, started by the command line that a user would type, from start to exit.  Time
+should follow bytes x levels in a straight line, with a step where a level is added, and memory should stay
+constant.  The page names the sizes that do not fit the line.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _one(source: Path, target: Path, memory: int, block: int | None, run_bytes: 
 
 
 def _idle(work: Path) -> dict[str, float]:
-    """Seconds and memory of a run that has next to nothing to do."""
+    """Seconds and memory of a run that has almost no work."""
     source = make_source(work, 8192, 8192)
     one = _one(source, work / "out.zarr", 64 << 20, None, 1 << 18, 0)
     shutil.rmtree(source)

@@ -1,4 +1,4 @@
-"""The machine a figure was measured on, and the versions it was measured with."""
+"""The machine and the versions behind a figure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def in_words(machine: dict[str, Any]) -> str:
-    """One paragraph."""
+    """The description as one paragraph."""
     packages = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
     virtual = " (virtual machine)" if machine["hypervisor"] else ""
     return (
@@ -46,7 +46,7 @@ def in_words(machine: dict[str, Any]) -> str:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions; "" for what is not installed."""
+    """Installed versions; "" for a package that is not installed."""
     found = {}
     for name in packages:
         try:
@@ -57,7 +57,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def load() -> float:
-    """Processes that wanted a core in the last minute: how quiet the machine was."""
+    """The load average of the last minute, which shows how quiet the machine was."""
     return round(os.getloadavg()[0], 2)
 
 
@@ -87,7 +87,7 @@ def _disk(device: str) -> str:
         return "no block device"
     kind = {"0": "solid state", "1": "rotational"}.get(_text(block / "queue/rotational"), "unknown")
     model = _text(block / "device/model")
-    if name.startswith("vd"):  # a hypervisor reports what it likes
+    if name.startswith("vd"):  # a hypervisor may report anything
         return "virtio disk"
     return f"{model} ({kind})" if model else kind
 
@@ -100,7 +100,7 @@ def _text(path: Path) -> str:
 
 
 def _commit() -> str:
-    """The commit under the benchmarks; a + marks changes beyond it."""
+    """The commit that was measured; a + marks uncommitted changes."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:

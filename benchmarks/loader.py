@@ -1,11 +1,11 @@
 """`loader`: the loader and the statistics beside a plain sequential read of the same files, in one run.
 
-The plain read takes the same files, each whole, into a buffer that stays, on the same number of threads
-(which take the files in turn).  It runs right before each measurement, so that what else the machine
-does weighs on both, and a ratio is that of a neighbouring pair.  "read, small buffer" does so 4 MiB at a
-time, which stays in the processor's cache: the fastest way known, but no batch of any size is ever
-there as a whole.  "read, three buffers" fills three in turn, as one must to hand out a file's rows whole
-while the next are read.
+The plain read reads the same files, each whole, into a buffer that is reused, on the same number of threads
+(which take the files in turn).  It runs right before each measurement, so that other load on the machine
+weighs on both, and a ratio is that of a neighbouring pair.  "read, small buffer" reads 4 MiB at a time, which
+stay in the processor's cache: the fastest way known, but no batch of any size is ever in memory as a whole.
+"read, three buffers" fills three in turn, as any reader must that hands out a file's rows whole while it reads
+the next.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from benchmarks import cache, plots
 from benchmarks.results import Bench, need_space, ranged, spread, table
 
 SMALL = 4 << 20
-Subject = Callable[[], int]  # handles all bytes once, and says how many
+Subject = Callable[[], int]  # handles all bytes once and returns their number
 
 
 def make_store(folder: Path, nbytes: int, width: int, chunk_bytes: int) -> Path:
-    """A finished store of rows of ``width`` float16."""
+    """Make a finished store of rows of ``width`` float16."""
     rows, chunk = max(1, nbytes // (2 * width)), max(1, chunk_bytes // (2 * width))
     path = folder / f"{width}.zarr"
     zarr.create_group(path)
@@ -88,7 +88,7 @@ def _read(files: list[Path], buffers: list[memoryview]) -> int:
 
 
 def subjects(dataset: Dataset, files: list[Path], batch_size: int, threads: int) -> dict[str, Subject]:
-    """What is measured.  Buffers and loaders live from round to round, as they do in training."""
+    """The callables to measure.  Buffers and loaders live from round to round, as they do in training."""
 
     def loader(epoch: int = 0, **settings: Any) -> Subject:
         made = Loader(dataset, batch_size, buffer_rows=0, threads=threads, **settings)
@@ -150,7 +150,7 @@ def _measured(path: Path, batch_size: int, threads: int, mode: str, rounds: int)
     dataset = open_dataset(path)
     files = sorted((path / "data").glob("c.*"), key=lambda p: int(p.name.split(".")[1]))
     plain, all_ = (Plain(files, threads, _largest(files)), subjects(dataset, files, batch_size, threads))
-    for number in range(-1, rounds):  # one to warm up
+    for number in range(-1, rounds):  # round -1 warms up
         names = list(all_)
         turn = number % len(names)
         cache.warm([path] if mode == "cached" else [])
@@ -165,7 +165,7 @@ def _timed(subject: Subject, path: Path, mode: str) -> dict[str, float]:
     if mode == "disk":
         cache.evict([path])
     else:
-        subject()  # memory that was left alone for seconds is slow at first, on a virtual machine
+        subject()  # on a virtual machine, memory that was idle for seconds is slow at first
     cpu, clock = time.process_time(), time.perf_counter()
     nbytes = subject()
     return {"bytes": nbytes, "seconds": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
@@ -210,12 +210,12 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def page(rows: list[dict[str, Any]], size: int, chunk: int) -> list[str]:
     return [
-        f"{format_bytes(size)} of float16 in files of {format_bytes(chunk)}, in batches of so many rows; "
+        f"{format_bytes(size)} of float16 in files of {format_bytes(chunk)}, in batches of *batch* rows; "
         "the consumer does nothing with them. GB/s and ratios: median (range) over "
         "rounds. *of plain read*: rate over that of the plain read of the same files, on the same number "
-        "of threads, right before it. *by processor time*: the same of processor seconds, which other "
+        "of threads, right before it. *by processor time*: the same ratio of processor seconds, which other "
         "load on the machine changes less. *of loader*: rate over that of the loader in the same round. "
-        "*cached*: files in the page cache; of two passes, the second. *disk*: out of it.",
+        "*cached*: files in the page cache; of two passes, the second. *disk*: files out of the page cache.",
         "",
         *table(
             (
@@ -247,12 +247,12 @@ def page(rows: list[dict[str, Any]], size: int, chunk: int) -> list[str]:
             ),
         ),
         "",
-        "The loader hands out batches where they were read to, and reads ahead, into three or four blocks "
-        "in turn: of 8 MiB where all is in the page cache when it begins, else of 64, or one batch if "
-        "that is more. The plain read fills one buffer over and over, as large as a file. How much of "
-        "either stays in the processor's cache is most of what sets them apart.",
+        "The loader hands out batches in the buffers they were read into, and reads ahead, into three or four "
+        "blocks in turn: of 8 MiB where all files are in the page cache at the start, else of 64 MiB, or of one "
+        "batch if that is larger. The plain read fills one buffer over and over, as large as a file. The share "
+        "of either that stays in the processor's cache makes most of the difference between them.",
         "",
-        "stats of cached files is bound by the processor, not by reading: it brings every value to float32, "
-        "takes its square and adds up both, about eight passes of numpy's over a tile in cache. Each of its "
-        "threads has another that reads on meanwhile, past the page cache what is not there yet.",
+        "stats of cached files is bound by the processor, not by reading: it converts every value to float32, "
+        "squares it and adds up both, about eight numpy passes over a tile in cache. Beside each of its threads, "
+        "another reads ahead, and bypasses the page cache for data that is not in it.",
     ]

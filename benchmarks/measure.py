@@ -1,9 +1,9 @@
-"""A command in processes of its own: time, peak memory of all of them, and limits on both.
+"""Measure a command in separate processes: time, peak memory of all of them, and limits on both.
 
-Memory is what the system could not take back: anonymous and shared pages, each shared page divided
-among those who map it (proportional set size), and files in the machine's memory (/dev/shm), mapped or not.
-File pages that happen to be mapped are kept apart.
-All descendants are found by a mark in their environment, daemons that left the family among them.
+Memory counts the pages that the system could not reclaim: anonymous and shared pages, each shared page
+divided among the processes that map it (proportional set size), and files in the machine's memory (/dev/shm),
+mapped or not.  Mapped pages of other files are counted separately.
+A mark in their environment identifies all descendants, daemons that left the process tree included.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from actshuffle.engine.scratch import MEMORY_FOLDER
 
 ROOT = Path(__file__).parents[1]
 _MARK = "ACTSHUFFLE_BENCHMARK"
-_INTERVAL, _LONGEST = 0.1, 1.0  # seconds between looks at memory
-_LOOKS = 0.03  # of the time at most, as a look takes a processor, and holds up those it looks at
+_INTERVAL, _LONGEST = 0.1, 1.0  # least and most seconds between looks at memory
+_LOOKS = 0.03  # most of the time that looks may take: each occupies a processor and holds up the processes it reads
 
 
 @dataclass(frozen=True)
 class Measured:
-    """``outcome`` is "done", "failed", "out of time" or "out of memory"."""
+    """The measurements of one command; ``outcome`` is "done", "failed", "out of time" or "out of memory"."""
 
     outcome: str
     seconds: float
@@ -54,7 +54,7 @@ def run(
     memory: int | None = None,
     environment: dict[str, str] | None = None,
 ) -> Measured:
-    """Run a command from the root of the repository; end it, and all it started, at a limit."""
+    """Run a command from the root of the repository; at a limit, kill it and all its descendants."""
     mark = secrets.token_hex(8)
     env = {**os.environ, **(environment or {}), _MARK: mark, "PYTHONPATH": str(ROOT)}
     peak, largest, mapped, outcome = 0, 0, 0, "done"
@@ -105,12 +105,12 @@ def marked(mark: str) -> list[int]:
                 if needle in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
             except OSError:
-                pass  # it is gone, or not ours to look at
+                pass  # it has ended, or belongs to another user
     return found
 
 
 def memory_of(pid: int) -> int:
-    """Bytes that one process holds; 0 if it is gone."""
+    """Bytes that one process holds; 0 if it has ended."""
     size = _sizes(pid)
     return size.own + size.shared
 
@@ -138,7 +138,7 @@ def _sizes(pid: int) -> _Sizes:
 
 
 def _end(child: subprocess.Popen[Any], mark: str) -> None:
-    """End every process that carries the mark, and none besides."""
+    """End every process that carries the mark, and no other."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         left = marked(mark)
         for pid in left:

@@ -1,11 +1,10 @@
 """Where a shuffle's time goes, seen from outside: an executor that times the tasks it passes on.
 
 Nothing in actshuffle knows of this.  `Timed` wraps any executor and sends `timed_task` in place of
-`tasks.run_task`; that sets timers around a few functions of the engine while the task runs, and notes
-when it began and ended.  A timer counts its own time alone, not that of timers inside it;
-what is left is "other".  Time of the thread that works beside a task (looks at rows that were read,
-writes those that were gathered) is kept apart as "behind"; what the task itself loses by that is what
-it waits, "write".
+`tasks.run_task`; that sets timers around a few functions of the engine while the task runs, and records its
+start and end.  A timer excludes the time of timers inside it; the rest of a task is "other".  The time of the
+thread that works beside a task (looks at rows that were read, writes rows that were gathered) counts
+separately as "behind"; the task itself loses only the time that it waits for that thread, "write".
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
     ("read", gather.Gather, "read"),
     ("read", gather, "read_column"),
     ("partition", gather, "find_rows"),
-    ("gather", tasks, "leaf"),  # what is left of a leaf is the gathering of its rows
-    ("write", spill.Spill, "write_block"),  # what is left of it is fsync and rename
+    ("gather", tasks, "leaf"),  # the rest of a leaf is the gathering of its rows
+    ("write", spill.Spill, "write_block"),  # the rest of it is fsync and rename
     ("write", buffers.Behind, "wait"),
     ("receipt", receipts, "write_receipt"),
     ("receipt", receipts, "read_receipt"),
@@ -63,7 +62,7 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
 
 @dataclass(frozen=True)
 class Trace:
-    """One task as a worker saw it; times are of the machine's monotonic clock."""
+    """One task as a worker saw it; times are in seconds of the machine's monotonic clock."""
 
     task: Task
     worker: int
@@ -75,7 +74,7 @@ class Trace:
 
 @dataclass
 class Timed:
-    """An executor with a notebook.  Give it to `actshuffle.shuffle` as executor and as progress."""
+    """An executor that keeps a record.  Give it to `actshuffle.shuffle` as executor and as progress."""
 
     inner: Executor
     traces: list[Trace] = field(default_factory=list)
@@ -126,9 +125,9 @@ class Timed:
 def breakdown(timed: Timed, start: float, stop: float) -> dict[str, float]:
     """Worker-seconds of a run by phase; they add up to (stop - start) x workers.
 
-    "scheduler" is a worker's time between tasks of a level, "idle" after its last one while others
-    still work, "clearing" what it takes to remove spill, "driver" all other time in which no level has
-    tasks to run.  Reading the source into the page cache beforehand is "read" as a whole.
+    "scheduler" is a worker's time between tasks of a level, "idle" the time after its last one while others
+    still work, "clearing" the time to delete spill, "driver" all other time in which no level has tasks to
+    run.  The time to read the source into the page cache beforehand counts as "read".
     """
     spent: dict[str, float] = dict.fromkeys((*PHASES, *OUTSIDE, "behind"), 0.0)
     working = 0.0
@@ -159,7 +158,7 @@ def breakdown(timed: Timed, start: float, stop: float) -> dict[str, float]:
 
 
 def published(timed: Timed) -> float:
-    """When a run had its result complete, and only spill to remove, which is its last stage."""
+    """The time at which a run's result was complete; its last stage, which removes spill, began then."""
     return float(timed.stages[-1][1])
 
 
@@ -177,7 +176,7 @@ _here = threading.local()
 
 
 def timed_task(job: Job, task: Task) -> tuple[Done, Trace]:
-    """`tasks.run_task`, and how long it took."""
+    """Do `tasks.run_task` and time it."""
     start, cpu = time.monotonic(), time.process_time()
     with _timers() as spent:
         done = tasks.run_task(job, task)
@@ -188,7 +187,7 @@ def timed_task(job: Job, task: Task) -> tuple[Done, Trace]:
 
 @contextmanager
 def _timers() -> Iterator[defaultdict[str, float]]:
-    """Timers around the engine's functions, for one task that has the process to itself."""
+    """Set timers around the engine's functions, for one task that has the process to itself."""
     spent: defaultdict[str, float] = defaultdict(float)
     task_thread = threading.get_ident()
     before = [(owner, name, getattr(owner, name)) for _, owner, name in PROBES]
@@ -209,7 +208,7 @@ def _timers() -> Iterator[defaultdict[str, float]]:
 
 
 def _beside(spent: defaultdict[str, float], call: Callable[..., None]) -> Callable[..., None]:
-    """A call on the thread beside the task."""
+    """Time a call on the thread beside the task."""
 
     def run(*args: Any) -> None:
         started = time.perf_counter()
@@ -223,13 +222,13 @@ def _beside(spent: defaultdict[str, float], call: Callable[..., None]) -> Callab
 
 
 def _timer(spent: defaultdict[str, float], phase: str, function: Callable[..., Any], thread: int) -> Callable[..., Any]:
-    """Times the task's own thread alone: for what others do it waits, or does not."""
+    """Time calls on the task's thread only; work on other threads costs it time only where it waits."""
 
     @functools.wraps(function)
     def timed(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
             return function(*args, **kwargs)
-        inside: list[float] = _here.__dict__.setdefault("inside", [])  # of each timer under way
+        inside: list[float] = _here.__dict__.setdefault("inside", [])  # seconds of inner timers, per timer under way
         inside.append(0.0)
         started = time.perf_counter()
         try:

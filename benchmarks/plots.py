@@ -1,4 +1,4 @@
-"""The plots.  Without matplotlib there are none, and the rest of a result stands."""
+"""The plots.  Without matplotlib a result has none, and is otherwise complete."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PHASE_COLOURS = {
 
 
 def draw(bench: Bench, make: Callable[[Path], Sequence[str]]) -> list[str]:
-    """Draw into the results folder; names of the images."""
+    """Draw into the results folder; returns the names of the images."""
     try:
         import matplotlib
     except ImportError:
@@ -252,7 +252,7 @@ def phases(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def scheduler(folder: Path, samples: list[dict[str, float]], workers: int) -> str:
-    """Memory of scheduler and driver, and time per task, as tasks go by."""
+    """Memory of scheduler and driver, and time per task, as tasks pass."""
     import matplotlib.pyplot as plt
 
     unit, word = (1e3, "thousand ") if samples[-1]["tasks"] >= 2e4 else (1, "")
@@ -284,7 +284,7 @@ def scheduler(folder: Path, samples: list[dict[str, float]], workers: int) -> st
 
 
 def costs(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """What each thing costs, as a ratio, and a line where it is meant to stay below."""
+    """The cost of each part as a ratio, and a line at the limit it should stay below."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 0.5 * len(rows) + 1))
@@ -407,7 +407,7 @@ def peers(folder: Path, rows: list[dict[str, Any]], nbytes: int) -> str:
 
 
 def calibrate(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """Foretold against measured seconds; on the line they are equal."""
+    """Predicted against measured seconds; on the line they are equal."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(4.6, 4.2))
@@ -424,6 +424,6 @@ def calibrate(folder: Path, rows: list[dict[str, Any]]) -> str:
             color=colour,
             label=label,
         )
-    axis.set(xscale="log", yscale="log", xlabel="measured, seconds", ylabel="foretold, seconds")
+    axis.set(xscale="log", yscale="log", xlabel="measured, seconds", ylabel="predicted, seconds")
     axis.legend()
     return _save(folder, figure, "calibrate.png")

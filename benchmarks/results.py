@@ -23,7 +23,7 @@ TINY_NOTE = "A miniature run, to show that the suite works: its figures mean not
 
 @dataclass
 class Bench:
-    """One benchmark under way: where it works, what it found, and what it tells whoever watches."""
+    """One benchmark under way: its folders, its settings, its results, and its messages to the terminal."""
 
     name: str
     work: Path
@@ -38,17 +38,17 @@ class Bench:
         click.echo(text, err=True)
 
     def plan(self, steps: int) -> None:
-        """So many steps are ahead."""
+        """Set the number of steps ahead."""
         self.steps = steps
 
     def did(self, text: str) -> None:
-        """One step is done."""
+        """Count one step as done, and print its result."""
         self.step += 1
         self.loads.append(hardware.load())
         self.say(f"[{self.step:>{len(str(self.steps))}}/{self.steps}] {text}")
 
     def publish(self, figures: Any, page: Iterable[str], plots: Sequence[str] = ()) -> None:
-        """Write results.json and README.md; ``plots`` are names of images that are there already."""
+        """Write results.json and README.md; ``plots`` are names of images that exist already."""
         document = {
             "benchmark": self.name,
             "date": datetime.date.today().isoformat(),
@@ -83,7 +83,7 @@ class Bench:
 
 @contextmanager
 def bench(name: str, work: Path | None, out: Path | None, settings: dict[str, Any]) -> Iterator[Bench]:
-    """A work folder that goes when the benchmark is over, and a dated folder for its results."""
+    """A work folder, deleted when the benchmark is over, and a dated folder for its results."""
     base = work or HERE / ".work"
     folder = base / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -104,18 +104,18 @@ def need_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise click.ClickException(
-            f"this needs {format_bytes(nbytes)} of disk and {format_bytes(free)} are free: "
+            f"this needs {format_bytes(nbytes)} of disk, but {format_bytes(free)} are free: "
             "give a smaller --size, or --work on another disk"
         )
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range of what several rounds gave."""
+    """Median and range over several rounds."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values), "rounds": len(values)}
 
 
 def ranged(found: dict[str, float], form: str = "{:.2f}") -> str:
-    """``0.41 (0.38 to 0.44)``"""
+    """Write median and range as ``0.41 (0.38 to 0.44)``."""
     low, high = form.format(found["low"]), form.format(found["high"])
     return form.format(found["median"]) + (f" ({low} to {high})" if found["rounds"] > 1 else "")
 
@@ -125,7 +125,7 @@ def rate(nbytes: float, seconds: float) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """A Markdown table; columns of figures to the right."""
+    """A Markdown table; columns of figures are aligned right."""
     lines = [[str(cell) for cell in row] for row in rows]
     yield "| " + " | ".join(head) + " |"
     right = [all(line[i][:1] in "0123456789-." for line in lines) for i in range(len(head))]
@@ -142,7 +142,7 @@ def command_line(name: str, settings: dict[str, Any]) -> str:
             words.append(option)
         elif isinstance(value, list | tuple):
             words += [option, ",".join(map(str, value))] if value else []
-        elif value is not None and value is not False and value != "":  # 0 says something
+        elif value is not None and value is not False and value != "":  # 0 is a value
             words += [option, str(value)]
     return " ".join(words)
 

@@ -1,8 +1,8 @@
 """`scheduler`: tasks that do nothing, through the real executor and a real Dask scheduler.
 
-Scheduler and workers are processes of their own, as on a cluster; the calls carry a real job, as those
-of a run do.  What is left when the work is taken away is what a task costs, and whether scheduler or
-driver keep something of every task that has passed.
+Scheduler and workers are separate processes, as on a cluster; the calls carry a real job, as those of a run
+do.  With the work taken away, the overhead of a task remains, and any memory that scheduler or driver keep for
+each task that has passed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from benchmarks.results import Bench, table
 from benchmarks.sources import make_source
 
 SAMPLES = 100
-SETTLED = 0.1  # of all tasks: pools and logs are full by then, from there on memory should be flat
+SETTLED = 0.1  # share of all tasks by which pools and logs are full; memory should be flat from there on
 
 
 def nothing(job: Job, task: Task) -> Done:
-    """A task whose work is done."""
+    """A task without work."""
     return Done(task, 0, 0.0)
 
 
@@ -47,7 +47,7 @@ def run(bench: Bench, *, tasks: int, workers: int) -> None:
         job = _job(bench.work)
         crew = Dask(client)
         for _ in crew.map(nothing, ((job, Task("split", 1, i)) for i in range(20 * workers))):
-            pass  # code is loaded
+            pass  # these load the code
         samples = list(_watch(bench, crew, job, tasks, processes))
     figures = summary(samples, tasks, workers)
     images = plots.draw(bench, lambda folder: [plots.scheduler(folder, samples, workers)])
@@ -55,7 +55,7 @@ def run(bench: Bench, *, tasks: int, workers: int) -> None:
 
 
 def _watch(bench: Bench, crew: Dask, job: Job, tasks: int, processes: dict[str, int]) -> Iterator[dict[str, float]]:
-    """Time, processor time and memory after every so many tasks, from none to all."""
+    """Sample time, processor time and memory at regular numbers of tasks, from none to all."""
     pids = processes | {"driver": os.getpid()}
     started, step = time.monotonic(), max(1, tasks // SAMPLES)
 
@@ -103,7 +103,7 @@ def page(figures: dict[str, Any]) -> list[str]:
     return [
         f"{figures['tasks']:,} tasks on {figures['workers']} workers: {figures['seconds']:.0f} s, "
         f"**{figures['ms_per_task']:.2f} ms a task**. Memory after a tenth of them and at the end, and "
-        "what each task left behind in between (least squares):",
+        "the bytes that each task left behind in between (least squares):",
         "",
         *table(
             ("", "CPU ms a task", "memory after a tenth", "at the end", "bytes left by a task"),
@@ -122,7 +122,7 @@ def page(figures: dict[str, Any]) -> list[str]:
 
 
 def _slope(samples: list[dict[str, float]], name: str) -> float:
-    """Least squares bytes per task."""
+    """Bytes per task by least squares."""
     n = len(samples)
     x, y = [s["tasks"] for s in samples], [s[name] for s in samples]
     mx, my = sum(x) / n, sum(y) / n
@@ -144,7 +144,7 @@ def _job(work: Path) -> Job:
 
 @contextmanager
 def _cluster(work: Path, workers: int) -> Iterator[tuple[str, dict[str, int]]]:
-    """A scheduler and workers by Dask's own commands; its address, and pids to watch."""
+    """Start a scheduler and workers by Dask's commands; yields its address, and the pids to watch."""
     note = work / "scheduler.json"
     env = {
         **os.environ,
@@ -175,5 +175,5 @@ def _cluster(work: Path, workers: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield address, {"scheduler": scheduler.pid}
     finally:
         for process in (*crew, scheduler):
-            process.kill()  # they would wait for each other to say goodbye
+            process.kill()  # an orderly end would wait for the others
             process.wait()

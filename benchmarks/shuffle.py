@@ -62,7 +62,7 @@ def run(
     memory: int,
     chunk: int,
 ) -> None:
-    # Source, spill with keys and source rows, output: as much again for each.
+    # Source, spill with keys and source rows, and output take about as much each.
     need_space(bench.work, int(max(sizes) * (len(row_bytes) + 3.5)))
     bench.plan(rounds * len(sizes) * len(row_bytes) * len(workers) * len(modes) * (len(levels) + 2))
     found: list[dict[str, Any]] = []
@@ -74,7 +74,7 @@ def run(
             floors = {(width, n): Floor(copiers[n], sources[width], bench.work) for width in row_bytes for n in copiers}
             for floor in floors.values():
                 floor.warm_up()
-            # Once without looking: buffers are touched, code is loaded, the allocator has its memory.
+            # One run without measurement touches buffers, loads code and fills the allocator's pools.
             for crew in crews.values():
                 _shuffle(crew, next(iter(sources.values())), bench.work / "out", memory, max(levels), True)
             for number in range(rounds):
@@ -94,7 +94,7 @@ def run(
 def _group(
     bench: Bench, cases: list[Case], crew: Executor, source: Path, floor: Floor, memory: int
 ) -> list[dict[str, Any]]:
-    """Shuffles of one source between two copies of it."""
+    """Measure shuffles of one source between two copies of it."""
     mode, target = cases[0].mode, bench.work / "out"
     copies = [floor.measure("copy", 2, mode)["seconds"]]
     bench.did(f"{mode}, {floor.copier.processes} processes, copy: {rate(floor.nbytes, copies[0])}")
@@ -118,7 +118,7 @@ def _group(
 
 
 def _shuffle(crew: Executor, source: Path, target: Path, memory: int, levels: int, fsync: bool) -> dict[str, Any]:
-    """One shuffle, from the call to the completion marker; workers are running already."""
+    """Measure one shuffle, from the call to the completion marker; workers are running already."""
     timed, jobs = Timed(crew), list[Job]()
     start = time.monotonic()
     result = actshuffle.shuffle(
@@ -188,11 +188,11 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
     names = (*PHASES, *OUTSIDE)
     return [
         f"At most {format_bytes(memory)} a worker; median (range) over interleaved rounds. *of copy*: "
-        "the rate of a copy by our own copier with as many processes, over that of the shuffle, the "
-        "other way up: 0.50 is half as fast as copying. *published*: the same up to where the result is "
-        "complete and only the last spill is left to be removed, which a copy has none of, and which a "
-        "disk may take its time for. *of floor*: *of copy* against one copy per level, which no shuffle "
-        "that reads and writes everything at each level can beat. *of widest*: its "
+        "the rate of the shuffle over that of a copy by our own copier with as many processes: 0.50 is half "
+        "as fast as copying. *published*: the same up to the moment when the result is complete and only the "
+        "last spill is left to delete, which a copy does not have, and which some disks delete slowly. "
+        "*of floor*: *of copy* against one copy per level, which no shuffle "
+        "that reads and writes everything at each level can beat. *of widest*: the "
         "rate over that of the widest rows in the same round. *1 level* is `--gather`: no spill, rows "
         "come from the page cache, into which the source is read first if it is not there. Workers are "
         "running when the clock starts. *leaves* is the number of pieces sorted in memory.",
@@ -235,10 +235,10 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
         "",
         "## Where the time goes",
         "",
-        "Percent of the workers' time. *write* is what a task waits for the thread beside it, fsync and "
-        "rename included; *behind* is how busy that thread is with hashing what was read and writing what "
-        "was gathered, beside all the rest. *scheduler*: "
-        "between tasks. *idle*: after a worker's last task of a level. *clearing*: removing spill. "
+        "Percent of the workers' time. *write* is the time that a task waits for the thread beside it, fsync "
+        "and rename included; *behind* is the time, on top of the rest, in which that thread hashes rows that "
+        "were read and writes rows that were gathered. *scheduler*: "
+        "between tasks. *idle*: after a worker's last task of a level. *clearing*: deleting spill. "
         "*driver*: preparing, boundaries, publishing, while no level has tasks to run.",
         "",
         *table(

@@ -1,4 +1,4 @@
-"""Source stores: rows of random bits, each with its own number in its first eight bytes."""
+"""Source stores: rows of random bits, each with its number in its first eight bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORD = 8  # rows are uint64; their width is a multiple of this
 
 
 def make_source(folder: Path, nbytes: int, row_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Path:
-    """A store of about ``nbytes`` in rows of ``row_bytes``, in plain chunks; made once, kept."""
+    """A store of about ``nbytes`` in rows of ``row_bytes``, in plain chunks; made once and kept."""
     if row_bytes % WORD:
         raise ValueError(f"row bytes must be a multiple of {WORD}, got {row_bytes}")
     rows = max(1, nbytes // row_bytes)

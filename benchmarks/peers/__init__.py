@@ -1,7 +1,7 @@
-"""What one would use instead.  Each peer is a plain function in a process of its own.
+"""Other tools that shuffle.  Each peer is a plain function that runs in a separate process.
 
-Nothing in this package but `driver` imports actshuffle at its top, so that a peer can be run by another
-Python (``--python annbatch /some/venv/bin/python``).
+Only `driver` imports actshuffle at module level, so that a peer can run under another Python
+(``--python annbatch /some/venv/bin/python``).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ IMPORTS = {"mosaicml-streaming": "streaming"}  # packages that are imported by a
 
 @dataclass(frozen=True)
 class Work:
-    """What a peer is asked: write the rows of ``source`` to ``target`` in random order.
+    """The work of a peer: write the rows of ``source`` to ``target`` in random order.
 
-    ``memory`` is in all, None for the peer's own default; ``workers`` are processes or threads.
+    ``memory`` is the total in bytes, or None for the peer's default; ``workers`` counts processes or threads.
     """
 
     source: str
@@ -37,9 +37,9 @@ class Work:
 class Peer:
     """One row of the table.
 
-    ``source`` and ``target`` are formats (formats.py): sources other than Zarr are made before the clock
-    starts.  ``exact`` says whether every order is as likely as any other by the peer's design, given
-    ideal random bits; ``why`` says why in few words.
+    ``source`` and ``target`` are formats (formats.py); sources other than Zarr are made before the clock
+    starts.  ``exact`` is True if the peer's design makes every order equally likely, given ideal random bits;
+    ``why`` gives the reason in a few words.
     """
 
     title: str
@@ -146,7 +146,7 @@ PEERS: dict[str, Peer] = {
 
 
 def versions(name: str) -> dict[str, str]:
-    """Versions of a peer's packages; run from a checkout, actshuffle has none."""
+    """Versions of a peer's packages; actshuffle run from a checkout has none."""
     found = {}
     for package in PEERS[name].packages:
         try:

@@ -1,7 +1,7 @@
-"""A peer's own process: ``python -m benchmarks.peers ACTION NAME JSON``.
+"""The process of one peer: ``python -m benchmarks.peers ACTION NAME JSON``.
 
-Actions: ``versions`` (fails where the peer is not installed), ``prepare`` (its source, from the Zarr
-store), ``run`` (what is measured), ``order`` (row numbers of what it wrote, as an .npy file).
+Actions: ``versions`` (fails where the peer is not installed), ``prepare`` (makes its source from the Zarr
+store), ``run`` (the action that is measured), ``order`` (saves the row numbers of its output as an .npy file).
 """
 
 from __future__ import annotations

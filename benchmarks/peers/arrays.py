@@ -14,7 +14,7 @@ import zarr
 
 from benchmarks.peers import Work
 
-K_JOB_BYTES = 256 << 20  # rows that one of the K jobs keeps, where no memory is given
+K_JOB_BYTES = 256 << 20  # bytes of rows that one of the K jobs keeps, where no memory is given
 
 
 def ours(work: Work, spill_memory: int | None = None, gather: bool = False) -> None:
@@ -33,12 +33,12 @@ def ours(work: Work, spill_memory: int | None = None, gather: bool = False) -> N
 
 
 def ours_in_memory(work: Work) -> None:
-    """As with numpy the rows are in memory, once, beside what the workers use."""
-    ours(work, work.nbytes + work.nbytes // 8)  # keys and row numbers go with them
+    """As with numpy, the rows are in memory once, on top of the workers' memory."""
+    ours(work, work.nbytes + work.nbytes // 8)  # keys and row numbers travel with them
 
 
 def ours_gathered(work: Work) -> None:
-    """One pass, from the page cache: it has room for the source, as numpy has in its own memory."""
+    """One pass, from the page cache, which has room for the source, as numpy's memory has."""
     ours(work, gather=True)
 
 

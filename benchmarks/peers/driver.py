@@ -1,9 +1,9 @@
-"""`peers`: the same rows through what one would use instead, each in processes of its own.
+"""`peers`: other tools that shuffle, on the same rows, each in separate processes.
 
-Time is that of the whole process, from start to exit, and until what it wrote is on disk (as actshuffle's
-is when it says so).  Sources begin out of the page cache, which is full of another file's pages.
-Whether the order is uniform is asked twice: of the design, and of the row numbers in what the peer wrote,
-by actshuffle's own mixing statistics.
+The time is that of the whole process, from start to exit, plus the time until its output is on disk
+(actshuffle's is when it exits).  Sources start out of the page cache, which is full of another file's pages.
+Uniformity is judged twice: by the design, and by actshuffle's mixing statistics on the row numbers of the
+peer's output.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.results import Bench, need_space, ranged, spread, table
 from benchmarks.sources import make_source
 
 CHUNK = 32 << 20
-MOST = 0.8  # of the machine's memory, before a run is ended
+MOST = 0.8  # share of the machine's memory beyond which a run is killed
 
 
 def run(
@@ -91,7 +91,7 @@ def _earlier(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 class _Sources:
-    """The rows in the format that was asked for last; made again when another one is needed."""
+    """The rows in one format at a time, rebuilt when a peer needs another one."""
 
     def __init__(self, folder: Path, zarr_source: Path) -> None:
         self.folder, self.zarr = folder, zarr_source
@@ -119,7 +119,7 @@ def _command(interpreter: str | None, action: str, name: str, given: str) -> lis
 
 
 def _versions(name: str, interpreter: str | None) -> dict[str, Any]:
-    """What a peer is made of, or a message that says what it lacks."""
+    """The versions of a peer's packages, or a message that names the missing one."""
     if name == "spark" and shutil.which("java") is None:
         return {"message": "no Java runtime"}
     if interpreter is None:
@@ -157,7 +157,7 @@ def _one(
 
 
 def _mixing(name: str, interpreter: str | None, target: Path, work: Work) -> dict[str, Any]:
-    """Is the output every row once, and does its order pass for a uniform one?"""
+    """Check that the output holds every row once, and test its order for uniformity."""
     try:
         if interpreter is None:
             order = formats.read_order(PEERS[name].target, target)
@@ -169,7 +169,7 @@ def _mixing(name: str, interpreter: str | None, target: Path, work: Work) -> dic
                 return {"verdict": "unreadable", "detail": read.message}
             order = np.load(file)
             file.unlink()
-    except Exception as err:  # whatever its reader makes of what it wrote
+    except Exception as err:  # a reader may fail in any way on the peer's output
         return {"verdict": "unreadable", "detail": f"{type(err).__name__}: {err}"}
     counts = np.bincount(order[(order >= 0) & (order < work.rows)], minlength=work.rows)
     if len(order) != work.rows or (counts != 1).any():
@@ -233,10 +233,10 @@ def page(rows: list[dict[str, Any]], work: Work, seconds: float, limit: int) -> 
     failures = [f"- {r['title']}: {r['outcome']}. {r['message']}" for r in rows if "seconds" not in r]
     return [
         f"{work.rows:,} rows of {work.row_bytes} B, {format_bytes(work.nbytes)}; {work.workers} processes or "
-        f"threads; memory, for those that can be told: {told}. Limits: {format_seconds(seconds)}, "
+        f"threads; memory, for peers with such a setting: {told}. Limits: {format_seconds(seconds)}, "
         f"{format_bytes(limit)}. Seconds are from the start of the process until its output is on disk; "
         "sources are cold, and converting them to a peer's format is not counted. Memory is the peak over "
-        "all processes, mapped files not included. *measured* are mixing statistics of the rows' order in "
+        "all processes, mapped files not included. *measured* shows mixing statistics of the rows' order in "
         "the output: a pass proves nothing, a FAIL does.",
         "",
         *table(("", "seconds", "", "memory GB", "exactly uniform by design", "measured", "versions"), lines),

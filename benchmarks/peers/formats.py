@@ -1,4 +1,4 @@
-"""The same rows in each peer's own format, and the row numbers of what a peer wrote.
+"""The same rows in each peer's format, and the row numbers of a peer's output.
 
 A table has a column ``row``, the number, and ``data``, the row's bytes; nothing is compressed, since
 rows are random bits.
@@ -48,7 +48,7 @@ def _table(words: NDArray[np.uint64]) -> Any:
     data = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(width), len(words), [None, pa.py_buffer(np.ascontiguousarray(words))]
     )
-    # Engines that have no type of fixed width take plain bytes.
+    # Engines without a type of fixed width take plain bytes.
     return pa.table({"row": words[:, 0].astype(np.int64), "data": data.cast(pa.large_binary())})
 
 

@@ -1,4 +1,4 @@
-"""Peers that shuffle while they load, or to be loaded."""
+"""Peers that shuffle while they load, or that write stores for a loader."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.peers import Work
 
 
 def mosaic(work: Work) -> None:
-    """One epoch of a shuffled stream, written down as it comes."""
+    """One epoch of a shuffled stream, written in the order of arrival."""
     from streaming import StreamingDataset
 
     target = Path(work.target)

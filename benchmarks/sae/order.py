@@ -1,6 +1,6 @@
-"""`sae-order`: what the shuffle is worth.  The same SAE and budget, from rows as harvested and from shuffled rows.
+"""`sae-order`: the worth of a shuffle.  The same SAE and budget, on rows in harvest order and on shuffled rows.
 
-The last tenth of the documents is kept out and evaluated on.  The other rows are trained on once, three times over:
+The last tenth of the documents is held out for evaluation.  Three runs train on the other rows, each row once:
 shuffled by actshuffle; in the order of the harvest; and in that order through a shuffle buffer, as trainers without a
 shuffled store do.
 """
@@ -25,7 +25,7 @@ from benchmarks.sae.planted import Planted
 from saetrain.cli import main as saetrain
 from saetrain.training.log import read_log
 
-ROWS = 32_768  # copied at once
+ROWS = 32_768  # rows copied at a time
 SHOWN = ("eval_fvu", "eval_fvu_low", "eval_fvu_high", "eval_l0", "dead", "document_entropy")
 
 
@@ -33,7 +33,7 @@ def run(bench: Bench, *, store: Path | None, d_sae: int, k: int, batch: int, buf
     store = store or _harvest(bench.work / "harvest.zarr")
     data = actshuffle.open_dataset(store, incomplete=True)
     ids = np.asarray(data.read("document", 0, data.rows))
-    # Documents lie one behind the other, so a cut between two of them keeps whole documents out.
+    # Documents lie one after the other, so a cut between two of them holds out whole documents.
     cut = int(np.flatnonzero(ids == ids[int(data.rows * 0.9)])[0])
     train = _part(data, bench.work / "train.zarr", 0, cut)
     test = _part(data, bench.work / "test.zarr", cut, data.rows)
@@ -72,7 +72,7 @@ def run(bench: Bench, *, store: Path | None, d_sae: int, k: int, batch: int, buf
             if saetrain(["fit", str(rows), "--out", str(out), *words, *more]):
                 raise RuntimeError(f"{name} failed")
         if read_log(out)[-1]["step"] < steps:
-            raise click.ClickException(f"{name}: stopped; run again for what is missing")
+            raise click.ClickException(f"{name}: stopped; run again for the missing steps")
         kept = ("tokens", *SHOWN)
         lines[name] = [{n: x[n] for n in kept if n in x} for x in read_log(out)]
         bench.did(f"{name}: held-out FVU {lines[name][-1]['eval_fvu']:.4f}")
@@ -94,7 +94,7 @@ def run(bench: Bench, *, store: Path | None, d_sae: int, k: int, batch: int, buf
 
 
 def _harvest(path: Path) -> Path:
-    """Rows in the order of their documents, to see that the program works."""
+    """Rows in the order of their documents, for a test of the program."""
     made = Planted.make(4096, 16, 24)
     order = made.documents.argsort(stable=True)
     group = zarr.create_group(path)
@@ -104,7 +104,7 @@ def _harvest(path: Path) -> Path:
 
 
 def _part(data: actshuffle.Dataset, to: Path, start: int, stop: int) -> Path:
-    """Rows [start, stop) as a store of their own, in the same order."""
+    """Copy rows [start, stop) to a separate store, in the same order."""
     group = zarr.create_group(to)
     for name in ("activations", "document"):
         info = data.fields[name]
@@ -119,7 +119,7 @@ def _part(data: actshuffle.Dataset, to: Path, start: int, stop: int) -> Path:
 
 def page(figures: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"{figures['train_rows']:,} rows trained on once in {figures['steps']:,} steps; FVU on "
+        f"Training on {figures['train_rows']:,} rows, once, in {figures['steps']:,} steps; FVU on "
         f"{figures['test_rows']:,} rows of documents never seen, with 95 % intervals over documents. "
         f"A latent is dead after {figures['dead_after_tokens']:,} tokens without firing.\n"
     )

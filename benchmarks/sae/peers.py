@@ -2,12 +2,12 @@
 
 Quality: one width, k, batch size and number of steps; each tool trains as its own trainer does and is measured by its
 own inference code on the same held-out rows.  Learning rates: each tool's default, and a grid that is the same for
-all; a tool's best is what counts.  Planted: the same on rows whose true features are known.
+all; a tool's best rate counts.  Planted: the same on rows whose true features are known.
 
-Results are written after each rate.  What was measured before on the same day with the same settings is not measured
-again, so a long comparison can be made in parts (--steps 0, --planted-steps 0, --rounds 0 and --only leave parts out).
+Results are written after each rate.  A case that was measured on the same day with the same settings is skipped, so a
+long comparison can be made in parts (--steps 0, --planted-steps 0, --rounds 0 and --only leave parts out).
 
-Speed: one training step (forward, backward, update) of each on the same batch, in turn, round after round.
+Speed: one training step (forward, backward, update) of each tool on the same batch, in turn, round after round.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(
     planted_steps: int,
     only: list[str] | None = None,
 ) -> None:
-    warnings.filterwarnings("ignore")  # the tools' own
+    warnings.filterwarnings("ignore")  # those of the tools
     tools, versions = installed(only)
     figures: dict[str, Any] = {
         "versions": versions | {"torch": torch.__version__},
@@ -88,7 +88,7 @@ def publish(bench: Bench, figures: dict[str, Any]) -> None:
 
 
 def _at_once(figures: dict[str, Any]) -> dict[str, Any]:
-    """The settings that give in one go what may have been measured in parts."""
+    """The settings of a single run that gives all results, which may have been measured in parts."""
     speed, quality, planted = (figures[part] for part in ("speed", "quality", "planted"))
     found: dict[str, Any] = {
         "only": None,
@@ -102,7 +102,7 @@ def _at_once(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(bench: Bench, figures: dict[str, Any]) -> None:
-    """Take in what was found earlier and not now."""
+    """Add the results of earlier runs that this one does not have."""
     path = bench.results / "results.json"
     if not path.exists():
         return
@@ -119,7 +119,7 @@ def _key(line: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _rows(store: Path | None, count: int) -> Tensor:
-    if store is None:  # only to see that the program works
+    if store is None:  # a test of the program
         return Planted.make(count, 64, 192).rows
     data = actshuffle.open_dataset(store)
     if data.rows < count:
@@ -245,7 +245,7 @@ def page(figures: dict[str, Any]) -> Iterator[str]:
 def _by_rate(
     lines: list[dict[str, Any]], what: str, sign: int, more: tuple[str, ...]
 ) -> tuple[list[str], list[list[str]]]:
-    """A row for each tool: a figure at its default rate, its best, and at each rate; others at its best."""
+    """A row for each tool: one figure at its best rate, the default and each rate; others at the best rate."""
     rates = ["default", *RATES]
     head = ["tool", "best", *(f"lr {r}" for r in rates), *(f"{n} at the best" for n in more)]
     rows = []

@@ -1,7 +1,7 @@
 """`sae-ranks`: memory of each rank and bytes between ranks, as the number of ranks that share a dictionary grows.
 
-Each case is `saetrain fit --nproc N` as a user would type it, with a dictionary in which the parameters outweigh all
-else, and once more with next to none: the difference is what the parameters cost, in training and in saving.
+Each case runs `saetrain fit --nproc N` as a user would type it, with a dictionary whose parameters outweigh everything
+else, and once more with almost none: the difference is the cost of the parameters, in training and in saving.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def page(rows: list[dict[str, Any]], weights: int) -> Iterator[str]:
     yield (
         f"Weights of {format_bytes(weights)} (both matrices, float32), topk, k = {K}, {BATCH} tokens a step. "
         "Peak memory of the largest process over training, evaluating and saving; base: the same with "
-        "next to no latents.\n"
+        "almost no latents.\n"
     )
     yield from table(
         ("ranks", "peak of a rank", "base", "for parameters", "of 1 rank's", "1 / ranks"),
@@ -101,7 +101,7 @@ def page(rows: list[dict[str, Any]], weights: int) -> Iterator[str]:
             for x in rows
         ),
     )
-    yield "\nBytes that a rank sent for each token of a step, measured (as docs/training.md states them):\n"
+    yield "\nBytes that a rank sent for each token of a step, measured (in brackets, as docs/training.md states):\n"
     yield from table(
         ("ranks", *KINDS),
         ((x["ranks"], *(f"{x['sent'][k]:,.0f} ({x['stated'][k]:,.0f})" for k in KINDS)) for x in rows),

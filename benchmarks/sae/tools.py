@@ -29,7 +29,7 @@ from saetrain.variants.table import VARIANTS
 
 @dataclass
 class Task:
-    """The same for all tools."""
+    """The training task, the same for all tools."""
 
     rows: Tensor  # [n, d] to train on, in this order, once
     d_sae: int
@@ -52,7 +52,7 @@ class Trained(NamedTuple):
 
 @dataclass
 class Run:
-    """A tool in training: one step on a batch, and what it has made in the end."""
+    """A tool in training: ``step`` trains on one batch, ``finish`` returns the trained SAE."""
 
     step: Callable[[Tensor], None]
     finish: Callable[[], Trained]
@@ -118,7 +118,7 @@ def saelens(task: Task, lr: float | None, mesh: Mesh) -> Run:
 
 
 def sparsify(task: Task, lr: float | None, mesh: Mesh, *, optimizer: str = "signum") -> Run:
-    """sparsify's SparseCoder in the loop of its Trainer (trainer.py: which itself wants a language model)."""
+    """sparsify's SparseCoder in the loop of its Trainer (trainer.py), which itself needs a language model."""
     from sparsify import SparseCoder, SparseCoderConfig
 
     torch.manual_seed(0)
@@ -182,7 +182,7 @@ def dictionary_learning(task: Task, lr: float | None, mesh: Mesh) -> Run:
         decay_start=int(task.steps * 0.8),
         **more,
     )
-    # What its trainSAE(normalize_activations=True) does: mean squared norm 1.
+    # Its trainSAE(normalize_activations=True) scales to mean squared norm 1; so does this.
     scale = 1 / float(task.rows[:8192].square().sum(1).mean().sqrt())
     at = 0
 
@@ -217,7 +217,7 @@ TOOLS = {
 
 
 def installed(only: list[str] | None) -> tuple[dict[str, Tool], dict[str, str]]:
-    """The tools that can be imported here, or those of `only`; and the version of each, or why it cannot."""
+    """The tools (or those in `only`) that can be imported here, and the version of each, or the reason it cannot."""
     found, versions = {}, {}
     for name, tool in TOOLS.items():
         if only and tool.module not in only:
