@@ -39,6 +39,7 @@ from actshuffle.loading.columns import Layout, Stores, choose, open_stores, sour
 from actshuffle.loading.dataset import Dataset, FieldInfo
 from actshuffle.loading.epochs import Order, Step, steps, unit_rows
 from actshuffle.loading.prefetch import Block, Buffering, Loan, Pool, Reading, blocks, in_order
+from actshuffle.loading.unchanged import Watch
 from actshuffle.machine import cores, machine_memory
 from actshuffle.ordering.mixing import MixingAccumulator, MixingReport
 from actshuffle.units import format_bytes, parse_bytes
@@ -68,6 +69,7 @@ class Loader:
     fields : names of the arrays to read; all if not given.
     rank, world_size : which part of every batch is read here.
     epochs : epochs of one pass; None never ends.  Iterating again goes on where the last pass ended.
+        An epoch of a store that changed meanwhile ends in a `SourceError`.
     seed : of the order of later epochs, and of the buffer.
     drop_last : leave out the last batch of an epoch if it is short.
     prefetch_bytes, threads : memory read ahead ("256MB"), by how many threads; at least, and if not given,
@@ -111,7 +113,7 @@ class Loader:
             ("buffer_rows", buffer_rows, 0),
         ):
             optional = name in ("epochs", "threads", "buffer_rows") and value is None
-            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if not optional and (type(value) is not int or value < least):
                 raise RequestError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if rank >= world_size:
             raise RequestError(f"rank {rank} of {world_size} ranks; they count from 0")
@@ -135,13 +137,13 @@ class Loader:
         self.rows = first.rows
         buffer_rows = min(buffer_rows or 0, self.rows)
         self.order = Order(self.rows, self._unit(buffered=buffer_rows > 0), seed, buffer_rows)
-        self.wait_seconds = 0.0
-        self.rows_seen = 0
+        self.wait_seconds, self.rows_seen = 0.0, 0
         self._cursor = 0, 0  # epoch and row of the next step
         self._skip, self._stride = (0, 1)  # steps to leave out, now and between: DataLoader workers share
         self._turn = 0
         self._pinned = False
         self._pool: tuple[int, Pool] | None = None  # by the size of blocks
+        self._watch = Watch(self.layout)
         if as_torch:
             from actshuffle.loading import torchface
 
@@ -182,7 +184,7 @@ class Loader:
 
     def _pass(self, turn: int) -> Iterator[Batch]:
         epoch, row = self._cursor
-        until = _FOREVER if self.epochs is None else (epoch // self.epochs + 1) * self.epochs
+        until = self._pass_end(epoch)
         if not self.batches_per_epoch:
             until = epoch
         ahead = steps(self.rows, self.batch_size, self.drop_last, epoch, row, until)
@@ -195,19 +197,26 @@ class Loader:
                 batch = self._batch(loan, block.rows, at, at + b - a)
                 at += b - a
                 self.rows_seen += b - a
-                self._pass_by(step)
+                if self._pass_by(step):
+                    self._watch.check()
                 yield batch
                 del batch
             del loan
         if self._stride == 1 and self._turn == turn:
             self._cursor = until, 0
 
-    def _pass_by(self, step: Step) -> None:
+    def _pass_end(self, epoch: int) -> int:
+        """The epoch at which a pass that begins in ``epoch`` ends."""
+        return _FOREVER if self.epochs is None else (epoch // self.epochs + 1) * self.epochs
+
+    def _pass_by(self, step: Step) -> bool:
+        """Move the cursor past a step; True at the end of an epoch."""
+        last = step.stop + (self.batch_size if self.drop_last else 1) > self.rows
         if self._stride > 1:  # the next of ours is counted from this one
             self._cursor, self._skip = (step.epoch, step.start), self._stride
-            return
-        last = step.stop + (self.batch_size if self.drop_last else 1) > self.rows
-        self._cursor = (step.epoch + 1, 0) if last else (step.epoch, step.stop)
+        else:
+            self._cursor = (step.epoch + 1, 0) if last else (step.epoch, step.stop)
+        return last
 
     def _filled(self, mine: Iterator[Step]) -> Iterator[tuple[Block, Loan]]:
         """Blocks in order, with threads ahead of the consumer."""

@@ -5,6 +5,7 @@ Only ever imported on request: `import actshuffle` does not need torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from actshuffle.errors import RequestError
 from actshuffle.loading.columns import Layout
 from actshuffle.loading.dataset import FieldInfo
+from actshuffle.loading.passes import Board, PassName
 from actshuffle.loading.prefetch import Loan
 
 
@@ -69,6 +71,7 @@ class Batches(Protocol):
     def share_steps(self, worker: int, workers: int) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def _pass_end(self, epoch: int) -> int: ...
 
 
 class TorchDataset(IterableDataset[dict[str, torch.Tensor]]):
@@ -77,32 +80,52 @@ class TorchDataset(IterableDataset[dict[str, torch.Tensor]]):
     Worker k of w yields every w-th batch from the k-th on, and torch takes from workers in turn, so
     batches come in the order of the loader itself with any number of workers.
 
-    Every pass begins at epoch `set_epoch`, for workers start from a copy of this object each time: call
-    it before each pass, as with torch's DistributedSampler, or give the loader ``epochs`` and make one
-    pass.  ``state_dict`` and ``load_state_dict`` are the loader's, and what StatefulDataLoader calls,
-    here or in each worker; the state of a worker fits only as many workers.
+    A pass begins with the epoch that `set_epoch` named, in workers that live on (``persistent_workers``) too;
+    without a call it begins where the last finished pass ended, and where a broken off one began.  ``state_dict``
+    and ``load_state_dict`` are the loader's, and what StatefulDataLoader calls, here or in each worker; the
+    state of a worker fits only as many workers.  `set_epoch` of the very epoch in which a loaded state lies
+    keeps the state.
     """
 
     def __init__(self, loader: Batches) -> None:
         super().__init__()
         self.loader = loader
-        self._start = loader.state_dict()
+        self._board = Board(loader.state_dict())
+        self._passes = 0  # begun in this process
+        self._loaded: dict[str, Any] | None = None  # what a worker was given to begin its next pass with
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next passes with this epoch."""
+        waiting = self._board.waiting()
+        if waiting is not None and waiting["epoch"] == epoch:
+            return  # the place in this epoch that a loaded state names
         self.loader.seek(epoch)
-        self._start = self.loader.state_dict()
+        self._board.move(self.loader.state_dict())
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
-        self.loader.load_state_dict(self._start)
+        self._passes += 1
+        crew, workers = (os.getpid(), 1) if worker is None else (worker.seed - worker.id, worker.num_workers)
+        name = PassName(crew, self._passes)
+        start = self._board.begin(name, workers)
+        if self._loaded is not None:
+            start, self._loaded = self._loaded, None
+        self.loader.load_state_dict(start)
         if worker is not None:
             self.loader.share_steps(worker.id, worker.num_workers)
-        return iter(self.loader)
+        return self._pass(name, start)
+
+    def _pass(self, name: PassName, start: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
+        yield from self.loader
+        end = self.loader._pass_end(start["epoch"])
+        self._board.finish(name, {**start, "epoch": end, "row": 0, "skip": 0, "stride": 1})
 
     def state_dict(self) -> dict[str, Any]:
         return self.loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
-        self._start = self.loader.state_dict()
+        if get_worker_info() is None:
+            self._board.move(self.loader.state_dict())
+        else:
+            self._loaded = self.loader.state_dict()

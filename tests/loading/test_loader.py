@@ -653,6 +653,99 @@ def test_a_stateful_data_loader_resumes(store: Path, workers: int) -> None:
             assert same(ours, {k: v.numpy() for k, v in theirs.items()})
 
 
+EPOCHS = 4
+
+
+def epochs_of(store: Path, **settings: Any) -> list[list[bytes]]:
+    """The bytes of each batch of each epoch."""
+    loader = Loader(store, 90, **settings)
+    return [[batch["data"].tobytes() for batch in loader] for _ in range(EPOCHS)]
+
+
+def passed(loader: Any) -> list[bytes]:
+    return [batch["data"].numpy().tobytes() for batch in loader]
+
+
+@pytest.fixture(params=[(0, False), (2, False), (2, True), (3, True)], ids=["here", "2", "2 living", "3 living"])
+def torch_loader(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
+    data = pytest.importorskip("torch.utils.data")
+    workers, living = request.param
+    return lambda dataset: data.DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=living)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_that_live_on_see_the_epoch(store: Path, torch_loader: Callable[[Any], Any]) -> None:
+    expected = epochs_of(store)
+    dataset = Loader(store, 90).torch()
+    loader = torch_loader(dataset)
+    for epoch in (0, 1, 3, 1, 1, 0):
+        dataset.set_epoch(epoch)
+        assert passed(loader) == expected[epoch]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_finished_pass_moves_the_start_on(store: Path, torch_loader: Callable[[Any], Any]) -> None:
+    expected = epochs_of(store)
+    dataset = Loader(store, 90).torch()
+    loader = torch_loader(dataset)
+    assert [passed(loader) for _ in range(3)] == expected[:3]
+    next(iter(loader))  # broken off: the next one begins where it began
+    assert passed(loader) == expected[3]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_resumed_epoch_is_followed_by_the_next(store: Path, torch_loader: Callable[[Any], Any]) -> None:
+    expected, reader = epochs_of(store), Loader(store, 90)
+    for _ in zip(range(5), reader, strict=False):
+        pass
+    dataset = Loader(store, 90).torch()
+    dataset.load_state_dict(reader.state_dict())
+    loader = torch_loader(dataset)
+    assert passed(loader) == expected[0][5:]
+    assert passed(loader) == expected[1]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_set_epoch_keeps_the_place_that_was_loaded_in_it(store: Path, torch_loader: Callable[[Any], Any]) -> None:
+    expected, reader = epochs_of(store), Loader(store, 90)
+    for _ in zip(range(5), reader, strict=False):
+        pass
+    dataset = Loader(store, 90).torch()
+    loader = torch_loader(dataset)
+    dataset.load_state_dict(reader.state_dict())
+    found = []
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        found.append(passed(loader))
+    assert found == [expected[0][5:], expected[1]]
+    dataset.set_epoch(0)  # the state was used up
+    assert passed(loader) == expected[0]
+    dataset.load_state_dict(reader.state_dict())
+    dataset.set_epoch(2)  # another epoch: that one, whole
+    assert passed(loader) == expected[2]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("living", [False, True])
+def test_a_stateful_data_loader_gives_each_row_once(store: Path, living: bool) -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    expected = epochs_of(store)
+
+    def made() -> Any:
+        dataset = Loader(store, 90).torch()
+        return stateful(dataset, batch_size=None, num_workers=2, persistent_workers=living)
+
+    for stop in (1, 4, 7):
+        first, second = made(), made()
+        assert passed(first) == expected[0]
+        ran = iter(first)
+        found = [next(ran)["data"].numpy().tobytes() for _ in range(stop)]
+        assert found == expected[1][:stop]
+        second.load_state_dict(first.state_dict())
+        assert passed(second) == expected[1][stop:]
+        assert passed(second) == expected[2]
+
+
 def test_a_store_that_is_not_on_disk(tmp_path: Path, store: Path) -> None:
     url = f"memory://{tmp_path.name}/s"
     shuffle(store.with_suffix(".src"), url, seed=5, chunk_rows=61)
