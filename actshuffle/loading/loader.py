@@ -69,7 +69,6 @@ class Loader:
     fields : names of the arrays to read; all if not given.
     rank, world_size : which part of every batch is read here.
     epochs : epochs of one pass; None never ends.  Iterating again goes on where the last pass ended.
-        An epoch of a store that changed meanwhile ends in a `SourceError`.
     seed : of the order of later epochs, and of the buffer.
     drop_last : leave out the last batch of an epoch if it is short.
     prefetch_bytes, threads : memory read ahead ("256MB"), by how many threads; at least, and if not given,
@@ -81,7 +80,7 @@ class Loader:
 
     Raises
     ------
-    IncompleteStoreError, SourceError, RequestError : as soon as it is made.
+    IncompleteStoreError, SourceError, RequestError : as soon as it is made; SourceError if a store changes meanwhile.
     """
 
     def __init__(
