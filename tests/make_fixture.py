@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/formatN: what this version's format looks like on disk, to be opened for ever after.
+"""Writes tests/fixtures/formatN, stores in this version's format, which every later version must open.
 
     python tests/make_fixture.py
 
@@ -28,14 +28,14 @@ STOP = "put _actshuffle/receipts/2.json"
 
 
 def write_source(path: Path) -> None:
-    """Two arrays, 24 rows; few bytes, and every kind of thing that a group may carry."""
+    """Two arrays of 24 rows: few bytes, and every kind of attribute and array that a group may hold."""
     zarr.create_group(path, attributes={"model": "tiny", "layer": 3})
     array(path, values(ROWS, (3,), "<f4"), "x", chunks=(9, 3), attributes={"unit": "nats"})
     array(path, values(ROWS, (), "<i2"), "doc", chunks=(9,), dimension_names=["row"])
 
 
 def upload(folder: Path, url: str) -> None:
-    """A folder into the memory filesystem."""
+    """Copy a folder into the memory filesystem."""
     files = fsspec.filesystem("memory")
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -43,7 +43,7 @@ def upload(folder: Path, url: str) -> None:
 
 
 def download(url: str, folder: Path) -> None:
-    """All that is there under a URL of the memory filesystem."""
+    """Every file under a URL of the memory filesystem."""
     files = fsspec.filesystem("memory")
     for name in files.find(url):
         path = folder / name.split("/", 2)[2]

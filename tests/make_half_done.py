@@ -2,7 +2,7 @@
 
     python tests/make_half_done.py
 
-Version 0.1.0 wrote it, with format 1, and nobody writes it again while that format is read: test_half_done.py
+Version 0.1.0 wrote it, with format 1, and it stays as it is while that format is read: test_half_done.py
 resumes the runs in it.  Records of a run name absolute paths, and the identity of a job is a digest of them.  All
 paths here lie below /proc/self/cwd, which is the current folder of whichever process asks, so that the records
 name no machine and the runs resume from a copy in any folder.
@@ -39,7 +39,7 @@ WORDS = ["[UNK]", "a", "b", "c", "d", "e", "f", "g"]
 
 @dataclass(frozen=True)
 class Case:
-    """A run, where it is killed, and the rows that it writes.
+    """A run, the operation at which it is killed, and the rows that it writes.
 
     Attributes
     ----------
@@ -131,7 +131,7 @@ def write_store(path: Path, start: int, stop: int) -> None:
 
 
 def write_model(folder: Path) -> None:
-    """A model of few weights and a word for each of its tokens."""
+    """A small model whose tokenizer has one word per token."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
@@ -144,13 +144,13 @@ def write_model(folder: Path) -> None:
 
 
 def set_times(folder: Path) -> None:
-    """Give files that are no stores the times that imports and collections remember; a checkout does not keep them."""
+    """Set the modification times of plain files, which imports and collections record, as a checkout changes them."""
     for path in (*folder.glob("files/*"), *folder.glob("text/*")):
         os.utime(path, (1_700_000_000, 1_700_000_000))
 
 
 def write_sources(folder: Path) -> None:
-    """The stores and files that the runs read, in the current folder; all but the model."""
+    """Write the stores and files that the runs read, all but the model, into the current folder."""
     for name, start, stop in (("all", 0, ROWS), ("first", 0, CUT), ("second", CUT, ROWS)):
         write_store(folder / f"{name}.zarr", start, stop)
     (folder / "files").mkdir()
@@ -168,7 +168,7 @@ def write_sources(folder: Path) -> None:
 
 
 def stop(case: Case) -> None:
-    """Begin a run, and kill it; this process goes on as a new one would."""
+    """Begin a run and kill it; this process then continues as a new one would."""
     with Faults(matching(case.stop, "kill")) as faults, suppress(Killed):
         case.start(fsync=False)
     assert faults.dead, f"no operation matched {case.stop!r}"
@@ -176,7 +176,7 @@ def stop(case: Case) -> None:
 
 
 def pack(folder: Path) -> None:
-    """The files of a folder, and nothing that tells whose they were, as the fixture."""
+    """Pack the files of a folder as the fixture, without any trace of their owner."""
     with tarfile.open(ARCHIVE, "w:xz") as archive:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             entry = tarfile.TarInfo(str(path.relative_to(folder)))
@@ -192,7 +192,7 @@ def packed() -> dict[str, bytes]:
 
 
 def unpack(folder: Path) -> None:
-    """The fixture's files into a folder."""
+    """Unpack the fixture's files into a folder."""
     for key, data in packed().items():
         path = folder / key
         path.parent.mkdir(parents=True, exist_ok=True)

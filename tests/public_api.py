@@ -1,11 +1,11 @@
-"""Describes everything that users can name: functions, classes, errors, commands, files, and JSON attributes.
+"""Describe everything that users can name: functions, classes, errors, commands, files, and JSON attributes.
 
     python tests/public_api.py              compare this code with tests/fixtures/public_api.json
     python tests/public_api.py --write      make this code's names the ones that are frozen
 
 A description is a dict of items by section, and an item is a name and a short text, so that two descriptions differ
-by items that a message can name.  Help texts are not part of it, nor is where an attribute of an object comes from: a
-field, a property and a cached one are all values.
+by items that a message can name.  Help texts are not part of it, nor is the kind of an attribute: a field, a property
+and a cached property are all values.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _text(annotation: Any) -> str:
 
 
 def members(name: str, found: type, instance: Any = None) -> Iterator[tuple[str, str]]:
-    """An item for each public attribute that our own classes give an object, with the signatures of methods."""
+    """An item for each public attribute that an object has from our own classes, with the signatures of methods."""
     ours = [cls for cls in found.__mro__ if cls.__module__.split(".")[0] not in ("builtins", "typing")]
     names = {attribute for cls in ours for attribute in (*vars(cls), *inspect.get_annotations(cls))}
     names |= set(getattr(instance, "__dict__", ()))
@@ -111,7 +111,7 @@ def described(name: str, found: Any) -> Iterator[tuple[str, str]]:
 
 
 def resolved(name: str) -> Any:
-    """The module, class or function with a dotted name, imported from where the name says."""
+    """The module, class or function with a dotted name, imported by that name."""
     module, *parts = name.split(".")
     found = importlib.import_module(module)
     for part in parts:
@@ -121,7 +121,7 @@ def resolved(name: str) -> Any:
 
 
 def python(names: Iterable[str]) -> Section:
-    """Modules, functions and classes by their dotted names; without those that are not there."""
+    """Modules, functions and classes by their dotted names; absent ones are left out."""
     found: Section = {}
     for name in names:
         with suppress(ImportError, AttributeError):
@@ -173,7 +173,7 @@ def command(name: str, found: click.Command) -> Iterator[tuple[str, str]]:
 
 
 def _given(default: Any) -> bool:
-    """Is this a default, and not click's mark for none?"""
+    """True if this is a default, and not click's mark for none."""
     return default is not None and "UNSET" not in repr(default)
 
 
@@ -255,7 +255,7 @@ def printed(name: str, *arguments: str) -> Section:
 
 @dataclass
 class Seen:
-    """The sections that only runs can tell."""
+    """The sections that only runs can show."""
 
     half_done: Section
     finished: Section
@@ -297,7 +297,7 @@ def watch_runs(folder: Path) -> Seen:
 
 
 def printed_by_commands() -> Section:
-    """The attributes of the JSON that commands print which are cheap to run."""
+    """The attributes of the JSON that cheap commands print."""
     shape = ("--block-bytes", "200", "--run-bytes", "1", "--chunk-rows", "4")
     found: Section = {}
     for name, *arguments in (
@@ -349,7 +349,7 @@ def description() -> Description:
 
 
 def differences(frozen: Description, found: Description) -> list[str]:
-    """A line for each item that went, changed or is new."""
+    """A line for each item that is gone, changed or new."""
     lines = []
     for section in sorted({*frozen, *found}):
         was, now = frozen.get(section, {}), found.get(section, {})
@@ -364,7 +364,7 @@ def differences(frozen: Description, found: Description) -> list[str]:
 
 
 def advice(lines: Iterable[str]) -> str:
-    """The differences, and how to make them the frozen names."""
+    """Print the differences, and the command that freezes them."""
     return "\n".join(
         [
             "names that users rely on are not those of tests/fixtures/public_api.json:",

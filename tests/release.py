@@ -1,8 +1,8 @@
-"""Builds the wheel and the sdist into dist/, and tries the wheel on each version of Python that is at hand.
+"""Build the wheel and the sdist into dist/, and try the wheel on each version of Python at hand.
 
     make dist
 
-The wheel is built from the sdist, so that whoever has the sdist alone can build it too.  It goes into an empty virtual
+The wheel is built from the sdist, which proves that the sdist suffices to build it.  It goes into an empty virtual
 environment with the newest releases of its dependencies, whatever constraints.txt says; there smoke.py uses it.
 """
 
@@ -36,19 +36,19 @@ IN_SDIST = {
 
 
 def run(*command: str | Path, **options: str | Path) -> None:
-    """A command, which must succeed; it does not see this environment's packages."""
+    """Run a command, which must succeed and does not see this environment's packages."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PIP_CONSTRAINT", "VIRTUAL_ENV")}
     subprocess.run([str(word) for word in command], check=True, env=environment, **options)
 
 
 def expect(place: str, found: set[str], wanted: set[str]) -> None:
-    """Refuse to go on without some of the names that belong in a place."""
+    """Stop if some of the names that belong in a place are missing."""
     if lacking := sorted(wanted - found):
         raise SystemExit(f"{place} lacks {', '.join(lacking)}")
 
 
 def build() -> Path:
-    """Both distributions, with what belongs in them; returns the wheel."""
+    """Build both distributions and check their contents; returns the wheel."""
     shutil.rmtree(DIST, ignore_errors=True)
     run(sys.executable, "-m", "build", "--outdir", DIST, ROOT)
     wheel, sdist = DIST / f"actshuffle-{__version__}-py3-none-any.whl", DIST / f"actshuffle-{__version__}.tar.gz"
@@ -76,7 +76,7 @@ def interpreters() -> list[str]:
 
 
 def _works(path: Path, version: str) -> bool:
-    """Is this a Python of that version that can make environments?"""
+    """True if this is a Python of that version that can make environments."""
     code = "import ensurepip, venv, sys; print('%d.%d' % sys.version_info[:2])"
     try:
         done = subprocess.run([path, "-c", code], capture_output=True, text=True, timeout=60)
@@ -86,7 +86,7 @@ def _works(path: Path, version: str) -> bool:
 
 
 def try_out(python: str, wheel: Path) -> None:
-    """The wheel in an environment that has nothing else."""
+    """Try the wheel in an empty environment."""
     with tempfile.TemporaryDirectory() as name:
         run(python, "-m", "venv", Path(name, "venv"))
         inside = Path(name, "venv", "bin", "python")

@@ -1,4 +1,4 @@
-"""Uses an installed actshuffle as a newcomer would: the command line and the package, on a store of a thousand rows.
+"""Use an installed actshuffle as a newcomer would: the command line and the package, on a store of a thousand rows.
 
     python tests/smoke.py
 
@@ -59,7 +59,7 @@ def same_rows(path: str, arrays: dict[str, Any], order: Any) -> None:
 
 
 def commands(arrays: dict[str, Any]) -> None:
-    """Each command that needs no extra, on small stores."""
+    """Run each command that needs no extra, on small stores."""
     order = actshuffle.order(ROWS, seed=SEED)
     seed = ("--seed", str(SEED))
     assert told("plan", "acts.zarr")["rows"] == ROWS
@@ -89,7 +89,7 @@ def commands(arrays: dict[str, Any]) -> None:
 
 
 def package(arrays: dict[str, Any]) -> None:
-    """The same from Python, and the loader."""
+    """Do the same from Python, and load the result."""
     actshuffle.shuffle("acts.zarr", "by_python.zarr", seed=SEED)
     assert actshuffle.verify("acts.zarr", "by_python.zarr").ok
     loader = actshuffle.Loader("by_python.zarr", batch_size=100, epochs=1)

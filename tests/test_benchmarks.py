@@ -1,4 +1,4 @@
-"""The benchmarks in miniature: every command runs, and what measures is itself measured."""
+"""The benchmarks in miniature: every command runs, and the measuring code is tested in turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.sae.peers import RATES
 
 
 def miniature(tmp_path, *words):
-    """Run a command; its figures, after a look that all files are there."""
+    """Run a command and check that all its files exist; returns its figures."""
     out = tmp_path / "results"
     main([*words, "--tiny", "--out", str(out), "--work", str(tmp_path / "work")], standalone_mode=False)
     document = json.loads((out / "results.json").read_text())
@@ -107,13 +107,14 @@ def test_calibrate(tmp_path):
 
 
 def test_constants_are_those_of_the_mean_run():
-    """Of two runs that should take as long, not nearer to the quick one, as errors relative to each would have it."""
+    """Between two runs that should take equally long, the fit is not nearer to the quick one, as it would be with
+    errors relative to each measurement."""
     assert calibrate._solve([([1.0], 0.5), ([1.0], 1.5)]) == pytest.approx([1.0])
     assert calibrate._solve([([1.0, 1.0], 1.0), ([1.0, 2.0], 0.5)])[1] == 0  # no byte takes less than no time
 
 
 def test_constants_are_found_again(tmp_path):
-    """Times made up from known constants give these back, and foretell a run with them."""
+    """A fit to times computed from known constants returns these, and predicts a run with them."""
     true = calibrate.Constants(0.01, 2e-9, 3e-9, 0.2, 0.001, 5e-10)
     plans = [
         make_plan(size // 8192, 8192, memory=memory, levels=levels, run_bytes=32 << 10)
@@ -238,7 +239,7 @@ def test_cache_is_evicted_and_warmed(tmp_path):
 
 
 def test_free_memory_is_filled():
-    """In processes of their own, with which their pages go."""
+    """Run in separate processes, so that their pages are freed with them."""
     code = (
         "import os; from pathlib import Path; from benchmarks import cache; "
         "free = lambda: os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'); before = free(); "

@@ -1,4 +1,4 @@
-"""The pages say what is so: links lead somewhere, flags and names exist, the API page is current."""
+"""The pages are true: links lead somewhere, flags and names exist, the API page is current."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ FOLDERS = ["actshuffle", "saetrain", "benchmarks", "tests", "examples", "docs"]
 
 
 def exists(name: str) -> bool:
-    """Does a dotted name lead to a module, or to something in one?"""
+    """True if a dotted name leads to a module, or to something in one."""
     first, *others = name.split(".")
     found: object = importlib.import_module(first)
     for part in others:

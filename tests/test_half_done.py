@@ -36,7 +36,7 @@ class Watching:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The half-done runs in the current folder, with a folder beside them in place of the machine's memory."""
+    """The half-done runs, unpacked in the current folder, with a folder in place of the machine's memory."""
     unpack(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scratch, "MEMORY_FOLDER", tmp_path / "memory")
@@ -86,7 +86,7 @@ def tokens() -> dict[str, Any]:
 
 
 def test_finished_part_of_a_collection_stays(here: Path) -> None:
-    """Values depend on the machine in their last bit, so those that were there are compared as they were."""
+    """Values depend on the machine in their last bit, so those that existed before must be unchanged."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     before = np.frombuffer((here / "collect.zarr/layer_1/c.0.0").read_bytes(), "<f4").reshape(-1, 2)
@@ -98,7 +98,7 @@ def test_finished_part_of_a_collection_stays(here: Path) -> None:
 
 
 def differing(found: dict[str, bytes], kept: dict[str, bytes]) -> list[str]:
-    """Files that only one of two folders has, and those that are not the same."""
+    """Files that only one of two folders has, and files that differ."""
     return sorted(key for key in {*found, *kept} if found.get(key) != kept.get(key))
 
 

@@ -78,7 +78,7 @@ DOORS = {
     "xarray": "",
 }
 
-# What a room never imports, directly, though its row may allow it; `open` stands for the built-in function.
+# Modules that a room never imports directly, though its row may allow it; `open` stands for the built-in function.
 INPUT_OUTPUT = "zarr actshuffle.storage os io pathlib shutil tempfile mmap socket subprocess open"
 NEVER = {
     "ordering": INPUT_OUTPUT,
@@ -326,7 +326,7 @@ def test_files_of_rooms_control(name, text):
 
 
 def saetrain_faults(package: Trees) -> list[str]:
-    """What saetrain imports beyond the public names of actshuffle, its errors and its jobs."""
+    """The imports of saetrain beyond the public names of actshuffle, its errors and its jobs."""
     public = {"", *actshuffle.__all__}
     faults = []
     for name, tree in package.items():

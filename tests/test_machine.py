@@ -1,4 +1,4 @@
-"""How much memory there is: the same answer as Dask's, and limits of containers."""
+"""The size of memory: the same answer as Dask's, and the limits of containers."""
 
 from __future__ import annotations
 

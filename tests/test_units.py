@@ -1,4 +1,4 @@
-"""Sizes, counts and durations, as people write and read them."""
+"""Sizes, counts and durations, in the forms that people write and read."""
 
 from __future__ import annotations
 

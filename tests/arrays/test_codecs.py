@@ -19,7 +19,7 @@ from actshuffle.errors import RequestError
 from actshuffle.testing import differences
 
 pytestmark = [
-    # Zarr says so of each codec of numcodecs that has no specification.
+    # Zarr warns about each codec of numcodecs that has no specification.
     pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 specification")
 ]
 SEED, ROWS = 3, 90
@@ -28,7 +28,7 @@ STRUCTURED = {"pair": np.dtype([("a", "<f4"), ("b", "<i8")]), "wide": np.dtype("
 
 
 def draw(rng: np.random.Generator, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Half of the bytes are zeros, so that there is something to pack."""
+    """Rows half of whose bytes are zeros, so that codecs have something to compress."""
     dtype = np.dtype(dtype)
     top = {"?": 2, "U": 128, "S": 128}.get(dtype.kind if dtype.kind != "b" else "?", 256)
     size = int(np.prod(shape)) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Where rows of a field lie in its objects: ranges, scattered rows, reads."""
+"""The places of a field's rows in its objects: ranges, scattered rows, reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores that earlier versions wrote still open, half-done runs of theirs still resume or are refused."""
+"""Stores of earlier versions still open, and their half-done runs still resume or are refused."""
 
 from __future__ import annotations
 

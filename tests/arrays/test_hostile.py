@@ -1,4 +1,4 @@
-"""Stores that mean harm: a typed error within seconds, bounded memory, and nothing touched outside the root.
+"""Malicious stores: a typed error within seconds, bounded memory, and nothing touched outside the root.
 
 Hostile stores are made by combining a small honest store with one lie at a time.  A fuzzer then garbles
 metadata, run.json and receipts at random.
@@ -51,7 +51,7 @@ EXTRA_MEMORY = 300 << 20  # what an attempt may add to this process
 
 
 class Witness:
-    """Sees every path that is opened, listed or asked about, by the audit hooks of Python."""
+    """Records every path that is opened, listed or looked up, by Python's audit hooks."""
 
     EVENTS = ("open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
@@ -80,7 +80,7 @@ def witness():
 
 
 def peak_memory(*, reset=False):
-    """The most that this process has held since the last reset, bytes."""
+    """Peak memory of this process since the last reset, in bytes."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     text = Path("/proc/self/status").read_text()
@@ -88,7 +88,7 @@ def peak_memory(*, reset=False):
 
 
 def assert_met(src, tmp_path, witness, **settings):
-    """Shuffle a hostile store: it must be refused, in time, with little memory, and without straying."""
+    """Shuffle a hostile store: it must be refused, in time, with little memory, and with no access outside its root."""
     dst = tmp_path / "out" / "dst.zarr"
     dst.parent.mkdir(exist_ok=True)
     witness.paths.clear()
@@ -120,7 +120,7 @@ def honest(path, zarr_format=3, rows=30, **settings):
 
 
 def edit(path, change):
-    """Change a JSON document; ``change`` may give another one, or text or bytes."""
+    """Change a JSON document; ``change`` may return another document, or text or bytes."""
     document = json.loads(path.read_text())
     changed = change(document)
     changed = document if changed is None else changed
@@ -438,7 +438,7 @@ def test_consolidated_names(name, tmp_path, witness):
 
 @pytest.mark.parametrize("name", ["x", "x/../../outside"])
 def test_stale_consolidated_metadata(name, tmp_path):
-    """It says 60 rows where the array has 30, or lists what is no member: the array's own metadata counts."""
+    """It declares 60 rows where the array has 30, or lists a name that is no member: the array's metadata counts."""
     src = honest(tmp_path / "in.zarr")
     metadata = json.loads((src / "x/zarr.json").read_text()) | {"shape": [60, 4]}
     copies = {"kind": "inline", "must_understand": False, "metadata": {"x": metadata, name: metadata}}
@@ -452,7 +452,7 @@ def test_stale_consolidated_metadata(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["{:>9999999999}", "{0.__class__}", "{}", "{", "}", "{{}}", "x{0!r:>1000000000}"])
 def test_array_names_that_are_format_strings(name, tmp_path):
-    """Odd, and taken as they are."""
+    """These are odd, and accepted."""
     src = tmp_path / "in.zarr"
     zarr.create_group(src)
     array(src, values(30, (4,)), name)
@@ -531,7 +531,7 @@ def test_links_inside_the_root_are_fine(tmp_path):
 
 
 def test_half_done_destination_that_links_out(tmp_path, witness):
-    """Somebody hands on a half-done run whose array folder is a link to a folder of yours."""
+    """Somebody passes on a half-done run whose array folder links to a folder of yours."""
     src, dst, mine = source(tmp_path / "src.zarr"), tmp_path / "out/dst.zarr", tmp_path / "mine"
     dst.parent.mkdir()
     mine.mkdir()
@@ -551,7 +551,7 @@ def test_half_done_destination_that_links_out(tmp_path, witness):
 
 
 class Bang:
-    """Unpickled, it leaves a mark."""
+    """An object that leaves a mark when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -593,12 +593,12 @@ def test_fill_value_is_not_unpickled(tmp_path, witness):
 
 
 def _zstd_declared():
-    """A frame that says it holds a terabyte."""
+    """A frame that claims to hold a terabyte."""
     return b"\x28\xb5\x2f\xfd" + bytes([0xE0]) + struct.pack("<Q", 1 << 40) + b"\x01\0\0"
 
 
 def _zstd_blocks():
-    """A frame that says nothing, of blocks that each repeat one byte: 2.6 GB in 80 KB."""
+    """A frame without a size, whose blocks each repeat one byte: 2.6 GB in 80 KB."""
     block = ((131072 << 3) | 2).to_bytes(3, "little") + b"\0"
     return b"\x28\xb5\x2f\xfd\x00\x88" + block * 20_000 + ((1 << 3) | 3).to_bytes(3, "little") + b"\0"
 
@@ -669,7 +669,7 @@ def test_bombs(name, how, tmp_path, witness):
 
 
 def test_bombs_that_are_none(tmp_path):
-    """Chunks of zeros pack by the thousand, and are welcome."""
+    """Chunks of zeros compress a thousandfold, and are accepted."""
     for number, compressor in enumerate(
         [
             numcodecs.Zstd(),
@@ -698,7 +698,7 @@ def test_declared_sizes_are_those_of_the_formats():
 
 
 def test_file_far_larger_than_its_chunk(tmp_path, witness):
-    """A sparse file: no bytes on disk, and more than there is memory when it is read."""
+    """A sparse file has no bytes on disk, and more than fit into memory when it is read."""
     src = honest(tmp_path / "in.zarr", compressors="auto")
     os.truncate(src / "x/c/1/0", 1 << 40)
     assert "too many" in assert_met(src, tmp_path, witness)
@@ -779,7 +779,7 @@ def _stop(src, dst, what, **plan):
 
 
 def _reseal(path, change):
-    """Change a sealed file and give it a seal that fits."""
+    """Change a sealed file and give it a valid seal."""
     body = json.loads(path.read_bytes())["body"]
     changed = change(body)
     body = body if changed is None else changed
@@ -951,7 +951,7 @@ def _spots(document):
 
 
 def garble(dice, data):
-    """Bytes changed without a care for JSON."""
+    """Random changes to the bytes, whether or not they remain JSON."""
     data = bytearray(data)
     for _ in range(dice.randint(1, 4)):
         at = dice.randrange(len(data) + 1)
@@ -1008,7 +1008,7 @@ def fuzz_metadata(folder, seeds, zarr_format):
 
 @pytest.mark.parametrize("name", ["", "z", "source_row"])
 def test_receipts_of_fields_that_are_not_there_count_for_nothing(name, tmp_path):
-    """Sealed as ours are."""
+    """The text of a record with a valid seal."""
     src, dst = source(tmp_path / "src.zarr"), tmp_path / "dst.zarr"
     _stop(src, dst, "put _actshuffle/receipts/1.json")
     path = dst / "_actshuffle/receipts/0.json"
@@ -1060,7 +1060,7 @@ def fuzz_records(folder, seeds):
                 raise AssertionError(f"seed {seed}, {name}: {type(err).__name__}: {err}") from err
         if (dst / "_actshuffle/zarr.json").exists():
             found = differences(src, dst, SEED)
-            # A forged receipt, with a seal that fits, can lie about digests: then verify tells.
+            # A forged receipt with a valid seal can lie about digests; then verify detects it.
             if found or not actshuffle.verify(src, dst).ok:
                 assert name == "out/_actshuffle/receipts/0.json", (seed, name, found)
                 assert not found, (seed, name, found)
@@ -1068,7 +1068,7 @@ def fuzz_records(folder, seeds):
 
 
 def fuzz_marker(folder, seeds):
-    """The marker and what stands beside it: verify, info, status and a run see it, and stay themselves."""
+    """Changes to the marker and its neighbours: verify, info, status and a run end in a result or a typed error."""
     src, dst = source(folder / "src.zarr", 40), folder / "dst.zarr"
     serial_run(src, dst, SEED)
     names = ["_actshuffle/zarr.json", "x/zarr.json", "zarr.json", "_actshuffle/digests/x/zarr.json"]

@@ -1,4 +1,4 @@
-"""A grown store is what shuffling all rows from scratch would give, at one read and one write of the old."""
+"""A grown store equals a shuffle of all rows from scratch, at one read and one write of the old rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def part(path: Path, start: int, stop: int, **settings: Any) -> Path:
 
 
 def old_and_new(folder: Path, cut: int, seed: int = 5) -> tuple[Path, Path]:
-    """The first rows, shuffled, and the others as they came."""
+    """The first rows, shuffled, and the others in source order."""
     run(part(folder / "old.zarr", 0, cut), folder / "dst.zarr", seed=seed, **SHAPE)
     return folder / "dst.zarr", part(folder / "new.zarr", cut, N)
 

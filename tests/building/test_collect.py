@@ -1,4 +1,4 @@
-"""Collected activations against plain transformers, token by token, whoever did the work."""
+"""Collected activations equal those of plain transformers, token by token, on every executor."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ BLOCKS, WIDTH, CONTEXT = 3, 16, 12
 
 @pytest.fixture(scope="module", autouse=True)
 def alone(request: pytest.FixtureRequest) -> Any:
-    """One thread: sums in one order, and no quarrel with whatever else runs here."""
+    """Use one thread, so that sums have one order and other processes keep their cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -112,7 +112,7 @@ def gather(model: Path, text: Path, out: Path, **options: Any) -> tuple[Collecte
 def expected(
     model: Path, documents: list[list[str]], special: int, keep: bool, batched: bool
 ) -> tuple[list[np.ndarray], dict[str, list[int]]]:
-    """Hidden states of every kept token by plain transformers, and what those tokens are."""
+    """Hidden states of every kept token by plain transformers, and the tokens."""
     plain = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     windows, known = [], defaultdict(list)
@@ -343,7 +343,7 @@ def test_the_real_weights_of_minilm(tmp_path: Path, cluster: Callable[[int], Das
 
 
 def real_states(model: str, text: list[Path]) -> tuple[dict[int, np.ndarray], dict[str, np.ndarray]]:
-    """Hidden states of every token by plain transformers, a window at a time, and what the tokens are."""
+    """Hidden states of every token by plain transformers, a window at a time, and the tokens."""
     plain = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     states: dict[int, list[np.ndarray]] = {3: [], 6: []}

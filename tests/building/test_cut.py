@@ -338,7 +338,7 @@ def test_a_description_that_names_other_code_is_refused(source: Path, tmp_path: 
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Run a command in the temporary folder; what it printed, JSON if it is."""
+    """Run a command in the temporary folder; returns its output, parsed if it is JSON."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str, code: int = 0) -> Any:

@@ -1,4 +1,4 @@
-"""Round trips of every format, and files that are not what they seem."""
+"""Every format survives a round trip, and damaged or deceptive files are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ACT, TOKEN = values(N, (6,), "<f2"), values(N, (), "<i4", seed=2)
 
 
 def taken(paths: Any, dst: Path, **options: Any) -> tuple[Imported, dict[str, np.ndarray]]:
-    """Import, small pieces at a time, and all that came of it."""
+    """Import in small pieces; returns the result and the rows."""
     done = import_store(paths, dst, fsync=False, **{"block_bytes": 900, "chunk_rows": 8, **options})
     assert not dst.with_name(f"{dst.name}.import").exists()
     data = open_dataset(dst)
@@ -201,7 +201,7 @@ def test_parquet(tmp_path: Path, fixed: bool) -> None:
 
 
 def saved_dataset(folder: Path, columns: dict[str, Any], batch: int, **state: Any) -> Path:
-    """As ``Dataset.save_to_disk`` lays it out."""
+    """A folder laid out as ``Dataset.save_to_disk`` does it."""
     import pyarrow as pa
 
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Quality: uniform batches pass, clumped and too even ones fail, of stores, loaders and any pipeline."""
+"""Quality: uniform batches pass, clumped and too even ones fail, from stores, loaders and any pipeline."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_any_pipeline_can_be_scored(stores: tuple[Path, Path]) -> None:
     uniform = quality(_pipeline(rng.permutation(ROWS), document, source_row=np.arange(ROWS)))
     assert uniform.passed, str(uniform)
     assert uniform.mixing is not None
-    # As many pipelines do: documents in random order, a buffer of some of them.
+    # Many pipelines do this: documents in random order, and a buffer of some of them.
     buffered = np.concatenate([rng.permutation(part) for part in np.array_split(np.arange(ROWS), 20)])
     found = quality(_pipeline(buffered, document))
     assert not found.passed

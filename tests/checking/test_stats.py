@@ -1,4 +1,4 @@
-"""Statistics: what numpy says, to the stated tolerance, however the rows are cut and whoever sums them."""
+"""Statistics equal numpy's, to the stated tolerance, for every cut of the rows and every executor."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_bfloat16_outside_the_squares_of_float32(tmp_path: Path, scale: float) -
 
 
 def uneven(dtype: str, n: int = 1500, width: int = 1100) -> tuple[np.ndarray, np.ndarray]:
-    """What is stored, and its values: dimensions near zero, far from it, and some that move."""
+    """The stored array and its values: dimensions near zero, far from it, and some that drift."""
     data = activations(n, width, "<f8")
     for j, away in enumerate([0.0, 1.5, 1.9, 2.1, 3.0, 30.0, -300.0]):  # standard deviations
         data[:, j] = (away + np.random.default_rng(j).standard_normal(n)) * 0.1
@@ -199,7 +199,7 @@ def test_outliers_and_dimensions_without_variance_are_named(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dtype", ["<f4", "<f2"])
 def test_rows_that_rule_the_norm_are_named(tmp_path: Path, dtype: str) -> None:
-    """As the tokens at which attention sinks: one row in 64 with 100 times the norm of the others."""
+    """One row in 64 has 100 times the norm of the others, like tokens that are attention sinks."""
     data = activations(4096, 32, "<f4")
     data[::64] *= 100
     data = data.astype(dtype)
@@ -323,7 +323,7 @@ def test_slices_of_integers_change_nothing(distinct: int, monkeypatch: pytest.Mo
 
 
 def test_rows_are_read_past_the_page_cache(tmp_path: Path) -> None:
-    """Half of them is there, and stays; the rest is not there afterwards either, and is counted all the same."""
+    """The half in the page cache stays; the other half is counted, and not in the cache afterwards either."""
     data = activations(3000, 384, "<f4")
     array(tmp_path / "s", data, chunks=(1500, 384))
     files = sorted(p for p in (tmp_path / "s").rglob("*") if p.is_file() and p.name != "zarr.json")

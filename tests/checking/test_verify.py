@@ -145,7 +145,7 @@ def test_clean_quick_check_of_many_rows_raises_no_alarm(tmp_path):
 
 
 def _flips(src, store, count, seed):
-    """Flip random bits of all files one at a time; each is seen, and the file is named."""
+    """Flip random bits of all files one at a time; verify detects each one and names the file."""
     rng = np.random.default_rng(seed)
     paths = [p for p in sorted(store.rglob("*")) if p.is_file() and p.stat().st_size]
     weights = np.array([max(p.stat().st_size, 200) for p in paths], float)
@@ -158,7 +158,7 @@ def _flips(src, store, count, seed):
 
 
 def _alarm(src, store, path):
-    """What is said of the store as it is, and whether the damaged file is named."""
+    """The verdict on the store in its present state, and whether it names the damaged file."""
     key = key_of(store, path)
     try:
         report = actshuffle.verify(src, store)
@@ -203,7 +203,7 @@ def test_every_byte_of_the_marker_counts(src, store):
 
 @pytest.mark.parametrize("codec", ["zstd", "sharded"])
 def test_flipped_bits_are_seen_or_do_no_harm(codec, src, store):
-    """zstd without a checksum has bits that do not matter, and a shard may hold bytes that nobody reads."""
+    """zstd without a checksum has bits that do not matter, and a shard may hold bytes that are never read."""
     dst = store(codec)
     harmless = 0
     for path, bit in _flips(src, dst, 40, seed=len(codec)):
@@ -350,7 +350,7 @@ def test_rows_moved_in_one_field(change, field, codec, src, store):
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("quick", [False, True])
 def test_rows_moved_in_all_fields_alike(change, quick, src, store):
-    """Rows and their numbers agree, and yet it is not the order of the seed, or rows are missing."""
+    """Rows and their numbers agree, but the order is not that of the seed, or rows are missing."""
     dst = store()
     for field in FIELDS:
         rewrite(dst, field, change)
@@ -552,7 +552,7 @@ def test_quick_names_the_object(src, store):
 
 
 def test_quick_sees_rows_that_are_not_where_their_rank_says(tmp_path):
-    """Ascending keys and true rows, but a sample of them: the first half twice as dense."""
+    """Keys ascend and rows are genuine, but they are a sample: the first half is twice as dense."""
     group(tmp_path / "src.zarr", {"x": values(4000)}, chunks=(500,))
     run(tmp_path / "src.zarr", tmp_path / "dst.zarr", 1)
     correct = order(4000, 1)

@@ -1,4 +1,4 @@
-"""The command line as people and scripts meet it: words, exit codes, pure JSON, Ctrl-C, the live display."""
+"""The command line as people and scripts use it: words, exit codes, pure JSON, Ctrl-C, the live display."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LOG_LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
 
 
 def call(*args, code=0, **extra):
-    """The outcome of a command; an exit code other than expected shows what was printed."""
+    """The outcome of a command; an unexpected exit code shows the output."""
     outcome = CliRunner().invoke(main, [str(a) for a in args], prog_name="actshuffle", **extra)
     assert outcome.exit_code == code, f"{outcome.exit_code}: {outcome.stdout}\n{outcome.stderr}"
     assert "Traceback" not in outcome.stderr
@@ -530,13 +530,13 @@ main(prog_name="actshuffle")
 
 
 def start(*command):
-    """A process in a group of its own, as a shell makes one."""
+    """A process in a separate process group, as a shell starts one."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([str(c) for c in command], start_new_session=True, **pipes)
 
 
 def wait_for(process, words):
-    """The lines of its stderr up to the one that has these words."""
+    """The lines of its stderr up to the one that contains these words."""
     lines = []
     for line in process.stderr:
         lines.append(line)

@@ -32,7 +32,7 @@ def dst(tmp_path):
 
 
 def tree(folder):
-    """All that there is under a folder, to the byte."""
+    """Everything under a folder, to the byte."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -42,7 +42,7 @@ def tree(folder):
 
 
 def assert_refused(error, src, dst, tmp_path, *, says=(), **settings):
-    """The error, its message, and that nothing at all was written."""
+    """Check the error, its message, and that nothing at all was written."""
     before = tree(tmp_path)
     with pytest.raises(error) as raised:
         actshuffle.shuffle(src, dst, **({"seed": SEED} | settings))
@@ -321,7 +321,7 @@ def test_destination_that_may_not_be_written(src, dst):
 
 
 def kinds(path, kind):
-    """A source in whose field ``x`` one object is to be damaged: its path."""
+    """The path of a source, one object of whose field ``x`` is about to be damaged."""
     settings = {
         "raw": {},
         "v2": {"zarr_format": 2},
@@ -368,7 +368,7 @@ def test_truncated_chunk(kind, left, dst, tmp_path):
 
 
 def test_truncated_shard_with_its_index(dst, tmp_path):
-    """The index is whole, but what it points to is not there."""
+    """The index is intact, but the data that it points to is missing."""
     path = kinds(tmp_path / "in.zarr", "sharded")
     data = path.read_bytes()
     path.write_bytes(data[-52:])
@@ -377,7 +377,7 @@ def test_truncated_shard_with_its_index(dst, tmp_path):
 
 @pytest.mark.parametrize("kind", ["zstd", "crc32c", "sharded_zstd"])
 def test_damaged_chunk_is_a_source_error(kind, dst, tmp_path):
-    """It cannot be told from its size; the run ends with the rows named, and resumes when it is whole."""
+    """Its size does not show the damage; the run stops and names the rows, and resumes once the object is whole."""
     path = kinds(tmp_path / "in.zarr", kind)
     whole = path.read_bytes()
     path.write_bytes(bytes(b ^ 0x5A for b in whole[:60]) + whole[60:])

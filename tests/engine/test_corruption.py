@@ -1,8 +1,8 @@
 """Files that change behind a run's back: the source, the spill, the output, and the records of all three.
 
-A run is stopped, one file is harmed, and it is run again.  The only ends allowed are the exact output, a
-typed error that says what to do, or an output of which `verify` says that it is wrong.  (Harm to finished
-outputs is in test_verify.py.)
+A run is stopped, one file is damaged, and the run starts again.  It may only end in the exact output, in a
+typed error that says what to do, or in an output that `verify` rejects.  (test_verify.py damages finished
+outputs.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HARMS = ["flip", "truncate", "delete", "swap", "stale"]
 
 
 class States:
-    """Half-done runs, each stopped somewhere else, and the same of another seed."""
+    """Half-done runs, each stopped at another point, and the same runs under another seed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,7 +62,7 @@ class States:
         return [p for p in sorted(self.dst.parent.rglob("*")) if p.is_file() and "partial" not in p.name]
 
     def stale(self, path: Path) -> bytes | None:
-        """What the run of another seed had in a file's place, whenever it was there."""
+        """The contents of the same file in runs of another seed, at any point of the run."""
         name = path.relative_to(self.dst.parent)
         for number in range(len(STOPS)):
             other = self.folder / f"state{SEED + 1}-{number}" / name
@@ -77,7 +77,7 @@ def states(tmp_path_factory):
 
 
 def harm(dice: random.Random, states: States, how: str) -> list[Path]:
-    """Harm one file, or two that are swapped; returns those that are no longer what they were."""
+    """Damage one file, or swap two; returns the files that have changed."""
     files = [p for p in states.files() if p.stat().st_size]
     path = dice.choice(files)
     data = path.read_bytes()
@@ -103,7 +103,7 @@ def harm(dice: random.Random, states: States, how: str) -> list[Path]:
 
 
 def resumed(states: States, seed: int) -> tuple[list[ActshuffleError], bool]:
-    """Run again, as often as one is told to; what was said, and whether it got to the end."""
+    """Run again for as long as errors ask for it; returns the messages, and whether the run finished."""
     said: list[ActshuffleError] = []
     for _ in range(5):
         new_process()
@@ -120,12 +120,12 @@ def resumed(states: States, seed: int) -> tuple[list[ActshuffleError], bool]:
 
 
 def _named(name: str) -> str:
-    """A file's key in its place: what errors call it."""
+    """A file's key in its place, the name that errors use."""
     return name.split("/", 1)[1]
 
 
 def campaign(states: States, how: str, seeds: range) -> dict[str, int]:
-    """How many were found by the run, by verify, or did no harm."""
+    """Count the damages that the run detected, that verify detected, and that did no harm."""
     found = {"by the run": 0, "by verify": 0, "harmless": 0}
     for seed in seeds:
         dice = random.Random(seed)
@@ -161,7 +161,7 @@ def test_harm_to_a_half_done_run(how, states):
 
 
 def test_control_sums_that_are_not_compared(states, monkeypatch):
-    """An engine that does not look whether rows arrived writes damaged ones, and the campaign sees them."""
+    """An engine that does not check that rows arrived writes damaged ones, and the campaign detects them."""
     for module in (tasks, leaves):
         monkeypatch.setattr(module, "check_conserved", lambda *args: None)
     with pytest.raises(AssertionError, match="NOT the shuffle"):
@@ -175,7 +175,7 @@ def test_control_a_run_that_does_not_clear_away(states, monkeypatch):
 
 
 def test_records_of_other_kinds_are_not_taken_for_the_claim(states):
-    """A receipt is sealed as well as run.json is, and is none."""
+    """A receipt has a valid seal, but it is not a run.json."""
     states.restore(4)
     shutil.copy(states.scratch / "level2/receipts/0.json", states.dst / "_actshuffle/run.json")
     with pytest.raises(FormatError, match="--overwrite"):
@@ -184,7 +184,7 @@ def test_records_of_other_kinds_are_not_taken_for_the_claim(states):
 
 @pytest.mark.parametrize("table", ["runs", "sums"])
 def test_tables_of_other_buckets_and_runs_are_not_believed(table, states):
-    """They are well-formed, and would have rows looked for where there are none."""
+    """Such tables are well-formed, but point to places without rows."""
     for other in ("swapped", "stale"):
         states.restore(4)
         paths = [states.scratch / f"level2/{table}/c.{n}.0.0" for n in (2, 3)]
@@ -212,7 +212,7 @@ def test_harm_to_a_half_done_run_by_the_hundred(how, block, states):
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_flipped_bit_in_any_column_of_the_spill_is_found_and_named(level, states):
-    """Keys, source rows and each field: the run says which block, and makes it again."""
+    """Damage to keys, source rows and each field: the run names the block, and redoes it."""
     for seed in range(12):
         states.restore(1 if level == 1 else 3)
         path = states.scratch / f"level{level}/blocks/c.{seed % 3}.0"
@@ -248,10 +248,10 @@ def harm_source(dice: random.Random, src: Path, how: str) -> None:
 
 
 def source_campaign(states: States, how: str, seeds: range, folder: Path) -> None:
-    """The source is harmed while a run is half done.
+    """The source is damaged while a run is half done.
 
-    A change of size or metadata is refused.  One that changes neither is taken for the source that it
-    now is: the output is its shuffle, or, if rows were read before, verify says that it is not.
+    The run refuses a change of size or metadata.  A change of neither goes unnoticed: the output is the
+    shuffle of the changed source, or, if rows were read before, verify rejects it.
     """
     for seed in seeds:
         dice = random.Random(seed)

@@ -1,4 +1,4 @@
-"""The engine against the oracle: every order equally often, the same bytes however a run is cut."""
+"""The engine against the oracle: every order is equally likely, and every cut of a run gives the same bytes."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from support.stores import SOURCES, STRUCT, array, files, group, opened, rows_of
 
 
 def order_counts(n, orders):
-    """How often each of the n! orders occurs."""
+    """The number of occurrences of each of the n! orders."""
     seen = Counter(map(tuple, orders))
     assert all(sorted(found) == list(range(n)) for found in seen)
     return [seen[o] for o in itertools.permutations(range(n))]
 
 
 def two_sided_p(counts):
-    """Both too uneven and too even are unlikely."""
+    """Counts that are too uneven fail, and so do counts that are too even."""
     statistic, df = stats.chisquare(counts).statistic, len(counts) - 1
     return min(1, 2 * min(stats.chi2.cdf(statistic, df), stats.chi2.sf(statistic, df)))
 
@@ -170,7 +170,7 @@ def cut(name):
 
 @pytest.fixture(scope="module")
 def reference(source, tmp_path_factory):
-    """One level, in this process: the output that all others must equal."""
+    """The output of a run with one level, in this process, which all others must equal."""
     dst = tmp_path_factory.mktemp("engine") / "one.zarr"
     run(source, dst, **cut("one"))
     assert_is_oracle(source, dst)
@@ -178,10 +178,10 @@ def reference(source, tmp_path_factory):
 
 
 def assert_same_bytes(dst, reference):
-    """The same values everywhere, and file by file the same bytes where the chunks are cut the same.
+    """All values are the same, and so are the bytes of every file whose chunks are cut the same way.
 
-    The chunks of the widest array are as long as was asked for; narrower arrays have longer ones, some
-    number of times as long that divides a leaf, so that depends on how the run was cut.
+    The chunks of the widest array have the requested length; narrower arrays have longer ones, by a factor
+    that divides a leaf and so depends on the cut of the run.
     """
     (_, arrays), (_, expected) = opened(dst), opened(reference)
     assert arrays.keys() == expected.keys()
@@ -217,7 +217,7 @@ def test_cut_any_way_serial(source, reference, tmp_path, name):
 
 
 def looks(monkeypatch, forget=None):
-    """Blocks are read and looked at a few rows at a time; returns how many rows each look adds up."""
+    """Make blocks be read and looked at a few rows at a time; returns the number of rows of each look."""
     seen, add = [], tasks.add_to_groups
 
     def noted(sums, hashes, group):
@@ -248,7 +248,7 @@ def test_rows_that_were_not_looked_at_stop_the_run(source, tmp_path, monkeypatch
 
 
 def readers(monkeypatch, losing=False):
-    """Has every read go by two threads; returns the names of those that read, and can have one lose bytes."""
+    """Make two threads do every read; returns the names of those that read, and can have one lose bytes."""
     seen, read = set(), LocalObjects._read
 
     def noted(self, key, extents, file):

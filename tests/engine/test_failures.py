@@ -1,4 +1,4 @@
-"""Whatever dies, and whenever: run it again, and the bytes are those of a run that nothing happened to."""
+"""Whatever dies, and whenever: a second run completes, with the bytes of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -347,7 +347,7 @@ def test_failing_at_every_operation(kind, plan, tiny, dst):
 
 
 def test_control_an_engine_that_says_too_early_that_it_is_done(tiny, dst, monkeypatch):
-    """Its half-done stores are taken for whole, and the walk through all operations sees that."""
+    """Its half-done stores pass for complete ones, and the walk through all operations detects that."""
     from actshuffle.engine import manifest
     from actshuffle.engine import run as runs
 
@@ -366,7 +366,7 @@ def test_control_an_engine_that_says_too_early_that_it_is_done(tiny, dst, monkey
 
 
 def test_killed_process_at_every_tenth_operation(tiny, dst, told):
-    """The same with real deaths: nothing is tidied up on the way out."""
+    """The same with real kills: no handler cleans up."""
     operations = _operations(tiny, dst, **TINY)
     for operation in operations[::10]:
         fault = (f"{operation.name} {operation.key}", "kill")
@@ -405,8 +405,8 @@ def test_write_fails_at_every_write(kind, error, tiny, dst):
 def _kill_at_random(who, count, src, tmp_path, seed, broken=None):
     """Kill one process of a cluster while a run is under way, at a random time, resume, check; and again.
 
-    Every second run keeps some of its spill in memory.  Kills that came before a run had begun or when it
-    was over are checked as well, and not counted.
+    Every second run keeps some of its spill in memory.  Kills before the start or after the end of a run are
+    checked as well, but not counted.
     """
     dice = random.Random(seed)
     told = tmp_path / "told.json"
@@ -480,7 +480,7 @@ def test_kills_at_random_by_the_hundred(who, count, block, src, tmp_path):
     ],
 )
 def test_control_kills_at_random_of_an_engine(who, broken, src, tmp_path):
-    """An engine that cannot be killed with impunity does not get through."""
+    """An engine that does not survive kills fails the campaign."""
     with pytest.raises(AssertionError, match=r"absent|cannot be opened|FormatError"):
         _kill_at_random(who, 20, src, tmp_path, seed=2, broken=broken)
     for dst in tmp_path.glob("dst*.zarr"):
@@ -495,7 +495,7 @@ def _in_memory(dst):
 
 
 class _Haunted(Serial):
-    """Runs a third of the tasks again, some calls later."""
+    """An executor that runs a third of the tasks again, some calls later."""
 
     def __init__(self, delay):
         self.dice, self.delay, self.owed, self.came = random.Random(3), delay, [], 0
@@ -522,7 +522,7 @@ def test_zombie_tasks_during_the_run(delay, src, dst):
 
 @pytest.mark.parametrize("task", [Task("split", 1, 2), Task("split", 2, 3), Task("leaf", 3, 1)])
 def test_zombie_finishes_after_the_run(task, src, dst):
-    """It writes what is there already, or nothing that a reader looks at."""
+    """The late task writes the bytes that are there already, or none that a reader looks at."""
     job = prepared(src, dst, SEED, **PLAN)
     serial_run(src, dst, SEED, **PLAN)
     with pytest.raises(ActshuffleError):  # scratch is gone, and with it what it reads
@@ -536,7 +536,7 @@ def test_zombie_finishes_after_the_run(task, src, dst):
 
 
 def test_zombie_leaf_begins_while_a_run_is_cleared_away(src, dst):
-    """It was done before; whenever it looks, it finds that it was, or nothing to work on."""
+    """The task was done before; at any moment it finds its receipt, or no input."""
     job = prepared(src, dst, SEED, **PLAN)
     zombie = Task("leaf", 3, 1)
 
@@ -676,7 +676,7 @@ def test_finished_store_is_not_overwritten_unless_asked(src, dst):
 
 
 def test_the_same_request_on_a_finished_store_writes_nothing(src, dst):
-    """As a scheduler gives it that requeues a run killed between its marker and its exit."""
+    """A scheduler may requeue a run that was killed between its marker and its exit."""
     first = serial_run(src, dst, SEED, **PLAN)
     before, log = _files(dst), Faults()
     for settings in ({"seed": SEED, **PLAN}, {**PLAN}, {"seed": SEED}, {}):
@@ -697,7 +697,7 @@ def test_finished_store_is_overwritten_if_asked(src, dst):
 
 @pytest.mark.parametrize("number", range(14))
 def test_killed_while_overwriting(number, src, dst):
-    """What is left of the old store is never taken for a whole one."""
+    """The remains of the old store never pass for a complete one."""
     serial_run(src, dst, 6, **PLAN)
     new_process()
     log = Faults()
@@ -885,7 +885,7 @@ def test_own_errors_are_not_tried_again():
     calls = []
 
     class Client:
-        """As much of a client as the executor needs."""
+        """The part of a client that the executor needs."""
 
         dashboard_link, status = "", "running"
 
@@ -902,7 +902,7 @@ def test_own_errors_are_not_tried_again():
 
 
 def test_results_that_die_with_their_worker_are_made_again(tmp_path, monkeypatch):
-    """Finished, says Dask, and by the time that one looks what was finished is gone."""
+    """Dask reports a future as finished, and its result is lost before the driver fetches it."""
     import distributed
 
     class Late(distributed.as_completed):

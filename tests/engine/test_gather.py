@@ -1,4 +1,4 @@
-"""One pass from the page cache: the same output, no spill, and refused where it cannot be."""
+"""One pass from the page cache: the same output without spill, and a refusal where that is impossible."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_the_source_comes_into_the_page_cache_first(src: Path, tmp_path: Path) -
 
 
 def cached(path: Path) -> bool:
-    """Is the last byte of a file in the page cache?"""
+    """True if the last byte of a file is in the page cache."""
     with path.open("rb", buffering=0) as file:
         try:
             return os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size - 1, os.RWF_NOWAIT) == 1
@@ -203,7 +203,7 @@ def cached(path: Path) -> bool:
 
 @pytest.mark.parametrize("bits", [(64, 64), (7, 64), (3, 2), (0, 0)])
 def test_rows_of_leaves_are_the_order_cut_into_pieces(bits: tuple[int, int]) -> None:
-    """Also where keys are equal across a cut."""
+    """The same holds where keys are equal across a cut."""
     keys, n, size = Keys(4, *bits), 1000, 130
     every = np.arange(n, dtype=np.uint64)
     order = np.lexsort((every, keys.lo_at(every), keys.hi(0, n)))
@@ -223,7 +223,7 @@ def test_rows_of_leaves_are_the_order_cut_into_pieces(bits: tuple[int, int]) -> 
 def test_control_rows_that_are_read_wrong_end_the_run(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A column that is changed between where it was read and where it is written."""
+    """A column changes between its read and its write."""
     hashes = tasks.Columns.hashes
 
     def late(self: Any, *args: Any) -> Any:
@@ -238,7 +238,7 @@ def test_control_rows_that_are_read_wrong_end_the_run(
 def test_control_rows_that_are_taken_twice_end_the_run(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And as many others never."""
+    """As many other rows are never taken."""
     find = gather.find_rows
 
     def again(keys: Keys, bounds: Any, leaf: int, *rest: Any) -> None:
@@ -253,7 +253,7 @@ def test_control_rows_that_are_taken_twice_end_the_run(
 def test_control_wide_rows_that_are_read_wrong_are_seen_by_verify(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is nothing to compare them with while they are moved."""
+    """While they move, there is nothing to compare them with."""
     read = gather.read_rows
     monkeypatch.setattr(gather, "read_rows", lambda source, field, rows, out: read(source, field, rows[::-1], out))
     shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", **SHAPE)
@@ -322,7 +322,7 @@ def test_a_file_that_ends_early_is_told(src: Path, tmp_path: Path) -> None:
 
 
 def test_rows_from_an_object_store_are_a_request_each() -> None:
-    """Which `gather` refuses; the places' interface has it all the same."""
+    """`gather` refuses object stores, but the interface of places supports such reads."""
     data = np.random.default_rng(0).integers(0, 256, 1000).astype(np.uint8)
     objects = open_objects(as_place("memory://rows"))
     objects.put("k", data.data)

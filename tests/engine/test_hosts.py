@@ -1,7 +1,7 @@
-"""As on several machines: the commands of Dask and of actshuffle, each process with folders of its own.
+"""Several machines in miniature: the commands of Dask and of actshuffle, each process with separate folders.
 
-Scheduler, workers and driver share the store's path, as on a shared filesystem, and nothing else: they have
-other home, working, temporary and Dask directories.
+Scheduler, workers and driver share only the store's path, as on a shared filesystem: their home, working,
+temporary and Dask directories differ.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def test_workers_of_several_hosts_come_and_go(tmp_path):
 
 
 def test_killed_driver_resumes_on_another_cluster(tmp_path):
-    """The driver's host dies in mid-run; from another host, on another cluster, the run goes on."""
+    """The driver's host dies in mid-run; the run resumes from another host, on another cluster."""
     shared = tmp_path / "shared"
     shared.mkdir()
     src, dst = source(shared / "src.zarr", ROWS), shared / "dst.zarr"

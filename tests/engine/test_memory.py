@@ -1,4 +1,4 @@
-"""Measured: a worker's peak, beyond its idle footprint, stays within what the plan promises."""
+"""The measured peak of a worker, beyond its idle footprint, stays within the bound of the plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MB = 1_000_000
 
 
 def status(name: str) -> int:
-    """A size from this process's status, bytes."""
+    """A size from this process's status, in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 
@@ -32,7 +32,7 @@ def forget_peak() -> None:
 
 
 def make_source(path: Path, nbytes: int, row_bytes: int, kind: str, chunk_bytes: int) -> None:
-    """Rows of half-random bytes, so that a codec has something to do and not nothing left."""
+    """Rows of half-random bytes, so that a codec compresses them, but not to nothing."""
     chunk, n = max(1, chunk_bytes // row_bytes), nbytes // row_bytes
     settings = {
         "raw": {"chunks": (chunk, row_bytes)},
@@ -56,7 +56,7 @@ def make_source(path: Path, nbytes: int, row_bytes: int, kind: str, chunk_bytes:
 
 
 class Hog:
-    """A progress display that takes memory of its own once the run has begun."""
+    """A progress display that allocates memory once the run has begun."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes, self.taken = nbytes, np.zeros(0, np.uint8)
@@ -71,14 +71,14 @@ class Hog:
 
 
 def load_all(src: str) -> None:
-    """Everything that a run imports, and a look at the source."""
+    """Import everything that a run imports, and look at the source."""
     import numpy.random  # noqa: F401
 
     zarr.open_array(src, mode="r")[:1]
 
 
 def probe(src: str, dst: str, hog: int = 0, **settings: object) -> dict[str, object]:
-    """A run in this process, and its peak beyond what was there when all was loaded and the source open."""
+    """Run in this process; returns the peak beyond the memory held when the code was loaded and the source open."""
     load_all(src)
     idle = status("VmRSS")
     forget_peak()
@@ -94,7 +94,7 @@ def probe(src: str, dst: str, hog: int = 0, **settings: object) -> dict[str, obj
 
 
 def measured(src: Path, dst: Path, **settings: object) -> dict[str, object]:
-    """`probe` in a process of its own."""
+    """Run `probe` in a separate process."""
     command = [sys.executable, __file__, str(src), str(dst), json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -124,7 +124,7 @@ def assert_within(found: dict[str, object], levels: int, at_least: float) -> Non
 
 
 # Row bytes, kind of source, levels, memory in MB.  The least share of the memory that must be put to use
-# is lower where chunks are decoded: what is set aside for the worst of them is seldom needed.
+# is lower where chunks are decoded: the memory set aside for the worst of them is seldom needed.
 SERIAL = [
     (64, "raw", 2, 48, 0.7),
     (64, "zstd", 3, 96, 0.5),
@@ -177,7 +177,7 @@ def test_serial_run_in_one_level_keeps_to_its_memory(big_source, tmp_path):
 
 @pytest.mark.parametrize("row_bytes", [64, 1024, 16384])
 def test_serial_run_that_gathers_keeps_to_its_memory(big_source, tmp_path, row_bytes):
-    """What lies in the page cache is the system's, and is not counted; rows are read where they are written from."""
+    """The page cache belongs to the system and is not counted; rows are read into the buffer that is written."""
     src = big_source(row_bytes, "raw")
     assert_within(measured(src, tmp_path / "dst", memory=64 * MB, gather=True), 1, 0.2)
 

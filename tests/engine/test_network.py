@@ -1,4 +1,4 @@
-"""Our own cluster is nobody else's business: it listens on loopback alone."""
+"""The local cluster is private: it listens on loopback only."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_tls_with_the_right_and_the_wrong_authority(tmp_path):
 
 @pytest.mark.parametrize("authority", ["right", "wrong"])
 def test_command_line_with_certificates_configured_the_dask_way(authority, tmp_path):
-    """The wrong authority is an error, not a run that nobody checked."""
+    """The wrong authority is an error, not an unchecked run."""
     import dask
     from click.testing import CliRunner
     from distributed import Security

@@ -1,4 +1,4 @@
-"""One table of knobs: text is read once, each value has its domain, and run.json gives back the same request."""
+"""One table of knobs: text is parsed once, each value has its domain, and run.json returns the same request."""
 
 from __future__ import annotations
 

@@ -46,13 +46,13 @@ def test_stories_gather_too():
 
 
 def test_a_claim_torn_at_the_last_is_begun_again(tmp_path):
-    """The user is told to give --overwrite as late as in the last attempt."""
+    """The error asks for --overwrite as late as in the last attempt."""
     assert len(simulate(10433, tmp_path, rate=0.1).attempts) == 10
 
 
 @pytest.mark.parametrize("seed", range(1000, 1010))
 def test_a_store_that_lies_is_caught(seed, tmp_path):
-    """Or does no harm: half an object that is written again later, say."""
+    """Some damage is harmless: half an object that is written again later, say."""
     simulate(seed, tmp_path, kinds=KINDS, rate=0.05)
 
 
@@ -100,8 +100,8 @@ def test_seeds_meet_every_kind_of_fault(tmp_path):
 
 
 def test_control_receipts_are_believed(tmp_path, monkeypatch):
-    """An engine that does not look at the objects that a receipt speaks of loses rows when power fails,
-    and the simulator says under which seed."""
+    """An engine that does not look at the objects that a receipt names loses rows when power fails, and
+    the simulator names the seed."""
     from actshuffle.engine import tasks
     from actshuffle.jobs.receipts import read_receipt
 
@@ -112,7 +112,7 @@ def test_control_receipts_are_believed(tmp_path, monkeypatch):
 
 
 def test_control_no_claim(tmp_path, monkeypatch):
-    """An engine that does not write down what it was asked for cannot go on."""
+    """An engine that does not record its request cannot resume."""
     from actshuffle.engine import manifest
 
     monkeypatch.setattr(manifest, "write_run", lambda job: None)
@@ -122,7 +122,7 @@ def test_control_no_claim(tmp_path, monkeypatch):
 
 
 def test_control_marker_first(tmp_path, monkeypatch):
-    """An engine that says "done" too early leaves a store that is not."""
+    """An engine that reports completion too early leaves an incomplete store."""
     from actshuffle.engine import manifest
     from actshuffle.engine import run as runs
 

@@ -1,4 +1,4 @@
-"""Spill that stays in memory: the same output, fewer bytes to disk, and nothing taken on trust."""
+"""Spill that stays in memory: the same output, fewer bytes to disk, and every block checked."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folder_of(dst: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path) -> Iterator[None]:
-    """Other tests may be at work there at the same time."""
+    """Other tests may use that file system at the same time."""
     yield
     folder = folder_of(tmp_path / "d.zarr")
     left = list(folder.rglob("*")) if folder.exists() else None

@@ -1,4 +1,4 @@
-"""Every form in which people keep text gives the same documents, and what is not text is refused by its name."""
+"""Every form of text file gives the same documents, and a file that is not text is refused by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TSV = re.sub(r"^(id|\d),", "\\1\t", CSV, flags=re.MULTILINE)
 
 
 def zstd(data: bytes) -> bytes:
-    """Two frames, with one between them that is to be skipped."""
+    """Two frames, with a skippable frame between them."""
     codec, half = pa.Codec("zstd"), len(data) // 2
     skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"
     return bytes(codec.compress(data[:half])) + skipped + bytes(codec.compress(data[half:]))

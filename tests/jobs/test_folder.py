@@ -1,4 +1,4 @@
-"""Jobs of other packages' tasks, by the example job: any executor, any kill, the same bytes."""
+"""Jobs with the tasks of other packages, on the example job: any executor, any kill, the same bytes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_check_sees_a_wrong_count(store, tmp_path):
 
 
 class On:
-    """A schedule of faults by the number of the operation on one folder: the store that is read is left alone."""
+    """A schedule of faults by the number of the operation on one folder; the source store is left alone."""
 
     def __init__(self, folder: Path, faults: dict[int, str]) -> None:
         self.folder, self.faults, self.count = str(folder), faults, 0
@@ -88,7 +88,7 @@ class On:
 
 
 def operations(store: Path, out: Path) -> int:
-    """How many operations on the folder a whole run makes."""
+    """The number of operations that a whole run makes on the folder."""
     schedule = On(out, {})
     with Faults(schedule):
         run(store, out)
@@ -192,7 +192,7 @@ def test_receipts_of_another_job_do_not_count(store, tmp_path):
 
 
 def test_control_receipts_that_are_believed_lose_rows(store, tmp_path):
-    """A step that does not look for its data takes a receipt for it, and the rows are missed at the end."""
+    """A step that does not look for its data trusts its receipt, and the check at the end misses the rows."""
     out = half_done(store, tmp_path / "out")
     (out / "counts/4.npy").unlink()
     job = json.loads((out / "job.json").read_bytes())["body"]

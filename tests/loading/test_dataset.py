@@ -1,4 +1,4 @@
-"""Datasets: what is read is what is stored, from every kind of store; views; refusals."""
+"""Datasets: reads return the stored rows, from every kind of store; views; refusals."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def test_a_store_that_is_not_on_disk(tmp_path: Path) -> None:
 
 
 def test_is_cached_looks_at_the_row_that_is_asked_for(tmp_path: Path) -> None:
-    """Of a view, in the store that has it."""
+    """The damage is to a view, in the store that holds it."""
     parent = collection(tmp_path / "p", 200)
     view = write_view(tmp_path / "v", parent, 100, 200)
     name = next(iter(view.fields))

@@ -1,4 +1,4 @@
-"""The loader: every row once, in a known order, wherever it stops and on however many ranks it goes on."""
+"""The loader: every row once, in a known order, wherever it stops and on however many ranks it resumes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, as it was made."""
+    """The same store in the order in which it was made."""
     return collection(tmp_path_factory.mktemp("loader") / "c", 1003)
 
 
@@ -237,7 +237,7 @@ def test_resumes_bitwise_at_100_random_stops_on_changing_ranks(store: Path, buff
 
 
 def test_a_cursor_one_row_off_is_noticed(store: Path) -> None:
-    """The control of the test above: it would fail."""
+    """Negative control of the test above."""
     loader, other = Loader(store, 53), Loader(store, 53)
     batches = iter(loader)
     next(batches)
@@ -336,7 +336,7 @@ def test_a_batch_stays_as_it_is_for_as_long_as_it_is_held(store: Path, monkeypat
 def test_blocks_are_small_where_all_comes_from_the_page_cache(
     kind: str, cached: bool, batches: int, sources: Callable[[str, int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not from a disk, nor of what must be decoded."""
+    """They are not views if the rows come from a disk or must be decoded."""
     dataset = open_dataset(path := sources(kind, N), incomplete=True)
     size = 10 * dataset.row_bytes
     monkeypatch.setattr("actshuffle.loading.loader.CACHED_BLOCK_BYTES", 2 * size)
@@ -603,7 +603,7 @@ def test_a_data_loader_goes_on_from_a_loaders_state(store: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_protocol_of_stateful_data_loaders(store: Path, workers: int) -> None:
-    """As torchdata drives it: one state per worker, saved after any batch, given back to as many."""
+    """The loader under torchdata: one state per worker, saved after any batch, restored to as many workers."""
     pytest.importorskip("torch")
     reference = list(Loader(store, 90, epochs=2))
     for stop in (0, 1, 5, 12, 13, 24):

@@ -1,4 +1,4 @@
-"""Boundaries are the keys at exact ranks, however few bits tell keys apart, in however many rounds."""
+"""Boundaries are the keys at exact ranks, however few bits distinguish keys, and however many rounds it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conservation digest: blind to order, and to nothing else."""
+"""The conservation digest ignores the order of rows, and detects every other change."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_any_change_within_rows_shows(width, data):
     rows, numbers = rows_of_width(width)
     row_hash = RowHash(data.draw(st.integers(0, 2**64)), data.draw(st.integers(0, 5)), width)
     before = row_hash.total(rows, numbers)
-    # Bits flipped in the same places of several words is what multilinear hashes are weak at.
+    # Bits flipped in the same places of several words are the weak spot of multilinear hashes.
     mask = data.draw(st.binary(min_size=width, max_size=width))
     which = data.draw(st.sets(st.integers(0, 8), min_size=1))
     rows[list(which)] ^= np.frombuffer(mask, np.uint8)

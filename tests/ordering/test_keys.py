@@ -1,4 +1,4 @@
-"""The permutation: two independent ways to the same words, numpy's own, and the published values."""
+"""The permutation: two independent implementations agree with each other, with numpy, and with published values."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ words = st.sampled_from([0, 1, 2, 3, 2**16, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 
 @settings(deadline=None, max_examples=300)
 @given(hi=st.lists(st.one_of(words, st.integers(0, 2**64 - 1)), max_size=40), low=words)
 def test_key_order_over_any_range_of_hi(hi, low):
-    # Ranges narrow and wide, at both ends of the words: what the leading digits must be cut from.
+    # Ranges narrow and wide, at both ends of the words, from which the leading digits must be cut.
     keys, rows = Keys(1), np.arange(len(hi), dtype=np.uint64)
     hi = np.array([h // 2**20 + low // 2 if low else h for h in hi], np.uint64)
     found = key_order(keys, hi, rows)

@@ -1,4 +1,4 @@
-"""The cost of a plan on many hosts: cases worked out by hand, conservation, and what must not change."""
+"""The cost of a plan on many hosts: cases worked out by hand, conservation, and invariants."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FREE = {"latency": 0.0, "overhead": 0.0, "dispatch": 0.0, "jitter": 0.0}
 
 
 def play(stage, grain=0, seed=0, **cluster):
-    """One stage by itself."""
+    """The outcome of a single stage."""
     rng = np.random.default_rng(seed)
     return simulate._Playing(stage, Cluster(**(FREE | cluster)), rng, grain).play()
 
@@ -71,7 +71,7 @@ def test_stage_by_hand(stage, cluster, seconds, limit):
 
 
 def test_sharing_by_hand():
-    """One reads 30 bytes, one 10, at 10 a second together: the short one is done at 2, the long one at 4."""
+    """One task reads 30 bytes, one 10, at 10 a second together: the short one is done at 2 s, the long one at 4 s."""
     stage = Stage("", 2, read=40.0, rows=np.array([3, 1]))
     found = play(stage, hosts=1, workers_per_host=2, network=10.0)
     assert (found.seconds, found.tail) == (pytest.approx(4.0), pytest.approx(2.0))
@@ -185,7 +185,7 @@ def test_turns_of_many_tasks_change_little():
 
 
 def test_check_sees_a_lost_task(monkeypatch):
-    """Negative control: a simulation that forgets what a dead host did must not go unnoticed."""
+    """Negative control: a simulation that forgets the tasks of a dead host must not go unnoticed."""
     plan, cluster = small_plan(10**11), Cluster(hosts=4, workers_per_host=4, mtbf=300.0)
 
     def forget(self, tasks):

@@ -134,7 +134,7 @@ def test_shards_only_where_objects_are_many():
 
 
 def check_tree(plan):
-    """Every rank is in exactly one leaf, children nest, blocks cover parents, and all keeps its bounds."""
+    """Every rank is in exactly one leaf, children nest, blocks cover parents, and everything stays within bounds."""
     leaf_depth, run = plan.levels - 1, max(plan.run_bytes, plan.row_bytes)
     assert plan.leaf_rows % plan.object_rows == 0
     assert plan.object_rows % plan.chunk_rows == 0

@@ -131,7 +131,7 @@ def description(folder: Path) -> dict[str, Section]:
 
 
 def differences(frozen: dict[str, Section], found: dict[str, Section]) -> list[str]:
-    """A line for each frozen item that is gone or changed."""
+    """A line for each frozen item that is missing or changed."""
     return [
         f"{section}: {item} was {text!r}, is {found[section].get(item, 'gone')!r}"
         for section, items in frozen.items()

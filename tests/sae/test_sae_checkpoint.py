@@ -1,4 +1,4 @@
-"""Resuming, and dying at every moment of a save."""
+"""Runs resume, and survive a death at every moment of a save."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support.sae import ARCHS, MemoryCursor, MemorySource, Planted, one_rank, ru
 
 
 class Stopping(MemorySource):
-    """A source that asks its own process to stop when it hands out batch number `after`."""
+    """A source that asks its process to stop when it hands out batch number `after`."""
 
     def __init__(self, data: Planted, after: int = -1) -> None:
         super().__init__(data.rows, data.documents)
@@ -189,7 +189,7 @@ def saving(mesh: Mesh, folder: Path) -> tuple[Model, Optimizer]:
 
 
 def careless_save(run: Path, model: Model, optimizer: Optimizer, number: int, cursor: dict[str, Any]) -> None:
-    """How not to do it: in place, state first.  For the negative control."""
+    """A wrong save for the negative control: it writes in place, the state first."""
     target = checkpoint.step_folder(run, number)
     target.mkdir(parents=True)
     held = checkpoint._held(model, optimizer, True)

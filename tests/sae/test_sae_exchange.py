@@ -32,7 +32,7 @@ def peer(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, dict[str, torch.Tensor]]:
-    """A run of each variant, raw rows far from zero, and what the sharded models make of them."""
+    """A run of each variant, raw rows far from zero, and the outputs of the sharded models on them."""
     data, folder, out = Planted.make(2048, 16, 24), tmp_path_factory.mktemp("runs"), {}
     data.rows = data.rows * 7 + 3
     with one_rank() as mesh:

@@ -33,7 +33,7 @@ LAYOUTS = {"2 tp": (2, 2), "4 tp": (4, 4), "2 x 2": (4, 2), "2 dp": (2, 1)}
 
 
 def session(rank: int, folder: Path, layout: str, tensor_parallel: int) -> None:
-    """All that one layout is asked to do, in one set of processes."""
+    """All the work of one layout, in one set of processes."""
     mesh = Mesh.start("cpu", tensor_parallel)
     for arch in ARCHS:
         train(mesh, folder, layout, arch)
@@ -49,7 +49,7 @@ def session(rank: int, folder: Path, layout: str, tensor_parallel: int) -> None:
 
 
 def train(mesh: Mesh, folder: Path, name: str, arch: str) -> None:
-    """20 steps of a variant; what each step gave goes to a file of this rank."""
+    """Train a variant for 20 steps; the results of each step go to a file of this rank."""
     data = Planted.make(2048, 16, 24)
     model = VARIANTS[arch](small(arch), norm_of(data.rows), mesh)
     model.initialise(model.norm(data.rows[:256]))
@@ -144,7 +144,7 @@ def assert_same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder with what a layout gave; each runs once."""
+    """The folder with the results of a layout; each layout runs once."""
     folder = tmp_path_factory.mktemp("ranks")
     session(0, folder, "one", 0)
     done = {"one"}

@@ -234,7 +234,7 @@ def killed_often(rank: int, store: Path, folder: Path, kills: int, seed: int, ou
     rng, at, done, cut, repeated, damaged = random.Random(seed), 0, 0, 0, 0, 0
     inside = folder / "checkpoints"
     while cut < kills:
-        # What the last save left stays for the next one to clear, but must not be mistaken for its work.
+        # The leftovers of the last save stay for the next one to clear, but must not be mistaken for its work.
         for left in inside.glob(".*step-*"):
             left.rename(left.with_name(f".{done}{left.name}"))
         pid, due = begin(), at + rng.randint(1, 2)

@@ -1,4 +1,4 @@
-"""Whole runs on rows in memory: planted dictionaries are found, sweeps are what single runs are, NaNs are named."""
+"""Whole runs on rows in memory: they find planted dictionaries, sweeps equal single runs, NaNs are named."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_sweep_is_what_its_runs_are_alone(tmp_path: Path) -> None:
 
 
 class Halved(TopK):
-    """A variant that no file knows: topk with half of the k latents."""
+    """A variant without a file in the package: topk with half of the k latents."""
 
     name = activation = "halved"
 

@@ -1,4 +1,4 @@
-"""Objects are there whole or not at all, stay under their root, and fail with errors that say what to do."""
+"""Objects are complete or absent, stay under their root, and fail with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ def test_every_object_is_durable_before_it_has_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("shift", [0, 1, 64])
 @pytest.mark.parametrize("fsync", [True, False])
 def test_objects_of_any_size_from_memory_of_any_alignment(tmp_path, size, shift, fsync):
-    # Large durable ones go past the page cache, which wants whole pages from aligned memory.
+    # Large durable writes bypass the page cache, which requires whole pages of aligned memory.
     memory = arena().reset(size + 8192)
     data = memory.take((size + 4096,))[shift : shift + size]
     data[:] = np.random.default_rng(size).integers(0, 256, size, np.uint8)
@@ -372,7 +372,7 @@ def test_disk_errors_are_typed_and_leave_nothing(tmp_path, monkeypatch, call, nu
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A file system of 1 MB, where this process may mount one."""
+    """A file system of 1 MB, if this process may mount one."""
     folder = tmp_path / "tiny"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
@@ -400,7 +400,7 @@ def test_run_on_a_disk_that_fills_resumes_when_there_is_room(tiny_disk, tmp_path
     settings = {"seed": 5, "levels": 2, "block_bytes": 20_000, "run_bytes": 1, "chunk_rows": 50}
 
     class FillsUp:
-        """Someone else takes the disk once the run is in its first level."""
+        """Another program fills the disk once the run is in its first level."""
 
         def begin(self, stage, tasks, nbytes):
             if stage.startswith("level 1"):

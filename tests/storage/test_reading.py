@@ -1,4 +1,4 @@
-"""Reading files: every way gives the bytes that are there, and the right way is taken."""
+"""Reading files: every way returns the bytes of the file, and the right way is chosen."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Calls:
-    """Stands before os.preadv: where it was asked for what, and answers in its stead where told to."""
+    """A stand-in for os.preadv: records the place of each read, and answers in its stead where set to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **refused: int) -> None:
         self.seen: list[str] = []
@@ -108,7 +108,7 @@ def test_what_is_not_cached_bypasses_it(file: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_system_does_not_read_ahead_beside_us(tmp_path: Path) -> None:
-    """Asking the cache for all has it read up to 8 MiB: twice the bytes from the disk."""
+    """A request to the cache for the whole makes it read up to 8 MiB: twice the bytes from the disk."""
     path = tmp_path / "f"
     path.write_bytes(whole := random.Random(0).randbytes(4 * reading.PIECE))
     evict(path)

@@ -238,7 +238,7 @@ def test_some_requests_fail_or_dawdle(what, endpoint, bucket, local, tmp_path):
     ],
 )
 def test_all_requests_fail_from_some_time_on(what, method, endpoint, bucket, local, tmp_path):
-    """An outage: a typed error in bounded time, and the run goes on when it is over."""
+    """An outage gives a typed error in bounded time, and the run resumes when it is over."""
     count = [0]
 
     def outage(asked, path):
@@ -347,7 +347,7 @@ def test_missing_and_truncated_chunks(endpoint, bucket, tmp_path):
 
 
 def test_no_secret_is_written_or_logged(endpoint, bucket, tmp_path, caplog):
-    """Not in run.json, receipts or the marker, not in scratch, not in logs, not in errors or their causes."""
+    """Secrets appear neither in run.json, receipts or the marker, nor in scratch, logs, errors or their causes."""
     caplog.set_level(logging.DEBUG, logger="actshuffle")
     src, dst = f"{bucket}/src.zarr", f"{bucket}/dst.zarr"
     jobs, texts = [], []
@@ -378,7 +378,7 @@ def secrets_in(texts):
 
 
 def test_control_secrets_are_seen(endpoint, bucket, caplog):
-    """In an object and in a log, where the test above looks for them."""
+    """They appear in an object and in a log, where the test above looks for them."""
     endpoint.put(f"{bucket}/dst.zarr/run.json", json.dumps(endpoint.options()).encode())
     caplog.set_level(logging.DEBUG, logger="actshuffle")
     logging.getLogger("actshuffle").debug("%s", endpoint.options())

@@ -1,4 +1,4 @@
-"""Executors that die, look on, repeat themselves, or say that they are on another machine."""
+"""Executors that die, watch, repeat tasks, or claim to be on another machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.runs import force
 class Stops(Serial):
     """Dies as a machine does when it has done ``after`` tasks, not counting those that were done before.
 
-    ``seen`` has for each task whether it was done now.
+    ``seen`` holds for each task True if it was done now.
     """
 
     def __init__(self, after: int = -1) -> None:
@@ -61,7 +61,7 @@ class Watched(Serial):
 
 
 class Elsewhere(Serial):
-    """Not certainly on this machine."""
+    """An executor that may run on other machines."""
 
     one_machine = False
 
@@ -79,7 +79,7 @@ class Twice(Executor):
     """An executor that runs a share of the tasks twice, as schedulers do that lose a worker.
 
     ``how`` is "receipt" (the second may meet the receipt of the first), "rewrite" (it writes all bytes
-    again, on a cluster while the first is at it) or "late" (it does so when the level is done).
+    again, on a cluster while the first still runs) or "late" (it does so when the level is done).
     """
 
     inner: Any

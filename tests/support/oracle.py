@@ -1,4 +1,4 @@
-"""The oracle: the output that the keys of a seed and numpy alone say there must be."""
+"""The oracle: the output that follows from the keys of a seed by numpy alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def assert_is_oracle(
     source_row: bool = True,
     **key_bits: int,
 ) -> None:
-    """Every array of ``dst`` is that of ``src`` in the order of the keys, with all that describes it."""
+    """Every array of ``dst`` is that of ``src`` in the order of the keys, with all its metadata."""
     (attributes, before), (found, after) = opened(src), opened(dst)
     before = {k: v for k, v in before.items() if fields is None or k in fields}
     n = next(iter(before.values())).shape[0]

@@ -1,7 +1,7 @@
 """Processes to kill: a driver, a scheduler and workers, each forked from one that has imported everything.
 
-A fresh interpreter takes seconds to import Dask and Zarr, a fork of one that has does not, and campaigns
-need thousands of processes.
+A fresh interpreter takes seconds to import Dask and Zarr; a fork of one that has imported them starts at
+once, and campaigns need thousands of processes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def source(path: Path, rows: int = ROWS) -> Path:
 
 
 def assert_exact(src: Path, dst: Path, seed: int = SEED) -> None:
-    """The exact output, and nothing left beside it."""
+    """Check that the output is exact, and that nothing is left beside it."""
     found = differences(src, dst, seed) + leftovers(dst)
     assert found == [], found
 
@@ -84,7 +84,7 @@ def start(target: Callable[..., Any], *args: Any) -> Any:
 
 
 def ended(process: Any, patience: float = PATIENCE) -> int:
-    """Its exit code, negative for a signal; fails if it is stuck."""
+    """The exit code of a process, negative for a signal; fails if the process is stuck."""
     process.join(patience)
     if process.exitcode is None:
         process.kill()
@@ -100,11 +100,11 @@ def drive(
     fault: Any = None,
     broken: Callable[[], None] | None = None,
 ) -> None:
-    """A driver: run a shuffle, write down how it ended.
+    """A driver: run a shuffle and record its end.
 
-    ``settings`` are arguments of `actshuffle.shuffle`, or ``scheduler``, an address, and ``wait``, how
-    many seconds its return is waited for.  ``fault`` is (pattern, kind) of an operation that is this process's
-    last; ``broken`` breaks its engine.
+    ``settings`` are arguments of `actshuffle.shuffle`, or ``scheduler``, an address, and ``wait``, the
+    number of seconds to wait for its return.  ``fault`` is (pattern, kind) of an operation that is this
+    process's last; ``broken`` breaks its engine.
     """
     _alone(told.with_suffix(".log"))
     import actshuffle
@@ -144,20 +144,20 @@ def drive(
 
 
 def outcome(told: Path) -> dict[str, Any]:
-    """How a driver says that it ended."""
+    """The end of a driver, by its own record."""
     found: dict[str, Any] = json.loads(told.read_text())
     return found
 
 
 def shuffled(told: Path, src: Path, dst: Path, **settings: Any) -> dict[str, Any]:
-    """A driver in a process of its own, from start to end."""
+    """Run a driver in a separate process, from start to end."""
     told.unlink(missing_ok=True)
     ended(start(drive, told, src, dst, settings))
     return outcome(told)
 
 
 def _alone(log: Path) -> None:
-    """In a process group of its own: signals to the tests are not for us, nor ours for them."""
+    """Enter a separate process group, so that signals to the tests do not reach this process, nor the reverse."""
     os.setpgrp()
     # Shells have what they start in the background ignore it, children included.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -187,8 +187,8 @@ def work(
 ) -> None:
     """A Dask worker without a nanny.
 
-    ``fault`` is (pattern, kind) of an operation at which it dies, the first of all workers of a folder
-    to come to it; or, if a ``victim`` is given, at which that process does.  ``broken`` breaks its engine.
+    ``fault`` is (pattern, kind) of an operation at which it dies, if it is the first worker of a folder
+    to reach it; or, if a ``victim`` is given, at which that process dies.  ``broken`` breaks its engine.
     """
     import asyncio
 
@@ -248,7 +248,7 @@ def says_too_early_that_it_is_done() -> None:
 
 
 def takes_what_was_begun_for_done() -> None:
-    """Notes that a task is done before it does it."""
+    """Records a task as done before it is done."""
     inner = tasks.run_task
 
     def hasty(job: Any, task: Any) -> Done:
@@ -293,7 +293,7 @@ class Cluster:
 def dask_cluster(
     folder: Path, workers: int = 2, fault: Any = None, broken: Callable[[], None] | None = None
 ) -> Iterator[Cluster]:
-    """A scheduler with some workers, of which one will have the fault, and all are ``broken``."""
+    """A scheduler with some workers, one of which has the fault, and all of which are ``broken``."""
     folder.mkdir(parents=True, exist_ok=True)
     cluster = Cluster(folder, broken=broken)
     try:

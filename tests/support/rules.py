@@ -69,7 +69,7 @@ def nodes(tree: ast.Module) -> list[ast.AST]:
 
 @cache
 def imports(tree: ast.Module) -> list[str]:
-    """Dotted names of all that is imported, in functions and under TYPE_CHECKING too, ``from a import b`` as a.b."""
+    """Dotted names of all imports, in functions and under TYPE_CHECKING too, ``from a import b`` as a.b."""
     found = []
     for node in nodes(tree):
         if isinstance(node, ast.Import):
@@ -82,7 +82,7 @@ def imports(tree: ast.Module) -> list[str]:
 
 
 def called(node: ast.Call) -> str:
-    """The last part of the name of what is called."""
+    """The last part of the name of the called function."""
     return ast.unparse(node.func).split(".")[-1]
 
 

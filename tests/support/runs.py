@@ -29,6 +29,6 @@ def run(src: Path, dst: Path, executor: Any = None, **request: Any) -> Result:
 
 
 def force(job: Job, task: Task) -> None:
-    """The work of a task, whatever its receipt says: all its bytes are written again."""
+    """Do the work of a task, whatever its receipt says: it writes all its bytes again."""
     body, _ = {"split": tasks.split, "index": tasks.index, "leaf": tasks.leaf}[task.kind](job, task)
     write_receipt(job, task, body)

@@ -1,4 +1,4 @@
-"""An S3 endpoint on loopback (moto's server), behind a proxy that can be unkind."""
+"""An S3 endpoint on loopback (moto's server), behind a proxy that can inject faults."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _free_port() -> int:
 
 @contextmanager
 def serve(folder: Path) -> Iterator[Endpoint]:
-    """An endpoint of our own, gone with the block."""
+    """A private endpoint, which ends with the block."""
     behind = _free_port()
     with (folder / "moto.log").open("wb") as log:
         moto = subprocess.Popen(

@@ -35,7 +35,7 @@ def one_rank() -> Iterator[Mesh]:
 
 
 def run_ranks(world: int, work: Callable[..., None], *args: Any) -> None:
-    """``work(rank, *args)`` in `world` processes that can find each other."""
+    """Run ``work(rank, *args)`` in `world` processes that can find each other."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_child, (world, Path(folder, "meet"), work, args), nprocs=world)  # type: ignore[no-untyped-call]
 
@@ -143,7 +143,7 @@ def reference(
 
 
 class MemoryCursor:
-    """Batches of rows in memory, in an order of each epoch's own; the cursor is the number of steps."""
+    """Batches of rows in memory, in a different order each epoch; the cursor is the number of steps."""
 
     def __init__(self, source: MemorySource, rows: int, config: Config, mesh: Mesh) -> None:
         self.source, self.rows, self.config, self.mesh = source, rows, config, mesh

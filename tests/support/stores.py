@@ -1,4 +1,4 @@
-"""Zarr stores of every kind that the engine takes as a source, and their contents as zarr alone sees them."""
+"""Zarr stores of every kind that the engine accepts as a source, and their contents as zarr alone reads them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = ["?", "i1", "<u2", "<i8", "<f2", "<f4", "<f8", "<c8", "<c16", "<M8[ns]"
 
 
 def values(n: int, shape: tuple[int, ...] = (), dtype: Any = "<f4", seed: int = 7) -> np.ndarray:
-    """``n`` rows of random bits, NaNs of all sorts among them; booleans and letters where it must be."""
+    """``n`` rows of random bits, with NaNs of all kinds; booleans and letters where the data type requires them."""
     rng, dtype = np.random.default_rng(seed), np.dtype(dtype)
     count = n * math.prod(shape)
     if dtype.kind == "b":
@@ -159,7 +159,7 @@ def rows_of(data: np.ndarray) -> np.ndarray:
 
 
 def opened(path: Path | str) -> tuple[dict[str, Any], dict[str, zarr.Array]]:
-    """A store's group attributes and arrays, as zarr alone sees them; a bare array is ``data``."""
+    """A store's group attributes and arrays, as zarr alone reads them; a bare array is ``data``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnstableSpecificationWarning)
         node = zarr.open(str(path), mode="r")
@@ -175,7 +175,7 @@ def files(store: Path) -> dict[str, bytes]:
 
 
 def evict(path: Path) -> None:
-    """Put a file out of the page cache."""
+    """Evict a file from the page cache."""
     with path.open("rb") as held:
         os.fsync(held)
         os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
