@@ -30,6 +30,7 @@ from saetrain.training.launch import launch
 from saetrain.training.train import fit
 
 F = TypeVar("F", bound=Callable[..., Any])
+ZARR = ("zarr.json", ".zgroup", ".zarray")  # files of a folder that is a Zarr store
 SWEPT = ("arch", "d_sae", "k", "lr", "sparsity", "aux_coef")  # settings in which the runs of one sweep may differ
 
 
@@ -126,13 +127,14 @@ def _settings(*, lists: bool) -> Callable[[F], F]:
 
 
 PATH = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, file_okay=False)  # there or not
 LOOK = _options(
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
     click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
 )
 TRAIN = _options(
     click.argument("store", type=PATH),
-    click.option("--out", type=PATH, help="Folder of the run(s).  [default: the store's name with .sae]"),
+    click.option("--out", type=FOLDER, help="Folder of the run(s).  [default: the store's name with .sae]"),
     click.option("--nproc", metavar="N", type=int, default=1, help="Ranks on this machine; torchrun starts them too."),
     click.option("--heldout", type=PATH, help="Store to evaluate on, in place of the tail of STORE."),
 )
@@ -206,7 +208,7 @@ def _sweep(ctx: click.Context, /, store: Path, out: Path | None, **options: Any)
 
 @command_line.command("report")
 @click.argument("runs", type=PATH, nargs=-1, required=True)
-@click.option("--out", type=PATH, help="Folder of the two files.  [default: the first run]")
+@click.option("--out", type=FOLDER, help="Folder of the two files.  [default: the first run]")
 @LOOK
 def _report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Draw and compare RUNS: report.png and report.html.
@@ -225,7 +227,7 @@ def _report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 
 @command_line.command("export")
 @click.argument("run", type=PATH)
-@click.argument("to", type=PATH)
+@click.argument("to", type=FOLDER)
 @click.option(
     "--format",
     type=click.Choice(["saelens", "sparsify"]),
@@ -248,7 +250,7 @@ def _export(run: Path, to: Path, format: str, as_json: bool) -> None:
 
 @command_line.command("import")
 @click.argument("folder", type=PATH)
-@click.argument("run", type=PATH)
+@click.argument("run", type=FOLDER)
 @LOOK
 def _import(folder: Path, run: Path, as_json: bool) -> None:
     """Turn another tool's FOLDER into the new RUN.
@@ -270,6 +272,15 @@ def _beside(store: Path) -> Path:
     return store.with_name(store.name.removesuffix(".zarr") + ".sae")
 
 
+def _refuse_store(out: Path) -> None:
+    """A run inside a Zarr store would become part of it."""
+    for folder in (out, *out.parents):
+        if found := next((name for name in ZARR if (folder / name).exists()), None):
+            raise ConfigError(
+                f"--out {out} would be inside the Zarr store {folder} (it has {found}); name another folder"
+            )
+
+
 def _given(options: dict[str, Any]) -> dict[str, str]:
     """The texts of the settings that were given, taken out of the options of a command."""
     taken = {field.name: options.pop(field.name) for field in fields(Config)}
@@ -286,6 +297,8 @@ def _combinations(out: Path, given: dict[str, str]) -> dict[Path, Config]:
     for choice in itertools.product(*lists.values()):
         picked: dict[str, Any] = {n: parse_field(n, t) for n, t in zip(lists, choice, strict=True)}
         name = "-".join(f"{n}={t}" for n, t in zip(lists, choice, strict=True))
+        if out / name in runs:
+            raise ConfigError(f"the list of a sweep gives {name} twice")
         runs[out / name] = Config(**base, **picked)
     return runs
 
@@ -303,6 +316,8 @@ def _train(
     """Train on this rank, or on `nproc` of them; `document` makes the JSON from the facts of each run."""
     if nproc < 1:
         raise ConfigError(f"--nproc must be 1 or more, got {nproc}")
+    for run in runs:
+        _refuse_store(run)
     if nproc > 1 and RENDEZVOUS not in os.environ:
         ctx.exit(launch(ctx.obj["arguments"], nproc))
     config = next(iter(runs.values()))

@@ -84,7 +84,7 @@ def parse_field(name: str, text: str) -> Any:
     kind = get_type_hints(Config)[name]
     try:
         if kind in (int, float):
-            return int(float(text)) if kind is int and float(text).is_integer() else kind(text)
+            return _integer(text) if kind is int else kind(text)
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if name == "widths":
@@ -93,3 +93,13 @@ def parse_field(name: str, text: str) -> Any:
         due = {int: "an integer", float: "a number", bool: "true or false"}.get(kind, "integers like 64,256")
         raise ConfigError(f"--{name.replace('_', '-')} must be {due}, got {text!r}") from error
     return text
+
+
+def _integer(text: str) -> int:
+    """An integer, also in the form 1e6; all digits of a long one count."""
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise
+        return int(float(text))

@@ -6,6 +6,9 @@ arithmetic on the size of the data, so that a run's config.json leaves nothing t
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
@@ -13,6 +16,14 @@ from saetrain.errors import ConfigError
 
 Arch = str  # a name in `variants.table.VARIANTS`
 Compute = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The values that a setting may have; `words` describes them in a refusal."""
+
+    words: str
+    holds: Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
@@ -103,16 +114,9 @@ class Settings:
     """Checkpoints to keep"""
 
     def __post_init__(self) -> None:
-        if self.compute not in (known := get_args(Compute)):
-            raise ConfigError(f"compute must be one of {', '.join(known)}, got {self.compute!r}")
-        for name in _NEVER_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("k", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if list(self.widths) != sorted(set(self.widths)) or any(w < 1 for w in self.widths):
-            raise ConfigError(f"widths must rise strictly from 1 or more, got {self.widths}")
+        for name, domain in DOMAINS.items():
+            if not domain.holds(value := getattr(self, name)):
+                raise ConfigError(f"{name} must be {domain.words}, got {value!r}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -125,4 +129,67 @@ class Settings:
         return cls(**{**found, "widths": tuple(found.get("widths", ()))})
 
 
-_NEVER_NEGATIVE = ["d_sae", "aux_k", "dead_tokens", "batch_size", "steps", "lr", "clip", "holdout", "tile", "aux_coef"]
+# --- Domains
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value <= MOST
+
+
+def _real(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _rises(widths: Any) -> bool:
+    whole = isinstance(widths, tuple) and all(_whole(width, 1) for width in widths)
+    return whole and list(widths) == sorted(set(widths))
+
+
+MOST = 2**63 - 1  # integers are counted in 64 bits
+_COUNT = Domain(f"an integer from 1 to {MOST:,}", lambda value: _whole(value, 1))
+_COUNT_OR_NONE = Domain(f"an integer from 0 to {MOST:,}", lambda value: _whole(value, 0))
+_POSITIVE = Domain("a finite number above 0", lambda value: _real(value) and value > 0)
+_NOT_NEGATIVE = Domain("a finite number of 0 or more", lambda value: _real(value) and value >= 0)
+_SHARE = Domain("a number from 0 to 1", lambda value: _real(value) and 0 <= value <= 1)
+_DECAY = Domain("a number from 0 to below 1", lambda value: _real(value) and 0 <= value < 1)
+_TEXT = Domain("a text", lambda value: type(value) is str)
+DOMAINS = {  # of every setting but `arch`, which has a table elsewhere
+    "d_sae": _COUNT_OR_NONE,
+    "k": _COUNT,
+    "widths": Domain("integers that rise strictly from 1 or more", _rises),
+    "sparsity": Domain("a finite number of 0 or more, or -1", lambda v: _real(v) and (v >= 0 or v == -1)),
+    "aux_coef": _NOT_NEGATIVE,
+    "aux_k": _COUNT_OR_NONE,
+    "dead_tokens": _COUNT_OR_NONE,
+    "threshold_rate": _SHARE,
+    "bandwidth": _POSITIVE,
+    "tanh_scale": _POSITIVE,
+    "preact_coef": _NOT_NEGATIVE,
+    "batch_size": _COUNT_OR_NONE,
+    "steps": _COUNT_OR_NONE,
+    "lr": _NOT_NEGATIVE,
+    "lr_warmup": _SHARE,
+    "lr_decay": _SHARE,
+    "sparsity_warmup": Domain("a number from 0 to 1, or -1", lambda v: _real(v) and (0 <= v <= 1 or v == -1)),
+    "beta1": _DECAY,
+    "beta2": _DECAY,
+    "eps": _POSITIVE,
+    "clip": _NOT_NEGATIVE,
+    "seed": _COUNT_OR_NONE,
+    "field": _TEXT,
+    "document_field": _TEXT,
+    "holdout": _COUNT_OR_NONE,
+    "incomplete": Domain("true or false", lambda value: type(value) is bool),
+    "buffer_rows": Domain(f"an integer from -1 to {MOST:,}", lambda value: _whole(value, -1)),
+    "device": Domain(
+        "cpu, cuda, cuda:N or auto",
+        lambda value: type(value) is str and re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value) is not None,
+    ),
+    "compute": Domain(f"one of {', '.join(get_args(Compute))}", lambda value: value in get_args(Compute)),
+    "tensor_parallel": _COUNT_OR_NONE,
+    "tile": _COUNT_OR_NONE,
+    "log_every": _COUNT,
+    "eval_every": _COUNT_OR_NONE,
+    "checkpoint_every": _COUNT_OR_NONE,
+    "keep": _COUNT,
+}

@@ -66,6 +66,11 @@ class Mesh:
         if where.type == "cuda" and where.index is None:
             where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if where.type == "cuda":
+            there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if int(where.index or 0) >= there:
+                raise ConfigError(
+                    f"device {where} is not there: torch finds {there} CUDA devices; --device cpu uses none"
+                )
             torch.cuda.set_device(where)
         else:
             _keep_freed_memory()
@@ -77,7 +82,11 @@ class Mesh:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-        return cls(where, tensor_parallel)
+        try:
+            return cls(where, tensor_parallel)
+        except ConfigError:
+            dist.destroy_process_group()
+            raise
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saetrain.compute.mesh import Mesh
-from saetrain.data import Source
+from saetrain.data import Source, check_finite
 from saetrain.model import Model
 from saetrain.training import metrics
 
@@ -33,8 +33,10 @@ class Heldout:
         mesh, source = self.mesh, self.source
         if self.stop == self.start:
             return {}
-        zero = torch.zeros((), device=mesh.device)
-        total = sum((model.norm(p).double().sum(0) for p in self._parts(source.field)), zero)
+        total = torch.zeros(source.d_in, device=mesh.device, dtype=torch.float64)
+        for number, part in enumerate(self._parts(source.field)):
+            check_finite(part, source.name, source.field, self.start + number * EVAL_ROWS)
+            total += model.norm(part).double().sum(0)
         mean = mesh.sum(total, "dp") / ((self.stop - self.start) * mesh.dp)
         errors, spreads, active = [], [], []
         for part in self._parts(source.field):

@@ -66,6 +66,11 @@ def fit(
     if config.batch_size % mesh.world:
         raise ConfigError(f"batch_size {config.batch_size} is not a multiple of the number of ranks, {mesh.world}")
 
+    if heldout is not None and heldout.d_in != source.d_in:
+        raise DataError(
+            f"{heldout.name} is {heldout.d_in} wide and cannot evaluate a model of {source.name}, {source.d_in} wide"
+        )
+
     members, at, state = _begin(source, runs, mesh, say)
     cursor = source.batches(source.rows - config.holdout, config, mesh)
     if state is not None:
