@@ -51,7 +51,7 @@ LATER = {"spill_memory": 0}
 
 @dataclass(frozen=True)
 class Plan:
-    """How ``rows`` rows are cut into blocks, buckets and leaves.  See `actshuffle.planning.planner.make_plan`.
+    """The cut of ``rows`` rows into blocks, buckets and leaves.  See `actshuffle.planning.planner.make_plan`.
 
     Attributes
     ----------
