@@ -92,7 +92,6 @@ FACES = {"__init__", "executors", "jobs", "testing"}  # their `__init__` gives t
 LONGER = {
     "ordering.mixing": "the statistics of one report",
     "checking.verifier": "full and quick checks, which share nothing with the engine",
-    "loading.dataset": "what a finished store can be asked",
 }
 SAETRAIN_SEES = {"errors", "jobs"}  # of actshuffle, beside its public names
 

@@ -27,7 +27,7 @@ ARRAYS = "_actshuffle/arrays"
 FORMAT = 1
 
 
-class Behind(NamedTuple):
+class Backing(NamedTuple):
     """What a virtual source comes down to.
 
     ``identity`` is that of all it has, ``marker`` is worth a note in the completion marker, and ``places``
@@ -48,7 +48,7 @@ class Reader(Protocol):
     def numbers(self, start: int, stop: int) -> U64:
         """What rows ``[start, stop)`` are called in ``source_row``: they have the keys of these numbers."""
 
-    def inventory(self, names: Sequence[str]) -> Behind:
+    def inventory(self, names: Sequence[str]) -> Backing:
         """Look at everything the rows come from, as `take_inventory` does."""
 
 

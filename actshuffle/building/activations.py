@@ -62,8 +62,8 @@ class Activations:
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(start, stop, dtype=np.uint64)
 
-    def inventory(self, names: Sequence[str]) -> virtual.Behind:
-        return virtual.Behind(seal([self._settings, list(names)]), {})
+    def inventory(self, names: Sequence[str]) -> virtual.Backing:
+        return virtual.Backing(seal([self._settings, list(names)]), {})
 
     def _compute(self, start: int, stop: int, out: Mapping[str, U8]) -> None:
         """Rows ``[start, stop)`` of all activations, by running every batch that has one of them."""

@@ -14,7 +14,7 @@ from actshuffle.arrays.metadata import metadata_of
 from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import FormatError, SourceError
 from actshuffle.foreign.formats import FORMATS
-from actshuffle.foreign.table import Column, Part, dtype_name
+from actshuffle.foreign.table import FileColumn, FilePart, dtype_name
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, local_path
@@ -53,7 +53,7 @@ def write_files(
     kind: str,
     options: dict[str, Any],
     files: Sequence[Path],
-    found: Mapping[str, Column],
+    found: Mapping[str, FileColumn],
     mapping: Sequence[Mapped],
     sequence: int,
     group: int,
@@ -98,7 +98,7 @@ class Files:
         self._table = FORMATS[settings["kind"]].reader(settings["options"])
         self._files, self._sequence = settings["files"], int(settings["sequence"])
         self._rules = {name: entry["rule"] for name, entry in settings["arrays"].items()}
-        self._parts = {name: [Part(*part) for part in entry["parts"]] for name, entry in settings["arrays"].items()}
+        self._parts = {name: [FilePart(*part) for part in entry["parts"]] for name, entry in settings["arrays"].items()}
 
     def read(self, name: str, start: int, out: U8) -> None:
         rule, tokens = self._rules[name], self._sequence
@@ -125,7 +125,7 @@ class Files:
                 self._piece(part, a - begin, out[a - start : b - start], tokens)
             begin = end
 
-    def _piece(self, part: Part, start: int, out: U8, tokens: int) -> None:
+    def _piece(self, part: FilePart, start: int, out: U8, tokens: int) -> None:
         if tokens == 1 or isinstance(part.at, int):
             self._table.read(part, start, out)  # bytes lie in rows as well as in items
         else:
@@ -140,12 +140,12 @@ class Files:
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(start, stop, dtype=np.uint64)
 
-    def inventory(self, names: Sequence[str]) -> virtual.Behind:
+    def inventory(self, names: Sequence[str]) -> virtual.Backing:
         for path, size, changed in self._files:
             found = Path(path).stat() if Path(path).exists() else None
             if found is None or (found.st_size, found.st_mtime_ns) != (size, changed):
                 raise SourceError(f"{path} has changed or gone since it was looked at; run again")
-        return virtual.Behind(seal([self._files, self._rules, list(names)]), {})
+        return virtual.Backing(seal([self._files, self._rules, list(names)]), {})
 
 
 @virtual.reader("files")

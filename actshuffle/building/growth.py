@@ -244,7 +244,7 @@ class Merge:
             self._rows.read(name, first + a, out[at : at + b - a])
             at, first = at + b - a, first + ranks.data.rows
 
-    def inventory(self, names: Sequence[str]) -> virtual.Behind:
+    def inventory(self, names: Sequence[str]) -> virtual.Backing:
         return self._rows.inventory(names)
 
     def _found(self, rank: int) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from actshuffle.engine.run import copy_through
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.executors import Executor, Serial
 from actshuffle.foreign.formats import ENDINGS, FORMATS
-from actshuffle.foreign.table import Column, Table, joined
+from actshuffle.foreign.table import FileColumn, Table, joined
 from actshuffle.progress import Progress, Silent
 from actshuffle.seals import checksum
 from actshuffle.storage.objects import open_objects
@@ -166,11 +166,11 @@ def find_files(paths: Sequence[Path], format: str | None, split: str | None) -> 
     return kinds.pop(), files
 
 
-def _columns(table: Table, files: Sequence[Path], together: bool | None) -> dict[str, Column]:
+def _columns(table: Table, files: Sequence[Path], together: bool | None) -> dict[str, FileColumn]:
     """All columns by name; files of one column each that belong together make one column."""
     families = [_family(file, together) for file in files]
     named_after = {str(f): f.stem if families.count(n) == 1 else n for f, n in zip(files, families, strict=True)}
-    by_name: dict[str, list[Column]] = {}
+    by_name: dict[str, list[FileColumn]] = {}
     for column in table.columns(files):
         name = column.name or named_after[column.parts[0].file]
         by_name.setdefault(name, []).append(replace(column, name=name))
@@ -193,7 +193,7 @@ def _family(file: Path, together: bool | None) -> str:
 
 
 def _mapped(
-    found: Mapping[str, Column],
+    found: Mapping[str, FileColumn],
     kind: str,
     columns: Iterable[str] | None,
     names: Mapping[str, str],

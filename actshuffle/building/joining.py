@@ -156,7 +156,7 @@ class Concat:
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(self._first_row + start, self._first_row + stop, dtype=np.uint64)
 
-    def inventory(self, names: Sequence[str]) -> virtual.Behind:
+    def inventory(self, names: Sequence[str]) -> virtual.Backing:
         parts: list[dict[str, Any]] = []
         places: list[str] = []
         for part in self._parts:
@@ -172,7 +172,7 @@ class Concat:
             if not whole:
                 identity = combined([identity, f"{part.offset}:{part.offset + rows}"])
             parts.append({"source": url, "rows": rows, "identity": identity})
-        return virtual.Behind(combined([p["identity"] for p in parts]), {"parts": parts}, tuple(places))
+        return virtual.Backing(combined([p["identity"] for p in parts]), {"parts": parts}, tuple(places))
 
 
 def _arrays(store: Dataset, names: Sequence[str] | None) -> dict[str, ZarrArray]:

@@ -171,7 +171,7 @@ class Chosen:
                     np.take(span, rows[a:b] - first, axis=0, out=out[a:b], mode="clip")
                 a = b
 
-    def inventory(self, names: Sequence[str]) -> virtual.Behind:
+    def inventory(self, names: Sequence[str]) -> virtual.Backing:
         found = self._rows.inventory(names)
         parts = found.marker["parts"]
-        return found if len(parts) > 1 else virtual.Behind(parts[0]["identity"], {}, found.places)
+        return found if len(parts) > 1 else virtual.Backing(parts[0]["identity"], {}, found.places)

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 
 from actshuffle.arraytypes import F64, I64, U64
 from actshuffle.bfloat16 import widened
-from actshuffle.loading.dataset import FieldInfo
+from actshuffle.loading.fieldinfo import FieldInfo
 from actshuffle.ordering.digest import mix
 
 # Most values of a tile, 2 MiB as float32; a fourth in float64.  Smaller ones take more calls, and were slower.

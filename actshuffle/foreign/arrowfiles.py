@@ -19,7 +19,7 @@ from actshuffle.arrays.source import row_bytes_of
 from actshuffle.arraytypes import U8
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.extras import need
-from actshuffle.foreign.table import Column, Part, Table
+from actshuffle.foreign.table import FileColumn, FilePart, Table
 
 
 class ArrowFiles(Table):
@@ -30,7 +30,7 @@ class ArrowFiles(Table):
         self._open = lru_cache(maxsize=8)(_open_parquet if kind == "parquet" else _open_arrow)
         self._dense = lru_cache(maxsize=2)(self._decoded)  # reads go on where the last one stopped
 
-    def columns(self, files: Sequence[Path]) -> Iterator[Column]:
+    def columns(self, files: Sequence[Path]) -> Iterator[FileColumn]:
         for file in files:
             found = self._open(str(file))
             if not found.ends or found.ends[-1] == 0:
@@ -40,8 +40,8 @@ class ArrowFiles(Table):
                 if not _numeric(found.type_of(name)):
                     continue
                 first = self._dense(str(file), group, name)
-                part = Part(str(file), name, found.ends[-1])
-                yield Column(name, first.dtype.newbyteorder("<").str, first.shape[1:], (part,))
+                part = FilePart(str(file), name, found.ends[-1])
+                yield FileColumn(name, first.dtype.newbyteorder("<").str, first.shape[1:], (part,))
 
     def left_out(self, file: Path) -> list[str]:
         found = self._open(str(file))
@@ -50,7 +50,7 @@ class ArrowFiles(Table):
     def group_items(self, files: Sequence[Path]) -> int:
         return max((int(np.diff([0, *self._open(str(f)).ends]).max(initial=1)) for f in files), default=1)
 
-    def read(self, part: Part, start: int, out: U8) -> None:
+    def read(self, part: FilePart, start: int, out: U8) -> None:
         found, name = self._open(part.file), str(part.at)
         stop, at = start + len(out), start
         while at < stop:

@@ -26,7 +26,7 @@ import numpy as np
 from actshuffle.arraytypes import U8
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.extras import need
-from actshuffle.foreign.table import Column, Part, Table
+from actshuffle.foreign.table import FileColumn, FilePart, Table
 
 _SAFETENSORS = {
     "F64": "<f8",
@@ -49,7 +49,7 @@ _HEADER_LIMIT = 100 << 20  # bytes; a longer safetensors header is refused, as b
 class _Bytes(Table):
     """Formats whose items lie in the file as they do in memory."""
 
-    def read(self, part: Part, start: int, out: U8) -> None:
+    def read(self, part: FilePart, start: int, out: U8) -> None:
         offset = int(part.at) + start * out.shape[1]
         view = memoryview(out.reshape(-1).data)
         fd = os.open(part.file, os.O_RDONLY)
@@ -66,7 +66,7 @@ class _Bytes(Table):
 class Npy(_Bytes):
     """``numpy.save`` files.  A file is a column, named after the file."""
 
-    def columns(self, files: Sequence[Path]) -> Iterator[Column]:
+    def columns(self, files: Sequence[Path]) -> Iterator[FileColumn]:
         for file in files:
             with file.open("rb") as f:
                 try:
@@ -84,14 +84,14 @@ class Npy(_Bytes):
             swap = dtype.itemsize if dtype.byteorder == ">" else 0
             if swap and dtype.kind == "c":
                 raise SourceError(f"{file} has big-endian complex numbers; save it little-endian")
-            part = Part(str(file), offset, shape[0], swap)
-            yield _complete(file, Column("", dtype.newbyteorder("<").str, shape[1:], (part,)))
+            part = FilePart(str(file), offset, shape[0], swap)
+            yield _complete(file, FileColumn("", dtype.newbyteorder("<").str, shape[1:], (part,)))
 
 
 class Raw(_Bytes):
     """Files of nothing but items, such as ``numpy.memmap`` leaves: their type and shape must be told."""
 
-    def columns(self, files: Sequence[Path]) -> Iterator[Column]:
+    def columns(self, files: Sequence[Path]) -> Iterator[FileColumn]:
         dtype, shape = self.options.get("dtype"), self.options.get("row_shape")
         if dtype is None or shape is None:
             raise RequestError(f"{files[0]} has no header: give --dtype and --row-shape")
@@ -100,20 +100,20 @@ class Raw(_Bytes):
         except TypeError as err:
             raise RequestError(f"{dtype!r} is no type: {err}") from err
         for file in files:
-            column = Column("", name, tuple(shape), (Part(str(file), 0, 0),))
+            column = FileColumn("", name, tuple(shape), (FilePart(str(file), 0, 0),))
             items, rest = divmod(file.stat().st_size, max(1, column.item_bytes))
             if rest:
                 raise SourceError(
                     f"{file} has {file.stat().st_size:,} bytes, no whole number of rows of "
                     f"{column.item_bytes:,} ({dtype}, shape {tuple(shape)})"
                 )
-            yield replace(column, parts=(Part(str(file), 0, items),))
+            yield replace(column, parts=(FilePart(str(file), 0, items),))
 
 
 class Safetensors(_Bytes):
     """Tensors by name; their bytes lie behind a JSON header."""
 
-    def columns(self, files: Sequence[Path]) -> Iterator[Column]:
+    def columns(self, files: Sequence[Path]) -> Iterator[FileColumn]:
         for file in files:
             with file.open("rb") as f:
                 size = int.from_bytes(f.read(8), "little")
@@ -131,8 +131,8 @@ class Safetensors(_Bytes):
             for name, dtype, shape, start, stop in found:
                 if not shape:
                     continue  # a lone number
-                part = Part(str(file), 8 + size + start, shape[0])
-                column = Column(name, dtype, shape[1:], (part,))
+                part = FilePart(str(file), 8 + size + start, shape[0])
+                column = FileColumn(name, dtype, shape[1:], (part,))
                 if stop - start != column.items * column.item_bytes:
                     raise SourceError(f"{file}: tensor {name!r} has {stop - start:,} bytes for shape {shape}")
                 yield _complete(file, column)
@@ -145,7 +145,7 @@ class Torch(Table):
         super().__init__(options)
         self._load = lru_cache(maxsize=4)(_load_tensors)
 
-    def columns(self, files: Sequence[Path]) -> Iterator[Column]:
+    def columns(self, files: Sequence[Path]) -> Iterator[FileColumn]:
         for file in files:
             for name, tensor in sorted(self._load(str(file)).items()):
                 if tensor.ndim == 0:
@@ -155,10 +155,10 @@ class Torch(Table):
                     known = dtype if dtype == "bfloat16" else np.dtype(dtype).newbyteorder("<").str
                 except TypeError:
                     raise SourceError(f"{file} has a tensor of type {dtype}, of no use here") from None
-                part = Part(str(file), name, tensor.shape[0])
-                yield Column(name, known, tuple(tensor.shape[1:]), (part,))
+                part = FilePart(str(file), name, tensor.shape[0])
+                yield FileColumn(name, known, tuple(tensor.shape[1:]), (part,))
 
-    def read(self, part: Part, start: int, out: U8) -> None:
+    def read(self, part: FilePart, start: int, out: U8) -> None:
         torch = need("torch", "train")
         rows = self._load(part.file)[str(part.at)][start : start + len(out)].contiguous()
         out[:] = rows.reshape(len(out), -1).view(torch.uint8).numpy()
@@ -186,7 +186,7 @@ def _check_dtype(file: Path, dtype: np.dtype[Any]) -> None:
         raise SourceError(f"{file} has items of type {dtype}; numbers of fixed width are needed")
 
 
-def _complete(file: Path, column: Column) -> Column:
+def _complete(file: Path, column: FileColumn) -> FileColumn:
     part = column.parts[0]
     have, expected = file.stat().st_size, int(part.at) + part.items * column.item_bytes
     if have < expected:

@@ -14,7 +14,7 @@ from actshuffle.arraytypes import U8
 from actshuffle.errors import SourceError
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """Items of a column in one file.
 
     ``at`` is a byte offset, or a name inside the file; ``swap`` is the width of big-endian numbers, which
@@ -28,13 +28,13 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Column:
+class FileColumn:
     """One column: its items over all files.  ``dtype`` is numpy's name, little-endian, or "bfloat16"."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]  # of an item
-    parts: tuple[Part, ...]
+    parts: tuple[FilePart, ...]
 
     @property
     def items(self) -> int:
@@ -52,11 +52,11 @@ class Table:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
 
-    def columns(self, files: Sequence[Path]) -> Iterator[Column]:
+    def columns(self, files: Sequence[Path]) -> Iterator[FileColumn]:
         """The columns of each file; columns of one name belong together, one without is named after its file."""
         raise NotImplementedError
 
-    def read(self, part: Part, start: int, out: U8) -> None:
+    def read(self, part: FilePart, start: int, out: U8) -> None:
         """Read items from ``start`` on of one file's part of a column into ``out``, uint8 ``(m, item bytes)``."""
         raise NotImplementedError
 
@@ -74,7 +74,7 @@ def dtype_name(dtype: str) -> str:
     return dtype if dtype == "bfloat16" else np.dtype(dtype).name
 
 
-def joined(found: Sequence[Column]) -> Column:
+def joined(found: Sequence[FileColumn]) -> FileColumn:
     """Columns of one name, file after file, as one; refused where they differ in type or width."""
     first = found[0]
     for other in found[1:]:
@@ -84,4 +84,4 @@ def joined(found: Sequence[Column]) -> Column:
                 f"{dtype_name(first.dtype)}, in {first.parts[0].file}, and of {other.shape}, "
                 f"{dtype_name(other.dtype)}, in {other.parts[0].file}"
             )
-    return Column(first.name, first.dtype, first.shape, tuple(p for c in found for p in c.parts))
+    return FileColumn(first.name, first.dtype, first.shape, tuple(p for c in found for p in c.parts))

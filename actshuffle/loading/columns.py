@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from actshuffle.arraytypes import I64, U8
 from actshuffle.errors import RequestError
-from actshuffle.loading.dataset import Dataset, FieldInfo, open_dataset
+from actshuffle.loading.dataset import Dataset, open_dataset
+from actshuffle.loading.fieldinfo import FieldInfo
 
 Store = str | Path | Dataset
 Stores = Store | Sequence[Store] | Mapping[str, Store]

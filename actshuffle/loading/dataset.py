@@ -25,13 +25,14 @@ from numpy.typing import NDArray
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.marker import read_marker
-from actshuffle.arrays.metadata import ZarrArray, is_bfloat16, open_node, source_arrays, source_field
+from actshuffle.arrays.metadata import open_node, source_arrays
 from actshuffle.arrays.names import FORMAT, MARKER_KEY, OUR_GROUP, RUN_KEY, SOURCE_ROW
 from actshuffle.arrays.small import group_metadata
 from actshuffle.arraytypes import U8
 from actshuffle.errors import DestinationExistsError, FormatError, IncompleteStoreError, RequestError
 from actshuffle.html import page
-from actshuffle.loading.rowreader import Reader, stored_field
+from actshuffle.loading.fieldinfo import FieldInfo, field_info
+from actshuffle.loading.rowreader import RowReader, stored_field
 from actshuffle.loading.views import followed, reference
 from actshuffle.seals import seal
 from actshuffle.storage.objects import Objects, open_objects
@@ -39,29 +40,6 @@ from actshuffle.storage.place import Place, as_place, public_url
 from actshuffle.units import format_bytes
 
 _DEPTH = 16  # views of views that are followed
-
-
-@dataclass(frozen=True)
-class FieldInfo:
-    """One array of a store, as a reader sees it.
-
-    ``dtype`` is what numpy gets, little-endian; bfloat16 stays uint16 bits with ``bfloat16`` set.
-    ``object_rows`` is the rows of one stored object (a chunk, or a shard); ``raw`` says that objects
-    are the plain bytes of their rows.  ``piece_rows`` are decoded together; 1 if raw.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    row_shape: tuple[int, ...]
-    row_bytes: int
-    object_rows: int
-    bfloat16: bool
-    raw: bool
-    piece_rows: int
-
-    @property
-    def dtype_name(self) -> str:
-        return "bfloat16" if self.bfloat16 else str(self.dtype)
 
 
 @dataclass(eq=False)
@@ -87,7 +65,7 @@ class Dataset:
     root_marker: dict[str, Any] | None
     _stored: dict[str, Field] = field(repr=False)
     _root_rows: int
-    _held: Reader | None = field(default=None, repr=False)
+    _held: RowReader | None = field(default=None, repr=False)
 
     @property
     def path(self) -> str:
@@ -195,9 +173,9 @@ class Dataset:
         moved = [(a + self.start, b + self.start) for a, b in ranges if b > a]
         return self._reader().reading(self._stored[name], moved, flat, once=once)
 
-    def _reader(self) -> Reader:
+    def _reader(self) -> RowReader:
         if self._held is None or self._held.process != os.getpid():
-            self._held = Reader(self.root, self._root_rows)
+            self._held = RowReader(self.root, self._root_rows)
         return self._held
 
     def __getstate__(self) -> dict[str, Any]:
@@ -292,7 +270,7 @@ def _open(place: Place, incomplete: bool, views: tuple[str, ...]) -> Dataset:
         kind="plain" if marker is None else marker["kind"],
         marker=marker,
         rows=rows,
-        fields={name: _describe(name, arrays[name]) for name in names or arrays},
+        fields={name: field_info(name, arrays[name]) for name in names or arrays},
         attributes=dict(open_node(place).attrs),
         root=place,
         start=0,
@@ -368,17 +346,3 @@ def write_view(
 
 def _provenance(marker: dict[str, Any]) -> list[str]:
     return [SOURCE_ROW] if marker.get("source_row") else []
-
-
-def _describe(name: str, array: ZarrArray) -> FieldInfo:
-    found = source_field(name, array)
-    return FieldInfo(
-        name=name,
-        dtype=array.dtype.newbyteorder("<"),
-        row_shape=found.row_shape,
-        row_bytes=found.row_bytes,
-        object_rows=found.source_chunk_rows,
-        bfloat16=is_bfloat16(array),
-        raw=bool(found.source_key),
-        piece_rows=1 if found.source_key else stored_field(name, array).source_chunk_rows,
-    )

@@ -4,23 +4,21 @@
 
     files --threads--> blocks of batches (reused memory) --views--> {"data": ..., "source_row": ...}
 
-*Batches.*  ``batch_size`` rows make one step of the whole job; rank r of w gets the r-th of w
-neighbouring parts of it, equal but for one row.  So the sequence of global batches does not depend on
-the number of ranks, every row is in exactly one batch of one rank per epoch, and all ranks make the
-same number of steps.  The last batch of an epoch has what is left (on many ranks some may get no row of
-it) unless ``drop_last``.
+*Batches.*  ``batch_size`` rows make one step of the whole job; rank r of w gets the r-th of w neighbouring parts of
+it, equal but for one row.  So the sequence of global batches does not depend on the number of ranks, every row is in
+exactly one batch of one rank per epoch, and all ranks make the same number of steps.  The last batch of an epoch is
+short (on many ranks, some may get no row of it) unless ``drop_last`` leaves it out.
 
-*Lifetime.*  A batch is a view of a block that threads have filled; nothing is copied.  It stays as it is
-for as long as anything refers to it, or to an array, tensor or slice made of it.  After that its memory
-is filled again.  Only raw addresses (``data_ptr()``, ``ctypes``) must not outlive it.  Keeping batches
-keeps their whole block.
+*Lifetime.*  A batch is a view of a block that threads have filled; nothing is copied.  It stays valid as long as
+anything refers to it, or to an array, tensor or slice made of it.  After that its memory is filled again.  Only raw
+addresses (``data_ptr()``, ``ctypes``) must not outlive it.  Whoever keeps a batch keeps its whole block.
 
-*Epochs.*  See `actshuffle.loading.epochs`.  Over a shuffled store epoch 0 is the stored order: exactly uniform.
-Every later epoch is a permutation of units of neighbouring rows and a rotation: it is exactly uniform
-by itself, but not independent of the others.  Over any other store no epoch is.
+*Epochs.*  See `actshuffle.loading.epochs`.  Over a shuffled store epoch 0 is the stored order: exactly uniform.  Every
+later epoch is a permutation of units of neighbouring rows and a rotation: it is exactly uniform by itself, but not
+independent of the others.  Over any other store no epoch is uniform.
 
-*State.*  The cursor counts rows of the epoch over all ranks, so it fits any number of ranks, and any
-batch size.  What was read ahead and not handed out does not count.
+*State.*  The cursor counts rows of the epoch over all ranks, so it fits any number of ranks, and any batch size.  Rows
+that were read ahead and not handed out do not count.
 """
 
 from __future__ import annotations
@@ -36,9 +34,10 @@ import numpy as np
 
 from actshuffle.errors import RequestError
 from actshuffle.loading.columns import Layout, Stores, choose, open_stores, source_rows, widest
-from actshuffle.loading.dataset import Dataset, FieldInfo
+from actshuffle.loading.dataset import Dataset
 from actshuffle.loading.epochs import Order, Step, steps, unit_rows
-from actshuffle.loading.prefetch import Block, Buffering, Loan, Pool, Reading, blocks, in_order
+from actshuffle.loading.fieldinfo import FieldInfo
+from actshuffle.loading.prefetch import BatchBlock, Buffering, Loan, Pool, Reading, blocks, in_order
 from actshuffle.loading.unchanged import Watch
 from actshuffle.machine import cores, machine_memory
 from actshuffle.ordering.mixing import MixingAccumulator, MixingReport
@@ -217,7 +216,7 @@ class Loader:
             self._cursor = (step.epoch + 1, 0) if last else (step.epoch, step.stop)
         return last
 
-    def _filled(self, mine: Iterator[Step]) -> Iterator[tuple[Block, Loan]]:
+    def _filled(self, mine: Iterator[Step]) -> Iterator[tuple[BatchBlock, Loan]]:
         """Blocks in order, with threads ahead of the consumer."""
         row_bytes = max(1, self.layout.row_bytes)
         block_bytes = self._block_bytes()

@@ -63,7 +63,7 @@ class _Lease:
 
 
 @dataclass(frozen=True)
-class Block:
+class BatchBlock:
     """Some steps, and this rank's part of each as positions in its epoch; ``rows`` in all."""
 
     steps: tuple[Step, ...]
@@ -71,7 +71,7 @@ class Block:
     rows: int
 
 
-def blocks(steps: Iterable[Step], rank: int, world_size: int, most_rows: int) -> Iterator[Block]:
+def blocks(steps: Iterable[Step], rank: int, world_size: int, most_rows: int) -> Iterator[BatchBlock]:
     """Steps in blocks of one epoch and ``most_rows`` rows of this rank at most, but a step at least."""
     held: list[Step] = []
     parts: list[Range] = []
@@ -80,13 +80,13 @@ def blocks(steps: Iterable[Step], rank: int, world_size: int, most_rows: int) ->
         part = step.of_rank(rank, world_size)
         full = rows + part[1] - part[0] > most_rows
         if held and (full or step.epoch != held[0].epoch):
-            yield Block(tuple(held), tuple(parts), rows)
+            yield BatchBlock(tuple(held), tuple(parts), rows)
             held, parts, rows = [], [], 0
         held.append(step)
         parts.append(part)
         rows += part[1] - part[0]
     if held:
-        yield Block(tuple(held), tuple(parts), rows)
+        yield BatchBlock(tuple(held), tuple(parts), rows)
 
 
 class Reading:
@@ -98,7 +98,7 @@ class Reading:
     def __init__(self, layout: Layout, order: Order, lend: Callable[[int], Loan], *, once: bool) -> None:
         self._layout, self._order, self._lend, self._once = layout, order, lend, once
 
-    def plan(self, block: Block) -> tuple[Block, Loan, list[Read]]:
+    def plan(self, block: BatchBlock) -> tuple[BatchBlock, Loan, list[Read]]:
         """Called in order, as blocks are handed out to threads, to which only reading is left.
 
         Each pass through the interpreter there is slow, since what was read has driven it out of the cache.
@@ -110,13 +110,13 @@ class Reading:
         reads = _reads(self._layout, joined(found), loan.memory, block.rows, 0, once=self._once)
         return block, loan, reads
 
-    def fill(self, planned: tuple[Block, Loan, list[Read]]) -> tuple[Block, Loan]:
+    def fill(self, planned: tuple[BatchBlock, Loan, list[Read]]) -> tuple[BatchBlock, Loan]:
         block, loan, reads = planned
         for read in reads:
             read()
         return block, loan
 
-    def reached(self, block: Block) -> None:
+    def reached(self, block: BatchBlock) -> None:
         """The consumer has come to this block."""
 
     def close(self) -> None: ...
@@ -138,7 +138,7 @@ class Buffering:
             self._windows[epoch, number] = _Window(self._layout, self._order, epoch, number, self._pool, self._memory)
         return self._windows[epoch, number]
 
-    def plan(self, block: Block) -> tuple[Block, list[_Window]]:
+    def plan(self, block: BatchBlock) -> tuple[BatchBlock, list[_Window]]:
         """Called in order, as blocks are handed out to threads."""
         found = []
         for step, (a, b) in zip(block.steps, block.parts, strict=True):
@@ -146,7 +146,7 @@ class Buffering:
                 found.append(self.window(step.epoch, number))
         return block, found
 
-    def fill(self, planned: tuple[Block, list[_Window]]) -> tuple[Block, Loan]:
+    def fill(self, planned: tuple[BatchBlock, list[_Window]]) -> tuple[BatchBlock, Loan]:
         block, windows = planned
         loan, at, queue = self._lend(self._layout.nbytes(block.rows)), 0, deque(windows)
         for a, b in block.parts:
@@ -158,7 +158,7 @@ class Buffering:
                 at += b_here - a_here
         return block, loan
 
-    def reached(self, block: Block) -> None:
+    def reached(self, block: BatchBlock) -> None:
         """Let go of the windows that are over, and begin to read the next."""
         a, _ = block.parts[0]
         if self._order.rows == 0 or a >= self._order.rows:

@@ -34,7 +34,7 @@ def stored_field(name: str, array: ZarrArray) -> Field:
     return replace(found, source_chunk_rows=min(piece, whole))
 
 
-class Reader:
+class RowReader:
     """Reads of one store by one process."""
 
     def __init__(self, place: Place, rows: int) -> None:

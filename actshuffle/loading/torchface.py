@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from actshuffle.errors import RequestError
 from actshuffle.loading.columns import Layout
-from actshuffle.loading.dataset import FieldInfo
+from actshuffle.loading.fieldinfo import FieldInfo
 from actshuffle.loading.passes import Board, PassName
 from actshuffle.loading.prefetch import Loan
 

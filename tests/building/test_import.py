@@ -22,7 +22,7 @@ from actshuffle.errors import (
 )
 from actshuffle.executors import Dask
 from actshuffle.foreign.formats import FORMATS, Format
-from actshuffle.foreign.table import Column, Part, Table
+from actshuffle.foreign.table import FileColumn, FilePart, Table
 from actshuffle.loading.dataset import open_dataset
 from actshuffle.ordering.keys import Keys
 from support.executors import Stops
@@ -391,11 +391,11 @@ def test_a_new_format_is_a_reader_and_a_row(tmp_path: Path, monkeypatch: pytest.
     class Lines(Table):
         """One number on each line of a text file."""
 
-        def columns(self, files: Sequence[Path]) -> Iterator[Column]:
+        def columns(self, files: Sequence[Path]) -> Iterator[FileColumn]:
             for file in files:
-                yield Column("", "<i8", (), (Part(str(file), 0, len(file.read_text().splitlines())),))
+                yield FileColumn("", "<i8", (), (FilePart(str(file), 0, len(file.read_text().splitlines())),))
 
-        def read(self, part: Part, start: int, out: np.ndarray) -> None:
+        def read(self, part: FilePart, start: int, out: np.ndarray) -> None:
             lines = Path(part.file).read_text().splitlines()[start : start + len(out)]
             out[:] = np.array(lines, "<i8")[:, None].view(np.uint8)
 

@@ -256,7 +256,7 @@ def test_distinct_is_right_on_average() -> None:
 
 
 def open_info(dtype: str) -> Any:
-    from actshuffle.loading.dataset import FieldInfo
+    from actshuffle.loading.fieldinfo import FieldInfo
 
     return FieldInfo("x", np.dtype(dtype), (), 8, 1, False, True, 1)
 
