@@ -29,12 +29,13 @@ from actshuffle.arrays.metadata import metadata_of
 from actshuffle.arrays.names import RUN_KEY
 from actshuffle.building.activations import READER
 from actshuffle.building.models import DTYPES, Model, load_tokenizer, model_of
-from actshuffle.building.tokens import COLUMNS, Cut, special_tokens, text_files, tokenize
+from actshuffle.building.tokens import COLUMNS, Cut, special_tokens, tokenize
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Shuffle, copy_through
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError, SourceError
 from actshuffle.executors import Executor, Serial
+from actshuffle.foreign.finding import text_files
 from actshuffle.foreign.textfiles import kind_of
 from actshuffle.jobs.running import run_part
 from actshuffle.loading.dataset import open_dataset

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from actshuffle.building.filesource import Mapped, write_files
-from actshuffle.building.tokens import natural
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.executors import Executor, Serial
-from actshuffle.foreign.formats import ENDINGS, FORMATS
+from actshuffle.foreign.finding import find_files, is_store
+from actshuffle.foreign.folders import sets_of
+from actshuffle.foreign.formats import FORMATS
 from actshuffle.foreign.table import FileColumn, Table, joined
 from actshuffle.progress import Progress, Silent
 from actshuffle.seals import checksum
@@ -35,6 +36,7 @@ from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import format_bytes, format_seconds
 
+NAMED = 10  # files that are left out and named
 ARRAY_NAME = re.compile(r"[^/\x00]+")
 
 
@@ -101,12 +103,13 @@ def import_store(
     """
     started, crew = time.perf_counter(), executor or Serial()
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
-    kind, files = find_files([Path(p) for p in listed], format, split)
+    kind, files, others = find_files([Path(p) for p in listed], format, split)
     options = {"dtype": dtype, "row_shape": None if row_shape is None else list(row_shape)}
     table = FORMATS[kind].reader(options)
     found = _columns(table, files, together)
-    left_out = table.left_out(files[0])
-    mapping, sequence = _mapped(found, kind, columns, names or {}, flatten)
+    left_out = table.left_out(files)
+    chosen = _chosen(found, left_out, files, None if columns is None else list(columns), names or {})
+    mapping, sequence = _mapped(chosen, kind, names or {}, flatten)
     place = as_place(dst, storage_options)
     source = _description(place)
     told = {"format": kind, "files": len(files), "mapping": {m.array: m.column or m.rule for m in mapping}}
@@ -129,8 +132,8 @@ def import_store(
     except RequestError:
         open_objects(source).delete_prefix("")
         raise
-    seconds = time.perf_counter() - started
-    return Imported(str(place), rows, made.nbytes, seconds, tuple(mapping), tuple(left_out))
+    seconds, held = time.perf_counter() - started, (f"{name} ({what})" for name, what in left_out.items())
+    return Imported(str(place), rows, made.nbytes, seconds, tuple(mapping), (*held, *_named(others)))
 
 
 def _description(place: Place) -> Place:
@@ -141,29 +144,10 @@ def _description(place: Place) -> Place:
     return Place(str(Path(tempfile.gettempdir()) / f"actshuffle-{tag}.import"))
 
 
-def find_files(paths: Sequence[Path], format: str | None, split: str | None) -> tuple[str, list[Path]]:
-    """The format and the files that some paths stand for, in the order of their names and numbers."""
-    if format is not None and format not in FORMATS:
-        raise RequestError(f"unknown format {format!r}; known are {', '.join(sorted(FORMATS))}")
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise SourceError(f"no such file or folder: {path}")
-        layouts = (row.folder(path, split) for row in FORMATS.values())
-        if path.is_file():
-            files.append(path)
-        elif (listed := next((found for found in layouts if found is not None), None)) is not None:
-            files += listed
-        else:
-            inside = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
-            known = [p for p in inside if format is not None or p.suffix in ENDINGS]
-            files += sorted(known, key=lambda p: natural(p.relative_to(path).as_posix()))
-    kinds = {format or ENDINGS.get(p.suffix, "") for p in files}
-    if not files or kinds == {""}:
-        raise SourceError(f"nothing to import in {', '.join(map(str, paths))}: no files ending in {', '.join(ENDINGS)}")
-    if len(kinds) > 1:
-        raise SourceError(f"files of several formats ({', '.join(sorted(k or '?' for k in kinds))}): give --format")
-    return kinds.pop(), files
+def _named(others: Sequence[Path]) -> list[str]:
+    """Files that are left out, the first ones by name."""
+    told = [f"{path} ({'a Zarr store' if is_store(path) else 'a file of no known format'})" for path in others[:NAMED]]
+    return told + [f"{len(others) - NAMED:,} more files"] * (len(others) > NAMED)
 
 
 def _columns(table: Table, files: Sequence[Path], together: bool | None) -> dict[str, FileColumn]:
@@ -174,9 +158,13 @@ def _columns(table: Table, files: Sequence[Path], together: bool | None) -> dict
     for column in table.columns(files):
         name = column.name or named_after[column.parts[0].file]
         by_name.setdefault(name, []).append(replace(column, name=name))
-    if not by_name:
-        raise SourceError(f"no columns of numbers in {files[0]}" + " and the others" * (len(files) > 1))
-    return {name: joined(found) for name, found in sorted(by_name.items())}
+    found = {name: joined(parts) for name, parts in sorted(by_name.items())}
+    for name, column in found.items():
+        sets = sorted(sets_of(Path(part.file) for part in column.parts))
+        if len(sets) > 1:  # the splits of a data set, say
+            fault = f"{name!r} has rows of several sets of files, {' and '.join(sets)}; give the files of one of them"
+            found[name] = replace(column, fault=column.fault or fault)
+    return found
 
 
 def _family(file: Path, together: bool | None) -> str:
@@ -192,26 +180,47 @@ def _family(file: Path, together: bool | None) -> str:
     return file.stem
 
 
-def _mapped(
+def _chosen(
     found: Mapping[str, FileColumn],
-    kind: str,
+    left_out: Mapping[str, str],
+    files: Sequence[Path],
     columns: Iterable[str] | None,
-    names: Mapping[str, str],
-    flatten: bool | None,
-) -> tuple[list[Mapped], int]:
-    """The arrays to make, and how many tokens a sequence has (1 where items are rows)."""
+    names: Iterable[str],
+) -> list[FileColumn]:
+    """The columns that are wanted; only these are judged."""
+    if not found:
+        held = f" ({', '.join(f'{name}: {what}' for name, what in left_out.items())})" if left_out else ""
+        raise SourceError(f"no columns of numbers in {files[0]}{' and the others' * (len(files) > 1)}{held}")
     wanted = list(found) if columns is None else list(columns)
+    if not wanted:
+        raise RequestError(f"no columns are chosen; there are {', '.join(map(repr, found))}")
     for name in (*wanted, *names):
+        if name in left_out and name not in found:
+            raise RequestError(f"column {name!r} holds {left_out[name]}, no numbers; those are in {', '.join(found)}")
         if name not in found:
             raise RequestError(f"no column {name!r}; there are {', '.join(map(repr, found))}")
+        if name not in wanted:
+            raise RequestError(f"column {name!r} is renamed, and --columns leaves it out")
     chosen = [found[name] for name in wanted]
+    for column in chosen:
+        if column.fault:
+            others = ", ".join(c.name for c in found.values() if not c.fault)
+            advice = f"; leave it out with --columns {others}" if columns is None and others else ""
+            raise SourceError(column.fault + advice)
     counts = {c.name: c.items for c in chosen}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{k}: {v:,}" for k, v in counts.items())
         raise SourceError(f"columns of unequal length ({listed}); choose some with --columns")
+    return chosen
+
+
+def _mapped(
+    chosen: Sequence[FileColumn], kind: str, names: Mapping[str, str], flatten: bool | None
+) -> tuple[list[Mapped], int]:
+    """The arrays to make, and how many tokens a sequence has (1 where items are rows)."""
     lengths = {c.name: c.shape[0] for c in chosen if c.shape}
     if flatten is None:
-        flatten = FORMATS[kind].flatten and any(len(c.shape) == 2 for c in chosen)
+        flatten = FORMATS[kind].flatten and any(len(c.shape) == 2 and not c.tensor for c in chosen)
     if not flatten:
         mapping = [Mapped(names.get(c.name, c.name), c.name, "rows", c.dtype, c.shape, len(c.parts)) for c in chosen]
         return _distinct(mapping), 1

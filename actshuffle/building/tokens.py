@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,30 +131,6 @@ class Cut:
         self._groups.add(np.array([self._windows.count]))
         self._group_rows.add(np.array([self.rows]))
         self._in_group = 0
-
-
-def natural(text: str) -> list[tuple[int, str | int]]:
-    """A sort key under which ``part10`` follows ``part9``."""
-    return [(0, int(x)) if x.isdecimal() else (1, x) for x in re.split(r"(\d+)", text) if x]
-
-
-def text_files(paths: Sequence[Path], apart: Sequence[Path | None] = ()) -> list[Path]:
-    """Files, and the files inside folders, in the order of their names and numbers.
-
-    Hidden ones are left out, and what is in the folders ``apart``: where the result goes.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise SourceError(f"no such file or folder: {path}")
-        inside = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-        inside = [p for p in inside if not any(x[0] == "." for x in p.relative_to(path).parts)]
-        files += sorted(inside, key=lambda p: natural(p.as_posix()))
-    ours = {p.resolve() for p in apart if p is not None}
-    files = [f for f in files if not ours.intersection(f.resolve().parents)]
-    if not files:
-        raise SourceError(f"no files in {', '.join(map(str, paths))}")
-    return files
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -6,7 +6,6 @@ Array2D); that is checked where it is read, in every group of rows.  Nothing but
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from actshuffle.arrays.source import row_bytes_of
 from actshuffle.arraytypes import U8
-from actshuffle.errors import RequestError, SourceError
+from actshuffle.errors import SourceError
 from actshuffle.extras import need
 from actshuffle.foreign.table import FileColumn, FilePart, Table
 
@@ -43,9 +42,9 @@ class ArrowFiles(Table):
                 part = FilePart(str(file), name, found.ends[-1])
                 yield FileColumn(name, first.dtype.newbyteorder("<").str, first.shape[1:], (part,))
 
-    def left_out(self, file: Path) -> list[str]:
-        found = self._open(str(file))
-        return [f"{n} ({found.type_of(n)})" for n in found.names if not _numeric(found.type_of(n))]
+    def left_out(self, files: Sequence[Path]) -> dict[str, str]:
+        opened = [self._open(str(file)) for file in files]
+        return {n: str(f.type_of(n)) for f in opened for n in f.names if not _numeric(f.type_of(n))}
 
     def group_items(self, files: Sequence[Path]) -> int:
         return max((int(np.diff([0, *self._open(str(f)).ends]).max(initial=1)) for f in files), default=1)
@@ -165,27 +164,3 @@ def _tried(action: Any, file: str) -> Any:
         return action()
     except (OSError, ValueError) as err:  # pyarrow's errors are ValueErrors
         raise SourceError(f"cannot read {file}: {err}") from err
-
-
-def dataset_files(folder: Path, split: str | None) -> list[Path] | None:
-    """The Arrow files of a folder that ``datasets.save_to_disk`` wrote, in order; None for any other folder."""
-    if (listing := folder / "dataset_dict.json").exists():
-        splits = json.loads(listing.read_text())["splits"]
-        if split is None and len(splits) > 1:
-            raise RequestError(f"{folder} has the splits {splits}: choose one with --split")
-        inside = folder / (split or splits[0])
-        if (found := dataset_files(inside, None)) is None:
-            raise SourceError(f"no dataset in {inside}: there is no state.json")
-        return found
-    if not (folder / "state.json").exists():
-        return None
-    state = json.loads((folder / "state.json").read_text())
-    if state.get("_indices_files"):
-        raise SourceError(
-            f"{folder} is a selection or a shuffle by an index beside the data; write its rows out first "
-            "(Dataset.flatten_indices), or import the dataset it was made from"
-        )
-    names = [entry["filename"] for entry in state["_data_files"]]
-    if any(Path(name).name != name for name in names):
-        raise SourceError(f"{folder}/state.json names files outside its folder")
-    return [folder / name for name in names]

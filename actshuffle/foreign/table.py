@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from actshuffle.arraytypes import U8
-from actshuffle.errors import SourceError
 
 
 class FilePart(NamedTuple):
@@ -29,12 +28,18 @@ class FilePart(NamedTuple):
 
 @dataclass(frozen=True)
 class FileColumn:
-    """One column: its items over all files.  ``dtype`` is numpy's name, little-endian, or "bfloat16"."""
+    """One column: its items over all files.
+
+    ``dtype`` is numpy's name, little-endian, or "bfloat16"; ``shape`` is that of an item.  ``fault`` says why the
+    column cannot be read, which matters only if it is wanted; ``tensor``: its type says that an item is no sequence.
+    """
 
     name: str
     dtype: str
-    shape: tuple[int, ...]  # of an item
+    shape: tuple[int, ...]
     parts: tuple[FilePart, ...]
+    fault: str = ""
+    tensor: bool = False
 
     @property
     def items(self) -> int:
@@ -60,9 +65,9 @@ class Table:
         """Read items from ``start`` on of one file's part of a column into ``out``, uint8 ``(m, item bytes)``."""
         raise NotImplementedError
 
-    def left_out(self, file: Path) -> list[str]:
-        """Columns of a file that hold no numbers."""
-        return []
+    def left_out(self, files: Sequence[Path]) -> dict[str, str]:
+        """Columns that hold no numbers by name, and what they hold."""
+        return {}
 
     def group_items(self, files: Sequence[Path]) -> int:
         """The most items that are decoded together; 0 where any can be read alone."""
@@ -74,14 +79,20 @@ def dtype_name(dtype: str) -> str:
     return dtype if dtype == "bfloat16" else np.dtype(dtype).name
 
 
+def unreadable(name: str, file: Path, fault: str) -> FileColumn:
+    """A column of one file that cannot be read."""
+    return FileColumn(name, "", (), (FilePart(str(file), 0, 0),), fault)
+
+
 def joined(found: Sequence[FileColumn]) -> FileColumn:
-    """Columns of one name, file after file, as one; refused where they differ in type or width."""
-    first = found[0]
-    for other in found[1:]:
+    """Columns of one name, file after file, as one; it has a fault where they differ in type or width."""
+    first, fault = found[0], next((c.fault for c in found if c.fault), "")
+    for other in found if not fault else []:
         if (other.dtype, other.shape) != (first.dtype, first.shape):
-            raise SourceError(
+            fault = (
                 f"mixed widths: {first.name!r} has items of shape {first.shape}, "
                 f"{dtype_name(first.dtype)}, in {first.parts[0].file}, and of {other.shape}, "
                 f"{dtype_name(other.dtype)}, in {other.parts[0].file}"
             )
-    return FileColumn(first.name, first.dtype, first.shape, tuple(p for c in found for p in c.parts))
+            break
+    return replace(first, parts=tuple(p for c in found for p in c.parts), fault=fault)

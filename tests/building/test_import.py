@@ -12,7 +12,7 @@ import pytest
 import zarr
 
 from actshuffle import shuffle
-from actshuffle.building.importers import Imported, find_files, import_store
+from actshuffle.building.importers import Imported, import_store
 from actshuffle.errors import (
     DestinationExistsError,
     IncompleteStoreError,
@@ -21,6 +21,7 @@ from actshuffle.errors import (
     SourceError,
 )
 from actshuffle.executors import Dask
+from actshuffle.foreign.finding import find_files
 from actshuffle.foreign.formats import FORMATS, Format
 from actshuffle.foreign.table import FileColumn, FilePart, Table
 from actshuffle.loading.dataset import open_dataset
