@@ -61,7 +61,9 @@ class Collected:
     complete: bool = True
 
     def __str__(self) -> str:
-        rate = f", {self.rows / self.seconds:,.0f} rows/s" if self.complete and self.seconds else ""
+        if not self.seconds:
+            return f"{self.destination}: already finished, {self.rows:,} tokens of {self.documents:,} documents"
+        rate = f", {self.rows / self.seconds:,.0f} rows/s" if self.complete else ""
         state = "" if self.complete else "; this part is done, others are not"
         return (
             f"{self.destination}: {self.rows:,} tokens of {self.documents:,} documents, "
@@ -149,8 +151,8 @@ def collect(
     identity = seal(asked)
     marker = None if overwrite else read_marker(open_objects(place))
     if marker is not None:
-        if part is None or marker.get("collected") != identity:
-            raise DestinationExistsError(f"{place} is finished; --overwrite replaces it")
+        if marker.get("collected") != identity:
+            raise DestinationExistsError(f"{place} is finished with other arguments; --overwrite replaces it")
         done = open_dataset(out, storage_options=storage_options)
         return Collected(done.path, done.rows, marker["documents"], done.nbytes, 0.0)
     settings = (virtual.describe(source) or {}).get("settings", {})

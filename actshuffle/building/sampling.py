@@ -70,8 +70,9 @@ def sample(
     store = open_dataset(src, incomplete=True, storage_options=storage_options)
     if not 0 < rows <= store.rows:
         raise RequestError(f"cannot take {rows:,} of the {store.rows:,} rows of {store.path}")
-    if read_marker(open_objects(target)) is not None and not overwrite:
-        raise DestinationExistsError(f"{target} is finished; --overwrite replaces it")
+    marker = None if overwrite else read_marker(open_objects(target))
+    if marker is not None and seed is None:  # finished: the same again has the same seed
+        seed = marker.get("seed")
     names = tuple(sorted(store.fields if wanted.fields is None else set(wanted.fields)))
     chosen = target.beside(".chosen")
     asked = {"rows": rows, "of": store.rows, "source": public_url(source.url), "names": list(names)}
@@ -83,7 +84,11 @@ def sample(
         keys = Keys(seed, *wanted.key_bits)
         _choose(chosen, store, keys, names, rows, {"asked": asked, "seed": seed}, crew, shown)
     wanted = wanted.changed(seed=seed, fields=names)
-    return copy_through(chosen, target, wanted, crew, shown, overwrite=overwrite, fsync=fsync)
+    try:
+        return copy_through(chosen, target, wanted, crew, shown, overwrite=overwrite, fsync=fsync)
+    except DestinationExistsError:
+        open_objects(chosen).delete_prefix("")
+        raise
 
 
 def _choose(

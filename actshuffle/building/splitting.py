@@ -88,8 +88,6 @@ def split(
         for name, share in shares(store.rows, parts).items()
     }
     there = {name for name, cut in cuts.items() if _there(store, *cut, copy, storage_options)}
-    if len(there) == len(cuts):
-        raise DestinationExistsError(f"{next(iter(cuts.values()))[0]} is finished")
     return {
         name: open_dataset(cut[0], storage_options=storage_options)
         if name in there

@@ -242,6 +242,8 @@ def _changed(job: Job, request: Request, marker: dict[str, Any]) -> Iterator[str
         yield f"seed was {marker['seed']}, now {request.seed}"
     if request.levels != "auto" and not sums and request.levels != marker["levels"]:
         yield f"levels were {marker['levels']}, now {request.levels}"
+    if job.plan.rows != marker["rows"]:
+        yield f"there were {marker['rows']:,} rows, now {job.plan.rows:,}"
     if job.source_identity != marker.get("source_identity"):
         yield "the source is not the one that it was made from"
     if job.fill_missing != marker.get("fill_missing", False):

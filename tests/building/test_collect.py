@@ -450,9 +450,11 @@ def test_values_that_do_not_fit_are_refused(models: dict[str, Path], corpus: Cor
 
 
 def test_a_finished_store_is_left_alone(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
-    gather(models["gpt2"], corpus[0], tmp_path / "x.zarr")
-    with pytest.raises(DestinationExistsError):
-        gather(models["gpt2"], corpus[0], tmp_path / "x.zarr")
+    made, _ = gather(models["gpt2"], corpus[0], tmp_path / "x.zarr")
+    again, _ = gather(models["gpt2"], corpus[0], tmp_path / "x.zarr")  # already finished
+    assert (again.rows, again.seconds) == (made.rows, 0.0)
+    with pytest.raises(DestinationExistsError, match="other arguments"):
+        gather(models["gpt2"], corpus[0], tmp_path / "x.zarr", layers=[2])
     assert gather(models["gpt2"], corpus[0], tmp_path / "x.zarr", layers=[2], overwrite=True)[1].fields["layer_2"]
 
 

@@ -143,8 +143,9 @@ def test_a_split_into_copies_resumes(shuffled: Path, tmp_path: Path) -> None:
     made = split(shuffled, shares_of, folder=tmp_path, copy=True)
     before = files(tmp_path / "b")
     stamp = (tmp_path / "a/zarr.json").stat().st_mtime_ns
-    with pytest.raises(DestinationExistsError):  # nothing is left to do
-        split(shuffled, shares_of, folder=tmp_path, copy=True)
+    again = split(shuffled, shares_of, folder=tmp_path, copy=True)  # already finished
+    assert {name: store.rows for name, store in again.items()} == {name: store.rows for name, store in made.items()}
+    assert files(tmp_path / "b") == before
     shutil.rmtree(tmp_path / "b")
     with pytest.raises(DestinationExistsError):  # "a" is not these rows
         split(shuffled, {"a": 0.4, "b": "rest"}, folder=tmp_path, copy=True)
@@ -230,8 +231,12 @@ def test_a_sample_resumes_with_the_seed_it_drew(source: Path, tmp_path: Path) ->
     done = sample(source, 100, dst, fsync=False, **shape)
     assert (done.seed, done.resumed > 0) == (seed, True)
     np.testing.assert_array_equal(zarr.open(dst, mode="r")["source_row"][:], Keys(seed).order(N)[:100])
-    with pytest.raises(DestinationExistsError):
-        sample(source, 100, dst)
+    before = files(tmp_path)
+    assert sample(source, 100, dst, fsync=False, **shape).already_finished
+    for other in ({"rows": 99}, {"seed": seed + 1}, {"codec": "zstd"}):
+        with pytest.raises(DestinationExistsError, match="--overwrite"):
+            sample(source, dst=dst, fsync=False, **({"rows": 100} | shape | other))
+    assert files(tmp_path) == before
     sample(source, 10, dst, seed=3, overwrite=True, fsync=False)
     assert open_dataset(dst).rows == 10
 
