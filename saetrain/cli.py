@@ -1,6 +1,7 @@
 """The command line.  Settings and their help come from `saetrain.settings.Settings`.
 
-Exit codes: 0 done; 2 the request or the input is bad; 1 anything else.  Results go to stdout, errors to stderr.  With
+Exit codes: 0 done; 2 the request or the input is bad; 128 + N stopped by signal N, with a checkpoint (SIGINT 130,
+SIGTERM 143); 1 anything else, also a run that diverged.  Results go to stdout, errors to stderr.  With
 --json stdout holds one JSON object, and progress goes to stderr; of several ranks, the first prints it.
 """
 
@@ -86,9 +87,12 @@ def _fail(ctx: click.Context, code: str, message: str, exit_code: int = 1) -> No
         traceback.print_exc()
     _print_json({"error": code, "message": message}, ctx.obj["json"])
     if _first_rank() or "another rank" not in message:
-        red = click.style("error:", fg="red", bold=True)  # click drops the colour where there is no terminal
-        click.echo(f"{red} {message}", err=True)
+        click.echo(f"{_red('error:')} {message}", err=True)
     ctx.exit(exit_code)
+
+
+def _red(text: str) -> str:
+    return click.style(text, fg="red", bold=True)  # click drops the colour where there is no terminal
 
 
 def _first_rank() -> bool:
@@ -154,7 +158,8 @@ Shell completion, in the shell's startup file:
   _SAETRAIN_COMPLETE=fish_source saetrain | source    # fish
 
 \b
-Exit codes: 0 done, 2 bad request or bad input, 1 anything else.""",
+Exit codes: 0 done, 2 bad request or bad input, 130 or 143 stopped by Ctrl-C or SIGTERM with a checkpoint,
+1 anything else, also a run that diverged.""",
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def command_line() -> None:
@@ -176,7 +181,7 @@ def _fit(ctx: click.Context, /, store: Path, out: Path | None, **options: Any) -
     """Train one autoencoder on STORE, a finished actshuffle store.
 
     The same command again resumes a run that was stopped.  SIGTERM and Ctrl-C finish the step under way and write a
-    checkpoint first.
+    checkpoint first; the exit code is then 143 or 130.  A run whose held-out FVU ends above 1 exits with 1.
 
     \b
     Examples:
@@ -196,7 +201,8 @@ def _fit(ctx: click.Context, /, store: Path, out: Path | None, **options: Any) -
 def _sweep(ctx: click.Context, /, store: Path, out: Path | None, **options: Any) -> None:
     """Train several autoencoders over one read of STORE.
 
-    Settings marked A,B take lists; each combination of their values is a run in a folder of its own.
+    Settings marked A,B take lists; each combination of their values is a run in a folder of its own.  If one diverges,
+    the others go on, and the exit code is 1.
 
     \b
     Example:
@@ -330,5 +336,14 @@ def _train(
 
     source = Store(store, config)
     lines = fit(source, runs, mesh, heldout=Store(heldout, config) if heldout else None, say=say)
-    facts = [{"run": str(run), "stopped": line.pop("stopped"), "metrics": line} for run, line in lines.items()]
+    number = max(line.pop("signal") for line in lines.values())
+    ends = {run: line.pop("diverged") for run, line in lines.items()}
+    facts = [
+        {"run": str(run), "stopped": line.pop("stopped"), "diverged": ends[run], "metrics": line}
+        for run, line in lines.items()
+    ]
     _print_json(document(facts), as_json)
+    bad = [f"{run}: {reason}" for run, reason in ends.items() if reason]
+    if bad and _first_rank():
+        click.echo(f"{_red('error:')} {len(bad)} of {len(ends)} runs failed: {'; '.join(bad)}", err=True)
+    ctx.exit(1 if bad else 128 + number if number else 0)

@@ -5,6 +5,7 @@
     SaetrainError            code              exit
     ├── ConfigError          bad-request       2     the settings contradict each other or the data
     ├── DataError            bad-source        2     the store is unfinished, of the wrong width, or holds NaNs
+    ├── DivergedError        diverged          1     the loss or the FVU says that training went wrong
     ├── CheckpointError      bad-checkpoint    1     there is no checkpoint, or it is damaged
     └── ExchangeError        bad-exchange      2     another tool's file is unreadable, or cannot hold the model
 
@@ -31,6 +32,10 @@ class ConfigError(SaetrainError, ValueError):
 class DataError(SaetrainError):
     code = "bad-source"
     exit_code = 2
+
+
+class DivergedError(SaetrainError):
+    code = "diverged"
 
 
 class CheckpointError(SaetrainError):

@@ -68,4 +68,5 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         if bad and not failed:
             failed, deadline = bad[0], time.monotonic() + GRACE
         time.sleep(0.05)
-    return failed or next((r.returncode for r in ranks if r.returncode), 0)
+    failed = failed or next((r.returncode for r in ranks if r.returncode), 0)
+    return 128 - failed if failed < 0 else failed  # as a shell has it for a rank that a signal ended

@@ -20,13 +20,14 @@ from torch import Tensor
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
 from saetrain.data import Batch, Cursor, Source, check_finite, norm_of, sample, stream
-from saetrain.errors import ConfigError, DataError, SaetrainError
+from saetrain.errors import ConfigError, DataError, DivergedError, SaetrainError
 from saetrain.model import Model
 from saetrain.training import checkpoint, metrics
 from saetrain.training.evaluate import Heldout
-from saetrain.training.log import Log
+from saetrain.training.log import Log, read_log
 from saetrain.training.losses import Step, step
 from saetrain.training.optim import Optimizer, ramps
+from saetrain.training.outcome import diverged, mark, marked
 from saetrain.variants.table import VARIANTS
 
 INIT_ROWS = 8192
@@ -57,7 +58,8 @@ def fit(
     """Train one autoencoder for each (folder, settings), or resume these runs where they stopped.
 
     Returns the last line of metrics of each run.  Evaluation is on `heldout` instead of the source's own tail.
-    On SIGTERM or SIGINT this finishes the step under way, writes a checkpoint, and returns ("stopped" is then true).
+    On SIGTERM or SIGINT this finishes the step under way, writes a checkpoint, and returns: "stopped" is then true, and
+    "signal" the number.  "diverged" gives the reason where a model is worthless; the other runs of a sweep go on.
     """
     runs = {run: resolve(config, source.d_in, source.rows) for run, config in runs.items()}
     config = next(iter(runs.values()))
@@ -77,19 +79,26 @@ def fit(
         cursor.load_state_dict(state)
     batches = stream(source, cursor, mesh)
     test = Heldout(heldout or source, config.holdout if heldout is None else heldout.rows, mesh)
-    clock, last = _Clock(cursor, config, mesh), {m.run: {"step": at} for m in members}
+    clock = _Clock(cursor, config, mesh)
+    last: dict[Path, dict[str, Any]] = {run: (read_log(run) or [{"step": at}])[-1] for run in runs}
+    ends = {run: marked(run, other) for run, other in runs.items()}
+    number = 0
     with _asked_to_stop() as asked:
         while at < config.steps:
             batch = next(batches)
             x = members[0].model.norm(batch.rows)
             at += 1
             done, due = at == config.steps, at % config.eval_every == 0
-            stop = mesh.any(bool(asked))
-            for m in members:
+            number = int(mesh.max(torch.tensor([asked[-1] if asked else 0], device=mesh.device), "world"))
+            stop = number > 0
+            for m in list(members):
                 lr, ramp = ramps(m.model.config, at - 1)
                 out = step(m.model, x, ramp)
                 if not math.isfinite(out.losses["loss"]):
-                    _explain(out, batch, source, config, mesh, at)
+                    ends[m.run] = _explain(out, batch, source, config, mesh, at)
+                    members.remove(m)
+                    _leave(m, runs[m.run], ends[m.run], mesh, len(runs), say)
+                    continue
                 norms = m.optimizer.apply(out.grads, lr)
                 if at % config.log_every == 0 or done or due or stop:
                     line = _line(m, out, x, batch, lr, norms, at)
@@ -104,6 +113,8 @@ def fit(
                         m.log.write(line)
                     if due or done:
                         say(_brief(m.run, line, config.steps))
+            if not members:
+                raise DivergedError("; ".join(ends[run] for run in runs))
             if at % config.log_every == 0:
                 clock.restart(at)
             if at % config.checkpoint_every == 0 or done or stop:
@@ -116,13 +127,35 @@ def fit(
     for m in members:
         if m.log is not None:
             m.log.close()
-    return {run: line | {"stopped": at < config.steps} for run, line in last.items()}
+    for m in members:
+        ends[m.run] = diverged(last[m.run]) if at == config.steps else ""
+    more = {"stopped": at < config.steps, "signal": number}
+    return {run: line | more | {"diverged": ends[run]} for run, line in last.items()}
+
+
+def _leave(m: Member, config: Config, reason: str, mesh: Mesh, of: int, say: Callable[[str], None]) -> None:
+    """Close the run of a member that diverged; in a sweep, record that the others go on without it."""
+    if m.log is not None:
+        m.log.close()
+    if of > 1:
+        if mesh.rank == 0:
+            mark(m.run, config, reason)
+        say(f"{m.run.name}: {reason}; the others go on")
 
 
 def _begin(
     source: Source, runs: Mapping[Path, Config], mesh: Mesh, say: Callable[[str], None]
 ) -> tuple[list[Member], int, dict[str, Any] | None]:
-    """The members at their last common checkpoint, or new ones; the step reached; and the data cursor, if any."""
+    """The members at their last common checkpoint, or new ones; the step reached; and the data cursor, if any.
+
+    Members that have diverged are left out.
+    """
+    lost = {run: reason for run, config in runs.items() if (reason := marked(run, config))}
+    for run, reason in lost.items():
+        say(f"{run.name} is left out: it {reason}; remove {run} to try again")
+    if len(lost) == len(runs):
+        raise DivergedError("; ".join(lost.values()))
+    runs = {run: config for run, config in runs.items() if run not in lost}
     for run, config in runs.items():
         if found := checkpoint.published(run):
             old = checkpoint.open_checkpoint(found[0])
@@ -191,15 +224,18 @@ def _line(m: Member, out: Step, x: Tensor, batch: Batch, lr: float, norms: dict[
     return line
 
 
-def _explain(out: Step, batch: Batch, source: Source, config: Config, mesh: Mesh, at: int) -> None:
-    """The loss is not finite: name the row to blame, or say that training diverged."""
+def _explain(out: Step, batch: Batch, source: Source, config: Config, mesh: Mesh, at: int) -> str:
+    """The loss is not finite: refuse the row to blame, on every rank, or say that training diverged."""
     first = (at - 1) * config.batch_size + mesh.dp_index * len(batch.rows)
     name = source.name + (", in reading order" if at * config.batch_size > source.rows else "")
-    check_finite(batch.rows, name, source.field, first)
-    raise SaetrainError(
-        f"step {at:,}: the loss is {out.losses['loss']}: training diverged (is lr too high?), "
-        "or the rows of another rank hold a NaN or an infinite number"
-    )
+    fault: DataError | None = None
+    try:
+        check_finite(batch.rows, name, source.field, first)
+    except DataError as error:
+        fault = error
+    if mesh.any(fault is not None):
+        raise fault or DataError(f"{name}: another rank met a row with a NaN or an infinite number")
+    return f"diverged: the loss is {out.losses['loss']} in step {at:,} (is lr too high?)"
 
 
 class _Clock:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import actshuffle
 import saetrain
 from saetrain import cli
 from saetrain.cli import main
 from saetrain.config import Config
+from saetrain.training import checkpoint
 from saetrain.variants.table import VARIANTS
 from support.sae import MemorySource, Planted, one_rank, small
 
@@ -91,6 +93,38 @@ def test_other_commands_print_their_facts(run: Path, tmp_path: Path, capsys: pyt
     assert said(capsys, "export", run, out)[0] == {"run": str(run), "to": str(out), "format": "saelens"}
     back = tmp_path / "back"
     assert said(capsys, "import", out, back)[0] == {"folder": str(out), "run": str(back)}
+
+
+# --- Runs that fail
+
+
+def test_a_run_that_diverges_fails_and_says_so(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["fit", store, "--out", tmp_path / "run", *SMALL, "--lr", "3", "--lr-decay", "0"]
+    for _ in range(2):  # the second finds it finished
+        found, err = said(capsys, *arguments, code=1)
+        assert found["metrics"]["eval_fvu"] > 1
+        assert "diverged: the FVU on held-out rows is" in found["diverged"]
+        assert "1 of 1 runs failed" in err
+    assert saetrain.load(tmp_path / "run").k == 4  # its checkpoint is kept
+
+
+def test_one_diverging_run_does_not_end_a_sweep(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [*SMALL, "--arch", "relu", "--clip", "0", "--sparsity", "0.1", "--steps"]
+    sweep = ["sweep", store, "--out", tmp_path, "--lr", "1e-3,1e300", *small]
+    found, err = said(capsys, *sweep, "6", code=1)
+    good, bad = found["runs"]
+    assert good["diverged"] == ""
+    assert good["metrics"]["step"] == 6
+    assert "the loss is" in bad["diverged"]
+    assert "1 of 2 runs failed" in err
+    assert "the others go on" in err
+    said(capsys, "fit", store, "--out", tmp_path / "alone", *small, "6", "--lr", "1e-3")
+    alone, other = (checkpoint.find(tmp_path / name) for name in ("alone", "lr=1e-3"))
+    assert torch.equal(alone.read("W_enc"), other.read("W_enc"))
+    _, err = said(capsys, *sweep, "6", code=1)  # given again, it is left out
+    assert "lr=1e300 is left out" in err
 
 
 # --- Errors

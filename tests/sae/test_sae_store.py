@@ -100,7 +100,7 @@ def test_a_signal_checkpoints_and_leaves_cleanly(ranks: int, number: int, store:
         time.sleep(0.05)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == 128 + number, errors  # `fit && export` must not export half a dictionary
     assert "Traceback" not in errors
     assert "run again to go on" in output
     found = checkpoint.find(out)

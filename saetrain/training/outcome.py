@@ -1,0 +1,44 @@
+"""How a run ended: finished, stopped by a signal, or diverged.
+
+A member of a sweep that diverges leaves diverged.json in its folder: {"reason", "config"}.  The others go on, and the
+same command given again leaves that member out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from saetrain.config import Config
+from saetrain.training.checkpoint import write_json
+
+MARKER = "diverged.json"
+
+
+def diverged(line: dict[str, Any]) -> str:
+    """The reason why the model of the last line of metrics is worthless, or an empty text.
+
+    A model that answers every row with the mean row has an FVU of 1.
+    """
+    key = "eval_fvu" if "eval_fvu" in line else "fvu"
+    value = line.get(key, 0.0)
+    if math.isfinite(value) and value <= 1:
+        return ""
+    where = "on held-out rows" if key == "eval_fvu" else "on the last batch"
+    return f"diverged: the FVU {where} is {value:.4g} after step {line['step']:,}; the mean row alone has 1"
+
+
+def mark(run: Path, config: Config, reason: str) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / MARKER, {"reason": reason, "config": config.to_json()})
+
+
+def marked(run: Path, config: Config) -> str:
+    """The reason that `mark` recorded for a run with these settings, or an empty text."""
+    try:
+        found = json.loads((run / MARKER).read_text())
+        return str(found["reason"]) if Config.from_json(found["config"]) == config else ""
+    except FileNotFoundError:
+        return ""
