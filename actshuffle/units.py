@@ -34,10 +34,10 @@ def parse_count(text: str | int | float) -> int:
     """
     try:
         value = int(text) if not isinstance(text, float) else text
-    except ValueError:
+    except (ValueError, TypeError):
         try:
             value = float(text)
-        except ValueError:
+        except (ValueError, TypeError):
             raise RequestError(f"cannot read {text!r} as a whole number") from None
     if value != value or value in (float("inf"), float("-inf")) or value != int(value):
         raise RequestError(f"{text!r} is not a whole number")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from actshuffle._version import __version__
+from actshuffle.arguments import switches
 from actshuffle.arrays import virtual
 from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.metadata import metadata_of
@@ -35,6 +36,7 @@ from actshuffle.engine.request import Request
 from actshuffle.engine.run import Shuffle, copy_through
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError, SourceError
 from actshuffle.executors import Executor, Serial
+from actshuffle.executors.choice import as_executor
 from actshuffle.foreign.finding import text_files
 from actshuffle.foreign.textfiles import kind_of
 from actshuffle.jobs.running import run_part
@@ -118,7 +120,12 @@ def collect(
 
     Other parameters are as in `actshuffle.shuffle`.
     """
-    started, crew, shown = time.perf_counter(), executor or Serial(), progress or Silent()
+    switches(overwrite=overwrite, fsync=fsync)
+    started, crew, shown = (
+        time.perf_counter(),
+        as_executor(Serial() if executor is None else executor),
+        progress or Silent(),
+    )
     if not layers and not hooks:
         raise RequestError("give at least one layer or module")
     if dtype not in DTYPES or model_dtype not in DTYPES:

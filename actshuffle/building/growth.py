@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from actshuffle.arguments import switches
 from actshuffle.arrays import virtual
 from actshuffle.arrays.codecs import name_of
 from actshuffle.arrays.guard import described
@@ -42,6 +43,7 @@ from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, copy_through
 from actshuffle.errors import RequestError, ResumeMismatchError
 from actshuffle.executors import Executor, Serial
+from actshuffle.executors.choice import as_executor
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.ranks import Ranks, first_where
 from actshuffle.loading.views import followed
@@ -100,7 +102,12 @@ def append(
     RequestError : ``dst`` is no whole shuffle with its ``source_row``, or has these rows already.
     SourceError : ``new`` has other arrays than ``dst``.
     """
-    started, crew, shown = time.perf_counter(), executor or Serial(), progress or Silent()
+    switches(overwrite=overwrite, fsync=fsync)
+    started, crew, shown = (
+        time.perf_counter(),
+        as_executor(Serial() if executor is None else executor),
+        progress or Silent(),
+    )
     place = as_place(dst, storage_options)
     grown = place.beside(".grown")
     target = grown if out is None else as_place(out, storage_options)

@@ -21,11 +21,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from actshuffle.arguments import several, switches
 from actshuffle.building.filesource import Mapped, write_files
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.executors import Executor, Serial
+from actshuffle.executors.choice import as_executor
 from actshuffle.foreign.finding import find_files, is_store
 from actshuffle.foreign.folders import sets_of
 from actshuffle.foreign.formats import FORMATS
@@ -101,8 +103,9 @@ def import_store(
 
     Other parameters are as in `actshuffle.shuffle`.
     """
-    started, crew = time.perf_counter(), executor or Serial()
-    listed = [paths] if isinstance(paths, str | Path) else list(paths)
+    switches(overwrite=overwrite, fsync=fsync)
+    started, crew = time.perf_counter(), as_executor(Serial() if executor is None else executor)
+    listed = [paths] if isinstance(paths, str | Path) else several("paths", paths, of="paths")
     kind, files, others = find_files([Path(p) for p in listed], format, split)
     options = {"dtype": dtype, "row_shape": None if row_shape is None else list(row_shape)}
     table = FORMATS[kind].reader(options)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from actshuffle.arguments import several
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import take_inventory
@@ -42,6 +43,7 @@ def concat(
     Sources are Zarr arrays or groups, finished stores, views, or virtual sources, whose arrays have the
     same names, types and row shapes (``fields`` chooses some).  Attributes are those of the first.
     """
+    sources = several("sources", sources, of="paths")
     if not sources:
         raise RequestError("give at least one source")
     place = as_place(out, storage_options)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actshuffle.arguments import switches, whole
 from actshuffle.arrays import virtual
 from actshuffle.arrays.marker import read_marker
 from actshuffle.arraytypes import U8, U64
@@ -27,6 +28,7 @@ from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, copy_through
 from actshuffle.errors import DestinationExistsError, RequestError
 from actshuffle.executors import Executor, Serial
+from actshuffle.executors.choice import as_executor
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.ordering import bounds
 from actshuffle.ordering.keys import Keys
@@ -64,11 +66,12 @@ def sample(
     The sample equals the first ``rows`` rows of ``shuffle(src, seed=seed)`` byte for byte.  Other arguments are as in
     `actshuffle.shuffle`.  A stopped sample resumes when it is called again.
     """
-    crew, shown = executor or Serial(), progress or Silent()
+    switches(overwrite=overwrite, fsync=fsync)
+    crew, shown = as_executor(Serial() if executor is None else executor), progress or Silent()
     wanted = Request.of(seed=seed, memory=memory, fields=fields, chunk_rows=chunk_rows, scratch=scratch, **request)
     source, target = as_place(src, storage_options), as_place(dst, storage_options)
     store = open_dataset(src, incomplete=True, storage_options=storage_options)
-    if not 0 < rows <= store.rows:
+    if not 0 < whole("rows", rows) <= store.rows:
         raise RequestError(f"cannot take {rows:,} of the {store.rows:,} rows of {store.path}")
     marker = None if overwrite else read_marker(open_objects(target))
     if marker is not None and seed is None:  # finished: the same again has the same seed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError
 from actshuffle.executors import Executor, Serial
+from actshuffle.executors.choice import as_executor
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain, write_view
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
@@ -40,8 +42,8 @@ def shares(rows: int, parts: Mapping[str, Share]) -> dict[str, tuple[int, int]]:
     >>> shares(1000, {"train": 0.9, "test": 50, "spare": "rest"})
     {'train': (0, 900), 'test': (900, 950), 'spare': (950, 1000)}
     """
-    if not parts:
-        raise RequestError("give at least one part")
+    if not isinstance(parts, Mapping) or not parts:
+        raise RequestError("give at least one part, as a dict of sizes by name")
     if list(parts.values()).count("rest") > 1:
         raise RequestError("only one part can be the rest")
     wanted = {name: _rows_of(name, share, rows) for name, share in parts.items()}
@@ -82,7 +84,7 @@ def split(
             f"{store.path} is not shuffled, so a range of its rows is no random sample: shuffle it "
             "first, or accept its order with --ordered"
         )
-    crew, shown = executor or Serial(), progress or Silent()
+    crew, shown = as_executor(Serial() if executor is None else executor), progress or Silent()
     cuts = {
         name: (name if folder is None else f"{str(folder).rstrip('/')}/{name}", *share)
         for name, share in shares(store.rows, parts).items()
@@ -198,10 +200,10 @@ def _rows_of(name: str, share: Share, rows: int) -> float | None:
     """How many rows a share asks for, fractions included; None for the rest."""
     if share == "rest":
         return None
-    if isinstance(share, (bool, str)) or not share >= 0:
+    if not isinstance(share, Real) or isinstance(share, bool) or not share >= 0:
         raise RequestError(f'part {name}: {share!r} is no number of rows, no fraction and not "rest"')
-    if isinstance(share, int):
-        return share
+    if isinstance(share, Integral):
+        return int(share)
     if share > 1:
         raise RequestError(f"part {name}: a fraction is at most 1, got {share}; write counts as whole numbers")
-    return share * rows
+    return float(share) * rows

@@ -73,6 +73,8 @@ def quality(
         if source.order.buffer_rows:
             what += f", through a buffer of {source.order.buffer_rows:,} rows"
     else:
+        if not isinstance(source, Iterable) or isinstance(source, bytes):
+            raise RequestError(f"quality takes a store, a Loader or batches, got {type(source).__name__}")
         return _of_batches(source, documents, positions, alpha, seed)
     return _of_loader(source, what, documents, positions, epoch, alpha, seed)
 

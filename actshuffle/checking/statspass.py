@@ -45,6 +45,7 @@ from actshuffle.checking.statsreport import FORMAT, Stats
 from actshuffle.checking.statstypes import NUMBERS, FloatStats, IntStats
 from actshuffle.errors import FormatError, RequestError, StorageError
 from actshuffle.executors import Executor, Threads
+from actshuffle.executors.choice import as_executor
 from actshuffle.jobs.running import sweep
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.loading.prefetch import in_order
@@ -87,7 +88,7 @@ def stats(
     if not isinstance(dataset, Dataset):
         dataset = open_finished_or_plain(dataset, incomplete=incomplete, storage_options=storage_options)
     started, progress = time.perf_counter(), progress or Silent()
-    workers: Executor = executor or Threads()
+    workers: Executor = as_executor(Threads() if executor is None else executor)
     names = list(dataset.fields) if fields is None else [fields] if isinstance(fields, str) else list(fields)
     unknown = [name for name in names if name not in dataset.fields]
     if unknown:

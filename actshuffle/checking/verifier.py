@@ -37,6 +37,7 @@ from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U64
 from actshuffle.errors import ActshuffleError, FormatError, IncompleteStoreError, RequestError, SourceError
 from actshuffle.executors import Executor, Serial
+from actshuffle.executors.choice import as_executor
 from actshuffle.html import page
 from actshuffle.jobs.running import sweep
 from actshuffle.ordering.digest import RowHash
@@ -165,7 +166,7 @@ def verify(
     SourceError, RequestError : there is nothing to compare.
     """
     started, progress = time.perf_counter(), progress or Silent()
-    workers: Executor = executor or Serial()
+    workers: Executor = as_executor(Serial() if executor is None else executor)
     source, destination = as_place(src, storage_options), as_place(dst, storage_options)
     marker = read_marker(open_objects(destination))
     if marker is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from actshuffle.arguments import whole
 from actshuffle.arrays import virtual
 from actshuffle.arrays.codecs import CODECS
 from actshuffle.arrays.field import Field
@@ -55,7 +56,7 @@ def plan(
         raise RequestError("give a source, or both rows and row bytes")
     if gather and src is None:
         raise RequestError("rows are gathered from a store: give one")
-    crew = workers or 1
+    crew = whole("workers", workers or 0) or 1
     request = Request.among(locals()).filled(tasks_wanted=tasks_for(crew))
     if request.memory is None and request.block_bytes is None:
         request = request.changed(memory=default_memory(crew))

@@ -9,7 +9,7 @@ command line and the check of a half-done run's ``run.json`` all follow this one
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import PurePath
@@ -66,8 +66,10 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(name, str) and name for name in value)
 
 
-def _names(value: Any) -> tuple[Any, ...]:
-    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
+def _names(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(","))
+    return tuple(value) if isinstance(value, Iterable) else value
 
 
 _REFUSE_OR_FILL = {"refuse": False, "fill": True}

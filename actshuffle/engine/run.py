@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actshuffle.arguments import switches
 from actshuffle.arrays.marker import is_finished
 from actshuffle.arrays.names import DIGESTS, OUR_GROUP, RECEIPTS, RUN_KEY
 from actshuffle.arrays.small import group_metadata, put_array
@@ -37,6 +38,7 @@ from actshuffle.engine.request import Request
 from actshuffle.engine.scratch import claim_memory, clear_scratch
 from actshuffle.errors import ConservationError, FormatError, RequestError
 from actshuffle.executors import Executor, Serial, executor_for
+from actshuffle.executors.choice import as_executor
 from actshuffle.jobs.receipts import read_receipts
 from actshuffle.jobs.running import Course, Stage, run
 from actshuffle.ordering import bounds
@@ -145,7 +147,12 @@ def shuffle(
     ActshuffleError : the run stopped (see `actshuffle.errors`); finished tasks are kept.
     """
     request = Request.among(locals())
-    with executor_for(workers, client) if executor is None else nullcontext(executor) as crew:
+    switches(overwrite=overwrite, fsync=fsync)
+    if not (planned is None or callable(planned)):
+        raise RequestError(f"planned must be a function of the job, got {type(planned).__name__}")
+    if not (progress is None or callable(getattr(progress, "begin", None))):
+        raise RequestError(f"progress must be an actshuffle.progress.Progress, got {type(progress).__name__}")
+    with executor_for(workers, client) if executor is None else nullcontext(as_executor(executor)) as crew:
         if (request.spill_memory or request.gather) and not crew.one_machine:
             raise RequestError(f"{_NOT_SHARED}: leave it out with a scheduler")
         sharing = crew.tasks_per_worker

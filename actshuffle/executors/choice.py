@@ -18,8 +18,8 @@ CLIENTS: dict[str, Callable[[Any], Executor]] = {"distributed": Dask}
 @contextmanager
 def executor_for(workers: int | None, client: Any = None) -> Iterator[Executor]:
     """The executor a user asks for: on their client's cluster, on a local cluster of ``workers``, or serial."""
-    if workers is not None and workers < 0:
-        raise RequestError(f"workers must be 0 (no cluster) or more, got {workers}")
+    if workers is not None and (type(workers) is not int or workers < 0):
+        raise RequestError(f"workers must be 0 (no cluster) or a positive whole number, got {workers!r}")
     if client is None and workers:
         with local_cluster(workers) as executor:
             yield executor
@@ -33,3 +33,11 @@ def _on(client: Any) -> Executor:
         if make := CLIENTS.get(kind.__module__.split(".")[0]):
             return make(client)
     raise RequestError(f"client must be one of {', '.join(CLIENTS)}, got {type(client).__name__}")
+
+
+def as_executor(executor: Any) -> Executor:
+    """An executor that a user gave, or a `RequestError` if it is none."""
+    if not isinstance(executor, Executor):
+        hint = ": a client goes to client=" if type(executor).__module__.split(".")[0] in CLIENTS else ""
+        raise RequestError(f"executor must be an actshuffle.executors.Executor, got {type(executor).__name__}{hint}")
+    return executor

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from actshuffle.errors import ActshuffleError, ClusterError, RequestError
 from actshuffle.executors.base import SHARE, Executor
+from actshuffle.executors.mainguard import check_main_guard
 from actshuffle.limits import LEAST_WINDOW, WINDOW
 from actshuffle.machine import machine_memory
 from actshuffle.storage import buffers
@@ -35,6 +36,10 @@ class Dask(Executor):
     """
 
     def __init__(self, client: Any, *, window: int = WINDOW, retries: int = 2, one_machine: bool = False) -> None:
+        if client.asynchronous:
+            raise RequestError("the Dask client is asynchronous, and runs wait for its answers: make it a plain Client")
+        if client.status != "running":
+            raise RequestError(f"the Dask client is not connected, its status is {client.status!r}: make a new Client")
         self.client, self.processes = client, True
         self.window = window
         self.retries = retries
@@ -178,6 +183,7 @@ def local_cluster(workers: int) -> Iterator[Dask]:
     from dask import config
     from distributed import Client, LocalCluster
 
+    check_main_guard(config.get("distributed.worker.multiprocessing-method"))
     with (
         tempfile.TemporaryDirectory(prefix="actshuffle-dask-") as folder,
         config.set({"distributed.admin.low-level-log-length": 100}),

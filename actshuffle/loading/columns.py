@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from actshuffle.arguments import several
 from actshuffle.arraytypes import I64, U8
 from actshuffle.errors import RequestError
 from actshuffle.loading.dataset import Dataset, open_dataset
@@ -72,7 +73,7 @@ def open_stores(stores: Stores, *, incomplete: bool, storage_options: dict[str, 
     elif isinstance(stores, Mapping):
         named = stores.items()
     else:
-        named = [(_stem(store), store) for store in stores]
+        named = [(_stem(store), store) for store in several("stores", stores, of="paths or datasets")]
     found: dict[str, Dataset] = {}
     for prefix, store in named:
         if prefix in found:
@@ -105,7 +106,7 @@ def choose(datasets: Mapping[str, Dataset], fields: Iterable[str] | None) -> Lay
     if isinstance(fields, str):
         fields = [fields]
     chosen: dict[str, Column] = {}
-    for name in fields:
+    for name in several("fields", fields, of="names"):
         hits = [every[name]] if name in every else [c for c in every.values() if c.field == name]
         if not hits:
             raise RequestError(f"no array named {name!r}; there are {sorted(every)}")

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actshuffle.arguments import several
 from actshuffle.errors import ActshuffleError, FormatError, RequestError
 from actshuffle.extras import need
 from actshuffle.loading.dataset import Dataset, open_dataset
@@ -250,7 +251,10 @@ def _shuffled(dst: str | Path | Dataset, storage_options: dict[str, Any] | None)
 
 
 def _checked(rows: Iterable[int], count: int, what: str) -> NDArray[np.int64]:
-    wanted = np.array(list(rows), np.int64).reshape(-1)
+    given = np.array(several("rows", rows, of="whole numbers")).reshape(-1)
+    if len(given) and given.dtype.kind not in "iu":
+        raise RequestError(f"rows must be whole numbers, got {given.dtype}")
+    wanted = given.astype(np.int64)
     outside = wanted[(wanted < 0) | (wanted >= count)]
     if len(outside):
         raise RequestError(f"there is no row {outside[0]:,} among the {count:,} {what}")

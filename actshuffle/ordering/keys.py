@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actshuffle.arguments import whole
 from actshuffle.arraytypes import I64, U64
 
 
@@ -72,7 +73,7 @@ class Keys:
 
 def order(n: int, seed: int) -> I64:
     """The definition, ``dst[r] = src[order(n, seed)[r]]``, in memory; everything else is checked against it."""
-    return Keys(seed).order(n)
+    return Keys(whole("seed", seed)).order(whole("n", n))
 
 
 def order_words(seed: int, stream: int, start: int, stop: int) -> U64:

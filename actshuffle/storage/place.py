@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ _FILE_URL = re.compile(r"file://(localhost)?/[^?#]*")
 
 def as_place(path: str | Path, storage_options: dict[str, Any] | None = None) -> Place:
     """The place of a user's path or URL; paths become absolute, since workers may run in other folders."""
+    if not isinstance(path, str | os.PathLike):
+        raise RequestError(f"a store is given by a path or a URL, got {type(path).__name__}: {repr(path)[:60]}")
+    if not isinstance(storage_options, Mapping | None):
+        raise RequestError(f"storage options must be a dict, got {type(storage_options).__name__}")
     try:
         options = json.dumps(storage_options or {}, sort_keys=True)
     except TypeError as err:

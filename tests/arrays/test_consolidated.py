@@ -8,8 +8,8 @@ import zarr
 import actshuffle
 from actshuffle.errors import SourceError
 from actshuffle.testing.oracle import differences
-from tests.support.finished import collection, shuffled
-from tests.support.stores import array, group, values
+from support.finished import collection, shuffled
+from support.stores import array, group, values
 
 pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata")
 

@@ -9,7 +9,7 @@ import zarr
 
 from actshuffle import Loader, shuffle
 from actshuffle.errors import ActshuffleError, SourceError
-from tests.support.finished import collection, shuffled
+from support.finished import collection, shuffled
 
 
 def negate(path: Path) -> None:

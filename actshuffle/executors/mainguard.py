@@ -1,0 +1,44 @@
+"""Processes that import the main script again: refuse to start them from a script that would start them once more."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+from actshuffle.errors import RequestError
+
+
+def check_main_guard(method: str) -> None:
+    """Refuse a call that a script makes outside of ``if __name__ == "__main__":``, if processes would import it.
+
+    ``method`` is how processes start; one that is forked from this one imports nothing.
+    """
+    main = sys.modules.get("__main__")
+    path = getattr(main, "__file__", None)
+    if method == "fork" or path is None:
+        return
+    name = getattr(getattr(main, "__spec__", None), "name", "")
+    if name == "__main__" or name.endswith(".__main__"):  # a package run by -m is not imported again
+        return
+    frame = inspect.currentframe()
+    while frame is not None and not (frame.f_code.co_name == "<module>" and frame.f_globals is vars(main)):
+        frame = frame.f_back
+    if frame is not None and _is_unguarded(Path(path), frame.f_lineno):
+        raise RequestError(
+            f"workers are processes that import {Path(path).name} again, so its line {frame.f_lineno} would start "
+            'workers in each of them: put it under `if __name__ == "__main__":`, or leave workers out'
+        )
+
+
+def _is_unguarded(path: Path, line: int) -> bool:
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return False
+    for statement in body:
+        if statement.lineno <= line <= (statement.end_lineno or statement.lineno):
+            test = statement.test if isinstance(statement, ast.If) else None
+            return test is None or not any(isinstance(n, ast.Name) and n.id == "__name__" for n in ast.walk(test))
+    return False

@@ -1,0 +1,160 @@
+"""What Python lets people say and the command line does not: one sentence each, and nothing is written."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import actshuffle
+from actshuffle.errors import RequestError, SourceError
+from actshuffle.executors import Dask, executor_for
+from support.finished import shuffled
+from support.stores import group, values
+
+WRONG = [5.5, -1, b"x", object(), "a\0b"]
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    group(tmp_path / "in.zarr", {"x": values(30, (4,)), "y": values(30)})
+    return tmp_path / "in.zarr"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return shuffled(tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, None, True], ids=repr)
+def test_what_is_no_path(wrong, src, store, tmp_path):
+    new = tmp_path / "new"
+    for call in (
+        lambda: actshuffle.shuffle(wrong, new),
+        lambda: actshuffle.shuffle(src, wrong),
+        lambda: actshuffle.verify(wrong, store),
+        lambda: actshuffle.open_dataset(wrong),
+        lambda: actshuffle.Loader(wrong, 5),
+        lambda: actshuffle.stats(wrong),
+        lambda: actshuffle.info(wrong),
+        lambda: actshuffle.status(wrong),
+        lambda: actshuffle.concat(wrong, new),
+        lambda: actshuffle.append(store, wrong, new),
+        lambda: actshuffle.import_store(wrong, new),
+        lambda: actshuffle.quality(wrong),
+    ):
+        with pytest.raises((RequestError, SourceError)) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+    assert not new.exists()
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("seed", "memory", "chunk_rows", "fields", "scratch", "gather", "workers", "client", "executor", "overwrite"),
+        *("fsync", "storage_options", "progress", "planned", "source_row", "codec", "levels", "missing_chunks"),
+    ],
+)
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_arguments_of_the_wrong_kind(argument, wrong, src, tmp_path):
+    if (argument, wrong) == ("scratch", 5.5):
+        wrong = 7
+    with pytest.raises(RequestError):
+        actshuffle.shuffle(src, tmp_path / "new", **{argument: wrong})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_text_is_no_switch(src, store):
+    """`overwrite="no"` would count as yes."""
+    before = (store / "_actshuffle/zarr.json").read_bytes()
+    with pytest.raises(RequestError, match="overwrite must be True or False, got 'no'"):
+        actshuffle.shuffle(src, store, seed=9, overwrite="no")  # type: ignore[arg-type]
+    assert (store / "_actshuffle/zarr.json").read_bytes() == before
+
+
+def test_one_name_is_a_list_of_one(src, store, tmp_path):
+    actshuffle.shuffle(src, tmp_path / "x.zarr", seed=1, fields="x", memory="200MB")
+    assert "y" not in actshuffle.open_dataset(tmp_path / "x.zarr").fields
+    name = next(iter(actshuffle.open_dataset(store).fields))
+    assert [*actshuffle.Loader(store, 5, fields=name).fields] == [name]
+    with pytest.raises(RequestError, match="sources must be a list of paths"):
+        actshuffle.concat(str(src), tmp_path / "c")
+
+
+@pytest.mark.parametrize("wrong", [5.5, b"x", "abc", object(), None], ids=repr)
+def test_numbers_of_rows(wrong, src, store, tmp_path):
+    for call in (
+        lambda: actshuffle.sample(src, wrong, tmp_path / "new"),
+        lambda: actshuffle.head(store, wrong, tmp_path / "new"),
+        lambda: actshuffle.split(store, wrong),
+        lambda: actshuffle.order(wrong, 1),
+        lambda: actshuffle.order(5, wrong),
+        lambda: actshuffle.came_from(store, [wrong]),
+        lambda: actshuffle.where_is(store, [wrong]),
+        lambda: actshuffle.plan(src, workers=wrong or "none"),
+    ):
+        with pytest.raises(RequestError):
+            call()
+    assert not (tmp_path / "new").exists()
+    assert len(actshuffle.order(np.int64(5), np.int32(1))) == 5
+
+
+class _Client:
+    """As much of a Dask client as is looked at."""
+
+    dashboard_link = ""
+
+    def __init__(self, *, asynchronous: bool = False, status: str = "running") -> None:
+        self.asynchronous, self.status = asynchronous, status
+
+
+@pytest.mark.parametrize(
+    ("client", "words"),
+    [(_Client(asynchronous=True), "asynchronous"), (_Client(status="closed"), "not connected, its status is 'closed'")],
+)
+def test_clients_that_cannot_be_used(client, words):
+    with pytest.raises(RequestError, match=words):
+        Dask(client)
+
+
+def test_an_asynchronous_client_of_distributed(src, tmp_path):
+    distributed = pytest.importorskip("distributed")
+
+    async def ask() -> None:
+        async with distributed.Client(asynchronous=True, processes=False, dashboard_address=None) as client:
+            with pytest.raises(RequestError, match="asynchronous"):
+                actshuffle.shuffle(src, tmp_path / "new", client=client)
+
+    asyncio.run(ask())
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("workers", [-1, 1.5, "2", True], ids=repr)
+def test_numbers_of_workers(workers):
+    with pytest.raises(RequestError, match="workers must be 0"), executor_for(workers):
+        pass
+
+
+UNGUARDED = "import sys, actshuffle\nactshuffle.shuffle(sys.argv[1], sys.argv[2], seed=1, workers=1, memory='200MB')\n"
+GUARDED = UNGUARDED.replace("\nact", "\nif __name__ == '__main__':\n    act")
+CALLED = "import sys, actshuffle\ndef go():\n    " + UNGUARDED.splitlines()[1] + "\ngo()\n"
+
+
+@pytest.mark.parametrize(("script", "refused"), [(UNGUARDED, 2), (CALLED, 4), (GUARDED, 0)])
+def test_a_script_without_a_main_guard(script, refused, src, tmp_path):
+    pytest.importorskip("distributed")
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, tmp_path / "script.py", src, tmp_path / "new.zarr"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if not refused:
+        assert ran.returncode == 0, ran.stderr
+        return
+    assert ran.returncode == 1
+    last = ran.stderr.strip().splitlines()[-1]
+    assert f"its line {refused} would start workers" in last
+    assert '`if __name__ == "__main__":`' in last
+    assert ran.stderr.count("Traceback") == 1
+    assert not (tmp_path / "new.zarr").exists()
