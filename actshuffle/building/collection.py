@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from actshuffle._version import __version__
-from actshuffle.arguments import switches
 from actshuffle.arrays import virtual
 from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.metadata import metadata_of
@@ -45,7 +44,7 @@ from actshuffle.progress import Progress, Silent
 from actshuffle.seals import checksum, seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import format_bytes, format_seconds
+from actshuffle.units import format_bytes, format_seconds, switches
 
 BLOCK_BYTES = 128 << 20  # the most work that a kill can cost
 NAMED_FILES = 10_000  # attributes name up to this many files, and count more

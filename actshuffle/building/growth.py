@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 
-from actshuffle.arguments import switches
 from actshuffle.arrays import virtual
 from actshuffle.arrays.codecs import name_of
 from actshuffle.arrays.guard import described
@@ -51,7 +50,7 @@ from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import format_bytes, format_seconds
+from actshuffle.units import format_bytes, format_seconds, switches
 
 
 @dataclass(frozen=True)

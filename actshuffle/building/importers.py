@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from actshuffle.arguments import several, switches
 from actshuffle.building.filesource import Mapped, write_files
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
@@ -36,7 +35,7 @@ from actshuffle.progress import Progress, Silent
 from actshuffle.seals import checksum
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import format_bytes, format_seconds
+from actshuffle.units import format_bytes, format_seconds, several, switches
 
 NAMED = 10  # files that are left out and named
 ARRAY_NAME = re.compile(r"[^/\x00]+")

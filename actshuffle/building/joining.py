@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from actshuffle.arguments import several
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import take_inventory
@@ -29,6 +28,7 @@ from actshuffle.loading.views import followed, reference
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
+from actshuffle.units import several
 
 
 def concat(

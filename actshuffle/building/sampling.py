@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle.arguments import switches, whole
 from actshuffle.arrays import virtual
 from actshuffle.arrays.marker import read_marker
 from actshuffle.arraytypes import U8, U64
@@ -36,6 +35,7 @@ from actshuffle.progress import Progress, Silent
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
+from actshuffle.units import switches, whole
 
 ROWS_KEY = "_actshuffle/rows"  # the chosen rows, ascending, as little-endian uint64
 REMOTE_GAP_BYTES = 1 << 20

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from actshuffle.arguments import whole
 from actshuffle.arrays import virtual
 from actshuffle.arrays.codecs import CODECS
 from actshuffle.arrays.field import Field
@@ -21,7 +20,7 @@ from actshuffle.planning.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Level
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
-from actshuffle.units import format_bytes, parse_bytes, parse_count
+from actshuffle.units import format_bytes, parse_bytes, parse_count, whole
 
 PREFERRED_MEMORY = 2 << 30  # a worker takes more only if that saves a level
 WIDE_ROW = 2 << 10  # bytes; gathering takes 0.6 of the time of two levels for rows of 8 KiB, and 1.1 of it for 512 B

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle.arguments import switches
 from actshuffle.arrays.marker import is_finished
 from actshuffle.arrays.names import DIGESTS, OUR_GROUP, RECEIPTS, RUN_KEY
 from actshuffle.arrays.small import group_metadata, put_array
@@ -48,7 +47,7 @@ from actshuffle.planning.tree import Plan
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
-from actshuffle.units import format_bytes, format_seconds
+from actshuffle.units import format_bytes, format_seconds, switches
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from actshuffle.arguments import several
 from actshuffle.arraytypes import I64, U8
 from actshuffle.errors import RequestError
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.fieldinfo import FieldInfo
+from actshuffle.units import several
 
 Store = str | Path | Dataset
 Stores = Store | Sequence[Store] | Mapping[str, Store]

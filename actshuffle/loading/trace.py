@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle.arguments import several
 from actshuffle.errors import ActshuffleError, FormatError, RequestError
 from actshuffle.extras import need
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.ranks import Ranks, key_of
 from actshuffle.storage.place import Place, as_place, local_path
+from actshuffle.units import several
 
 # What people call these arrays; the first one that is there is taken.
 NAMES = {

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle.arguments import whole
 from actshuffle.arraytypes import I64, U64
+from actshuffle.units import whole
 
 
 class Stream(IntEnum):
