@@ -1,8 +1,10 @@
-"""Memory that is used again: one arena per thread, so that pages are touched for the first time once.
+"""Reused memory: one arena per thread, so that each page is faulted in only once.
 
-A page fault costs up to 11 us per 4 KiB on a virtual machine, several times what copying those bytes
-costs, so a fresh `numpy.empty` per task would make memory the slowest device of all.  And a thread that
-writes one buffer while the next is filled; and what makes zarr's own buffers go when they are freed.
+A page fault costs up to 11 us per 4 KiB on a virtual machine, several times the cost of copying those bytes,
+so a fresh `numpy.empty` per task would make memory the slowest device of all.
+
+Also here: `Behind`, a thread that writes one buffer while the next is filled, and `lean_heap`, which returns
+zarr's freed buffers to the system.
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ class Arena:
         self._at = 0
 
     def reset(self, nbytes: int) -> Arena:
-        """Start over with room for ``nbytes``; arrays handed out before are no longer valid."""
+        """Start over with room for ``nbytes``; arrays handed out before become invalid."""
         if nbytes > len(self._memory):
-            self._memory = np.empty(0, np.uint8)  # let the old block go first
-            self._memory = pages(max(nbytes, PAGE), huge_from=64 << 20)  # they round up
+            self._memory = np.empty(0, np.uint8)  # frees the old block first
+            self._memory = pages(max(nbytes, PAGE), huge_from=64 << 20)  # huge pages round up
         self._at = 0
         return self
 
     def take(self, shape: tuple[int, ...], dtype: DTypeLike = np.uint8) -> NDArray[Any]:
-        """An uninitialised C-contiguous array, aligned to pages, so that it can be written directly."""
+        """An uninitialised C-contiguous array, aligned to pages so that O_DIRECT can write from it."""
         dtype = np.dtype(dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         start, self._at = self._at, self._at + padded(nbytes)
@@ -52,16 +54,16 @@ class Arena:
 
 
 def pages(nbytes: int, *, huge_from: int = HUGE) -> NDArray[np.uint8]:
-    """Fresh memory that begins on a page, in huge pages where it is large enough to have some.
+    """Fresh memory that begins on a page; in huge pages from ``huge_from`` bytes.
 
-    With O_DIRECT a device is told of every page by itself: reading into pages of 4 KiB took 2 to 3
-    times as long on a virtio disk as reading into huge ones.
+    With O_DIRECT the device gets the address of every page: on a virtio disk, reads into pages of 4 KiB took
+    2 to 3 times as long as reads into huge pages.
     """
-    # Private: by default a process forked from this one would share the pages.
+    # Private, since by default a process forked from this one would share the pages.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if not hasattr(mmap, "MADV_HUGEPAGE") or nbytes < huge_from:
         return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), np.uint8)
-    block = mmap.mmap(-1, nbytes + HUGE, flags=flags)  # what is over is never touched
+    block = mmap.mmap(-1, nbytes + HUGE, flags=flags)  # the excess is never touched
     block.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(block, np.uint8)
     start = -memory.ctypes.data % HUGE
@@ -69,7 +71,7 @@ def pages(nbytes: int, *, huge_from: int = HUGE) -> NDArray[np.uint8]:
 
 
 def padded(nbytes: int) -> int:
-    """What an array of ``nbytes`` takes from an arena."""
+    """Bytes that an array of ``nbytes`` takes from an arena."""
     return -(-nbytes // PAGE) * PAGE
 
 
@@ -98,7 +100,7 @@ class Behind:
 
 @contextmanager
 def behind() -> Iterator[Behind]:
-    """A `Behind` whose calls are all done, and whose errors are raised, when the block ends."""
+    """A `Behind`; when the block ends, all its calls are done and their errors raised."""
     with ThreadPoolExecutor(1, thread_name_prefix="actshuffle-write") as pool:
         worker = Behind(pool)
         yield worker
@@ -106,7 +108,7 @@ def behind() -> Iterator[Behind]:
         worker.wait(worker.turn ^ 1)
 
 
-# glibc's mallopt(3) parameters, and where its own adjusting of them ends.
+# Parameters of glibc's mallopt(3), and the most that glibc itself adjusts them to.
 _TRIM, _TRIM_MOST = -1, 64 << 20
 _MMAP, _MMAP_MOST = -3, 32 << 20
 _RETURNED_FROM = 256 << 10
@@ -114,12 +116,12 @@ _RETURNED_FROM = 256 << 10
 
 @contextmanager
 def lean_heap() -> Iterator[None]:
-    """While zarr codes chunks: what is freed goes back to the system at once.
+    """Return freed memory to the system at once, while zarr codes chunks.
 
-    Left to itself, glibc serves blocks up to the largest ever freed (32 MB at most) from heaps of which
-    each thread has one, and keeps them.  With zarr's pool of threads, 20 MB were held after reading in
-    pieces of 2 MB, and 7 output objects while one was written.  With fixed thresholds it is what the
-    plan says.  After that they stand where they end up in any process that has used large arrays.
+    By default glibc serves blocks up to the largest ever freed (32 MB at most) from one heap per thread, and
+    keeps them.  With zarr's pool of threads, 20 MB were held after reading in pieces of 2 MB, and 7 output
+    objects while one was written.  With fixed thresholds memory is as planned.  Afterwards the thresholds are
+    those of any process that has used large arrays.
     """
     mallopt = _mallopt()
     if mallopt is None:
@@ -136,7 +138,7 @@ def lean_heap() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _mallopt() -> Callable[[int, int], int] | None:
-    """The C library's function, unless it has none or somebody (Dask's nanny) has fixed the thresholds."""
+    """The C library's function; None if there is none, or if the environment (Dask's nanny) fixes the thresholds."""
     if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         return None
     found: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,8 +1,8 @@
-"""From a file into memory: through the page cache what it has, and past it what is read only once.
+"""Read files into memory: take what the page cache holds, and bypass it (O_DIRECT) for data that is read only once.
 
-A page of the cache costs its allocation, its copy and, on virtual machines, the host's first touch: up to
-1.6 s of processor time for a gigabyte here, against 0.1 s with O_DIRECT.  That is wasted on spill, which is read
-once and deleted, and on a source larger than memory.  But what the cache has is quicker from there.
+A page of the cache costs its allocation, its copy and, on virtual machines, the host's first touch: up to 1.6 s of
+processor time per gigabyte, against 0.1 s with O_DIRECT.  That is wasted on spill, which is read once and deleted,
+and on a source larger than memory.  Data that the cache holds already is read faster from there.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ import numpy as np
 from actshuffle.limits import PAGE
 from actshuffle.storage.buffers import pages
 
-DIRECT_BYTES = 1 << 20  # smaller reads and writes are not worth it
-# Read past the cache in one go where rows do not lie on pages, and copied from there.
-PIECE = 2 << 20
-TWO_FROM = 128 << 20  # a task that reads so much has a second thread that reads
+DIRECT_BYTES = 1 << 20  # least size of a read or write with O_DIRECT
+PIECE = 2 << 20  # bytes of one O_DIRECT read where rows are not aligned to pages, and are copied from it
+TWO_FROM = 128 << 20  # least bytes of a task that reads with two threads
 
 
 class Extent(NamedTuple):
-    """Read ``sum(len(v) for v in views)`` bytes at ``offset`` of object ``key``, scattered into views.
+    """A read of ``sum(len(v) for v in views)`` bytes at ``offset`` of object ``key``, scattered into views.
 
-    ``once``: nobody will want them again soon, so that caching them is of no use.
+    ``once``: nobody will read them again soon, so caching them is of no use.
     """
 
     key: str
@@ -45,7 +44,7 @@ Read = Callable[[Sequence[Extent]], None]
 
 
 class OpenFile:
-    """A file's descriptor; closed at the latest when nobody refers to it."""
+    """The descriptor of a file, closed at the latest when nothing refers to it."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -63,8 +62,8 @@ def read_full(fd: int, extent: Extent) -> None:
     views, offset = [v for v in extent.views if len(v)], extent.offset
     size = sum(map(len, views))
     if extent.once and size >= DIRECT_BYTES:
-        # A look first, as asking for all has the system begin to read up to 8 MiB into the cache, beside us; and at
-        # a random place, since where one is looked for, some pages are left behind.
+        # Ask for one byte first, since a request for all makes the system read ahead up to 8 MiB into the cache; at
+        # a random place, since a request leaves some pages there.
         if _peek(fd, offset + randrange(size)):
             offset = _cached(fd, views, offset)
         if views and set_direct(fd, on=True):
@@ -77,9 +76,9 @@ def read_full(fd: int, extent: Extent) -> None:
 
 
 def read_rows(fd: int, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]) -> None:
-    """``width`` bytes at each offset, to places in ``out``: a microsecond of ours for each.
+    """Read ``width`` bytes at each offset to the goals in ``out``, with a microsecond of overhead each.
 
-    Nothing is made that Python's garbage collector would count: with an `Extent` for every row, its rounds
+    It creates no object that Python's garbage collector counts: with an `Extent` for every row, collections
     took a fifth of all processor time.
     """
     preadv = os.preadv
@@ -91,9 +90,9 @@ def read_rows(fd: int, width: int, offsets: Sequence[int], out: memoryview, goal
 
 @contextmanager
 def two_readers(read: Read, nbytes: int) -> Iterator[Read]:
-    """`read`, by two threads if ``nbytes`` in all are much: a disk does more with two requests at a time.
+    """`read`, by two threads if ``nbytes`` in all are many: a disk does more with two requests at a time.
 
-    The other thread has its own piece of memory, which is little beside what is read then.
+    The other thread has its own piece of memory, which is small beside the bytes it reads.
     """
     if nbytes < TWO_FROM:
         yield read
@@ -110,7 +109,7 @@ def _by_two(read: Read, beside: Executor, extents: Sequence[Extent]) -> None:
 
 
 def set_direct(fd: int, *, on: bool) -> bool:
-    """Have a file's reads and writes bypass the cache, or not; False where that cannot be."""
+    """Make reads and writes of a file bypass the cache, or not; False where the file system refuses."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
@@ -122,13 +121,13 @@ def set_direct(fd: int, *, on: bool) -> bool:
 
 
 def has_cached(fd: int, offset: int) -> bool:
-    """Does the page cache have a byte of a file?  False where the system does not say.
+    """True if the page cache holds a byte of a file; False also where the system does not tell.
 
-    Where it has not, the system may begin to read the page that was asked for.
+    If it does not, the system may begin to read that page.
     """
     try:
         return _peek(fd, offset)
-    except OSError:  # which is told when it is read
+    except OSError:  # the read itself will report it
         return False
 
 
@@ -137,7 +136,7 @@ def _peek(fd: int, offset: int) -> bool:
 
 
 def _cached(fd: int, views: list[memoryview], offset: int) -> int:
-    """Take what the cache has, up to its first gap; returns where that is."""
+    """Read from the cache up to its first gap; returns the offset of the gap."""
     while views:
         try:
             got = os.preadv(fd, views[:1024], offset, os.RWF_NOWAIT)
@@ -152,9 +151,9 @@ def _cached(fd: int, views: list[memoryview], offset: int) -> int:
 
 
 def _past_cache(fd: int, views: list[memoryview], offset: int) -> int:
-    """Read on with O_DIRECT: into place where all is on whole pages, else by way of a piece that is.
+    """Read on with O_DIRECT: straight into views that lie on whole pages, else through an aligned piece.
 
-    Returns where it stopped: at the end, or where the file system would not.
+    Returns the offset at which it stopped: the end, or where the file system refused.
     """
     while views:
         first = views[0]
@@ -204,7 +203,7 @@ _local = threading.local()
 
 
 def _piece() -> memoryview:
-    """This thread's own."""
+    """The aligned piece of this thread."""
     if not hasattr(_local, "piece"):
         _local.piece = pages(PIECE).data
     held: memoryview = _local.piece

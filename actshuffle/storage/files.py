@@ -1,8 +1,8 @@
 """Byte objects as files under a directory: the fast path between disk and our buffers.
 
-Large objects that must be durable are written with O_DIRECT: no copy into the page cache, and no cost
-of its pages, which on virtual machines is several times the disk's own.  For reads see reading.py.
-A put is a temporary name, fsync, rename.
+Large objects that must be durable are written with O_DIRECT: without a copy into the page cache, and without the
+cost of its pages, which on virtual machines is several times that of the disk.  For reads see directio.py.  A put
+writes under a temporary name, calls fsync, and renames.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from actshuffle.storage.directio import DIRECT_BYTES, Extent, OpenFile, has_cach
 from actshuffle.units import format_bytes
 
 _PARTIAL = ".actshuffle-partial"
-DELETIONS = 8  # at once
-OPEN_AHEAD = 4  # files of one read to come; of all that are prepared, far fewer than a process may have
-KEPT = 512  # files that stay open for rows to come, if a process may have twice as many
+DELETIONS = 8  # deletions at the same time
+OPEN_AHEAD = 4  # files that are open in advance for one prepared read; a process may have few open files
+KEPT = 512  # files that stay open for further rows, if a process may have twice as many
 
 
 class Writer(Protocol):
@@ -46,12 +46,12 @@ class LocalObjects:
     def __init__(self, root: Path, fsync: bool = True) -> None:
         self.root = root
         self.fsync = fsync
-        self._inside: set[Path] = set()  # folders that were seen to be no links out of the root
-        self._folders: dict[str, str] = {}  # the path of each by its key, if a file in it was read
-        self._kept: dict[str, OpenFile] = {}  # by `read_rows`, as long as these objects are used
+        self._inside: set[Path] = set()  # folders that are known to be no links out of the root
+        self._folders: dict[str, str] = {}  # paths of folders in which a file was read, by key
+        self._kept: dict[str, OpenFile] = {}  # files that `read_rows` keeps open, as long as these objects live
 
     def _path(self, key: str, *, follow: bool = True) -> Path:
-        """The file of a key.  Not one outside the root: stores come from others, links and all."""
+        """The path of a key, which must lie inside the root: others wrote the store, and may have put links in it."""
         if key.startswith("/") or ".." in key.split("/") or "\0" in key:
             raise StorageError(f"key {key!r} leaves {self.root}")
         path = self.root / key
@@ -86,9 +86,9 @@ class LocalObjects:
 
     @contextmanager
     def writer(self, key: str, size: int) -> Iterator[Writer]:
-        """An object of ``size`` bytes, written in order; it appears when the block ends without error."""
+        """Write an object of ``size`` bytes in order; it appears when the block ends without error."""
         path = self._path(key)
-        # Not by process id: workers in containers share it, and may share this folder too.
+        # A random name, since workers in containers may share both process ids and this folder.
         partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
         with typed(self.root, key, size):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +108,8 @@ class LocalObjects:
                 os.close(fd)
 
     def _open(self, key: str) -> int:
-        """The file of a key, for reading; in a folder looked at before, a file that is no link is opened
-        without another look, in a third of the time."""
+        """Open the file of a key for reading.  In a folder that was checked before, a file that is no link needs
+        no further check, which takes a third of the time."""
         folder, _, name = key.rpartition("/")
         known = self._folders.get(folder)
         if known is not None and name != ".." and "\0" not in name:
@@ -127,7 +127,7 @@ class LocalObjects:
             self._read(key, group, None)
 
     def reading(self, extents: Sequence[Extent]) -> Callable[[], None]:
-        """`read` as a call for later, with the first files open already."""
+        """Prepare `read` as a call for later, with the first files open already."""
         groups = ((key, [*group]) for key, group in itertools.groupby(extents, key=lambda e: e.key))
         ready = [
             (key, group, self._ahead(key) if number < OPEN_AHEAD else None)
@@ -141,10 +141,9 @@ class LocalObjects:
         return read
 
     def read_rows(self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]) -> None:
-        """``width`` bytes at each offset of a file, to places in ``out``.
+        """Read ``width`` bytes at each offset of a file to the goals in ``out``.
 
-        The first files stay open: to open one takes as long as to read ten rows, and each is asked for again
-        and again.
+        The first files stay open: opening one takes as long as reading ten rows, and each is read again and again.
         """
         with typed(self.root, key):
             file = self._kept.get(key)
@@ -157,7 +156,7 @@ class LocalObjects:
     def _ahead(self, key: str) -> OpenFile | None:
         try:
             return OpenFile(self._open(key))
-        except (OSError, ActshuffleError):  # which is told when it is read
+        except (OSError, ActshuffleError):  # the read itself will report it
             return None
 
     def _read(self, key: str, extents: Iterable[Extent], file: OpenFile | None) -> None:
@@ -189,14 +188,14 @@ class LocalObjects:
                     yield str((Path(folder) / name).relative_to(self.root))
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Key and size of every object under a folder."""
+        """The key and size of every object under a folder."""
         for key in self.list(prefix):
             size = self.size(key)
             if size is not None:
                 yield key, size
 
     def names(self, prefix: str) -> Sequence[str]:
-        """Names of the files and folders right in a folder."""
+        """The names of the files and folders directly inside a folder, sorted."""
         with typed(self.root, prefix):
             try:
                 return sorted(p.name for p in self._path(prefix).iterdir())
@@ -208,9 +207,9 @@ class LocalObjects:
             self._path(key, follow=False).unlink(missing_ok=True)
 
     def delete_prefix(self, prefix: str) -> None:
-        """Delete a whole folder, files that are half written among them.
+        """Delete a whole folder, half-written files included.
 
-        A task that was given up for lost may still be writing into it: what it adds meanwhile goes too.
+        A task that was given up may still be writing into it: the files it adds meanwhile are deleted too.
         """
         with typed(self.root, prefix):
             path = self._path(prefix, follow=False)
@@ -227,7 +226,7 @@ class LocalObjects:
                         raise
 
     def settle(self, prefixes: Sequence[str]) -> None:
-        """Remove what killed writers left behind, and make the renames under some folders durable."""
+        """Remove the partial files of killed writers, and make the renames under some folders durable."""
         for prefix in prefixes:
             for folder, _, names in os.walk(self._path(prefix)):
                 for name in names:
@@ -244,7 +243,7 @@ class LocalObjects:
 
 
 def _unlink_below(top: Path) -> None:
-    """Remove all files, many at once: each waits for its space to be freed, or for a file server."""
+    """Remove all files, several at a time: each removal waits for a disk or a file server."""
     with ThreadPoolExecutor(DELETIONS, thread_name_prefix="actshuffle-delete") as pool:
         for folder, _, names in os.walk(top):
             shares = [names[i::DELETIONS] for i in range(min(DELETIONS, len(names)))]
@@ -258,7 +257,7 @@ def _unlink(folder: Path, names: list[str]) -> None:
 
 
 def _open_file(path: str | Path, flags: int = 0) -> int:
-    """A file, open for reading; not a pipe or a device, which could keep us waiting for ever."""
+    """Open a file for reading; refuse pipes and devices, which could block for ever."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
@@ -270,13 +269,13 @@ def _open_file(path: str | Path, flags: int = 0) -> int:
 
 
 def _most_files() -> int:
-    """How many files this process may have open."""
+    """The number of files that this process may have open."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return KEPT * 2 if most == resource.RLIM_INFINITY else most
 
 
 def _create(path: Path, *, direct: bool) -> tuple[int, bool]:
-    """A new file, open for writing, past the page cache if asked for and possible."""
+    """Create a file for writing, with O_DIRECT if ``direct`` is set and the file system allows it."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     if direct:
         try:
@@ -284,12 +283,12 @@ def _create(path: Path, *, direct: bool) -> tuple[int, bool]:
         except OSError as err:
             if err.errno != errno.EINVAL:
                 raise
-            path.unlink(missing_ok=True)  # some filesystems refuse after they have created it
+            path.unlink(missing_ok=True)  # some file systems refuse after they have created it
     return os.open(path, flags, 0o644), False
 
 
 class _FileWriter:
-    """Appends to a file; with O_DIRECT as long as parts are whole pages, through the cache after that."""
+    """Appends to a file: with O_DIRECT as long as parts are whole pages, through the cache afterwards."""
 
     def __init__(self, fd: int, direct: bool) -> None:
         self._fd, self._direct = fd, direct
@@ -314,7 +313,7 @@ class _FileWriter:
             except OSError as err:
                 if err.errno != errno.EINVAL or not self._direct:
                     raise
-                self._buffered()  # a filesystem that accepts the flag and not the write
+                self._buffered()  # this file system accepts the flag and refuses the write
                 continue
             self.written += done
             part = part[done:]
@@ -326,7 +325,7 @@ class _FileWriter:
 
 @contextmanager
 def typed(where: object, key: str, size: int | None = None) -> Iterator[None]:
-    """Turn the operating system's errors into ours, with place, key and size."""
+    """Turn errors of the operating system into `StorageError`, with place, key and size."""
     try:
         yield
     except OSError as err:

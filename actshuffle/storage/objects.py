@@ -1,8 +1,8 @@
-"""Byte objects under a root: the few operations the engine needs, on local disk or any Zarr store.
+"""Byte objects under a root: the few operations that the engine needs, on local disk or any Zarr store.
 
-Keys are relative paths with "/".  A put is atomic: an object is there whole or not at all.  On local
-disk that is a temporary name, fsync, rename; object stores give it by themselves.  Errors are typed:
-a full disk is `StorageFullError` with the bytes that were asked for.
+Keys are relative paths with "/".  A put is atomic: an object is there whole or not at all.  On local disk that takes
+a temporary name, fsync and a rename; object stores guarantee it.  Errors are typed: a full disk raises
+`StorageFullError` with the number of bytes requested.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _wrap: Wrap | None = None
 
 @contextmanager
 def wrapped(wrap: Wrap) -> Iterator[None]:
-    """Inside the block `open_objects` gives ``wrap(objects, place)``: the door for `actshuffle.testing`."""
+    """Make `open_objects` return ``wrap(objects, place)`` inside the block: the entry of `actshuffle.testing`."""
     global _wrap
     before, _wrap = _wrap, wrap
     try:

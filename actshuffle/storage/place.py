@@ -1,4 +1,4 @@
-"""Where a store is: a local path or a URL with its options, and URLs that are safe to write down."""
+"""The place of a store, a local path or a URL with its options, and URLs that are safe to write down."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def has_secret(url: str) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a store is: a local path or a URL.  Options are credentials and the like; never written."""
+    """The place of a store: a local path or a URL.  Options hold credentials and the like; they are never written."""
 
     url: str
     options: str = dataclasses.field(default="{}", repr=False)  # JSON, as fsspec takes it

@@ -1,4 +1,4 @@
-"""Objects of any Zarr store (fsspec, obstore) behind the same few operations as files on disk."""
+"""Objects of any Zarr store (fsspec, obstore), with the same operations as files on disk."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ T = TypeVar("T")
 
 
 def open_store(place: Place, *, read_only: bool = False) -> Store:
-    """The place as a zarr store."""
+    """Open a place as a zarr store."""
     path = local_path(place)
     if path is not None:
         return LocalStore(path, read_only=read_only)
-    # An instance of our own: fsspec shares them, and one that another event loop has used is of no use.
+    # A separate instance: fsspec shares instances, and one that another event loop has used fails here.
     options = {"skip_instance_cache": True, **json.loads(place.options)}
     try:
         return FsspecStore.from_url(place.url, storage_options=options, read_only=read_only)
@@ -42,7 +42,7 @@ def open_store(place: Place, *, read_only: bool = False) -> Store:
 
 @lru_cache(maxsize=64)
 def remote_objects(place: Place) -> StoreObjects:
-    """One client per place and process: each has connections, and asks for credentials."""
+    """The client of a place, one per process: a client holds connections and requests credentials."""
     return StoreObjects(open_store(place), str(place))
 
 
@@ -71,11 +71,11 @@ class StoreObjects:
         self.put(key, memoryview(writer.data))
 
     def reading(self, extents: Sequence[Extent]) -> Callable[[], None]:
-        """`read` as a call for later; there is nothing to prepare."""
+        """`read` as a call for later, without preparation."""
         return partial(self.read, extents)
 
     def read_rows(self, key: str, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]) -> None:
-        """``width`` bytes at each offset of an object, to places in ``out``: a request each."""
+        """Read ``width`` bytes at each offset of an object to the goals in ``out``, with one request each."""
         self.read([Extent(key, at, [out[g : g + width]]) for at, g in zip(offsets, goals, strict=True)])
 
     def read(self, extents: Sequence[Extent]) -> None:
@@ -101,7 +101,7 @@ class StoreObjects:
             running = [asyncio.ensure_future(one(part)) for part in parts]
             try:
                 await asyncio.gather(*running)
-            finally:  # after an error none may go on to write into memory that is somebody else's by then
+            finally:  # after an error no request may write into memory that others may use by then
                 for task in running:
                     task.cancel()
                 await asyncio.gather(*running, return_exceptions=True)
@@ -124,7 +124,7 @@ class StoreObjects:
         return (key for key, _ in self.sizes(prefix))
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Key and size of every object under a folder; -1 where the store does not tell sizes in lists."""
+        """The key and size of every object under a folder; size -1 where the store lists no sizes."""
         folder = prefix.rstrip("/") + "/" if prefix else ""
 
         async def collect() -> list[tuple[str, int]]:
@@ -140,7 +140,7 @@ class StoreObjects:
             yield from wait(collect())
 
     def names(self, prefix: str) -> Sequence[str]:
-        """Names of the objects and folders right in a folder."""
+        """The names of the objects and folders directly inside a folder, sorted."""
 
         async def collect() -> list[str]:
             return sorted([name async for name in self.store.list_dir(prefix)])
@@ -158,7 +158,7 @@ class StoreObjects:
 
     @contextmanager
     def _typed(self, key: str, size: int | None = None) -> Iterator[None]:
-        """Any error of a client library (no credentials, no bucket, no route) as one of ours."""
+        """Turn any error of a client library (no credentials, no bucket, no route) into a `StorageError`."""
         try:
             with typed(self.name, key, size):
                 yield
@@ -175,14 +175,14 @@ class StoreObjects:
 
 
 def _hang_up(store: Store, pid: int) -> None:
-    """Close the connections of a client that nobody uses any more: s3fs does not, in others' event loops."""
+    """Close the connections of an unused client, which s3fs leaves open in foreign event loops."""
     client = getattr(getattr(store, "fs", None), "_s3", None)
     if client is not None and pid == os.getpid():
         asyncio.run_coroutine_threadsafe(client.close(), _loop())
 
 
 def _pieces(extent: Extent, size: int) -> Iterator[Extent]:
-    """The same bytes in ranges of at most ``size``, each over as many views as it spans."""
+    """Split an extent into extents of at most ``size`` bytes, each over as many views as it spans."""
     offset, views, held = extent.offset, [], 0
     for view in extent.views:
         while len(view):
@@ -208,15 +208,15 @@ class _MemoryWriter:
 
 @lru_cache(maxsize=1)
 def _loop() -> asyncio.AbstractEventLoop:
-    """One event loop for this process's object store calls, on a thread of its own: store clients are
-    bound to the loop that first used them, and tasks run on any thread."""
+    """The event loop of all calls to object stores, on its own thread: store clients are bound to the loop that
+    first used them, and tasks run on any thread."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="actshuffle-io", daemon=True).start()
     return loop
 
 
 def wait(what: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
-    """Run a store's coroutine to its end, from any thread."""
+    """Run a store's coroutine to its end, from any thread; returns its result."""
 
     async def call() -> T:
         return await what
@@ -225,7 +225,7 @@ def wait(what: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
     try:
         return future.result()
     except BaseException:
-        future.cancel()  # on Ctrl-C nobody waits for it any more
+        future.cancel()  # after Ctrl-C nobody waits for it
         raise
 
 
