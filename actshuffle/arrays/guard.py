@@ -1,16 +1,15 @@
-"""Stores that somebody else wrote: what zarr may be shown of them.
+"""Check stores that others wrote before zarr sees them.
 
-Zarr believes what it reads.  So what it reads of a place comes through here, and is refused when it is
+Zarr believes everything it reads.  So all its reads of a place come through here, which refuses
 
-- metadata that is no UTF-8 JSON, is absurdly large, or says one thing twice (readers differ on which counts);
-- consolidated metadata, a group's copy of its arrays' own, which is out of date once an array has grown; it is
-  never shown, so that every array speaks for itself;
-- a codec beyond the list below.  numcodecs can unpickle, which is running the store's code;
-- a chunk that would unpack to more than its place in the array: a few bytes of zstd or gzip can ask
-  for terabytes.  Formats that say their size up front are asked; the others are unpacked once into
-  nothing, up to the limit.
+- metadata that is no UTF-8 JSON, is absurdly large, or gives a value twice (readers differ on which one counts);
+- codecs beyond the list below: numcodecs can unpickle, which runs code from the store;
+- chunks that would unpack to more than their place in the array: a few bytes of zstd or gzip can ask for terabytes.
+  Where the packed bytes declare their size, that is checked; otherwise they are unpacked once, up to the limit, and
+  discarded.
 
-Links out of the root, devices and pipes are refused one layer below, in files.py.
+Consolidated metadata, a group's copy of its arrays' metadata, is out of date once an array has grown.  zarr never
+sees it, so that each array is read by its own metadata.  files.py refuses links out of the root, devices and pipes.
 """
 
 from __future__ import annotations
@@ -39,17 +38,17 @@ METADATA_BYTES = 64 << 20
 MEMBERS = 100_000  # names in a group's folder, each of which zarr asks for metadata
 
 _UNPACKERS = {"zstd", "blosc", "lz4", "gzip", "zlib", "bz2", "lzma"}
-_AT_THE_END = {"crc32c", "fletcher32"}  # checksums behind what they guard
+_AT_THE_END = {"crc32c", "fletcher32"}  # checksums that follow their data
 _SAME_SIZE = {"bytes", "transpose", "shuffle", "delta", "bitround", "quantize", "endian"}
 _OTHER = {"fixedscaleoffset", "astype", "packbits", "crc32", "adler32", "jenkins_lookup3"}
-_GROWTH = 16  # what filters that change the type can make of a byte at most: int8 to complex128
+_GROWTH = 16  # most bytes that a filter which changes the type makes of one: int8 to complex128
 
 
 class Coding(NamedTuple):
     """How the chunks of an array are packed.
 
-    ``packed`` names the codec that is met first on the way in ("" if none), ``limit`` is the most bytes
-    it may give, ``index_bytes`` the length of a shard's index (0: no shards), at its start or end.
+    ``packed`` names the codec that decodes first ("" if none), ``limit`` is the most bytes that it may give,
+    ``index_bytes`` the length of a shard's index (0: no shards), at its start or end.
     """
 
     packed: str
@@ -59,7 +58,7 @@ class Coding(NamedTuple):
 
 
 def coding_of(array: zarr.Array[Any], where: str) -> Coding:
-    """What an array's codecs may do, or a `SourceError` naming the one that is refused."""
+    """The coding of an array's chunks; raises `SourceError` with the name of a codec that is refused."""
     meta = array.metadata.to_dict()
     itemsize = array.dtype.itemsize
     if array.metadata.zarr_format == 2:
@@ -85,7 +84,7 @@ def coding_of(array: zarr.Array[Any], where: str) -> Coding:
 
 
 def stored_bytes(array: zarr.Array[Any]) -> int | None:
-    """Bytes of every stored chunk where nothing packs them, else None."""
+    """Bytes of every stored chunk where no codec packs them, else None."""
     meta = array.metadata.to_dict()
     if array.metadata.zarr_format == 2:
         plain, names = not meta.get("filters") and not meta.get("compressor"), []
@@ -97,7 +96,7 @@ def stored_bytes(array: zarr.Array[Any]) -> int | None:
 
 
 def described(codec: Any) -> tuple[str, dict[str, Any]]:
-    """Name and settings of a codec, in either format's way of writing it."""
+    """Name and settings of a codec, from an object or the JSON of either format."""
     for method in ("to_dict", "get_config"):
         if hasattr(codec, method):
             codec = getattr(codec, method)()
@@ -134,8 +133,7 @@ def check_chunk(data: bytes, packed: str, limit: int, where: str) -> None:
 
 
 def _unpacked_size(data: bytes, packed: str, limit: int) -> int:
-    """Bytes that a chunk unpacks to, as far as can be told without doing it; 0 if it is damaged, which
-    its codec will say better."""
+    """Bytes that a chunk unpacks to, as far as its header tells; 0 if it is damaged, which its codec reports better."""
     if packed == "blosc":
         return int.from_bytes(data[4:8], "little") if len(data) >= 16 else 0
     if packed == "lz4":
@@ -152,7 +150,7 @@ def _unpacked_size(data: bytes, packed: str, limit: int) -> int:
 
 
 def _counted(make: Callable[[], Any], data: bytes, limit: int) -> int:
-    """Unpack into nothing, stream after stream; stop past the limit."""
+    """Unpack stream after stream, discard the bytes and count them; stop past the limit."""
     total, piece = 0, 1 << 20
     try:
         while data and total <= limit:
@@ -170,7 +168,7 @@ def _counted(make: Callable[[], Any], data: bytes, limit: int) -> int:
 
 
 def _zstd_size(data: bytes) -> int:
-    """Of a zstd frame (RFC 8878): the size it declares, else the most its blocks can hold."""
+    """The size that a zstd frame (RFC 8878) declares, else the most that its blocks can hold."""
     if data[:4] != b"\x28\xb5\x2f\xfd" or len(data) < 6:
         return 0
     flags = data[4]
@@ -218,7 +216,7 @@ def without_copies(key: str, data: bytes) -> bytes | None:
 
 
 class View(Store):
-    """A place as a read-only Zarr store, through `Objects`: what zarr reads, we have looked at.
+    """A place as a read-only Zarr store, through `Objects`, which checks all that zarr reads.
 
     ``strict``: an absent chunk is an error and not a fill value.
     """
@@ -243,7 +241,7 @@ class View(Store):
     __repr__ = __str__
 
     def watch(self, array: zarr.Array[Any]) -> None:
-        """From now on look at the array's chunks before zarr unpacks them."""
+        """Check the chunks of an array from now on, before zarr unpacks them."""
         self._codings[array.path] = coding_of(array, f"array {array.path!r} of {self.name}")
 
     async def get(self, key: str, prototype: Any, byte_range: ByteRequest | None = None) -> Any:
@@ -251,7 +249,7 @@ class View(Store):
         return None if data is None else prototype.buffer.from_bytes(data)
 
     async def call(self, function: Callable[..., T], *args: Any) -> T:
-        """A blocking call, in another thread; right here if the objects want to be called in order."""
+        """Make a blocking call in another thread; in this one if the objects must be called in order."""
         if getattr(self.objects, "in_order", False):
             return function(*args)
         return await asyncio.to_thread(function, *args)
@@ -295,7 +293,7 @@ class View(Store):
         return bytes(data)
 
     def _packed(self, key: str, data: bytes, wanted: ByteRequest | None) -> Iterator[tuple[bytes, Coding]]:
-        """The packed chunks in what was read of an object."""
+        """The packed chunks among the bytes read of an object."""
         paths = [p for p in self._codings if not p or key.startswith(p + "/")]
         if not paths or not (coding := self._codings[max(paths, key=len)]).packed:
             return

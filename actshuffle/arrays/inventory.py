@@ -1,4 +1,4 @@
-"""A look at every object of the source before the first byte is read.
+"""Check every object of the source before the first byte is read.
 
 Zarr reads an absent chunk as fill values, and a truncated one may fail hours into a run.  So: every
 chunk that the metadata promises must be there; where its size is known in advance it must have it; and
@@ -24,8 +24,8 @@ from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place
 
-FILLED = 10_000_000  # chunks of an array that has gaps, at most
-INDEX_BYTES = 64 << 20  # of a shard
+FILLED = 10_000_000  # most chunks of an array with gaps
+INDEX_BYTES = 64 << 20  # most bytes of the index of a shard
 _EMPTY = (1 << 64) - 1  # a shard index's mark for an absent inner chunk
 
 
@@ -58,7 +58,7 @@ def take_inventory(
 
 
 class Found(NamedTuple):
-    """One expected object: its size (None: absent, -1: unknown) and what is wrong with it, if anything."""
+    """One expected object: its size (None: absent, -1: unknown) and its fault, if it has one."""
 
     key: str
     size: int | None
@@ -67,12 +67,12 @@ class Found(NamedTuple):
 
 
 def look(place: Place, array: zarr.Array[Any], *, fill_missing: bool = False) -> Iterator[Found]:
-    """Every object that an array's metadata promises, with what can be said without reading its data."""
+    """Every object that an array's metadata promises, checked as far as that is possible without reading its data."""
     objects = open_objects(place)
     sizes = dict(objects.sizes(array.path))
     shard, known = _shard_codec(array), stored_bytes(array)
     full = math.prod(object_grid(array)) * array.dtype.itemsize
-    # No codec makes more of it than this; a file that has more is a trap.
+    # No codec makes more bytes than this; a larger file is a trap.
     most = 2 * full + 64 * math.prod(_inner_chunks(array)) + (1 << 20)
     if fill_missing and math.prod(_counts(array)) > FILLED:
         raise SourceError(
@@ -113,8 +113,7 @@ def _expected_keys(array: zarr.Array[Any]) -> Iterator[tuple[tuple[int, ...], st
 
 
 def _places(counts: list[int]) -> Iterator[tuple[int, ...]]:
-    """All places of a grid, in order.  Not `itertools.product`, which begins by listing each axis: the
-    grid may be one that somebody made up."""
+    """All places of a grid, in order.  Unlike `itertools.product` it lists no axis, since a grid may be forged."""
     if not counts:
         yield ()
         return
@@ -148,7 +147,7 @@ def _shard_problem(
     size: int,
     fill_missing: bool,
 ) -> tuple[str, bool]:
-    """What a shard's index says is wrong with it, and whether that is inner chunks left out."""
+    """The fault that a shard's index shows, if any, and whether inner chunks are absent."""
     inner = settings["chunk_shape"]
     per = [s // c for s, c in zip(object_grid(array), inner, strict=True)]
     length = 16 * math.prod(per) + 4

@@ -1,4 +1,4 @@
-"""The completion marker, read: every reader of a finished store begins here, and none needs the engine for it."""
+"""Read the completion marker: every reader of a finished store begins here, and needs no engine for it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def is_list(found: Any, length: int, holds: Callable[[Any], bool]) -> bool:
 
 
 def altered_files(objects: Objects, marker: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Key and what is wrong of each small file, the marker among them, that is not what was written."""
+    """Key and fault of each small file, the marker included, that is not as it was written."""
     body = {k: v for k, v in marker.items() if k != "sha256"}
-    around = json.loads(group_metadata({"actshuffle": marker}))  # what no checksum of the body sees
+    around = json.loads(group_metadata({"actshuffle": marker}))  # the part of the file that the checksum does not cover
     if marker.get("sha256") != seal(body, 64) or json.loads(objects.get(MARKER_KEY) or "{}") != around:
         yield MARKER_KEY, "is not what was written"
     for key, check in marker.get("files", {}).items():
@@ -30,8 +30,8 @@ def altered_files(objects: Objects, marker: dict[str, Any]) -> Iterator[tuple[st
             yield key, "is missing" if data is None else "is not what was written"
 
 
-# What a marker must hold, by its kind: a shuffled store, a row range of another store, or a finished
-# store whose rows are in the order in which they were made (collect, import).
+# The entries of a marker, by its kind: a shuffled store, a row range of another store, or a finished store with its
+# rows in the order in which they were made (collect, import).
 _MARKERS: dict[str, dict[str, type]] = {
     "shuffle": {
         "rows": int,
@@ -48,7 +48,7 @@ _MARKERS: dict[str, dict[str, type]] = {
 
 
 def read_marker(objects: Objects) -> dict[str, Any] | None:
-    """The completion marker, None if there is none, `FormatError` if it is not one we can read."""
+    """The completion marker, or None if there is none; raises `FormatError` if it cannot be read."""
     data = objects.get(MARKER_KEY)
     if data is None:
         return None
@@ -73,7 +73,7 @@ def read_marker(objects: Objects) -> dict[str, Any] | None:
 
 
 def is_finished(objects: Objects) -> bool:
-    """Is there a marker?  One that is torn is none: whoever wrote it goes on, and writes it again."""
+    """True if there is a valid completion marker.  A torn one counts as absent; the resumed run writes it again."""
     try:
         return read_marker(objects) is not None
     except FormatError:

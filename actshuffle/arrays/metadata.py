@@ -1,8 +1,8 @@
-"""Zarr arrays in, Zarr arrays out: what the source holds, how its rows are read, how output is written.
+"""Metadata of Zarr arrays: the arrays of a source, the way their rows are read, and the arrays of the output.
 
-Where chunk files are nothing but the bytes of their rows (no compression, no sharding, rows not cut),
-rows go between file and our buffers directly: one copy, by the kernel.  Everything else goes through
-zarr, one source chunk or one output object at a time, so that memory stays what the plan says.
+Where chunk files are the plain bytes of their rows (no compression, no shards, rows not cut), rows go between file
+and buffer directly: one copy, by the kernel.  Everything else goes through zarr, a few source chunks or one output
+object at a time, so that memory stays within the plan.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ZarrArray: TypeAlias = zarr.Array[Any]  # the name by which rooms that do not im
 
 
 def open_node(place: Place) -> ZarrArray | zarr.Group:
-    """The array or group at a place, read-only, or a `SourceError` that says what is there instead."""
+    """The array or group at a place, read-only; raises `SourceError` if there is none."""
     try:
         path = "" if virtual.describe(place) is None else virtual.ARRAYS
         node = zarr.open(View(open_objects(place), str(place)), path=path, mode="r")
@@ -52,7 +52,7 @@ def open_node(place: Place) -> ZarrArray | zarr.Group:
         raise SourceError(f"not a Zarr array or group (no zarr.json, .zarray or .zgroup): {place.url}") from err
     except ActshuffleError:
         raise
-    except Exception as err:  # whatever zarr makes of damaged metadata
+    except Exception as err:  # zarr raises many kinds for damaged metadata
         raise _unreadable(place, err) from err
 
 
@@ -105,7 +105,7 @@ def source_arrays(place: Place, names: Sequence[str] | None = None) -> dict[str,
 
 def _members(place: Place, group: zarr.Group) -> dict[str, ZarrArray | zarr.Group]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ZarrUserWarning)  # stray files beside arrays are not ours to judge
+        warnings.simplefilter("ignore", ZarrUserWarning)  # stray files beside arrays do no harm
         try:
             return dict(group.members())
         except ActshuffleError:
@@ -145,7 +145,7 @@ def _check_array(place: Place, name: str, array: ZarrArray) -> None:
 
 
 def _is_plain(name: str) -> bool:
-    """May this be a key on any store?"""
+    """True if a name can be part of a key on any store."""
     return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")
 
 
@@ -157,7 +157,7 @@ def source_field(name: str, array: ZarrArray) -> Field:
     key = array.metadata.encode_chunk_key((_MARK, *(0 for _ in row_shape)))
     template = (f"{_literal(array.path)}/" if array.path else "") + key.replace(str(_MARK), "{}")
     row_bytes = array.dtype.itemsize * math.prod(row_shape)
-    # Through zarr, enough chunks at a time to keep its decoders busy, and no more for memory's sake.
+    # Enough chunks at a time to keep the decoders of zarr busy, and no more, for the sake of memory.
     chunks = max(1, READ_BYTES // max(1, array.chunks[0] * row_bytes))
     return Field(
         name=name,
@@ -173,12 +173,12 @@ def source_field(name: str, array: ZarrArray) -> Field:
     )
 
 
-# Decoded bytes of one read through zarr; twice as many are no faster, and take 24 MB more.
+# Decoded bytes of one read through zarr; twice as many are no faster and take 24 MB more memory.
 READ_BYTES = 8 << 20
 
 
 def _literal(text: str) -> str:
-    """Text that `str.format` leaves as it is."""
+    """Text escaped for `str.format`."""
     return text.replace("{", "{{").replace("}", "}}")
 
 
@@ -191,7 +191,7 @@ def object_grid(array: ZarrArray) -> tuple[int, ...]:
 
 
 def is_raw(array: ZarrArray) -> bool:
-    """Are chunk files the plain little-endian bytes of whole rows, in order?"""
+    """True if chunk files are the plain little-endian bytes of whole rows, in order."""
     grid = object_grid(array)
     if grid[1:] != tuple(array.shape[1:]) or array.dtype != array.dtype.newbyteorder("<"):
         return False
@@ -251,7 +251,7 @@ def output_field(
         compressors=None if coding.raw else coding.chain(field.row_bytes // math.prod(field.row_shape)),
         filters=None,
         dimension_names=dims,
-        # A flat key: with "/" every chunk of a matrix would be a directory of its own.
+        # A flat key: with "/" every chunk of a matrix would need a directory.
         chunk_key_encoding={"name": "default", "separator": "."},
     )
     text = wait(memory.get(f"{field.name}/zarr.json", cpu.buffer_prototype))

@@ -1,10 +1,10 @@
-"""The names of the on-disk format, once: `docs/format.md` as constants."""
+"""The names of the on-disk format: `docs/format.md` as constants."""
 
 from __future__ import annotations
 
-OUR_GROUP = "_actshuffle"  # receipts while running; the completion marker when done
+OUR_GROUP = "_actshuffle"  # holds receipts during a run, and then the completion marker
 SOURCE_ROW = "source_row"
-FORMAT = 1  # of everything named above
+FORMAT = 1  # the version of all that `docs/format.md` describes
 RUN_KEY = f"{OUR_GROUP}/run.json"
 MARKER_KEY = f"{OUR_GROUP}/zarr.json"
 RECEIPTS = f"{OUR_GROUP}/receipts"

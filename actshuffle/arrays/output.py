@@ -1,4 +1,4 @@
-"""Write output arrays, one whole object (a chunk or a shard) at a time, each by one writer."""
+"""Write output arrays, one whole object (a chunk or a shard) at a time; each object has one writer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Output:
         self.objects: Objects = open_objects(place, fsync=fsync)
 
     def write(self, field: Field, number: int, rows: U8, count: int) -> None:
-        """Object ``number`` from ``rows``, a whole object's buffer of which ``count`` rows are in use."""
+        """Write object ``number`` from ``rows``, the buffer of a whole object with ``count`` rows in use."""
         if field.raw_output:
             rows[count:] = 0  # beyond the end of the array; every chunk file has full size
             self.objects.put(field.object_key.format(number), rows.data.cast("B"))
@@ -38,16 +38,15 @@ class Output:
 def coded_array(place: Place, field: Field, fsync: bool) -> zarr.Array[Any]:
     objects = open_objects(place, fsync=fsync)
     store = _Staged(objects, field)
-    # Not as an argument, which is ignored when an array is opened.
+    # Set here, since zarr ignores the argument when it opens an array.
     with zarr.config.set({"array.write_empty_chunks": True}):
         return zarr.open_array(store, path=field.name, mode="r+")
 
 
 class _Staged(View):
-    """The destination as it will be: metadata that is not published yet, and writes made our way.
+    """The destination as zarr sees it: with metadata that is not published yet, and writes through `Objects`.
 
-    No chunk is there until we write it, and none is read back: what a killed writer left is not to be
-    added to.
+    It shows no chunk, so that zarr adds nothing to an object that a killed writer left.
     """
 
     supports_writes = True

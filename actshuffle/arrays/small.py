@@ -1,4 +1,4 @@
-"""Small arrays and groups of our own: Zarr v3 documents that are written whole and read whole."""
+"""Small arrays and groups for records: Zarr v3 documents that are written whole and read whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def group_metadata(attributes: dict[str, Any]) -> bytes:
 
 
 def put_array(objects: Objects, name: str, array: NDArray[Any]) -> dict[str, bytes]:
-    """Store a small array of our own as a Zarr v3 array in one chunk; returns what was put, by key."""
+    """Store a small array as a Zarr v3 array in one chunk; returns the bytes stored, by key."""
     memory, files = MemoryStore(), dict[str, bytes]()
     zarr.create_array(
         memory,
@@ -44,7 +44,7 @@ def put_array(objects: Objects, name: str, array: NDArray[Any]) -> dict[str, byt
 
 
 def get_array(objects: Objects, name: str) -> NDArray[Any] | None:
-    """What `put_array` stored, or None; `FormatError` when it is damaged."""
+    """The array that `put_array` stored, or None; raises `FormatError` if it is damaged."""
     text, data = objects.get(f"{name}/zarr.json"), None
     if text is None:
         return None

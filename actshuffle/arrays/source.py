@@ -32,12 +32,12 @@ class Source:
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     def read(self, field: Field, start: int, out: U8) -> None:
-        """Rows ``[start, start + len(out))`` into ``out``, uint8 ``(m, row_bytes)``, contiguous."""
+        """Read rows ``[start, start + len(out))`` into ``out``, uint8 ``(m, row_bytes)``, contiguous."""
         for _ in self.parts(field, start, out):
             pass
 
     def parts(self, field: Field, start: int, out: U8) -> Iterator[tuple[int, int]]:
-        """The same, a part at a time; yields which rows of ``out`` are there, ``(first, stop)``."""
+        """`read` in parts; yields the range ``(first, stop)`` of rows of ``out`` that each part has filled."""
         if self._elsewhere is not None:
             self._elsewhere.read(field.name, start, out)
             yield 0, len(out)
@@ -52,7 +52,7 @@ class Source:
             yield a - start, b - start
 
     def _raw_parts(self, field: Field, start: int, out: U8) -> Iterator[tuple[int, int]]:
-        """Two objects at a time, straight from their files."""
+        """Read two objects at a time, straight from their files."""
         if not len(out):
             return
         extents = field.extents(start, start + len(out), out.data.cast("B"), once=True)
@@ -65,7 +65,7 @@ class Source:
                 first = stop
 
     def numbers(self, start: int, stop: int) -> U64:
-        """What rows ``[start, stop)`` are called in ``source_row``."""
+        """The numbers of rows ``[start, stop)`` in ``source_row``, uint64."""
         if self._elsewhere is not None:
             return self._elsewhere.numbers(start, stop)
         return np.arange(start, stop, dtype=np.uint64)
@@ -80,7 +80,7 @@ class Source:
             rows = np.asarray(self._arrays[field.source][start:stop])
         except ActshuffleError:
             raise
-        except Exception as err:  # any codec's own complaint
+        except Exception as err:  # each codec raises its own kinds
             raise SourceError(
                 f"cannot decode rows {start:,} to {stop:,} of {field.source or 'the array'} in "
                 f"{self.place.url}: {type(err).__name__}: {err}"

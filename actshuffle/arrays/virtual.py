@@ -1,13 +1,12 @@
-"""Sources that hold no rows of their own, and how their rows are had.
+"""Virtual sources: folders that present arrays whose rows are stored elsewhere, and the readers that fetch them.
 
-Several stores as one, rows chosen from a store, two sorted stores on their way into one, files of
-another format: to the engine each is a source like any other.  On disk it is a folder that says what
-it presents and which reader of ours has the rows::
+Several stores as one, rows chosen from a store, sorted stores that are merged, files of another format: to the
+engine each is a source like any other.  On disk it is a folder that describes its arrays and names a reader::
 
-    V/_actshuffle/virtual.json      the reader's name and settings, and facts about the rows
+    V/_actshuffle/virtual.json      the name and settings of the reader, and facts about the rows
     V/_actshuffle/arrays/NAME       zarr.json of each array, as a run sees it; no chunks
 
-It has no ``zarr.json`` at its top, so that nobody else mistakes it for a store full of zeros.
+It has no ``zarr.json`` at its top, so that other programs do not take it for a store full of zeros.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ FORMAT = 1
 
 
 class Backing(NamedTuple):
-    """What a virtual source comes down to.
+    """The stores or files behind a virtual source.
 
-    ``identity`` is that of all it has, ``marker`` is worth a note in the completion marker, and ``places``
-    are the stores that must not be written to meanwhile.
+    ``identity`` is the digest of all its rows, ``marker`` holds entries for the completion marker, and ``places``
+    are the stores that a run must not write to.
     """
 
     identity: str
@@ -40,22 +39,22 @@ class Backing(NamedTuple):
 
 
 class Reader(Protocol):
-    """Provides the rows of one virtual source; `reader` says which class does it for which name."""
+    """Provides the rows of one virtual source; `reader` registers each class under a name."""
 
     def read(self, name: str, start: int, out: U8) -> None:
         """Rows ``[start, start + len(out))`` of an array into ``out``, uint8 ``(m, row_bytes)``."""
 
     def numbers(self, start: int, stop: int) -> U64:
-        """What rows ``[start, stop)`` are called in ``source_row``: they have the keys of these numbers."""
+        """The numbers of rows ``[start, stop)`` in ``source_row``, uint64, which also decide their keys."""
 
     def inventory(self, names: Sequence[str]) -> Backing:
-        """Look at everything the rows come from, as `take_inventory` does."""
+        """Check everything that the rows come from, as `take_inventory` does."""
 
 
 Opener = Callable[[Place, dict[str, Any]], Reader]
 Made = TypeVar("Made", bound=Opener)
 
-# A store names a reader and never code: the name is one of these, or the store is refused.
+# A store gives the name of a reader and never code; unknown names are refused.
 _READERS: dict[str, Opener] = {}
 
 
@@ -70,7 +69,7 @@ def reader(name: str) -> Callable[[Made], Made]:
 
 
 def describe(place: Place) -> dict[str, Any] | None:
-    """What a virtual source says of itself, or None where there is none."""
+    """The description of a virtual source, or None where there is none."""
     data = open_objects(place).get(KEY)
     return None if data is None else _parsed(data)
 
@@ -83,13 +82,12 @@ def write(
     attributes: Mapping[str, Any],
     **facts: Any,
 ) -> None:
-    """Write a virtual source: array metadata (texts of ``zarr.json`` by name) first, what it is last.
+    """Write a virtual source: array metadata (texts of ``zarr.json`` by name) first, description last.
 
-    Facts are optional: ``key_rows`` are the rows ``[start, stop)`` among whose keys its own stand when
-    ranks are counted (default: all of its own), ``kind`` is how a job treats it (`types.Job.kind`) and
-    ``stage`` what its progress is called,
-    ``marker`` goes into the completion marker of what is made from it, and ``sums`` are the conservation
-    digests that its arrays must turn out to have.
+    Facts are optional.  ``key_rows`` is the range ``[start, stop)`` of rows among which ranks are counted (default:
+    its own rows), ``kind`` decides how a job treats it (`engine.job.Kind`), ``stage`` names the progress of the run,
+    ``marker`` goes into the completion marker of the output, and ``sums`` are the conservation digests that its
+    arrays must have.
     """
     objects = open_objects(place)
     for gone in set(array_names(place)) - set(arrays):  # another process may be writing the same
@@ -110,21 +108,21 @@ def array_names(place: Place) -> list[str]:
 
 
 def open_reader(place: Place) -> Reader | None:
-    """The reader of a virtual source, or None if the place is no such thing."""
+    """The reader of a virtual source, or None if the place is none."""
     data = open_objects(place).get(KEY)
     return None if data is None else _reader(place, data)
 
 
 def inventory(place: Place, names: Sequence[str]) -> tuple[str, dict[str, Any]] | None:
-    """The identity of a virtual source, and its facts with those that were found; None if it is none."""
+    """The identity of a virtual source, and its facts with those that its reader found; None if the place is none."""
     data = open_objects(place).get(KEY)
     if data is None:
         return None
     body = _parsed(data)
-    _reader.cache_clear()  # what is behind it may have changed since this process last looked
+    _reader.cache_clear()  # the stores behind it may have changed since this process last looked
     found = _reader(place, data).inventory(names)
     marker = {**found.marker, **body.get("marker", {})}
-    # It may stand for a source that is known by another identity.
+    # It may stand for a source with another identity.
     identity = str(marker.get("source_identity", found.identity))
     return identity, {**body, "marker": marker, "behind": list(found.places)}
 

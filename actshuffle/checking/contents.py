@@ -1,4 +1,4 @@
-"""Say what a store holds: arrays, codecs, sizes, and who made it.  Reads metadata alone."""
+"""Describe a store: arrays, codecs, sizes, and its maker.  Reads metadata alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from actshuffle.units import format_bytes
 
 
 def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a store holds: rows, arrays, chunks, codecs, and whether a run of ours finished it.
+    """Describe a store: rows, arrays, chunks, codecs, and whether a run of actshuffle finished it.
 
     ``shuffled`` is the completion marker, whatever its kind; ``unmarked`` says that there is none in a
     store of ours.  A view has no objects of its own.
@@ -69,7 +69,7 @@ def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dic
 
 
 def info_text(found: dict[str, Any]) -> str:
-    """`info` for people."""
+    """`info` as text."""
     lines = [f"{found['path']}: {found['rows']:,} rows, {format_bytes(found['bytes'])}"]
     table = [("array", "shape", "dtype", "chunk", "objects", "codecs")]
     for name, a in found["arrays"].items():
@@ -87,7 +87,7 @@ def info_text(found: dict[str, Any]) -> str:
 
 
 def _made_by(marker: dict[str, Any] | None) -> str:
-    """What a completion marker says, for people."""
+    """A completion marker as text."""
     if marker is None:
         return "not an actshuffle output"
     if marker["kind"] == "view":

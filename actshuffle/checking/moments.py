@@ -1,4 +1,4 @@
-r"""Sums that statistics are made of, over slices of rows that stay in the cache.
+r"""Sums for statistics, over slices of rows that stay in the cache.
 
 Per dimension j, about a centre c::
 
@@ -6,7 +6,7 @@ Per dimension j, about a centre c::
 
 Parts from different tasks are merged by the rule of Chan, Golub and LeVeque ("Updating formulae and a
 pairwise algorithm for computing sample variances", 1979), in float64 and in the order of their rows, so
-that the result does not depend on who did what.
+that the result does not depend on the division of the work.
 
 Of float32 and wider all is done in float64, about the mean of the first slice.
 
@@ -48,9 +48,9 @@ from actshuffle.ordering.digest import mix
 # Most values of a tile, 2 MiB as float32; a fourth in float64.  Smaller ones take more calls, and were slower.
 SLICE_VALUES = 1 << 19
 SLICE_ROWS, TILE_WIDTH = 1024, 512
-NARROW = 64  # rows of fewer values are summed in float64: float32 gains nothing on so short ones
+NARROW = 64  # shorter rows are summed in float64, since float32 gains nothing there
 SKETCH = 1024
-# At a time.  Of all but the first only those that belong to the sketch are sorted.
+# Values hashed at a time; after the first slice, only those below the sketch's largest hash are sorted.
 HASHED_VALUES = 1 << 15
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step, without which 0 would be mixed to 0
 _KEY_BITS = np.uint64(44)  # of a float64, so that 8 bits of its mantissa are left
@@ -135,7 +135,7 @@ class FloatSums:
                     self._add_wide(part, first + at)
 
     def _add_small(self, part: NDArray[Any], *, again: bool = False) -> bool:
-        """In float32; False, and nothing done, if that does not hold the values."""
+        """Add a slice in float32; returns False, and adds nothing, if float32 does not hold the values."""
         norms = np.zeros(len(part), np.float32)
         sums, squares = np.empty((2, self._width))
         for a, b in self._tiles:
@@ -156,7 +156,7 @@ class FloatSums:
         return True
 
     def _held(self, part: NDArray[Any], norms: NDArray[np.float32], squares: F64) -> bool:
-        """Was float32 enough?  Not for NaN and Inf, nor, of bfloat16, for squares out of its range."""
+        """True if float32 is enough: not for NaN and Inf, nor for squares of bfloat16 values out of its range."""
         if self._half:  # NaN and Inf come out of `_to_float32` as 2^16 and more
             bits = part.view(np.int16)
             return bool(norms.max() < 2.0**32 or ((bits & 0x7C00) != 0x7C00).all())
@@ -166,7 +166,7 @@ class FloatSums:
         return not (len(low) and (widened(part[:, low]) - self._centre[low]).any())
 
     def _move(self, by: F64) -> None:
-        """Move the centre, and what has been summed about it."""
+        """Move the centre, and the sums about it."""
         moved = (self._centre + by).astype(np.float32)
         step = moved.astype(np.float64) - self._centre
         self._sum2 += step * (self._count * step - 2 * self._sum)
@@ -180,7 +180,7 @@ class FloatSums:
         self._count += len(norms)
 
     def _to_float32(self, part: NDArray[Any]) -> NDArray[np.float32]:
-        """Exact, but for Inf and NaN of float16.  Eight times as fast as numpy's own cast from float16."""
+        """The values as float32: exact, but for Inf and NaN of float16.  Eight times as fast as numpy's own cast."""
         work = self._work[: part.size].reshape(part.shape)
         values = work.view(np.float32)
         if self._bfloat16:
@@ -295,14 +295,14 @@ class IntSums:
 
 
 def _smallest(hashes: U64, held: U64) -> U64:
-    """The smallest distinct of both; those above what is held already are thrown away first."""
+    """The smallest distinct hashes of both; hashes above the largest held are dropped first."""
     if len(held) == SKETCH:
         hashes = hashes[hashes < held[-1]]
     return np.unique(np.concatenate([held, hashes]))[:SKETCH]
 
 
 def distinct(part: IntPart) -> tuple[int, bool]:
-    """How many values differ, and whether that is exact."""
+    """The number of distinct values, and True if it is exact."""
     if len(part.hashes) < SKETCH:
         return len(part.hashes), True
     return round((SKETCH - 1) / (int(part.hashes[-1]) / 2.0**64)), False

@@ -1,4 +1,4 @@
-"""Is dst src in the order of its seed?  Decided from the two stores alone, by code that `run` does not use.
+"""Check that dst is src in the order of its seed, from the two stores alone, with code that `run` does not use.
 
 Full: one streaming pass over each store, in any number of tasks.
 
@@ -48,7 +48,7 @@ from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
 from actshuffle.units import format_bytes, format_seconds
 
-SLICE_BYTES = 32 << 20  # rows held at a time
+SLICE_BYTES = 32 << 20  # bytes of rows held at a time
 TASK_BYTES = 1 << 30
 STRETCH = 16  # rows of a quick check's stretch
 COMPARED = 64  # damaged objects of a field whose rows are compared one by one
@@ -59,7 +59,7 @@ ORDER_ROWS = 1 << 27  # without source_row the order is made in memory, 40 bytes
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and where."""
+    """One fault, and its place."""
 
     kind: str  # "missing", "order", "rows", "unreadable", "metadata"
     where: str  # the object's key, or the array's name
@@ -71,7 +71,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The verdict.  ``checked`` is the number of rows looked at; ``notes`` are no faults."""
+    """The verdict.  ``checked`` is the number of rows checked; ``notes`` are no faults."""
 
     rows: int
     checked: int
@@ -87,7 +87,7 @@ class VerifyReport:
         return not self.problems and (self.mixing is None or self.mixing.passed)
 
     def _repr_html_(self) -> str:
-        """The verdict on a shuffled store, and what is wrong with it."""
+        """The verdict on a shuffled store, with its faults."""
         verdict = "verified: dst is src in the order of its seed" if self.ok else "NOT verified"
         facts: dict[str, object] = {
             "rows": f"{self.checked:,} of {self.rows:,} looked at",
@@ -131,7 +131,7 @@ class VerifyReport:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two stores to compare: what a task needs to know."""
+    """Two stores to compare, as a task needs them."""
 
     source: Place
     destination: Place
@@ -227,7 +227,7 @@ def verify(
     if mixing and not problems:
         try:
             scored = _mixing(pair)
-        except ValueError as err:  # after a quick check it may still turn out to be no permutation
+        except ValueError as err:  # the quick check does not prove that it is a permutation
             problems.append(Problem("order", SOURCE_ROW, str(err)))
     return VerifyReport(
         pair.rows, checked, nbytes, quick, time.perf_counter() - started, (*altered, *problems), tuple(notes), scored
@@ -235,7 +235,7 @@ def verify(
 
 
 def _refuse_others(dst: str | Path, marker: dict[str, Any]) -> None:
-    """Only a whole shuffle can be verified."""
+    """Refuse stores that are no whole shuffle."""
     if marker["kind"] != "shuffle":
         raise RequestError(f"{dst} is a {marker['kind']}; only a shuffle can be verified against its source")
     if marker.get("population", marker["rows"]) != marker["rows"]:  # a sample, or a copied range
@@ -319,7 +319,7 @@ def check_range(pair: Pair, side: int, start: int, stop: int) -> Any:
 
 
 def _unreadable(pair: Pair, store: Source, start: int, stop: int) -> Iterator[Problem]:
-    """Which objects of dst with any of some rows cannot be read."""
+    """The objects of dst that hold any of some rows and cannot be read."""
     for field in (*pair.fields, *([pair.source_row] if pair.source_row else [])):
         size = field.source_chunk_rows
         for number in range(start // size, -(-stop // size)):
@@ -336,12 +336,12 @@ def _unreadable(pair: Pair, store: Source, start: int, stop: int) -> Iterator[Pr
 def _locate(
     pair: Pair, executor: Executor, number: int, field: Field, found: dict[int, U64], whole: bool
 ) -> Iterator[Problem]:
-    """Where a field's sums differ: objects that are not what was written, confirmed row by row.
+    """Locate the objects of a field that are not as they were written, and confirm them row by row.
 
-    Not ``whole``: rows that cannot be read are missing from the sums, which so need not mean anything.
+    Unless ``whole``, the sums lack rows that cannot be read, and need not mean anything.
     """
     recorded = None
-    with suppress(FormatError):  # told of elsewhere
+    with suppress(FormatError):  # reported elsewhere
         recorded = get_array(open_objects(pair.destination), f"{DIGESTS}/{pair.names[number]}")
     known = recorded is not None and max(found, default=-1) < len(recorded)
     differing = [at for at in sorted(found) if known and (recorded[at] != found[at]).any()]  # type: ignore[index]
@@ -356,7 +356,7 @@ def _locate(
 
 
 def compare_object(pair: Pair, number: int, at: int) -> list[Problem]:
-    """Rows of one output object against the source rows they claim to be, byte for byte."""
+    """Compare rows of one output object with the source rows that they claim to be, byte for byte."""
     field = pair.fields[number]
     start = at * field.source_chunk_rows
     stop = min(start + field.source_chunk_rows, pair.rows)
@@ -372,7 +372,7 @@ def compare_object(pair: Pair, number: int, at: int) -> list[Problem]:
 
 
 def _differing_rows(pair: Pair, number: int, store: Source, start: int, rows: U64) -> NDArray[np.int64]:
-    """Output rows from ``start`` on whose bytes are not those of source rows ``rows``."""
+    """The output rows from ``start`` on whose bytes differ from source rows ``rows``, int64."""
     field, theirs = pair.fields[number], pair.source_fields[number]
     source = Source(pair.source, pair.fill_missing)
     step = max(1, SLICE_BYTES // field.row_bytes)
@@ -383,7 +383,7 @@ def _differing_rows(pair: Pair, number: int, store: Source, start: int, rows: U6
         store.read(field, start + a, ours)
         valid = part < np.uint64(pair.rows)
         expected = np.zeros_like(ours)
-        for i in np.argsort(part, kind="stable"):  # in source order, for the sake of its chunks
+        for i in np.argsort(part, kind="stable"):  # in source order, so that each chunk is decoded once
             if valid[i]:
                 source.read(theirs, int(part[i]), expected[i : i + 1])
         wrong.append(start + a + np.flatnonzero((ours != expected).any(axis=1) | ~valid))
@@ -391,7 +391,7 @@ def _differing_rows(pair: Pair, number: int, store: Source, start: int, rows: U6
 
 
 def _quick(pair: Pair, executor: Executor, progress: Progress, sample: int) -> tuple[int, int, list[Problem]]:
-    """Random stretches of dst: keys ascend and are where their rank says, rows equal their source's."""
+    """Check random stretches of dst: keys ascend and are near their expected rank, rows equal those of the source."""
     rng = np.random.default_rng()
     count = max(1, min(sample, pair.rows) // STRETCH) if pair.rows else 0
     starts = np.unique(rng.integers(0, max(1, pair.rows - STRETCH + 1), count))
@@ -443,7 +443,7 @@ def _mixing(pair: Pair) -> MixingReport:
 
 
 def _rows_of(pair: Pair, store: Source, start: int, stop: int) -> U64:
-    """The source row of each output row: as recorded, or else as the seed says."""
+    """The source row of each output row: as recorded, or else by the seed."""
     if pair.source_row is None:
         return _order(pair.keys, pair.rows)[start:stop]
     data = np.empty((stop - start, 8), np.uint8)
@@ -462,13 +462,13 @@ def _full_keys(keys: Keys, rows: U64) -> U64:
     tied = np.zeros(len(rows), bool)
     tied[1:] = hi[1:] == hi[:-1]
     tied[:-1] |= tied[1:]
-    tied[:1] = tied[-1:] = True  # what is beyond the edges is not known here
+    tied[:1] = tied[-1:] = True  # neighbours beyond the edges are not known here
     lo[tied] = keys.lo_at(rows[tied])
     return np.stack([hi, lo, rows], axis=1)
 
 
 def _descents(keys: U64, rows: U64, n: int, before: U64 | None) -> NDArray[np.int64]:
-    """Positions of keys that do not exceed the one before them, and of rows that are none of ours."""
+    """Positions of keys that do not exceed the key before them, and of rows that the source does not have."""
     both = keys if before is None else np.concatenate([before[None], keys])
     (h0, l0, r0), (h1, l1, r1) = both[:-1].T, both[1:].T
     ascends = (h0 < h1) | ((h0 == h1) & ((l0 < l1) | ((l0 == l1) & (r0 < r1))))
@@ -490,7 +490,7 @@ def _object_key(field: Field, number: int) -> str:
 
 
 def _padding_problems(pair: Pair, field: Field) -> Iterator[Problem]:
-    """What fills up the last object, where it is plain bytes, is zeros."""
+    """Check that the last object, where it is plain bytes, holds zeros behind its rows."""
     unused = -pair.rows % field.source_chunk_rows
     if not field.source_key or not unused:
         return

@@ -1,4 +1,4 @@
-"""Files of other formats as tables: which columns they have, and how ranges of their items are read.
+"""Files of other formats as tables: find their columns, and read ranges of their items.
 
 ::
 
@@ -89,7 +89,7 @@ class Npy(_Bytes):
 
 
 class Raw(_Bytes):
-    """Files of nothing but items, such as ``numpy.memmap`` leaves: their type and shape must be told."""
+    """Files of items alone, such as ``numpy.memmap`` leaves, whose type and shape the user must give."""
 
     def columns(self, files: Sequence[Path]) -> Iterator[FileColumn]:
         dtype, shape = self.options.get("dtype"), self.options.get("row_shape")
@@ -111,7 +111,7 @@ class Raw(_Bytes):
 
 
 class Safetensors(_Bytes):
-    """Tensors by name; their bytes lie behind a JSON header."""
+    """Tensors by name, whose bytes follow a JSON header."""
 
     def columns(self, files: Sequence[Path]) -> Iterator[FileColumn]:
         for file in files:

@@ -1,4 +1,4 @@
-"""Files of another format seen as a table: columns of rows, in parts that are read one after the other."""
+"""Files of another format as a table: columns of items, in parts that are read one after the other."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Table:
 
 
 def dtype_name(dtype: str) -> str:
-    """What people call a column's type: float32, not <f4."""
+    """The usual name of a column's type: float32, not <f4."""
     return dtype if dtype == "bfloat16" else np.dtype(dtype).name
 
 
@@ -85,7 +85,7 @@ def unreadable(name: str, file: Path, fault: str) -> FileColumn:
 
 
 def joined(found: Sequence[FileColumn]) -> FileColumn:
-    """Columns of one name, file after file, as one; it has a fault where they differ in type or width."""
+    """Join columns of one name, file after file; the result has a fault where they differ in type or width."""
     first, fault = found[0], next((c.fault for c in found if c.fault), "")
     for other in found if not fault else []:
         if (other.dtype, other.shape) != (first.dtype, first.shape):

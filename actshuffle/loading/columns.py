@@ -1,4 +1,4 @@
-"""Which arrays of which stores a loader reads side by side, and what they are called in a batch."""
+"""The arrays of one or more stores that a loader reads side by side, and their names in a batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the columns of some rows lie in one block of memory, one after the other."""
+    """The layout of the columns of some rows in one block of memory, one after the other."""
 
     columns: tuple[Column, ...]
 
@@ -67,7 +67,7 @@ class Layout:
 
 
 def open_stores(stores: Stores, *, incomplete: bool, storage_options: dict[str, Any] | None) -> dict[str, Dataset]:
-    """The stores by prefix; a single one has none ("").  They must have the same rows in the same order."""
+    """The stores by prefix; a single store has the prefix "".  All must hold the same rows in the same order."""
     if isinstance(stores, str | Path | Dataset):
         named: Iterable[tuple[str, Store]] = [("", stores)]
     elif isinstance(stores, Mapping):
@@ -87,8 +87,8 @@ def open_stores(stores: Stores, *, incomplete: bool, storage_options: dict[str, 
     for other in found.values():
         if other.order != first.order:
             raise RequestError(
-                f"{first.path} ({_order_of(first)}) and {other.path} ({_order_of(other)}) have not the "
-                "same rows in the same order, so their rows do not belong together; shuffle them as "
+                f"{first.path} ({_order_of(first)}) and {other.path} ({_order_of(other)}) do not hold "
+                "the same rows in the same order, so they cannot be read side by side; shuffle them as "
                 "one group, or with the same seed"
             )
     return found

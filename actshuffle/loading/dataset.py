@@ -82,7 +82,7 @@ class Dataset:
 
     @property
     def shuffled(self) -> bool:
-        """Are the rows in the order of their keys?"""
+        """True if the rows are in the order of their keys."""
         return self.root_marker is not None and self.root_marker["kind"] == "shuffle"
 
     @property
@@ -124,9 +124,9 @@ class Dataset:
     def reading(
         self, name: str, ranges: Sequence[tuple[int, int]], out: U8, *, once: bool = False
     ) -> Callable[[], None]:
-        """`read_ranges` as a call for later by any thread: files are found, and the first open, by now.
+        """Prepare `read_ranges` as a call for later, by any thread, with files found and the first ones open.
 
-        ``once``: nobody will want these rows again soon; what the page cache has not is read past it.
+        ``once``: nobody will read these rows again soon; rows outside the page cache bypass it.
         """
         for start, stop in ranges:
             if not 0 <= start <= stop <= self.rows:
@@ -135,7 +135,7 @@ class Dataset:
         return self._reading(name, ranges, flat, once=once)
 
     def is_cached(self, name: str, row: int) -> bool:
-        """Would a row of a field come straight from the system's page cache?"""
+        """True if a row of a field would come straight from the system's page cache."""
         self._info(name)
         return self._reader().is_cached(self._stored[name], row + self.start)
 
@@ -229,14 +229,14 @@ def open_dataset(
 def open_finished_or_plain(
     path: str | Path, *, incomplete: bool = False, storage_options: dict[str, Any] | None = None
 ) -> Dataset:
-    """For looking at any store: a finished one, or one that has nothing of ours and so needs no marker."""
+    """Open any store to look at: a finished one, or one that actshuffle did not write, which needs no marker."""
     place = as_place(path, storage_options)
     return _open(place, incomplete or not is_ours(open_objects(place)), ())
 
 
 def is_ours(objects: Objects) -> bool:
-    """Is there anything that only we put into a store?  A virtual source has none of the rows, and no
-    marker: what describes it is written in one step."""
+    """True if a store holds entries that only actshuffle writes.  A virtual source does not count: it holds no rows,
+    and its description is written in one step."""
     if objects.size(virtual.KEY) is not None:
         return False
     return next(iter(objects.list(OUR_GROUP)), None) is not None

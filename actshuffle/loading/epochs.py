@@ -1,4 +1,4 @@
-"""In which order the rows of a store are read, epoch by epoch.
+"""The order in which the rows of a store are read, epoch by epoch.
 
 *Positions* count the rows of an epoch from 0; the *order* says which row of the store is at each.
 
@@ -40,13 +40,14 @@ from actshuffle.arraytypes import I64, U64
 from actshuffle.ordering.keys import Stream
 
 Range = tuple[int, int]
-# Units are smaller than objects to have as many.  Every unit is a read of its own, so of those that pass
-# through no window there are fewer: at 1 GB they are 16 MB, two reads to a block of the loader.
+# Units are smaller than objects, so that there are many.  Every unit takes a separate read, so plain order has fewer
+# of them: at 1 GB they have 16 MB, two reads for a block of the loader.
 MOST_UNITS, MOST_UNITS_BUFFERED = 64, 256
 
 
 def unit_rows(rows: int, object_rows: int, piece_rows: int, *, buffered: bool) -> int:
-    """Rows of a unit: what is decoded together, or of objects that can be read in parts as few as do."""
+    """Rows per unit: one decodable piece, or, where objects can be read in parts, as few rows as keep an epoch below
+    `MOST_UNITS` units."""
     most = MOST_UNITS_BUFFERED if buffered else MOST_UNITS
     return max(1, piece_rows, min(object_rows, max(64, -(-rows // most))))
 

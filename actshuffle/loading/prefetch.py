@@ -1,4 +1,4 @@
-"""Blocks of batches, read ahead by threads into memory that is used again.
+"""Blocks of batches, read ahead by threads into reused memory.
 
 A *block* is a few batches of one rank, one after the other in memory, so that every batch is a view.
 Its memory is lent to the arrays that are made of it and comes back when the last of them is gone,
@@ -35,7 +35,7 @@ class Loan(NamedTuple):
 
 
 class Pool:
-    """Memory, lent as arrays.  The block that came back last goes out first: it is warm."""
+    """Memory, lent as arrays.  The block that came back last goes out first, since it is in the cache."""
 
     def __init__(self, keep: int) -> None:
         self._free: deque[U8] = deque(maxlen=keep)  # thread-safe; the coldest drop out
@@ -52,7 +52,7 @@ class Pool:
 
 
 class _Lease:
-    """Base of all views of one block; gone when they are."""
+    """Base of all views of one block; it is freed with the last of them."""
 
     def __init__(self, home: deque[U8], memory: U8, nbytes: int) -> None:
         self._home, self._memory = home, memory
@@ -99,9 +99,9 @@ class Reading:
         self._layout, self._order, self._lend, self._once = layout, order, lend, once
 
     def plan(self, block: BatchBlock) -> tuple[BatchBlock, Loan, list[Read]]:
-        """Called in order, as blocks are handed out to threads, to which only reading is left.
+        """Prepare a block; called in order, as blocks go to threads, to which only reading is left.
 
-        Each pass through the interpreter there is slow, since what was read has driven it out of the cache.
+        Python runs slowly there, since the rows that are read displace the interpreter from the cache.
         """
         loan = self._lend(self._layout.nbytes(block.rows))
         epoch = block.steps[0].epoch
@@ -159,7 +159,7 @@ class Buffering:
         return block, loan
 
     def reached(self, block: BatchBlock) -> None:
-        """Let go of the windows that are over, and begin to read the next."""
+        """Release the windows before the consumer, and begin to read the next one."""
         a, _ = block.parts[0]
         if self._order.rows == 0 or a >= self._order.rows:
             return
@@ -224,7 +224,7 @@ def _reads(layout: Layout, ranges: list[Range], memory: U8, rows: int, at: int, 
 def in_order(
     pool: ThreadPoolExecutor, fn: Callable[[Any], T], items: Iterable[Any], depth: int, waited: Callable[[float], None]
 ) -> Iterator[T]:
-    """``map(fn, items)`` with ``depth`` calls ahead; tells how long each result was waited for."""
+    """``map(fn, items)`` with ``depth`` calls ahead; passes the seconds of each wait to ``waited``."""
     pending: deque[Future[T]] = deque()
 
     def next_one() -> T:
@@ -236,7 +236,7 @@ def in_order(
     try:
         for item in items:
             pending.append(pool.submit(fn, item))
-            del item  # nor is what it refers to, once the call is done
+            del item  # so that it can be freed as soon as its call is done
             if len(pending) >= depth:
                 yield next_one()
         while pending:

@@ -1,4 +1,4 @@
-"""Where a key stands in a shuffled store, found by looking at a few of its rows.
+"""Find the rank of a key in a shuffled store from a few of its rows.
 
 Keys are uniform, so the row with key ``hi`` is near rank ``hi / 2^64 * n``, some ``sqrt(n) / 2`` rows off at
 most times.  Each look reads a short window of ``source_row``, makes the keys of those rows, and tells how
@@ -29,7 +29,7 @@ from actshuffle.ordering import bounds
 from actshuffle.ordering.keys import Keys
 
 WINDOW = 64  # rows of one look
-_PATIENCE = 8  # looks before it halves what is left instead
+_PATIENCE = 8  # looks before it turns to bisection
 
 
 class Key(NamedTuple):
@@ -73,7 +73,7 @@ class Ranks:
         return found[back]
 
     def rank(self, key: Key) -> int:
-        """How many rows have a smaller key: where a row with this key is, or would be."""
+        """The number of rows with a smaller key: the rank of a row with this key, present or not."""
         if not self.recorded:
             return self._counted(key)
         low, high = 0, self.data.rows  # rows before low are smaller, rows from high on are not
@@ -98,13 +98,13 @@ class Ranks:
         return low
 
     def _look(self, start: int, stop: int, key: Key) -> tuple[U64, int]:
-        """First key words of rows ``[start, stop)``, and how many of these rows have a smaller key."""
+        """First key words of rows ``[start, stop)``, and the number of these rows with a smaller key."""
         rows = self.data.read(SOURCE_ROW, start, stop)
         hi = self.keys.hi_at(rows)
         return hi, self._smaller(hi, rows, key)
 
     def _smaller(self, hi: U64, rows: U64, key: Key) -> int:
-        """How many of some rows have a smaller key than this one."""
+        """The number of some rows with a smaller key than this one."""
         tied = rows[hi == np.uint64(key.hi)]
         count = int(np.count_nonzero(hi < np.uint64(key.hi)))
         if len(tied):
@@ -129,7 +129,7 @@ def _slices(start: int, stop: int, step: int = 1 << 18) -> Iterator[range]:
 
 
 def first_where(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The first number in ``[low, high)`` for which it holds, or ``high``; it holds from there on."""
+    """The first number in ``[low, high)`` for which ``holds`` is true, or ``high``; it is true from there on."""
     while low < high:
         middle = (low + high) // 2
         if holds(middle):

@@ -1,4 +1,4 @@
-"""Ranges of rows of one store, straight into memory: what `actshuffle.loading.dataset` reads through."""
+"""Read ranges of rows of one store straight into memory, for `actshuffle.loading.dataset`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from actshuffle.errors import MissingChunkError, StorageError
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.place import Place
 
-PIECE_BYTES = 4 << 20  # of a shard with small inner chunks, how much is decoded at a time
+PIECE_BYTES = 4 << 20  # bytes that are decoded at a time of a shard with small inner chunks
 KEPT_PIECES = 4  # decoded pieces of each field that are kept
 
 
 def stored_field(name: str, array: ZarrArray) -> Field:
-    """The field to read by; of shards, pieces of some inner chunks are decoded and not the whole."""
+    """The field of an array to read by; of shards, it decodes pieces of a few inner chunks and not the whole."""
     found = source_field(name, array)
     if found.source_key:
         return found
@@ -48,7 +48,7 @@ class RowReader:
     ) -> Callable[[], None]:
         """A call that reads row ranges one after the other into ``flat``, uint8 of exactly their bytes.
 
-        What can be done before is done here, so that a thread that reads does little else.
+        All preparation is done here, so that little but reading is left to the thread that makes the call.
         """
         view, at = memoryview(flat.data), 0
         extents: list[Extent] = []
@@ -83,7 +83,7 @@ class RowReader:
         return self._source.objects.is_cached(key, offset)
 
     def _decode(self, stored: Field, start: int, stop: int, out: U8) -> None:
-        """Whole pieces straight into ``out``; of cut ones the rows that are wanted."""
+        """Decode whole pieces straight into ``out``; of pieces at the edges, copy the rows in the range."""
         step = stored.source_chunk_rows
         first, last = -(-start // step) * step, stop // step * step
         if first < last:

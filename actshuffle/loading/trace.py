@@ -1,4 +1,4 @@
-"""Where rows came from, and where they went: from an output row to its token in its document, and back.
+"""Trace rows: from an output row to its token in its document, and back.
 
 >>> for origin in came_from("shuffled.zarr", [0, 1]): print(origin)         # doctest: +SKIP
 row 0: row 81,234 of activations.zarr, document 12 (zipfile.py), position 88, token 2005: self ._ [[seek]] ( 0
@@ -28,7 +28,7 @@ from actshuffle.loading.ranks import Ranks, key_of
 from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import several
 
-# What people call these arrays; the first one that is there is taken.
+# Usual names of these arrays; the first one present is used.
 NAMES = {
     "token": ("token", "tokens", "token_id", "token_ids", "input_ids"),
     "document": ("document", "documents", "document_id", "document_ids", "doc", "doc_id"),
@@ -234,7 +234,7 @@ def _decoder(recorded: str) -> _Pieces | None:
     try:
         auto = need("transformers", "collect").AutoTokenizer
         return _Pieces(auto.from_pretrained(name, local_files_only=True))
-    except Exception:  # whatever keeps it from loading: text is a courtesy
+    except Exception:  # the text is optional
         return None
 
 

@@ -1,8 +1,7 @@
-"""How a view names the store that has its rows, and where such a name may lead.
+"""The name by which a view refers to the store of its rows, and the places that such a name may lead to.
 
-Relative where one lies below the folder of the other, so that the folder can be moved as a whole;
-else absolute.  A name comes from a file that others may have written: a remote view never leads to
-local files or to another host.
+The name is relative where one of them lies below the folder of the other, so that the folder can be moved as a whole;
+otherwise absolute.  Others may have written the name: a remote view never leads to local files or to another host.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from actshuffle.storage.place import Place, local_path, public_url
 
 
 def reference(view: Place, target: Place) -> str:
-    """How a view names its store: relative if one lies below the folder of the other, so that the
-    folder can be moved as a whole."""
+    """The name of its store in a view."""
     (host, path), (other, goal) = _parts(view), _parts(target)
     folder, home = posixpath.dirname(path), posixpath.dirname(goal)
     if host == other and (_below(goal, folder) or _below(path, home)):
