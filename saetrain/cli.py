@@ -31,6 +31,7 @@ from saetrain.training.launch import launch
 from saetrain.training.train import fit
 
 F = TypeVar("F", bound=Callable[..., Any])
+RED_ERROR = click.style("error:", fg="red", bold=True)  # click drops the colour where there is no terminal
 ZARR = ("zarr.json", ".zgroup", ".zarray")  # files of a folder that is a Zarr store
 SWEPT = ("arch", "d_sae", "k", "lr", "sparsity", "aux_coef")  # settings in which the runs of one sweep may differ
 
@@ -87,12 +88,8 @@ def _fail(ctx: click.Context, code: str, message: str, exit_code: int = 1) -> No
         traceback.print_exc()
     _print_json({"error": code, "message": message}, ctx.obj["json"])
     if _first_rank() or "another rank" not in message:
-        click.echo(f"{_red('error:')} {message}", err=True)
+        click.echo(f"{RED_ERROR} {message}", err=True)
     ctx.exit(exit_code)
-
-
-def _red(text: str) -> str:
-    return click.style(text, fg="red", bold=True)  # click drops the colour where there is no terminal
 
 
 def _first_rank() -> bool:
@@ -335,6 +332,8 @@ def _train(
             click.echo(text, file=sys.stderr if as_json else sys.stdout)
 
     source = Store(store, config)
+    if warning := source.warning():
+        say(warning)
     lines = fit(source, runs, mesh, heldout=Store(heldout, config) if heldout else None, say=say)
     number = max(line.pop("signal") for line in lines.values())
     ends = {run: line.pop("diverged") for run, line in lines.items()}
@@ -345,5 +344,5 @@ def _train(
     _print_json(document(facts), as_json)
     bad = [f"{run}: {reason}" for run, reason in ends.items() if reason]
     if bad and _first_rank():
-        click.echo(f"{_red('error:')} {len(bad)} of {len(ends)} runs failed: {'; '.join(bad)}", err=True)
+        click.echo(f"{RED_ERROR} {len(bad)} of {len(ends)} runs failed: {'; '.join(bad)}", err=True)
     ctx.exit(1 if bad else 128 + number if number else 0)

@@ -26,6 +26,7 @@ from saetrain.errors import DataError
 from saetrain.model import Norm, norm_from
 
 DOCUMENT_NAMES = ("document", "documents", "document_id", "document_ids", "doc", "doc_id", "doc_ids")
+HEAVY_SHARE = 0.05  # of the squared norm: from here on heavy rows are named
 SAMPLE_ROWS = 65_536  # for statistics where the store has none
 
 
@@ -131,6 +132,20 @@ class Store:
                 square += float(part.square().sum())
         mean = total / count
         return mean + shift, square / count - float(mean @ mean)
+
+    def warning(self) -> str:
+        """A sentence if the recorded statistics say that a few rows rule the squared norm, else an empty text."""
+        try:
+            known: Any = read_stats(self.data)[self.field]
+        except (RequestError, FormatError, KeyError):
+            return ""
+        rows, share = known.heavy
+        if share < HEAVY_SHARE:
+            return ""
+        return (
+            f"warning: {rows:,} of {known.count:,} rows of {self.field!r} have over 10 times the median norm and hold "
+            f"{share:.1%} of the squared norm: the FVU describes them; see that of the median row and by norm"
+        )
 
     def read(self, field: str, start: int, stop: int) -> Tensor:
         found = self.data.read(field, start, stop)

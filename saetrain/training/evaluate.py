@@ -28,24 +28,38 @@ class Heldout:
         for at in range(self.start, self.stop, EVAL_ROWS):
             yield self.source.read(field, at, min(at + EVAL_ROWS, self.stop)).to(self.mesh.device)
 
-    def evaluate(self, model: Model) -> dict[str, float]:
-        """FVU and L0 with 95 % intervals, over documents where the store has them, else over rows."""
+    def evaluate(self, model: Model) -> dict[str, float | list[float]]:
+        """FVU and L0 with 95 % intervals, over documents where the store has them, else over rows.
+
+        Also the FVU by decile of the norm, since a few long rows may rule the sums.
+        """
         mesh, source = self.mesh, self.source
         if self.stop == self.start:
             return {}
-        total = torch.zeros(source.d_in, device=mesh.device, dtype=torch.float64)
+        total, norms = torch.zeros(source.d_in, device=mesh.device, dtype=torch.float64), []
         for number, part in enumerate(self._parts(source.field)):
             check_finite(part, source.name, source.field, self.start + number * EVAL_ROWS)
             total += model.norm(part).double().sum(0)
+            norms.append(part.double().norm(dim=1))
+        everyone = mesh.gather(torch.cat(norms), "dp").view(-1)
         mean = mesh.sum(total, "dp") / ((self.stop - self.start) * mesh.dp)
-        errors, spreads, active = [], [], []
-        for part in self._parts(source.field):
+        tenths = metrics.tenths(everyone)
+        places = tenths.view(mesh.dp, -1)[mesh.dp_index]
+        mine = [places[at : at + EVAL_ROWS] for at in range(0, len(places), EVAL_ROWS)]
+        sums = torch.zeros(metrics.TENTHS, source.d_in, device=mesh.device, dtype=torch.float64)
+        for part, tenth in zip(self._parts(source.field), mine, strict=True):
+            sums.index_add_(0, tenth, model.norm(part).double())
+        means = mesh.sum(sums, "dp") / tenths.bincount(minlength=metrics.TENTHS).clamp_min(1)[:, None]
+        errors, spreads, active, own = [], [], [], []
+        for part, tenth in zip(self._parts(source.field), mine, strict=True):
             x = model.norm(part)
+            own.append((x.double() - means[tenth]).square().sum(1))
             out, count = model.reconstruct(x)
             errors.append((out - x).double().square().sum(1))
             spreads.append((x.double() - mean).square().sum(1))
             active.append(count)
         top, bottom = (mesh.gather(torch.cat(v), "dp").view(-1) for v in (errors, spreads))
+        around = mesh.gather(torch.cat(own), "dp").view(-1)
         count = mesh.gather(torch.cat(active), "dp").view(-1).double()
         groups = None
         if source.document_field:
@@ -60,4 +74,5 @@ class Heldout:
             "eval_l0_low": l0.low,
             "eval_l0_high": l0.high,
             "eval_rows": len(top),
+            **metrics.by_norm(top, around, everyone, tenths),
         }

@@ -3,6 +3,9 @@
 These are functions of plain values or of one rank's share; those that take a mesh return the same on every rank.
 
 fvu                  sum |x - x^|^2 / sum |x - mean x|^2; explained variance is 1 - fvu
+fvu of a tenth       the same over a tenth of the held-out rows, by norm, about the mean of these rows
+fvu of the median row   median over rows of |x - x^|^2 / |x - mean of its tenth|^2
+heavy rows           rows with over 10 times the median norm, and their share of the squared norm
 l0                   mean number of active latents per token
 dead                 fraction of latents that have not fired for `dead_tokens` tokens
 dense                fraction of latents that fired on more than a tenth of the tokens of the window
@@ -35,6 +38,8 @@ DENSE = 0.1
 EDGES = [x / 2 for x in range(-14, 1)]  # log10 of firing rates
 COSINE_SAMPLE = 256
 Z95 = 1.959964
+TENTHS = 10  # groups of held-out rows by norm
+HEAVY = 10.0  # times the median norm: from here on a row is heavy, as in `actshuffle stats`
 
 
 class Interval(NamedTuple):
@@ -64,6 +69,32 @@ def ratio_interval(top: Tensor, bottom: Tensor, groups: Tensor | None = None) ->
 def fvu(error_square: float, row_sum: Tensor, square: float, rows: int) -> float:
     """FVU from sums over rows: of |x - x^|^2, of x [d], of |x|^2."""
     return error_square / (square - float(row_sum.double().square().sum()) / rows)
+
+
+def tenths(norms: Tensor) -> Tensor:
+    """[rows]: the tenth, 0 for the shortest to 9, of each row by its norm; rows that are equally long go in order."""
+    place = torch.empty(len(norms), dtype=torch.int64, device=norms.device)
+    place[torch.sort(norms, stable=True).indices] = torch.arange(len(norms), device=norms.device)
+    return place * TENTHS // len(norms)
+
+
+def by_norm(errors: Tensor, spreads: Tensor, norms: Tensor, tenth: Tensor) -> dict[str, float | list[float]]:
+    """FVU of the median row and of each tenth, and the heavy rows; all arguments are [rows].
+
+    `errors` are |x - x^|^2, `spreads` |x - mean of the row's tenth|^2, `norms` those of the raw rows.
+    """
+    top, bottom = (
+        torch.zeros(TENTHS, device=v.device, dtype=v.dtype).index_add_(0, tenth, v) for v in (errors, spreads)
+    )
+    least = torch.finfo(spreads.dtype).tiny
+    heavy = norms > HEAVY * norms.median()
+    square = norms.square()
+    return {
+        "eval_fvu_median": float((errors / spreads.clamp_min(least)).median()),
+        "eval_fvu_by_norm": (top / bottom.clamp_min(least)).tolist() if len(norms) >= TENTHS else [],
+        "eval_heavy_rows": int(heavy.sum()),
+        "eval_heavy_share": float(square[heavy].sum() / square.sum().clamp_min(least)),
+    }
 
 
 def batch_fvu(x: Tensor, residual: Tensor, mesh: Mesh) -> float:

@@ -43,6 +43,7 @@ CURVES = {  # key of metrics.jsonl: (title, logarithmic)
     "loss": ("loss", True),
     "fvu": ("FVU of the batch", True),
     "eval_fvu": ("FVU, held-out rows, 95 %", True),
+    "eval_fvu_median": ("FVU of the median held-out row", True),
     "l0": ("active latents a token (L0)", False),
     "dead": ("dead latents, share", False),
     "dense": ("dense latents, share", False),
@@ -71,6 +72,8 @@ TABLE = (
     "tokens",
     "loss",
     "eval_fvu",
+    "eval_fvu_median",
+    "eval_heavy_share",
     "eval_l0",
     "l0",
     "dead",
@@ -120,6 +123,13 @@ def panels_of(logs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
     if shown:
         title = "latents by log10 of firing rate, last window"
         found.insert(6, Panel(title, shown, {}, x="log10 rate"))
+    tenths = {
+        run: next((line["eval_fvu_by_norm"] for line in reversed(lines) if "eval_fvu_by_norm" in line), None)
+        for run, lines in logs.items()
+    }
+    curves = {run: [(float(i), float(v)) for i, v in enumerate(values, 1)] for run, values in tenths.items() if values}
+    if curves:
+        found.append(Panel("FVU by norm, held-out rows", curves, {}, x="tenth of the rows, by norm"))
     return found
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
-from saetrain.data import Batch, Cursor, Source, check_finite, norm_of, sample, stream
+from saetrain.data import HEAVY_SHARE, Batch, Cursor, Source, check_finite, norm_of, sample, stream
 from saetrain.errors import ConfigError, DataError, DivergedError, SaetrainError
 from saetrain.model import Model
 from saetrain.training import checkpoint, metrics
@@ -305,4 +305,7 @@ def _brief(run: Path, line: dict[str, Any], steps: int) -> str:
     text += f"  dead {line['dead']:.1%}"
     if "eval_fvu" in line:
         text += f"  held-out fvu {line['eval_fvu']:.4f} +- {line['eval_fvu_high'] - line['eval_fvu']:.4f}"
+        if line["eval_heavy_share"] >= HEAVY_SHARE:
+            text += f"  (median row {line['eval_fvu_median']:.4f}: {line['eval_heavy_rows']:,} of {line['eval_rows']:,}"
+            text += f" rows hold {line['eval_heavy_share']:.1%} of the squared norm)"
     return text + (f"  {line['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in line else "")

@@ -10,9 +10,10 @@ import torch
 
 from saetrain.config import Config, resolve
 from saetrain.training import metrics
+from saetrain.training.evaluate import Heldout
 from saetrain.training.losses import step
 from saetrain.training.optim import Optimizer, ramps
-from support.sae import one_rank, small_model
+from support.sae import MemorySource, one_rank, small_model
 
 
 def test_fvu() -> None:
@@ -22,6 +23,35 @@ def test_fvu() -> None:
     with one_rank() as mesh:
         assert metrics.batch_fvu(x, residual, mesh) == pytest.approx(0.25)
         assert metrics.batch_fvu(x, x.mean(0) - x, mesh) == pytest.approx(1.0)  # the mean explains nothing
+
+
+def test_fvu_by_norm() -> None:
+    norms = torch.tensor([*range(1, 20), 400.0], dtype=torch.float64).flip(0)
+    tenth = metrics.tenths(norms)
+    assert tenth.tolist() == sorted([*range(10)] * 2, reverse=True)
+    errors, spreads = torch.full((20,), 3.0, dtype=torch.float64), torch.full((20,), 4.0, dtype=torch.float64)
+    errors[0] = errors[1] = 0  # the longest tenth is rebuilt without a fault
+    found = metrics.by_norm(errors, spreads, norms, tenth)
+    assert found["eval_fvu_median"] == 0.75
+    assert found["eval_fvu_by_norm"] == [0.75] * 9 + [0.0]
+    assert found["eval_heavy_rows"] == 1
+    assert found["eval_heavy_share"] == pytest.approx(160_000 / (160_000 + sum(n * n for n in range(1, 20))))
+
+
+def test_a_few_long_rows_do_not_hide_the_others() -> None:
+    """One row in 64 is 100 times as long and rebuilt well; the total says 0.01, the others have an FVU near 1."""
+    rows = torch.randn(2048, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    long = torch.arange(2048) % 64 == 0
+    rows[long] = rows[long] * 100 + 500
+    with one_rank() as mesh:
+        model = small_model("topk", mesh, rows)
+        model.reconstruct = lambda x: (x * (x.norm(dim=1) > 10)[:, None], torch.ones(len(x)))  # type: ignore[method-assign]
+        found = Heldout(MemorySource(rows, torch.arange(2048)), 2048, mesh).evaluate(model)
+    assert found["eval_fvu"] < 0.02  # type: ignore[operator]
+    assert found["eval_fvu_median"] > 0.9  # type: ignore[operator]
+    assert all(value > 0.9 for value in found["eval_fvu_by_norm"][:9])  # type: ignore[index]
+    assert found["eval_heavy_rows"] == 32
+    assert found["eval_heavy_share"] > 0.98  # type: ignore[operator]
 
 
 def test_ratio_interval() -> None:

@@ -163,6 +163,23 @@ def test_nans_are_refused_and_placed(recorded: bool, tmp_path: Path, capsys: pyt
     assert f"row {where:,}, column 5" in said
 
 
+def test_a_store_that_few_rows_rule_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def lengthen(rows: np.ndarray[Any, Any]) -> None:
+        rows[::64] *= 100
+
+    actshuffle.shuffle(source_store(tmp_path / "src.zarr", lengthen), tmp_path / "s.zarr", seed=1, memory="64MB")
+    actshuffle.stats(tmp_path / "s.zarr")
+    main(["fit", str(tmp_path / "s.zarr"), "--out", str(tmp_path / "run"), *FAST])
+    told = capsys.readouterr().out
+    assert "of 6,000 rows of 'acts' have over 10 times the median norm" in told
+    assert "(median row " in told
+    line = read_log(tmp_path / "run")[-1]
+    assert line["eval_fvu_median"] > 2 * line["eval_fvu"]
+    assert len(line["eval_fvu_by_norm"]) == 10
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "FVU by norm, held-out rows" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_an_unshuffled_store_is_refused_unless_asked_for(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
