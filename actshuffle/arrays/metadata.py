@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+import zipfile
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -28,7 +29,7 @@ from actshuffle.arrays.names import OUR_GROUP
 from actshuffle.bfloat16 import BFloat16
 from actshuffle.errors import ActshuffleError, RequestError, SourceError
 from actshuffle.storage.objects import Objects, open_objects
-from actshuffle.storage.place import Place
+from actshuffle.storage.place import Place, local_path
 from actshuffle.storage.remote import wait
 
 data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed
@@ -47,6 +48,10 @@ def open_node(place: Place) -> ZarrArray | zarr.Group:
     except (FileNotFoundError, NotADirectoryError) as err:
         if open_objects(place).size("") is None and "://" not in place.url:
             raise SourceError(f"no such source: {place.url}") from err
+        if (file := local_path(place)) is not None and file.is_file():
+            zipped = "a zip file: unpack it first, and give the folder"
+            what = zipped if zipfile.is_zipfile(file) else "a file: import reads those of other formats"
+            raise SourceError(f"a Zarr store is a folder, and {place.url} is {what}") from err
         if next(iter(open_objects(place).list(OUR_GROUP)), None) is not None:
             raise SourceError(f"{place.url} is half done, or damaged: there is no zarr.json") from err
         raise SourceError(f"not a Zarr array or group (no zarr.json, .zarray or .zgroup): {place.url}") from err

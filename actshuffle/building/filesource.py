@@ -135,7 +135,7 @@ class Files:
             rows = items.reshape(-1, out.shape[1])
             out[:] = rows[start - first * tokens :][: len(out)]
         if part.swap > 1:
-            out[:] = out.reshape(len(out), -1, part.swap)[:, :, ::-1].reshape(out.shape)
+            out.reshape(-1).view(f"u{part.swap}").byteswap(inplace=True)
 
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(start, stop, dtype=np.uint64)

@@ -107,6 +107,9 @@ def import_store(
     listed = [paths] if isinstance(paths, str | Path) else several("paths", paths, of="paths")
     kind, files, others = find_files([Path(p) for p in listed], format, split)
     options = {"dtype": dtype, "row_shape": None if row_shape is None else list(row_shape)}
+    for name in sorted(name for name, value in options.items() if value is not None):
+        if name not in FORMATS[kind].told:
+            raise RequestError(f"--{name.replace('_', '-')} is for files without a header, and {kind} files have one")
     table = FORMATS[kind].reader(options)
     found = _columns(table, files, together)
     left_out = table.left_out(files)

@@ -17,13 +17,14 @@ class Format(NamedTuple):
     """One row: the reader, made from the options of an import, and how its files are recognised.
 
     ``listed`` gives the files that an index in a folder names, or None for a folder without one (see folders.py).
-    ``flatten``: columns of items with two axes hold sequences of tokens, unless the user says
-    otherwise.
+    ``told`` are the options that files need which do not say what they hold.  ``flatten``: columns of items with
+    two axes hold sequences of tokens, unless the user says otherwise.
     """
 
     reader: Callable[[dict[str, Any]], Table]
     endings: tuple[str, ...]
     listed: Callable[[Path, str | None], list[Path] | None] = lambda folder, split: None
+    told: tuple[str, ...] = ()
     flatten: bool = False
 
     @property
@@ -32,8 +33,8 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "npy": Format(Npy, (".npy",)),
-    "raw": Format(Raw, (".bin", ".dat", ".raw", ".mmap")),
+    "npy": Format(Npy, (".npy",), told=("dtype",)),
+    "raw": Format(Raw, (".bin", ".dat", ".raw", ".mmap"), told=("dtype", "row_shape")),
     "safetensors": Format(Safetensors, (".safetensors",), listed=safetensors_files),
     "parquet": Format(partial(ArrowFiles, "parquet"), (".parquet",), listed=parquet_files),
     "arrow": Format(partial(ArrowFiles, "arrow"), (".arrow",), listed=dataset_files, flatten=True),

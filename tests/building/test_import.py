@@ -272,6 +272,127 @@ def test_an_index_beside_the_data_is_refused(tmp_path: Path) -> None:
         import_store(outside, tmp_path / "x.zarr")
 
 
+# --- What is wanted, and what is not --------------------------------------------------------------
+
+
+def refused(paths: Any, words: str, error: type[Exception] = SourceError, **options: Any) -> None:
+    """The import is refused before anything is written."""
+    listed = [paths] if isinstance(paths, Path) else paths
+    with pytest.raises(error, match=words):
+        import_store(paths, listed[0].parent / "refused.zarr", **options)
+    assert not list(listed[0].parent.glob("refused.zarr*"))
+
+
+def test_only_columns_that_are_wanted_are_judged(tmp_path: Path) -> None:
+    path = safetensors(
+        tmp_path / "x.safetensors",
+        {
+            "acts": ("F16", ACT),
+            "scaled": ("F8_E4M3", np.zeros((N, 3), "u1")),
+            "short": ("I32", TOKEN[:9]),
+            "step": ("I32", np.array(3, "<i4")),
+        },
+    )
+    refused(path, r"tensor 'scaled' has the type F8_E4M3, of no use here; leave it out with --columns acts, short")
+    refused(path, "tensor 'scaled' has the type", columns=["acts", "scaled"])
+    done, found = taken(path, tmp_path / "x.zarr", columns=["acts"])
+    assert_same(found["acts"], ACT)
+    assert done.left_out == ("step (a single number)",)
+    refused(path, "column 'step' holds a single number, no numbers", RequestError, columns=["step"])
+    refused(
+        path, "'short' is renamed, and --columns leaves it out", RequestError, columns=["acts"], names={"short": "s"}
+    )
+    refused(path, "no columns are chosen; there are 'acts'", RequestError, columns=[])
+
+
+def test_files_that_are_not_wanted_are_not_judged(tmp_path: Path) -> None:
+    folder = tmp_path / "npy"
+    folder.mkdir()
+    np.save(folder / "acts.npy", ACT)
+    np.save(folder / "names.npy", np.array(["x", "y"]))
+    np.save(folder / "rows_000.npy", ACT)
+    np.save(folder / "rows_001.npy", ACT[:, :2])
+    (folder / "noise.npy").write_bytes(b"noise")
+    (folder / "cut.npy").write_bytes((folder / "acts.npy").read_bytes()[:-3])
+    _, found = taken(folder, tmp_path / "x.zarr", columns=["acts"])
+    assert_same(found["acts"], ACT)
+    for column, words in [("names", "type <U1"), ("rows", "mixed widths"), ("noise", "no .npy"), ("cut", "truncated")]:
+        refused(folder, words, columns=["acts", column])
+
+
+def test_tensors_of_torch_that_are_not_wanted(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    acts = torch.from_numpy(ACT.copy())
+    body = {"acts": acts, "layer": 3, "n": torch.tensor(1), "fp8": torch.zeros(N, dtype=torch.float8_e4m3fn)}
+    body["sparse"] = torch.eye(N).to_sparse()
+    torch.save(body, tmp_path / "x.pt")
+    done, found = taken(tmp_path / "x.pt", tmp_path / "x.zarr", columns=["acts"])
+    assert_same(found["acts"], ACT)
+    assert set(done.left_out) == {"layer (int)", "n (a single number)"}
+    refused(tmp_path / "x.pt", "'fp8' has the type float8_e4m3fn.*leave it out with --columns acts$")
+    refused(tmp_path / "x.pt", r"'sparse' is torch\.sparse_coo", columns=["sparse"])
+
+
+def test_bits_of_torch_that_stand_for_other_values(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    pairs = torch.complex(torch.arange(12.0).reshape(4, 3), torch.ones(4, 3))
+    expected = {"conj": pairs.numpy().conj(), "neg": -np.ones((4, 3), "<f4"), "turned": pairs.numpy().T}
+    for name, tensor in {"conj": pairs.conj(), "neg": pairs.conj().imag, "turned": pairs.T}.items():
+        torch.save(tensor, tmp_path / f"{name}.pt")
+        found = taken(tmp_path / f"{name}.pt", tmp_path / f"{name}.zarr")[1]
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_bfloat16_that_numpy_saved(tmp_path: Path) -> None:
+    bits = ACT.view("<u2")
+    np.save(tmp_path / "x.npy", bits.view("V2"))
+    refused(tmp_path / "x.npy", r"type \|V2, as numpy saves types .*give --dtype bfloat16")
+    found = taken(tmp_path / "x.npy", tmp_path / "x.zarr", dtype="bfloat16")[1]
+    assert_same(found["x"], bits)
+    assert zarr.open_group(tmp_path / "x.zarr")["x"].metadata.to_dict()["data_type"] == "bfloat16"
+    np.save(tmp_path / "fp8.npy", np.zeros(9, "V1"))
+    refused(tmp_path / "fp8.npy", "save it as another type", dtype="bfloat16")
+
+
+def test_options_that_files_contradict(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", ACT)
+    safetensors(tmp_path / "x.safetensors", {"x": ("I32", TOKEN)})
+    refused(tmp_path / "x.npy", "says that its items are float16, and --dtype says float32", dtype="float32")
+    refused(tmp_path / "x.npy", "--row-shape is for files without a header, and npy", RequestError, row_shape=[6])
+    refused(tmp_path / "x.safetensors", "--dtype is for files without a header", RequestError, dtype="int32")
+    assert_same(taken(tmp_path / "x.npy", tmp_path / "x.zarr", dtype="float16")[1]["x"], ACT)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">i2", ">c8", "<c16"])
+def test_raw_numbers_of_either_byte_order(tmp_path: Path, dtype: str) -> None:
+    data = values(N, (3,), dtype)
+    data.tofile(tmp_path / "x.bin")
+    np.save(tmp_path / "y.npy", data)
+    assert_same(taken(tmp_path / "x.bin", tmp_path / "x.zarr", dtype=dtype, row_shape=[3])[1]["x"], data)
+    assert_same(taken(tmp_path / "y.npy", tmp_path / "y.zarr")[1]["y"], data)
+
+
+def test_raw_files_that_are_something_else(tmp_path: Path) -> None:
+    for name, data in {"zip": b"PK\x03\x04", "npy": b"\x93NUMPY", "parquet": b"PAR1", "gzip": b"\x1f\x8b"}.items():
+        (tmp_path / f"{name}.bin").write_bytes(data.ljust(16, b"\0"))
+        refused(tmp_path / f"{name}.bin", f"has a header: it is an? .*{name}", dtype="float32", row_shape=[2])
+    (tmp_path / "x.bin").write_bytes(bytes(16))
+    for dtype in ("object", "S5", "datetime64[s]", "longdouble", "noise"):
+        refused(tmp_path / "x.bin", "is no type", RequestError, dtype=dtype, row_shape=[2])
+    refused(tmp_path / "x.bin", "make no sense", RequestError, dtype="float32", row_shape=[0])
+
+
+def test_a_zipped_store_is_named_as_one(tmp_path: Path) -> None:
+    with zarr.storage.ZipStore(tmp_path / "x.zarr.zip", mode="w") as store:
+        zarr.create_array(store, shape=(4, 2), chunks=(2, 2), dtype="f4")[:] = 1
+    with pytest.raises(SourceError, match=r"a Zarr store is a folder, and .*zip is a zip file: unpack it first"):
+        shuffle(tmp_path / "x.zarr.zip", tmp_path / "y.zarr", seed=1)
+    np.save(tmp_path / "x.npy", ACT)
+    with pytest.raises(SourceError, match="is a file: import reads"):
+        shuffle(tmp_path / "x.npy", tmp_path / "y.zarr", seed=1)
+    assert not (tmp_path / "y.zarr").exists()
+
+
 # --- The run --------------------------------------------------------------------------------------
 
 
