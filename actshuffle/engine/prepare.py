@@ -13,7 +13,7 @@ from typing import Any
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import take_inventory
-from actshuffle.arrays.marker import is_finished, read_marker
+from actshuffle.arrays.marker import altered_files, is_finished, read_marker
 from actshuffle.arrays.metadata import ZarrArray, is_group, open_node, output_field, source_arrays, source_field
 from actshuffle.arrays.names import MARKER_KEY, OUR_GROUP, SOURCE_ROW
 from actshuffle.engine import manifest
@@ -223,6 +223,9 @@ def _found(dst: Place, overwrite: bool) -> tuple[dict[str, Any] | None, dict[str
     if (marker := read_marker(objects)) is not None:
         if marker["kind"] == "view":
             raise DestinationExistsError(f"{dst.url} is a view; --overwrite replaces it")
+        if altered := next(altered_files(objects, marker), None):
+            key, problem = altered
+            raise FormatError(f"{dst.url} is finished, but {key} {problem}: verify it, or --overwrite starts again")
         return None, marker
     if next(iter(objects.list("")), None) is not None:
         raise DestinationExistsError(
