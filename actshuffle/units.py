@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from numbers import Integral
@@ -55,6 +56,27 @@ def format_bytes(n: float) -> str:
             return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:,.3g} PB" if n < 999.5 else f"{n:,.0f} PB"
+
+
+def size_at_least(n: float) -> str:
+    """A size that people can give and that is no less than ``n`` bytes: three digits, rounded up.
+
+    >>> size_at_least(46_100_001), size_at_least(1_230_000_001)
+    ('46.2MB', '1.24GB')
+    """
+    unit = 1000 ** max(0, min(5, (len(str(math.ceil(n))) - 1) // 3))
+    step = max(1, 10 ** (len(str(math.ceil(n))) - 3))
+    rounded = -(-math.ceil(n) // step) * step
+    return f"{rounded / unit:.6g}{('B', 'KB', 'MB', 'GB', 'TB', 'PB')[round(math.log10(unit)) // 3]}"
+
+
+def counted(n: int, noun: str, plural: str = "") -> str:
+    """A number with its noun.
+
+    >>> counted(1, "row"), counted(1200, "row"), counted(2, "batch", "batches")
+    ('1 row', '1,200 rows', '2 batches')
+    """
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
 def format_seconds(s: float) -> str:

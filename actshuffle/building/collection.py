@@ -44,7 +44,7 @@ from actshuffle.progress import Progress, Silent
 from actshuffle.seals import checksum, seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import format_bytes, format_seconds, switches
+from actshuffle.units import counted, format_bytes, format_seconds, switches
 
 BLOCK_BYTES = 128 << 20  # the most work that a kill can cost
 NAMED_FILES = 10_000  # attributes name up to this many files, and count more
@@ -63,11 +63,12 @@ class Collected:
 
     def __str__(self) -> str:
         if not self.seconds:
-            return f"{self.destination}: already finished, {self.rows:,} tokens of {self.documents:,} documents"
+            size = f"{counted(self.rows, 'token')} of {counted(self.documents, 'document')}"
+            return f"{self.destination}: already finished, {size}"
         rate = f", {self.rows / self.seconds:,.0f} rows/s" if self.complete else ""
         state = "" if self.complete else "; this part is done, others are not"
         return (
-            f"{self.destination}: {self.rows:,} tokens of {self.documents:,} documents, "
+            f"{self.destination}: {counted(self.rows, 'token')} of {counted(self.documents, 'document')}, "
             f"{format_bytes(self.nbytes)}, {format_seconds(self.seconds)}{rate}{state}"
         )
 
@@ -216,7 +217,7 @@ def _write_source(
     content = context - len(before) - len(after)
     if content < 1 or context > most:
         raise RequestError(
-            f"a window of {context} tokens: the model takes {most:,} at most, {len(before) + len(after)} of "
+            f"a window of {counted(context, 'token')}: the model takes {most:,} at most, {len(before) + len(after)} of "
             "them special"
         )
     widths = model.widths(run["probe"], context)
@@ -295,7 +296,7 @@ def _attributes(
         },
         "arrays": layers | {name: f"output of {name}" for name in asked["hooks"]},
         "dtype": asked["dtype"],
-        "windows": f"{context} tokens at most, {len(before) + len(after)} of them special; windows of a "
+        "windows": f"{counted(context, 'token')} at most, {len(before) + len(after)} of them special; windows of a "
         "document follow each other without overlap; each runs alone or with others of its length, so "
         "there is no padding",
         "special_tokens": {

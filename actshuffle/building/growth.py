@@ -50,7 +50,7 @@ from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import format_bytes, format_seconds, switches
+from actshuffle.units import counted, format_bytes, format_seconds, switches
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Appended:
 
     def __str__(self) -> str:
         if self.done_before:
-            return f"{self.destination}: the {self.added:,} rows had been appended; {self.rows:,} in all"
+            return f"{self.destination}: the {counted(self.added, 'row')} had been appended; {self.rows:,} in all"
         return (
-            f"{self.destination}: {self.added:,} rows appended, {self.rows:,} in all, "
+            f"{self.destination}: {counted(self.added, 'row')} appended, {self.rows:,} in all, "
             f"{format_bytes(self.nbytes)}, {format_seconds(self.seconds)}"
         )
 

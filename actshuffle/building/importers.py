@@ -35,7 +35,7 @@ from actshuffle.progress import Progress, Silent
 from actshuffle.seals import checksum
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import format_bytes, format_seconds, several, switches
+from actshuffle.units import counted, format_bytes, format_seconds, several, switches
 
 NAMED = 10  # files that are left out and named
 ARRAY_NAME = re.compile(r"[^/\x00]+")
@@ -56,7 +56,9 @@ class Imported:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.destination}: {self.rows:,} rows, {format_bytes(self.nbytes)}, {format_seconds(self.seconds)}"]
+        lines = [
+            f"{self.destination}: {counted(self.rows, 'row')}, {format_bytes(self.nbytes)}, {format_seconds(self.seconds)}"
+        ]
         lines += [f"  {m}" for m in self.mapping]
         return "\n".join([*lines, *(f"  left out: {name}" for name in self.left_out)])
 

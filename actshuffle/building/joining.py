@@ -28,7 +28,7 @@ from actshuffle.loading.views import followed, reference
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
-from actshuffle.units import several
+from actshuffle.units import counted, several
 
 
 def concat(
@@ -140,7 +140,8 @@ class Concat:
             have = next(iter(arrays.values())).shape[0]
             if have != entry["of"] or not 0 <= offset <= stop <= have:
                 raise SourceError(
-                    f"{found} has {have:,} rows, and had {entry['of']:,} when {place} was made of it; make that again"
+                    f"{found} has {counted(have, 'row')}, and had {entry['of']:,} when {place} was made of it; "
+                    "make that again"
                 )
             fields = {k: source_field(k, a) for k, a in arrays.items()}
             end = self.rows + stop - offset

@@ -35,7 +35,7 @@ from actshuffle.progress import Progress, Silent
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
-from actshuffle.units import switches, whole
+from actshuffle.units import counted, switches, whole
 
 ROWS_KEY = "_actshuffle/rows"  # the chosen rows, ascending, as little-endian uint64
 REMOTE_GAP_BYTES = 1 << 20
@@ -72,7 +72,7 @@ def sample(
     source, target = as_place(src, storage_options), as_place(dst, storage_options)
     store = open_dataset(src, incomplete=True, storage_options=storage_options)
     if not 0 < whole("rows", rows) <= store.rows:
-        raise RequestError(f"cannot take {rows:,} of the {store.rows:,} rows of {store.path}")
+        raise RequestError(f"cannot take {rows:,} of the {counted(store.rows, 'row')} of {store.path}")
     marker = None if overwrite else read_marker(open_objects(target))
     if marker is not None and seed is None:  # finished: the same again has the same seed
         seed = marker.get("seed")

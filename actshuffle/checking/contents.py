@@ -20,7 +20,7 @@ from actshuffle.errors import IncompleteStoreError
 from actshuffle.loading.dataset import is_ours, open_dataset
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place, public_url
-from actshuffle.units import format_bytes
+from actshuffle.units import counted, format_bytes
 
 
 def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _made_by(marker: dict[str, Any] | None) -> str:
     if marker["kind"] == "collection":
         return f"collection: complete, in the order in which it was made{source} {version}"
     part = marker.get("population", marker["rows"])
-    of = f", {marker['rows']:,} of {part:,} rows" if part != marker["rows"] else ""
+    of = f", {marker['rows']:,} of {counted(part, 'row')}" if part != marker["rows"] else ""
     levels = f"{marker['levels']} level{'s' * (marker['levels'] != 1)}"
     return f"shuffled: complete, seed {marker['seed']}, {levels}{of}{source} {version}"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from actshuffle.html import page
 from actshuffle.ordering.mixing import MixingReport, as_html
+from actshuffle.units import counted
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class QualityReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.what}: {self.rows:,} rows in batches of {self.batch_size:,}; {self.batches:,} scored, "
+            f"{self.what}: {counted(self.rows, 'row')} in batches of {self.batch_size:,}; {self.batches:,} scored, "
             f"by {self.grouping} ({self.documents:,})",
             f"{'in a batch':34}{'found':>12}{'shuffle':>12}{'sigmas':>10}",
         ]
@@ -103,7 +104,7 @@ class QualityReport:
         facts = {
             "of": self.what,
             "rows": f"{self.rows:,}",
-            "batches": f"{self.batches:,} of {self.batch_size:,} rows scored",
+            "batches": f"{self.batches:,} of {counted(self.batch_size, 'row')} scored",
             "by": f"{self.grouping} ({self.documents:,})",
             "verdict": self.verdict(),
         }

@@ -17,7 +17,7 @@ from actshuffle.checking.moments import bin_edges
 from actshuffle.checking.statstypes import HEAVY, FloatStats, IntStats
 from actshuffle.errors import RequestError
 from actshuffle.html import image, page
-from actshuffle.units import format_bytes, format_seconds
+from actshuffle.units import counted, format_bytes, format_seconds
 
 FORMAT = 1
 
@@ -55,7 +55,7 @@ class Stats:
         return text(self)
 
     def __repr__(self) -> str:
-        return f"<Stats of {self.path}: {self.rows:,} rows, {', '.join(self.fields)}>"
+        return f"<Stats of {self.path}: {counted(self.rows, 'row')}, {', '.join(self.fields)}>"
 
     def _repr_html_(self) -> str:
         return html(self)
@@ -101,12 +101,12 @@ def _notes(of: FloatStats) -> list[str]:
         if first is not None:
             notes.append(f"{count:,} {kind}, the first in row {first[0]:,} at place {first[1]:,}")
     if of.left_out:
-        notes.append(f"{of.left_out:,} rows with these are left out of the rest")
+        notes.append(f"{counted(of.left_out, 'row')} with these are left out of the rest")
     rows, share = of.heavy
     if share >= HEAVY_SHARE:
         notes.append(
-            f"{rows:,} of {of.count:,} rows ({rows / of.count:.2%}) have over {HEAVY:g} times the median norm and hold "
-            f"{share:.1%} of the squared norm: means, scales and explained variance describe them and little else"
+            f"{rows:,} of {counted(of.count, 'row')} ({rows / of.count:.2%}) have over {HEAVY:g} times the median norm "
+            f"and hold {share:.1%} of the squared norm: means, scales and explained variance describe them and little else"
         )
     outliers = of.outliers
     if outliers:
@@ -148,7 +148,7 @@ def html(found: Stats) -> str:
 def _headline(found: Stats) -> str:
     rate = f"{format_bytes(found.nbytes / found.seconds)}/s" if found.seconds else "-"
     return (
-        f"{found.path}: {found.rows:,} rows, {format_bytes(found.nbytes)} in "
+        f"{found.path}: {counted(found.rows, 'row')}, {format_bytes(found.nbytes)} in "
         f"{format_seconds(found.seconds)} ({rate})" + (", kept in the store" if found.written else "")
     )
 
@@ -180,7 +180,9 @@ def png(found: Stats) -> bytes:
     )
     import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     name = found.path.rstrip("/").rsplit("/", 1)[-1]
-    figure.suptitle(f"{name}   {found.rows:,} rows", x=0.01, ha="left", color=INK, fontsize=11, fontweight="bold")
+    figure.suptitle(
+        f"{name}   {counted(found.rows, 'row')}", x=0.01, ha="left", color=INK, fontsize=11, fontweight="bold"
+    )
     axes = figure.subplots(len(fields), 3, squeeze=False)
     for row, (field, of) in zip(axes, fields, strict=True):
         _norm_panel(row[0], field, of)

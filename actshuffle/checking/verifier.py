@@ -46,7 +46,7 @@ from actshuffle.ordering.mixing import MixingAccumulator, MixingReport, as_html
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
-from actshuffle.units import format_bytes, format_seconds
+from actshuffle.units import counted, format_bytes, format_seconds
 
 SLICE_BYTES = 32 << 20  # bytes of rows held at a time
 TASK_BYTES = 1 << 30
@@ -368,7 +368,7 @@ def compare_object(pair: Pair, number: int, at: int) -> list[Problem]:
     if not len(wrong):
         return []
     shown = ", ".join(f"{int(r):,}" for r in wrong[:SHOWN]) + (", ..." if len(wrong) > SHOWN else "")
-    return [Problem("rows", _object_key(field, at), f"{len(wrong):,} rows differ from their source: {shown}")]
+    return [Problem("rows", _object_key(field, at), f"{counted(len(wrong), 'row')} differ from their source: {shown}")]
 
 
 def _differing_rows(pair: Pair, number: int, store: Source, start: int, rows: U64) -> NDArray[np.int64]:

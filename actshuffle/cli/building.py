@@ -14,6 +14,7 @@ from actshuffle.cli.options import COUNT, Parsed, knob, knobs
 from actshuffle.cli.session import Answer, look, work
 from actshuffle.errors import RequestError
 from actshuffle.foreign.formats import FORMATS
+from actshuffle.units import counted
 
 
 def _share(text: str) -> tuple[str, int | float | str]:
@@ -89,7 +90,7 @@ def split(executor: Any, display: Any, store: str, parts: tuple[tuple[str, Any],
         raise RequestError("two parts have the same name")
     made = splitting.split(store, dict(parts), executor=executor, progress=display, **options)
     document = {"parts": {name: {"path": d.path, "rows": d.rows} for name, d in made.items()}}
-    return Answer(document, "\n".join(f"{d.path}: {d.rows:,} rows ({d.kind})" for d in made.values()))
+    return Answer(document, "\n".join(f"{d.path}: {counted(d.rows, 'row')} ({d.kind})" for d in made.values()))
 
 
 @click.command()
@@ -109,7 +110,7 @@ def head(store: str, rows: int, out: str | None, **options: Any) -> Answer:
     """
     if out is not None:
         made = splitting.head(store, rows, out, **options)
-        return Answer({"path": made.path, "rows": made.rows}, f"{made.path}: {made.rows:,} rows ({made.kind})")
+        return Answer({"path": made.path, "rows": made.rows}, f"{made.path}: {counted(made.rows, 'row')} ({made.kind})")
     found = splitting.first_rows(store, rows, options["storage_options"])
     lines = [f"{name}\n  " + "\n  ".join(shown) for name, shown in found.items()]
     return Answer({"arrays": found}, "\n".join(lines))
@@ -157,7 +158,7 @@ def concat(sources: tuple[str, ...], out: str, **options: Any) -> Answer:
     """
     made = joining.concat(sources, out, **options)
     document = {"path": made.path, "rows": made.rows, "arrays": sorted(made.fields)}
-    return Answer(document, f"{made.path}: {made.rows:,} rows of {len(sources)} sources")
+    return Answer(document, f"{made.path}: {counted(made.rows, 'row')} of {counted(len(sources), 'source')}")
 
 
 @click.command()

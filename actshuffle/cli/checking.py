@@ -13,7 +13,7 @@ from actshuffle.cli.session import Answer, look, work
 from actshuffle.errors import RequestError
 from actshuffle.loading.dataset import open_finished_or_plain
 from actshuffle.loading.loader import Loader
-from actshuffle.units import format_bytes
+from actshuffle.units import counted, format_bytes
 
 INCOMPLETE = click.option("--incomplete", is_flag=True, help="Accept a store of ours without its completion marker.")
 
@@ -135,6 +135,6 @@ def quality(
     loader = Loader(dataset, batch_size, buffer_rows=rows, seed=seed)
     if buffer_rows:
         held = 2 * loader.order.buffer_rows * loader.layout.row_bytes
-        click.echo(f"a buffer of {loader.order.buffer_rows:,} rows takes up to {format_bytes(held)}", err=True)
+        click.echo(f"a buffer of {counted(loader.order.buffer_rows, 'row')} takes up to {format_bytes(held)}", err=True)
     report = scores.quality(loader, seed=seed, **options)
     return Answer(report.as_dict(), str(report), ok=report.passed)

@@ -25,6 +25,7 @@ from actshuffle.cli.display import Display, LogLines
 from actshuffle.cli.options import INSECURE, LOOK, WORK
 from actshuffle.errors import RequestError
 from actshuffle.executors import Executor
+from actshuffle.units import counted
 
 T = TypeVar("T")
 QUIET_DASK = {"DASK_LOGGING__DISTRIBUTED": "critical", "PYTHONWARNINGS": "ignore"}  # for workers
@@ -56,7 +57,7 @@ class _Crew(Executor):
 
             alone = self._alone or nbytes <= self._small
             if not alone:
-                self._display.hint("cluster", f"starting {self.workers} workers ...")
+                self._display.hint("cluster", f"starting {counted(self.workers, 'worker')} ...")
             with _deaf_children():
                 self._inner = self._stack.enter_context(executor_for(0 if alone else self.workers))
             self.workers, self.processes = self._inner.workers, self._inner.processes

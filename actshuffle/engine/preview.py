@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,11 +124,12 @@ def plan_for(
 
 def plan_rows(rows: int, model: MemoryModel, request: Request, **source: int) -> Plan:
     """The plan for a number of rows under a settled request; ``source`` goes to `make_plan`."""
-    plan = make_plan(
+    return make_plan(
         rows,
         model.row_bytes,
         levels=request.levels,
-        memory=None if request.memory is None else request.memory // request.tasks_per_worker,
+        memory=request.memory,
+        tasks_per_worker=request.tasks_per_worker,
         block_bytes=request.block_bytes,
         run_bytes=request.run_bytes or (REMOTE_RUN_BYTES if model.remote else LOCAL_RUN_BYTES),
         chunk_rows=request.chunk_rows,
@@ -140,7 +140,6 @@ def plan_rows(rows: int, model: MemoryModel, request: Request, **source: int) ->
         model=model,
         **source,
     )
-    return dataclasses.replace(plan, memory=plan.memory * request.tasks_per_worker)
 
 
 def tasks_for(workers: int) -> int | None:

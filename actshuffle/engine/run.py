@@ -47,7 +47,7 @@ from actshuffle.planning.tree import Plan
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
-from actshuffle.units import format_bytes, format_seconds, switches
+from actshuffle.units import counted, format_bytes, format_seconds, switches
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ class Result:
 
     def __str__(self) -> str:
         if self.already_finished:
-            return f"{self.destination}: already finished, {self.plan.rows:,} rows, seed {self.seed}"
+            return f"{self.destination}: already finished, {counted(self.plan.rows, 'row')}, seed {self.seed}"
         rate = f"{format_bytes(self.nbytes / self.seconds)}/s" if self.seconds else "-"
         text = (
-            f"{self.plan.rows:,} rows, {format_bytes(self.nbytes)}, {self.plan.levels} "
+            f"{counted(self.plan.rows, 'row')}, {format_bytes(self.nbytes)}, {self.plan.levels} "
             f"level{'s' * (self.plan.levels != 1)}, seed {self.seed}: "
             f"{format_seconds(self.seconds)}, {rate} end to end on {self.workers} "
             f"worker{'s' * (self.workers != 1)}"
         )
-        return text + (f"; {self.resumed} of {self.tasks} tasks were done before" if self.resumed else "")
+        return text + (f"; {self.resumed} of {counted(self.tasks, 'task')} were done before" if self.resumed else "")
 
 
 def shuffle(

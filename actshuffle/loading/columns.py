@@ -13,7 +13,7 @@ from actshuffle.arraytypes import I64, U8
 from actshuffle.errors import RequestError
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.fieldinfo import FieldInfo
-from actshuffle.units import several
+from actshuffle.units import counted, several
 
 Store = str | Path | Dataset
 Stores = Store | Sequence[Store] | Mapping[str, Store]
@@ -136,5 +136,5 @@ def _stem(store: Store) -> str:
 
 def _order_of(dataset: Dataset) -> str:
     if not dataset.shuffled:
-        return f"{dataset.rows:,} rows as they were made"
-    return f"{dataset.rows:,} rows from {dataset.start:,}, seed {dataset.order[1]}"
+        return f"{counted(dataset.rows, 'row')} as they were made"
+    return f"{counted(dataset.rows, 'row')} from {dataset.start:,}, seed {dataset.order[1]}"

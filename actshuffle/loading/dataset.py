@@ -37,7 +37,7 @@ from actshuffle.loading.views import followed, reference
 from actshuffle.seals import seal
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place, public_url
-from actshuffle.units import format_bytes
+from actshuffle.units import counted, format_bytes
 
 _DEPTH = 16  # views of views that are followed
 
@@ -162,7 +162,7 @@ class Dataset:
             raise RequestError("out must be a C-contiguous, writeable array")
         if out.nbytes != need or out.dtype not in (info.dtype, np.dtype(np.uint8)):
             raise RequestError(
-                f"out has {out.nbytes:,} bytes of {out.dtype}; {rows:,} rows of {info.name!r} are "
+                f"out has {out.nbytes:,} bytes of {out.dtype}; {counted(rows, 'row')} of {info.name!r} are "
                 f"{need:,} bytes of {info.dtype}"
             )
         return out.reshape(-1).view(np.uint8)
@@ -185,7 +185,7 @@ class Dataset:
         return self.rows
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.kind}, {self.rows:,} rows, {format_bytes(self.nbytes)}"]
+        lines = [f"{self.path}: {self.kind}, {counted(self.rows, 'row')}, {format_bytes(self.nbytes)}"]
         wide = max((len(name) for name in self.fields), default=0)
         lines += [f"  {name:{wide}}  {form}" for name, form in self._forms()]
         return "\n".join(lines)
@@ -264,7 +264,7 @@ def _open(place: Place, incomplete: bool, views: tuple[str, ...]) -> Dataset:
         raise FormatError(f"{MARKER_KEY} does not fit the store: {err}") from err
     rows = next(iter(arrays.values())).shape[0]
     if marker is not None and marker["rows"] != rows:
-        raise FormatError(f"{place.url} has {rows:,} rows, its marker says {marker['rows']:,}")
+        raise FormatError(f"{place.url} has {counted(rows, 'row')}, its marker says {marker['rows']:,}")
     return Dataset(
         place=place,
         kind="plain" if marker is None else marker["kind"],

@@ -41,7 +41,7 @@ from actshuffle.loading.prefetch import BatchBlock, Buffering, Loan, Pool, Readi
 from actshuffle.loading.unchanged import Watch
 from actshuffle.machine import cores, machine_memory
 from actshuffle.ordering.mixing import MixingAccumulator, MixingReport
-from actshuffle.units import format_bytes, parse_bytes
+from actshuffle.units import counted, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from actshuffle.loading.torchface import TorchDataset
@@ -271,7 +271,7 @@ class Loader:
         A state that such a worker saved goes on as it was.
         """
         if self._stride not in (1, workers):
-            raise RequestError(f"this state was saved by one of {self._stride} workers, now {workers}")
+            raise RequestError(f"this state was saved by one of {counted(self._stride, 'worker')}, now {workers}")
         if self._stride == 1 and workers > 1:
             self._skip, self._stride = worker, workers
 
@@ -342,8 +342,8 @@ class Loader:
     def __repr__(self) -> str:
         stores = ", ".join(d.path for d in self.datasets.values())
         ranks = f", rank {self.rank} of {self.world_size}" if self.world_size > 1 else ""
-        buffer = f", buffer of {self.order.buffer_rows:,} rows" if self.order.buffer_rows else ""
+        buffer = f", buffer of {counted(self.order.buffer_rows, 'row')}" if self.order.buffer_rows else ""
         return (
-            f"Loader({stores}: {self.rows:,} rows, {self.batches_per_epoch:,} batches of "
+            f"Loader({stores}: {counted(self.rows, 'row')}, {counted(self.batches_per_epoch, 'batch', 'batches')} of "
             f"{self.batch_size:,}{ranks}{buffer}; {', '.join(self.fields)})"
         )

@@ -12,14 +12,13 @@ ways, and a leaf holds M, so::
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from actshuffle.errors import InfeasibleError, RequestError
 from actshuffle.limits import MAX_FAN_OUT
 from actshuffle.planning.memory import MemoryModel
 from actshuffle.planning.tree import Plan
-from actshuffle.units import format_bytes
+from actshuffle.units import counted, format_bytes, size_at_least
 
 LOCAL_RUN_BYTES = 256 << 10  # the run length from which a local disk reads at full speed
 REMOTE_RUN_BYTES = 4 << 20  # the same for an object store
@@ -48,6 +47,7 @@ def make_plan(
     tasks_wanted: int = 1,
     spill_memory: int = 0,
     gather: bool = False,
+    tasks_per_worker: int = 1,
     model: MemoryModel | None = None,
 ) -> Plan:
     """Cut ``rows`` rows of ``row_bytes`` bytes into a feasible `Plan`, or raise `InfeasibleError`.
@@ -57,7 +57,8 @@ def make_plan(
     level's blocks; ``tasks_wanted`` makes blocks and leaves smaller than memory allows, where that costs no
     extra level, so that all workers are busy and several tasks reuse the memory that the first one touched;
     ``spill_memory`` is the number of bytes of spill that stay in the machine's memory; with ``gather`` the
-    plan has leaves only, which read their rows straight from a source that lies in memory.
+    plan has leaves only, which read their rows straight from a source that lies in memory.  ``tasks_per_worker``
+    tasks share the ``memory`` of a worker, whose memory all messages name.
     """
     if rows < 0 or row_bytes <= 0:
         raise RequestError(f"need rows >= 0 and row bytes > 0, got {rows} rows of {row_bytes} bytes")
@@ -65,6 +66,8 @@ def make_plan(
         raise RequestError(f"spill memory must not be negative, got {spill_memory}")
     if levels != "auto" and not 1 <= levels <= MAX_LEVELS:
         raise RequestError(f"levels must be auto or 1 to {MAX_LEVELS}, got {levels}")
+    if memory is not None:
+        memory //= tasks_per_worker  # from here on, that of a task
     if memory is None and block_bytes is None:
         raise RequestError("give memory or block bytes")
     for name, value in (("memory", memory), ("block bytes", block_bytes), ("run bytes", run_bytes)):
@@ -74,7 +77,7 @@ def make_plan(
     widest = widest_row or row_bytes
 
     most_rows, chunk_rows, per_shard = _fit(
-        rows, row_bytes, widest, memory, block_bytes, chunk_rows, chunks_per_shard, model
+        rows, row_bytes, widest, memory, block_bytes, chunk_rows, chunks_per_shard, model, tasks_per_worker
     )
     object_rows = chunk_rows * per_shard
     run = max(run_bytes, row_bytes)
@@ -110,8 +113,9 @@ def make_plan(
     peak = max([peak, *(model.split_bytes(b) for b in block_rows)])
     if memory is not None and peak > memory:
         raise InfeasibleError(
-            f"memory {format_bytes(memory)} is below the {format_bytes(peak)} that one task needs with "
-            f"blocks of {format_bytes(most_rows * row_bytes)}; lower --block-bytes or raise --memory"
+            f"memory {format_bytes(memory * tasks_per_worker)} is below the {size_at_least(peak * tasks_per_worker)} "
+            f"that {_tasks(tasks_per_worker)} with blocks of {format_bytes(most_rows * row_bytes)}; "
+            "lower --block-bytes or raise --memory"
         )
     return Plan(
         rows=rows,
@@ -124,7 +128,7 @@ def make_plan(
         block_rows=block_rows,
         block_bytes=most_rows * row_bytes,
         run_bytes=run_bytes,
-        memory=peak if memory is None else memory,
+        memory=(peak if memory is None else memory) * tasks_per_worker,
         model=model,
         spill_memory=spill_memory,
     )
@@ -149,6 +153,7 @@ def _fit(
     chunk_rows: int | None,
     per_shard: int | None,
     model: MemoryModel,
+    tasks_per_worker: int,
 ) -> tuple[int, int, int]:
     """Rows of the largest block, rows of an output chunk, chunks of an output shard."""
 
@@ -181,18 +186,26 @@ def _fit(
     object_rows = chunk_rows * per_shard
     most_rows = most(object_rows)
     if most_rows < min(object_rows, max(rows, 1)):
+        shape = (
+            f"one output object is {counted(object_rows, 'row')} of {counted(row_bytes, 'byte')} and "
+            f"{most_rows if most_rows > 0 else 'no'} {'row fits' if most_rows == 1 else 'rows fit'}"
+        )
+        if block_bytes is not None and block_bytes // row_bytes < object_rows:
+            raise InfeasibleError(f"blocks too small: {shape}; give at least --block-bytes {object_rows * row_bytes}B")
         least = max(model.leaf_bytes(object_rows, object_rows * widest), model.split_bytes(object_rows))
+        of = f"{_tasks(tasks_per_worker)} {format_bytes(least)} each" if tasks_per_worker > 1 else ""
+        decoding = f"{format_bytes(model.source_buffer)} of a task's read the source" if model.source_buffer else ""
+        why = "; ".join(part for part in (of, decoding) if part)
         raise InfeasibleError(
-            f"memory too small for its rows: one output object is {object_rows} rows of {row_bytes} bytes "
-            f"and {'no' if most_rows < 1 else most_rows} rows fit; give at least --memory "
-            f"{format_bytes(math.ceil(least / 1e6) * 1e6).replace(' ', '')}"
-            + (
-                f" (the source's chunks take {format_bytes(model.source_buffer)} to decode)"
-                if model.source_buffer
-                else ""
-            )
+            f"memory too small for its rows: {shape}; give at least --memory {size_at_least(least * tasks_per_worker)}"
+            + (f" ({why})" if why else "")
         )
     return most_rows, chunk_rows, per_shard
+
+
+def _tasks(number: int) -> str:
+    """Who needs the memory of a worker."""
+    return "one task needs" if number == 1 else f"the {number} tasks of a worker need"
 
 
 def _round_down(most_rows: int, object_rows: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from actshuffle.planning.planner import reach_table
 from actshuffle.planning.tree import Plan
-from actshuffle.units import format_bytes
+from actshuffle.units import counted, format_bytes
 
 
 def plan_report(made: Plan) -> dict[str, Any]:
@@ -44,12 +44,13 @@ def plan_text(made: Plan) -> str:
     """A plan as text for people."""
     r = plan_report(made)
     lines = [
-        f"{made.rows:,} rows x {format_bytes(made.row_bytes)} = {format_bytes(r['bytes'])}",
+        f"{counted(made.rows, 'row')} x {format_bytes(made.row_bytes)} = {format_bytes(r['bytes'])}",
         f"levels       {made.levels}   ({format_bytes(r['io_bytes'])} read and written)",
         f"blocks       M = {format_bytes(made.block_bytes)}, runs P >= {format_bytes(made.run_bytes)}"
         + (f", fan-out {' x '.join(map(str, r['fan_out']))}" if r["fan_out"] else ""),
-        f"leaves       {made.leaves:,} of {made.leaf_rows:,} rows ({format_bytes(made.leaf_rows * made.row_bytes)})",
-        f"output       {r['objects']['output']:,} objects of {made.object_rows:,} rows in the widest array",
+        f"leaves       {made.leaves:,} of {counted(made.leaf_rows, 'row')} "
+        f"({format_bytes(made.leaf_rows * made.row_bytes)})",
+        f"output       {counted(r['objects']['output'], 'object')} of {counted(made.object_rows, 'row')} in the widest array",
         f"tasks        {' + '.join(f'{t:,}' for t in r['tasks'])}",
         f"memory       {format_bytes(made.memory)} per worker at most"
         + (f", and {format_bytes(r['spill_memory'])} of spill" if r["spill_memory"] else ""),

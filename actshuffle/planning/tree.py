@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from actshuffle.html import page
 from actshuffle.planning.memory import MemoryModel
-from actshuffle.units import format_bytes
+from actshuffle.units import counted, format_bytes
 
 
 class Task(NamedTuple):
@@ -189,10 +189,11 @@ class Plan:
     def _repr_html_(self) -> str:
         """The plan as a page: its reads, writes and needs."""
         facts = {
-            "data": f"{self.rows:,} rows x {format_bytes(self.row_bytes)} = {format_bytes(self.rows * self.row_bytes)}",
+            "data": f"{counted(self.rows, 'row')} x {format_bytes(self.row_bytes)} = "
+            f"{format_bytes(self.rows * self.row_bytes)}",
             "levels": self.levels,
             "blocks": f"M = {format_bytes(self.block_bytes)}, runs P >= {format_bytes(self.run_bytes)}",
-            "leaves": f"{self.leaves:,} of {self.leaf_rows:,} rows",
+            "leaves": f"{self.leaves:,} of {counted(self.leaf_rows, 'row')}",
             "memory": f"{format_bytes(self.memory)} per worker at most",
             "disk": f"scratch up to {format_bytes(self.scratch_bytes)}, with the output up to "
             f"{format_bytes(self.disk_bytes)}",
