@@ -57,7 +57,8 @@ class Imported:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.destination}: {counted(self.rows, 'row')}, {format_bytes(self.nbytes)}, {format_seconds(self.seconds)}"
+            f"{self.destination}: {counted(self.rows, 'row')}, {format_bytes(self.nbytes)}, "
+            f"{format_seconds(self.seconds)}"
         ]
         lines += [f"  {m}" for m in self.mapping]
         return "\n".join([*lines, *(f"  left out: {name}" for name in self.left_out)])

@@ -106,7 +106,8 @@ def _notes(of: FloatStats) -> list[str]:
     if share >= HEAVY_SHARE:
         notes.append(
             f"{rows:,} of {counted(of.count, 'row')} ({rows / of.count:.2%}) have over {HEAVY:g} times the median norm "
-            f"and hold {share:.1%} of the squared norm: means, scales and explained variance describe them and little else"
+            f"and hold {share:.1%} of the squared norm: means, scales and explained variance describe them "
+            "and little else"
         )
     outliers = of.outliers
     if outliers:

@@ -368,7 +368,9 @@ def compare_object(pair: Pair, number: int, at: int) -> list[Problem]:
     if not len(wrong):
         return []
     shown = ", ".join(f"{int(r):,}" for r in wrong[:SHOWN]) + (", ..." if len(wrong) > SHOWN else "")
-    return [Problem("rows", _object_key(field, at), f"{counted(len(wrong), 'row')} differ from their source: {shown}")]
+    differ = "differs from its" if len(wrong) == 1 else "differ from their"
+    detail = f"{counted(len(wrong), 'row')} {differ} source: {shown}"
+    return [Problem("rows", _object_key(field, at), detail)]
 
 
 def _differing_rows(pair: Pair, number: int, store: Source, start: int, rows: U64) -> NDArray[np.int64]:

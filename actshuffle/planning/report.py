@@ -50,7 +50,8 @@ def plan_text(made: Plan) -> str:
         + (f", fan-out {' x '.join(map(str, r['fan_out']))}" if r["fan_out"] else ""),
         f"leaves       {made.leaves:,} of {counted(made.leaf_rows, 'row')} "
         f"({format_bytes(made.leaf_rows * made.row_bytes)})",
-        f"output       {counted(r['objects']['output'], 'object')} of {counted(made.object_rows, 'row')} in the widest array",
+        f"output       {counted(r['objects']['output'], 'object')} of {counted(made.object_rows, 'row')} "
+        "in the widest array",
         f"tasks        {' + '.join(f'{t:,}' for t in r['tasks'])}",
         f"memory       {format_bytes(made.memory)} per worker at most"
         + (f", and {format_bytes(r['spill_memory'])} of spill" if r["spill_memory"] else ""),

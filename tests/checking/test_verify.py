@@ -238,7 +238,7 @@ def test_altered_row_is_located(codec, field, src, store):
     rewrite(dst, field, alter)
     found = complaints(src, dst)
     assert list(found) == [object_of_row(dst, field, 77)]
-    assert "1 rows differ from their source: 77" in found.popitem()[1].detail
+    assert "1 row differs from its source: 77" in found.popitem()[1].detail
 
 
 def test_altered_row_of_source_row_is_located(src, store):
