@@ -12,27 +12,10 @@ import pytest
 
 import actshuffle
 import saetrain
-from support.rules import (
-    Trees,
-    circle_faults,
-    dotted_names,
-    init_faults,
-    layer_faults,
-    length_faults,
-    lengths,
-    lost_rooms,
-    module,
-    name_faults,
-    nodes,
-    room_faults,
-    room_of,
-    rows_of,
-    string_faults,
-    trees,
-)
+from support import rules
 
 HOME = "saetrain"
-OURS = trees(saetrain)
+OURS = rules.trees(saetrain)
 
 # A module imports from lower rows and from its own room only.
 LAYERS = [
@@ -52,37 +35,37 @@ LAYERS = [
 
 
 def test_imports_go_one_way() -> None:
-    assert layer_faults(OURS, HOME, LAYERS) == []
-    assert circle_faults(OURS, HOME) == []
-    assert set(rows_of(LAYERS)) == {room_of(name) for name in OURS}
+    assert rules.layer_faults(OURS, HOME, LAYERS) == []
+    assert rules.circle_faults(OURS, HOME) == []
+    assert set(rules.rows_of(LAYERS)) == {rules.room_of(name) for name in OURS}
 
 
 def test_nothing_is_imported_by_a_string() -> None:
-    assert string_faults(OURS, dotted_names(actshuffle, saetrain)) == []
+    assert rules.string_faults(OURS, rules.dotted_names(actshuffle, saetrain)) == []
 
 
 def test_names_and_sizes() -> None:
-    assert name_faults(OURS, [*saetrain.__all__, *actshuffle.__all__]) == []
-    assert room_faults(OURS) == []
-    assert length_faults(lengths(saetrain), {}) == []
+    assert rules.name_faults(OURS, [*saetrain.__all__, *actshuffle.__all__]) == []
+    assert rules.room_faults(OURS) == []
+    assert rules.length_faults(rules.lengths(saetrain), {}) == []
 
 
 def test_files_of_rooms_are_docstrings() -> None:
-    assert lost_rooms(OURS) == []
-    assert init_faults(OURS, HOME, {"__init__"}) == []
+    assert rules.lost_rooms(OURS) == []
+    assert rules.init_faults(OURS, HOME, {"__init__"}) == []
 
 
 # --- Variants -----------------------------------------------------------------------------------
 
 
-def variant_faults(trees: Trees) -> list[str]:
+def variant_faults(trees: rules.Trees) -> list[str]:
     """Where the variant decides without the table: `arch` and its like are compared, matched, looked up, or asked for.
 
     They may index VARIANTS, and be looked for in it.
     """
     faults = []
     for name, tree in trees.items():
-        for node in nodes(tree) if room_of(name) != "variants" else ():
+        for node in rules.nodes(tree) if rules.room_of(name) != "variants" else ():
             asks: list[ast.expr] = []
             if isinstance(node, ast.Compare) and ast.unparse(node.comparators[-1]) != "VARIANTS":
                 asks = [node.left, *node.comparators]
@@ -121,7 +104,7 @@ def test_only_the_table_tells_variants_apart() -> None:
     ],
 )
 def test_a_decision_by_variant_elsewhere_is_noticed(text: str) -> None:
-    assert variant_faults(module("training.optim", text)) == ["training.optim:1 decides by variant"]
-    assert variant_faults(module("variants.relu", text)) == []
+    assert variant_faults(rules.module("training.optim", text)) == ["training.optim:1 decides by variant"]
+    assert variant_faults(rules.module("variants.relu", text)) == []
     allowed = "if arch not in VARIANTS: pass\nx = VARIANTS[self.config.arch].takes_k"
-    assert variant_faults(module("config", allowed)) == []
+    assert variant_faults(rules.module("config", allowed)) == []
