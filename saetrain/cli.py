@@ -248,7 +248,9 @@ def _export(run: Path, to: Path, format: str, as_json: bool) -> None:
       saetrain export run folder --format sparsify
     """
     exchange.export(run, to, format)
-    _print_json({"run": str(run), "to": str(to), "format": format}, as_json)
+    if shape := exchange.row_shape(run):
+        click.echo(f"rows of shape {tuple(shape)} were flattened: {format} must give this model flat rows", err=True)
+    _print_json({"run": str(run), "to": str(to), "format": format} | ({"row_shape": shape} if shape else {}), as_json)
 
 
 @command_line.command("import")
@@ -332,8 +334,8 @@ def _train(
             click.echo(text, file=sys.stderr if as_json else sys.stdout)
 
     source = Store(store, config)
-    if warning := source.warning():
-        say(warning)
+    for text in filter(None, (source.flattening(), source.warning())):
+        say(text)
     lines = fit(source, runs, mesh, heldout=Store(heldout, config) if heldout else None, say=say)
     number = max(line.pop("signal") for line in lines.values())
     ends = {run: line.pop("diverged") for run, line in lines.items()}

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,19 +83,19 @@ class Store:
             if name not in self.data.fields:
                 raise DataError(f"no array {name!r} in {path}; it has {sorted(self.data.fields)}")
         info = self.data.fields[self.field]
-        if len(info.row_shape) != 1 or not (info.dtype.kind == "f" or info.bfloat16):
+        if not info.row_shape or not (info.dtype.kind == "f" or info.bfloat16):
             raise DataError(
                 f"{self.field!r} in {path} has rows of shape {info.row_shape} and type {info.dtype_name}; "
-                "activations need rows of one axis of floating-point numbers"
+                "activations need rows of one axis of floating-point numbers, or of several, which are flattened"
             )
-        self.d_in = int(info.row_shape[0])
+        self.row_shape = tuple(int(n) for n in info.row_shape)
+        self.d_in = math.prod(self.row_shape)
         names = [config.document_field] if config.document_field else DOCUMENT_NAMES
         self.document_field = next((n for n in names if n in self.data.fields), None)
 
     def _only_field(self) -> str:
-        found = [
-            n for n, f in self.data.fields.items() if len(f.row_shape) == 1 and (f.dtype.kind == "f" or f.bfloat16)
-        ]
+        axes = {n: len(f.row_shape) for n, f in self.data.fields.items() if f.dtype.kind == "f" or f.bfloat16}
+        found = [n for n, count in axes.items() if count == 1] or [n for n, count in axes.items() if count > 1]
         if len(found) != 1:
             raise DataError(
                 f"{self.name} has {len(found)} arrays that could be activations ({', '.join(found) or 'none'}); "
@@ -115,7 +116,7 @@ class Store:
                     f"{self.field!r} in {self.name} holds {known.nans:,} NaNs and {known.infs:,} infinite "
                     f"numbers; the first is in row {row:,}, column {column}"
                 )
-            return known.mean.astype(np.float64), float(known.variance.sum(dtype=np.float64))
+            return known.mean.reshape(-1).astype(np.float64), float(known.variance.sum(dtype=np.float64))
         # The first rows of a shuffled store are a random sample; any other store gives 64 runs from all over it.
         runs = 1 if self.data.shuffled else 64
         each = max(min(self.rows, SAMPLE_ROWS) // runs, 1)
@@ -133,6 +134,12 @@ class Store:
         mean = total / count
         return mean + shift, square / count - float(mean @ mean)
 
+    def flattening(self) -> str:
+        """A sentence if rows have several axes, which training flattens, else an empty text."""
+        if len(self.row_shape) == 1:
+            return ""
+        return f"rows of {self.field!r} have the shape {self.row_shape}; training sees each as {self.d_in:,} numbers"
+
     def warning(self) -> str:
         """A sentence if the recorded statistics say that a few rows rule the squared norm, else an empty text."""
         try:
@@ -149,6 +156,8 @@ class Store:
 
     def read(self, field: str, start: int, stop: int) -> Tensor:
         found = self.data.read(field, start, stop)
+        if field == self.field:
+            found = found.reshape(len(found), -1)
         if self.data.fields[field].bfloat16:
             return torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(found)
@@ -200,7 +209,7 @@ def sample(source: Source, norm: Norm, rows: int, mesh: Mesh) -> Tensor:
 def stream(source: Source, cursor: Cursor, mesh: Mesh) -> Iterator[Batch]:
     """The batches of this replica: its tensor-parallel ranks each read a part of the rows, and share it."""
     for batch in cursor:
-        mine = batch[source.field].to(mesh.device, non_blocking=True)
+        mine = batch[source.field].to(mesh.device, non_blocking=True).flatten(1)
         rows = mesh.gather(mine, "tp", "rows").reshape(-1, mine.shape[1])
         documents = batch[source.document_field] if source.document_field else None
         yield Batch(rows, documents)

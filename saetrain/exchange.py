@@ -16,6 +16,7 @@ that file is written in stripes of columns, each collected by one pass over the 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,16 @@ def export(run: Path, to: Path, format: str = "saelens") -> None:
     to.mkdir(parents=True, exist_ok=True)
     cfg = (_export_sparsify if format == "sparsify" else _export_saelens)(Folded(found), to)
     checkpoint.write_json(to / "cfg.json", cfg)
+
+
+def row_shape(run: Path) -> list[int]:
+    """The shape of the rows of a run or checkpoint if it has several axes, which training flattened; else empty."""
+    for folder in (run, run.parent.parent):
+        try:
+            return [int(n) for n in json.loads((folder / "config.json").read_text())["about"].get("row_shape", [])]
+        except (OSError, ValueError, KeyError):
+            continue
+    return []
 
 
 def _refuse_content(folder: Path) -> None:

@@ -83,7 +83,8 @@ class Settings:
     """Seed of the initial weights, and of the batch order of later epochs"""
     # --- data
     field: str = ""
-    """Array of the store to train on; empty chooses the only floating-point array of two axes"""
+    """Array of the store to train on; empty chooses the only floating-point array of two axes, or of more, whose rows
+    are then flattened"""
     document_field: str = ""
     """Array of document ids, for the document entropy of batches; empty chooses `document` or a similar name, if
     the store has one"""

@@ -182,7 +182,7 @@ def _begin(
     for m in members:
         if mesh.rank == 0:
             m.run.mkdir(parents=True, exist_ok=True)
-            about = {
+            about: dict[str, Any] = {
                 "store": source.name,
                 "rows": source.rows,
                 "d_in": source.d_in,
@@ -191,6 +191,9 @@ def _begin(
                 "device": str(mesh.device),
                 "torch": torch.__version__,
             }
+            shape = getattr(source, "row_shape", ())  # a source need not have it
+            if len(shape) > 1:
+                about["row_shape"] = list(shape)
             written = {"config": runs[m.run].to_json(), "about": about}
             checkpoint.write_json(m.run / "config.json", written)
             m.log = Log(m.run, at)

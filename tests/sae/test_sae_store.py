@@ -180,6 +180,28 @@ def test_a_store_that_few_rows_rule_is_named(tmp_path: Path, capsys: pytest.Capt
     assert "FVU by norm, held-out rows" in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_rows_of_several_axes_are_flattened(recorded: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Planted.make(2048, D, 24).rows.numpy()
+    for name, shape in (("heads", (4, 4)), ("flat", (D,))):
+        group = zarr.create_group(tmp_path / f"{name}.src")
+        group.create_array("acts", shape=(2048, *shape), chunks=(500, *shape), dtype="float32")[:] = rows.reshape(
+            -1, *shape
+        )
+        actshuffle.shuffle(tmp_path / f"{name}.src", tmp_path / f"{name}.zarr", seed=1, memory="64MB")
+        if recorded:
+            actshuffle.stats(tmp_path / f"{name}.zarr")
+        assert main(["fit", str(tmp_path / f"{name}.zarr"), *FAST, "--steps", "6"]) == 0
+        assert ("shape (4, 4); training sees each as 16 numbers" in capsys.readouterr().out) == (name == "heads")
+    a, b = (checkpoint.find(tmp_path / f"{name}.sae") for name in ("heads", "flat"))
+    for name in a.files[0].specs:
+        assert torch.equal(a.read(name), b.read(name)), name
+    assert main(["export", str(tmp_path / "heads.sae"), str(tmp_path / "out"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["row_shape"] == [4, 4]
+    assert "rows of shape (4, 4) were flattened" in err
+
+
 def test_an_unshuffled_store_is_refused_unless_asked_for(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
