@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -27,7 +27,7 @@ from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, field_help, parse_field
 from saetrain.data import Store
 from saetrain.errors import ConfigError, SaetrainError
-from saetrain.training.launch import launch
+from saetrain.training.launch import end_with_launcher, launch
 from saetrain.training.train import fit
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -277,9 +277,9 @@ def _beside(store: Path) -> Path:
     return store.with_name(store.name.removesuffix(".zarr") + ".sae")
 
 
-def _refuse_store(out: Path) -> None:
+def _refuse_stores(runs: Iterable[Path]) -> None:
     """A run inside a Zarr store would become part of it."""
-    for folder in (out, *out.parents):
+    for out, folder in ((run, folder) for run in runs for folder in (run, *run.parents)):
         if found := next((name for name in ZARR if (folder / name).exists()), None):
             raise ConfigError(
                 f"--out {out} would be inside the Zarr store {folder} (it has {found}); name another folder"
@@ -321,10 +321,10 @@ def _train(
     """Train on this rank, or on `nproc` of them; `document` makes the JSON from the facts of each run."""
     if nproc < 1:
         raise ConfigError(f"--nproc must be 1 or more, got {nproc}")
-    for run in runs:
-        _refuse_store(run)
+    _refuse_stores(runs)
     if nproc > 1 and RENDEZVOUS not in os.environ:
         ctx.exit(launch(ctx.obj["arguments"], nproc))
+    end_with_launcher()
     config = next(iter(runs.values()))
     mesh = Mesh.start(config.device, config.tensor_parallel)
     ctx.find_root().call_on_close(mesh.close)  # after an error is printed

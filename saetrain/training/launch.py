@@ -5,6 +5,7 @@ Ranks find each other through a file in a private folder and communicate over th
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 from saetrain.compute.mesh import RENDEZVOUS
 
+LAUNCHER = "SAETRAIN_LAUNCHER"  # its process id, for the ranks
 GRACE = 30.0  # seconds that the other ranks get to leave once one has failed
 
 
@@ -30,6 +32,7 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
         common = {
             **os.environ,
             RENDEZVOUS: str(Path(folder, "meet")),
+            LAUNCHER: str(os.getpid()),
             "WORLD_SIZE": str(nproc),
             "OMP_NUM_THREADS": threads,
             "GLOO_SOCKET_IFNAME": "lo",
@@ -59,6 +62,16 @@ def launch(arguments: Sequence[str], nproc: int) -> int:
                 if rank.poll() is None:
                     rank.kill()
                     rank.wait()
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send this rank SIGTERM when its launcher dies, however it dies.  Linux only."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(launcher):  # it died before the call
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

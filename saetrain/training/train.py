@@ -24,6 +24,7 @@ from saetrain.errors import ConfigError, DataError, DivergedError, SaetrainError
 from saetrain.model import Model
 from saetrain.training import checkpoint, metrics
 from saetrain.training.evaluate import Heldout
+from saetrain.training.lock import locked
 from saetrain.training.log import Log, read_log
 from saetrain.training.losses import Step, step
 from saetrain.training.optim import Optimizer, ramps
@@ -73,6 +74,15 @@ def fit(
             f"{heldout.name} is {heldout.d_in} wide and cannot evaluate a model of {source.name}, {source.d_in} wide"
         )
 
+    with locked(runs, mesh):
+        return _trained(source, runs, mesh, heldout, say)
+
+
+def _trained(
+    source: Source, runs: Mapping[Path, Config], mesh: Mesh, heldout: Source | None, say: Callable[[str], None]
+) -> dict[Path, dict[str, Any]]:
+    """`fit` on folders that are ours, with settings that leave no choice open."""
+    config = next(iter(runs.values()))
     members, at, state = _begin(source, runs, mesh, say)
     cursor = source.batches(source.rows - config.holdout, config, mesh)
     if state is not None:

@@ -102,7 +102,7 @@ def files(folder: Path) -> Section:
     exchange.bring(folder / "topk.saelens", folder / "imported")
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_file() and "tensorboard" not in name:
+        if path.is_file() and "tensorboard" not in name and path.name != ".lock":
             found[name] = f"file: {', '.join(names_in(path))}"
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -106,6 +107,35 @@ def test_a_signal_checkpoints_and_leaves_cleanly(ranks: int, number: int, store:
     found = checkpoint.find(out)
     found.verify()
     assert found.state["step"] == read_log(out)[-1]["step"] >= 5
+
+
+def test_a_second_fit_on_a_run_is_refused_and_ranks_end_with_their_launcher(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = [*FAST, "--steps", "1000000", "--log-every", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "saetrain", "fit", store, "--out", out, "--nproc", "2", *settings]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while len(read_log(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    second = run("fit", store, "--out", out, *settings)
+    assert second.returncode == 2
+    assert "is in use by process" in second.stderr
+    process.kill()  # the launcher only
+    process.wait()
+    while time.monotonic() < deadline:  # the kernel frees the lock when the last rank has left
+        with (out / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+    else:
+        pytest.fail("the ranks outlive their launcher")
+    lines = len(read_log(out))
+    time.sleep(0.5)
+    assert len(read_log(out)) == lines
+    checkpoint.find(out).verify()
 
 
 def test_sweep_over_a_store(store: Path, tmp_path: Path) -> None:
