@@ -56,7 +56,7 @@ def write_files(
     found: Mapping[str, FileColumn],
     mapping: Sequence[Mapped],
     sequence: int,
-    group: int,
+    decoded: int,
     attributes: dict[str, Any],
 ) -> int:
     """The files as a virtual source; returns its rows."""
@@ -64,8 +64,10 @@ def write_files(
     rows = items * sequence
     if rows == 0:
         raise SourceError(f"no rows in {files[0]}" + " and the others" * (len(files) > 1))
-    codec = "none" if group == 1 else "crc32c"
-    texts = {m.array: metadata_of(m.array, m.dtype, m.shape, rows, min(group, rows), codec) for m in mapping}
+    # A third of what decoding takes is the chunk that the plan takes to be decoded (see metadata.source_buffer).
+    widest = max(FileColumn("", m.dtype, m.shape, ()).item_bytes for m in mapping)
+    chunk, codec = max(1, -(-decoded // (3 * max(1, widest)))), "crc32c" if decoded else "none"
+    texts = {m.array: metadata_of(m.array, m.dtype, m.shape, rows, chunk, codec) for m in mapping}
     settings = {
         "kind": kind,
         "options": options,
@@ -97,23 +99,25 @@ class Files:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._table = FORMATS[settings["kind"]].reader(settings["options"])
         self._files, self._sequence = settings["files"], int(settings["sequence"])
+        self._last: dict[str, tuple[FilePart, int, U8]] = {}
         self._rules = {name: entry["rule"] for name, entry in settings["arrays"].items()}
         self._parts = {name: [FilePart(*part) for part in entry["parts"]] for name, entry in settings["arrays"].items()}
 
     def read(self, name: str, start: int, out: U8) -> None:
         rule, tokens = self._rules[name], self._sequence
+        if rule in ("rows", "tokens"):
+            self._items(name, start, out, tokens if rule == "tokens" else 1)
+            return
         rows = np.arange(start, start + len(out))
         if rule == "document":
             out[:] = (rows // tokens).astype("<u8")[:, None].view(np.uint8)
         elif rule == "position":
             out[:] = (rows % tokens).astype("<u4")[:, None].view(np.uint8)
-        elif rule == "repeated":
+        else:  # repeated
             first, stop = start // tokens, -(-(start + len(out)) // tokens)
             items = np.empty((stop - first, out.shape[1]), np.uint8)
             self._items(name, first, items, 1)
             np.take(items, rows // tokens - first, axis=0, out=out, mode="clip")
-        else:
-            self._items(name, start, out, tokens if rule == "tokens" else 1)
 
     def _items(self, name: str, start: int, out: U8, tokens: int) -> None:
         """Rows from ``start`` on, of items that hold ``tokens`` rows each."""
@@ -129,13 +133,29 @@ class Files:
         if tokens == 1 or isinstance(part.at, int):
             self._table.read(part, start, out)  # bytes lie in rows as well as in items
         else:
-            first, stop = start // tokens, -(-(start + len(out)) // tokens)
-            items = np.empty((stop - first, tokens * out.shape[1]), np.uint8)
-            self._table.read(part, first, items)
-            rows = items.reshape(-1, out.shape[1])
-            out[:] = rows[start - first * tokens :][: len(out)]
+            at, stop = start, start + len(out)
+            while at < stop:
+                item, skipped = divmod(at, tokens)
+                whole = (stop - at) // tokens if not skipped else 0
+                if whole:  # straight to where their rows belong
+                    rows = out[at - start : at - start + whole * tokens]
+                    self._table.read(part, item, rows.reshape(whole, -1))
+                    at += whole * tokens
+                    continue
+                one = self._one(part, item, tokens * out.shape[1])
+                rows = one.reshape(tokens, -1)[skipped : skipped + stop - at]
+                out[at - start : at - start + len(rows)] = rows
+                at += len(rows)
         if part.swap > 1:
             out.reshape(-1).view(f"u{part.swap}").byteswap(inplace=True)
+
+    def _one(self, part: FilePart, item: int, nbytes: int) -> U8:
+        """One item, kept because the next rows that are read often begin in the middle of it."""
+        if self._last.get(str(part.at), (None, 0, None))[:2] != (part, item):
+            one = np.empty((1, nbytes), np.uint8)
+            self._table.read(part, item, one)
+            self._last[str(part.at)] = part, item, one
+        return self._last[str(part.at)][2]
 
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(start, stop, dtype=np.uint64)

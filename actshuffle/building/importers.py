@@ -121,9 +121,9 @@ def import_store(
     place = as_place(dst, storage_options)
     source = _description(place)
     told = {"format": kind, "files": len(files), "mapping": {m.array: m.column or m.rule for m in mapping}}
-    group = table.group_items(files) * sequence or 1
+    decoded = table.decoded_bytes(chosen)
     rows = write_files(
-        source, kind, options, files, found, mapping, sequence, group, {**(attributes or {}), "imported": told}
+        source, kind, options, files, found, mapping, sequence, decoded, {**(attributes or {}), "imported": told}
     )
     asked = Request.of(
         seed=0,

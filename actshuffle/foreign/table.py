@@ -69,8 +69,8 @@ class Table:
         """Columns that hold no numbers by name, and what they hold."""
         return {}
 
-    def group_items(self, files: Sequence[Path]) -> int:
-        """The most items that are decoded together; 0 where any can be read alone."""
+    def decoded_bytes(self, columns: Sequence[FileColumn]) -> int:
+        """The most bytes that reading some columns takes besides the rows themselves; 0 where it takes none."""
         return 0
 
 
