@@ -11,6 +11,14 @@ from actshuffle.executors.base import Executor
 from actshuffle.executors.cluster import Dask, local_cluster
 from actshuffle.executors.local import Serial
 
+MEMBERS = (
+    "map",
+    "workers",
+    "one_machine",
+    "tasks_per_worker",
+    "task_memory",
+    "close",
+)  # what a run asks of an executor
 # Executors of a user's own cluster, by the library of its client.
 CLIENTS: dict[str, Callable[[Any], Executor]] = {"distributed": Dask}
 
@@ -37,7 +45,9 @@ def _on(client: Any) -> Executor:
 
 def as_executor(executor: Any) -> Executor:
     """An executor that a user gave, or a `RequestError` if it is none."""
-    if not isinstance(executor, Executor):
+    # A class of the user's own need not derive from ours, if it has what ours has.
+    if not isinstance(executor, Executor) and not all(hasattr(executor, name) for name in MEMBERS):
         hint = ": a client goes to client=" if type(executor).__module__.split(".")[0] in CLIENTS else ""
         raise RequestError(f"executor must be an actshuffle.executors.Executor, got {type(executor).__name__}{hint}")
-    return executor
+    found: Executor = executor
+    return found

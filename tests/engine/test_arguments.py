@@ -152,3 +152,21 @@ def test_a_script_without_a_main_guard(script, refused, src, tmp_path):
     assert '`if __name__ == "__main__":`' in last
     assert ran.stderr.count("Traceback") == 1
     assert not (tmp_path / "new.zarr").exists()
+
+
+def test_an_executor_of_another_class_is_taken(tmp_path):
+    """Executors were a protocol in version 0.1.0: a class with the same members still serves."""
+
+    class Theirs:
+        workers, one_machine, tasks_per_worker = 1, True, 1
+
+        def map(self, fn, calls):
+            return (fn(*call) for call in calls)
+
+        def task_memory(self):
+            return 1 << 30
+
+        def close(self): ...
+
+    group(tmp_path / "src", {"x": values(20, (3,))})
+    assert actshuffle.shuffle(tmp_path / "src", tmp_path / "dst", executor=Theirs(), fsync=False).plan.rows == 20
