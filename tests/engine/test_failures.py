@@ -887,7 +887,7 @@ def test_own_errors_are_not_tried_again():
     class Client:
         """The part of a client that the executor needs."""
 
-        dashboard_link, status = "", "running"
+        dashboard_link, status, asynchronous = "", "running", False
 
     assert Dask(Client()).retries == 2
     executor = Serial()
