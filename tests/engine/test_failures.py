@@ -46,6 +46,7 @@ from support.processes import (
     PLAN,
     SEED,
     TASKS,
+    address_in,
     assert_exact,
     dask_cluster,
     drive,
@@ -181,8 +182,7 @@ def test_killed_scheduler_of_the_dask_commands(src, dst, told, tmp_path):
         **quiet,
     )
     try:
-        until(address.exists)
-        settings = {"scheduler": json.loads(address.read_text())["address"], "wait": None}
+        settings = {"scheduler": address_in(address), "wait": None}
         driver = start(drive, told, src, dst, settings)
         scratch = Path(scratch_place(as_place(dst), None).url)
         until((scratch / "level1" / "receipts" / "0.json").exists)

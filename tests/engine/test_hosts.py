@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import actshuffle
-from support.processes import assert_exact, source, until
+from support.processes import address_in, assert_exact, source, until
 
 ROWS, SEED = 900, 5
 
@@ -77,8 +77,7 @@ def start_scheduler(host: Host) -> str:
         "--scheduler-file",
         str(note),
     )
-    until(lambda: note.exists() and note.read_text().endswith("}"))  # Dask writes it in pieces
-    return str(json.loads(note.read_text())["address"])
+    return address_in(note)
 
 
 def start_worker(host: Host, address: str) -> subprocess.Popen[str]:

@@ -305,6 +305,13 @@ def dask_cluster(
         cluster.stop()
 
 
+def address_in(note: Path) -> str:
+    """The address in a scheduler's file, which Dask writes in pieces: the whole file is waited for."""
+    return str(
+        json.loads(until(lambda: note.exists() and (text := note.read_text()).endswith("}") and text))["address"]
+    )
+
+
 def until(condition: Callable[[], Any], patience: float = PATIENCE) -> Any:
     """Wait for something to become true."""
     deadline = time.monotonic() + patience
