@@ -160,7 +160,9 @@ class FolderCourse(Course[FolderJob]):
         return read_done(self.job.place) is not None
 
     def claim(self) -> None:
-        self.job.objects.put(JOB, sealed({"job": self.job.identity, **self.job.document}))
+        claimed = unsealed(self.job.objects.get(JOB))
+        if claimed is None or claimed["job"] != self.job.identity:  # a resume leaves the claim as it is
+            self.job.objects.put(JOB, sealed({"job": self.job.identity, **self.job.document}))
 
     def publish(self, progress: Progress) -> None:
         found = self._publish(self.job)
@@ -221,13 +223,13 @@ def run_in_folder(
     finished, claimed = read_done(place), unsealed(objects.get(JOB))
     before = finished or claimed
     if before is None or before["job"] != job.identity:
-        if overwrite:
-            objects.delete(DONE)
-            objects.delete_prefix("")
-        elif before is not None:
+        # A torn claim on its own counts as absent; whatever else is there is not ours to delete.
+        if before is None and any(key != JOB for key in objects.list("")):
+            raise DestinationExistsError(f"{place} holds something else; choose another folder, or empty it by hand")
+        if before is not None and not overwrite:
             _refuse_other(place, before, job, finished=finished is not None)
-        elif any(key != JOB for key in objects.list("")):  # a torn claim on its own counts as absent
-            raise DestinationExistsError(f"{place} holds something else; choose another folder, or overwrite it")
+        objects.delete(DONE)
+        objects.delete_prefix("")
     return run(FolderCourse(job, publish), executor or Serial(), progress or Silent())
 
 

@@ -231,8 +231,9 @@ def test_other_settings_are_refused_with_the_difference(store, tmp_path):
 
 def test_something_else_in_the_folder_is_refused(store, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(DestinationExistsError, match="something else"):
-        run(store, tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(DestinationExistsError, match=r"something else.*by hand"):
+            run(store, tmp_path, overwrite=overwrite)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
