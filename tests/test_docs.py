@@ -18,7 +18,7 @@ import pytest
 
 import actshuffle
 from actshuffle.cli.app import main as actshuffle_main
-from saetrain.cli import command_line as saetrain_main
+from saetrain.cli.app import command_line as saetrain_main
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"  # written once by a benchmark, and then kept as they are

@@ -62,9 +62,10 @@ def read_full(fd: int, extent: Extent) -> None:
     views, offset = [v for v in extent.views if len(v)], extent.offset
     size = sum(map(len, views))
     if extent.once and size >= DIRECT_BYTES:
-        # Ask for one byte first, since a request for all makes the system read ahead up to 8 MiB into the cache; at
-        # a random place, since a request leaves some pages there.
-        if _peek(fd, offset + randrange(size)):
+        # Ask for a byte first, since a request for all makes the system read ahead up to 8 MiB into the cache; at
+        # random places, since a request leaves some pages there; at two, since the disk may have brought the first
+        # page before the system looks whether it is there.
+        if all(_peek(fd, offset + randrange(size)) for _ in range(2)):
             offset = _cached(fd, views, offset)
         if views and set_direct(fd, on=True):
             try:

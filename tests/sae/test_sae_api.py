@@ -16,6 +16,7 @@ import pytest
 
 import saetrain
 from saetrain import cli, data, errors, exchange
+from saetrain.cli.app import command_line
 from saetrain.config import Config
 from support.sae import ARCHS, MemorySource, Planted, one_rank, small
 
@@ -70,7 +71,7 @@ def python_names() -> Section:
 
 def commands() -> Section:
     found: Section = {}
-    for name, command in cli.command_line.commands.items():
+    for name, command in command_line.commands.items():
         arguments = [p for p in command.params if isinstance(p, click.Argument)]
         for place, argument in enumerate(arguments):
             many = ", one or more" if argument.nargs == -1 else ""

@@ -14,8 +14,9 @@ import torch
 
 import actshuffle
 import saetrain
-from saetrain import cli
 from saetrain.cli import main
+from saetrain.cli.app import command_line
+from saetrain.cli.training import SWEPT
 from saetrain.config import Config
 from saetrain.training import checkpoint
 from saetrain.variants.table import VARIANTS
@@ -204,7 +205,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"saetrain {actshuffle.__version__}\n"
     assert main([]) == 2
     assert "Missing command" in capsys.readouterr().err
-    for name in cli.command_line.commands:
+    for name in command_line.commands:
         assert main([name, "-h"]) == 0
         assert main([name, "--help"]) == 0
     assert "--d-sae" in capsys.readouterr().out
@@ -216,7 +217,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_setting_is_an_option_of_fit_and_sweep() -> None:
     for name in ("fit", "sweep"):
-        options = {p.name: p for p in cli.command_line.commands[name].params}
+        options = {p.name: p for p in command_line.commands[name].params}
         assert set(Config().to_json()) <= set(options)
         swept = {n for n, p in options.items() if p.metavar == "A,B"}
-        assert swept == (set(cli.SWEPT) if name == "sweep" else set())
+        assert swept == (set(SWEPT) if name == "sweep" else set())

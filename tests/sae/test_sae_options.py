@@ -15,8 +15,8 @@ import torch
 import zarr
 
 import actshuffle
-from saetrain import cli
 from saetrain.cli import main
+from saetrain.cli.app import command_line
 from saetrain.config import Config, parse_field
 from saetrain.errors import ConfigError
 from saetrain.settings import DOMAINS
@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(command: str) -> dict[str, click.Option]:
-    return {str(p.name): p for p in cli.command_line.commands[command].params if isinstance(p, click.Option)}
+    return {str(p.name): p for p in command_line.commands[command].params if isinstance(p, click.Option)}
 
 
 def test_every_option_has_values_outside_its_domain() -> None:

@@ -119,6 +119,23 @@ def test_the_system_does_not_read_ahead_beside_us(tmp_path: Path) -> None:
     assert cached_share([tmp_path]) < 0.2  # a look has a few pages read
 
 
+def test_one_cached_page_does_not_make_the_system_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the disk brings the page that is asked for before the system looks whether it is there."""
+    path = tmp_path / "f"
+    path.write_bytes(whole := random.Random(0).randbytes(reading.PIECE))
+    evict(path)
+    if cached_share([tmp_path]) > 0:
+        pytest.skip("a file system that is in memory itself")
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(file.fileno(), 1, there := reading.PIECE // 2)
+    assert 0 < cached_share([tmp_path]) < 0.1
+    places = iter([there, reading.PIECE // 4])
+    monkeypatch.setattr(reading, "randrange", lambda size: next(places))
+    assert read(path, 0, [reading.PIECE]) == whole
+    assert cached_share([tmp_path]) < 0.2
+
+
 def test_small_reads_and_those_that_will_be_wanted_again_are_plain(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
     read(file, 0, [reading.DIRECT_BYTES - 1])

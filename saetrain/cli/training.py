@@ -1,118 +1,30 @@
-"""The command line.  Settings and their help come from `saetrain.settings.Settings`.
-
-Exit codes: 0 done; 2 the request or the input is bad; 128 + N stopped by signal N, with a checkpoint (SIGINT 130,
-SIGTERM 143); 1 anything else, also a run that diverged.  Results go to stdout, errors to stderr.  With
---json stdout holds one JSON object, and progress goes to stderr; of several ranks, the first prints it.
-"""
+"""Commands that train, and that draw what was trained."""
 
 from __future__ import annotations
 
-import errno
 import itertools
-import json
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import click
 
-from actshuffle import __version__
-from actshuffle.errors import ActshuffleError
-from saetrain import exchange
+from saetrain.cli.options import FOLDER, LOOK, PATH, RED_ERROR, F, all_of, first_rank, print_json
 from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, field_help, parse_field
 from saetrain.data import Store
-from saetrain.errors import ConfigError, SaetrainError
+from saetrain.errors import ConfigError
 from saetrain.training.launch import end_with_launcher, launch
 from saetrain.training.train import fit
 
-F = TypeVar("F", bound=Callable[..., Any])
-RED_ERROR = click.style("error:", fg="red", bold=True)  # click drops the colour where there is no terminal
 ZARR = ("zarr.json", ".zgroup", ".zarray")  # files of a folder that is a Zarr store
 SWEPT = ("arch", "d_sae", "k", "lr", "sparsity", "aux_coef")  # settings in which the runs of one sweep may differ
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
-    try:
-        done = command_line.main(arguments, prog_name="saetrain", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:  # click's name for it
-        raise KeyboardInterrupt from None
-    return int(done or 0)
-
-
-# --- Errors
-
-
-class _Group(click.Group):
-    """Turns whatever a command raises into one line and an exit code."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # as defined below
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        # Known even if parsing fails; ranks of --nproc get the same arguments.
-        ctx.obj = {"json": "--json" in args, "debug": "--debug" in args, "arguments": list(args)}
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except click.UsageError as error:
-            _print_json({"error": ConfigError.code, "message": error.format_message()}, ctx.obj["json"])
-            raise
-        except (click.exceptions.Exit, click.ClickException, click.Abort):
-            raise
-        except (SaetrainError, ActshuffleError) as error:
-            _fail(ctx, error.code, str(error), error.exit_code)
-        except MemoryError:
-            _fail(ctx, "memory", "out of memory; reduce --d-sae or --batch-size, or share the parameters (--nproc)")
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # click exits in silence: the reader of our output has left
-            where = f": {error.filename}" if error.filename else ""
-            _fail(ctx, "io", f"{error.strerror or error}{where}")
-        except Exception as error:
-            _fail(ctx, "error", f"unexpected {type(error).__name__}: {error} (--debug shows where)")
-
-
-def _fail(ctx: click.Context, code: str, message: str, exit_code: int = 1) -> NoReturn:
-    if ctx.obj["debug"]:
-        traceback.print_exc()
-    _print_json({"error": code, "message": message}, ctx.obj["json"])
-    if _first_rank() or "another rank" not in message:
-        click.echo(f"{RED_ERROR} {message}", err=True)
-    ctx.exit(exit_code)
-
-
-def _first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _print_json(document: dict[str, Any], as_json: bool) -> None:
-    if as_json and _first_rank():
-        click.echo(json.dumps(document))
-
-
 # --- Options
-
-
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator, in the order given."""
-
-    def apply(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return apply
 
 
 def _settings(*, lists: bool) -> Callable[[F], F]:
@@ -124,16 +36,10 @@ def _settings(*, lists: bool) -> Callable[[F], F]:
         metavar = "A,B" if lists and field.name in SWEPT else "X"
         flag, text = f"--{field.name.replace('_', '-')}", f"{field_help()[field.name]}.{note}"
         options.append(click.option(flag, field.name, metavar=metavar, help=text))
-    return _options(*options)
+    return all_of(*options)
 
 
-PATH = click.Path(path_type=Path)
-FOLDER = click.Path(path_type=Path, file_okay=False)  # there or not
-LOOK = _options(
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
-    click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
-)
-TRAIN = _options(
+TRAIN = all_of(
     click.argument("store", type=PATH),
     click.option("--out", type=FOLDER, help="Folder of the run(s).  [default: the store's name with .sae]"),
     click.option("--nproc", metavar="N", type=int, default=1, help="Ranks on this machine; torchrun starts them too."),
@@ -144,32 +50,7 @@ TRAIN = _options(
 # --- Commands
 
 
-@click.group(
-    cls=_Group,
-    no_args_is_help=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="""\b
-Shell completion, in the shell's startup file:
-  eval "$(_SAETRAIN_COMPLETE=bash_source saetrain)"   # bash
-  eval "$(_SAETRAIN_COMPLETE=zsh_source saetrain)"    # zsh
-  _SAETRAIN_COMPLETE=fish_source saetrain | source    # fish
-
-\b
-Exit codes: 0 done, 2 bad request or bad input, 130 or 143 stopped by Ctrl-C or SIGTERM with a checkpoint,
-1 anything else, also a run that diverged.""",
-)
-@click.version_option(__version__, message="%(prog)s %(version)s")
-def command_line() -> None:
-    """Train sparse autoencoders from a shuffled activation store.
-
-    \b
-      saetrain fit shuffled.zarr                 train one; the same command again resumes
-      saetrain report shuffled.sae               draw its curves
-      saetrain export shuffled.sae folder        write it for SAELens
-    """
-
-
-@command_line.command("fit")
+@click.command("fit")
 @TRAIN
 @_settings(lists=False)
 @LOOK
@@ -190,7 +71,7 @@ def _fit(ctx: click.Context, /, store: Path, out: Path | None, **options: Any) -
     _train(ctx, store, runs, lambda found: found[0], **options)
 
 
-@command_line.command("sweep")
+@click.command("sweep")
 @TRAIN
 @_settings(lists=True)
 @LOOK
@@ -209,7 +90,7 @@ def _sweep(ctx: click.Context, /, store: Path, out: Path | None, **options: Any)
     _train(ctx, store, runs, lambda found: {"runs": found}, **options)
 
 
-@command_line.command("report")
+@click.command("report")
 @click.argument("runs", type=PATH, nargs=-1, required=True)
 @click.option("--out", type=FOLDER, help="Folder of the two files.  [default: the first run]")
 @LOOK
@@ -223,51 +104,9 @@ def _report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     from saetrain.training.report import report  # imports matplotlib
 
     written = report(runs, out or runs[0])
-    _print_json({"files": [str(path) for path in written]}, as_json)
+    print_json({"files": [str(path) for path in written]}, as_json)
     if not as_json:
         click.echo("\n".join(map(str, written)))
-
-
-@command_line.command("export")
-@click.argument("run", type=PATH)
-@click.argument("to", type=FOLDER)
-@click.option(
-    "--format",
-    type=click.Choice(["saelens", "sparsify"]),
-    default="saelens",
-    help="Tool to write for.  [default: saelens]",
-)
-@LOOK
-def _export(run: Path, to: Path, format: str, as_json: bool) -> None:
-    """Write RUN to the folder TO for another tool.
-
-    RUN is a run or one of its checkpoints.
-
-    \b
-    Example:
-      saetrain export run folder --format sparsify
-    """
-    exchange.export(run, to, format)
-    if shape := exchange.row_shape(run):
-        click.echo(f"rows of shape {tuple(shape)} were flattened: {format} must give this model flat rows", err=True)
-    _print_json({"run": str(run), "to": str(to), "format": format} | ({"row_shape": shape} if shape else {}), as_json)
-
-
-@command_line.command("import")
-@click.argument("folder", type=PATH)
-@click.argument("run", type=FOLDER)
-@LOOK
-def _import(folder: Path, run: Path, as_json: bool) -> None:
-    """Turn another tool's FOLDER into the new RUN.
-
-    SAELens or sparsify wrote FOLDER; RUN gets one checkpoint, at step 0.
-
-    \b
-    Example:
-      saetrain import folder run
-    """
-    exchange.bring(folder, run)
-    _print_json({"folder": str(folder), "run": str(run)}, as_json)
 
 
 # --- Training
@@ -343,8 +182,11 @@ def _train(
         {"run": str(run), "stopped": line.pop("stopped"), "diverged": ends[run], "metrics": line}
         for run, line in lines.items()
     ]
-    _print_json(document(facts), as_json)
+    print_json(document(facts), as_json)
     bad = [f"{run}: {reason}" for run, reason in ends.items() if reason]
-    if bad and _first_rank():
+    if bad and first_rank():
         click.echo(f"{RED_ERROR} {len(bad)} of {len(ends)} runs failed: {'; '.join(bad)}", err=True)
     ctx.exit(1 if bad else 128 + number if number else 0)
+
+
+COMMANDS = _fit, _sweep, _report

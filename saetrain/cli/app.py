@@ -1,0 +1,105 @@
+"""The command line: one group of commands, and its errors.
+
+Settings and their help come from `saetrain.settings.Settings`.
+
+Exit codes: 0 done; 2 the request or the input is bad; 128 + N stopped by signal N, with a checkpoint (SIGINT 130,
+SIGTERM 143); 1 anything else, also a run that diverged.  Results go to stdout, errors to stderr.  With
+--json stdout holds one JSON object, and progress goes to stderr; of several ranks, the first prints it.
+"""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from actshuffle import __version__
+from actshuffle.errors import ActshuffleError
+from saetrain.cli import exchanging, training
+from saetrain.cli.options import RED_ERROR, first_rank, print_json
+from saetrain.errors import ConfigError, SaetrainError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        done = command_line.main(arguments, prog_name="saetrain", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:  # click's name for it
+        raise KeyboardInterrupt from None
+    return int(done or 0)
+
+
+class _Group(click.Group):
+    """Turns whatever a command raises into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # as defined below
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Known even if parsing fails; ranks of --nproc get the same arguments.
+        ctx.obj = {"json": "--json" in args, "debug": "--debug" in args, "arguments": list(args)}
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            print_json({"error": ConfigError.code, "message": error.format_message()}, ctx.obj["json"])
+            raise
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except (SaetrainError, ActshuffleError) as error:
+            _fail(ctx, error.code, str(error), error.exit_code)
+        except MemoryError:
+            _fail(ctx, "memory", "out of memory; reduce --d-sae or --batch-size, or share the parameters (--nproc)")
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # click exits in silence: the reader of our output has left
+            where = f": {error.filename}" if error.filename else ""
+            _fail(ctx, "io", f"{error.strerror or error}{where}")
+        except Exception as error:
+            _fail(ctx, "error", f"unexpected {type(error).__name__}: {error} (--debug shows where)")
+
+
+def _fail(ctx: click.Context, code: str, message: str, exit_code: int = 1) -> NoReturn:
+    if ctx.obj["debug"]:
+        traceback.print_exc()
+    print_json({"error": code, "message": message}, ctx.obj["json"])
+    if first_rank() or "another rank" not in message:
+        click.echo(f"{RED_ERROR} {message}", err=True)
+    ctx.exit(exit_code)
+
+
+@click.group(
+    cls=_Group,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""\b
+Shell completion, in the shell's startup file:
+  eval "$(_SAETRAIN_COMPLETE=bash_source saetrain)"   # bash
+  eval "$(_SAETRAIN_COMPLETE=zsh_source saetrain)"    # zsh
+  _SAETRAIN_COMPLETE=fish_source saetrain | source    # fish
+
+\b
+Exit codes: 0 done, 2 bad request or bad input, 130 or 143 stopped by Ctrl-C or SIGTERM with a checkpoint,
+1 anything else, also a run that diverged.""",
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def command_line() -> None:
+    """Train sparse autoencoders from a shuffled activation store.
+
+    \b
+      saetrain fit shuffled.zarr                 train one; the same command again resumes
+      saetrain report shuffled.sae               draw its curves
+      saetrain export shuffled.sae folder        write it for SAELens
+    """
+
+
+for _command in (*training.COMMANDS, *exchanging.COMMANDS):
+    command_line.add_command(_command)
