@@ -26,6 +26,7 @@ from actshuffle.engine.state import status
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.loader import Loader
 from actshuffle.loading.trace import came_from, where_is
+from actshuffle.loading.unchanged import watch
 from actshuffle.ordering.keys import order
 
 __all__ = [
@@ -52,5 +53,6 @@ __all__ = [
     "stats",
     "status",
     "verify",
+    "watch",
     "where_is",
 ]

@@ -40,7 +40,7 @@ def main() -> None:
     low, high = (last[f"eval_fvu_{end}"] for end in ("low", "high"))
     print(f"FVU, held-out variance not explained    {last['eval_fvu']:8.4f}   (95 %: {low:.4f} to {high:.4f})")
     print(f"active latents a token, L0              {last['eval_l0']:8.1f}   of 3,072")
-    print(f"dead latents                            {last['dead']:8.1%}\n")
+    print(f"dead latents, held-out rows             {last['eval_dead']:8.1%}\n")
     saetrain("report", str(run))
     print(f"\nDone in {time.perf_counter() - clock:.0f} s. Look at:")
     print(f"  {run / 'report.html'}   all curves of the run, in any browser")

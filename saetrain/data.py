@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actshuffle import Dataset, Loader, open_dataset, read_stats
+from actshuffle import Dataset, Loader, open_dataset, read_stats, watch
 from actshuffle.errors import ActshuffleError, FormatError, RequestError
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
@@ -92,6 +92,7 @@ class Store:
         self.d_in = math.prod(self.row_shape)
         names = [config.document_field] if config.document_field else DOCUMENT_NAMES
         self.document_field = next((n for n in names if n in self.data.fields), None)
+        self._watch = watch(self.data, filter(None, (self.field, self.document_field)))
 
     def _only_field(self) -> str:
         axes = {n: len(f.row_shape) for n, f in self.data.fields.items() if f.dtype.kind == "f" or f.bfloat16}
@@ -102,6 +103,13 @@ class Store:
                 "choose with --field"
             )
         return found[0]
+
+    def check_unchanged(self) -> None:
+        """Raise a `DataError` if the store was written to since it was opened."""
+        try:
+            self._watch.check()
+        except ActshuffleError as error:
+            raise DataError(str(error)) from error
 
     def statistics(self) -> tuple[np.ndarray[Any, Any], float]:
         """The statistics that `actshuffle stats` recorded with the store, else those of a sample of its rows."""

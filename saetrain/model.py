@@ -198,7 +198,10 @@ class Model(ABC):
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x^ [tokens, d_in] of normalised tokens and their numbers of active latents [tokens], over all my replica."""
-        codes = self.codes(x)
+        return self.decoded(self.codes(x))
+
+    def decoded(self, codes: Codes) -> tuple[Tensor, Tensor]:
+        """The same from `codes` of these tokens."""
         out = self.mesh.sum(codes.decode(self.params["W_dec"]), "tp", "reconstructions")
         return out + self.params["b_dec"], self.mesh.sum(codes.offsets.diff(), "tp")
 

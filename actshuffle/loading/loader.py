@@ -141,7 +141,7 @@ class Loader:
         self._turn = 0
         self._pinned = False
         self._pool: tuple[int, Pool] | None = None  # by the size of blocks
-        self._watch = Watch(self.layout)
+        self._watch = Watch((column.dataset, column.field) for column in self.layout.columns)
         if as_torch:
             from actshuffle.loading import torchface
 

@@ -14,8 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from actshuffle.arrays.names import MARKER_KEY
-from actshuffle.errors import SourceError
-from actshuffle.loading.columns import Layout
+from actshuffle.errors import RequestError, SourceError
 from actshuffle.loading.dataset import Dataset
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import local_path
@@ -58,11 +57,11 @@ def _written_here(path: Path) -> tuple[int, ...] | None:
 class Watch:
     """The stores that a reader began with; `check` refuses to go on with any that is not as it was."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, read: Iterable[tuple[Dataset, str]]) -> None:
+        """`read` holds each array that is read, as a store and a name."""
         self._read: dict[str, tuple[Dataset, set[str]]] = {}
-        for column in layout.columns:
-            path = column.dataset.path
-            self._read.setdefault(path, (column.dataset, set()))[1].add(column.field)
+        for dataset, name in read:
+            self._read.setdefault(dataset.path, (dataset, set()))[1].add(name)
         self._before = {path: stamp(dataset, sorted(names)) for path, (dataset, names) in self._read.items()}
 
     def check(self) -> None:
@@ -74,6 +73,19 @@ class Watch:
                 how = "is gone" if now.get(changed[0]) is None else "was written"
                 raise SourceError(
                     f"{path} changed while it was read: {changed[0]} {how} ({len(changed):,} of the {len(before):,} "
-                    "files that were looked at are not as they were), so this epoch may mix old and new rows; "
+                    "files that were looked at are not as they were), so what was read since may mix old and new rows; "
                     "open the store again"
                 )
+
+
+def watch(dataset: Dataset, fields: Iterable[str] | None = None) -> Watch:
+    """Note how a store is now, so that `check` of the result raises a `SourceError` once it was written to.
+
+    It compares the completion marker, the metadata of `fields` (all arrays unless given), and size and time of the last
+    write of at most 1,024 of their objects (on an object store 8 objects and their sizes), spread evenly.  The loader
+    does the same by itself at the end of each epoch.
+    """
+    names = list(dataset.fields if fields is None else fields)
+    if unknown := [name for name in names if name not in dataset.fields]:
+        raise RequestError(f"no array {unknown[0]!r} in {dataset.path}; it has {sorted(dataset.fields)}")
+    return Watch((dataset, name) for name in names)

@@ -20,17 +20,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import cast
+from functools import cache, cached_property, partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from saetrain.compute import triton_kernels
-except ImportError:  # Triton is not installed
-    triton_kernels = None  # type: ignore[assignment]
 
 GROUPS = (32, 16, 8)  # sizes of the groups of latents whose maxima bound a top-k
 
@@ -98,16 +93,26 @@ def _offsets(sorted_ids: Tensor, count: int) -> Tensor:
     return F.pad(torch.bincount(sorted_ids, minlength=count).cumsum(0), (1, 0))
 
 
+@cache
+def _triton() -> Any:
+    """The kernels for CUDA, or None where Triton is not installed; only a CUDA tensor needs its import."""
+    try:
+        from saetrain.compute import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
+
+
 def bag_sum(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    if table.is_cuda and triton_kernels is not None:
-        return triton_kernels.bag_sum(table, index, weight, offsets)
+    if table.is_cuda and (kernels := _triton()):
+        return cast(Tensor, kernels.bag_sum(table, index, weight, offsets))
     weight = weight.to(table.dtype)
     return F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True)
 
 
 def bag_dot(up: Tensor, table: Tensor, index: Tensor, bag: Tensor, offsets: Tensor) -> Tensor:
-    if table.is_cuda and triton_kernels is not None:
-        return triton_kernels.bag_dot(up, table, index, bag)
+    if table.is_cuda and (kernels := _triton()):
+        return cast(Tensor, kernels.bag_dot(up, table, index, bag))
     if not len(index):
         return up.new_empty(0)
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward

@@ -31,7 +31,7 @@ class Heldout:
     def evaluate(self, model: Model) -> dict[str, float | list[float]]:
         """FVU and L0 with 95 % intervals, over documents where the store has them, else over rows.
 
-        Also the FVU by decile of the norm, since a few long rows may rule the sums.
+        Also the FVU by decile of the norm, since a few long rows may rule the sums, and how often latents fired.
         """
         mesh, source = self.mesh, self.source
         if self.stop == self.start:
@@ -51,10 +51,13 @@ class Heldout:
             sums.index_add_(0, tenth, model.norm(part).double())
         means = mesh.sum(sums, "dp") / tenths.bincount(minlength=metrics.TENTHS).clamp_min(1)[:, None]
         errors, spreads, active, own = [], [], [], []
+        fired = torch.zeros(model.latents, dtype=torch.int64, device=mesh.device)
         for part, tenth in zip(self._parts(source.field), mine, strict=True):
             x = model.norm(part)
             own.append((x.double() - means[tenth]).square().sum(1))
-            out, count = model.reconstruct(x)
+            codes = model.codes(x)
+            fired += codes.count()
+            out, count = model.decoded(codes)
             errors.append((out - x).double().square().sum(1))
             spreads.append((x.double() - mean).square().sum(1))
             active.append(count)
@@ -74,5 +77,6 @@ class Heldout:
             "eval_l0_low": l0.low,
             "eval_l0_high": l0.high,
             "eval_rows": len(top),
+            **metrics.heldout_summary(model, mesh.sum(fired, "dp"), len(top)),
             **metrics.by_norm(top, around, everyone, tenths),
         }

@@ -7,16 +7,20 @@ fvu of a tenth       the same over a tenth of the held-out rows, by norm, about 
 fvu of the median row   median over rows of |x - x^|^2 / |x - mean of its tenth|^2
 heavy rows           rows with over 10 times the median norm, and their share of the squared norm
 l0                   mean number of active latents per token
-dead                 fraction of latents that have not fired for `dead_tokens` tokens
-dense                fraction of latents that fired on more than a tenth of the tokens of the window
-density histogram    latents by log10 of the fraction of tokens they fired on, in half decades from 1e-7 to 1
+dead                 fraction of latents that have not fired in the last `dead_tokens` tokens of training
+dense                fraction of latents that fired on over a tenth of the training tokens since the last evaluation
+density histogram    latents by log10 of the fraction of these tokens they fired on, in half decades from 1e-7 to 1
+eval_dead            fraction of latents that fired on no held-out row, of the model as it is evaluated
+eval_dense, eval_density   as dense and density, on held-out rows
 gradient norm        norm of each parameter's gradient over all ranks, before clipping
 update norm          norm of Adam's step for each parameter over all ranks, before decoder rows are scaled to norm 1
 decoder cosine       largest cosine of a decoder row with any other, over a sample of rows: mean and 95th percentile
 encoder cosine       mean cosine between a latent's encoder and decoder rows
 document entropy     -sum p log2 p over the documents of a batch, divided by log2 of its rows: 1 if all differ
-tokens/s             tokens of the interval divided by its seconds, without evaluations and checkpoints
-mfu                  tokens/s times `flops_per_token`, divided by the measured speed of one large matrix product
+tokens/s             tokens of the interval divided by its seconds, without evaluations and checkpoints; the members
+                     of a sweep share the seconds
+mfu                  tokens/s times `flops_per_token`, divided by the best speed of a large matrix product measured so
+                     far; left out where that is slower than training itself
 loader wait          fraction of the interval's seconds spent waiting for a batch
 """
 
@@ -130,6 +134,14 @@ def latent_summary(model: Model) -> dict[str, float | list[int]]:
     )
     counts = mesh.sum(counts, "tp")
     return {"dead": int(counts[0]) / c.d_sae, "dense": int(counts[1]) / c.d_sae, "density": counts[2:].tolist()}
+
+
+def heldout_summary(model: Model, fired: Tensor, rows: int) -> dict[str, float | list[float]]:
+    """eval_dead, eval_dense and eval_density from the held-out rows on which my latents fired, over all latents."""
+    rate, n = rates(fired, rows), model.config.d_sae
+    counts = torch.cat([torch.stack([(fired == 0).sum(), (rate > DENSE).sum()]), density_histogram(rate)])
+    counts = model.mesh.sum(counts, "tp")
+    return {"eval_dead": int(counts[0]) / n, "eval_dense": int(counts[1]) / n, "eval_density": counts[2:].tolist()}
 
 
 def cosines(model: Model, sample: int = COSINE_SAMPLE) -> dict[str, float]:

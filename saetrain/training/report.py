@@ -45,8 +45,10 @@ CURVES = {  # key of metrics.jsonl: (title, logarithmic)
     "eval_fvu": ("FVU, held-out rows, 95 %", True),
     "eval_fvu_median": ("FVU of the median held-out row", True),
     "l0": ("active latents a token (L0)", False),
-    "dead": ("dead latents, share", False),
-    "dense": ("dense latents, share", False),
+    "eval_dead": ("dead latents, share, held-out rows", False),
+    "eval_dense": ("dense latents, share, held-out rows", False),
+    "dead": ("dead latents, share, in training", False),
+    "dense": ("dense latents, share, in training", False),
     "reconstruction": ("loss: reconstruction", True),
     "sparsity": ("loss: sparsity", True),
     "aux": ("loss: dead latents (AuxK)", True),
@@ -66,23 +68,25 @@ CURVES = {  # key of metrics.jsonl: (title, logarithmic)
     "mfu": ("share of the machine's matrix speed (MFU)", False),
     "loader_wait": ("share of time waiting for rows", False),
 }
-SHARES = ("dead", "dense", "mfu", "loader_wait")
-TABLE = (
-    "step",
-    "tokens",
-    "loss",
-    "eval_fvu",
-    "eval_fvu_median",
-    "eval_heavy_share",
-    "eval_l0",
-    "l0",
-    "dead",
-    "dense",
-    "decoder_cosine_mean",
-    "tokens_per_s",
-    "mfu",
-    "loader_wait",
-)
+SHARES = ("eval_dead", "eval_dense", "dead", "dense", "mfu", "loader_wait")
+TABLE = {  # key of metrics.jsonl: heading; of the final model on held-out rows, or it says that it is not
+    "step": "steps",
+    "tokens": "training tokens",
+    "eval_fvu": "FVU",
+    "eval_fvu_median": "FVU of the median row",
+    "eval_heavy_share": "squared norm in heavy rows",
+    "eval_l0": "L0",
+    "eval_dead": "dead latents",
+    "eval_dense": "dense latents",
+    "decoder_cosine_mean": "largest decoder cosine, mean",
+    "eval_rows": "held-out rows",
+    "loss": "loss of the last batch",
+    "l0": "L0 of the last batch",
+    "dead": "dead in training",
+    "tokens_per_s": "tokens/s at the end",
+    "mfu": "MFU at the end",
+    "loader_wait": "share of time waiting for rows",
+}
 
 
 def report(runs: Sequence[Path], out: Path) -> list[Path]:
@@ -116,12 +120,12 @@ def panels_of(logs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
             log = log and all(y > 0 for points in curves.values() for _, y in points)
             found.append(Panel(title, curves, bands, log, share=key in SHARES))
     last = {
-        run: next((line["density"] for line in reversed(lines) if "eval_fvu" in line), None)
+        run: next((line["eval_density"] for line in reversed(lines) if "eval_density" in line), None)
         for run, lines in logs.items()
     }
     shown = {r: list(zip([e - 0.25 for e in EDGES], map(float, d[1:]), strict=True)) for r, d in last.items() if d}
     if shown:
-        title = "latents by log10 of firing rate, last window"
+        title = "latents by log10 of firing rate, held-out rows"
         found.insert(6, Panel(title, shown, {}, x="log10 rate"))
     tenths = {
         run: next((line["eval_fvu_by_norm"] for line in reversed(lines) if "eval_fvu_by_norm" in line), None)
@@ -177,8 +181,9 @@ def _page(
 body{{font:14px system-ui,sans-serif;margin:24px;color:#222}} svg{{width:100%;height:auto}}
 table{{border-collapse:collapse;margin:12px 0}}
 td,th{{padding:3px 10px;border-bottom:1px solid #ddd;text-align:right}} th:first-child{{text-align:left}}
-code{{color:#555}}</style><h1>Sparse autoencoder runs</h1><table><tr><th>run, last values</th>
-{"".join(f"<th>{k}</th>" for k in keys)}</tr>{rows}</table>
+code{{color:#555}}</style><h1>Sparse autoencoder runs</h1><table><tr><th>run</th>
+{"".join(f"<th>{TABLE[k]}</th>" for k in keys)}</tr>{rows}</table>
+<p>The figures without another word are those of the final model on the held-out rows.</p>
 {figure}
 <h2>Settings</h2>{f"<table><tr><th>run</th>{heads}</tr>{settings}</table>" if varied else ""}
 <p>The same in all runs: <code>{html.escape(json.dumps(fixed))}</code></p>

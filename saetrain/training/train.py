@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from torch import Tensor
 
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
-from saetrain.data import HEAVY_SHARE, Batch, Cursor, Source, check_finite, norm_of, sample, stream
+from saetrain.data import HEAVY_SHARE, Batch, Source, check_finite, norm_of, sample, stream
 from saetrain.errors import ConfigError, DataError, DivergedError, SaetrainError
 from saetrain.model import Model
 from saetrain.training import checkpoint, metrics
+from saetrain.training.clock import Clock
 from saetrain.training.evaluate import Heldout
 from saetrain.training.lock import locked
 from saetrain.training.log import Log, read_log
@@ -89,7 +89,8 @@ def _trained(
         cursor.load_state_dict(state)
     batches = stream(source, cursor, mesh)
     test = Heldout(heldout or source, config.holdout if heldout is None else heldout.rows, mesh)
-    clock = _Clock(cursor, config, mesh)
+    clock = Clock(cursor, config, mesh)
+    read = [source] if heldout is None else [source, heldout]
     last: dict[Path, dict[str, Any]] = {run: (read_log(run) or [{"step": at}])[-1] for run in runs}
     ends = {run: marked(run, other) for run, other in runs.items()}
     number = 0
@@ -101,6 +102,7 @@ def _trained(
             done, due = at == config.steps, at % config.eval_every == 0
             number = int(mesh.max(torch.tensor([asked[-1] if asked else 0], device=mesh.device), "world"))
             stop = number > 0
+            lines: list[tuple[Member, dict[str, Any]]] = []
             for m in list(members):
                 lr, ramp = ramps(m.model.config, at - 1)
                 out = step(m.model, x, ramp)
@@ -111,26 +113,30 @@ def _trained(
                     continue
                 norms = m.optimizer.apply(out.grads, lr)
                 if at % config.log_every == 0 or done or due or stop:
-                    line = _line(m, out, x, batch, lr, norms, at)
-                    line |= clock.rates(m.model, at, out.active)
+                    lines.append((m, _line(m, out, x, batch, lr, norms, at)))
+            if not members:
+                raise DivergedError("; ".join(ends[run] for run in runs))
+            saves = at % config.checkpoint_every == 0 or done or stop
+            with clock.read(at) if lines or saves else nullcontext():
+                for m, line in lines:
+                    line |= clock.rates(m.model, line["l0"], again=due or done)
                     if due or done:
-                        with clock.paused():
-                            line |= test.evaluate(m.model) | metrics.cosines(m.model)
+                        line |= test.evaluate(m.model) | metrics.cosines(m.model)
                         m.model.state["fired"].zero_()
                         m.model.state["window"].zero_()
+                if due or saves:
+                    _check_unchanged(read, mesh)
+                for m, line in lines:
                     last[m.run] = line
                     if m.log is not None:
                         m.log.write(line)
                     if due or done:
                         say(_brief(m.run, line, config.steps))
-            if not members:
-                raise DivergedError("; ".join(ends[run] for run in runs))
-            if at % config.log_every == 0:
-                clock.restart(at)
-            if at % config.checkpoint_every == 0 or done or stop:
-                with clock.paused():
+                if saves:
                     for m in members:
                         checkpoint.save(m.run, m.model, m.optimizer, at, cursor.state_dict())
+            if at % config.log_every == 0:
+                clock.restart(at)
             if stop:
                 say(f"stopped at step {at:,} of {config.steps:,}; run again to go on")
                 break
@@ -251,43 +257,16 @@ def _explain(out: Step, batch: Batch, source: Source, config: Config, mesh: Mesh
     return f"diverged: the loss is {out.losses['loss']} in step {at:,} (is lr too high?)"
 
 
-class _Clock:
-    """Seconds and loader waits since the last line, without pauses."""
-
-    def __init__(self, cursor: Cursor, config: Config, mesh: Mesh) -> None:
-        self.cursor, self.config, self.mesh, self.device = cursor, config, mesh, mesh.device
-        self.peak = 0.0
-        self.restart(-1)
-
-    def restart(self, at: int) -> None:
-        self.at, self.started, self.away = at, time.perf_counter(), 0.0
-        self.waited = self.cursor.wait_seconds
-        self.sent = self.mesh.sent.copy()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.away += time.perf_counter() - started
-
-    def rates(self, model: Model, at: int, active: float) -> dict[str, float]:
-        if self.at < 0:  # the first interval includes warm-up: no rates
-            return {}
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = max(time.perf_counter() - self.started - self.away, 1e-9)
-        rate = (at - self.at) * self.config.batch_size / seconds
-        if not self.peak:
-            with self.paused():
-                self.peak = metrics.measure_peak(self.device, model.compute)
-        flops = metrics.flops_per_token(model.config, model.d_in, active) / model.mesh.world
-        tokens = (at - self.at) * self.config.batch_size / self.mesh.dp
-        sent = {f"sent.{k}": (n - self.sent[k]) / tokens for k, n in self.mesh.sent.items()}
-        return sent | {
-            "tokens_per_s": rate,
-            "mfu": rate * flops / self.peak,
-            "loader_wait": (self.cursor.wait_seconds - self.waited) / seconds,
-        }
+def _check_unchanged(sources: list[Source], mesh: Mesh) -> None:
+    """Refuse, on every rank, to go on with a store that was written to since it was opened."""
+    fault: DataError | None = None
+    for source in sources:
+        try:
+            getattr(source, "check_unchanged", lambda: None)()  # a source need not have it
+        except DataError as error:
+            fault = error
+    if mesh.any(fault is not None):
+        raise fault or DataError("another rank met a store that changed while it was read")
 
 
 @contextmanager
@@ -315,8 +294,10 @@ def _asked_to_stop() -> Iterator[list[int]]:
 def _brief(run: Path, line: dict[str, Any], steps: int) -> str:
     """One line for people."""
     text = f"{run.name} {line['step']:,}/{steps:,}  loss {line['loss']:.4g}  l0 {line['l0']:.1f}"
-    text += f"  dead {line['dead']:.1%}"
-    if "eval_fvu" in line:
+    if "eval_fvu" not in line:
+        text += f"  dead {line['dead']:.1%}"
+    else:
+        text += f"  dead {line['eval_dead']:.1%} (of {line['eval_rows']:,} held-out rows)"
         text += f"  held-out fvu {line['eval_fvu']:.4f} +- {line['eval_fvu_high'] - line['eval_fvu']:.4f}"
         if line["eval_heavy_share"] >= HEAVY_SHARE:
             text += f"  (median row {line['eval_fvu_median']:.4f}: {line['eval_heavy_rows']:,} of {line['eval_rows']:,}"

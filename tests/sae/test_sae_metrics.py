@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from saetrain.config import Config, resolve
+from saetrain.model import Model
 from saetrain.training import metrics
+from saetrain.training.clock import Clock
 from saetrain.training.evaluate import Heldout
 from saetrain.training.losses import step
 from saetrain.training.optim import Optimizer, ramps
@@ -45,7 +47,12 @@ def test_a_few_long_rows_do_not_hide_the_others() -> None:
     rows[long] = rows[long] * 100 + 500
     with one_rank() as mesh:
         model = small_model("topk", mesh, rows)
-        model.reconstruct = lambda x: (x * (x.norm(dim=1) > 10)[:, None], torch.ones(len(x)))  # type: ignore[method-assign]
+        seen, codes = [], model.codes
+        model.codes = lambda x: (seen.append(x), codes(x))[1]  # type: ignore[method-assign, func-returns-value]
+        model.decoded = lambda codes: (  # type: ignore[method-assign]
+            seen[-1] * (seen[-1].norm(dim=1) > 10)[:, None],
+            torch.ones(len(seen[-1])),
+        )
         found = Heldout(MemorySource(rows, torch.arange(2048)), 2048, mesh).evaluate(model)
     assert found["eval_fvu"] < 0.02  # type: ignore[operator]
     assert found["eval_fvu_median"] > 0.9  # type: ignore[operator]
@@ -96,6 +103,68 @@ def test_dead_dense_and_density_of_a_model() -> None:
         assert found["dense"] == 3 / 64
         assert sum(found["density"]) == 64  # type: ignore[arg-type]
         assert found["density"][0] == 60  # type: ignore[index]
+
+
+def test_dead_and_dense_latents_of_held_out_rows_equal_a_plain_count() -> None:
+    """They are of the model as it is, whatever the window of training has counted."""
+    rows = torch.randn(300, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with one_rank() as mesh:
+        model = small_model("topk", mesh, rows, k=2)
+        model.state["fired"] += 7  # not these
+        model.state["window"] += 7
+        model.params["b_enc"][:20] -= 100
+        model.params["b_enc"][40] += 100
+        found = Heldout(MemorySource(rows, torch.arange(300)), 200, mesh).evaluate(model)
+        x = model.norm(rows[100:])
+        pre = (x - model.params["b_dec"]) @ model.params["W_enc"].T + model.params["b_enc"]
+        fired = torch.zeros_like(pre).scatter(1, pre.topk(2).indices, 1.0) * (pre > 0)
+    assert found["eval_dead"] == float((fired.sum(0) == 0).double().mean()) >= 20 / 64
+    assert found["eval_dense"] == float((fired.double().mean(0) > 0.1).double().mean()) > 0
+    assert sum(found["eval_density"]) == 64  # type: ignore[arg-type]
+    assert found["eval_density"][0] == found["eval_dead"] * 64  # type: ignore[index,operator]
+
+
+# --- Rates --------------------------------------------------------------------------------------
+
+
+def clock_of(model: Model, monkeypatch: pytest.MonkeyPatch, speeds: list[float]) -> tuple[Clock, list[float]]:
+    """A clock whose time is the last number of the list beside it, and whose machine has the given speeds in turn."""
+    now = [0.0]
+    monkeypatch.setattr("saetrain.training.clock.time.perf_counter", lambda: now[-1])
+    measured = iter(speeds)
+    monkeypatch.setattr(metrics, "measure_peak", lambda device, dtype: next(measured))
+    cursor = MemorySource(torch.zeros(10, 16), torch.arange(10)).batches(10, model.config, model.mesh)
+    return Clock(cursor, model.config, model.mesh), now
+
+
+def test_members_of_a_sweep_have_the_same_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    with one_rank() as mesh:
+        model = small_model("topk", mesh, torch.randn(64, 16))
+        clock, now = clock_of(model, monkeypatch, [1e30])
+        clock.restart(10)
+        now.append(2.0)
+        with clock.read(14):
+            first = clock.rates(model, 2.0, again=False)
+            now.append(50.0)  # an evaluation
+            second = clock.rates(model, 2.0, again=False)
+        assert first == second
+        assert first["tokens_per_s"] == 4 * model.config.batch_size / 2.0
+        now.append(51.0)
+        with clock.read(15):  # no new interval: 3 s in all without the evaluation
+            assert clock.rates(model, 2.0, again=False)["tokens_per_s"] == 5 * model.config.batch_size / 3.0
+
+
+def test_mfu_is_of_the_best_speed_and_never_above_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with one_rank() as mesh:
+        model = small_model("topk", mesh, torch.randn(64, 16))
+        reached = metrics.flops_per_token(model.config, 16, 2.0) * model.config.batch_size  # by a step a second
+        clock, now = clock_of(model, monkeypatch, [reached / 2, reached * 4, reached])
+        clock.restart(0)
+        now.append(1.0)
+        with clock.read(1):
+            assert "mfu" not in clock.rates(model, 2.0, again=False), "the machine was busy when it was measured"
+            assert clock.rates(model, 2.0, again=True)["mfu"] == 0.25
+            assert clock.rates(model, 2.0, again=True)["mfu"] == 0.25, "a slower measurement changes nothing"
 
 
 def test_firing_counts_and_quiet_tokens() -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,31 @@ def test_fit_with_defaults_beside_the_store(store: Path, capsys: pytest.CaptureF
     assert main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
     assert "FVU, held-out rows" in page
+    assert f"{lines[-1]['eval_dead']:,.4g}" in page
     assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+
+
+@pytest.mark.parametrize("what", ["read", "heldout"])
+def test_a_store_that_changes_ends_the_fit_at_its_next_checkpoint(
+    what: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are negated after the first checkpoint: that one stays, and no later one is written."""
+    stores = {name: tmp_path / f"{name}.zarr" for name in ("read", "heldout")}
+    for path in stores.values():
+        shutil.copytree(store, path)
+    save = checkpoint.save
+
+    def saved(*arguments: Any) -> Path:
+        array = zarr.open_array(stores[what], path="acts", mode="r+")
+        array[...] = -np.asarray(array)
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", saved)
+    given = ["--heldout", str(stores["heldout"]), "--out", str(tmp_path / "run"), *FAST, "--checkpoint-every", "10"]
+    assert main(["fit", str(stores["read"]), *given]) == 2
+    assert f"{stores[what]} changed while it was read" in capsys.readouterr().err
+    assert checkpoint.published(tmp_path / "run")[0].name == "step-00000010"
+    assert [line["step"] for line in read_log(tmp_path / "run") if line["step"] > 10 and "eval_fvu" in line] == []
 
 
 def test_ranks_of_nproc_train_the_same(store: Path, tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Rates of an interval of training: tokens a second, MFU, waits for rows, bytes sent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from saetrain.compute.mesh import Mesh
+from saetrain.config import Config
+from saetrain.data import Cursor
+from saetrain.model import Model
+from saetrain.training import metrics
+
+
+class Clock:
+    """The seconds since the last line, without those of evaluations and checkpoints.
+
+    The members of a sweep take turns in each step, so all have the same interval and the same tokens a second.
+    """
+
+    def __init__(self, cursor: Cursor, config: Config, mesh: Mesh) -> None:
+        self.cursor, self.config, self.mesh, self.device = cursor, config, mesh, mesh.device
+        self.peaks: dict[torch.dtype, float] = {}
+        self.restart(-1)
+
+    def restart(self, at: int) -> None:
+        """Begin an interval after step `at`; the first one, after -1, includes warm-up and has no rates."""
+        self.at, self.started, self.away = at, time.perf_counter(), 0.0
+        self.waited = self.cursor.wait_seconds
+        self.sent = self.mesh.sent.copy()
+
+    @contextmanager
+    def read(self, at: int) -> Iterator[None]:
+        """Stop the clock after step `at`: inside, `rates` are those of the interval that ends here."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        stopped = time.perf_counter()
+        self.steps = at - self.at if self.at >= 0 else 0
+        self.seconds = max(stopped - self.started - self.away, 1e-9)
+        self.sent_now = self.mesh.sent.copy()
+        self.waited_now = self.cursor.wait_seconds
+        yield
+        self.away += time.perf_counter() - stopped
+
+    def rates(self, model: Model, active: float, *, again: bool) -> dict[str, float]:
+        """The rates for a model with so many active latents a token; no "mfu" where training beats the product.
+
+        With `again`, the speed of the product is measured again.
+        """
+        if not self.steps:
+            return {}
+        rate = self.steps * self.config.batch_size / self.seconds
+        flops = rate * metrics.flops_per_token(model.config, model.d_in, active) / model.mesh.world
+        share = flops / self._peak(model.compute, again=again)
+        tokens = self.steps * self.config.batch_size / self.mesh.dp
+        return {
+            **{f"sent.{k}": (n - self.sent[k]) / tokens for k, n in self.sent_now.items()},
+            "tokens_per_s": rate,
+            **({"mfu": share} if share <= 1 else {}),
+            "loader_wait": (self.waited_now - self.waited) / self.seconds,
+        }
+
+    def _peak(self, dtype: torch.dtype, *, again: bool) -> float:
+        """Operations a second of the fastest large product so far: other processes may have slowed the earlier ones."""
+        if again or dtype not in self.peaks:
+            self.peaks[dtype] = max(self.peaks.get(dtype, 0.0), metrics.measure_peak(self.device, dtype))
+        return self.peaks[dtype]
