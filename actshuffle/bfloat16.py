@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 from zarr.core.dtype.common import HasEndianness
-from zarr.dtype import DataTypeValidationError, ZDType
+from zarr.dtype import DataTypeValidationError, ZDType, data_type_registry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +78,9 @@ class BFloat16(ZDType[np.dtypes.UInt16DType, np.uint16], HasEndianness):
     @property
     def item_size(self) -> int:
         return 2
+
+
+data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed
 
 
 def float_to_bits(value: float) -> np.uint16:

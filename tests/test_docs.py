@@ -135,7 +135,9 @@ def programs() -> dict[str, dict[str, set[str]]]:
 
 
 def commands_of(group: click.Group) -> dict[str, set[str]]:
-    return {name: flags(command) for name, command in group.commands.items()}
+    context = click.Context(group)
+    found = {name: group.get_command(context, name) for name in group.list_commands(context)}
+    return {name: flags(command) for name, command in found.items() if command is not None}
 
 
 def flags(command: click.Command) -> set[str]:

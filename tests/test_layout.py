@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -315,10 +316,20 @@ def test_files_of_rooms():
         ("executors.__init__", "'''Executors.'''\nfrom actshuffle.machine import cores\n__all__ = ['cores']"),
         ("executors.__init__", "def executor(): ..."),
         ("__init__", "import zarr"),
+        ("__init__", "'''The package.'''\nimport zarr"),
+        ("__init__", "'''The package.'''\nif zarr:\n    from zarr import open"),
+        ("__init__", "'''The package.'''\ndef shuffle(): ..."),
+        ("executors.__init__", "'''Executors.'''\ndef __getattr__(name): ..."),
     ],
 )
 def test_files_of_rooms_control(name, text):
     assert len(init_faults(module(name, text), HOME, FACES)) == 1
+
+
+def test_files_of_rooms_control_of_late_imports():
+    text = "'''The package.'''\nif TYPE_CHECKING:\n    from actshuffle.engine.run import shuffle"
+    text += "\ndef __getattr__(name): ...\nload_with(__getattr__)"
+    assert init_faults(module("__init__", text), HOME, FACES) == []
 
 
 # --- saetrain -----------------------------------------------------------------------------------
@@ -402,18 +413,57 @@ def test_exemptions_from_the_linter_are_used_control():
 # --- What an import does ------------------------------------------------------------------------
 
 
-def test_import_is_light():
-    code = (
-        "import json, sys, time; start = time.perf_counter(); import actshuffle;"
-        "print(json.dumps([time.perf_counter() - start, sorted({m.split('.')[0] for m in sys.modules})]))"
+HEAVY = {"torch", "distributed", "dask", "pandas", "pyarrow", "xarray", "hypothesis"}
+COMMAND = "import sys\nfrom actshuffle.cli.app import main\nsys.exit(main())"  # as pip writes it
+
+
+def loaded(tmp_path: Path, code: str, *, name: str = "script", arguments: tuple[str, ...] = ()) -> set[str]:
+    """The modules that a script of this name has imported when it ends."""
+    listed, script = tmp_path / "modules", tmp_path / name
+    script.write_text(
+        "import atexit, sys; from pathlib import Path\n"
+        f"atexit.register(lambda: Path({str(listed)!r}).write_text(chr(10).join(sys.modules)))\n{code}\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, modules = json.loads(done.stdout)
-    assert {"numpy", "zarr", "actshuffle"} <= set(modules)  # the list is one of what was loaded
-    assert not {"torch", "distributed", "dask", "pandas", "pyarrow", "xarray", "click", "hypothesis"} & set(modules)
-    code = "import sys, actshuffle; assert 'actshuffle.testing' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert seconds < 10  # about 0.3 s on an idle machine
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, check=True)
+    return set(listed.read_text().splitlines())
+
+
+def rooms(names: set[str]) -> set[str]:
+    return {room_of(name) for name in names}
+
+
+def test_import_is_light(tmp_path):
+    found = loaded(tmp_path, "import actshuffle")
+    assert {"zarr", "actshuffle"} <= rooms(found)  # zarr, to register bfloat16 with it
+    assert not (HEAVY | {"click"}) & rooms(found)
+    assert not {"actshuffle.testing", "actshuffle.engine.run", "actshuffle.building.collection"} & found
+    found = loaded(tmp_path, "import actshuffle; actshuffle.plan")
+    assert {"actshuffle.engine.run", "actshuffle.building.collection"} <= found
+    assert "actshuffle.testing" not in found
+    assert not (HEAVY | {"click"}) & rooms(found)
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--help",), ("-h",)])
+def test_version_and_help_import_no_library(tmp_path, arguments):
+    found = rooms(loaded(tmp_path, COMMAND, name="actshuffle", arguments=arguments))
+    assert {"actshuffle", "click"} <= found
+    assert not (HEAVY | {"zarr", "numcodecs", "numpy", "fsspec", "asyncio"}) & found
+
+
+def test_version_and_help_import_no_library_control(tmp_path):
+    found = rooms(loaded(tmp_path, COMMAND, name="actshuffle", arguments=("run", "--help")))
+    assert {"zarr", "numpy"} <= found
+    assert not HEAVY & found
+    assert "zarr" in rooms(loaded(tmp_path, COMMAND, name="another", arguments=("--version",)))
+
+
+def test_workers_know_the_readers_of_virtual_sources(tmp_path):
+    """A process that imports no more than a task's module opens every virtual source."""
+    readers = {"concat", "files", "model", "merge", "chosen"}
+    code = f"from actshuffle.arrays.readers import known; assert {readers} == {{*known()}}, known()"
+    assert "actshuffle.building.joining" in loaded(tmp_path, f"import actshuffle.engine.tasks; {code}")
+    assert "actshuffle.building.joining" not in loaded(tmp_path, "import actshuffle.engine.tasks")
 
 
 def test_import_changes_no_configuration():
@@ -431,3 +481,6 @@ def test_public_names_exist_and_are_documented():
     for name in actshuffle.__all__:
         if name != "__version__":
             assert getattr(actshuffle, name).__doc__, name
+    assert set(actshuffle.__all__) <= set(dir(actshuffle))
+    with pytest.raises(AttributeError, match="module 'actshuffle' has no attribute 'shufle'"):
+        _ = actshuffle.shufle

@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import zarr
 from zarr.buffer import cpu
-from zarr.dtype import data_type_registry
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
@@ -31,8 +30,6 @@ from actshuffle.errors import ActshuffleError, RequestError, SourceError
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, local_path
 from actshuffle.storage.remote import wait
-
-data_type_registry.register(BFloat16._zarr_v3_name, BFloat16)  # also when not pip-installed
 
 ZarrArray: TypeAlias = zarr.Array[Any]  # the name by which rooms that do not import zarr know its arrays
 

@@ -12,11 +12,11 @@ It has no ``zarr.json`` at its top, so that other programs do not take it for a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any
 
-from actshuffle.arraytypes import U8, U64
+from actshuffle.arrays.readers import Reader, known
 from actshuffle.errors import FormatError
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
@@ -24,48 +24,6 @@ from actshuffle.storage.place import Place
 KEY = "_actshuffle/virtual.json"
 ARRAYS = "_actshuffle/arrays"
 FORMAT = 1
-
-
-class Backing(NamedTuple):
-    """The stores or files behind a virtual source.
-
-    ``identity`` is the digest of all its rows, ``marker`` holds entries for the completion marker, and ``places``
-    are the stores that a run must not write to.
-    """
-
-    identity: str
-    marker: dict[str, Any]
-    places: tuple[str, ...] = ()
-
-
-class Reader(Protocol):
-    """Provides the rows of one virtual source; `reader` registers each class under a name."""
-
-    def read(self, name: str, start: int, out: U8) -> None:
-        """Rows ``[start, start + len(out))`` of an array into ``out``, uint8 ``(m, row_bytes)``."""
-
-    def numbers(self, start: int, stop: int) -> U64:
-        """The numbers of rows ``[start, stop)`` in ``source_row``, uint64, which also decide their keys."""
-
-    def inventory(self, names: Sequence[str]) -> Backing:
-        """Check everything that the rows come from, as `take_inventory` does."""
-
-
-Opener = Callable[[Place, dict[str, Any]], Reader]
-Made = TypeVar("Made", bound=Opener)
-
-# A store gives the name of a reader and never code; unknown names are refused.
-_READERS: dict[str, Opener] = {}
-
-
-def reader(name: str) -> Callable[[Made], Made]:
-    """Register ``opener(place, settings)`` as the reader that virtual sources call ``name``."""
-
-    def register(opener: Made) -> Made:
-        _READERS[name] = opener
-        return opener
-
-    return register
 
 
 def describe(place: Place) -> dict[str, Any] | None:
@@ -130,16 +88,16 @@ def inventory(place: Place, names: Sequence[str]) -> tuple[str, dict[str, Any]] 
 @lru_cache(maxsize=8)
 def _reader(place: Place, data: bytes) -> Reader:
     body = _parsed(data)
-    return _READERS[body["reader"]](place, body["settings"])
+    return known()[body["reader"]](place, body["settings"])
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
     try:
         body: dict[str, Any] = json.loads(data)
-        if body["format"] != FORMAT or body["reader"] not in _READERS:
+        if body["format"] != FORMAT or body["reader"] not in known():
             raise FormatError(
                 f"{KEY} has format {body['format']}, reader {body['reader']!r}; this actshuffle reads "
-                f"format {FORMAT} and knows {', '.join(sorted(_READERS))}"
+                f"format {FORMAT} and knows {', '.join(sorted(known()))}"
             )
         if not isinstance(body["settings"], dict):
             raise TypeError("settings must be an object")

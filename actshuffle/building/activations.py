@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from actshuffle.arrays import virtual
+from actshuffle.arrays import readers
 from actshuffle.arraytypes import I64, U8, U64
 from actshuffle.building.models import model_of
 from actshuffle.building.tokens import COLUMNS, Pieces
@@ -30,7 +30,7 @@ from actshuffle.storage.place import Place
 READER = "model"  # the name of this reader in virtual.json
 
 
-@virtual.reader(READER)
+@readers.reader(READER)
 class Activations:
     """Reads tokens from disk, and activations out of the model, which runs when the first array is read."""
 
@@ -62,8 +62,8 @@ class Activations:
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(start, stop, dtype=np.uint64)
 
-    def inventory(self, names: Sequence[str]) -> virtual.Backing:
-        return virtual.Backing(seal([self._settings, list(names)]), {})
+    def inventory(self, names: Sequence[str]) -> readers.Backing:
+        return readers.Backing(seal([self._settings, list(names)]), {})
 
     def _compute(self, start: int, stop: int, out: Mapping[str, U8]) -> None:
         """Rows ``[start, stop)`` of all activations, by running every batch that has one of them."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from actshuffle.arrays import virtual
+from actshuffle.arrays import readers, virtual
 from actshuffle.arrays.metadata import metadata_of
 from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import FormatError, SourceError
@@ -160,15 +160,15 @@ class Files:
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(start, stop, dtype=np.uint64)
 
-    def inventory(self, names: Sequence[str]) -> virtual.Backing:
+    def inventory(self, names: Sequence[str]) -> readers.Backing:
         for path, size, changed in self._files:
             found = Path(path).stat() if Path(path).exists() else None
             if found is None or (found.st_size, found.st_mtime_ns) != (size, changed):
                 raise SourceError(f"{path} has changed or gone since it was looked at; run again")
-        return virtual.Backing(seal([self._files, self._rules, list(names)]), {})
+        return readers.Backing(seal([self._files, self._rules, list(names)]), {})
 
 
-@virtual.reader("files")
+@readers.reader("files")
 def open_files(place: Place, settings: dict[str, Any]) -> Files:
     if local_path(place) is None:
         raise FormatError(f"{place} is remote, and does not lead to files here")

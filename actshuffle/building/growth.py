@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from actshuffle.arrays import virtual
+from actshuffle.arrays import readers, virtual
 from actshuffle.arrays.codecs import name_of
 from actshuffle.arrays.guard import described
 from actshuffle.arrays.marker import read_marker
@@ -226,7 +226,7 @@ def layout_of(store: Dataset) -> dict[str, Any]:
     }
 
 
-@virtual.reader("merge")
+@readers.reader("merge")
 class Merge:
     """Reads sorted stores as one sorted store, range by range; inside a range, rows come input by input."""
 
@@ -250,7 +250,7 @@ class Merge:
             self._rows.read(name, first + a, out[at : at + b - a])
             at, first = at + b - a, first + ranks.data.rows
 
-    def inventory(self, names: Sequence[str]) -> virtual.Backing:
+    def inventory(self, names: Sequence[str]) -> readers.Backing:
         return self._rows.inventory(names)
 
     def _found(self, rank: int) -> tuple[int, ...]:

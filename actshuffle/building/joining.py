@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from actshuffle.arrays import virtual
+from actshuffle.arrays import readers, virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import take_inventory
 from actshuffle.arrays.metadata import ZarrArray, output_field, source_arrays, source_field
@@ -125,7 +125,7 @@ class _Part:
     stop: int
 
 
-@virtual.reader("concat")
+@readers.reader("concat")
 class Concat:
     """Reads the rows of several stores, one after the other."""
 
@@ -159,7 +159,7 @@ class Concat:
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(self._first_row + start, self._first_row + stop, dtype=np.uint64)
 
-    def inventory(self, names: Sequence[str]) -> virtual.Backing:
+    def inventory(self, names: Sequence[str]) -> readers.Backing:
         parts: list[dict[str, Any]] = []
         places: list[str] = []
         for part in self._parts:
@@ -175,7 +175,7 @@ class Concat:
             if not whole:
                 identity = combined([identity, f"{part.offset}:{part.offset + rows}"])
             parts.append({"source": url, "rows": rows, "identity": identity})
-        return virtual.Backing(combined([p["identity"] for p in parts]), {"parts": parts}, tuple(places))
+        return readers.Backing(combined([p["identity"] for p in parts]), {"parts": parts}, tuple(places))
 
 
 def _arrays(store: Dataset, names: Sequence[str] | None) -> dict[str, ZarrArray]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle.arrays import virtual
+from actshuffle.arrays import readers, virtual
 from actshuffle.arrays.marker import read_marker
 from actshuffle.arraytypes import U8, U64
 from actshuffle.building.joining import Concat, present
@@ -148,7 +148,7 @@ def _not_above(keys: Keys, rows: int, last: U64) -> Iterator[U64]:
         yield found
 
 
-@virtual.reader("chosen")
+@readers.reader("chosen")
 class Chosen:
     """Reads chosen rows of a store; neighbours come in one read, together with small gaps between them."""
 
@@ -179,7 +179,7 @@ class Chosen:
                     np.take(span, rows[a:b] - first, axis=0, out=out[a:b], mode="clip")
                 a = b
 
-    def inventory(self, names: Sequence[str]) -> virtual.Backing:
+    def inventory(self, names: Sequence[str]) -> readers.Backing:
         found = self._rows.inventory(names)
         parts = found.marker["parts"]
-        return found if len(parts) > 1 else virtual.Backing(parts[0]["identity"], {}, found.places)
+        return found if len(parts) > 1 else readers.Backing(parts[0]["identity"], {}, found.places)

@@ -1,5 +1,8 @@
 """The command line: one group of commands, in one file per room, and its errors.
 
+A room's file is imported when one of its commands is looked up, so that --version and --help need neither zarr nor
+numpy.
+
 Exit codes: 0 done; 2 the request or the input is bad (nothing was written); 1 anything else.
 """
 
@@ -9,23 +12,86 @@ import errno
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import click
 
 from actshuffle._version import __version__
-from actshuffle.cli import building, checking, engine, loading
-from actshuffle.cli.session import print_json, signals, wrapped
+from actshuffle.cli.console import print_json, signals, wrapped
 from actshuffle.errors import ActshuffleError, RequestError
 
 RESUME = "stopped; what is finished is kept: run the same command again to resume"
 
 
-class _Group(click.Group):
-    """Turns any error of a command into one line and an exit code."""
+def _engine() -> list[click.Command]:
+    from actshuffle.cli.engine import plan, run, status
+
+    return [run, plan, status]
+
+
+def _checking() -> list[click.Command]:
+    from actshuffle.cli.checking import info, quality, stats, verify
+
+    return [verify, info, stats, quality]
+
+
+def _loading() -> list[click.Command]:
+    from actshuffle.cli.loading import came_from, where_is
+
+    return [came_from, where_is]
+
+
+def _building() -> list[click.Command]:
+    from actshuffle.cli.building import append, collect, concat, head, import_, sample, split
+
+    return [split, head, sample, concat, append, import_, collect]
+
+
+# Every command in the order of --help: the commands of its room, and the first sentence of its own help.
+COMMANDS: dict[str, tuple[Callable[[], list[click.Command]], str]] = {
+    "run": (_engine, "Write the rows of SRC to DST in exactly uniform random order."),
+    "plan": (_engine, "Show the plan of a run: levels, tasks, memory, disk."),
+    "verify": (_checking, "Check that DST is SRC in the order of its seed."),
+    "info": (_checking, "Show the contents of a store, and whether a run finished it."),
+    "status": (_engine, "Show the progress of the run that writes DST."),
+    "came-from": (
+        _loading,
+        "Show where rows of DST came from: source row, document, position, token and its neighbours.",
+    ),
+    "where-is": (_loading, "Show which rows of DST hold some source rows."),
+    "split": (_building, 'Cut a shuffled STORE into parts: fractions, counts, or "rest".'),
+    "head": (_building, "Show the first ROWS rows of STORE, or make them the store OUT."),
+    "sample": (_building, "Write an exactly uniform sample of ROWS rows of SRC to DST, in random order."),
+    "concat": (_building, "Join several SOURCES into one source for run, without copying a row."),
+    "append": (_building, "Add the rows of NEW to the shuffled store DST."),
+    "import": (
+        _building,
+        "Make a store of .npy or memmap files, safetensors, parquet, datasets folders, or torch tensors.",
+    ),
+    "collect": (_building, "Collect activations of a language model over text, one row per token."),
+    "stats": (_checking, "Compute mean, variance, norms, outliers, NaNs and Infs of each array, in one pass."),
+    "quality": (_checking, "Compare how well the batches of a store are mixed with a uniform shuffle."),
+}
+
+
+class _Table(click.Group):
+    """Lists commands in the order in which they were given."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of their tables
+        return list(self.commands)
+
+
+class _Group(_Table):
+    """Holds the first sentences of its commands, imports the commands when they are looked up, and turns any error
+    of one into one line and an exit code."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        room, _ = COMMANDS.get(cmd_name, (list, ""))
+        return next((command for command in room() if command.name == cmd_name), None)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _Table(commands=self.commands).format_commands(ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Known even if parsing fails.
@@ -72,6 +138,7 @@ def _fail(ctx: click.Context, code: str, message: str, exit_code: int = 1) -> No
 
 @click.group(
     cls=_Group,
+    commands={name: click.Command(name, help=sentence) for name, (_, sentence) in COMMANDS.items()},
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""\b
 Shell completion, in the shell's startup file:
@@ -91,24 +158,3 @@ def main() -> None:
       actshuffle run acts.zarr shuffled.zarr     run it; the same again resumes
       actshuffle verify acts.zarr shuffled.zarr  check the result
     """
-
-
-for command in (
-    engine.run,
-    engine.plan,
-    checking.verify,
-    checking.info,
-    engine.status,
-    loading.came_from,
-    loading.where_is,
-    building.split,
-    building.head,
-    building.sample,
-    building.concat,
-    building.append,
-    building.import_,
-    building.collect,
-    checking.stats,
-    checking.quality,
-):
-    main.add_command(command)

@@ -5,22 +5,19 @@ Results go to stdout, all else to stderr.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import shutil
 import signal
 import sys
-import textwrap
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from functools import wraps
 from multiprocessing import resource_tracker
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
+from actshuffle.cli.console import print_json, wrapped
 from actshuffle.cli.display import Display, LogLines
 from actshuffle.cli.options import INSECURE, LOOK, WORK
 from actshuffle.errors import RequestError
@@ -145,39 +142,6 @@ def _hush() -> None:
     """Silence what Dask logs about the connections that we are about to close."""
     for name in ("distributed", "distributed.client", "tornado.application", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-
-
-@contextmanager
-def signals() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM stop a run in order, and a second one stop it at once."""
-
-    def stop(number: int, _: Any) -> NoReturn:
-        signal.signal(number, lambda *_: os._exit(1))  # workers go when they see that we are gone
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def print_json(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(document))
-
-
-def wrapped(text: str, stream: Any) -> str:
-    """The text, broken at spaces where a terminal would break words."""
-    if not stream.isatty():
-        return text
-    wrap = partial(
-        textwrap.fill, width=shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
-    )
-    return "\n".join(map(wrap, text.splitlines()))
 
 
 class Answer(NamedTuple):

@@ -179,7 +179,10 @@ def lost_rooms(names: Collection[str]) -> list[str]:
 
 
 def init_faults(package: Trees, home: str, faces: Collection[str]) -> list[str]:
-    """A room's own file is a docstring; that of a public face may import from the room, and says `__all__`."""
+    """A room's own file is a docstring; that of a public face may import from the room, and says `__all__`.
+
+    A package's face may import late: for type checkers alone, or in functions.
+    """
     faults = []
     for name, tree in package.items():
         if not name.endswith("__init__"):
@@ -190,7 +193,22 @@ def init_faults(package: Trees, home: str, faces: Collection[str]) -> list[str]:
             faults.append(f"{name}: no docstring")
         for node in tree.body[1:]:
             public = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-            inside = isinstance(node, ast.ImportFrom) and node.level == 0 and within(str(node.module), inner)
-            if room not in faces or not (public or inside):
+            late = room == "__init__" and _is_late(node, inner)
+            if room not in faces or not (public or _is_from(node, inner) or late):
                 faults.append(f"{name}: {ast.unparse(node)}")
     return faults
+
+
+def _is_from(node: ast.stmt, place: str) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.level == 0 and within(str(node.module), place)
+
+
+def _is_late(node: ast.stmt, home: str) -> bool:
+    """True for what a face needs to import late: a condition, a private function, its registration, their tools."""
+    if isinstance(node, ast.If):
+        return all(_is_from(part, home) or _is_late(part, home) for part in [*node.body, *node.orelse])
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        tools = {"__future__", "sys", "types", "typing"}
+        return {getattr(node, "module", alias.name) for alias in node.names} <= tools
+    registration = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    return registration or (isinstance(node, ast.FunctionDef) and node.name.startswith("_"))

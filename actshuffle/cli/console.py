@@ -1,0 +1,52 @@
+"""What every command needs of its process: signals that stop it in order, pure JSON on stdout, lines that wrap.
+
+It imports nothing of the other rooms, since --help and --version use it too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import textwrap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import click
+
+
+@contextmanager
+def signals() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM stop a run in order, and a second one stop it at once."""
+
+    def stop(number: int, _: Any) -> NoReturn:
+        signal.signal(number, lambda *_: os._exit(1))  # workers go when they see that we are gone
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    click.echo(json.dumps(document))
+
+
+def wrapped(text: str, stream: Any) -> str:
+    """The text, broken at spaces where a terminal would break words."""
+    if not stream.isatty():
+        return text
+    wrap = partial(
+        textwrap.fill, width=shutil.get_terminal_size().columns, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(map(wrap, text.splitlines()))
