@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,8 @@ def test_an_item_that_goes_or_changes_is_noticed(section: str, item: str) -> Non
         [line] = differences(frozen, found)
         assert item in line
     assert differences(frozen, frozen) == []
+
+
+if __name__ == "__main__":  # freeze what is there now: PYTHONPATH=.:tests python tests/sae/test_sae_api.py
+    with tempfile.TemporaryDirectory() as made:
+        FROZEN.write_text(json.dumps(description(Path(made)), indent=1, sort_keys=True) + "\n")
