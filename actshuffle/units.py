@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from os import PathLike
 from typing import Any
@@ -77,6 +77,15 @@ def counted(n: int, noun: str, plural: str = "") -> str:
     ('1 row', '1,200 rows', '2 batches')
     """
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def dropped_text(counts: Mapping[str, int]) -> str:
+    """Counts of dropped rows by the option that dropped them, in words; empty if there are none.
+
+    >>> dropped_text({"prefix": 1200, "skip_first": 0, "drop_norm": 3})
+    '1,200 by --prefix, 3 by --drop-norm'
+    """
+    return ", ".join(f"{count:,} by --{option.replace('_', '-')}" for option, count in counts.items() if count)
 
 
 def format_seconds(s: float) -> str:

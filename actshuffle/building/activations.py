@@ -10,6 +10,8 @@ takes, so nothing is ever padded::
 
 Which windows share a batch follows from the text alone, so a row's value does not depend on how the work
 was divided, or resumed.  (It does depend on machine, library versions, and number of threads.)
+
+A window counts the tokens that it reads.  Where some of these have no row, `kept` lists those that have one.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 from actshuffle.arrays import readers
 from actshuffle.arraytypes import I64, U8, U64
 from actshuffle.building.models import model_of
-from actshuffle.building.tokens import COLUMNS, Pieces
+from actshuffle.building.tokens import COLUMNS, KEPT, READ, Pieces
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
@@ -38,6 +40,9 @@ class Activations:
         objects = open_objects(place)
         self._settings = settings
         self._columns = {name: Pieces(objects, name, dtype) for name, dtype in COLUMNS.items()}
+        self._drops = bool(settings.get("drops"))
+        self._read = Pieces(objects, READ, "<i4") if self._drops else self._columns["token"]
+        self._kept = Pieces(objects, KEPT, "<u8")
         self._windows = Pieces(objects, "windows", "<u8")
         count = int(settings["groups"]) + 1
         self._first_window = Pieces(objects, "groups", "<u8").get(0, count).astype(np.int64)
@@ -69,23 +74,26 @@ class Activations:
         """Rows ``[start, stop)`` of all activations, by running every batch that has one of them."""
         settings = self._settings
         model = model_of(settings["run"])
-        before, after = settings["prefix"], settings["suffix"]
-        kept = slice(0, None) if settings["special"] == "keep" else slice(len(before), -len(after) or None)
-        for windows in self._batches(start, stop, len(before) + len(after)):
+        special = settings["special"] == "drop"  # kept ones are among the tokens already
+        before = [*settings.get("lead", []), *(settings["prefix"] if special else [])]
+        after = settings["suffix"] if special else []
+        places = self._kept.get(start, stop).astype(np.int64) if self._drops else np.arange(start, stop)
+        for windows in self._batches(start, stop, places, len(before) + len(after)):
             first, end = int(windows[0, 0]), int(windows[:, 1].max())
-            tokens = self._columns["token"].get(first, end).astype(np.int64)
+            tokens = self._read.get(first, end).astype(np.int64)
             rows = np.stack([tokens[a - first : b - first] for a, b in windows])
-            if settings["special"] == "drop":
-                ends = [np.tile(np.array(ids, np.int64), (len(rows), 1)) for ids in (before, after)]
-                rows = np.concatenate([ends[0], rows, ends[1]], axis=1)
-            for name, found in model(rows).items():
-                for (a, b), values in zip(windows, found[:, kept], strict=True):
-                    low, high = max(a, start), min(b, stop)
-                    if low < high:
-                        out[name][low - start : high - start] = values[low - a : high - a]
+            ends = [np.tile(np.array(ids, np.int64), (len(rows), 1)) for ids in (before, after)]
+            for name, found in model(np.concatenate([ends[0], rows, ends[1]], axis=1)).items():
+                inner = found[:, len(before) : len(before) + rows.shape[1]]
+                for (a, b), values in zip(windows, inner, strict=True):
+                    low, high = np.searchsorted(places, [a, b])
+                    out[name][low:high] = values[places[low:high] - a]
 
-    def _batches(self, start: int, stop: int, special: int) -> Iterator[I64]:
-        """Row ranges of windows that run together, int64 ``(windows, 2)``: those that meet the rows."""
+    def _batches(self, start: int, stop: int, places: I64, around: int) -> Iterator[I64]:
+        """Token ranges of windows that run together, int64 ``(windows, 2)``: those that meet the rows.
+
+        ``places`` are the tokens of rows ``[start, stop)``; each window reads ``around`` tokens beside its range.
+        """
         most = int(self._settings["batch_tokens"])
         low = int(np.searchsorted(self._first_row, start, side="right")) - 1
         high = int(np.searchsorted(self._first_row, stop))
@@ -95,8 +103,8 @@ class Activations:
             lengths = ranges[:, 1] - ranges[:, 0]
             order = np.argsort(lengths, kind="stable")
             for alike in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
-                count = max(1, most // int(lengths[alike[0]] + special))
+                count = max(1, most // int(lengths[alike[0]] + around))
                 for at in range(0, len(alike), count):
                     batch = ranges[alike[at : at + count]]
-                    if ((batch[:, 0] < stop) & (batch[:, 1] > start)).any():
+                    if np.diff(np.searchsorted(places, batch)).any():
                         yield batch

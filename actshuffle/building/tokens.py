@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle.errors import SourceError
+from actshuffle.arraytypes import I64
+from actshuffle.errors import RequestError, SourceError
 from actshuffle.foreign.textfiles import documents
 from actshuffle.progress import Progress
 from actshuffle.storage.objects import Objects
 
 PIECE = 1 << 22  # rows, windows or groups of one object
-COLUMNS = {"token": "<i4", "document": "<i4", "position": "<i4"}
+COLUMNS = {"token": "<i4", "document": "<i4", "position": "<i4", "window_position": "<i4"}
+READ, KEPT = "read", "kept"  # all tokens that windows read, and which of them have a row; where rows are dropped
 GROUP_TOKENS = 1 << 15  # windows are sorted by length within so many tokens
 
 
@@ -65,27 +68,56 @@ class _Growing:
         self._held, self._waiting = [values], len(values)
 
 
-class Cut:
-    """Documents go in, one after the other; rows, windows and groups go to disk."""
+@dataclass(frozen=True)
+class Frame:
+    """What a window reads beside its text, and which of its tokens have a row.
 
-    def __init__(
-        self,
-        objects: Objects,
-        content: int,
-        before: Sequence[int],
-        after: Sequence[int],
-        keep: bool,
-        most_rows: int | None,
-    ) -> None:
-        self._content, self._most = content, most_rows
-        self._before, self._after = np.array(before, np.int64), np.array(after, np.int64)
-        self._keep, self._added = (keep, len(before) + len(after) if keep else 0)  # special rows of a window
+    A window reads ``lead``, ``before``, at most ``content`` tokens of text, and ``after``, as token ids.  ``lead`` is
+    the user's prefix and never has rows; ``before`` and ``after`` are the tokenizer's and have some if ``keep`` is set.
+    Of the others, tokens at the first ``skip_first`` places of the window and those in ``drop_tokens`` have none.
+    """
+
+    content: int
+    lead: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    keep: bool
+    skip_first: int
+    drop_tokens: tuple[int, ...]
+
+    @property
+    def drops(self) -> bool:
+        """True if text may lose rows, so that rows and tokens must be told apart."""
+        return bool(self.skip_first or self.drop_tokens)
+
+    def lost(self, tokens: I64, first: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which tokens lose their rows by ``skip_first``, and which others by ``drop_tokens``.
+
+        ``first`` is the place of tokens[0] in the window.
+        """
+        early = np.arange(first, first + len(tokens)) < self.skip_first
+        return early, ~early & np.isin(tokens, self.drop_tokens)
+
+
+class Cut:
+    """Documents go in, one after the other; rows, windows and groups go to disk.
+
+    ``dropped`` counts the tokens without a row, by the option that dropped them.
+    """
+
+    def __init__(self, objects: Objects, frame: Frame, most_rows: int | None) -> None:
+        self._frame, self._most = frame, most_rows
+        self._before, self._after = np.array(frame.before, np.int64), np.array(frame.after, np.int64)
+        self._special = len(frame.before) + len(frame.after)
+        self._added = self._special if frame.keep else 0  # special rows of a window
         self._columns = {k: _Growing(Pieces(objects, k, dtype)) for k, dtype in COLUMNS.items()}
-        self._windows, self._groups, self._group_rows = (
-            _Growing(Pieces(objects, name, "<u8")) for name in ("windows", "groups", "group_rows")
+        self._windows, self._groups, self._group_rows, self._kept = (
+            _Growing(Pieces(objects, name, "<u8")) for name in ("windows", "groups", "group_rows", KEPT)
         )
+        self._read = _Growing(Pieces(objects, READ, "<i4"))
         self._in_group = GROUP_TOKENS  # so that the first window opens a group
-        self.rows = self.documents = 0
+        self._tokens = self.rows = self.documents = 0
+        self.dropped = {"prefix": 0, "special": 0, "skip_first": 0, "drop_tokens": 0}
 
     @property
     def full(self) -> bool:
@@ -96,41 +128,75 @@ class Cut:
     def groups(self) -> int:
         return self._groups.count - 1
 
-    def add(self, tokens: NDArray[np.int64]) -> None:
+    def add(self, tokens: I64) -> None:
         """One document."""
-        for start in range(0, len(tokens), self._content):
+        content = self._frame.content
+        for start in range(0, len(tokens), content):
             if self.full:
                 break
-            self._add_window(tokens[start : start + self._content], start)
+            self._add_window(tokens[start : start + content], start)
         self.documents += 1
 
     def finish(self) -> None:
         self._open_group()
-        self._windows.add(np.array([self.rows]))
-        for growing in (*self._columns.values(), self._windows, self._groups, self._group_rows):
+        self._windows.add(np.array([self._tokens]))
+        for growing in (*self._columns.values(), self._windows, self._groups, self._group_rows, self._kept, self._read):
             growing.finish()
 
-    def _add_window(self, tokens: NDArray[np.int64], start: int) -> None:
+    def _add_window(self, tokens: I64, start: int) -> None:
+        frame = self._frame
+        first = len(frame.lead) + len(frame.before)
         if self._most is not None:
-            tokens = tokens[: self._most - self.rows - self._added]
+            kept = np.flatnonzero(~np.logical_or(*frame.lost(tokens, first)))
+            room = self._most - self.rows - self._added
+            tokens = tokens[: kept[room]] if len(kept) > room else tokens
         position = np.arange(start, start + len(tokens))
-        if self._keep:
+        if frame.keep:
+            first = len(frame.lead)
             tokens = np.concatenate([self._before, tokens, self._after])
             none = [np.full(len(ids), -1) for ids in (self._before, self._after)]
             position = np.concatenate([none[0], position, none[1]])
+        early, named = frame.lost(tokens, first)
+        rows = np.flatnonzero(~(early | named))
+        counts = (len(frame.lead), self._special - self._added, int(early.sum()), int(named.sum()))
+        for option, count in zip(self.dropped, counts, strict=True):
+            self.dropped[option] += count
         if self._in_group >= GROUP_TOKENS:
             self._open_group()
-        self._windows.add(np.array([self.rows]))
-        self._columns["token"].add(tokens)
-        self._columns["position"].add(position)
-        self._columns["document"].add(np.full(len(tokens), self.documents))
-        self.rows += len(tokens)
+        self._windows.add(np.array([self._tokens]))
+        if frame.drops:
+            self._read.add(tokens)
+            self._kept.add(self._tokens + rows)
+        self._columns["token"].add(tokens[rows])
+        self._columns["position"].add(position[rows])
+        self._columns["window_position"].add(first + rows)
+        self._columns["document"].add(np.full(len(rows), self.documents))
+        self.rows += len(rows)
+        self._tokens += len(tokens)
         self._in_group += len(tokens)
 
     def _open_group(self) -> None:
         self._groups.add(np.array([self._windows.count]))
         self._group_rows.add(np.array([self.rows]))
         self._in_group = 0
+
+
+def prefix_token(tokenizer: Any, prefix: str) -> int:
+    """The id of a prefix: "bos", an id, or a token of the vocabulary as the tokenizer spells it."""
+    name, vocabulary = type(tokenizer).__name__, tokenizer.get_vocab()
+    if prefix == "bos":
+        if tokenizer.bos_token_id is None:
+            raise RequestError(f"{name} has no begin-of-text token: name another prefix, by its id or its spelling")
+        return int(tokenizer.bos_token_id)
+    if prefix.isdecimal():
+        if int(prefix) not in vocabulary.values():
+            raise RequestError(
+                f"prefix {prefix} is no token of {name}, whose ids go up to {max(vocabulary.values()):,}"
+            )
+        return int(prefix)
+    if prefix not in vocabulary:
+        raise RequestError(f"prefix {prefix!r} is no token of {name}: give bos, an id, or a token as it spells it")
+    return int(vocabulary[prefix])
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -20,7 +20,7 @@ from actshuffle.errors import IncompleteStoreError
 from actshuffle.loading.dataset import is_ours, open_dataset
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place, public_url
-from actshuffle.units import counted, format_bytes
+from actshuffle.units import counted, dropped_text, format_bytes
 
 
 def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -83,7 +83,9 @@ def info_text(found: dict[str, Any]) -> str:
         made_by = "no completion marker: half written, or damaged since"
     else:
         made_by = _made_by(found["shuffled"])
-    return "\n".join([*lines, made_by])
+    dropped = found["attributes"].get("dropped_rows")
+    told = dropped_text({k: n for k, n in dropped.items() if type(n) is int}) if isinstance(dropped, dict) else ""
+    return "\n".join([*lines, made_by, *([f"rows dropped: {told}"] if told else [])])
 
 
 def _made_by(marker: dict[str, Any] | None) -> str:

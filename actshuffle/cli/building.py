@@ -254,6 +254,13 @@ def import_(
     default="drop",
     help="Drop or keep the rows of special tokens.  [default: drop]",
 )
+@click.option(
+    "--prefix", metavar="TOKEN", help="Token to begin each window with, whose rows are dropped: bos, an id, or a token."
+)
+@click.option(
+    "--skip-first", type=COUNT, default=0, help="Drop the rows of the first tokens of each window.  [default: 0]"
+)
+@click.option("--drop-tokens", metavar="ID,ID", type=NUMBERS, help="Drop the rows of these tokens.")
 @click.option("--batch-tokens", type=COUNT, default=8192, help="Most tokens of one forward pass.  [default: 8192]")
 @click.option("--tokens-per-document", type=COUNT, help="Most tokens to take of a document.  [default: all]")
 @click.option("--rows", type=COUNT, help="Most rows to take in total.  [default: all]")
@@ -281,6 +288,6 @@ def collect(executor: Any, display: Any, model: str, text: tuple[str, ...], out:
       actshuffle collect --model gpt2 --hooks h.3.mlp --text a.jsonl \\
         --out acts.zarr --part 1/4
     """
-    options |= {name: options[name] or () for name in ("layers", "hooks")}
+    options |= {name: options[name] or () for name in ("layers", "hooks", "drop_tokens")}
     made = collection.collect(model, text, out, executor=executor, progress=display, **options)
     return Answer(_document(made), str(made))
