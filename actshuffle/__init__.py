@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from actshuffle.engine.preview import plan
     from actshuffle.engine.run import Result, shuffle
     from actshuffle.engine.state import status
+    from actshuffle.foreign.corpus import read_texts
     from actshuffle.loading.dataset import Dataset, open_dataset
     from actshuffle.loading.loader import Loader
     from actshuffle.loading.trace import came_from, where_is
@@ -63,6 +64,7 @@ __all__ = [
     "plan",
     "quality",
     "read_stats",
+    "read_texts",
     "sample",
     "shuffle",
     "split",
@@ -79,12 +81,13 @@ def _rooms() -> tuple[ModuleType, ...]:
     from actshuffle.building import collection, growth, importers, joining, sampling, splitting
     from actshuffle.checking import contents, scores, statspass, verifier
     from actshuffle.engine import preview, run, state
+    from actshuffle.foreign import corpus
     from actshuffle.loading import dataset, loader, trace, unchanged
     from actshuffle.ordering import keys
 
     building = collection, growth, importers, joining, sampling, splitting
     checking = contents, scores, statspass, verifier
-    return *building, *checking, preview, run, state, dataset, loader, trace, unchanged, keys
+    return *building, *checking, preview, run, state, corpus, dataset, loader, trace, unchanged, keys
 
 
 load_with(_rooms)

@@ -7,7 +7,10 @@
 
 from saetrain.config import Config
 from saetrain.opening import load
+from saetrain.probing.causal import LanguageModel
+from saetrain.probing.corpus import Corpus, Cutting
+from saetrain.probing.fidelity import evaluate
 from saetrain.sae import SAE
 from saetrain.training.train import fit
 
-__all__ = ["SAE", "Config", "fit", "load"]
+__all__ = ["SAE", "Config", "Corpus", "Cutting", "LanguageModel", "evaluate", "fit", "load"]

@@ -12,7 +12,8 @@ and where training leaves decoder norms free, they go into the encoder, so that 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ class SAE:
 
     def __call__(self, raw: Tensor) -> Tensor:
         return self.decode(self.encode(raw))
+
+    def to(self, target: torch.device | torch.dtype) -> SAE:
+        """The same on another device, or in another precision."""
+        moved: dict[str, Any] = {name: value.to(target) for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import click
 
 from actshuffle import __version__
 from actshuffle.errors import ActshuffleError
-from saetrain.cli import exchanging, training
+from saetrain.cli import exchanging, probing, training
 from saetrain.cli.options import RED_ERROR, first_rank, print_json
 from saetrain.errors import ConfigError, SaetrainError
 
@@ -101,5 +101,5 @@ def command_line() -> None:
     """
 
 
-for _command in (*training.COMMANDS, *exchanging.COMMANDS):
+for _command in (*training.COMMANDS, *exchanging.COMMANDS, *probing.COMMANDS):
     command_line.add_command(_command)

@@ -66,7 +66,7 @@ def ratio_interval(top: Tensor, bottom: Tensor, groups: Tensor | None = None) ->
     n = len(top)
     ratio = float(top.sum() / bottom.sum())
     spread = float((top - ratio * bottom).square().sum()) * n / max(n - 1, 1)
-    half = Z95 * math.sqrt(spread) / float(bottom.sum())
+    half = Z95 * math.sqrt(spread) / abs(float(bottom.sum()))
     return Interval(ratio, ratio - half, ratio + half)
 
 

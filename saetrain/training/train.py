@@ -23,7 +23,7 @@ from saetrain.errors import ConfigError, DataError, DivergedError, SaetrainError
 from saetrain.model import Model
 from saetrain.training import checkpoint, metrics
 from saetrain.training.clock import Clock
-from saetrain.training.evaluate import Heldout
+from saetrain.training.heldout import Heldout
 from saetrain.training.lock import locked
 from saetrain.training.log import Log, read_log
 from saetrain.training.losses import Step, step

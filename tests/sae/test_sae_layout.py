@@ -29,6 +29,7 @@ LAYERS = [
     "sae",
     "foreign",
     "exchange opening",
+    "probing",
     "cli __init__",
     "__main__",
 ]

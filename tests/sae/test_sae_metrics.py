@@ -12,7 +12,7 @@ from saetrain.config import Config, resolve
 from saetrain.model import Model
 from saetrain.training import metrics
 from saetrain.training.clock import Clock
-from saetrain.training.evaluate import Heldout
+from saetrain.training.heldout import Heldout
 from saetrain.training.losses import step
 from saetrain.training.optim import Optimizer, ramps
 from support.sae import MemorySource, one_rank, small_model
@@ -70,6 +70,8 @@ def test_ratio_interval() -> None:
     same = metrics.ratio_interval(top.repeat(3), bottom.repeat(3), torch.tensor([0, 1, 0, 1, 0, 1]))
     assert same == pytest.approx(found)  # three copies of a document are one observation
     assert metrics.ratio_interval(top.repeat(3), bottom.repeat(3)).high < found.high
+    below = metrics.ratio_interval(top, -bottom)  # a negative denominator turns the value, not the interval
+    assert below == pytest.approx((-0.5, -found.high, -found.low))
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:

@@ -1,0 +1,130 @@
+"""Commands that put a dictionary into a causal language model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saetrain.cli.options import LOOK, PATH, all_of, print_json
+from saetrain.errors import CheckpointError, ConfigError
+from saetrain.opening import load
+from saetrain.probing.causal import DTYPES, LanguageModel
+from saetrain.probing.corpus import Corpus, Cutting
+from saetrain.probing.fidelity import evaluate
+from saetrain.sae import SAE
+from saetrain.training.checkpoint import find
+
+MODEL = all_of(
+    click.argument("run", type=PATH),
+    click.option("--model", required=True, metavar="NAME", help="Causal model of transformers: a name or a folder."),
+    click.option(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="Hidden state that the dictionary rebuilds, as in `collect`.  [default: that of the run's layer_N]",
+    ),
+    click.option("--tokenizer", metavar="NAME", help="Its tokenizer, if it lies elsewhere."),
+    click.option("--model-dtype", type=click.Choice(DTYPES), default="float32", help="Of the model's computation."),
+    click.option("--device", default="auto", help="cpu, cuda or auto."),
+)
+TEXT = all_of(
+    click.option("--field", default="text", help="Name of the text in JSON and tables."),
+    click.option("--context", type=int, metavar="N", default=0, help="Tokens of a window.  [default: 128]"),
+    click.option("--prefix", default="", help="Text before each window, such as a token that begins documents."),
+    click.option("--windows", type=int, default=0, metavar="N", help="Most windows of a document; 0 takes all."),
+    click.option("--seed", type=int, default=0, help="Of the order of documents, and of other choices."),
+    click.option(
+        "--drop-norm",
+        type=float,
+        metavar="X",
+        default=10.0,
+        help="Leave rows beyond so many times the median norm as they are; 0 leaves none.",
+    ),
+)
+FILES = click.option("--text", type=PATH, multiple=True, required=True, help="Files and folders of text; repeatable.")
+
+
+@click.command("evaluate")
+@MODEL
+@FILES
+@TEXT
+@click.option("--within", type=float, default=0.0, metavar="X", help="Stop at this half-width of the loss recovered.")
+@click.option("--documents", type=int, default=0, metavar="N", help="Most documents to read; 0 takes all.")
+@LOOK
+def _evaluate(run: Path, within: float, documents: int, as_json: bool, **options: Any) -> None:
+    """Measure what the model loses when a layer goes through RUN's dictionary.
+
+    RUN is a run, a checkpoint, or a folder that SAELens or sparsify wrote.  Prints cross entropy and KL of the model as
+    it is, through the dictionary, and with the layer set to zero and to its mean, with 95 % intervals over documents.
+
+    \b
+    Example:
+      saetrain evaluate run --model gpt2 --text heldout/ --within 0.005
+    """
+    sae, model = open_both(run, options)
+    corpus = open_text(model, options)
+    found = evaluate(sae, model, corpus, within=within, most=documents, drop_norm=options["drop_norm"]).to_json()
+    print_json({"run": str(run), "model": options["model"], **found}, as_json)
+    if not as_json:
+        click.echo(_scores(found))
+
+
+def _scores(found: dict[str, Any]) -> str:
+    """The scores as a small table."""
+
+    def row(name: str, value: dict[str, float]) -> str:
+        return f"{name:32}{value['value']:10.4f}   (95 %: {value['low']:.4f} to {value['high']:.4f})"
+
+    lines = [
+        *(row(f"cross entropy, {name}", value) for name, value in found["ce"].items()),
+        *(row(f"KL, {name}", value) for name, value in found["kl"].items()),
+        *(row(f"loss recovered, from {name}", value) for name, value in found["loss_recovered"].items()),
+        *(row(f"KL recovered, from {name}", value) for name, value in found["kl_recovered"].items()),
+        row("FVU", found["fvu"]),
+        row("L0", found["l0"]),
+        f"{found['tokens']:,} predictions in {found['documents']:,} of {found['documents_available']:,} documents; "
+        f"{found['heavy_rows_left']:,} heavy rows left as they are",
+    ]
+    return "\n".join(lines)
+
+
+# --- What the commands share
+
+
+def open_both(run: Path, options: dict[str, Any], attention: str | None = None) -> tuple[SAE, LanguageModel]:
+    """The dictionary and the model that options name; the dictionary goes to the model's device."""
+    sae = load(run)
+    layer = options["layer"] if options["layer"] is not None else layer_of(run)
+    model = LanguageModel.load(
+        options["model"],
+        layer,
+        tokenizer=options["tokenizer"],
+        dtype=options["model_dtype"],
+        device=options["device"],
+        attention=attention,
+    )
+    model.check_width(sae.W_dec.shape[1])
+    return sae.to(model.device), model
+
+
+def layer_of(run: Path) -> int:
+    """The layer whose array a run was trained on, if its settings name it."""
+    try:
+        field = find(run).config.field
+    except CheckpointError:
+        field = ""
+    named = re.fullmatch(r"layer_(\d+)", field)
+    if not named:
+        raise ConfigError(f"{run} does not say which layer its rows are of; give it with --layer")
+    return int(named[1])
+
+
+def open_text(model: LanguageModel, options: dict[str, Any]) -> Corpus:
+    cutting = Cutting(options["context"], options["prefix"], options["windows"], options["seed"])
+    return Corpus.read(model, options["text"], cutting, options["field"])
+
+
+COMMANDS = (_evaluate,)
