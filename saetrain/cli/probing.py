@@ -33,7 +33,9 @@ MODEL = all_of(
 TEXT = all_of(
     click.option("--field", default="text", help="Name of the text in JSON and tables."),
     click.option("--context", type=int, metavar="N", default=0, help="Tokens of a window.  [default: 128]"),
-    click.option("--prefix", default="", help="Text before each window, such as a token that begins documents."),
+    click.option(
+        "--prefix", default="", metavar="TOKEN", help="Begin windows with bos, an id, or a token; see `collect`."
+    ),
     click.option("--windows", type=int, default=0, metavar="N", help="Most windows of a document; 0 takes all."),
     click.option("--seed", type=int, default=0, help="Of the order of documents, and of other choices."),
     click.option(

@@ -143,6 +143,16 @@ class LanguageModel:
                 return full[:at], full[at + len(bare) :]
         raise ConfigError(f"the tokenizer of {self.name} changes a text when it adds special tokens")
 
+    def token(self, name: str) -> int:
+        """The id of one token: "bos", an id, or its spelling in the vocabulary, as for the prefix of `collect`."""
+        if name == "bos" and self.tokenizer.bos_token_id is not None:
+            return int(self.tokenizer.bos_token_id)
+        known = self.tokenizer.get_vocab()
+        found = int(name) if name.isdecimal() else known.get(name)
+        if found is None or found not in known.values():
+            raise ConfigError(f"{name!r} is no token of {self.name}: give bos, an id, or a token as it spells it")
+        return int(found)
+
     def tokens_of(self, text: str) -> list[int]:
         """The tokens of a text, special ones in it included, without those that the tokenizer adds."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

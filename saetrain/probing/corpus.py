@@ -32,8 +32,8 @@ PILOT_ROWS = 4096  # from which the mean row and the median norm of a layer are 
 class Cutting:
     """How documents become windows.
 
-    ``context`` is tokens of a window; 0 means 128, or less if the model takes less.  ``prefix`` is text, such as
-    "<|endoftext|>", whose tokens go before every window.  Of a document, at most ``per_document`` windows are taken, a
+    ``context`` is tokens of a window; 0 means 128, or less if the model takes less.  ``prefix`` is a token that
+    goes before every window: "bos", an id, or a token as the tokenizer spells it; "" is none.  Of a document, at most ``per_document`` windows are taken, a
     uniform sample without replacement; 0 takes all.
     """
 
@@ -70,7 +70,7 @@ class Corpus:
         if not self.texts:
             raise DataError("no documents in the text")
         before, self.after = self.model.special_tokens()
-        self.before = [*self.model.tokens_of(self.cutting.prefix), *before] if self.cutting.prefix else before
+        self.before = [*([self.model.token(self.cutting.prefix)] if self.cutting.prefix else []), *before]
         context = self.cutting.context or min(CONTEXT, self.model.longest)
         self.content = context - len(self.before) - len(self.after)
         if self.content < 2 or context > self.model.longest:

@@ -116,6 +116,9 @@ def test_scale_leaves_heavy_rows_out() -> None:
     ("cutting", "why"),
     [
         (Cutting(context=2, prefix="<s>"), "two others are needed"),
+        (Cutting(prefix="<none>"), "'<none>' is no token"),
+        (Cutting(prefix="99"), "'99' is no token"),
+        (Cutting(prefix="bos"), "'bos' is no token"),
         (Cutting(context=4000), "takes 64 at most"),
         (Cutting(per_document=-1), "0 .all. or more"),
     ],
