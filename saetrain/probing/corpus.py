@@ -32,9 +32,9 @@ PILOT_ROWS = 4096  # from which the mean row and the median norm of a layer are 
 class Cutting:
     """How documents become windows.
 
-    ``context`` is tokens of a window; 0 means 128, or less if the model takes less.  ``prefix`` is a token that
-    goes before every window: "bos", an id, or a token as the tokenizer spells it; "" is none.  Of a document, at most ``per_document`` windows are taken, a
-    uniform sample without replacement; 0 takes all.
+    ``context`` is tokens of a window; 0 means 128, or less if the model takes less.  ``prefix`` is a token that goes
+    before every window: "bos", an id, or a token as the tokenizer spells it; "" is none.  Of a document, at most
+    ``per_document`` windows are taken, a uniform sample without replacement; 0 takes all.
     """
 
     context: int = 0
