@@ -4,6 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 TESTS := $(wildcard tests/test_*.py tests/*/test_*.py)
+# The longest come first, so that no single one is left running at the end.
+LONGEST := $(wildcard $(addprefix tests/, engine/test_failures.py engine/test_engine.py sae/test_sae_store.py \
+	engine/test_memory.py test_benchmarks.py engine/test_hosts.py arrays/test_hostile.py sae/test_sae_ranks.py \
+	engine/test_types.py engine/test_gather.py arrays/test_codecs.py building/test_collect.py cli/test_cli.py \
+	engine/test_simulator.py building/test_append.py checking/test_verify.py jobs/test_folder.py \
+	foreign/test_arrowfiles.py storage/test_s3.py))
+# Stores of tests lie in memory where it has room: most tests make and remove thousands of small files, for which a disk
+# takes several times as long.  Tests of disks, of their cache and of memory stay on a disk; IN_MEMORY= keeps all there.
+IN_MEMORY ?= $(shell test "$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 && echo /dev/shm)
+TEMPROOT := $(IN_MEMORY:%=PYTEST_DEBUG_TEMPROOT=%)
+ON_DISK := tests/test_benchmarks.py tests/engine/test_memory.py tests/engine/test_tier.py \
+	tests/storage/test_objects.py tests/storage/test_reading.py
 # The inner loop: rules, names and arithmetic, which need no store, and the stores that earlier versions wrote.
 FAST := tests/test_layout.py tests/test_public_api.py tests/test_docs.py tests/test_units.py \
 	tests/ordering/test_keys.py tests/ordering/test_partition.py tests/ordering/test_bounds.py \
@@ -20,14 +32,16 @@ check: $(VENV)/test.done      ## the inner loop, under 20 s: lint, and the fast 
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync --keep-going lint fast
 
 fast: $(VENV)/test.done
-	$(BIN)/python -m pytest --quiet $(FAST)
+	$(TEMPROOT) $(BIN)/python -m pytest --quiet $(FAST)
 
-# A process for each file, two at a time: clusters, forks and memory peaks of one do not touch the next.
+# A process for each file, two at a time: clusters, forks and memory peaks of one do not touch the next.  The fast
+# tests have none of these and share a process.
 test: $(VENV)/test.done       ## the test suite
-	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync --keep-going $(TESTS)
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync --keep-going $(LONGEST) \
+		$(filter-out $(LONGEST) $(FAST),$(TESTS)) fast
 
 $(TESTS): $(VENV)/test.done
-	@echo $@ && $(BIN)/python -m pytest --quiet $@
+	@echo $@ && $(if $(filter $(ON_DISK),$@),,$(TEMPROOT)) $(BIN)/python -m pytest --quiet $@
 
 lint: $(VENV)/test.done       ## style and types
 	$(BIN)/ruff check .
