@@ -50,6 +50,7 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
     ("hash", tasks, "add_to_groups"),
     ("gather", spill._Gather, "append"),
     ("read", gather.Gather, "read"),
+    ("partition", gather, "look"),
     ("read", gather, "read_column"),
     ("partition", gather, "find_rows"),
     ("gather", tasks, "leaf"),  # the rest of a leaf is the gathering of its rows

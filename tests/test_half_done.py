@@ -115,6 +115,11 @@ def test_runs_that_stop_today_leave_the_same_bytes(tmp_path: Path, monkeypatch: 
     found = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     found = {re.sub(r"^memory/actshuffle-\d+-", "memory/", key): data for key, data in found.items()}
     kept = {key: data for key, data in packed().items() if not key.startswith(("collect.", "model/"))}
+    # A gather finds its rows by keys in scratch, where that of version 0.1.0 had boundaries between leaves.
+    found, kept = (
+        {key: data for key, data in f.items() if not re.match(r"gather\.zarr\.scratch-\w+/(keys/|bounds)", key)}
+        for f in (found, kept)
+    )
     version = f'"version": "{actshuffle.__version__}"'.encode()
     found = {key: data.replace(version, b'"version": "0.1.0"') for key, data in found.items()}
     if actshuffle.__version__ != "0.1.0":  # the digest of a marker is one of its version, too

@@ -11,13 +11,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from actshuffle.arraytypes import I64
+from actshuffle.arraytypes import I64, U64
+from actshuffle.limits import PAGE
 from actshuffle.storage.directio import Extent
 
 
@@ -66,6 +68,19 @@ class Field:
         for key, offset, nbytes in self.spans(start, stop):
             yield Extent(key, offset, [out[at : at + nbytes]], once)
             at += nbytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes between the beginnings of source objects that are mapped side by side: whole pages, and whole rows."""
+        unit = math.lcm(PAGE, self.row_bytes)
+        return -(-self.source_chunk_rows * self.row_bytes // unit) * unit
+
+    def mapped_at(self, rows: U64) -> I64:
+        """The places of rows among those of the mapped source objects, gaps included."""
+        found = rows.astype(np.int64)
+        if gap := self.slot_bytes // self.row_bytes - self.source_chunk_rows:
+            found += found // self.source_chunk_rows * gap
+        return found
 
     def scattered(self, rows: I64) -> Iterator[tuple[str, list[int], list[int]]]:
         """Any rows by source object: its key, their offsets in it, and the offset of each in all their bytes."""

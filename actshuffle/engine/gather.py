@@ -1,112 +1,205 @@
 """One pass and no spill: every leaf picks its rows from a source that lies in the machine's memory.
 
 Where the page cache has room for the whole source, rows need no intermediate.  A leaf finds its rows from
-their keys alone, and reads them from the source::
+their keys alone, and takes them from the source::
 
     source, in the page cache    | r0 r1 r2 r3 r4 r5 r6 r7 r8 ...
     rows of one leaf                   .     .        .
-    output object                | r6 r1 r4 ...     in key order, each by a separate read
+    output object                | r6 r1 r4 ...     in key order
 
 So the source is read once from the disk, in order (`warm`), and the output is written once: the bytes of a
-copy.  Wide rows go straight into the buffer that is written.  A separate read costs as much processor time
-as some `READ_BYTES` within one long read, so where the rows of a leaf lie closer together than that, every
-leaf reads the whole column and picks its rows out.
+copy.  One look at all keys (`look`) finds the rows of all leaves; it leaves them in scratch, 16 bytes a row::
 
-Copies: a wide row is copied once in memory on its way in, a narrow one twice more; none on the way out.
+    keys/7       first key words of a range of rows, then their numbers, both grouped by bin (ordering/lookup.py)
+    keys/runs    int64 (leaves, 1 + 2 * ranges): the bins of each leaf
+    keys/total   the digest of all first key words
+
+The source's files are mapped side by side, so that a field is one array, and `numpy.take` copies each row from the
+page cache into the buffer that is written.  Where the system refuses to map them, rows are read: each by itself or,
+where the rows of a leaf lie closer together than some `READ_BYTES`, by a look at the whole column.
+
+Copies: a row is copied once in memory on its way in, and none on the way out.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.source import Source
-from actshuffle.arraytypes import U8, U64
-from actshuffle.engine.job import Job
+from actshuffle.arraytypes import I64, U8, U64
+from actshuffle.engine.job import Job, is_hex
 from actshuffle.errors import FormatError
-from actshuffle.ordering.digest import RowHash
+from actshuffle.jobs.records import sealed, unsealed
+from actshuffle.ordering import lookup
+from actshuffle.ordering.digest import RowHash, from_hex, to_hex
 from actshuffle.ordering.keys import Keys
-from actshuffle.ordering.partition import bucket_of
+from actshuffle.planning.tree import Plan
+from actshuffle.storage.buffers import Arena, kept, padded
 from actshuffle.storage.directio import Extent
+from actshuffle.storage.mapping import MappedFiles
+from actshuffle.storage.objects import Objects, open_objects
 
 READ_BYTES = 16 << 10  # bytes that the page cache copies in the time that one more read costs
-KEY_ROWS = 1 << 18  # keys computed at a time
+KEY_ROWS = 1 << 18  # keys hashed at a time
+LOOK_ROW = 60  # bytes of memory that a look at the keys needs for a row
+RANGES = 256  # ranges of rows that are looked at, if memory allows so few
 AT_ONCE = 1 << 15  # rows requested by separate reads at a time
 PIECE = 1 << 20  # bytes of a column read at a time
 LOOKS = 8  # samples of the page cache, for each object
 READING = "reading"  # the stage that reads the source into the page cache
+KEYS = "keys"  # the stage that looks at all keys, and its folder in scratch
 WARM_BYTES = 256 << 20  # bytes that one task reads
 
 
-def keys_total(keys: Keys, rows: int) -> U64:
-    """Digest of the first key words of all rows, to which the digests of the leaves must add up."""
-    total, row_hash = np.zeros(2, np.uint64), RowHash(keys.seed, 0, 8)
-    for start in range(0, rows, KEY_ROWS):
-        stop = min(start + KEY_ROWS, rows)
-        words = keys.hi(start, stop).view(np.uint8).reshape(-1, 8)
-        total += row_hash.total(words, np.arange(start, stop, dtype=np.uint64))
-    return total
-
-
 class Gather:
-    """Reads the rows of one leaf from the source of a job.
-
-    Attributes
-    ----------
-    straight : numbers of the fields whose rows are read one by one, into the buffer that is written.
-    """
+    """Takes the rows of one leaf from the source of a job."""
 
     def __init__(self, job: Job) -> None:
         self.job, self._source = job, Source(job.source)
-        leaves = job.plan.leaves
-        self.straight = [n for n, f in enumerate(job.fields) if f.row_bytes * leaves > READ_BYTES]
+        self._mapped = kept(map_fields, job)
+        for mapped in self._mapped:
+            if mapped is not None:
+                mapped.check()
+        self._columns: dict[int, U8] = {}  # picked in advance
 
-    def fill(self, bounds: U64, leaf: int, hi: U64, source_row: U64, fields: Sequence[U8]) -> list[int]:
-        """Fill in the leaf's keys and source rows, in source order, and the rows of all fields not in ``straight``.
+    def nbytes(self, rows: int) -> int:
+        """Bytes of an arena that `find` needs for a leaf of some rows."""
+        return sum(padded(rows * self.job.fields[number].row_bytes) for number in self._narrow())
 
-        Returns the numbers of these fields.
-        """
-        find_rows(self.job.keys, bounds, leaf, hi, source_row, self.job.plan.rows)
-        others = [n for n in range(len(fields)) if n not in self.straight]
-        for number in others:
-            read_column(self._source, self.job.fields[number], source_row, fields[number])
-        return others
+    def find(self, leaf: int, memory: Arena) -> tuple[U64, U64]:
+        """The first key words and the source rows of a leaf, in key order; `read` then has what it needs."""
+        hi, self._rows = find_rows(self.job, leaf)
+        order = np.argsort(self._rows) if self._narrow() else None
+        for number in self._narrow():
+            field = self.job.fields[number]
+            found = memory.take((len(hi), field.row_bytes))
+            read_column(self._source, field, self._rows[order], found)
+            self._columns[number] = np.empty_like(found)
+            self._columns[number][order] = found
+        return hi, self._rows
 
-    def read(self, number: int, rows: U64, out: U8) -> None:
-        """Read any rows of a field, in the order given, straight from the source."""
-        read_rows(self._source, self.job.fields[number], rows, out)
+    def read(self, number: int, start: int, stop: int, out: U8) -> None:
+        """Fill ``out`` with rows ``[start, stop)`` of the leaf, of one field."""
+        field, rows, mapped = self.job.fields[number], self._rows[start:stop], self._mapped[number]
+        if mapped is not None:
+            np.take(mapped.rows(field.row_bytes), field.mapped_at(rows), axis=0, out=out, mode="clip")
+        elif number in self._columns:
+            out[:] = self._columns[number][start:stop]
+        else:
+            read_rows(self._source, field, rows, out)
+
+    def _narrow(self) -> list[int]:
+        """Numbers of the fields of which a leaf reads the whole column."""
+        unmapped = [n for n, mapped in enumerate(self._mapped) if mapped is None]
+        return [n for n in unmapped if self.job.fields[n].row_bytes * self.job.plan.leaves <= READ_BYTES]
 
 
-def find_rows(keys: Keys, bounds: U64, leaf: int, hi: U64, source_row: U64, total: int) -> None:
-    """Put the rows of a leaf, in source order, and their first key words into ``source_row`` and ``hi``.
+def map_fields(job: Job) -> list[MappedFiles | None]:
+    """The source's files, field by field; None for a field whose files cannot be mapped."""
+    found, objects = list[MappedFiles | None](), Source(job.source).objects
+    for field in job.fields:
+        keys = [key for key, _, _ in field.spans(0, job.plan.rows)]
+        found.append(objects.mapped(keys, field.source_chunk_rows * field.row_bytes, field.slot_bytes))
+    return found
 
-    ``bounds`` are the full keys at the first rank of leaves 1, 2, ..., uint64 ``(leaves - 1, 3)``.  Computes
-    all ``total`` keys: some 8 ns each.
+
+# --- Keys -----------------------------------------------------------------------------------------------------
+
+
+def look_calls(job: Job) -> list[tuple[Job, int]]:
+    """The calls of `look` that cover all rows."""
+    return [(job, number) for number in range(-(-job.plan.rows // _range_rows(job.plan)))]
+
+
+def look(job: Job, number: int) -> tuple[int, I64, U64]:
+    """Look at the keys of one range of rows, and store them by bin.
+
+    Returns the range's number, the cuts between its bins, int64 ``(bins + 1,)``, and the digest of its keys.
     """
-    around = bounds[max(0, leaf - 1) : leaf + 1]  # the leaf's bounds; the first and the last leaf have one
-    inside = min(leaf, 1)  # the number of the bucket between them
-    low = around[0, 0] if leaf else np.uint64(0)
-    high = around[-1, 0] if leaf < len(bounds) else np.uint64(2**64 - 1)
-    at = 0
-    for start in range(0, total, KEY_ROWS):
-        words = keys.hi(start, min(start + KEY_ROWS, total))
-        near = np.flatnonzero((words >= low) & (words <= high))
-        rows = near.astype(np.uint64) + np.uint64(start)
-        words = words[near]
-        ours = bucket_of(keys, words, rows, around) == inside
-        end = at + int(np.count_nonzero(ours))
-        if end > len(hi):
-            break
-        hi[at:end], source_row[at:end] = words[ours], rows[ours]
-        at = end
-    if at != len(hi) or end > len(hi):
-        raise FormatError(
-            f"leaf {leaf} has other rows than the {len(hi):,} of the plan: the bucket boundaries are "
-            "damaged; --overwrite starts again"
-        )
+    step = _range_rows(job.plan)
+    start, stop = number * step, min((number + 1) * step, job.plan.rows)
+    words, cuts = lookup.binned(job.keys, start, stop, lookup.bin_bits(job.plan.leaves))
+    _scratch(job).put(f"{KEYS}/{number}", words.reshape(-1).view(np.uint8).data)
+    return number, cuts, keys_total(job.keys, start, stop)
+
+
+def write_runs(job: Job, looks: Iterable[tuple[int, I64, U64]]) -> None:
+    """Store what the leaves need to know of all looks, which come in any order."""
+    plan, found = job.plan, sorted(looks, key=lambda one: one[0])
+    ranks = np.minimum(np.arange(plan.leaves + 1, dtype=np.int64) * plan.leaf_rows, plan.rows)
+    if found:
+        table = lookup.runs(np.array([cuts for _, cuts, _ in found]), ranks)
+        _scratch(job).put(f"{KEYS}/runs", table.astype("<i8").tobytes())
+    total = sum((total for _, _, total in found), np.zeros(2, np.uint64))
+    _scratch(job).put(f"{KEYS}/total", sealed({"job": job.identity, "keys": to_hex(total)}))
+
+
+def find_rows(job: Job, leaf: int) -> tuple[U64, U64]:
+    """First key words and numbers of a leaf's rows in key order, uint64 ``(m,)`` each, from the looks at all keys."""
+    plan, objects = job.plan, _scratch(job)
+    step = _range_rows(plan)
+    ranges = -(-plan.rows // step)
+    first, stop = plan.bucket_ranks(plan.levels - 1, leaf)
+    line = np.empty(1 + 2 * ranges, "<i8")
+    objects.read([Extent(f"{KEYS}/runs", leaf * line.nbytes, [line.view(np.uint8).data])])
+    skip, begins, ends = first - int(line[0]), line[1 : 1 + ranges], line[1 + ranges :]
+    size = np.minimum(step, plan.rows - step * np.arange(ranges))
+    counts = ends - begins
+    if (begins < 0).any() or (counts < 0).any() or (ends > size).any() or not 0 <= skip <= counts.sum() - stop + first:
+        raise _other_rows(leaf, stop - first)
+    words, at, extents = np.empty((2, int(counts.sum())), "<u8"), 0, list[Extent]()
+    for number, (begin, count, rows) in enumerate(zip(begins.tolist(), counts.tolist(), size.tolist(), strict=True)):
+        for row in range(2):
+            view = words[row, at : at + count].view(np.uint8).data
+            extents.append(Extent(f"{KEYS}/{number}", 8 * (row * rows + begin), [view]))
+        at += count
+    objects.read(extents)
+    if (words[1] >= plan.rows).any():
+        raise _other_rows(leaf, stop - first)
+    return lookup.picked(job.keys, words, skip, stop - first)
+
+
+def recorded_total(job: Job) -> U64 | None:
+    """The digest of all keys that the looks at them found; None if there is no record of it."""
+    body = unsealed(_scratch(job).get(f"{KEYS}/total"))
+    if body is None or body.get("job") != job.identity or not is_hex(body.get("keys"), 32):
+        return None
+    return from_hex(body["keys"])
+
+
+def keys_total(keys: Keys, start: int, stop: int) -> U64:
+    """Digest of the first key words of some rows, to which the digests of the leaves must add up."""
+    total, row_hash = np.zeros(2, np.uint64), RowHash(keys.seed, 0, 8)
+    for first in range(start, stop, KEY_ROWS):
+        last = min(first + KEY_ROWS, stop)
+        words = keys.hi(first, last).view(np.uint8).reshape(-1, 8)
+        total += row_hash.total(words, np.arange(first, last, dtype=np.uint64))
+    return total
+
+
+def _range_rows(plan: Plan) -> int:
+    """Rows that are looked at by one task: those of a leaf, or of several if leaves are many and memory allows."""
+    fit = max(1, plan.model.spill_row_bytes // LOOK_ROW)
+    return max(plan.leaf_rows * min(-(-plan.leaves // RANGES), fit), 1)
+
+
+def _scratch(job: Job) -> Objects:
+    """The scratch; every run makes the keys in it again, so that they need not be durable."""
+    return open_objects(job.scratch, fsync=False)
+
+
+def _other_rows(leaf: int, rows: int) -> FormatError:
+    return FormatError(
+        f"leaf {leaf} has other rows than the {rows:,} of the plan: the keys in scratch are damaged; "
+        "run again to look at them anew"
+    )
+
+
+# --- Rows -----------------------------------------------------------------------------------------------------
 
 
 def read_column(source: Source, field: Field, rows: U64, out: U8) -> None:

@@ -157,18 +157,18 @@ class Job:
             return (
                 is_list(rows, children, lambda x: type(x) is int and x >= 0)
                 and sum(rows) == block.stop - block.start  # type: ignore[arg-type]
-                and is_list(sums, 1 + len(self.fields), lambda x: _is_hex(x, 32 * children))
+                and is_list(sums, 1 + len(self.fields), lambda x: is_hex(x, 32 * children))
             )
         start, stop = plan.bucket_ranks(plan.levels - 1, task.number)
-        if self.kind.gathers and not _is_hex(body.get("keys"), 32):
+        if self.kind.gathers and not is_hex(body.get("keys"), 32):
             return False
         digests = body.get("digests")
         if not isinstance(digests, dict) or digests.keys() != {f.name for f in self.fields}:
             return False
         return all(
-            is_list(digests[f.name], -(-(stop - start) // f.object_rows), lambda x: _is_hex(x, 32)) for f in self.fields
+            is_list(digests[f.name], -(-(stop - start) // f.object_rows), lambda x: is_hex(x, 32)) for f in self.fields
         )
 
 
-def _is_hex(found: Any, length: int) -> bool:
+def is_hex(found: Any, length: int) -> bool:
     return isinstance(found, str) and re.fullmatch(f"[0-9a-f]{{{length}}}", found) is not None

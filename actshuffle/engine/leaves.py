@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.output import Output
-from actshuffle.arraytypes import I64, U8, U64
-from actshuffle.engine import manifest
+from actshuffle.arraytypes import U8, U64
 from actshuffle.engine.columns import Columns
 from actshuffle.engine.conservation import check_conserved
 from actshuffle.engine.gather import Gather
@@ -17,42 +18,58 @@ from actshuffle.jobs.receipts import Payload
 from actshuffle.ordering.digest import RowHash, add_up, to_hex
 from actshuffle.ordering.partition import key_order
 from actshuffle.planning.tree import Task
-from actshuffle.storage.buffers import arena, behind, padded
+from actshuffle.storage.buffers import Arena, arena, behind, padded
 
 
 def leaf(job: Job, task: Task) -> tuple[Payload, int]:
     """Do one leaf; returns the content of its receipt and the bytes it moved.
 
-    The digests of the rows written must equal those of the rows that went into the leaf.  A gather reads
-    wide fields straight into the buffer that is written, so for these there is nothing to compare:
-    `run.publish` checks by the digests of the keys that every row is there once.
+    The digests of the rows written must equal those of the rows that went into the leaf.
     """
+    if job.kind.gathers:
+        return _gathered(job, task)
     plan = job.plan
     first, stop = plan.bucket_ranks(plan.levels - 1, task.number)
     rows = stop - first
-    out_bytes = max(f.object_rows * f.row_bytes for f in job.outputs)
-    memory = arena().reset(Columns.nbytes(job, rows) + 2 * padded(out_bytes))
+    memory = arena().reset(Columns.nbytes(job, rows) + 2 * padded(_out_bytes(job)))
     columns = Columns.allocate(job, memory, rows)
-    gather = Gather(job) if job.kind.gathers else None
-    expected = _read(job, task.number, first, columns, gather)
+    expected = _read(job, task.number, first, columns)
     order = key_order(job.keys, columns.hi, columns.source_row) if job.kind.sorts else np.arange(rows)
-    buffers = [memory.take((out_bytes,)), memory.take((out_bytes,))]
-    found, digests = _write(job, task.number, first, columns, order, gather, buffers)
-    for number in gather.straight if gather else ():
-        expected[1 + number] = found[1 + number]
+
+    def read(number: int, start: int, stop: int, out: U8) -> None:
+        np.take(columns.fields[number], order[start:stop], axis=0, out=out, mode="clip")
+
+    found, digests = _write(job, task.number, first, columns.source_row[order], read, memory)
+    found[0] = _keys_digest(job, columns.hi, columns.source_row)
     check_conserved(job, plan.levels, task.number, expected, found, [])
-    keys = {"keys": to_hex(found[0])} if gather else {}
-    return {"rows": rows, "digests": digests, **keys}, rows * plan.row_bytes
+    return {"rows": rows, "digests": digests}, rows * plan.row_bytes
 
 
-def _read(job: Job, leaf: int, first: int, columns: Columns, gather: Gather | None) -> U64:
+def _gathered(job: Job, task: Task) -> tuple[Payload, int]:
+    """Do one leaf of a gather.
+
+    Rows go straight from the source into the buffer that is written, so there is nothing to compare: `run.publish`
+    checks by the digests of the keys that every row is there once.
+    """
+    first, stop = job.plan.bucket_ranks(job.plan.levels - 1, task.number)
+    rows, gather = stop - first, Gather(job)
+    memory = arena().reset(gather.nbytes(rows) + 2 * padded(_out_bytes(job)))
+    hi, source_row = gather.find(task.number, memory)
+    _, digests = _write(job, task.number, first, source_row, gather.read, memory)
+    keys = to_hex(_keys_digest(job, hi, source_row))
+    return {"rows": rows, "digests": digests, "keys": keys}, rows * job.plan.row_bytes
+
+
+def _out_bytes(job: Job) -> int:
+    return max(f.object_rows * f.row_bytes for f in job.outputs)
+
+
+def _keys_digest(job: Job, hi: U64, source_row: U64) -> U64:
+    return RowHash(job.keys.seed, 0, 8).total(hi.view(np.uint8).reshape(-1, 8), source_row)
+
+
+def _read(job: Job, leaf: int, first: int, columns: Columns) -> U64:
     """Fill the columns; return the expected digests of the hi words and of each field, uint64 (1 + fields, 2)."""
-    if gather is not None:
-        fields = gather.fill(manifest.boundaries(job), leaf, columns.hi, columns.source_row, columns.fields)
-        hashed = [0, *(1 + number for number in fields)]
-        expected = np.zeros((1 + len(job.fields), 2), np.uint64)
-        expected[hashed] = [add_up(h) for h in columns.hashes(job, hashed)]
-        return expected
     if job.plan.levels == 1:
         for _ in columns.read_source(job, first):
             pass
@@ -63,19 +80,19 @@ def _read(job: Job, leaf: int, first: int, columns: Columns, gather: Gather | No
 
 
 def _write(
-    job: Job, leaf: int, first: int, columns: Columns, order: I64, gather: Gather | None, buffers: list[U8]
+    job: Job, leaf: int, first: int, source_row: U64, read: Callable[[int, int, int, U8], None], memory: Arena
 ) -> tuple[U64, dict[str, list[str]]]:
     """Write the leaf's objects, each from one of two buffers while the other is filled.
 
-    Returns the digests of the hi words and of each field, uint64 ``(1 + fields, 2)``, and those of each
-    object of each field, in hexadecimal.
+    ``source_row`` are the rows of the leaf in key order; ``read(number, start, stop, out)`` fills ``out`` with some of
+    them, of one field.  Returns the digests of each field, uint64 ``(1 + fields, 2)`` with the first line free for that
+    of the keys, and those of each object of each field, in hexadecimal.
     """
-    rows, source_row = len(order), columns.source_row[order]
+    rows, out_bytes = len(source_row), _out_bytes(job)
+    buffers = [memory.take((out_bytes,)), memory.take((out_bytes,))]
     found = np.zeros((1 + len(job.fields), 2), np.uint64)
-    found[0] = RowHash(job.keys.seed, 0, 8).total(columns.parts()[0], columns.source_row)
     output = Output(job.destination, fsync=job.fsync)
     digests: dict[str, list[str]] = {field.name: [] for field in job.fields}
-    parts = [*columns.fields, columns.parts()[1]]  # source rows are the last field's rows
     with behind() as writing:
         for number, field in enumerate(job.outputs):
             width = field.row_bytes
@@ -85,10 +102,10 @@ def _write(
                 b = min(a + field.object_rows, rows)
                 whole = buffers[writing.turn][: field.object_rows * width].reshape(-1, width)
                 used = whole[: b - a]
-                if gather is not None and number in gather.straight:
-                    gather.read(number, source_row[a:b], used)
+                if field is job.source_row:
+                    used[:] = source_row[a:b].view(np.uint8).reshape(-1, 8)
                 else:
-                    np.take(parts[number], order[a:b], axis=0, out=used, mode="clip")
+                    read(number, a, b, used)
                 writing.submit(output.write, field, at, whole, b - a)
                 if field is not job.source_row:  # the digest is computed while they are written
                     digest = row_hash.total(used, source_row[a:b])

@@ -30,7 +30,7 @@ from actshuffle.arrays.names import DIGESTS, OUR_GROUP, RECEIPTS, RUN_KEY
 from actshuffle.arrays.small import group_metadata, put_array
 from actshuffle.arraytypes import U64
 from actshuffle.engine import manifest, tasks
-from actshuffle.engine.gather import keys_total
+from actshuffle.engine.gather import keys_total, recorded_total
 from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
@@ -45,6 +45,7 @@ from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.planning.planner import Levels
 from actshuffle.planning.tree import Plan
 from actshuffle.progress import Progress, Silent
+from actshuffle.storage.buffers import kept
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
 from actshuffle.units import counted, format_bytes, format_seconds, switches
@@ -204,7 +205,10 @@ class Shuffle(Course[Job]):
 
 def execute(job: Job, executor: Executor, progress: Progress) -> Result:
     """Run or resume a prepared job to its completion marker."""
-    done = run(Shuffle(job), executor, progress)
+    try:
+        done = run(Shuffle(job), executor, progress)
+    finally:
+        kept.cache_clear()  # this process need not hold the source's files any longer
     place = str(job.destination)
     return Result(
         job.plan, job.keys.seed, place, done.seconds, done.tasks, done.resumed, executor.workers, done.already_finished
@@ -247,7 +251,7 @@ def _claim(job: Job) -> None:
 
 def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
     plan = job.plan
-    if not job.kind.ranked or manifest.read_bounds(job) is not None:
+    if not job.kind.ranked or job.kind.gathers or manifest.read_bounds(job) is not None:
         return
     first, stop = job.key_rows or (0, plan.rows)
     step = bounds.range_rows(stop - first)
@@ -282,10 +286,8 @@ def publish(job: Job) -> None:
             digests[name] += [from_hex(text) for text in texts]
         if job.kind.gathers:
             keys += from_hex(receipt["keys"])
-    if job.kind.gathers and not np.array_equal(keys, keys_total(job.keys, plan.rows)):
-        raise ConservationError(
-            "the leaves do not hold every row exactly once; nothing was published: --overwrite starts again"
-        )
+    if job.kind.gathers:
+        _check_keys(job, keys)
     sums: dict[str, str] = {}
     files: dict[str, bytes] = {}
     for name, found in digests.items():
@@ -306,6 +308,15 @@ def publish(job: Job) -> None:
         objects.put(key, data)
     objects.settle([""])
     manifest.write_marker(job, sums, files | metadata)
+
+
+def _check_keys(job: Job, found: U64) -> None:
+    """Check by the digests of its keys that a gather wrote every row once."""
+    total = recorded_total(job)
+    if not np.array_equal(found, keys_total(job.keys, 0, job.plan.rows) if total is None else total):
+        raise ConservationError(
+            "the leaves do not hold every row exactly once; nothing was published: --overwrite starts again"
+        )
 
 
 def _clear(job: Job, progress: Progress) -> None:

@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle.engine import manifest
+from actshuffle.engine import gather, manifest
 from actshuffle.engine.columns import Columns
 from actshuffle.engine.conservation import blame, check_conserved, unpack
-from actshuffle.engine.gather import READING, warm, warm_calls
 from actshuffle.engine.job import Job
 from actshuffle.engine.leaves import leaf, leaf_objects
 from actshuffle.engine.spill import Spill
@@ -104,9 +103,11 @@ def _before_split(job: Job, level: int, executor: Executor, progress: Progress) 
 
 
 def _before_leaves(job: Job, executor: Executor, progress: Progress) -> None:
-    """Read the whole source into the page cache, from which the leaves of a gather pick their rows."""
+    """For a gather: look at all keys, and read the whole source into the page cache, from which leaves take rows."""
     if job.kind.gathers:
-        for _ in sweep(READING, warm, warm_calls(job), executor, progress, int, job.plan.rows * job.plan.row_bytes):
+        gather.write_runs(job, sweep(gather.KEYS, gather.look, gather.look_calls(job), executor, progress))
+        calls, nbytes = gather.warm_calls(job), job.plan.rows * job.plan.row_bytes
+        for _ in sweep(gather.READING, gather.warm, calls, executor, progress, int, nbytes):
             pass
 
 

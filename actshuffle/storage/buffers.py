@@ -3,8 +3,8 @@
 A page fault costs up to 11 us per 4 KiB on a virtual machine, several times the cost of copying those bytes,
 so a fresh `numpy.empty` per task would make memory the slowest device of all.
 
-Also here: `Behind`, a thread that writes one buffer while the next is filled, and `lean_heap`, which returns
-zarr's freed buffers to the system.
+Also here: `kept`, which keeps what a process made for one task for the next ones; `Behind`, a thread that writes one
+buffer while the next is filled; and `lean_heap`, which returns zarr's freed buffers to the system.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from actshuffle.limits import PAGE
 
+T = TypeVar("T")
+K = TypeVar("K")
 HUGE = 2 << 20  # bytes of a huge page
 
 
@@ -156,7 +158,14 @@ def arena() -> Arena:
     return held
 
 
+@lru_cache(maxsize=1)
+def kept(make: Callable[[K], T], key: K) -> T:
+    """``make(key)``, kept in this process until another is asked for, or `release` is called."""
+    return make(key)
+
+
 def release() -> None:
-    """Give this thread's arena back to the system."""
+    """Give this thread's arena, and what this process has kept, back to the system."""
+    kept.cache_clear()
     if hasattr(_local, "arena"):
         del _local.arena

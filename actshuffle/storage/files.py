@@ -25,6 +25,7 @@ import numpy as np
 from actshuffle.errors import ActshuffleError, SourceError, StorageError, StorageFullError
 from actshuffle.limits import PAGE
 from actshuffle.storage.directio import DIRECT_BYTES, Extent, OpenFile, has_cached, read_full, read_rows, set_direct
+from actshuffle.storage.mapping import MappedFiles, reserve
 from actshuffle.units import format_bytes
 
 _PARTIAL = ".actshuffle-partial"
@@ -152,6 +153,16 @@ class LocalObjects:
                 if len(self._kept) < min(KEPT, _most_files() // 2):
                     self._kept[key] = file
             read_rows(file.fd, width, offsets, out, goals)
+
+    def mapped(self, keys: Sequence[str], nbytes: int, slot: int) -> MappedFiles | None:
+        """The first ``nbytes`` of each file, ``slot`` apart in one array; None where the system refuses."""
+        found = reserve(len(keys), slot)
+        for number, key in enumerate(keys if found else ()):
+            with typed(self.root, key):
+                file = OpenFile(self._open(key))
+                if found and not found.add(number * slot, file.fd, nbytes, self.root / key):
+                    return None
+        return found
 
     def _ahead(self, key: str) -> OpenFile | None:
         try:

@@ -109,6 +109,9 @@ class StoreObjects:
         with self._typed(extents[0].key if extents else ""):
             wait(all_of_them())
 
+    def mapped(self, keys: Sequence[str], nbytes: int, slot: int) -> None:
+        """None: no object is a file of this machine."""
+
     def is_cached(self, key: str, offset: int) -> bool:
         """False: every read is a request."""
         return False

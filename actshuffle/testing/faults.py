@@ -59,6 +59,7 @@ NUMBERED = {
     "size": "size",
     "read": "read",
     "read_rows": "read",
+    "mapped": "read",
     "list": "list",
     "sizes": "list",
     "names": "names",
@@ -218,7 +219,7 @@ class _Faulty:
     def _do(self, method: str, call: Callable[..., Any], first: Any, *args: Any) -> Any:
         """Number a call, and make it, fail, or both.  ``first`` is its key, prefix, prefixes or extents."""
         faults, url = self._faults, self._url
-        key = first if isinstance(first, str) else ",".join(first) if method == "settle" else _key_of(first)
+        key = first if isinstance(first, str) else ",".join(first) if method in ("settle", "mapped") else _key_of(first)
         kind = faults.next(NUMBERED[method], url, key)
         if kind in ("error", "full"):
             raise _refused("error", url, key)

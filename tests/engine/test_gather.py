@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from actshuffle.errors import (
     ResumeMismatchError,
     StorageError,
 )
-from actshuffle.executors import Serial, local_cluster
+from actshuffle.executors import Executor, Serial, local_cluster
+from actshuffle.ordering import lookup
 from actshuffle.ordering.keys import Keys
-from actshuffle.ordering.partition import boundaries_at
+from actshuffle.storage import mapping
+from actshuffle.storage.buffers import kept
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place
 from actshuffle.testing import Faults, Killed, drawn
@@ -52,8 +55,16 @@ def src(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(params=["mapped", "read"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The way to the rows of the source; where the system maps no files, rows are read."""
+    if request.param == "read":
+        monkeypatch.setattr(mapping, "_most_mappings", lambda: 0)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("block_rows", [64, 500, 5000])
-def test_the_output_is_that_of_any_other_run(src: Path, tmp_path: Path, block_rows: int) -> None:
+def test_the_output_is_that_of_any_other_run(src: Path, tmp_path: Path, block_rows: int, way: str) -> None:
     kinds, jobs = list[str](), list[Job]()
 
     def look(fn: Any, call: Any) -> None:
@@ -74,8 +85,12 @@ def test_the_output_is_that_of_any_other_run(src: Path, tmp_path: Path, block_ro
     assert (made.levels, made.scratch_bytes, made.level_bytes(1)[0]) == (1, 0, ROWS * 2444)
     assert kinds.count("leaf") == made.leaves == -(-ROWS // made.leaf_rows)
     assert "split" not in kinds
-    straight = gather.Gather(jobs[0]).straight
-    assert [jobs[0].fields[n].name for n in straight] == ["wide"] * (block_rows < 5000)
+    assert kinds.count("look") <= made.leaves, "all leaves share the looks at the keys"
+    assert [found is not None for found in gather.map_fields(jobs[0])] == [way == "mapped"] * 3
+    picker = gather.Gather(jobs[0])
+    whole = {jobs[0].fields[n].name for n in picker._narrow()}
+    assert whole == ({"middle", "narrow", *["wide"] * (block_rows == 5000)} if way == "read" else set())
+    kept.cache_clear()
     assert not Path(jobs[0].scratch.url).exists()
 
 
@@ -204,37 +219,59 @@ def cached(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("bits", [(64, 64), (7, 64), (3, 2), (0, 0)])
-def test_rows_of_leaves_are_the_order_cut_into_pieces(bits: tuple[int, int]) -> None:
+@pytest.mark.parametrize("step", [1000, 333, 77])
+def test_rows_of_leaves_are_the_order_cut_into_pieces(bits: tuple[int, int], step: int) -> None:
     """The same holds where keys are equal across a cut."""
     keys, n, size = Keys(4, *bits), 1000, 130
     every = np.arange(n, dtype=np.uint64)
     order = np.lexsort((every, keys.lo_at(every), keys.hi(0, n)))
-    bounds = boundaries_at(keys, order[size::size].astype(np.uint64))
-    for leaf in range(-(-n // size)):
-        wanted = np.sort(order[leaf * size : (leaf + 1) * size])
-        hi, rows = np.empty((2, len(wanted)), np.uint64)
-        gather.find_rows(keys, bounds, leaf, hi, rows, n)
-        np.testing.assert_array_equal(rows, wanted)
-        np.testing.assert_array_equal(hi, keys.hi(0, n)[wanted])
-    for wrong in (len(wanted) - 1, len(wanted) + 1):
-        hi, rows = np.empty((2, wrong), np.uint64)
-        with pytest.raises(FormatError, match="other rows than the"):
-            gather.find_rows(keys, bounds, leaf, hi, rows, n)
+    ranks = np.minimum(np.arange(0, n + size, size), n)
+    looks = [lookup.binned(keys, a, min(a + step, n), lookup.bin_bits(len(ranks) - 1)) for a in range(0, n, step)]
+    table = lookup.runs(np.array([cuts for _, cuts in looks]), ranks)
+    read = 0
+    for leaf, (first, stop) in enumerate(pairwise(ranks.tolist())):
+        begins, ends = table[leaf, 1:].reshape(2, -1)
+        words = np.concatenate([w[:, a:b] for (w, _), a, b in zip(looks, begins, ends, strict=True)], axis=1)
+        read += words.shape[1]
+        hi, rows = lookup.picked(keys, words, first - table[leaf, 0], stop - first)
+        np.testing.assert_array_equal(rows, order[first:stop])
+        np.testing.assert_array_equal(hi, keys.hi(0, n)[rows])
+    if bits[0] == 64:
+        assert read < 1.1 * n, "a leaf reads few rows but its own"
 
 
-def test_control_rows_that_are_read_wrong_end_the_run(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A column changes between its read and its write."""
-    hashes = tasks.Columns.hashes
+@pytest.mark.parametrize("harm", ["runs", "rows", "gone"])
+def test_damaged_keys_are_noticed_and_made_again(src: Path, tmp_path: Path, harm: str) -> None:
+    jobs, settings = list[Job](), {**SHAPE, "block_bytes": 500 * 2444}
 
-    def late(self: Any, *args: Any) -> Any:
-        yield from list(hashes(self, *args))
-        self.fields[1][0] ^= 1
+    def hurt(fn: Any, call: Any) -> None:
+        if fn is tasks.run_task and call[1].number == 2:
+            path = Path(jobs[0].scratch.url) / "keys" / ("runs" if harm == "runs" else "1")
+            if harm == "gone":
+                path.unlink()
+            else:
+                path.write_bytes(b"\xff" * path.stat().st_size)
 
-    monkeypatch.setattr(tasks.Columns, "hashes", late)
-    with pytest.raises(ConservationError, match=r"rows of (narrow|middle)"):
-        shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", **SHAPE)
+    with pytest.raises((FormatError, StorageError), match="keys"):
+        shuffle(src, tmp_path / "d.zarr", gather=True, executor=Watched(hurt), planned=jobs.append, **settings)
+    shuffle(src, tmp_path / "d.zarr", gather=True, **settings)
+    assert_is_oracle(src, tmp_path / "d.zarr", 3)
+
+
+def test_control_keys_that_changed_in_scratch_end_the_run(src: Path, tmp_path: Path) -> None:
+    """A wrong number of a row that exists is seen at the end, by the digest of all keys."""
+    jobs = list[Job]()
+
+    def hurt(fn: Any, call: Any) -> None:
+        if fn is tasks.run_task and call[1].number == 0:
+            path = Path(jobs[0].scratch.url) / "keys/1"
+            words = np.fromfile(path, "<u8")
+            words[len(words) // 2 :] = words[len(words) // 2]
+            words.tofile(path)
+
+    settings = {**SHAPE, "block_bytes": 500 * 2444}
+    with pytest.raises(ConservationError, match="every row exactly once"):
+        shuffle(src, tmp_path / "d.zarr", gather=True, executor=Watched(hurt), planned=jobs.append, **settings)
 
 
 def test_control_rows_that_are_taken_twice_end_the_run(
@@ -243,8 +280,8 @@ def test_control_rows_that_are_taken_twice_end_the_run(
     """As many other rows are never taken."""
     find = gather.find_rows
 
-    def again(keys: Keys, bounds: Any, leaf: int, *rest: Any) -> None:
-        find(keys, bounds, 0 if leaf == 1 else leaf, *rest)
+    def again(job: Job, leaf: int) -> Any:
+        return find(job, 0 if leaf == 1 else leaf)
 
     monkeypatch.setattr(gather, "find_rows", again)
     with pytest.raises(ConservationError, match="every row exactly once"):
@@ -252,12 +289,18 @@ def test_control_rows_that_are_taken_twice_end_the_run(
     assert not (tmp_path / "d.zarr/zarr.json").exists()
 
 
-def test_control_wide_rows_that_are_read_wrong_are_seen_by_verify(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_control_rows_that_are_read_wrong_are_seen_by_verify(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """While they move, there is nothing to compare them with."""
-    read = gather.read_rows
-    monkeypatch.setattr(gather, "read_rows", lambda source, field, rows, out: read(source, field, rows[::-1], out))
+    read = gather.Gather.read
+
+    def wrong(self: Any, number: int, start: int, stop: int, out: Any) -> None:
+        read(self, number, start, stop, out)
+        if start == 0:
+            out[0] ^= 1
+
+    monkeypatch.setattr(gather.Gather, "read", wrong)
     shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", **SHAPE)
     assert not verify(src, tmp_path / "d.zarr").ok
 
@@ -314,13 +357,68 @@ def test_a_half_done_run_goes_on_as_it_began(src: Path, tmp_path: Path, first: b
     assert_is_oracle(src, dst, 3)
 
 
-def test_a_file_that_ends_early_is_told(src: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("leaf", [0, 1])
+def test_a_file_that_ends_early_is_told(src: Path, tmp_path: Path, way: str, leaf: int) -> None:
+    """Before the first leaf, or between two."""
+
     def cut(fn: Any, call: Any) -> None:
-        if fn is tasks.run_task:
+        if fn is tasks.run_task and call[1].number == leaf:
             os.truncate(src / "wide/c/4/0", 1000)
 
     with pytest.raises(StorageError, match="wide/c/4/0"):
-        shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes="1MB", executor=Watched(cut), **SHAPE)
+        shuffle(src, tmp_path / "d.zarr", gather=True, block_bytes=1000 * 2444, executor=Watched(cut), **SHAPE)
+
+
+def test_a_file_that_ends_early_under_a_worker_is_told(src: Path, tmp_path: Path) -> None:
+    """The system ends the worker at once; the next one that takes its task looks at the sizes first."""
+    with local_cluster(1) as crew, pytest.raises(StorageError, match="wide/c/4/0"):
+        shuffle(src, tmp_path / "d.zarr", gather=True, memory="64MB", executor=_Cutting(crew, src), **SHAPE)
+
+
+class _Cutting(Executor):
+    """Cuts a file of the source off when a worker has looked at its size, and is about to take rows from it."""
+
+    one_machine = True
+
+    def __init__(self, inner: Executor, src: Path) -> None:
+        self.inner, self.src = inner, src
+
+    def task_memory(self) -> int:
+        return self.inner.task_memory()
+
+    def map(self, fn: Any, calls: Any) -> Any:
+        if fn is not tasks.run_task:
+            yield from self.inner.map(fn, calls)
+            return
+        yield from self.inner.map(_cut_and_run, ((self.src, *call) for call in calls))
+
+
+def _cut_and_run(src: Path, job: Job, task: Any) -> Any:
+    find = gather.Gather.find
+
+    def cut(self: Any, *args: Any) -> Any:
+        os.truncate(src / "wide/c/4/0", 0)
+        return find(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather.Gather, "find", cut)
+        return tasks.run_task(job, task)
+
+
+def test_control_a_mapping_is_given_back_when_the_run_ends(src: Path, tmp_path: Path) -> None:
+    def mapped() -> bool:
+        return str(src) in Path("/proc/self/maps").read_text()
+
+    seen = list[bool]()
+
+    def look(fn: Any, call: Any) -> None:
+        if fn is tasks.run_task:
+            seen.append(mapped())
+
+    shuffle(src, tmp_path / "d.zarr", gather=True, executor=Watched(look), block_bytes=500 * 2444, **SHAPE)
+    assert seen[1:] == [True] * (len(seen) - 1)
+    assert len(seen) > 2
+    assert not mapped()
 
 
 def test_rows_from_an_object_store_are_a_request_each() -> None:
