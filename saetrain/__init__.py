@@ -1,8 +1,9 @@
 """Sparse autoencoders with sharded parameters, trained from a shuffled activation store.
 
 >>> import saetrain
->>> sae = saetrain.load("store.sae")              # doctest: +SKIP
->>> sae.encode(rows), sae(rows)                   # doctest: +SKIP
+>>> run = saetrain.fit("shuffled.zarr", k=32)     # doctest: +SKIP
+>>> run.sae.encode(rows), run.metrics             # doctest: +SKIP
+>>> sae = saetrain.load("shuffled.sae")           # doctest: +SKIP
 """
 
 from saetrain.config import Config
@@ -10,7 +11,7 @@ from saetrain.opening import load
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.corpus import Corpus, Cutting
 from saetrain.probing.fidelity import evaluate
+from saetrain.runs import Run, fit, resume
 from saetrain.sae import SAE
-from saetrain.training.train import fit
 
-__all__ = ["SAE", "Config", "Corpus", "Cutting", "LanguageModel", "evaluate", "fit", "load"]
+__all__ = ["SAE", "Config", "Corpus", "Cutting", "LanguageModel", "Run", "evaluate", "fit", "load", "resume"]

@@ -104,6 +104,11 @@ class Store:
             )
         return found[0]
 
+    @property
+    def location(self) -> str:
+        """The path as it is from any folder; a URL is one already."""
+        return self.name if "://" in self.name else str(Path(self.name).resolve())
+
     def check_unchanged(self) -> None:
         """Raise a `DataError` if the store was written to since it was opened."""
         try:

@@ -28,12 +28,11 @@ from torch import Tensor
 from saetrain.config import Config
 from saetrain.errors import ExchangeError
 from saetrain.foreign import read_foreign
-from saetrain.sae import Folded
+from saetrain.sae import Folded, saelens_settings
 from saetrain.tensors import Spec, write
 from saetrain.training import checkpoint
 from saetrain.variants.table import VARIANTS
 
-SAELENS_VERSION = "6.0.0"  # the layout of cfg.json that is written
 STRIPE_BYTES = 256 << 20
 
 
@@ -101,23 +100,7 @@ def _export_saelens(folded: Folded, to: Path) -> dict[str, Any]:
     specs["W_enc"] = Spec(dtype, (d, n))
     blocks = _tensors(folded, {name: name for name in names}, dtype)
     write(to / "sae_weights.safetensors", specs, blocks, {"format": "pt"})
-    return {
-        "architecture": variant.saelens,
-        "d_in": d,
-        "d_sae": n,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": variant.pre_bias,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {
-            "sae_lens_version": SAELENS_VERSION,
-            "sae_lens_training_version": None,
-            "trained_with": "saetrain",
-            "variant": config.arch,
-        },
-        **variant.saelens_settings(config.k),
-    }
+    return saelens_settings(variant, d, n, dtype, config.arch, config.k)
 
 
 def _tensors(folded: Folded, names: dict[str, str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -146,7 +129,7 @@ def bring(folder: Path, run: Path) -> None:
     config = Config(arch=found.activation, d_sae=n, k=max(found.k, 1), widths=(n,))
     config = replace(config, batch_size=1, steps=1)
     variant = VARIANTS[config.arch]
-    b_enc = found.b_enc
+    b_enc: Tensor = found.b_enc
     if found.subtract_b_dec != variant.pre_bias:  # the bias takes over from the subtraction, or gives it back
         b_enc = b_enc + (found.W_enc @ found.b_dec) * (1 if variant.pre_bias else -1)
     held = {

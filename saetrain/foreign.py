@@ -154,8 +154,9 @@ def _saelens(folder: Path, cfg: dict[str, Any], file: TensorFile) -> SAE:
     )
     if rescale:
         norm = found.W_dec.norm(dim=1).clamp_min(torch.finfo(found.W_dec.dtype).tiny)
-        found.W_enc, found.b_enc = found.W_enc * norm[:, None], found.b_enc * norm
-        found.W_dec = found.W_dec / norm[:, None]
+        found.W_enc.mul_(norm[:, None])
+        found.b_enc.mul_(norm)
+        found.W_dec.div_(norm[:, None])
     return found
 
 

@@ -11,50 +11,116 @@ and where training leaves decoder norms free, they go into the encoder, so that 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from saetrain.config import Config
+from saetrain.errors import ExchangeError
 from saetrain.model import Model
-from saetrain.training.checkpoint import Checkpoint
+from saetrain.tensors import Spec, write
+from saetrain.training.checkpoint import Checkpoint, write_json
 from saetrain.variants.table import VARIANTS
 
 BLOCK = 1024  # latents read at a time
+SAELENS_VERSION = "6.0.0"  # the layout of cfg.json that is written
+
+Rows = TypeVar("Rows", Tensor, np.ndarray[Any, Any])
 
 
-@dataclass
-class SAE:
-    """`activation` is relu, topk (with `k`) or jumprelu (with `threshold`, one number per latent)."""
+class SAE(nn.Module):
+    """A finished autoencoder: rows [..., d_in] in the units of the store, activations [..., d_sae].
 
-    activation: str
-    W_enc: Tensor  # [latents, d]
-    b_enc: Tensor
-    W_dec: Tensor  # [latents, d]
-    b_dec: Tensor
-    subtract_b_dec: bool  # from the input, before the encoder
-    k: int = 0
-    threshold: Tensor | None = None
+    `activation` is relu, topk (with `k`) or jumprelu (with `threshold` [d_sae]).  Rows may be tensors or numpy
+    arrays; the answer is of the same kind.  The tensors are parameters that need no gradient: `requires_grad_()` makes
+    them trainable.  `config` holds the settings of the run, or None for another tool's autoencoder.
+    """
 
-    def encode(self, raw: Tensor) -> Tensor:
-        """Activations [rows, latents] of raw rows [rows, d]."""
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    threshold: Tensor | None
+
+    def __init__(
+        self,
+        activation: str,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        subtract_b_dec: bool,
+        k: int = 0,
+        threshold: Tensor | None = None,
+        config: Config | None = None,
+    ) -> None:
+        """W_enc and W_dec are [d_sae, d_in]; with `subtract_b_dec`, b_dec is taken from the encoder's input."""
+        super().__init__()
+        self.activation, self.subtract_b_dec, self.k, self.config = activation, subtract_b_dec, k, config
+        for name, tensor in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.register_buffer("threshold", threshold)
+
+    @property
+    def d_in(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_dec.shape[0]
+
+    def encode(self, raw: Rows) -> Rows:
+        """Activations [..., d_sae] of raw rows [..., d_in]."""
+        if isinstance(raw, np.ndarray):
+            return self.encode(self._tensor(raw)).numpy(force=True)
+        self._check(raw, self.d_in, "rows")
         x = raw.to(self.W_enc.dtype) - (self.b_dec if self.subtract_b_dec else 0)
-        pre = x @ self.W_enc.T + self.b_enc
-        return VARIANTS[self.activation].activate(pre, self.k, self.threshold)
+        pre = (x @ self.W_enc.T + self.b_enc).view(-1, self.d_sae)
+        acts = VARIANTS[self.activation].activate(pre, self.k, self.threshold)
+        return acts.view(*raw.shape[:-1], self.d_sae)
 
-    def decode(self, acts: Tensor) -> Tensor:
-        """Raw rows [rows, d] rebuilt from activations [rows, latents]."""
-        return acts @ self.W_dec + self.b_dec
+    def decode(self, acts: Rows) -> Rows:
+        """Raw rows [..., d_in] rebuilt from activations [..., d_sae]."""
+        if isinstance(acts, np.ndarray):
+            return self.decode(self._tensor(acts)).numpy(force=True)
+        self._check(acts, self.d_sae, "activations")
+        return acts.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
-    def __call__(self, raw: Tensor) -> Tensor:
+    def forward(self, raw: Rows) -> Rows:
+        """Rows [..., d_in] as the autoencoder rebuilds them."""
         return self.decode(self.encode(raw))
 
-    def to(self, target: torch.device | torch.dtype) -> SAE:
-        """The same on another device, or in another precision."""
-        moved: dict[str, Any] = {name: value.to(target) for name, value in vars(self).items() if torch.is_tensor(value)}
-        return replace(self, **moved)
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write cfg.json and sae_weights.safetensors into a new or empty folder: `load` and SAELens read them."""
+        to, variant = Path(folder), VARIANTS[self.activation]
+        if to.exists() and any(to.iterdir()):
+            raise ExchangeError(f"{to} exists and is not empty")
+        held = {name: tensor.detach().cpu() for name, tensor in self.named_parameters()}
+        held["W_enc"] = held["W_enc"].T
+        if variant.has_thresholds and self.threshold is not None:
+            held["threshold"] = self.threshold.detach().cpu()
+        specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()}
+        to.mkdir(parents=True, exist_ok=True)
+        write(to / "sae_weights.safetensors", specs, held.items(), {"format": "pt"})
+        made = self.config.arch if self.config else self.activation
+        cfg = saelens_settings(variant, self.d_in, self.d_sae, self.W_dec.dtype, made, self.k)
+        write_json(to / "cfg.json", {**cfg, "apply_b_dec_to_input": self.subtract_b_dec})
+
+    def extra_repr(self) -> str:
+        return f"{self.activation}, d_in={self.d_in}, d_sae={self.d_sae}" + (f", k={self.k}" if self.k else "")
+
+    def _tensor(self, rows: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(self.W_dec.device)
+
+    def _check(self, given: Tensor, width: int, what: str) -> None:
+        if not given.dim() or given.shape[-1] != width:
+            raise ValueError(f"{what} of shape {tuple(given.shape)}: the last axis of this autoencoder's is {width}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +161,7 @@ class Folded:
             self.variant.pre_bias,
             self.checkpoint.config.k,
             joined.get("threshold"),
+            self.checkpoint.config,
         )
 
 
@@ -103,3 +170,26 @@ def _with_unit_rows(part: dict[str, Tensor]) -> dict[str, Tensor]:
     norm = part["W_dec"].norm(dim=1).clamp_min(1e-12)
     scaled = {n: t * (norm[:, None] if t.dim() == 2 else norm) for n, t in part.items() if n != "W_dec"}
     return scaled | {"W_dec": part["W_dec"] / norm[:, None]}
+
+
+def saelens_settings(
+    variant: type[Model], d_in: int, d_sae: int, dtype: torch.dtype, arch: str, k: int
+) -> dict[str, Any]:
+    """The content of SAELens' cfg.json; `arch` names the variant that was trained."""
+    return {
+        "architecture": variant.saelens,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": variant.pre_bias,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            "trained_with": "saetrain",
+            "variant": arch,
+        },
+        **variant.saelens_settings(k),
+    }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ import click
 
 from saetrain.cli.options import FOLDER, LOOK, PATH, RED_ERROR, F, all_of, first_rank, print_json
 from saetrain.compute.mesh import RENDEZVOUS, Mesh
-from saetrain.config import Config, field_help, parse_field
+from saetrain.config import Config, field_help, parse_field, resolve
 from saetrain.data import Store
 from saetrain.errors import ConfigError
+from saetrain.runs import bar, beside, extended, reached, refuse_stores
 from saetrain.training.launch import end_with_launcher, launch
 from saetrain.training.train import fit
 
-ZARR = ("zarr.json", ".zgroup", ".zarray")  # files of a folder that is a Zarr store
 SWEPT = ("arch", "d_sae", "k", "lr", "sparsity", "aux_coef")  # settings in which the runs of one sweep may differ
 
 
@@ -39,11 +41,17 @@ def _settings(*, lists: bool) -> Callable[[F], F]:
     return all_of(*options)
 
 
+NPROC = click.option(
+    "--nproc", metavar="N", type=int, default=1, help="Ranks on this machine; torchrun starts them too."
+)
+REPORT = click.option("--report/--no-report", default=True, help="Draw report.html at the end.  [default: draw]")
 TRAIN = all_of(
-    click.argument("store", type=PATH),
+    click.argument("store"),
     click.option("--out", type=FOLDER, help="Folder of the run(s).  [default: the store's name with .sae]"),
-    click.option("--nproc", metavar="N", type=int, default=1, help="Ranks on this machine; torchrun starts them too."),
-    click.option("--heldout", type=PATH, help="Store to evaluate on, in place of the tail of STORE."),
+    click.option("--config", type=PATH, help="JSON file of settings, as a run's config.json; other options win."),
+    NPROC,
+    click.option("--heldout", help="Store to evaluate on, in place of the tail of STORE."),
+    REPORT,
 )
 
 
@@ -55,7 +63,7 @@ TRAIN = all_of(
 @_settings(lists=False)
 @LOOK
 @click.pass_context
-def _fit(ctx: click.Context, /, store: Path, out: Path | None, **options: Any) -> None:
+def _fit(ctx: click.Context, /, store: str, out: Path | None, config: Path | None, report: bool, **more: Any) -> None:
     """Train one autoencoder on STORE, a finished actshuffle store.
 
     The same command again resumes a run that was stopped.  SIGTERM and Ctrl-C finish the step under way and write a
@@ -66,9 +74,9 @@ def _fit(ctx: click.Context, /, store: Path, out: Path | None, **options: Any) -
       saetrain fit shuffled.zarr
       saetrain fit shuffled.zarr --arch batchtopk --k 32 --d-sae 16384 --out run
     """
-    given = _given(options)
-    runs = {out or _beside(store): Config(**{name: parse_field(name, text) for name, text in given.items()})}
-    _train(ctx, store, runs, lambda found: found[0], **options)
+    given = {name: parse_field(name, text) for name, text in _given(more).items()}
+    runs = {_out(store, out): Config(**{**_base(config), **given})}
+    _train(ctx, store, runs, lambda found: found[0], reported=report, **more)
 
 
 @click.command("sweep")
@@ -76,7 +84,7 @@ def _fit(ctx: click.Context, /, store: Path, out: Path | None, **options: Any) -
 @_settings(lists=True)
 @LOOK
 @click.pass_context
-def _sweep(ctx: click.Context, /, store: Path, out: Path | None, **options: Any) -> None:
+def _sweep(ctx: click.Context, /, store: str, out: Path | None, config: Path | None, report: bool, **more: Any) -> None:
     """Train several autoencoders over one read of STORE.
 
     Settings marked A,B take lists; each combination of their values is a run in a folder of its own.  If one diverges,
@@ -86,8 +94,42 @@ def _sweep(ctx: click.Context, /, store: Path, out: Path | None, **options: Any)
     Example:
       saetrain sweep shuffled.zarr --k 16,32,64 --lr 1e-3,2e-3 --out sweep
     """
-    runs = _combinations(out or _beside(store), _given(options))
-    _train(ctx, store, runs, lambda found: {"runs": found}, **options)
+    runs = _combinations(_out(store, out), _base(config), _given(more))
+    _train(ctx, store, runs, lambda found: {"runs": found}, reported=report, **more)
+
+
+@click.command("resume")
+@click.argument("run", type=FOLDER)
+@click.option("--steps", metavar="N", type=int, help="Steps in all, to go on beyond those that the run has.")
+@click.option("--store", metavar="STORE", help="The store, where it was moved.")
+@NPROC
+@REPORT
+@LOOK
+@click.pass_context
+def _resume(
+    ctx: click.Context, /, run: Path, steps: int | None, store: str | None, report: bool, nproc: int, as_json: bool
+) -> None:
+    """Go on with RUN, which was stopped, with its own settings and store.
+
+    With more --steps the learning rate follows the schedule of the longer run from here on; all else stays.
+
+    \b
+    Examples:
+      saetrain resume shuffled.sae
+      saetrain resume shuffled.sae --steps 20000
+    """
+    config, about = extended(run, steps)
+    _train(
+        ctx,
+        store or about["location"],
+        {run: config},
+        lambda found: found[0],
+        nproc=nproc,
+        heldout=about.get("heldout"),
+        as_json=as_json,
+        reported=report,
+        extend=True,
+    )
 
 
 @click.command("report")
@@ -112,17 +154,23 @@ def _report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
 # --- Training
 
 
-def _beside(store: Path) -> Path:
-    return store.with_name(store.name.removesuffix(".zarr") + ".sae")
+def _out(store: str, out: Path | None) -> Path:
+    """The folder of the run or runs."""
+    if out is None and "://" in store:
+        raise ConfigError(f"--out must name a folder of this machine, since {store} is a URL")
+    return out or beside(Path(store))
 
 
-def _refuse_stores(runs: Iterable[Path]) -> None:
-    """A run inside a Zarr store would become part of it."""
-    for out, folder in ((run, folder) for run in runs for folder in (run, *run.parents)):
-        if found := next((name for name in ZARR if (folder / name).exists()), None):
-            raise ConfigError(
-                f"--out {out} would be inside the Zarr store {folder} (it has {found}); name another folder"
-            )
+def _base(file: Path | None) -> dict[str, Any]:
+    """The settings of a JSON file: of a run's config.json, or an object that has nothing else."""
+    if file is None:
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        held = found.get("config", found)
+        return {name: getattr(Config.from_json(held), name) for name in held}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"--config {file} holds no settings: {type(error).__name__}: {error}") from error
 
 
 def _given(options: dict[str, Any]) -> dict[str, str]:
@@ -131,62 +179,83 @@ def _given(options: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in taken.items() if text is not None}
 
 
-def _combinations(out: Path, given: dict[str, str]) -> dict[Path, Config]:
+def _combinations(out: Path, base: dict[str, Any], given: dict[str, str]) -> dict[Path, Config]:
     """Folder and settings of each run of a sweep: the product of the lists."""
     lists = {n: t.split(",") for n, t in given.items() if n in SWEPT and "," in t}
     if not lists:
         raise ConfigError("a sweep needs a list, as in --k 16,32")
-    base = {n: parse_field(n, t) for n, t in given.items() if n not in lists}
+    base = base | {n: parse_field(n, t) for n, t in given.items() if n not in lists}
     runs: dict[Path, Config] = {}
     for choice in itertools.product(*lists.values()):
         picked: dict[str, Any] = {n: parse_field(n, t) for n, t in zip(lists, choice, strict=True)}
         name = "-".join(f"{n}={t}" for n, t in zip(lists, choice, strict=True))
         if out / name in runs:
             raise ConfigError(f"the list of a sweep gives {name} twice")
-        runs[out / name] = Config(**base, **picked)
+        runs[out / name] = Config(**{**base, **picked})
     return runs
 
 
 def _train(
     ctx: click.Context,
-    store: Path,
+    store: str,
     runs: dict[Path, Config],
     document: Callable[[list[dict[str, Any]]], dict[str, Any]],
     *,
     nproc: int,
-    heldout: Path | None,
+    heldout: str | None,
     as_json: bool,
+    reported: bool,
+    extend: bool = False,
 ) -> None:
     """Train on this rank, or on `nproc` of them; `document` makes the JSON from the facts of each run."""
     if nproc < 1:
         raise ConfigError(f"--nproc must be 1 or more, got {nproc}")
-    _refuse_stores(runs)
+    refuse_stores(runs)
     if nproc > 1 and RENDEZVOUS not in os.environ:
         ctx.exit(launch(ctx.obj["arguments"], nproc))
     end_with_launcher()
+    began = time.monotonic()
     config = next(iter(runs.values()))
     mesh = Mesh.start(config.device, config.tensor_parallel)
     ctx.find_root().call_on_close(mesh.close)  # after an error is printed
-
-    def say(text: str) -> None:
-        if mesh.rank == 0:
-            click.echo(text, file=sys.stderr if as_json else sys.stdout)
-
     source = Store(store, config)
-    for text in filter(None, (source.flattening(), source.warning())):
-        say(text)
-    lines = fit(source, runs, mesh, heldout=Store(heldout, config) if heldout else None, say=say)
+    steps = resolve(config, source.d_in, source.rows).steps
+    out = sys.stderr if as_json else sys.stdout
+    with bar(steps, reached(runs), drawn=mesh.rank == 0, out=out) as (printed, tick):
+        say = printed if mesh.rank == 0 else lambda text: None
+        for text in filter(None, (source.flattening(), source.warning())):
+            say(text)
+        other = Store(heldout, config) if heldout else None
+        lines = fit(source, runs, mesh, heldout=other, say=say, tick=tick, extend=extend)
     number = max(line.pop("signal") for line in lines.values())
     ends = {run: line.pop("diverged") for run, line in lines.items()}
+    stopped = any(line["stopped"] for line in lines.values())
     facts = [
         {"run": str(run), "stopped": line.pop("stopped"), "diverged": ends[run], "metrics": line}
         for run, line in lines.items()
     ]
+    if reported and not stopped and mesh.rank == 0:
+        _draw([run for run, reason in ends.items() if not reason], say)
     print_json(document(facts), as_json)
     bad = [f"{run}: {reason}" for run, reason in ends.items() if reason]
     if bad and first_rank():
         click.echo(f"{RED_ERROR} {len(bad)} of {len(ends)} runs failed: {'; '.join(bad)}", err=True)
+    elif not stopped:
+        say(f"done in {time.monotonic() - began:,.1f} s; in Python: saetrain.load({str(next(iter(runs)))!r})")
     ctx.exit(1 if bad else 128 + number if number else 0)
 
 
-COMMANDS = _fit, _sweep, _report
+def _draw(runs: list[Path], say: Callable[[str], None]) -> None:
+    """The report of the runs, in the folder of a single one or in the one that all are in."""
+    if not runs:
+        return
+    try:
+        from saetrain.training.report import report  # imports matplotlib
+    except ImportError:
+        say("no report: matplotlib is not installed")
+        return
+    page = report(runs, runs[0] if len(runs) == 1 else runs[0].parent)[0]
+    say(f"its curves are in {page}")
+
+
+COMMANDS = _fit, _resume, _sweep, _report

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
-from saetrain.data import HEAVY_SHARE, Batch, Source, check_finite, norm_of, sample, stream
+from saetrain.data import Batch, Source, check_finite, norm_of, sample, stream
 from saetrain.errors import ConfigError, DataError, DivergedError, SaetrainError
 from saetrain.model import Model
 from saetrain.training import checkpoint, metrics
 from saetrain.training.clock import Clock
 from saetrain.training.heldout import Heldout
+from saetrain.training.lines import brief, opening
 from saetrain.training.lock import locked
 from saetrain.training.log import Log, read_log
 from saetrain.training.losses import Step, step
@@ -55,10 +57,15 @@ def fit(
     *,
     heldout: Source | None = None,
     say: Callable[[str], None] = lambda text: None,
+    tick: Callable[[int], None] = lambda step: None,
+    extend: bool = False,
 ) -> dict[Path, dict[str, Any]]:
     """Train one autoencoder for each (folder, settings), or resume these runs where they stopped.
 
     Returns the last line of metrics of each run.  Evaluation is on `heldout` instead of the source's own tail.
+    `say` gets lines for people, `tick` the number of each step that is done.  With `extend`, `steps` may be more than
+    those of a run that is resumed.
+
     On SIGTERM or SIGINT this finishes the step under way, writes a checkpoint, and returns: "stopped" is then true, and
     "signal" the number.  "diverged" gives the reason where a model is worthless; the other runs of a sweep go on.
     """
@@ -75,15 +82,21 @@ def fit(
         )
 
     with locked(runs, mesh):
-        return _trained(source, runs, mesh, heldout, say)
+        return _trained(source, runs, mesh, heldout, say, tick, extend)
 
 
 def _trained(
-    source: Source, runs: Mapping[Path, Config], mesh: Mesh, heldout: Source | None, say: Callable[[str], None]
+    source: Source,
+    runs: Mapping[Path, Config],
+    mesh: Mesh,
+    heldout: Source | None,
+    say: Callable[[str], None],
+    tick: Callable[[int], None],
+    extend: bool,
 ) -> dict[Path, dict[str, Any]]:
     """`fit` on folders that are ours, with settings that leave no choice open."""
     config = next(iter(runs.values()))
-    members, at, state = _begin(source, runs, mesh, say)
+    members, at, state = _begin(source, runs, mesh, say, heldout, extend)
     cursor = source.batches(source.rows - config.holdout, config, mesh)
     if state is not None:
         cursor.load_state_dict(state)
@@ -93,7 +106,9 @@ def _trained(
     read = [source] if heldout is None else [source, heldout]
     last: dict[Path, dict[str, Any]] = {run: (read_log(run) or [{"step": at}])[-1] for run in runs}
     ends = {run: marked(run, other) for run, other in runs.items()}
-    number = 0
+    number, first, began = 0, at, time.monotonic()
+    if at < config.steps:
+        say(opening(source, runs, at))
     with _asked_to_stop() as asked:
         while at < config.steps:
             batch = next(batches)
@@ -131,10 +146,12 @@ def _trained(
                     if m.log is not None:
                         m.log.write(line)
                     if due or done:
-                        say(_brief(m.run, line, config.steps))
+                        left = (time.monotonic() - began) / (at - first) * (config.steps - at)
+                        say(brief(m.run, line, config.steps, left))
                 if saves:
                     for m in members:
                         checkpoint.save(m.run, m.model, m.optimizer, at, cursor.state_dict())
+            tick(at)
             if at % config.log_every == 0:
                 clock.restart(at)
             if stop:
@@ -160,7 +177,12 @@ def _leave(m: Member, config: Config, reason: str, mesh: Mesh, of: int, say: Cal
 
 
 def _begin(
-    source: Source, runs: Mapping[Path, Config], mesh: Mesh, say: Callable[[str], None]
+    source: Source,
+    runs: Mapping[Path, Config],
+    mesh: Mesh,
+    say: Callable[[str], None],
+    heldout: Source | None,
+    extend: bool,
 ) -> tuple[list[Member], int, dict[str, Any] | None]:
     """The members at their last common checkpoint, or new ones; the step reached; and the data cursor, if any.
 
@@ -177,7 +199,8 @@ def _begin(
             old = checkpoint.open_checkpoint(found[0])
             if old.state["d_in"] != source.d_in:
                 raise DataError(f"{source.name} is {source.d_in} wide; {run} was trained on {old.state['d_in']}")
-            names = [f.name for f in fields(Config) if f.name not in FREE]
+            longer = extend and config.steps > old.config.steps
+            names = [f.name for f in fields(Config) if f.name not in FREE and not (longer and f.name == "steps")]
             _same(old.config, config, names, f"{run} was started with other settings")
     loaded = checkpoint.load_latest(list(runs), mesh, say)
     if loaded is None:
@@ -193,6 +216,8 @@ def _begin(
     else:
         both = zip(runs, loaded, strict=True)
         members = [Member(run, x.model, x.optimizer, None) for run, x in both]
+        for m in members:
+            m.model.config = runs[m.run]  # with what may change: the steps, how often to save
         at, state = loaded[0].state["step"], loaded[0].state["cursor"]
         say(f"going on from step {at:,}")
     for m in members:
@@ -200,6 +225,8 @@ def _begin(
             m.run.mkdir(parents=True, exist_ok=True)
             about: dict[str, Any] = {
                 "store": source.name,
+                "location": getattr(source, "location", source.name),
+                "heldout": heldout and getattr(heldout, "location", heldout.name),
                 "rows": source.rows,
                 "d_in": source.d_in,
                 "ranks": mesh.world,
@@ -289,17 +316,3 @@ def _asked_to_stop() -> Iterator[list[int]]:
     finally:
         for caught, handler in before.items():
             signal.signal(caught, handler)
-
-
-def _brief(run: Path, line: dict[str, Any], steps: int) -> str:
-    """One line for people."""
-    text = f"{run.name} {line['step']:,}/{steps:,}  loss {line['loss']:.4g}  l0 {line['l0']:.1f}"
-    if "eval_fvu" not in line:
-        text += f"  dead {line['dead']:.1%}"
-    else:
-        text += f"  dead {line['eval_dead']:.1%} (of {line['eval_rows']:,} held-out rows)"
-        text += f"  held-out fvu {line['eval_fvu']:.4f} +- {line['eval_fvu_high'] - line['eval_fvu']:.4f}"
-        if line["eval_heavy_share"] >= HEAVY_SHARE:
-            text += f"  (median row {line['eval_fvu_median']:.4f}: {line['eval_heavy_rows']:,} of {line['eval_rows']:,}"
-            text += f" rows hold {line['eval_heavy_share']:.1%} of the squared norm)"
-    return text + (f"  {line['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in line else "")

@@ -22,7 +22,21 @@ from saetrain.training import checkpoint
 from saetrain.variants.table import VARIANTS
 from support.sae import MemorySource, Planted, one_rank, small
 
-SMALL = ("--steps", "6", "--d-sae", "64", "--k", "4", "--batch-size", "64", "--device", "cpu", "--tile", "64")
+SMALL = (
+    "--steps",
+    "6",
+    "--d-sae",
+    "64",
+    "--k",
+    "4",
+    "--batch-size",
+    "64",
+    "--device",
+    "cpu",
+    "--tile",
+    "64",
+    "--no-report",
+)
 
 
 @pytest.fixture(scope="module")

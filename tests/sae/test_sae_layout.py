@@ -30,6 +30,7 @@ LAYERS = [
     "foreign",
     "exchange opening",
     "probing",
+    "runs",
     "cli __init__",
     "__main__",
 ]

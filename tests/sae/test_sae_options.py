@@ -22,12 +22,27 @@ from saetrain.errors import ConfigError
 from saetrain.settings import DOMAINS
 from support.sae import Planted
 
-FAST = ("--steps", "4", "--d-sae", "64", "--k", "4", "--batch-size", "64", "--device", "cpu", "--tile", "64")
+FAST = (
+    "--steps",
+    "4",
+    "--d-sae",
+    "64",
+    "--k",
+    "4",
+    "--batch-size",
+    "64",
+    "--device",
+    "cpu",
+    "--tile",
+    "64",
+    "--no-report",
+)
 COUNT, COUNT_OR_NONE = ["0", "-5", "2.5", "nan", "inf", "1e30", "many"], ["-1", "2.5", "nan", "inf", "1e30", "many"]
 REAL = ["nan", "inf", "-inf", "-1e-3", "many"]
 SHARE = [*REAL, "1.001", "5"]
 # Values outside the domain of each setting, as texts.
 OUTSIDE = {
+    "config": ["nowhere.json", "a-file", "rows.zarr/zarr.json"],
     "arch": ["", "gated", "TopK"],
     "d_sae": COUNT_OR_NONE,
     "k": COUNT,
@@ -68,7 +83,7 @@ OUTSIDE = {
     "out": ["a-file"],
     "heldout": ["absent.zarr", "wide.zarr"],
 }
-SWITCHES = {"as_json", "debug"}  # no value
+SWITCHES = {"as_json", "debug", "report"}  # no value
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,21 @@ from saetrain.training.train import fit
 from support.sae import Planted, run_ranks
 
 ROWS, D = 6000, 16
-FAST = ("--steps", "40", "--d-sae", "64", "--k", "4", "--batch-size", "128", "--device", "cpu", "--tile", "128")
+FAST = (
+    "--steps",
+    "40",
+    "--d-sae",
+    "64",
+    "--k",
+    "4",
+    "--batch-size",
+    "128",
+    "--device",
+    "cpu",
+    "--tile",
+    "128",
+    "--no-report",
+)
 
 
 def source_store(path: Path, change: Callable[[np.ndarray[Any, Any]], None] | None = None) -> Path:

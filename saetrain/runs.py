@@ -1,0 +1,241 @@
+"""Training from Python: `fit` a store, `resume` a run, look at one.
+
+>>> run = saetrain.fit("shuffled.zarr", k=32)     # doctest: +SKIP
+>>> run.sae, run.metrics, run.report()            # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TextIO, overload
+
+from saetrain.compute.mesh import Mesh
+from saetrain.config import Config, resolve
+from saetrain.data import Source, Store
+from saetrain.errors import ConfigError, DivergedError
+from saetrain.opening import load
+from saetrain.sae import SAE
+from saetrain.training import train
+from saetrain.training.log import read_log
+
+ZARR = ("zarr.json", ".zgroup", ".zarray")  # files of a folder that is a Zarr store
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of a run, and what is in it."""
+
+    folder: Path
+
+    @cached_property
+    def sae(self) -> SAE:
+        """The autoencoder of the latest checkpoint."""
+        return load(self.folder)
+
+    @property
+    def config(self) -> Config:
+        """The settings, with every choice made."""
+        return recorded(self.folder)[0]
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; docs/training.md says what each number is."""
+        return read_log(self.folder)
+
+    @property
+    def metrics(self) -> Any:
+        """The lines as a pandas DataFrame, one row for each, with the step as index."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ConfigError("run.metrics is a table of pandas: pip install pandas, or use run.lines") from error
+        return pd.DataFrame(self.lines).set_index("step")
+
+    @property
+    def finished(self) -> bool:
+        """True if the last step was reached."""
+        lines = self.lines
+        return bool(lines) and int(lines[-1]["step"]) >= self.config.steps
+
+    def report(self, out: str | os.PathLike[str] | None = None) -> Path:
+        """Draw the curves: report.html, whose path is returned, and report.png, in the folder of the run or `out`."""
+        from saetrain.training.report import report  # imports matplotlib
+
+        return report([self.folder], self.folder if out is None else Path(out))[0]
+
+    def _repr_html_(self) -> str:
+        last = self.lines[-1] if self.lines else {}
+        shown = {name: last[name] for name in ("step", "eval_fvu", "eval_l0", "eval_dead") if name in last}
+        cells = "".join(f"<tr><th>{name}</th><td>{value:,.4g}</td></tr>" for name, value in shown.items())
+        return f"<table><caption>{html.escape(str(self.folder))}</caption>{cells}</table>"
+
+
+@overload
+def fit(
+    source: str | os.PathLike[str],
+    runs: None = None,
+    mesh: None = None,
+    *,
+    heldout: str | os.PathLike[str] | None = None,
+    say: Say | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Run: ...
+
+
+@overload
+def fit(
+    source: Source, runs: Mapping[Path, Config], mesh: Mesh, *, heldout: Source | None = None, say: Say | None = None
+) -> dict[Path, dict[str, Any]]: ...
+
+
+def fit(
+    source: Any,
+    runs: Mapping[Path, Config] | None = None,
+    mesh: Mesh | None = None,
+    *,
+    heldout: Any = None,
+    say: Say | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Any:
+    """Train one autoencoder on a finished actshuffle store, or go on with a run that was stopped; returns its `Run`.
+
+    `settings` are those of `Config`, which are also the flags of `saetrain fit`.  `out` is the folder of the run, and
+    else lies beside the store.  `heldout` is a store to evaluate on, in place of the tail of this one.  With
+    `progress`, lines go to `say`, or to stdout beside a bar.  An interrupt finishes the step under way, writes a
+    checkpoint and returns; the same call again goes on.  Raises `ConfigError` or `DataError` before anything is
+    written, and `DivergedError` if the model is worthless.
+
+    With `runs` and `mesh`, it trains several runs of one source of rows, and returns the last metrics of each: see
+    `saetrain.training.train.fit`.
+    """
+    if runs is not None or mesh is not None:
+        if runs is None or mesh is None or settings or out is not None:
+            raise ConfigError("fit takes a store and settings, or a source, runs and a mesh")
+        return train.fit(source, runs, mesh, heldout=heldout, say=say or (lambda text: None))
+    folder = Path(out) if out is not None else beside(Path(source))
+    return _one(folder, Config(**_known(settings)), source, heldout, progress, say, extend=False)
+
+
+def resume(
+    run: str | os.PathLike[str],
+    *,
+    steps: int | None = None,
+    store: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    say: Say | None = None,
+) -> Run:
+    """Go on with a run that was stopped, with the settings and the store that its config.json names.
+
+    `steps` may be more than before: the learning rate then follows the schedule of the longer run from here on, while
+    all else stays as it was chosen.  `store` names the same store where it was moved.
+    """
+    folder = Path(run)
+    config, about = extended(folder, steps)
+    return _one(folder, config, store or about["location"], about.get("heldout"), progress, say, extend=True)
+
+
+def recorded(run: Path) -> tuple[Config, dict[str, Any]]:
+    """The settings of a run, and what config.json says about it: "location" is the store, "heldout" the other one."""
+    path = run / "config.json"
+    try:
+        found = json.loads(path.read_text())
+        about = dict(found["about"])
+        about.setdefault("location", about.get("store", ""))  # runs of earlier versions
+        return Config.from_json(found["config"]), about
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} does not describe a run: {type(error).__name__}: {error}") from error
+
+
+def extended(run: Path, steps: int | None) -> tuple[Config, dict[str, Any]]:
+    """The same, with more steps if they are given."""
+    config, about = recorded(run)
+    if steps is None:
+        return config, about
+    if steps < config.steps:
+        raise ConfigError(f"{run} has {config.steps:,} steps; steps may be more, got {steps:,}")
+    return replace(config, steps=steps), about
+
+
+def reached(runs: Iterable[Path]) -> int:
+    """The step that the logs of all runs have reached."""
+    return min(int(lines[-1]["step"]) if (lines := read_log(run)) else 0 for run in runs)
+
+
+def beside(store: Path) -> Path:
+    """Where the run of a store goes unless told."""
+    return store.with_name(store.name.removesuffix(".zarr") + ".sae")
+
+
+def refuse_stores(runs: Iterable[Path]) -> None:
+    """A run inside a Zarr store would become part of it."""
+    for out, folder in ((run, folder) for run in runs for folder in (run, *run.parents)):
+        if found := next((name for name in ZARR if (folder / name).exists()), None):
+            raise ConfigError(
+                f"--out {out} would be inside the Zarr store {folder} (it has {found}); name another folder"
+            )
+
+
+@contextmanager
+def bar(steps: int, at: int, *, drawn: bool, out: TextIO | None = None) -> Iterator[tuple[Say, Callable[[int], None]]]:
+    """Functions that print a line to `out` (stdout unless given), and that move a bar to a step.
+
+    The bar is `drawn` on terminals and in notebooks, by tqdm where that is installed.
+    """
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        yield (lambda text: print(text, file=out or sys.stdout, flush=True)), (lambda step: None)
+        return
+    silent = False if "ipykernel" in sys.modules else None  # None: where stderr is no terminal
+    with tqdm(total=steps, initial=at, unit="step", disable=silent if drawn else True, leave=False) as shown:
+        yield (
+            (lambda text: shown.write(text, file=out or sys.stdout)),
+            (lambda step: None if shown.disable else (shown.update(step - shown.n), None)[1]),
+        )
+
+
+def _one(
+    folder: Path, config: Config, store: Any, heldout: Any, progress: bool, say: Say | None, *, extend: bool
+) -> Run:
+    refuse_stores([folder])
+    source = Store(store, config)
+    other = None if heldout is None else Store(heldout, config)
+    mesh = Mesh.start(config.device, config.tensor_parallel)
+    try:
+        total = resolve(config, source.d_in, source.rows).steps
+        shown = progress and mesh.rank == 0
+        with bar(total, reached([folder]), drawn=shown) as (printed, tick):
+            tell = say or (printed if shown else lambda text: None)
+            for text in filter(None, (source.flattening(), source.warning())):
+                tell(text)
+            found = train.fit(source, {folder: config}, mesh, heldout=other, say=tell, tick=tick, extend=extend)
+    finally:
+        mesh.close()
+    if reason := found[folder]["diverged"]:
+        raise DivergedError(f"{folder}: {reason}")
+    return Run(folder)
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same, without lists where settings are tuples; refuses a name that is no setting, with the nearest one."""
+    names = [field.name for field in fields(Config)]
+    for name in settings:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; the settings are {', '.join(names)}"
+            raise ConfigError(f"{name} is no setting{hint}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
