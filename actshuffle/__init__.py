@@ -56,6 +56,7 @@ __all__ = [
     "came_from",
     "collect",
     "concat",
+    "filter_rows",
     "head",
     "import_store",
     "info",
@@ -78,14 +79,14 @@ __all__ = [
 
 def _rooms() -> tuple[ModuleType, ...]:
     """The modules that define the public names."""
-    from actshuffle.building import collection, growth, importers, joining, sampling, splitting
+    from actshuffle.building import collection, filtering, growth, importers, joining, sampling, splitting
     from actshuffle.checking import contents, scores, statspass, verifier
     from actshuffle.engine import preview, run, state
     from actshuffle.foreign import corpus
     from actshuffle.loading import dataset, loader, trace, unchanged
     from actshuffle.ordering import keys
 
-    building = collection, growth, importers, joining, sampling, splitting
+    building = collection, filtering, growth, importers, joining, sampling, splitting
     checking = contents, scores, statspass, verifier
     return *building, *checking, preview, run, state, corpus, dataset, loader, trace, unchanged, keys
 

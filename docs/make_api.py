@@ -25,7 +25,7 @@ SECTIONS = [
     ("Shuffle", "actshuffle", "plan shuffle Result status order"),
     ("Check and describe", "actshuffle", "verify VerifyReport info stats read_stats quality"),
     ("Read", "actshuffle", "Loader open_dataset Dataset came_from where_is watch"),
-    ("Make stores", "actshuffle", "collect import_store concat split head sample append read_texts"),
+    ("Make stores", "actshuffle", "collect import_store concat split head sample filter_rows append read_texts"),
     ("Views of any range", "actshuffle.data.dataset", "write_view"),
     ("Executors", "actshuffle.executors", "Executor Serial Threads Dask local_cluster executor_for"),
     ("Jobs of other packages", "actshuffle.jobs", ""),

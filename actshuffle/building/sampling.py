@@ -157,13 +157,17 @@ class Chosen:
         self._objects = open_objects(place)
         self._gap = GAP_BYTES if self._objects.is_local else REMOTE_GAP_BYTES
 
-    def numbers(self, start: int, stop: int) -> U64:
+    def chosen(self, start: int, stop: int) -> U64:
+        """The rows of the store that are rows ``[start, stop)`` here."""
         rows = np.empty(stop - start, "<u8")
         self._objects.read([Extent(ROWS_KEY, 8 * start, [rows.data.cast("B")])])
         return rows
 
+    def numbers(self, start: int, stop: int) -> U64:
+        return self.chosen(start, stop)
+
     def read(self, name: str, start: int, out: U8) -> None:
-        rows, width = self.numbers(start, start + len(out)).astype(np.int64), out.shape[1]
+        rows, width = self.chosen(start, start + len(out)).astype(np.int64), out.shape[1]
         most = max(1, SPAN_BYTES // width)
         a = 0
         far = np.flatnonzero(np.diff(rows) * width > self._gap) + 1

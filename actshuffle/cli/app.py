@@ -43,9 +43,9 @@ def _loading() -> list[click.Command]:
 
 
 def _building() -> list[click.Command]:
-    from actshuffle.cli.building import append, collect, concat, head, import_, sample, split
+    from actshuffle.cli.building import append, collect, concat, filter_, head, import_, sample, split
 
-    return [split, head, sample, concat, append, import_, collect]
+    return [split, head, sample, filter_, concat, append, import_, collect]
 
 
 # Every command in the order of --help: the commands of its room, and the first sentence of its own help.
@@ -63,6 +63,7 @@ COMMANDS: dict[str, tuple[Callable[[], list[click.Command]], str]] = {
     "split": (_building, 'Cut a shuffled STORE into parts: fractions, counts, or "rest".'),
     "head": (_building, "Show the first ROWS rows of STORE, or make them the store OUT."),
     "sample": (_building, "Write an exactly uniform sample of ROWS rows of SRC to DST, in random order."),
+    "filter": (_building, "Write the rows of SRC that pass a filter to DST, in their order."),
     "concat": (_building, "Join several SOURCES into one source for run, without copying a row."),
     "append": (_building, "Add the rows of NEW to the shuffled store DST."),
     "import": (

@@ -1,4 +1,4 @@
-"""Commands that make stores: split, head, sample, concat and append of stores, import of files, collect of a model."""
+"""Commands that make stores: of stores (split, head, sample, filter, concat, append), of files, and of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from actshuffle.building import collection, growth, importers, joining, sampling, splitting
+from actshuffle.building import collection, filtering, growth, importers, joining, sampling, splitting
 from actshuffle.building.models import DTYPES
 from actshuffle.cli.options import COUNT, Parsed, knob, knobs
 from actshuffle.cli.session import Answer, look, work
@@ -56,7 +56,7 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _document(outcome: growth.Appended | collection.Collected) -> dict[str, Any]:
+def _document(outcome: growth.Appended | collection.Collected | filtering.Filtered) -> dict[str, Any]:
     return {"bytes" if name == "nbytes" else name: value for name, value in asdict(outcome).items()}
 
 
@@ -66,6 +66,10 @@ NUMBERS, LIST = Parsed("numbers", _numbers), Parsed("names", _list)
 COPY = click.option("--copy", is_flag=True, help="Copy the rows, instead of naming them in a view.")
 ORDERED = click.option("--ordered", is_flag=True, help="Allow a store that is not shuffled.")
 OUT = click.option("--out", type=click.Path(), required=True, help="Store to write.")
+SKIP_FIRST = click.option(
+    "--skip-first", type=COUNT, default=0, help="Drop the rows of the first tokens of each window.  [default: 0]"
+)
+DROP_TOKENS = click.option("--drop-tokens", metavar="ID,ID", type=NUMBERS, help="Drop the rows of these tokens.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a store that is there.")
 
 
@@ -141,6 +145,36 @@ def sample(executor: Any, display: Any, src: str, rows: int, dst: str, **options
         "seconds": made.seconds,
     }
     return Answer(document, str(made))
+
+
+@click.command("filter")
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path())
+@SKIP_FIRST
+@DROP_TOKENS
+@click.option(
+    "--drop-norm", type=float, default=0.0, help="Drop rows over so many times the median norm.  [default: 0, none]"
+)
+@click.option("--arrays", metavar="A,B", type=LIST, help="Arrays whose norms count.  [default: all of float vectors]")
+@click.option("--position", metavar="NAME", help="Array of places in the window.  [default: window_position]")
+@click.option("--token", metavar="NAME", help="Array of token ids.  [default: token, or another usual name]")
+@knobs(["memory", "block_bytes", "chunk_rows", "codec", "scratch"])
+@OVERWRITE
+@work()
+def filter_(executor: Any, display: Any, src: str, dst: str, **options: Any) -> Answer:
+    """Write the rows of SRC that pass a filter to DST, in their order.
+
+    All arrays lose the same rows, and DST says how many by which option.  A filter that was stopped resumes when the
+    same command is given again.
+
+    \b
+    Examples:
+      actshuffle filter acts.zarr clean.zarr --drop-norm 10
+      actshuffle filter acts.zarr clean.zarr --skip-first 1 --drop-tokens 0,2
+    """
+    options["drop_tokens"] = options["drop_tokens"] or ()
+    made = filtering.filter_rows(src, dst, executor=executor, progress=display, **options)
+    return Answer(_document(made), str(made))
 
 
 @click.command()
@@ -257,10 +291,8 @@ def import_(
 @click.option(
     "--prefix", metavar="TOKEN", help="Token to begin each window with, whose rows are dropped: bos, an id, or a token."
 )
-@click.option(
-    "--skip-first", type=COUNT, default=0, help="Drop the rows of the first tokens of each window.  [default: 0]"
-)
-@click.option("--drop-tokens", metavar="ID,ID", type=NUMBERS, help="Drop the rows of these tokens.")
+@SKIP_FIRST
+@DROP_TOKENS
 @click.option("--batch-tokens", type=COUNT, default=8192, help="Most tokens of one forward pass.  [default: 8192]")
 @click.option("--tokens-per-document", type=COUNT, help="Most tokens to take of a document.  [default: all]")
 @click.option("--rows", type=COUNT, help="Most rows to take in total.  [default: all]")

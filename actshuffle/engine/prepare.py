@@ -40,7 +40,7 @@ def prepare(
     """
     check_places(src, dst, request.scratch)
     arrays = source_arrays(src, request.fields)
-    recorded, marker = _found(dst, overwrite)
+    recorded, marker = look_at(dst, overwrite)
     if recorded is not None:
         settled = Request.recorded(recorded["request"])
         if differing := request.against(settled):
@@ -199,7 +199,7 @@ def _inside(path: Path, folder: Path) -> bool:
     return path == folder or folder in path.parents
 
 
-def _found(dst: Place, overwrite: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def look_at(dst: Place, overwrite: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The record of a half-done run at the destination, or the marker of a finished one.
 
     Refuses a destination that may not be touched.
