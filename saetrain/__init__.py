@@ -10,8 +10,28 @@ from saetrain.config import Config
 from saetrain.opening import load
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.corpus import Corpus, Cutting
+from saetrain.probing.curves import steer
 from saetrain.probing.fidelity import evaluate
+from saetrain.probing.generation import Sampler, generate, stream
+from saetrain.probing.turning import Steering, Turn
 from saetrain.runs import Run, fit, resume
 from saetrain.sae import SAE
 
-__all__ = ["SAE", "Config", "Corpus", "Cutting", "LanguageModel", "Run", "evaluate", "fit", "load", "resume"]
+__all__ = [
+    "SAE",
+    "Config",
+    "Corpus",
+    "Cutting",
+    "LanguageModel",
+    "Run",
+    "Sampler",
+    "Steering",
+    "Turn",
+    "evaluate",
+    "fit",
+    "generate",
+    "load",
+    "resume",
+    "steer",
+    "stream",
+]

@@ -98,7 +98,7 @@ def report(runs: Sequence[Path], out: Path) -> list[Path]:
             raise SaetrainError(f"{run} has no metrics.jsonl, or an empty one")
     configs = {_name(run, runs): _config(run) for run in runs}
     colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(logs)}
-    figure = _draw(panels_of(logs), colours)
+    figure = draw(panels_of(logs), colours)
     out.mkdir(parents=True, exist_ok=True)
     page, image = out / "report.html", out / "report.png"
     page.write_text(_page(logs, configs, colours, _svg(figure)))
@@ -190,7 +190,7 @@ code{{color:#555}}</style><h1>Sparse autoencoder runs</h1><table><tr><th>run</th
 """
 
 
-def _draw(panels: list[Panel], colours: dict[str, str]) -> Figure:
+def draw(panels: list[Panel], colours: dict[str, str]) -> Figure:
     """All panels, four in a row."""
     rows = -(-len(panels) // 4)
     figure = Figure(figsize=(16, 2.8 * rows), layout="tight")
