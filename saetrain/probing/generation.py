@@ -113,7 +113,7 @@ def end_tokens(model: LanguageModel) -> set[int]:
 
 
 def prompt_tokens(model: LanguageModel, text: str, *, chat: bool = False) -> list[int]:
-    """The tokens of a prompt: of a user's turn in the model's chat template, or of plain text as the tokenizer begins it."""
+    """The tokens of a prompt: a user's turn in the model's chat template, or plain text as the tokenizer begins it."""
     if not chat:
         return [*model.special_tokens()[0], *model.tokens_of(text)]
     if not getattr(model.tokenizer, "chat_template", None):
