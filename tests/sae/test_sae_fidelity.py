@@ -121,15 +121,14 @@ def test_row_measures_equal_one_line_formulas() -> None:
 def test_a_perfect_dictionary_recovers_everything_and_the_mean_nothing() -> None:
     model = tiny(dtype=torch.float64)
     corpus = Corpus(model, texts(5), Cutting(context=CONTEXT))
-    exact = dictionary("relu", 32, torch.float64)
     eye = torch.eye(16, dtype=torch.float64)
-    exact.W_enc = exact.W_dec = torch.cat([eye, -eye])
-    exact.b_enc, exact.b_dec = torch.zeros(32, dtype=torch.float64), torch.zeros(16, dtype=torch.float64)
+    both, zero = torch.cat([eye, -eye]), torch.zeros(32, dtype=torch.float64)
+    exact = saetrain.SAE("relu", both, zero, both, zero[:16], False)
     found = saetrain.evaluate(exact, model, corpus).recovered
     assert found["zero"].value == pytest.approx(1.0, abs=1e-12)
-    scale = Scale(exact.b_dec + 1.0, 1.0, 1)
-    exact.W_dec, exact.b_dec = exact.W_dec * 0, scale.mean
-    found = saetrain.evaluate(exact, model, corpus, scale=scale).recovered
+    scale = Scale(zero[:16] + 1.0, 1.0, 1)
+    flat = saetrain.SAE("relu", both, zero, both * 0, scale.mean, False)
+    found = saetrain.evaluate(flat, model, corpus, scale=scale).recovered
     assert found["mean"].value == pytest.approx(0.0, abs=1e-12)
 
 
@@ -140,8 +139,7 @@ def test_bad_requests_are_refused() -> None:
         saetrain.evaluate(dictionary(), model, corpus, within=-1)
     with pytest.raises(DataError, match="1 usable documents"):
         saetrain.evaluate(dictionary(), model, Corpus(model, texts(1)))
-    wide = dictionary()
-    wide.W_dec = torch.zeros(4, 20)
+    wide = saetrain.SAE("relu", torch.zeros(4, 20), torch.zeros(4), torch.zeros(4, 20), torch.zeros(20), False)
     with pytest.raises(DataError, match="rows of 20 numbers"):
         saetrain.evaluate(wide, model, corpus)
 

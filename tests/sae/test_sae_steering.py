@@ -111,7 +111,7 @@ def test_turns_that_make_no_sense_are_refused() -> None:
 
 def test_strengths_in_all_units() -> None:
     sae = dictionary()
-    sae.W_dec = sae.W_dec * 2
+    sae.W_dec.data *= 2
     found = strength(sae, 3, 0.5, "norm", median_norm=10.0, largest=5.0)
     assert found.activation == pytest.approx(2.5)  # 2.5 times a row of norm 2 is half of 10
     assert (found.of_norm, found.of_max) == (pytest.approx(0.5), pytest.approx(0.5))
