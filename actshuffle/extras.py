@@ -15,5 +15,6 @@ def need(module: str, extra: str) -> Any:
     except ImportError as err:
         package = module.partition(".")[0]
         raise RequestError(
-            f"this needs {package}, which is not installed ({err}): pip install 'actshuffle[{extra}]'"
+            f"this needs {package}, which is not installed ({err}): in a checkout of actshuffle, "
+            f"pip install '.[{extra}]'"
         ) from err

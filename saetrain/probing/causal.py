@@ -72,7 +72,9 @@ class LanguageModel:
         try:
             import transformers
         except ImportError as error:
-            raise ConfigError("this needs transformers: pip install 'actshuffle[collect]'") from error
+            raise ConfigError(
+                "this needs transformers: in a checkout of actshuffle, pip install '.[collect]'"
+            ) from error
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         with _quietly(transformers):
