@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from actshuffle.foreign.corpus import read_texts
     from actshuffle.loading.dataset import Dataset, open_dataset
     from actshuffle.loading.loader import Loader
-    from actshuffle.loading.trace import came_from, where_is
+    from actshuffle.loading.trace import came_from, decoder, document_name, where_is
     from actshuffle.loading.unchanged import watch
-    from actshuffle.ordering.keys import order
+    from actshuffle.ordering.keys import order, priorities
+    from actshuffle.units import format_bytes, parse_bytes
 
 __all__ = [
     "Dataset",
@@ -56,13 +57,18 @@ __all__ = [
     "came_from",
     "collect",
     "concat",
+    "decoder",
+    "document_name",
     "filter_rows",
+    "format_bytes",
     "head",
     "import_store",
     "info",
     "open_dataset",
     "order",
+    "parse_bytes",
     "plan",
+    "priorities",
     "quality",
     "read_stats",
     "read_texts",
@@ -79,6 +85,7 @@ __all__ = [
 
 def _rooms() -> tuple[ModuleType, ...]:
     """The modules that define the public names."""
+    from actshuffle import units
     from actshuffle.building import collection, filtering, growth, importers, joining, sampling, splitting
     from actshuffle.checking import contents, scores, statspass, verifier
     from actshuffle.engine import preview, run, state
@@ -88,7 +95,7 @@ def _rooms() -> tuple[ModuleType, ...]:
 
     building = collection, filtering, growth, importers, joining, sampling, splitting
     checking = contents, scores, statspass, verifier
-    return *building, *checking, preview, run, state, corpus, dataset, loader, trace, unchanged, keys
+    return *building, *checking, preview, run, state, corpus, dataset, loader, trace, unchanged, keys, units
 
 
 load_with(_rooms)

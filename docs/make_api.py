@@ -22,12 +22,13 @@ WIDTH = 100  # of a signature on one line
 
 # Heading, module, names; an empty text stands for all that the module names in __all__ or, if it has none, defines.
 SECTIONS = [
-    ("Shuffle", "actshuffle", "plan shuffle Result status order"),
+    ("Shuffle", "actshuffle", "plan shuffle Result status order priorities"),
     ("Check and describe", "actshuffle", "verify VerifyReport info stats read_stats quality"),
-    ("Read", "actshuffle", "Loader open_dataset Dataset came_from where_is watch"),
+    ("Read", "actshuffle", "Loader open_dataset Dataset came_from where_is decoder document_name watch"),
     ("Make stores", "actshuffle", "collect import_store concat split head sample filter_rows append read_texts"),
+    ("Sizes as people write them", "actshuffle", "parse_bytes format_bytes"),
     ("Views of any range", "actshuffle.data.dataset", "write_view"),
-    ("Executors", "actshuffle.executors", "Executor Serial Threads Dask local_cluster executor_for"),
+    ("Executors", "actshuffle.executors", "Executor Serial Threads Dask local_cluster executor_for connected"),
     ("Jobs of other packages", "actshuffle.jobs", ""),
     ("bfloat16", "actshuffle.bfloat16", "BFloat16"),
     ("Stores that fail, for tests", "actshuffle.testing", ""),

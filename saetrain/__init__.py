@@ -4,9 +4,11 @@
 >>> run = saetrain.fit("shuffled.zarr", k=32)     # doctest: +SKIP
 >>> run.sae.encode(rows), run.metrics             # doctest: +SKIP
 >>> sae = saetrain.load("shuffled.sae")           # doctest: +SKIP
+>>> saetrain.open_features("store.features")[123] # doctest: +SKIP
 """
 
 from saetrain.config import Config
+from saetrain.features.pipeline import build_features
 from saetrain.opening import load
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.corpus import Corpus, Cutting
@@ -14,6 +16,7 @@ from saetrain.probing.curves import steer
 from saetrain.probing.fidelity import evaluate
 from saetrain.probing.generation import Sampler, generate, stream
 from saetrain.probing.turning import Steering, Turn
+from saetrain.reading.latents import open_features
 from saetrain.runs import Run, fit, resume
 from saetrain.sae import SAE
 
@@ -27,10 +30,12 @@ __all__ = [
     "Sampler",
     "Steering",
     "Turn",
+    "build_features",
     "evaluate",
     "fit",
     "generate",
     "load",
+    "open_features",
     "resume",
     "steer",
     "stream",

@@ -139,15 +139,25 @@ class Folded:
 
     def blocks(self) -> Iterator[dict[str, Tensor]]:
         """W_enc, b_enc, W_dec and any threshold, rows one block after the other."""
-        c, variant, scale = self.checkpoint, self.variant, self.checkpoint.state["scale"]
-        mean, running, latents = c.read("mean"), float(c.read("threshold")), c.config.d_sae
-        for lo in range(0, latents, BLOCK):
-            hi = min(lo + BLOCK, latents)
-            part = {n: c.read(n, lo, hi) for n in ("W_enc", "b_enc", "W_dec", *variant.extra)}
-            part = variant.fold(part, running, scale)
-            if not variant.pre_bias:
-                part["b_enc"] = part["b_enc"] - part["W_enc"] @ mean
-            yield part if variant.unit_rows else _with_unit_rows(part)
+        mean, running = self.checkpoint.read("mean"), float(self.checkpoint.read("threshold"))
+        for lo in range(0, self.checkpoint.config.d_sae, BLOCK):
+            yield self._block(lo, mean, running)
+
+    def rows(self, lo: int, hi: int) -> dict[str, Tensor]:
+        """The same of latents [lo, hi) alone; each has the same bits in any range, since whole blocks are folded."""
+        mean, running = self.checkpoint.read("mean"), float(self.checkpoint.read("threshold"))
+        first = lo // BLOCK * BLOCK
+        parts = [self._block(at, mean, running) for at in range(first, hi, BLOCK)]
+        return {n: torch.cat([p[n] for p in parts])[lo - first : hi - first] for n in parts[0]}
+
+    def _block(self, lo: int, mean: Tensor, running: float) -> dict[str, Tensor]:
+        c, variant = self.checkpoint, self.variant
+        hi = min(lo + BLOCK, c.config.d_sae)
+        part = {n: c.read(n, lo, hi) for n in ("W_enc", "b_enc", "W_dec", *variant.extra)}
+        part = variant.fold(part, running, c.state["scale"])
+        if not variant.pre_bias:
+            part["b_enc"] = part["b_enc"] - part["W_enc"] @ mean
+        return part if variant.unit_rows else _with_unit_rows(part)
 
     def whole(self) -> SAE:
         parts = list(self.blocks())

@@ -94,7 +94,7 @@ LONGER = {
     "ordering.mixing": "the statistics of one report",
     "checking.verifier": "full and quick checks, which share nothing with the engine",
 }
-SAETRAIN_SEES = {"errors", "jobs"}  # of actshuffle, beside its public names
+SAETRAIN_SEES = {"errors", "executors", "jobs", "progress"}  # of actshuffle, beside its public names
 
 
 # --- Layers -------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def test_files_of_rooms_control_of_late_imports():
 
 
 def saetrain_faults(package: Trees) -> list[str]:
-    """The imports of saetrain beyond the public names of actshuffle, its errors and its jobs."""
+    """The imports of saetrain beyond the public names of actshuffle, its errors, and what runs jobs."""
     public = {"", *actshuffle.__all__}
     faults = []
     for name, tree in package.items():

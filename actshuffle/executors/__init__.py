@@ -5,7 +5,7 @@ A new executor is a new module here, with a subclass of `Executor`, and one row 
 
 from actshuffle.executors.base import Executor
 from actshuffle.executors.choice import executor_for
-from actshuffle.executors.cluster import Dask, local_cluster
+from actshuffle.executors.cluster import Dask, connected, local_cluster
 from actshuffle.executors.local import Serial, Threads
 
-__all__ = ["Dask", "Executor", "Serial", "Threads", "executor_for", "local_cluster"]
+__all__ = ["Dask", "Executor", "Serial", "Threads", "connected", "executor_for", "local_cluster"]

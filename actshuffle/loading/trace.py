@@ -12,7 +12,7 @@ output follows from its key with a few (see ranks.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from actshuffle.loading.ranks import Ranks, key_of
 from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import several
 
+Pieces = Callable[[Sequence[int | None]], tuple[str, ...]]  # from token ids to their text; "?" for None
 # Usual names of these arrays; the first one present is used.
 NAMES = {
     "token": ("token", "tokens", "token_id", "token_ids", "input_ids"),
@@ -97,7 +98,7 @@ def came_from(
         raise RequestError(f"context must be 0 or more, got {context}")
     numbers = ranks.source_rows(wanted)
     around = _Surroundings(data, ranks, source)
-    pieces = _decoder(json.dumps(data.attributes.get("tokenizer"))) if decode else None
+    pieces = decoder(data) if decode else None
     return [around.origin(int(row), int(number), context, pieces) for row, number in zip(wanted, numbers, strict=True)]
 
 
@@ -139,7 +140,7 @@ class _Surroundings:
         self._parts: dict[int, Dataset | None] = {}
         self._places: dict[int, int] = {}
 
-    def origin(self, row: int, number: int, context: int, pieces: _Pieces | None) -> Origin:
+    def origin(self, row: int, number: int, context: int, pieces: Pieces | None) -> Origin:
         """Everything about one output row, whose source row is ``number``."""
         part = int(np.searchsorted(self._ends, number, side="right"))
         start = 0 if part == 0 else int(self._ends[part - 1])
@@ -212,6 +213,14 @@ def document_name(attributes: Mapping[str, Any], document: int | None) -> str | 
                 return f"{entry['file']}{line}"
         return None
     return str(listed[document]) if document < len(listed) else None
+
+
+def decoder(store: Dataset) -> Pieces | None:
+    """A function from token ids to their decoded pieces, by the tokenizer that a store's attributes name.
+
+    None where the store names none, or where it or transformers is not on this machine; nothing is downloaded.
+    """
+    return _decoder(json.dumps(store.attributes.get("tokenizer")))
 
 
 class _Pieces:

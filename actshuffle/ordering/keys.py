@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.arraytypes import I64, U64
+from actshuffle.errors import RequestError
 from actshuffle.units import whole
 
 
@@ -39,6 +40,7 @@ class Stream(IntEnum):
     ROW_HASH = 2
     UNITS = 3
     WINDOW = 4
+    PRIORITY = 5
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,23 @@ class Keys:
 def order(n: int, seed: int) -> I64:
     """The definition, ``dst[r] = src[order(n, seed)[r]]``, in memory; everything else is checked against it."""
     return Keys(whole("seed", seed)).order(whole("n", n))
+
+
+def priorities(seed: int, start: int, stop: int) -> U64:
+    """The sampling priorities of rows ``[start, stop)`` under a seed: independent uniform words, uint64.
+
+    The m rows of smallest priority among any rows, chosen without a look at priorities, are an exactly uniform
+    sample of them without replacement.  The smallest m of a union are among the smallest m of its parts, so such
+    samples merge over tasks; a larger m begins with the smaller sample.  The words belong to the number of a row and
+    to the seed alone, and no shuffle uses them.
+
+    >>> int(priorities(0, 5, 6)[0]) == int(priorities(0, 0, 8)[5])
+    True
+    """
+    whole("seed", seed)
+    if not 0 <= start <= stop:
+        raise RequestError(f"rows {start:,} to {stop:,} are no range of rows")
+    return order_words(seed, Stream.PRIORITY, start, stop)
 
 
 def order_words(seed: int, stream: int, start: int, stop: int) -> U64:

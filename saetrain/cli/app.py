@@ -18,7 +18,7 @@ import click
 
 from actshuffle import __version__
 from actshuffle.errors import ActshuffleError
-from saetrain.cli import exchanging, probing, training
+from saetrain.cli import exchanging, features, probing, training
 from saetrain.cli.options import RED_ERROR, first_rank, print_json
 from saetrain.errors import ConfigError, SaetrainError
 
@@ -97,9 +97,10 @@ def command_line() -> None:
     \b
       saetrain fit shuffled.zarr                 train one; the same command again resumes
       saetrain report shuffled.sae               draw its curves
+      saetrain features shuffled.sae acts.zarr out   describe its latents
       saetrain export shuffled.sae folder        write it for SAELens
     """
 
 
-for _command in (*training.COMMANDS, *exchanging.COMMANDS, *probing.COMMANDS):
+for _command in (*training.COMMANDS, *features.COMMANDS, *exchanging.COMMANDS, *probing.COMMANDS):
     command_line.add_command(_command)

@@ -1,0 +1,83 @@
+"""The command that describes the latents of a dictionary."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actshuffle import parse_bytes
+from actshuffle.executors import connected, executor_for
+from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
+from saetrain.errors import ConfigError
+from saetrain.features.pipeline import MEMORY, build_features
+
+
+class _Lines:
+    """Progress as one line a step on stderr."""
+
+    def begin(self, stage: str, tasks: int, nbytes: int) -> None:
+        click.echo(f"{stage}: {tasks:,} task{'s' * (tasks != 1)}", err=True)
+
+    def advance(self, nbytes: int, fresh: bool) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@click.command("features")
+@click.argument("run", type=PATH)
+@click.argument("store", type=PATH)
+@click.argument("out", type=FOLDER)
+@click.option("--field", default="", metavar="NAME", help="Array of activations, if STORE has several.")
+@click.option("--seed", type=int, default=0, help="Decides which rows are sampled.  [default: 0]")
+@click.option("--shards", type=int, default=1, help="Parts of the dictionary that tasks hold.  [default: 1]")
+@click.option("--block-rows", type=int, default=0, help="Rows of one encoder task, at most 65536.  [default: 16384]")
+@click.option("--memory", metavar="SIZE", help="Memory of a task for the entries of latents.  [default: 1GiB]")
+@click.option("--device", default="auto", help="Where the encoder product runs: auto, cpu, cuda.  [default: auto]")
+@click.option("--workers", type=int, default=0, help="Worker processes; 0 works in this one.  [default: 0]")
+@click.option("--scheduler", metavar="ADDRESS", help="Work on the Dask cluster at this address.")
+@click.option("--overwrite", is_flag=True, help="Delete what another run left in OUT.")
+@LOOK
+def _features(
+    run: Path,
+    store: Path,
+    out: Path,
+    memory: str | None,
+    workers: int,
+    scheduler: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Describe every latent of RUN on the rows of STORE, into the folder OUT.
+
+    RUN is a run, a checkpoint, or a folder that SAELens or sparsify wrote.  STORE is in document order, as `actshuffle
+    collect` writes it.  The same command again resumes a run that was stopped.  docs/features.md defines all figures.
+
+    \b
+    Example:
+      saetrain features run activations.zarr activations.features --workers 2
+    """
+    if scheduler is not None and workers:
+        raise ConfigError("give --workers or --scheduler, not both")
+    with ExitStack() as stack:
+        executor = stack.enter_context(executor_for(workers) if scheduler is None else connected(scheduler))
+        done = build_features(
+            run,
+            store,
+            out,
+            memory=MEMORY if memory is None else parse_bytes(memory),
+            executor=executor,
+            progress=_Lines(),
+            **settings,
+        )
+    told = {"out": str(out), "tasks": done.tasks, "resumed": done.resumed, "seconds": round(done.seconds, 3)}
+    print_json(told | {"already_finished": done.already_finished}, as_json)
+    if not as_json:
+        text = "already finished" if done.already_finished else f"{done.tasks:,} tasks, {done.seconds:.1f} s"
+        click.echo(f"{out}: {text}", file=sys.stdout)
+
+
+COMMANDS = (_features,)

@@ -1,0 +1,16 @@
+"""What each latent of a dictionary does on a store of activations: one read of the rows, every latent at once.
+
+::
+
+    store in document order
+      | survey    where documents begin, and the rows among which quiet ones are looked for
+      | encode    (block of rows) x (shard of latents)     codes, grouped by latent
+      | select    block of rows, where k latents of each token compete over several shards
+      v
+    collate       chunk of latents                         all activations of a latent, together in row order
+      v
+    OUT/          statistics, examples and contexts of every latent, as Zarr arrays of plain bytes
+
+Each line is a step of `actshuffle.jobs`: tasks may run anywhere, in any order, twice, and after a kill, and write the
+same bytes.  docs/features.md defines every array.
+"""

@@ -1,0 +1,114 @@
+"""A dictionary in the units of the raw rows, a range of latents at a time: runs of ours, and other tools' folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saetrain.foreign import read_foreign
+from saetrain.model import Model
+from saetrain.sae import SAE, Folded
+from saetrain.tensors import sha256
+from saetrain.training.checkpoint import Checkpoint, find
+from saetrain.variants.table import VARIANTS
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """`path` is a run, a checkpoint, or a folder that SAELens or sparsify wrote."""
+
+    path: str
+
+    @cached_property
+    def _foreign(self) -> SAE | None:
+        folder = Path(self.path)
+        return read_foreign(folder) if (folder / "cfg.json").exists() else None
+
+    @cached_property
+    def _folded(self) -> Folded:
+        return Folded(find(Path(self.path)))
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        return self._folded.checkpoint if self._foreign is None else None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the SHA-256 of the files: the identity of what the dictionary computes."""
+        if (checkpoint := self.checkpoint) is not None:
+            files: Any = sorted(checkpoint.state["shards"].items()), checkpoint.state["scale"]
+        else:
+            files = sorted((path.name, sha256(path)) for path in Path(self.path).iterdir() if path.is_file())
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+    @property
+    def variant(self) -> type[Model]:
+        """The variant that tells which latents of a finished dictionary are active."""
+        return VARIANTS[self._foreign.activation if self._foreign else self._folded.variant.activation]
+
+    @property
+    def k(self) -> int:
+        """Active latents of a token; 0 where thresholds decide."""
+        found = self._foreign.k if self._foreign else self._folded.checkpoint.config.k
+        return found if self.variant.takes_k else 0
+
+    @property
+    def latents(self) -> int:
+        return len(self._foreign.b_enc) if self._foreign else self._folded.checkpoint.config.d_sae
+
+    @property
+    def d_in(self) -> int:
+        return self._foreign.W_enc.shape[1] if self._foreign else int(self._folded.checkpoint.state["d_in"])
+
+    def firing_rates(self) -> Tensor | None:
+        """Share of tokens on which each latent was last seen active in training, float64 [latents], where known."""
+        if self.checkpoint is None or not int(window := self.checkpoint.read("window")):
+            return None
+        return self.checkpoint.read("fired").double() / int(window)
+
+    def offset(self) -> Tensor:
+        """What is subtracted from raw rows before the encoder, [d_in]."""
+        if self._foreign is not None:
+            return self._foreign.b_dec if self._foreign.subtract_b_dec else torch.zeros_like(self._foreign.b_dec)
+        b_dec = self._folded.b_dec()
+        return b_dec if self._folded.variant.pre_bias else torch.zeros_like(b_dec)
+
+    def rows(self, lo: int, hi: int) -> dict[str, Tensor]:
+        """W_enc, W_dec [latents, d_in], b_enc and threshold [latents] of latents [lo, hi).
+
+        The same bits whatever the range; a variant without thresholds has zeros.
+        """
+        if (sae := self._foreign) is not None:
+            part = {"W_enc": sae.W_enc[lo:hi], "b_enc": sae.b_enc[lo:hi], "W_dec": sae.W_dec[lo:hi]}
+            threshold = None if sae.threshold is None else sae.threshold[lo:hi]
+        else:
+            part = self._folded.rows(lo, hi)
+            threshold = part.get("threshold")
+        return part | {"threshold": torch.zeros_like(part["b_enc"]) if threshold is None else threshold}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The encoder of latents [lo, hi) on a device, float32."""
+
+    lo: int
+    hi: int
+    weight: Tensor
+    bias: Tensor
+    threshold: Tensor
+    offset: Tensor
+
+
+@lru_cache(maxsize=1)  # a worker keeps the shard of its last task: tasks come shard by shard
+def shard_of(path: str, digest: str, lo: int, hi: int, device: str) -> Shard:
+    found = Dictionary(path)
+    part = {name: t.to(device, torch.float32) for name, t in found.rows(lo, hi).items() if name != "W_dec"}
+    offset = found.offset().to(device, torch.float32)
+    return Shard(lo, hi, part["W_enc"].contiguous(), part["b_enc"], part["threshold"], offset)

@@ -1,0 +1,127 @@
+"""The encoder product, and which of its results are active.
+
+::
+
+    encode   block x shard    pre = (x - offset) W_enc^T + b_enc, a tile at a time; active entries go to codes/
+                              with k latents a token and several shards, each shard's k best go to candidates/
+    select   block            the k best of all shards' candidates; ties go to the lower latent
+
+Pre-activations exist for one tile of rows at a time.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actshuffle import Dataset, open_dataset
+from actshuffle.jobs import FolderJob, FolderTask
+from saetrain.compute.kernels import exact_topk
+from saetrain.data import check_finite
+from saetrain.features import codes
+from saetrain.features.blueprint import Plan
+from saetrain.features.dictionary import Shard, shard_of
+
+
+def encode(job: FolderJob, task: FolderTask, *, device: str) -> tuple[dict[str, Any], int]:
+    """One block of rows through one shard of the dictionary."""
+    plan = Plan.of(job)
+    number, block = plan.encode_task(task)
+    key, lo, hi = (plan.candidate_objects if plan.selects else plan.code_objects)(block)[number]
+    shard = shard_of(plan.dictionary, plan.sae, lo, hi, device)
+    data = open_dataset(plan.store)
+    start, stop = plan.block(block)
+    parts = []
+    for at in range(start, stop, plan.tile_rows):
+        end = min(at + plan.tile_rows, stop)
+        x = rows_of(data, plan, at, end)
+        found = active(shard, x.to(device), plan)
+        parts.append((found.latent, found.row + (at - start), found.value))
+    latent, row, value = (np.concatenate(p) for p in zip(*parts, strict=True))
+    run = codes.grouped(latent, row, value, hi - lo)
+    nbytes = codes.put(job, key, run, plan.granule)
+    return {"entries": len(value), "key": key}, nbytes + (stop - start) * plan.d_in * 4
+
+
+def is_there(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
+    return job.objects.size(receipt["key"]) is not None
+
+
+def rows_of(data: Dataset, plan: Plan, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) as float32 [rows, d_in]; refuses NaNs and infinities."""
+    found = data.read(plan.field, start, stop).reshape(stop - start, -1)
+    if data.fields[plan.field].bfloat16:
+        rows = torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
+    else:
+        rows = torch.from_numpy(found)
+    check_finite(rows, plan.store, plan.field, start)
+    return rows.float()
+
+
+class Active(NamedTuple):
+    """Active entries of a tile, token by token."""
+
+    latent: np.ndarray[Any, Any]  # of the shard
+    row: np.ndarray[Any, Any]  # of the tile
+    value: np.ndarray[Any, Any]
+
+
+def active(shard: Shard, x: Tensor, plan: Plan) -> Active:
+    """The entries of a tile of rows [rows, d_in] that are active, or candidates."""
+    pre = product(shard, x, plan)
+    if plan.k:
+        value, latent = exact_topk(pre, plan.k)
+        row, place = (value > 0).nonzero(as_tuple=True)
+        return Active(*(t.cpu().numpy() for t in (latent[row, place], row, value[row, place])))
+    row, latent = (pre > shard.threshold).nonzero(as_tuple=True)
+    return Active(*(t.cpu().numpy() for t in (latent, row, pre[row, latent])))
+
+
+def product(shard: Shard, x: Tensor, plan: Plan) -> Tensor:
+    """Pre-activations [rows, latents of the shard].
+
+    Each tile is one matrix product of its own.  Tiles lie at multiples of `tile_rows` and `tile_latents` of the whole
+    store and the whole dictionary, so a pre-activation has the same bits whatever the blocks and shards.
+    """
+    centred = x - shard.offset
+    pre = x.new_empty(len(x), shard.hi - shard.lo)
+    for lo in range(0, shard.hi - shard.lo, plan.tile_latents):
+        part = slice(lo, lo + plan.tile_latents)
+        torch.addmm(shard.bias[part], centred, shard.weight[part].T, out=pre[:, part])
+    return pre
+
+
+def select(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
+    """Of all shards' candidates of a block, the k largest of each row."""
+    plan, block = Plan.of(job), task.number
+    runs = []
+    for key, lo, hi in plan.candidate_objects(block):
+        run = codes.read(job, key, hi - lo, plan.granule, 0, hi - lo, block=block, first=lo)
+        runs.append(run)
+    counts = np.concatenate([run.counts for run in runs])
+    rows, values = (np.concatenate([getattr(run, name) for run in runs]) for name in ("rows", "values"))
+    kept = best(rows, values, plan.k)
+    latent = np.repeat(np.arange(plan.latents), counts)[kept]
+    run = codes.Run(np.bincount(latent, minlength=plan.latents).astype("<u4"), rows[kept], values[kept])
+    ((key, _, _),) = plan.code_objects(block)
+    return {"entries": int(kept.sum()), "key": key}, codes.put(job, key, run, plan.granule)
+
+
+def best(rows: np.ndarray[Any, Any], values: np.ndarray[Any, Any], k: int) -> np.ndarray[Any, Any]:
+    """Mask of the k largest positive values of each row; of equal ones the first come first."""
+    key = (rows.astype(np.uint64) << np.uint64(32)) | (np.uint64(0x7FFFFFFF) - values.view(np.uint32))
+    order = np.argsort(key, kind="stable")
+    sorted_rows = rows[order]
+    starts = np.searchsorted(sorted_rows, sorted_rows, side="left")
+    kept = np.zeros(len(rows), bool)
+    kept[order[np.arange(len(rows)) - starts < k]] = True
+    return kept
+
+
+def encode_on(device: str) -> Any:
+    """`encode` on a device, as a step's function: the device is no part of the job's identity."""
+    return partial(encode, device=device)

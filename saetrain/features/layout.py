@@ -1,0 +1,159 @@
+"""The arrays of a result, which examples are kept of each latent, and the files that hold them.
+
+::
+
+    OUT/stat/count/c/3                      latents [3 chunk, 4 chunk), little-endian bytes without compression
+    OUT/example/row/c/3/0
+    OUT/zarr.json, OUT/stat/zarr.json ...   Zarr v3 metadata, written at the end
+
+Row f of an array of `GROUPS` is about latent f.  Chunks are whole and not compressed, so that one latent is read with
+one small range read of each array, whatever the number of latents.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
+
+from actshuffle.jobs import FolderJob
+
+NO_ROW = -1  # in `example/row`: a slot without an example
+NO_OFFSET = 127  # in `context/offset`: an entry without a value
+BIN_SHIFT = 21  # of a float32's bits: bins of a quarter octave
+HISTOGRAM_BINS = 64
+POSITION_BINS = 16  # one an octave, from the first row of a document on
+TOP_TOKENS = 16
+CONTEXT = 8  # values kept of each context
+QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999)
+
+Arrays = dict[str, NDArray[Any]]  # by "group/name", one row a latent
+
+
+class Slots(NamedTuple):
+    """How many examples of each kind there are."""
+
+    top: int = 20
+    intervals: int = 5
+    each: int = 5  # of an interval
+    random: int = 10
+    quiet: int = 10
+
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """The slots [first, end) of each kind, by its name."""
+        sizes = {"top": self.top}
+        sizes |= {f"interval {i + 1}": self.each for i in range(self.intervals)}
+        sizes |= {f"part {i + 1}": self.each for i in range(self.intervals)}
+        sizes |= {"random": self.random, "quiet": self.quiet}
+        ends = np.cumsum([*sizes.values()])
+        return {name: (int(end) - size, int(end)) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+    @property
+    def total(self) -> int:
+        return self.top + 2 * self.intervals * self.each + self.random + self.quiet
+
+
+class Column(NamedTuple):
+    """One array: shape of a row, type, the value where there is nothing to say, and its definition."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    empty: float
+    about: str
+
+
+def columns(slots: Slots, rows: int) -> dict[str, Column]:
+    """All arrays that `collate` writes, by "group/name"."""
+    n = "<u4" if rows < 2**32 else "<u8"
+    nan = float("nan")
+    per_slot = (slots.total,)
+    return {
+        "stat/count": Column((), "<i8", 0, "rows on which the latent is active"),
+        "stat/sum": Column((), "<f8", 0, "sum of its activations"),
+        "stat/sum2": Column((), "<f8", 0, "sum of their squares"),
+        "stat/sum3": Column((), "<f8", 0, "sum of their cubes"),
+        "stat/sum4": Column((), "<f8", 0, "sum of their fourth powers"),
+        "stat/min": Column((), "<f4", nan, "smallest activation; NaN for a dead latent"),
+        "stat/max": Column((), "<f4", nan, "largest activation; NaN for a dead latent"),
+        "stat/max_row": Column((), "<i8", NO_ROW, "first row with the largest activation; -1 for a dead latent"),
+        "stat/documents": Column((), "<i8", 0, "documents in which it is active"),
+        "stat/density": Column((), "<f8", 0, "count / rows"),
+        "stat/density_low": Column((), "<f8", nan, "lower end of the density's 95% interval, documents as clusters"),
+        "stat/density_high": Column((), "<f8", nan, "upper end of that interval"),
+        "shape/histogram": Column((HISTOGRAM_BINS,), n, 0, "activations in bins of a quarter octave, below the max"),
+        "shape/quantile": Column((len(QUANTILES),), "<f4", nan, "order statistics ceil(q count) of its activations"),
+        "shape/position": Column((POSITION_BINS,), n, 0, "active rows by log2(1 + rows of the document before)"),
+        "token/id": Column((TOP_TOKENS,), "<i8", -1, "tokens on which it is most often active; -1 for none"),
+        "token/count": Column((TOP_TOKENS,), n, 0, "active rows with that token"),
+        "token/mean": Column((TOP_TOKENS,), "<f4", nan, "mean activation on them"),
+        "example/row": Column(per_slot, "<i8", NO_ROW, "row of the store; -1 for an empty slot"),
+        "example/value": Column(per_slot, "<f4", 0, "activation on that row; 0 for quiet rows"),
+        "context/offset": Column((*per_slot, CONTEXT), "|i1", NO_OFFSET, "rows from the example; 127 for none"),
+        "context/value": Column((*per_slot, CONTEXT), "<f4", 0, "activation at that offset"),
+    }
+
+
+def empty(found: Mapping[str, Column], latents: int) -> Arrays:
+    """Arrays of latents of which nothing is known."""
+    return {name: np.full((latents, *c.shape), c.empty, c.dtype) for name, c in found.items()}
+
+
+def chunk_key(name: str, number: int, axes: int) -> str:
+    return f"{name}/c/{number}" + "/0" * (axes - 1)
+
+
+def put_chunk(job: FolderJob, arrays: Arrays, number: int, chunk: int) -> int:
+    """Write one chunk of each array, whole chunks also at the end; returns the bytes."""
+    nbytes = 0
+    for name, array in arrays.items():
+        whole = array
+        if len(array) < chunk:
+            whole = np.zeros((chunk, *array.shape[1:]), array.dtype)
+            whole[: len(array)] = array
+        data = np.ascontiguousarray(whole).reshape(-1).view(np.uint8)
+        job.objects.put(chunk_key(name, number, array.ndim), data.data)
+        nbytes += len(data)
+    return nbytes
+
+
+def has_chunk(job: FolderJob, found: Mapping[str, Column], number: int) -> bool:
+    return all(job.objects.size(chunk_key(n, number, len(c.shape) + 1)) is not None for n, c in found.items())
+
+
+def metadata(found: Mapping[str, Column], latents: int, chunk: int, attributes: Any) -> Iterator[tuple[str, bytes]]:
+    """The zarr.json of the root, with the attributes, of each group, and of each array."""
+    store = MemoryStore()
+    root = zarr.create_group(store, attributes=json.loads(json.dumps(attributes)))
+    for name, column in found.items():
+        root.create_array(
+            name,
+            shape=(latents, *column.shape),
+            chunks=(chunk, *column.shape),
+            dtype=np.dtype(column.dtype),
+            fill_value=0,
+            compressors=None,
+            attributes={"definition": column.about},
+        )
+
+    async def held() -> list[tuple[str, bytes]]:
+        keys = sorted([key async for key in store.list()])
+        got = [(key, await store.get(key, default_buffer_prototype())) for key in keys]
+        return [(key, data.to_bytes()) for key, data in got if data is not None]
+
+    yield from sync(held())
+
+
+def histogram_edges(maximum: float) -> NDArray[np.float32]:
+    """The edges of a latent's histogram, float32 [bins + 1]: bin i holds edges[i] <= activation < edges[i + 1].
+
+    The first bin also holds all that is smaller.
+    """
+    top = int(np.float32(maximum).view(np.uint32)) >> BIN_SHIFT
+    return (np.maximum(np.arange(top - HISTOGRAM_BINS + 1, top + 2), 0) << BIN_SHIFT).astype(np.uint32).view(np.float32)

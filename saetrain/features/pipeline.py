@@ -1,0 +1,208 @@
+"""`build_features`: the plan, the steps, and the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actshuffle import Dataset
+from actshuffle.errors import ConservationError
+from actshuffle.executors import Executor
+from actshuffle.jobs import FolderJob, Outcome, Step, run_in_folder
+from actshuffle.progress import Progress
+from saetrain.config import Config
+from saetrain.data import DOCUMENT_NAMES, Store
+from saetrain.errors import ConfigError, DataError
+from saetrain.features import encode, layout, survey
+from saetrain.features.blueprint import Plan
+from saetrain.features.codes import MOST_BLOCK_ROWS
+from saetrain.features.collate import collate_in
+from saetrain.features.collate import is_there as is_collated
+from saetrain.features.dictionary import Dictionary
+from saetrain.features.layout import Slots
+
+NAME = "features"
+TOKEN_NAMES = ("token", "tokens", "token_id", "token_ids", "input_ids")
+TILE_ROWS, TILE_LATENTS, GRANULE = 512, 1024, 256
+BLOCK_ROWS = 16_384
+MEMORY = 1 << 30
+POOL = 4096
+
+
+def plan_features(
+    dictionary: str | Path,
+    store: str | Path,
+    *,
+    field: str = "",
+    seed: int = 0,
+    shards: int = 1,
+    block_rows: int = 0,
+    slots: Slots = Slots(),  # noqa: B008
+    tile_rows: int = TILE_ROWS,
+    tile_latents: int = TILE_LATENTS,
+    granule: int = GRANULE,
+    chunk: int = 0,
+) -> Plan:
+    """The plan of a run; refuses what does not fit together before anything is written."""
+    found = Dictionary(str(dictionary))
+    data = _opened(store, field)
+    if data.d_in != found.d_in:
+        raise DataError(
+            f"rows of {data.field!r} in {store} have {data.d_in:,} numbers, and the dictionary {dictionary} takes "
+            f"{found.d_in:,}: choose the array it was trained on with --field, or its store"
+        )
+    latents, rows = found.latents, data.rows
+    if rows < 1:
+        raise DataError(f"{store} has no rows")
+    unit = max(tile_latents, granule)
+    if unit % tile_latents or unit % granule:
+        raise ConfigError(f"tiles of {tile_latents} latents and granules of {granule} do not fit into each other")
+    most = -(-latents // unit)
+    if not 1 <= shards <= most:
+        raise ConfigError(f"--shards must be 1 to {most}: {latents:,} latents are cut at multiples of {unit:,}")
+    block = block_rows or BLOCK_ROWS
+    block = -(-min(block, rows) // tile_rows) * tile_rows
+    if not 1 <= block <= MOST_BLOCK_ROWS:
+        raise ConfigError(f"blocks of {block:,} rows: at most {MOST_BLOCK_ROWS:,} fit, in tiles of {tile_rows:,}")
+    checkpoint = found.checkpoint
+    return Plan(
+        dictionary=str(Path(checkpoint.folder if checkpoint else dictionary).absolute()),
+        sae=found.digest,
+        store=str(store) if "://" in str(store) else str(Path(store).absolute()),
+        identity=data.data.identity,
+        field=data.field,
+        token=_column(data.data, TOKEN_NAMES),
+        document=_column(data.data, DOCUMENT_NAMES),
+        rows=rows,
+        d_in=found.d_in,
+        latents=latents,
+        k=found.k,
+        shards=shards,
+        block_rows=block,
+        tile_rows=tile_rows,
+        tile_latents=tile_latents,
+        granule=granule,
+        chunk=chunk or _chunk(latents, granule),
+        seed=seed,
+        slots=tuple(slots),
+        window=128,
+        before=48,
+        after=24,
+        pool=min(POOL, rows),
+    )
+
+
+def _opened(store: str | Path, field: str) -> Store:
+    data = Store(store, Config(field=field))
+    if data.data.shuffled:
+        raise DataError(
+            f"{store} is shuffled, and the tokens around an example are those of its document: give the store that "
+            "`actshuffle collect` wrote, from which it was shuffled (`actshuffle info` names it)"
+        )
+    return data
+
+
+def _column(data: Dataset, names: tuple[str, ...]) -> str | None:
+    """The first array of whole numbers, one a row, among some usual names."""
+    for name in names:
+        if name in data.fields and data.fields[name].dtype.kind in "iu" and not data.fields[name].row_shape:
+            return name
+    return None
+
+
+def _chunk(latents: int, granule: int) -> int:
+    """Latents of a chunk: some sixteen chunks, each of 256 to 16,384 latents."""
+    wanted = min(max(-(-latents // 16), 256), 16_384)
+    return -(-wanted // granule) * granule
+
+
+def steps(plan: Plan, *, device: str, memory: int) -> list[Step]:
+    """The steps of a run, in order; see the room's own docstring."""
+    found = [
+        Step("survey", survey.survey, 1, survey.is_there),
+        Step("encode", encode.encode_on(device), plan.blocks * plan.shards, encode.is_there),
+    ]
+    if plan.selects:
+        found.append(Step("select", encode.select, plan.blocks, encode.is_there))
+    found.append(Step("collate", collate_in(memory), plan.chunks, is_collated))
+    return found
+
+
+def publish(job: FolderJob) -> dict[str, Any]:
+    """Check that no entry was lost, write the metadata, and remove what only an unfinished run needs."""
+    plan = Plan.of(job)
+    encoded = sum(found["entries"] for found in job.results("select" if plan.selects else "encode"))
+    chunks = list(job.results("collate"))
+    collated = sum(found["entries"] for found in chunks)
+    if encoded != collated:
+        raise ConservationError(
+            f"{encoded:,} active entries were encoded and {collated:,} collated in {job.place}: "
+            "start again with another OUT"
+        )
+    (surveyed,) = job.results("survey")
+    facts = {
+        "format": 1,
+        "rows": plan.rows,
+        "documents": surveyed["documents"],
+        "latents": plan.latents,
+        "entries": encoded,
+        "alive": sum(found["alive"] for found in chunks),
+        "kinds": [[kind, *ends] for kind, ends in plan.kinds.kinds().items()],
+        "quantiles": list(layout.QUANTILES),
+        **{name: getattr(plan, name) for name in ("store", "identity", "dictionary", "sae", "seed", "window")},
+        **{name: getattr(plan, name) for name in ("before", "after", "field", "token", "document")},
+    }
+    for key, data in layout.metadata(plan.columns, plan.latents, plan.chunk, {"features": facts}):
+        job.objects.put(key, data)
+    for prefix in ("candidates", "codes", "rows"):
+        job.objects.delete_prefix(prefix)
+    return facts
+
+
+def build_features(
+    dictionary: str | Path,
+    store: str | Path,
+    out: str | Path,
+    *,
+    memory: int = MEMORY,
+    device: str = "auto",
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    fsync: bool = True,
+    **settings: Any,
+) -> Outcome:
+    """Describe every latent of a dictionary on a store of activations in document order; resume, or find it done.
+
+    Parameters
+    ----------
+    dictionary : a run or checkpoint of ours, or a folder that SAELens or sparsify wrote.
+    store : a finished store in document order, as `actshuffle collect` writes it.
+    out : folder of the results; `open_features` reads them, docs/features.md defines them.
+    memory : bytes that one task may take for the entries of latents.
+    device : where the encoder product runs, as torch names it; "auto" is a GPU if there is one.
+    executor, progress, overwrite, fsync : as `actshuffle.jobs.run_in_folder` takes them.
+    settings : of `saetrain.features.pipeline.plan_features`: field, seed, shards, block_rows and the like.
+
+    Raises
+    ------
+    DataError : the store is shuffled, unfinished, of another width, or holds NaNs.
+    ConfigError : the settings do not fit together.
+    actshuffle.errors.ConservationError : codes were damaged between their writing and their reading.
+    """
+    plan = plan_features(dictionary, store, **settings)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return run_in_folder(
+        NAME,
+        out,
+        plan.settings(),
+        steps(plan, device=device, memory=memory),
+        publish=publish,
+        executor=executor,
+        progress=progress,
+        overwrite=overwrite,
+        fsync=fsync,
+    )

@@ -1,0 +1,199 @@
+"""Which rows stand for a latent: the largest, uniform samples of its intervals, and rows on which it is quiet.
+
+::
+
+    top          the largest activations, at most one of a window of a document; of equal ones the first row
+    interval i   activations in the i-th of equal widths of (0, max]: a uniform sample
+    part i       activations in the i-th of equal counts, by value: a uniform sample
+    random       any activations: a uniform sample
+    quiet        rows of the pool on which the latent is not active: a uniform sample
+
+A uniform sample is the entries of smallest priority, without replacement.  It depends on the seed, the latent and the
+rows alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saetrain.features.entries import Context, Entries, mixed
+from saetrain.features.layout import NO_ROW, Arrays
+from saetrain.features.statistics import new_document, order_statistics, ranks, sorted_bits
+
+I64 = NDArray[np.int64]
+FIRST_LOOK = 32  # rows of the pool that are tried first for a quiet one
+
+
+class Chosen(NamedTuple):
+    """Examples of all latents: `entry` is the number of their entry, -1 for none (an empty slot, or a quiet row)."""
+
+    row: I64  # [latents, slots]
+    entry: I64
+
+
+def choose(entries: Entries, context: Context, maximum: NDArray[np.float32]) -> Chosen:
+    slots = context.plan.kinds
+    entry = np.full((entries.latents, slots.total), -1, np.int64)
+    at = 0
+    entry[:, : slots.top] = top(entries, context, slots.top)
+    at += slots.top
+    for interval in (by_width(entries, slots.intervals, maximum), by_count(entries, slots.intervals)):
+        size = slots.intervals * slots.each
+        groups = entries.latent * slots.intervals + interval
+        found = smallest(groups, entries.priority, entries.latents * slots.intervals, slots.each)
+        entry[:, at : at + size] = found.reshape(entries.latents, size)
+        at += size
+    entry[:, at : at + slots.random] = smallest(entries.latent, entries.priority, entries.latents, slots.random)
+    at += slots.random
+    padded = np.append(entries.row, NO_ROW)  # entry -1 is the last
+    row = padded[entry]
+    row[:, at : at + slots.quiet] = quiet(entries, context, slots.quiet)
+    return Chosen(row, entry)
+
+
+def top(entries: Entries, context: Context, count: int) -> I64:
+    """Entries of the largest activations, one of each window, int64 [latents, count]; -1 where there are fewer."""
+    found = np.full((entries.latents, count), -1, np.int64)
+    if not len(entries.row):
+        return found
+    window = (entries.row - context.documents[entries.document]) // context.plan.window
+    new = new_document(entries)
+    new[1:] |= window[1:] != window[:-1]
+    begins = np.flatnonzero(new)
+    # The largest of a window, and of equal ones the first: the largest (bits, -entry).
+    largest = np.maximum.reduceat(entries.bits, begins)
+    sizes = np.diff(np.append(begins, len(entries.row)))
+    is_largest = np.flatnonzero(entries.bits == np.repeat(largest, sizes))
+    owner = np.searchsorted(begins, is_largest, side="right") - 1
+    entry = is_largest[np.append(True, owner[1:] != owner[:-1])]
+    latent = entries.latent[entry]
+    # Only activations that reach the count-th largest of their latent need to be ordered.
+    keys = np.sort((latent.astype(np.uint64) << np.uint64(31)) | (np.uint64(0x7FFFFFFF) - largest))
+    held = np.bincount(latent, minlength=entries.latents)
+    last = np.cumsum(held) - held + np.minimum(held, count) - 1
+    bound = np.zeros(entries.latents, np.uint64)
+    bound[held > 0] = np.uint64(0x7FFFFFFF) - (keys[last[held > 0]] & np.uint64(0x7FFFFFFF))
+    reach = largest >= np.repeat(bound, held)
+    entry, latent, largest = entry[reach], latent[reach], largest[reach]
+    order = np.lexsort((np.uint64(0x7FFFFFFF) - largest, latent))
+    return placed(entry[order], latent[order], entries.latents, count)
+
+
+def by_width(entries: Entries, intervals: int, maximum: NDArray[np.float32]) -> I64:
+    """The interval of each entry among equal widths of (0, max], from 0; its upper edge belongs to it."""
+    share = entries.value.astype(np.float64) * intervals / np.repeat(maximum.astype(np.float64), entries.counts)
+    return np.clip(np.ceil(share).astype(np.int64) - 1, 0, intervals - 1)
+
+
+def by_count(entries: Entries, intervals: int) -> I64:
+    """The part of each entry among equal counts, from 0: how many of the inner quantiles are smaller."""
+    part = np.zeros(len(entries.row), np.int64)
+    q = np.arange(1, intervals) / intervals
+    edges = order_statistics(entries, sorted_bits(entries), q)
+    for number in range(intervals - 1):
+        part += entries.value > np.repeat(edges[:, number], entries.counts)
+    return part
+
+
+def smallest(groups: I64, priority: NDArray[np.uint64], count: int, m: int) -> I64:
+    """Entries of the m smallest priorities of each of `count` groups, int64 [groups, m]; -1 where there are fewer.
+
+    A group of n entries has about m below m / n of the range; a bound somewhat above that leaves few to sort.  Where
+    it left too few, all entries of the group are looked at.
+    """
+    sizes = np.bincount(groups, minlength=count)
+    share = (m + 6 * m**0.5 + 8) / np.maximum(sizes, 1)
+    bound = np.where(share < 1, share * 2.0**64, 0).astype(np.uint64)
+    bound = np.where(share < 1, bound, np.uint64(2**64 - 1))
+    entry = np.flatnonzero(priority <= bound[groups])
+    short = np.bincount(groups[entry], minlength=count) < np.minimum(sizes, m)
+    if short.any():
+        entry = np.flatnonzero((priority <= bound[groups]) | short[groups])
+    of = groups[entry]
+    order = np.lexsort((priority[entry], of))  # stable: of equal priorities the first row
+    return placed(entry[order], of[order], count, m)
+
+
+def placed(items: I64, groups: I64, count: int, m: int) -> I64:
+    """The first m items of each group, which come one group after the other; -1 where there are fewer."""
+    found = np.full((count, m), -1, np.int64)
+    place = ranks(groups)
+    inside = place < m
+    found[groups[inside], place[inside]] = items[inside]
+    return found
+
+
+def quiet(entries: Entries, context: Context, count: int) -> I64:
+    """Rows of the pool on which each latent is not active, int64 [latents, count].
+
+    The pool is a uniform sample of the rows in random order.  Each latent begins at a place of its own, and takes the
+    first quiet rows from there, around the end of the pool.
+    """
+    pool, found = context.pool, np.full((entries.latents, count), NO_ROW, np.int64)
+    begin = (mixed(np.arange(entries.first, entries.first + entries.latents)) % np.uint64(len(pool))).astype(np.int64)
+    left, look = np.arange(entries.latents), min(max(FIRST_LOOK, 2 * count), len(pool))
+    keys = entries.latent * context.plan.rows + entries.row
+    while len(left):
+        tried = pool[(begin[left, None] + np.arange(look)) % len(pool)]
+        wanted = left[:, None] * context.plan.rows + tried
+        place = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+        silent = keys[place] != wanted if len(keys) else np.ones(wanted.shape, bool)
+        enough = (silent.sum(axis=1) >= count) | (look == len(pool))
+        of, at = np.nonzero(silent & enough[:, None])
+        found[left] = np.where(enough[:, None], placed(tried[of, at], of, len(left), count), found[left])
+        left, look = left[~enough], min(8 * look, len(pool))
+    return found
+
+
+def contexts(entries: Entries, context: Context, chosen: Chosen, arrays: Arrays) -> None:
+    """Write into `arrays` the examples, and the latent's own activations on the rows around each of them.
+
+    Of the rows from `before` before to `after` after an example, in its document, the largest activations are kept, in
+    the order of rows; of equal ones the first.
+    """
+    plan = context.plan
+    offsets, values = arrays["context/offset"], arrays["context/value"]
+    arrays["example/row"][...] = chosen.row
+    arrays["example/value"][...] = np.append(entries.value, np.float32(0))[chosen.entry]
+    latent, slot = np.nonzero(chosen.row != NO_ROW)
+    if not len(latent) or not len(entries.row):
+        return
+    row = chosen.row[latent, slot]
+    document = np.searchsorted(context.documents, row, side="right") - 1
+    low = np.maximum(row - plan.before, context.documents[document])
+    high = np.minimum(row + plan.after + 1, context.documents[document + 1])
+    keys = entries.latent * plan.rows + entries.row
+    first = np.searchsorted(keys, latent * plan.rows + low)
+    size = np.searchsorted(keys, latent * plan.rows + high - 1, side="right") - first
+    for part in _parts(size, 1 << 20):
+        _fill(entries, offsets, values, latent[part], slot[part], row[part], first[part], size[part])
+
+
+def _parts(sizes: I64, most: int) -> list[slice]:
+    """Consecutive parts of about `most` in sum."""
+    ends = np.searchsorted(np.cumsum(sizes), np.arange(most, int(sizes.sum()) + most, most), side="right")
+    edges = np.unique(np.concatenate([[0], ends, [len(sizes)]]))
+    return [slice(a, b) for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)]
+
+
+def _fill(
+    entries: Entries,
+    offsets: NDArray[Any],
+    values: NDArray[Any],
+    latent: I64,
+    slot: I64,
+    row: I64,
+    first: I64,
+    size: I64,
+) -> None:
+    example = np.repeat(np.arange(len(size)), size)
+    entry = np.arange(len(example)) + np.repeat(first - (np.cumsum(size) - size), size)
+    order = np.lexsort((np.uint64(0x7FFFFFFF) - entries.bits[entry], example))
+    kept = np.sort(order[ranks(example[order]) < offsets.shape[-1]])
+    example, entry = example[kept], entry[kept]
+    at = latent[example], slot[example], ranks(example)
+    offsets[at] = entries.row[entry] - row[example]
+    values[at] = entries.value[entry]

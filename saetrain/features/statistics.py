@@ -1,0 +1,161 @@
+"""Statistics of each latent from its entries.
+
+Sums are taken one entry after the other in the order of rows, in float64, so their bits do not depend on how the work
+was cut.  Bins are cut by the bits of the float, so that a count depends on no rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saetrain.features.entries import Context, Entries
+from saetrain.features.layout import BIN_SHIFT, HISTOGRAM_BINS, POSITION_BINS, QUANTILES, TOP_TOKENS, Arrays
+
+Z = 1.959963984540054  # of a 95% interval
+_HALF = np.uint64(31)  # bits of a positive float32
+
+
+def moments(entries: Entries) -> Arrays:
+    """count, sums of powers, min, max and where the max is first."""
+    n, latent, starts = entries.latents, entries.latent, entries.starts
+    value = entries.value.astype(np.float64)
+    out: Arrays = {"stat/count": entries.counts}
+    power = value
+    for name in ("sum", "sum2", "sum3", "sum4"):
+        out[f"stat/{name}"] = np.bincount(latent, power, minlength=n)
+        if name != "sum4":
+            power = power * value
+    out["stat/min"], out["stat/max"] = (np.full(n, np.nan, np.float32) for _ in range(2))
+    out["stat/max_row"] = np.full(n, -1, np.int64)
+    alive = entries.counts > 0
+    if alive.any():
+        out["stat/min"][alive] = np.minimum.reduceat(entries.value, starts[:-1][alive])
+        out["stat/max"][alive] = np.maximum.reduceat(entries.value, starts[:-1][alive])
+        first = np.flatnonzero(entries.value == np.repeat(out["stat/max"], entries.counts))
+        out["stat/max_row"][latent[first[::-1]]] = entries.row[first[::-1]]  # the first is written last
+    return out
+
+
+def documents(entries: Entries, context: Context) -> Arrays:
+    """documents, density and its interval, from the runs of entries in one document."""
+    n, rows = entries.latents, context.plan.rows
+    begins = np.flatnonzero(new_document(entries))
+    of = entries.latent[begins]
+    run = np.diff(np.append(begins, len(entries.row))).astype(np.float64)
+    sizes = np.diff(context.documents)
+    size = sizes[entries.document[begins]].astype(np.float64)
+    found = np.bincount(of, minlength=n)
+    density = entries.counts / rows
+    squares, cross = np.bincount(of, run * run, minlength=n), np.bincount(of, run * size, minlength=n)
+    everywhere = float((sizes.astype(np.float64) ** 2).sum())
+    low, high = clustered_interval(density, squares, cross, everywhere, rows, len(sizes))
+    return {"stat/documents": found, "stat/density": density, "stat/density_low": low, "stat/density_high": high}
+
+
+def clustered_interval(
+    p: NDArray[Any], squares: NDArray[Any], cross: NDArray[Any], everywhere: float, rows: int, clusters: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Wilson's 95% interval of shares p, with the number of rows that documents as clusters are worth.
+
+    With c_d active rows among the n_d of document d, the variance of p = sum c_d / sum n_d is
+    D / (D - 1) sum (c_d - p n_d)^2 / rows^2 (Cochran, Sampling Techniques, 1977, section 3.12), and
+    n = p (1 - p) / variance, at most `rows`, and `clusters` where p is 0 or 1.  `squares` is sum c_d^2, `cross` is
+    sum c_d n_d, `everywhere` sum n_d^2.  NaN where there are fewer than two documents.
+    """
+    if clusters < 2:
+        return np.full(len(p), np.nan), np.full(len(p), np.nan)
+    spread = np.maximum(squares - 2 * p * cross + p * p * everywhere, 0)
+    variance = spread * clusters / (clusters - 1) / float(rows) ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        worth = np.where((p > 0) & (p < 1), np.minimum(p * (1 - p) / variance, rows), clusters)
+    centre = (p + Z * Z / (2 * worth)) / (1 + Z * Z / worth)
+    half = Z / (1 + Z * Z / worth) * np.sqrt(p * (1 - p) / worth + Z * Z / (4 * worth * worth))
+    return np.where(p > 0, np.maximum(centre - half, 0), 0.0), np.where(p < 1, np.minimum(centre + half, 1), 1.0)
+
+
+def new_document(entries: Entries) -> NDArray[np.bool_]:
+    """True for each entry that is the first of its latent in its document."""
+    new = np.ones(len(entries.row), bool)
+    new[1:] = entries.document[1:] != entries.document[:-1]
+    new[entries.starts[:-1][entries.counts > 0]] = True
+    return new
+
+
+def shape(entries: Entries, context: Context, maximum: NDArray[np.float32]) -> Arrays:
+    """Histogram, quantiles, and counts by position in the document."""
+    n, latent = entries.latents, entries.latent
+    top = (np.nan_to_num(maximum).view(np.uint32) >> BIN_SHIFT).astype(np.int64)
+    bins = (entries.value.view(np.uint32) >> BIN_SHIFT).astype(np.int64)
+    bins += np.repeat(np.arange(n) * HISTOGRAM_BINS - top + HISTOGRAM_BINS - 1, entries.counts)
+    np.maximum(bins, latent * HISTOGRAM_BINS, out=bins)
+    position = entries.row - context.documents[entries.document] + 1
+    octave = np.minimum(np.frexp(position.astype(np.float64))[1] - 1, POSITION_BINS - 1)
+    return {
+        "shape/histogram": np.bincount(bins, minlength=n * HISTOGRAM_BINS).reshape(n, -1),
+        "shape/quantile": quantiles(entries),
+        "shape/position": np.bincount(latent * POSITION_BINS + octave, minlength=n * POSITION_BINS).reshape(n, -1),
+    }
+
+
+def sorted_bits(entries: Entries) -> NDArray[np.uint32]:
+    """Bits of the activations, ascending within each latent."""
+    keys = np.sort((entries.latent.astype(np.uint64) << _HALF) | entries.bits)
+    return (keys & np.uint64(0x7FFFFFFF)).astype(np.uint32)
+
+
+def order_statistics(entries: Entries, ordered: NDArray[np.uint32], q: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The ceil(q count)-th smallest activation of each latent, float32 [latents, len(q)]; NaN for dead ones."""
+    place = np.maximum(np.ceil(q * entries.counts[:, None]).astype(np.int64) - 1, 0) + entries.starts[:-1, None]
+    found = np.full(place.shape, np.nan, np.float32)
+    alive = entries.counts > 0
+    found[alive] = ordered.view(np.float32)[place[alive]]
+    return found
+
+
+def quantiles(entries: Entries) -> NDArray[np.float32]:
+    return order_statistics(entries, sorted_bits(entries), np.array(QUANTILES))
+
+
+def tokens(entries: Entries, context: Context) -> Arrays:
+    """The tokens on which each latent is most often active, the lower token first among equals.
+
+    One sort of (latent, token, activation) in a single word puts equal tokens together; `widest` keeps latents few
+    enough for that.
+    """
+    n = entries.latents
+    ids = np.full((n, TOP_TOKENS), -1, np.int64)
+    counts = np.zeros((n, TOP_TOKENS), np.int64)
+    means = np.full((n, TOP_TOKENS), np.nan, np.float32)
+    if entries.token is not None and len(entries.row):
+        bits = np.uint64(context.token_bits)
+        keys = ((entries.latent.astype(np.uint64) << bits) | entries.token) << _HALF
+        keys |= entries.bits
+        keys.sort()
+        values = (keys & np.uint64(0x7FFFFFFF)).astype(np.uint32).view(np.float32).astype(np.float64)
+        keys >>= _HALF
+        begins = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+        pair = keys[begins]
+        held = np.diff(np.append(begins, len(keys)))
+        latent = (pair >> bits).astype(np.int64)
+        order = np.lexsort((pair, -held, latent))
+        place = ranks(latent[order])
+        order, place = order[place < TOP_TOKENS], place[place < TOP_TOKENS]
+        at = latent[order], place
+        ids[at] = (pair[order] & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64) + context.token_low
+        counts[at] = held[order]
+        means[at] = (np.add.reduceat(values, begins) / held)[order]
+    return {"token/id": ids, "token/count": counts, "token/mean": means}
+
+
+def widest(context: Context) -> int:
+    """The most latents whose (latent, token, activation) fit into one word."""
+    return 1 << max(33 - context.token_bits, 1)
+
+
+def ranks(groups: NDArray[Any]) -> NDArray[np.int64]:
+    """The place of each item within its group, for items of one group after the other."""
+    begins = np.flatnonzero(np.append(True, groups[1:] != groups[:-1])) if len(groups) else np.zeros(0, np.int64)
+    return np.arange(len(groups)) - np.repeat(begins, np.diff(np.append(begins, len(groups))))

@@ -1,0 +1,331 @@
+"""Read the result of `saetrain features`: one latent at a time, or one array of all latents.
+
+>>> features = open_features("acts.features")                         # doctest: +SKIP
+>>> f = features[123]                                                 # doctest: +SKIP
+>>> f.density, f.top(3), f.examples("interval 2"), f.histogram        # doctest: +SKIP
+>>> features.array("stat/max")                                        # doctest: +SKIP
+
+A latent is one small range read of each array, whatever their number; nothing is read before it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actshuffle import Dataset, decoder, document_name, open_dataset
+from actshuffle.errors import ActshuffleError, RequestError
+from actshuffle.jobs import read_done
+from saetrain.errors import DataError
+from saetrain.features.layout import NO_OFFSET, NO_ROW, histogram_edges
+from saetrain.reading.card import card
+
+POSITIONS = ("position", "positions", "pos")
+
+
+class Interval(NamedTuple):
+    """A value and the ends of its 95% interval; the ends are NaN where none can be given."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Histogram(NamedTuple):
+    """Bin i holds the activations with edges[i] <= activation < edges[i + 1]; the first also all smaller ones."""
+
+    edges: NDArray[np.float32]  # [bins + 1]
+    counts: NDArray[np.int64]  # [bins]
+
+
+class Token(NamedTuple):
+    """A token on which a latent is active."""
+
+    id: int
+    text: str | None
+    times: int  # rows with this token on which it is active
+    mean: float  # of its activations there
+
+
+class Neighbour(NamedTuple):
+    latent: int
+    cosine: float
+
+
+class Example(NamedTuple):
+    """A row of the store, with the rows around it in its document; `at` is its place among them.
+
+    `activations` are this latent's own there; beside the example itself, only the largest are kept, others are 0.
+    """
+
+    kind: str
+    row: int
+    value: float
+    document: int | None
+    document_name: str | None
+    position: int | None
+    tokens: tuple[int, ...]
+    text: tuple[str, ...] | None
+    at: int
+    activations: NDArray[np.float32]  # [rows around]
+
+    def __repr__(self) -> str:
+        shown = self.text or tuple(f" {token}" for token in self.tokens)
+        words = [f"[[{piece}]]" if i == self.at else piece for i, piece in enumerate(shown)]
+        where = f" of {self.document_name or self.document}" if self.document is not None else ""
+        return f"{self.value:.4g} at row {self.row:,}{where}: {''.join(words)}"
+
+
+class Feature:
+    """One latent.  Arrays are read when they are asked for, and kept."""
+
+    def __init__(self, features: Features, index: int) -> None:
+        self.features, self.index = features, index
+        self._held: dict[str, NDArray[Any]] = {}
+
+    def array(self, name: str) -> NDArray[Any]:
+        """This latent's row of an array, by "group/name"; `Features.names` lists them."""
+        if name not in self._held:
+            group, _, inner = name.rpartition("/")
+            self._held[name] = self.features.group(group).read(inner, self.index, self.index + 1)[0]
+        return self._held[name]
+
+    def _number(self, name: str) -> Any:
+        return self.array(f"stat/{name}").item()
+
+    # --- numbers
+
+    @property
+    def count(self) -> int:
+        """Rows on which it is active."""
+        return int(self._number("count"))
+
+    @property
+    def documents(self) -> int:
+        return int(self._number("documents"))
+
+    @property
+    def density(self) -> Interval:
+        """Share of the rows on which it is active, with an interval over documents."""
+        return Interval(*(self._number(name) for name in ("density", "density_low", "density_high")))
+
+    @property
+    def mean(self) -> float:
+        """Of its activations; NaN for a dead latent."""
+        return float(self._number("sum") / self.count) if self.count else float("nan")
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of its activations."""
+        if not self.count:
+            return float("nan")
+        return float(max(self._number("sum2") / self.count - self.mean**2, 0.0) ** 0.5)
+
+    @property
+    def max(self) -> float:
+        return float(self._number("max"))
+
+    @property
+    def min(self) -> float:
+        return float(self._number("min"))
+
+    @property
+    def is_dead(self) -> bool:
+        return self.count == 0
+
+    # --- shapes
+
+    @property
+    def histogram(self) -> Histogram:
+        counts = self.array("shape/histogram").astype(np.int64)
+        edges = np.full(len(counts) + 1, np.nan, np.float32) if self.is_dead else histogram_edges(self.max)
+        return Histogram(edges, counts)
+
+    @property
+    def quantiles(self) -> dict[float, float]:
+        """Order statistics of its activations, by the share of them that is not larger."""
+        found = self.array("shape/quantile").tolist()
+        return dict(zip(self.features.facts["quantiles"], found, strict=True))
+
+    @property
+    def by_position(self) -> NDArray[np.int64]:
+        """Active rows by octave of position: bin i counts positions 2^i - 1 to 2^(i+1) - 2 of a document."""
+        return self.array("shape/position").astype(np.int64)
+
+    @property
+    def top_tokens(self) -> list[Token]:
+        ids, counts, means = (self.array(f"token/{name}") for name in ("id", "count", "mean"))
+        n = int((counts > 0).sum())
+        texts = self.features.text([int(i) for i in ids[:n]]) or (None,) * n
+        return [Token(int(ids[i]), texts[i], int(counts[i]), float(means[i])) for i in range(n)]
+
+    @property
+    def neighbours(self) -> list[Neighbour] | None:
+        """The latents of most similar decoder rows; None where the run did not look for them."""
+        if not self.features.has("near"):
+            return None
+        ids, cosines = self.array("near/id").tolist(), self.array("near/cosine").tolist()
+        return [Neighbour(i, c) for i, c in zip(ids, cosines, strict=True) if i >= 0]
+
+    # --- examples
+
+    def top(self, count: int | None = None) -> list[Example]:
+        """The rows of largest activation, one of each window, the largest first."""
+        return self.examples("top")[:count]
+
+    def examples(self, kind: str) -> list[Example]:
+        """The examples of a kind; `Features.kinds` lists these."""
+        kinds = self.features.kinds
+        if kind not in kinds:
+            raise RequestError(f"no examples of kind {kind!r}; there are {', '.join(kinds)}")
+        first, end = kinds[kind]
+        rows, values = (self.array(f"example/{name}")[first:end] for name in ("row", "value"))
+        offsets, around = (self.array(f"context/{name}")[first:end] for name in ("offset", "value"))
+        return [
+            self.features.example(kind, int(row), float(value), offset, activation)
+            for row, value, offset, activation in zip(rows, values, offsets, around, strict=True)
+            if row != NO_ROW
+        ]
+
+    def __repr__(self) -> str:
+        if self.is_dead:
+            return f"latent {self.index:,}: dead, active on none of {self.features.rows:,} rows"
+        value, low, high = self.density
+        lines = [
+            f"latent {self.index:,}: active on {self.count:,} of {self.features.rows:,} rows "
+            f"({value:.3g}, 95% {low:.3g} to {high:.3g}) in {self.documents:,} documents, max {self.max:.4g}"
+        ]
+        return "\n".join([*lines, *(f"  {example}" for example in self.top(5))])
+
+    def _repr_html_(self) -> str:
+        return card(self)
+
+
+class Features:
+    """The latents of a finished run, by number."""
+
+    def __init__(self, path: str, facts: dict[str, Any], store: str | None, storage_options: Any) -> None:
+        self.path, self.facts = path, facts
+        self.kinds: dict[str, tuple[int, int]] = {kind: (first, end) for kind, first, end in facts["kinds"]}
+        self._store, self._options = store or facts["store"], storage_options
+        self._groups: dict[str, Dataset | None] = {}
+
+    @property
+    def rows(self) -> int:
+        """Rows of the store that were read."""
+        return int(self.facts["rows"])
+
+    def __len__(self) -> int:
+        return int(self.facts["latents"])
+
+    def __getitem__(self, index: int) -> Feature:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"latent {index} of {len(self):,}")
+        return Feature(self, int(index) % len(self))
+
+    def __iter__(self) -> Iterator[Feature]:
+        return (Feature(self, index) for index in range(len(self)))
+
+    def has(self, group: str) -> bool:
+        """True if the run wrote a group of arrays."""
+        if group not in self._groups:
+            try:
+                found = open_dataset(f"{self.path}/{group}", incomplete=True, storage_options=self._options)
+            except ActshuffleError:
+                self._groups[group] = None
+            else:
+                self._groups[group] = found
+        return self._groups[group] is not None
+
+    def group(self, name: str) -> Dataset:
+        """The arrays of a group, one row a latent."""
+        if not self.has(name):
+            raise RequestError(f"{self.path} has no arrays {name!r}")
+        found = self._groups[name]
+        assert found is not None
+        return found
+
+    def array(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Latents [start, stop) of an array, by "group/name"."""
+        group, _, inner = name.rpartition("/")
+        return self.group(group).read(inner, start, len(self) if stop is None else stop)
+
+    # --- text
+
+    @cached_property
+    def store(self) -> Dataset | None:
+        """The store of activations, if it can be opened and is the one that was read."""
+        try:
+            found = open_dataset(self._store, storage_options=self._options)
+        except ActshuffleError:
+            return None
+        return found if found.identity == self.facts["identity"] else None
+
+    @cached_property
+    def _pieces(self) -> Any:
+        return decoder(self.store) if self.store is not None else None
+
+    def text(self, tokens: list[int]) -> tuple[str, ...] | None:
+        """Pieces of text of tokens, by the store's tokenizer; None where there is none."""
+        return self._pieces(tokens) if self._pieces is not None else None
+
+    def example(
+        self, kind: str, row: int, value: float, offsets: NDArray[np.int8], activations: NDArray[np.float32]
+    ) -> Example:
+        """The surroundings of a row, from the store where it is at hand."""
+        low, high = max(row - self.facts["before"], 0), min(row + self.facts["after"] + 1, self.rows)
+        document, name, position = None, None, None
+        tokens: tuple[int, ...] = ()
+        data = self.store
+        if data is not None and (field := self.facts["document"]) is not None:
+            around = data.read(field, low, high)
+            other = np.flatnonzero(around != around[row - low])
+            low, high = (
+                low + int(max(other[other < row - low], default=-1)) + 1,
+                low + int(min(other[other > row - low], default=high - low)),
+            )
+            document = int(data.read(field, row, row + 1)[0])
+            name = document_name(data.attributes, document)
+        if data is not None and (field := self.facts["token"]) is not None:
+            tokens = tuple(int(token) for token in data.read(field, low, high))
+        if data is not None and (found := next((n for n in POSITIONS if n in data.fields), None)) is not None:
+            position = int(data.read(found, row, row + 1)[0])
+        shown = np.zeros(high - low, np.float32)
+        held = offsets != NO_OFFSET
+        at = row - low + offsets[held].astype(np.int64)
+        inside = (at >= 0) & (at < high - low)
+        shown[at[inside]] = activations[held][inside]
+        shown[row - low] = value
+        text = self.text(list(tokens)) if tokens else None
+        return Example(kind, row, value, document, name, position, tokens, text, row - low, shown)
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.path}: {len(self):,} latents, {self.facts['alive']:,} of them alive, "
+            f"on {self.rows:,} rows of {self._store}"
+        )
+
+
+def open_features(
+    path: str | Path, *, store: str | Path | None = None, storage_options: dict[str, Any] | None = None
+) -> Features:
+    """The finished result of `saetrain features` at a path or URL.
+
+    ``store`` says where the store of activations is, if it has moved: examples take their tokens from there.  Without
+    it everything but tokens and text is there all the same.
+
+    Raises
+    ------
+    DataError : there is no result, or its run has not finished.
+    """
+    done = read_done(path)
+    if done is None or done["name"] != "features":
+        raise DataError(
+            f"{path} holds no finished result of `saetrain features`; if its run was stopped, the same command resumes"
+        )
+    return Features(str(path), done["found"], None if store is None else str(store), storage_options)

@@ -1,0 +1,281 @@
+"""Runs of `build_features`: the same bytes however the work is cut, repeated or killed; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import actshuffle
+import saetrain
+from actshuffle.errors import (
+    ConservationError,
+    DestinationExistsError,
+    IncompleteStoreError,
+    RequestError,
+    ResumeMismatchError,
+    StorageFullError,
+)
+from actshuffle.executors import Serial
+from actshuffle.testing import Faults, Killed, Operation, matching
+from saetrain.cli import main
+from saetrain.errors import ConfigError, DataError
+from support.features import TINY, content, dictionary, store
+from support.finished import finish
+from support.stores import group
+
+ROWS = 300
+KINDS = ("standard", "topk", "jumprelu")
+
+
+@pytest.fixture(scope="module")
+def acts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return store(tmp_path_factory.mktemp("store") / "acts.zarr", ROWS)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, acts: Path) -> dict[str, tuple[Path, Path]]:
+    """For each kind: the dictionary, and a result of one shard and one block."""
+    folder = tmp_path_factory.mktemp("whole")
+    for kind in KINDS:
+        build(dictionary(folder / kind, kind), acts, folder / f"{kind}.out")
+    return {kind: (folder / kind, folder / f"{kind}.out") for kind in KINDS}
+
+
+def build(where: Path, acts: Path, out: Path, **settings: Any) -> Any:
+    return saetrain.build_features(where, acts, out, **{"fsync": False, **TINY, **settings})
+
+
+# --- The same bytes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("shards", "blocks"), [(1, 3), (2, 7), (5, 1), (5, 7)])
+def test_any_cut_gives_the_same_bytes(tmp_path, whole, acts, kind, shards, blocks):
+    where, due = whole[kind]
+    done = build(where, acts, tmp_path / "out", shards=shards, block_rows=-(-ROWS // blocks), memory=5000)
+    assert done.tasks > shards * blocks
+    assert content(tmp_path / "out") == content(due)
+
+
+def test_the_comparison_sees_another_seed_and_a_changed_byte(tmp_path, whole, acts):
+    where, due = whole["topk"]
+    build(where, acts, tmp_path / "other", seed=1)
+    assert content(tmp_path / "other") != content(due)
+    build(where, acts, tmp_path / "same")
+    path = tmp_path / "same/stat/count/c/1"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert content(tmp_path / "same") != content(due)
+
+
+class Twice(Serial):
+    """Does a share of the tasks a second time, from the start, whatever their receipts say; some of them late."""
+
+    def __init__(self) -> None:
+        self.dice, self.repeats = random.Random(2), 0
+
+    def map(self, fn: Any, calls: Any) -> Any:
+        late = []
+        for call in calls:
+            yield fn(*call)
+            if self.dice.random() < 0.4:
+                late.append(call)
+            if late and self.dice.random() < 0.5:
+                self.again(*late.pop())
+        for call in late:
+            self.again(*call)
+
+    def again(self, job: Any, task: Any) -> None:
+        self.repeats += 1
+        job.step(task).do(job, task)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tasks_that_run_twice_change_nothing(tmp_path, whole, acts, kind):
+    where, due = whole[kind]
+    executor = Twice()
+    build(where, acts, tmp_path / "out", shards=5, block_rows=48, executor=executor)
+    assert executor.repeats > 5
+    assert content(tmp_path / "out") == content(due)
+
+
+def test_dask_makes_the_same(tmp_path, whole, acts, cluster):
+    where, due = whole["topk"]
+    build(where, acts, tmp_path / "out", shards=2, block_rows=48, executor=cluster(2))
+    assert content(tmp_path / "out") == content(due)
+
+
+# --- Kills and damage ---------------------------------------------------------------------------
+
+
+class On:
+    """A schedule of faults by the number of the operation on one folder; the source store is left alone."""
+
+    def __init__(self, folder: Path, faults: dict[int, str]) -> None:
+        self.folder, self.faults, self.count = str(folder), faults, 0
+
+    def __call__(self, operation: Operation) -> str | None:
+        if operation.url != self.folder:
+            return None
+        self.count += 1
+        return self.faults.get(self.count - 1)
+
+
+def killed_at(where: Path, acts: Path, out: Path, due: Path, number: int, kind: str) -> None:
+    settings = {"shards": 5, "block_rows": 112}
+    with pytest.raises(Killed), Faults(On(out, {number: kind})):
+        build(where, acts, out, **settings)
+    build(where, acts, out, **settings)
+    assert content(out) == content(due), (number, kind)
+
+
+def operations(where: Path, acts: Path, out: Path) -> int:
+    schedule = On(out, {})
+    with Faults(schedule):
+        build(where, acts, out, shards=5, block_rows=112)
+    return schedule.count
+
+
+def test_killed_at_some_operations_then_resumed(tmp_path, whole, acts):
+    where, due = whole["topk"]
+    total, dice = operations(where, acts, tmp_path / "out"), random.Random(4)
+    assert total > 200
+    for trial in range(10):
+        number, kind = dice.randrange(total), dice.choice(["kill", "late", "torn"])
+        killed_at(where, acts, tmp_path / f"out{trial}", due, number, kind)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("death", ["kill", "late", "torn"])
+def test_killed_at_any_operation_then_resumed(tmp_path, whole, acts, kind, death):
+    where, due = whole[kind]
+    for number in range(operations(where, acts, tmp_path / "out")):
+        killed_at(where, acts, tmp_path / f"out{number}", due, number, death)
+
+
+def half_done(where: Path, acts: Path, out: Path) -> None:
+    """A run that dies as collating begins, with all codes written."""
+    with pytest.raises(Killed), Faults(matching("put stat/count/*", "kill")):
+        build(where, acts, out, shards=2, block_rows=112)
+
+
+@pytest.mark.parametrize("place", ["counts", "values", "rows", "offsets"])
+def test_damaged_codes_are_located(tmp_path, whole, acts, place):
+    where, due = whole["standard"]
+    out = tmp_path / "out"
+    half_done(where, acts, out)
+    path = out / "codes/1-0.bin"  # latents 0 to 15: 4 granules
+    data = bytearray(path.read_bytes())
+    n = int.from_bytes(data[32:40], "little")
+    values = 5 * 8 + 4 * 4 + 16 * 4
+    at = {"offsets": 8, "counts": 5 * 8 + 4 * 4 + 4 * 5, "values": values, "rows": values + 4 * n + 2 * (n - 1)}[place]
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ConservationError, match=r"codes/1-0\.bin is damaged: .*latents \d+ to \d+ in block 1 "):
+        build(where, acts, out, shards=2, block_rows=112)
+    path.unlink()
+    build(where, acts, out, shards=2, block_rows=112)
+    assert content(out) == content(due)
+
+
+def test_a_full_disk_is_said_and_resumed(tmp_path, whole, acts):
+    where, due = whole["topk"]
+    with pytest.raises(StorageFullError, match="no space left"), Faults(matching("put codes/2-*", "full")):
+        build(where, acts, tmp_path / "out", block_rows=112)
+    assert build(where, acts, tmp_path / "out", block_rows=112).resumed >= 2
+    assert content(tmp_path / "out") == content(due)
+
+
+# --- Bad input ----------------------------------------------------------------------------------
+
+
+def test_a_shuffled_store_is_refused_with_the_way_out(tmp_path, whole, acts):
+    actshuffle.shuffle(acts, tmp_path / "shuffled.zarr", seed=1, fsync=False)
+    with pytest.raises(DataError, match=r"is shuffled.*actshuffle collect"):
+        build(whole["topk"][0], tmp_path / "shuffled.zarr", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_width_is_refused(tmp_path, acts):
+    with pytest.raises(DataError, match=r"'x' in .* have 12 numbers, and the dictionary .* takes 10"):
+        build(dictionary(tmp_path / "d", "topk", width=10), acts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_with_nan_is_named(tmp_path, whole):
+    x = np.zeros((40, 12), "<f4")
+    x[33, 4] = np.nan
+    group(tmp_path / "nan.zarr", {"x": x})
+    finish(tmp_path / "nan.zarr", 40, ["x"])
+    with pytest.raises(DataError, match="row 33, column 4 is nan"):
+        build(whole["topk"][0], tmp_path / "nan.zarr", tmp_path / "out")
+
+
+def test_a_store_of_activations_alone_works_without_text(tmp_path, whole):
+    bare = store(tmp_path / "bare.zarr", 150, token=False, document=False)
+    build(whole["topk"][0], bare, tmp_path / "out")
+    features = saetrain.open_features(tmp_path / "out")
+    example = features[5].top(1)[0]
+    assert example.tokens == ()
+    assert example.text is None
+    assert example.value == features[5].max
+    assert features[5].top_tokens == []
+    assert np.isnan(features[5].density.low)  # one document gives no interval
+    assert "latent 5" in repr(features[5])
+    assert "latent 5" in features[5]._repr_html_()
+
+
+def test_unfinished_stores_and_results_are_refused(tmp_path, whole, acts):
+    group(tmp_path / "plain.zarr", {"x": np.ones((20, 12), "<f4")})
+    with pytest.raises(DataError, match=IncompleteStoreError.__name__):
+        build(whole["topk"][0], tmp_path / "plain.zarr", tmp_path / "out")
+    half_done(whole["topk"][0], acts, tmp_path / "half")
+    with pytest.raises(DataError, match=r"no finished result.*the same command resumes"):
+        saetrain.open_features(tmp_path / "half")
+    with pytest.raises(ResumeMismatchError, match="seed was 0, now 3"):
+        build(whole["topk"][0], acts, tmp_path / "half", seed=3, shards=2, block_rows=112)
+    with pytest.raises(DestinationExistsError, match="finished with other settings"):
+        build(whole["topk"][0], acts, whole["topk"][1], seed=3)
+
+
+def test_settings_that_do_not_fit_are_refused(tmp_path, whole, acts):
+    with pytest.raises(ConfigError, match=r"--shards must be 1 to 5"):
+        build(whole["topk"][0], acts, tmp_path / "out", shards=6)
+    with pytest.raises(RequestError, match=r"no examples of kind 'best'; there are top, interval 1"):
+        saetrain.open_features(whole["topk"][1])[0].examples("best")
+    with pytest.raises(IndexError, match="latent 40 of 40"):
+        saetrain.open_features(whole["topk"][1])[40]
+
+
+# --- Dictionaries, and the command --------------------------------------------------------------
+
+
+def test_a_run_of_ours_and_its_export_give_the_same(tmp_path, acts):
+    from saetrain import exchange
+
+    exchange.bring(dictionary(tmp_path / "foreign", "topk"), tmp_path / "run")
+    build(tmp_path / "foreign", acts, tmp_path / "a")
+    build(tmp_path / "run", acts, tmp_path / "b")
+    a, b = (saetrain.open_features(tmp_path / name) for name in "ab")
+    assert a.array("stat/count").tolist() == b.array("stat/count").tolist()
+    assert np.allclose(a.array("stat/sum"), b.array("stat/sum"), rtol=1e-5)
+
+
+def test_the_command(tmp_path, whole, acts, capsys):
+    out = tmp_path / "out"
+    words = ["features", str(whole["topk"][0]), str(acts), str(out), "--json", "--memory", "64MB"]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tasks"] == 3
+    assert not told["already_finished"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["already_finished"]
+    found = saetrain.open_features(out)
+    due = saetrain.open_features(whole["topk"][1])
+    assert found.array("stat/count").tolist() == due.array("stat/count").tolist()
+    assert main(["features", str(whole["topk"][0]), str(tmp_path / "none"), str(out)]) == 2
