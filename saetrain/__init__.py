@@ -16,6 +16,8 @@ from saetrain.probing.curves import steer
 from saetrain.probing.fidelity import evaluate
 from saetrain.probing.generation import Sampler, generate, stream
 from saetrain.probing.turning import Steering, Turn
+from saetrain.products.job import interactions
+from saetrain.products.reading import Interactions, open_interactions
 from saetrain.reading.latents import open_features
 from saetrain.runs import Run, fit, resume
 from saetrain.sae import SAE
@@ -25,6 +27,7 @@ __all__ = [
     "Config",
     "Corpus",
     "Cutting",
+    "Interactions",
     "LanguageModel",
     "Run",
     "Sampler",
@@ -34,8 +37,10 @@ __all__ = [
     "evaluate",
     "fit",
     "generate",
+    "interactions",
     "load",
     "open_features",
+    "open_interactions",
     "resume",
     "steer",
     "stream",

@@ -18,7 +18,8 @@ import click
 
 from actshuffle import __version__
 from actshuffle.errors import ActshuffleError
-from saetrain.cli import exchanging, features, probing, training
+from saetrain.cli import exchanging, features, probing, relating, training
+from saetrain.cli import exchanging, probing, relating, training
 from saetrain.cli.options import RED_ERROR, first_rank, print_json
 from saetrain.errors import ConfigError, SaetrainError
 
@@ -102,5 +103,6 @@ def command_line() -> None:
     """
 
 
-for _command in (*training.COMMANDS, *features.COMMANDS, *exchanging.COMMANDS, *probing.COMMANDS):
+for _command in (*training.COMMANDS, *features.COMMANDS, *exchanging.COMMANDS, *probing.COMMANDS, *relating.COMMANDS):
+for _command in (*training.COMMANDS, *exchanging.COMMANDS, *probing.COMMANDS, *relating.COMMANDS):
     command_line.add_command(_command)

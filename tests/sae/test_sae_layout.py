@@ -28,6 +28,7 @@ LAYERS = [
     "training",
     "sae",
     "foreign",
+    "products",
     "exchange opening features",
     "probing reading",
     "runs",

@@ -1,0 +1,131 @@
+"""Commands that multiply dictionaries."""
+
+from __future__ import annotations
+
+import re
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actshuffle.jobs import connected, executor_for
+from saetrain.cli.options import LOOK, PATH, all_of, print_json
+from saetrain.errors import ConfigError
+from saetrain.products.job import PRODUCTS, interactions, plan_interactions
+from saetrain.products.productplan import ProductPlan
+from saetrain.products.reading import open_interactions
+
+FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+class Memory(click.ParamType[int]):
+    """A number of bytes, with a unit or without."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?i?)b?", str(value).lower())
+        if not match or match[2] not in FACTORS:
+            self.fail(f"cannot read {value!r} as a size; write it like 512MB, 8GB or 64MiB", param, ctx)
+        return round(float(match[1]) * FACTORS[match[2]])
+
+
+WORK = all_of(
+    click.option("--workers", metavar="N", type=click.IntRange(0), help="Worker processes.  [default: none, this one]"),
+    click.option("--scheduler", metavar="ADDRESS", help="Run on the Dask cluster at this address: tls://host:8786."),
+    click.option("--insecure", is_flag=True, help="Allow a --scheduler on another machine without TLS."),
+)
+
+
+def crew(workers: int | None, scheduler: str | None, insecure: bool) -> AbstractContextManager[Any]:
+    """The executor that the options of WORK ask for."""
+    if workers is not None and scheduler is not None:
+        raise ConfigError("give --workers or --scheduler, not both")
+    return executor_for(workers or 0) if scheduler is None else connected(scheduler, insecure=insecure)
+
+
+@click.command("interactions")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.argument("out", type=str)
+@click.option(
+    "--product", type=click.Choice(PRODUCTS), default=PRODUCTS[0], help="Rows of A, and rows of B, that meet."
+)
+@click.option(
+    "--through", type=PATH, help="A .npy or .safetensors file with a matrix [width of A, width of B] between."
+)
+@click.option("--cosine", is_flag=True, help="Divide rows by their norms first.")
+@click.option("--k", type=int, default=32, show_default=True, help="Entries to keep of each row and column.")
+@click.option("--largest-only", is_flag=True, help="Keep the largest entries, and not the smallest too.")
+@click.option("--over", "thresholds", type=float, multiple=True, help="Count entries above this size; may be repeated.")
+@click.option("--drop-same", is_flag=True, help="Leave out entries of a latent with itself.")
+@click.option("--memory", type=Memory(), default="1GiB", show_default=True, help="Memory of one task.")
+@click.option("--panel", type=int, help="Rows of A and of B in a task, a multiple of 1024.  [default: what fits]")
+@click.option("--device", default="cpu", show_default=True, help="Where to multiply: cpu or cuda.")
+@click.option("--plan", "only_plan", is_flag=True, help="Print the costs, and do nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace what another run of this command left in OUT.")
+@WORK
+@LOOK
+def _interactions(
+    a: Path,
+    b: Path,
+    out: str,
+    only_plan: bool,
+    overwrite: bool,
+    largest_only: bool,
+    workers: int | None,
+    scheduler: str | None,
+    insecure: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Multiply the dictionaries A and B, and keep the largest entries of each row and column in OUT.
+
+    A and B are runs, checkpoints, folders of SAELens or sparsify, or files of one matrix.  The product encoder-decoder
+    is the direct path from latents of B, a dictionary of an earlier layer, to latents of A.  OUT states which share of
+    the energy of each row and column the kept entries hold.  The same command again resumes.
+
+    \b
+    Examples:
+      saetrain interactions layer16.sae layer12.sae out
+      saetrain interactions run run out --product decoder-decoder --cosine --drop-same --plan
+    """
+    settings["smallest"] = not largest_only
+    plan = plan_interactions(a, b, **settings)
+    if only_plan:
+        _show_plan(plan, workers, as_json)
+        return
+    with crew(workers, scheduler, insecure) as executor:
+        done = interactions(a, b, out, **settings, overwrite=overwrite, executor=executor)
+    found = open_interactions(out)
+    if not as_json:
+        state = "already finished" if done.already_finished else f"{done.tasks} tasks, {done.seconds:.1f} s"
+        click.echo(f"{out}: {state}\n{found!r}")
+    print_json({"out": out, "tasks": done.tasks, "resumed": done.resumed, "kept": found.kept}, as_json)
+
+
+def _show_plan(plan: ProductPlan, workers: int | None, as_json: bool) -> None:
+    started = time.perf_counter()
+    sizes, seconds = plan.sizes(), plan.seconds() / max(workers or 1, 1)
+    found = {"shape": list(plan.shape), "width": plan.a.width, "panel": plan.panel}
+    found |= {**sizes._asdict(), "seconds": seconds}
+    print_json(found, as_json)
+    if as_json:
+        return
+    (rows, columns), (down, across) = plan.shape, plan.panels
+    lines = [
+        ("product", f"{rows:,} x {columns:,} of width {plan.a.width:,}; {sizes.operations:.2e} operations"),
+        ("tasks", f"{sizes.tasks:,}, of which {down * across:,} on panels of {plan.panel:,} rows"),
+        ("memory", f"{sizes.memory:,} bytes a task"),
+        ("read", f"{sizes.read:,} bytes"),
+        ("scratch", f"{sizes.scratch:,} bytes on disk, while it runs"),
+        ("store", f"{sizes.store:,} bytes"),
+        ("time", f"{seconds:,.1f} s, from one tile timed in {time.perf_counter() - started:.1f} s"),
+    ]
+    for name, text in lines:
+        click.echo(f"{name:<9}{text}")
+
+
+COMMANDS = (_interactions,)
