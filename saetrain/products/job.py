@@ -196,7 +196,9 @@ def write_panel(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
         Kept.empty(stops[half] - starts[half], plan.k_of(half), plan.smallest, len(plan.thresholds), plan.device)
         for half in (0, 1)
     )
-    a = torch.cat([tile for _, tile in sides.tiles(0, starts[0], stops[0])])
+    a = torch.empty(stops[0] - starts[0], plan.a.width, device=plan.device)
+    for at, tile in sides.tiles(0, starts[0], stops[0]):
+        a[at - starts[0] : at - starts[0] + len(tile)] = tile
     for at, b in sides.tiles(1, starts[1], stops[1]):
         add_tile(rows, a, starts[0], columns, b, at, at - starts[1], plan.thresholds, plan.drop_same)
     keys, nbytes = [], 0

@@ -112,7 +112,7 @@ class ProductPlan:
         # A row table is copied once on its way into an object.
         panel = 4 * min(self.panel, n) * d + 2 * kept + tile + mapping
         gram = 3 * 8 * d * d + 24 * COLUMNS * d + mapping
-        merge = min(self.chunk, max(n, m)) * 4 * max(row, column) + 8 * d * d + 24 * COLUMNS * d + mapping
+        merge = min(self.chunk, max(n, m)) * 6 * max(row, column) + 8 * d * d + 24 * COLUMNS * d + mapping
         memory = max(panel, gram, merge) + self.a.resident + self.b.resident
         reads = 4 * (n * d + m * self.b.width)
         return Sizes(

@@ -13,7 +13,7 @@ from torch import Tensor
 from actshuffle.jobs import FolderJob, FolderTask
 from saetrain.errors import DataError
 from saetrain.products.energy import Gram
-from saetrain.products.tiles import Kept
+from saetrain.products.tiles import COLUMNS, Kept
 
 SCRATCH = "scratch"
 
@@ -61,5 +61,7 @@ def join(kept: Kept, start: int, part: dict[str, Tensor]) -> None:
     """Take the tables of a part, whose first row is `start`; parts come in order of their columns."""
     kept.over[start : start + len(part["over"])] += part["over"]
     for name, table in (("top", kept.top), ("bottom", kept.bottom)):
-        if table is not None:
-            table.offer(start, part[f"{name}_value"], part[f"{name}_index"])
+        value, index = part.get(f"{name}_value"), part.get(f"{name}_index")
+        for low in range(0, len(part["over"]), COLUMNS):  # which bounds what an offer takes on the way
+            if table is not None and value is not None and index is not None:
+                table.offer(start + low, value[low : low + COLUMNS], index[low : low + COLUMNS])

@@ -43,6 +43,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.fixture(scope="module")
+def small(files, tmp_path_factory) -> tuple[Path, Path]:
+    """The first rows: two panels of each side."""
+    folder = tmp_path_factory.mktemp("small")
+    for name in "ab":
+        np.save(folder / f"{name}.npy", np.load(files[f"{name} real"])[: 900 + ord(name) * 2])
+    return folder / "a.npy", folder / "b.npy"
+
+
 def planned(a: Path, b: Path, **settings: Any) -> ProductPlan:
     given = {"k": K, "thresholds": THRESHOLDS, "panel": 1024} | settings
     chunk, gram_rows = given.pop("chunk", 1024), given.pop("gram_rows", 1024)
@@ -187,12 +196,12 @@ def test_the_same_bytes_for_any_cut_and_executor(files, tmp_path, cluster):
     assert all(found == kept[0] for found in kept[1:])
 
 
-def test_threads_of_the_library_do_not_change_a_bit(files, tmp_path):
+def test_threads_of_the_library_do_not_change_a_bit(small, tmp_path):
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            run(files["a real"], files["b real"], tmp_path / f"{threads}")
+            run(*small, tmp_path / f"{threads}")
     finally:
         torch.set_num_threads(before)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
@@ -225,15 +234,6 @@ class On:
         return self.kind if self.count - 1 == self.number else None
 
 
-@pytest.fixture(scope="module")
-def small(files, tmp_path_factory) -> tuple[Path, Path]:
-    """The first rows: two panels of each side."""
-    folder = tmp_path_factory.mktemp("small")
-    for name in "ab":
-        np.save(folder / f"{name}.npy", np.load(files[f"{name} real"])[: 900 + ord(name) * 2])
-    return folder / "a.npy", folder / "b.npy"
-
-
 def killed_and_resumed(a: Path, b: Path, folder: Path, kills: int, seed: int) -> None:
     dice, due = random.Random(seed), folder / "due"
     with Faults(counter := On(due, -1, "")):
@@ -254,7 +254,7 @@ def killed_and_resumed(a: Path, b: Path, folder: Path, kills: int, seed: int) ->
 
 
 def test_killed_anywhere_then_resumed(small, tmp_path):
-    killed_and_resumed(*small, tmp_path, kills=12, seed=5)
+    killed_and_resumed(*small, tmp_path, kills=8, seed=5)
 
 
 @pytest.mark.soak
@@ -392,7 +392,7 @@ def test_memory_is_within_the_model(tmp_path):
     """Peak memory of a job, above that of the same process after a small one."""
     dice = np.random.default_rng(2)
     for name in "ab":
-        np.save(tmp_path / f"{name}.npy", dice.standard_normal((8192, 256)).astype(np.float32))
+        np.save(tmp_path / f"{name}.npy", dice.standard_normal((4096, 256)).astype(np.float32))
     plan = plan_interactions(tmp_path / "a.npy", tmp_path / "b.npy", k=64)
     code = (
         "import json, sys; from dataclasses import replace; from pathlib import Path;"
