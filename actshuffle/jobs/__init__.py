@@ -2,22 +2,9 @@
 
 `run_in_folder` runs plain functions ``do(job, task)`` on any executor, keeps a receipt of each in the folder
 of the results, resumes after a kill, refuses to mix two requests, and writes the completion marker last.
-`executor_for` gives it the workers of this machine, `connected` those of a cluster.
 """
 
 from actshuffle.jobs.folder import FolderJob, FolderTask, Step, read_done, run_in_folder
 from actshuffle.jobs.running import Outcome
-from actshuffle.jobs.workforce import Executor, Progress, connected, executor_for
 
-__all__ = [
-    "Executor",
-    "FolderJob",
-    "FolderTask",
-    "Outcome",
-    "Progress",
-    "Step",
-    "connected",
-    "executor_for",
-    "read_done",
-    "run_in_folder",
-]
+__all__ = ["FolderJob", "FolderTask", "Outcome", "Step", "read_done", "run_in_folder"]

@@ -19,7 +19,6 @@ import click
 from actshuffle import __version__
 from actshuffle.errors import ActshuffleError
 from saetrain.cli import exchanging, features, probing, relating, training
-from saetrain.cli import exchanging, probing, relating, training
 from saetrain.cli.options import RED_ERROR, first_rank, print_json
 from saetrain.errors import ConfigError, SaetrainError
 
@@ -103,6 +102,6 @@ def command_line() -> None:
     """
 
 
-for _command in (*training.COMMANDS, *features.COMMANDS, *exchanging.COMMANDS, *probing.COMMANDS, *relating.COMMANDS):
-for _command in (*training.COMMANDS, *exchanging.COMMANDS, *probing.COMMANDS, *relating.COMMANDS):
+_ROOMS = training, features, exchanging, probing, relating
+for _command in (command for room in _ROOMS for command in room.COMMANDS):
     command_line.add_command(_command)

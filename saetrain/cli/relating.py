@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,26 +9,26 @@ from typing import Any
 
 import click
 
-from actshuffle.jobs import connected, executor_for
+from actshuffle import parse_bytes
+from actshuffle.errors import RequestError
+from actshuffle.executors import connected, executor_for
 from saetrain.cli.options import LOOK, PATH, all_of, print_json
 from saetrain.errors import ConfigError
 from saetrain.products.job import PRODUCTS, interactions, plan_interactions
 from saetrain.products.productplan import ProductPlan
 from saetrain.products.reading import open_interactions
 
-FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
-
-class Memory(click.ParamType[int]):
+class Memory(click.ParamType[Any]):
     """A number of bytes, with a unit or without."""
 
     name = "bytes"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([kmgt]?i?)b?", str(value).lower())
-        if not match or match[2] not in FACTORS:
-            self.fail(f"cannot read {value!r} as a size; write it like 512MB, 8GB or 64MiB", param, ctx)
-        return round(float(match[1]) * FACTORS[match[2]])
+        try:
+            return parse_bytes(value)
+        except RequestError as error:
+            self.fail(str(error), param, ctx)
 
 
 WORK = all_of(
