@@ -10,6 +10,7 @@
 from saetrain.config import Config
 from saetrain.features.pipeline import build_features
 from saetrain.opening import load
+from saetrain.probing.attribution import attribute
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.corpus import Corpus, Cutting
 from saetrain.probing.curves import steer
@@ -33,6 +34,7 @@ __all__ = [
     "Sampler",
     "Steering",
     "Turn",
+    "attribute",
     "build_features",
     "evaluate",
     "fit",

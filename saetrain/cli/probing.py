@@ -3,55 +3,25 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
-from saetrain.cli.options import FOLDER, LOOK, PATH, all_of, print_json
-from saetrain.errors import CheckpointError, ConfigError
-from saetrain.opening import load
-from saetrain.probing.causal import DTYPES, LanguageModel
-from saetrain.probing.corpus import Corpus, Cutting, measure_scale
+from saetrain.cli.models import FILES, MODEL, TEXT, open_both, open_text
+from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
+from saetrain.errors import ConfigError
+from saetrain.probing.attribution import Metric, attribute, calibrate, cut, log_probability, logit
+from saetrain.probing.causal import LanguageModel
+from saetrain.probing.corpus import measure_scale
 from saetrain.probing.curves import Sample, steer
+from saetrain.probing.effects import loss_effects
 from saetrain.probing.fidelity import evaluate
 from saetrain.probing.generation import Sampler, prompt_tokens
 from saetrain.probing.turning import METHODS, UNITS, Turn, measure_largest, strength
 from saetrain.sae import SAE
-from saetrain.training.checkpoint import find
-
-MODEL = all_of(
-    click.argument("run", type=PATH),
-    click.option("--model", required=True, metavar="NAME", help="Causal model of transformers: a name or a folder."),
-    click.option(
-        "--layer",
-        type=int,
-        metavar="N",
-        help="Hidden state that the dictionary rebuilds, as in `collect`.  [default: that of the run's layer_N]",
-    ),
-    click.option("--tokenizer", metavar="NAME", help="Its tokenizer, if it lies elsewhere."),
-    click.option("--model-dtype", type=click.Choice(DTYPES), default="float32", help="Of the model's computation."),
-    click.option("--device", default="auto", help="cpu, cuda or auto."),
-)
-TEXT = all_of(
-    click.option("--field", default="text", help="Name of the text in JSON and tables."),
-    click.option("--context", type=int, metavar="N", default=0, help="Tokens of a window.  [default: 128]"),
-    click.option(
-        "--prefix", default="", metavar="TOKEN", help="Begin windows with bos, an id, or a token; see `collect`."
-    ),
-    click.option("--windows", type=int, default=0, metavar="N", help="Most windows of a document; 0 takes all."),
-    click.option("--seed", type=int, default=0, help="Of the order of documents, and of other choices."),
-    click.option(
-        "--drop-norm",
-        type=float,
-        metavar="X",
-        default=10.0,
-        help="Leave rows beyond so many times the median norm as they are; 0 leaves none.",
-    ),
-)
-FILES = click.option("--text", type=PATH, multiple=True, required=True, help="Files and folders of text; repeatable.")
 
 
 @click.command("evaluate")
@@ -201,40 +171,94 @@ def _plans(
     return plans, table
 
 
-# --- What the commands share
+@click.command("attribute")
+@MODEL
+@click.option("--prompt", help="Text whose next token is asked about.")
+@click.option("--chat", is_flag=True, help="The prompt is a user's turn, in the model's chat template.")
+@click.option("--target", metavar="TOKEN", help="Token, or its id.  [default: the likeliest next one]")
+@click.option("--against", metavar="TOKEN", help="Take the logit's difference to this token's.")
+@click.option("--log-probability", is_flag=True, help="Take the target's log-probability, not its logit.")
+@click.option("--shards", type=int, default=1, metavar="N", help="Cut the dictionary into so many parts.")
+@click.option("--calibrate", "features", type=int, default=0, metavar="N", help="Ablate so many features, to compare.")
+@click.option("--most", type=int, default=20, metavar="N", help="Contributions to print.")
+@click.option(
+    "--text", type=PATH, multiple=True, help="In place of --prompt: the mean effect on the loss of this text."
+)
+@TEXT
+@click.option("--documents", type=int, default=0, metavar="N", help="Most documents of the text; 0 takes all.")
+@LOOK
+def _attribute(run: Path, as_json: bool, **options: Any) -> None:
+    """Find which features of RUN made the model say what it says, to first order.
+
+    With --prompt, prints the contributions of features to the logit of the next token, with the dictionary's error and
+    bias, which sum to the whole.  With --text, prints the features with the largest mean effects on the loss.
+
+    \b
+    Examples:
+      saetrain attribute run --model gpt2 --prompt "The capital of France is" --calibrate 50
+      saetrain attribute run --model gpt2 --text corpus/ --documents 200
+    """
+    if bool(options["prompt"]) == bool(options["text"]):
+        raise ConfigError("give either --prompt or --text")
+    sae, model = open_both(run, options)
+    facts: dict[str, Any] = {"run": str(run), "model": options["model"]}
+    if options["text"]:
+        corpus = open_text(model, options)
+        effects = loss_effects(sae, model, corpus, most=options["documents"], drop_norm=options["drop_norm"])
+        facts |= {"documents": effects.documents, "tokens": effects.tokens, "effects": effects.top(options["most"])}
+        print_json(facts, as_json)
+        lines = [
+            f"feature {row['feature']:>8}  {row['value']:>12.3e} nats  (95 %: {row['low']:.3e} to {row['high']:.3e})"
+            for row in facts["effects"]
+        ]
+    else:
+        tokens = prompt_tokens(model, options["prompt"], chat=options["chat"])
+        metric, facts["target"] = _scalar(model, tokens, options)
+        shards = cut(sae, options["shards"])
+        found = attribute(shards, model, tokens, metric).to_json(options["most"])
+        names = [model.text_of([token]) for token in tokens]
+        for row in found["top"]:
+            row["token"] = names[row["position"]]
+        facts |= found
+        if options["features"]:
+            line = calibrate(sae, model, tokens, metric, features=options["features"], seed=options["seed"])
+            facts["calibration"] = line.to_json()
+        print_json(facts, as_json)
+        lines = _contributions(facts)
+    if not as_json:
+        click.echo("\n".join(lines))
 
 
-def open_both(run: Path, options: dict[str, Any], attention: str | None = None) -> tuple[SAE, LanguageModel]:
-    """The dictionary and the model that options name; the dictionary goes to the model's device."""
-    sae = load(run)
-    layer = options["layer"] if options["layer"] is not None else layer_of(run)
-    model = LanguageModel.load(
-        options["model"],
-        layer,
-        tokenizer=options["tokenizer"],
-        dtype=options["model_dtype"],
-        device=options["device"],
-        attention=attention,
-    )
-    model.check_width(sae.W_dec.shape[1])
-    return sae.to(model.device), model
+def _scalar(model: LanguageModel, tokens: list[int], options: dict[str, Any]) -> tuple[Metric, str]:
+    """The scalar that options name, and its target in words."""
+    if options["target"]:
+        target = model.token(options["target"])
+    else:
+        with torch.no_grad():
+            target = int(model.run(torch.tensor([tokens])).logits[0, -1].argmax())
+    against = model.token(options["against"]) if options["against"] else None
+    if options["log_probability"] and against is not None:
+        raise ConfigError("--log-probability is of one token: leave --against out")
+    metric = log_probability(target) if options["log_probability"] else logit(target, against)
+    return metric, model.text_of([target])
 
 
-def layer_of(run: Path) -> int:
-    """The layer whose array a run was trained on, if its settings name it."""
-    try:
-        field = find(run).config.field
-    except CheckpointError:
-        field = ""
-    named = re.fullmatch(r"layer_(\d+)", field)
-    if not named:
-        raise ConfigError(f"{run} does not say which layer its rows are of; give it with --layer")
-    return int(named[1])
+def _contributions(found: dict[str, Any]) -> list[str]:
+    lines = [f"scalar {found['scalar']:.4f} of {found['target']!r}; {found['active']:,} active features"]
+    for row in found["top"]:
+        where = f"at {row['position']} {row['token']!r}"
+        lines.append(
+            f"feature {row['feature']:>8}  {row['contribution']:>10.4f}   {where}, active {row['activation']:.3f}"
+        )
+    lines += [f"{name:16}  {found[name]:>10.4f}" for name in ("features", "bias", "error")]
+    lines.append(f"sum of all parts  {found['total']:>10.4f}   (gap {found['gap']:.1e})")
+    if line := found.get("calibration"):
+        slope = line["slope"]
+        lines.append(
+            f"true ablation over contribution: slope {slope['value']:.3f} (95 %: {slope['low']:.3f} to "
+            f"{slope['high']:.3f}), r2 {line['r2']:.3f}, {line['pairs']} features"
+        )
+    return lines
 
 
-def open_text(model: LanguageModel, options: dict[str, Any]) -> Corpus:
-    cutting = Cutting(options["context"], options["prefix"], options["windows"], options["seed"])
-    return Corpus.read(model, options["text"], cutting, options["field"])
-
-
-COMMANDS = _evaluate, _steer
+COMMANDS = _evaluate, _steer, _attribute

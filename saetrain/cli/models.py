@@ -1,0 +1,81 @@
+"""What the commands with a language model share: their options, and opening what these name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saetrain.cli.options import PATH, all_of
+from saetrain.errors import CheckpointError, ConfigError
+from saetrain.opening import load
+from saetrain.probing.causal import DTYPES, LanguageModel
+from saetrain.probing.corpus import Corpus, Cutting
+from saetrain.sae import SAE
+from saetrain.training.checkpoint import find
+
+MODEL = all_of(
+    click.argument("run", type=PATH),
+    click.option("--model", required=True, metavar="NAME", help="Causal model of transformers: a name or a folder."),
+    click.option(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="Hidden state that the dictionary rebuilds, as in `collect`.  [default: that of the run's layer_N]",
+    ),
+    click.option("--tokenizer", metavar="NAME", help="Its tokenizer, if it lies elsewhere."),
+    click.option("--model-dtype", type=click.Choice(DTYPES), default="float32", help="Of the model's computation."),
+    click.option("--device", default="auto", help="cpu, cuda or auto."),
+)
+TEXT = all_of(
+    click.option("--field", default="text", help="Name of the text in JSON and tables."),
+    click.option("--context", type=int, metavar="N", default=0, help="Tokens of a window.  [default: 128]"),
+    click.option(
+        "--prefix", default="", metavar="TOKEN", help="Begin windows with bos, an id, or a token; see `collect`."
+    ),
+    click.option("--windows", type=int, default=0, metavar="N", help="Most windows of a document; 0 takes all."),
+    click.option("--seed", type=int, default=0, help="Of the order of documents, and of other choices."),
+    click.option(
+        "--drop-norm",
+        type=float,
+        metavar="X",
+        default=10.0,
+        help="Leave rows beyond so many times the median norm as they are; 0 leaves none.",
+    ),
+)
+FILES = click.option("--text", type=PATH, multiple=True, required=True, help="Files and folders of text; repeatable.")
+
+
+def open_both(run: Path, options: dict[str, Any], attention: str | None = None) -> tuple[SAE, LanguageModel]:
+    """The dictionary and the model that options name; the dictionary goes to the model's device."""
+    sae = load(run)
+    layer = options["layer"] if options["layer"] is not None else layer_of(run)
+    model = LanguageModel.load(
+        options["model"],
+        layer,
+        tokenizer=options["tokenizer"],
+        dtype=options["model_dtype"],
+        device=options["device"],
+        attention=attention,
+    )
+    model.check_width(sae.W_dec.shape[1])
+    return sae.to(model.device), model
+
+
+def layer_of(run: Path) -> int:
+    """The layer whose array a run was trained on, if its settings name it."""
+    try:
+        field = find(run).config.field
+    except CheckpointError:
+        field = ""
+    named = re.fullmatch(r"layer_(\d+)", field)
+    if not named:
+        raise ConfigError(f"{run} does not say which layer its rows are of; give it with --layer")
+    return int(named[1])
+
+
+def open_text(model: LanguageModel, options: dict[str, Any]) -> Corpus:
+    cutting = Cutting(options["context"], options["prefix"], options["windows"], options["seed"])
+    return Corpus.read(model, options["text"], cutting, options["field"])
