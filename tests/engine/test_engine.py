@@ -27,6 +27,7 @@ from actshuffle.ordering.keys import Keys, order
 from actshuffle.planning.tree import Task
 from actshuffle.storage import directio as reading
 from actshuffle.storage.files import LocalObjects
+from support.axes import halved
 from support.executors import Twice
 from support.oracle import assert_is_oracle
 from support.runs import run
@@ -459,8 +460,9 @@ def test_source_inner_chunks_left_out_are_refused_or_filled(tmp_path):
 # --- Ties ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [(0, 0), (0, 64), (1, 0), (3, 2), (7, 1), (12, 64)])
-@pytest.mark.parametrize("name", ["one", "two_wide", "four"])
+@pytest.mark.parametrize(
+    ("bits", "name"), halved([(0, 0), (0, 64), (1, 0), (3, 2), (7, 1), (12, 64)], ["one", "two_wide", "four"])
+)
 def test_ties_of_few_bit_keys(source, tmp_path, bits, name):
     run(source, tmp_path / "dst", key_bits=bits, **cut(name))
     assert_is_oracle(source, tmp_path / "dst", hi_bits=bits[0], lo_bits=bits[1])
@@ -477,9 +479,7 @@ def test_ties_of_few_bit_keys_on_a_cluster(source, tmp_path, cluster):
 # --- What is written -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", ["none", "crc32c", "zstd"])
-@pytest.mark.parametrize("per_shard", [1, 3])
-@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize(("codec", "per_shard", "levels"), halved(["none", "crc32c", "zstd"], [1, 3], [1, 3]))
 def test_output_codecs_and_shards(sources, tmp_path, codec, per_shard, levels):
     src, dst = sources("mixed_group"), tmp_path / "dst"
     arrays = opened(src)[1]

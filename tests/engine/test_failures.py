@@ -155,7 +155,8 @@ def test_killed_scheduler_during(phase, kept, src, dst, told, tmp_path):
     assert_exact(src, dst)
 
 
-def test_killed_scheduler_of_the_dask_commands(src, dst, told, tmp_path):
+@pytest.mark.parametrize("wait", [2.0, pytest.param(None, marks=pytest.mark.soak)])  # None: Dask's own, half a minute
+def test_killed_scheduler_of_the_dask_commands(wait, src, dst, told, tmp_path):
     env = os.environ | {"DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__DISK": "false"}
     address = tmp_path / "scheduler.json"
     base = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
@@ -182,7 +183,7 @@ def test_killed_scheduler_of_the_dask_commands(src, dst, told, tmp_path):
         **quiet,
     )
     try:
-        settings = {"scheduler": address_in(address), "wait": None}
+        settings = {"scheduler": address_in(address), "wait": wait}
         driver = start(drive, told, src, dst, settings)
         scratch = Path(scratch_place(as_place(dst), None).url)
         until((scratch / "level1" / "receipts" / "0.json").exists)

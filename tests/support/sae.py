@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from saetrain.variants.table import VARIANTS
 __all__ = ["Planted", "matched"]  # and what is defined here
 
 ARCHS = tuple(VARIANTS)
+# Ranks are forks of a process that has imported torch, which takes longer than most of what they do.
+multiprocessing.set_forkserver_preload(["torch", "saetrain.training.train", "pytest"])
 
 
 @contextmanager
@@ -37,7 +40,9 @@ def one_rank() -> Iterator[Mesh]:
 def run_ranks(world: int, work: Callable[..., None], *args: Any) -> None:
     """Run ``work(rank, *args)`` in `world` processes that can find each other."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_child, (world, Path(folder, "meet"), work, args), nprocs=world)  # type: ignore[no-untyped-call]
+        mp.start_processes(  # type: ignore[no-untyped-call]
+            _child, (world, Path(folder, "meet"), work, args), nprocs=world, start_method="forkserver"
+        )
 
 
 def _child(rank: int, world: int, file: Path, work: Callable[..., None], args: Any) -> None:
