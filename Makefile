@@ -11,10 +11,11 @@ LONGEST := $(wildcard $(addprefix tests/, engine/test_failures.py engine/test_en
 	engine/test_simulator.py building/test_append.py checking/test_verify.py jobs/test_folder.py \
 	foreign/test_arrowfiles.py storage/test_s3.py))
 # Stores of tests lie in memory where it has room: most tests make and remove thousands of small files, for which a disk
-# takes several times as long.  Tests of disks, of their cache and of memory stay on a disk; IN_MEMORY= keeps all there.
+# takes several times as long.  Tests of disks, their page cache and memory stay on a disk; IN_MEMORY= keeps all there.
 IN_MEMORY ?= $(shell test "$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 && echo /dev/shm)
 TEMPROOT := $(IN_MEMORY:%=PYTEST_DEBUG_TEMPROOT=%)
-ON_DISK := tests/test_benchmarks.py tests/engine/test_memory.py tests/engine/test_tier.py \
+ON_DISK := $(wildcard tests/loading/test_*.py) tests/test_benchmarks.py tests/checking/test_stats.py \
+	tests/engine/test_gather.py tests/engine/test_memory.py tests/engine/test_tier.py \
 	tests/storage/test_objects.py tests/storage/test_reading.py
 # The inner loop: rules, names and arithmetic, which need no store, and the stores that earlier versions wrote.
 FAST := tests/test_layout.py tests/test_public_api.py tests/test_docs.py tests/test_units.py \

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 # By its plugin it would be imported when a session ends, by way of `ast.parse`, which fails in CPython 3.11
 # if just then an error that nobody retrieved from asyncio (as of a store that died) is collected and logged.
@@ -33,13 +32,6 @@ def cluster() -> Iterator[Callable[[int], Dask]]:
             return running[workers]
 
         yield of
-
-
-@pytest.fixture
-def disk_path() -> Iterator[Path]:
-    """A folder where the system has its temporary files, as a rule on a disk; `make test` has `tmp_path` in memory."""
-    with TemporaryDirectory(prefix="actshuffle-") as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def files_in(folder: Path, indexes: Sequence[Index], split: str | None) -> Found
                     units.append((here, listed))
                     if (here / SPLITS).exists():  # other splits were not asked for
                         inner[:] = [n for n in inner if any(here / n in file.parents for file in listed)]
-        for file in (here / n for n in names if not n.startswith(".") and (here / n).is_file()):
+        for file in (here / n for n in sorted(names) if not n.startswith(".") and (here / n).is_file()):
             if not above:
                 units.append((file, [file]))
             elif not any(file in listed for _, _, listed in above):

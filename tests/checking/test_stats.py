@@ -322,13 +322,13 @@ def test_slices_of_integers_change_nothing(distinct: int, monkeypatch: pytest.Mo
     np.testing.assert_array_equal(sliced.hashes, whole.hashes)
 
 
-def test_rows_are_read_past_the_page_cache(disk_path: Path) -> None:
+def test_rows_are_read_past_the_page_cache(tmp_path: Path) -> None:
     """The half in the page cache stays; the other half is counted, and not in the cache afterwards either."""
     data = activations(3000, 384, "<f4")
-    array(disk_path / "s", data, chunks=(1500, 384))
-    files = sorted(p for p in (disk_path / "s").rglob("*") if p.is_file() and p.name != "zarr.json")
+    array(tmp_path / "s", data, chunks=(1500, 384))
+    files = sorted(p for p in (tmp_path / "s").rglob("*") if p.is_file() and p.name != "zarr.json")
     assert len(files) == 2
-    dataset = open_dataset(disk_path / "s", incomplete=True)
+    dataset = open_dataset(tmp_path / "s", incomplete=True)
     (name,) = dataset.fields
     first, second = (file.parent for file in files)
     for file in files:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -190,8 +189,7 @@ def test_deaths_and_errors_at_random_change_no_byte(src: Path, tmp_path: Path) -
     assert ends["StorageError"] > 5
 
 
-def test_the_source_comes_into_the_page_cache_first(src: Path, disk_path: Path) -> None:
-    src = shutil.copytree(src, disk_path / "src.zarr")
+def test_the_source_comes_into_the_page_cache_first(src: Path, tmp_path: Path) -> None:
     files = [p for p in src.rglob("c*") if p.is_file()]
     for file in files:
         evict(file)
@@ -204,7 +202,7 @@ def test_the_source_comes_into_the_page_cache_first(src: Path, disk_path: Path) 
     before = list(map(cached, files))
     if any(before):
         pytest.skip("a file system that is in memory itself")
-    shuffle(src, disk_path / "d.zarr", gather=True, executor=Watched(look), block_bytes="1MB", **SHAPE)
+    shuffle(src, tmp_path / "d.zarr", gather=True, executor=Watched(look), block_bytes="1MB", **SHAPE)
     assert all(seen)
     assert len(seen) == len(files)
 

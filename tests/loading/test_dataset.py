@@ -324,10 +324,10 @@ def test_a_store_that_is_not_on_disk(tmp_path: Path) -> None:
         open_dataset(f"{url}/nothing")
 
 
-def test_is_cached_looks_at_the_row_that_is_asked_for(disk_path: Path) -> None:
+def test_is_cached_looks_at_the_row_that_is_asked_for(tmp_path: Path) -> None:
     """The damage is to a view, in the store that holds it."""
-    parent = collection(disk_path / "p", 200)
-    view = write_view(disk_path / "v", parent, 100, 200)
+    parent = collection(tmp_path / "p", 200)
+    view = write_view(tmp_path / "v", parent, 100, 200)
     name = next(iter(view.fields))
     files = [p for p in (parent / name).rglob("*") if p.is_file()]
     for file in files:

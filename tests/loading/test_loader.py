@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -335,16 +334,10 @@ def test_a_batch_stays_as_it_is_for_as_long_as_it_is_held(store: Path, monkeypat
 
 @pytest.mark.parametrize(("kind", "cached", "batches"), [("bare", True, 2), ("bare", False, 8), ("zstd", True, 8)])
 def test_blocks_are_small_where_all_comes_from_the_page_cache(
-    kind: str,
-    cached: bool,
-    batches: int,
-    sources: Callable[[str, int], Path],
-    disk_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, cached: bool, batches: int, sources: Callable[[str, int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are not views if the rows come from a disk or must be decoded."""
-    path = shutil.copytree(sources(kind, N), disk_path / "src")
-    dataset = open_dataset(path, incomplete=True)
+    dataset = open_dataset(path := sources(kind, N), incomplete=True)
     size = 10 * dataset.row_bytes
     monkeypatch.setattr("actshuffle.loading.loader.CACHED_BLOCK_BYTES", 2 * size)
     monkeypatch.setattr("actshuffle.loading.loader.BLOCK_BYTES", 8 * size)
@@ -362,19 +355,19 @@ def test_blocks_are_small_where_all_comes_from_the_page_cache(
 
 @pytest.mark.parametrize(("memory", "share"), [(1 << 40, 1.0), (1 << 20, 0.0)])
 def test_a_store_larger_than_memory_is_read_past_the_page_cache(
-    disk_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, share: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, share: float
 ) -> None:
     data = np.random.default_rng(0).integers(0, 99, (4096, 1024), dtype="<i4")
-    group(disk_path / "s", {"data": data}, chunks=(1024, 1024))
-    files = [p for p in (disk_path / "s" / "data").rglob("*") if p.is_file()]
+    group(tmp_path / "s", {"data": data}, chunks=(1024, 1024))
+    files = [p for p in (tmp_path / "s" / "data").rglob("*") if p.is_file()]
     for file in files:
         evict(file)
-    if cached_share([disk_path / "s" / "data"]) > 0.01:
+    if cached_share([tmp_path / "s" / "data"]) > 0.01:
         pytest.skip("a file system that is in memory itself")
     monkeypatch.setattr("actshuffle.loading.loader.machine_memory", lambda: memory)
-    loader = Loader(disk_path / "s", 1024, buffer_rows=0, incomplete=True)
+    loader = Loader(tmp_path / "s", 1024, buffer_rows=0, incomplete=True)
     np.testing.assert_array_equal(np.concatenate([batch["data"] for batch in loader]), data)
-    assert cached_share([disk_path / "s" / "data"]) == pytest.approx(share, abs=0.1)
+    assert cached_share([tmp_path / "s" / "data"]) == pytest.approx(share, abs=0.1)
 
 
 @pytest.mark.parametrize("buffer_rows", [None, 100])
