@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from actshuffle._version import __version__
-from actshuffle.arrays.names import FORMAT, MARKER_KEY
+from actshuffle.arrays.names import FORMAT, MARKER_KEY, RUN_KEY, UNFILTERED
 from actshuffle.arrays.small import group_metadata
 from actshuffle.errors import FormatError
 from actshuffle.seals import checksum, seal
-from actshuffle.storage.objects import Objects
+from actshuffle.storage.objects import Objects, open_objects
+from actshuffle.storage.place import Place
 
 
 def is_list(found: Any, length: int, holds: Callable[[Any], bool]) -> bool:
@@ -78,3 +79,9 @@ def is_finished(objects: Objects) -> bool:
         return read_marker(objects) is not None
     except FormatError:
         return False
+
+
+def is_begun(place: Place) -> bool:
+    """True if a run that writes this store has begun and not ended, or has collected rows that are to be filtered."""
+    keys = ((place, RUN_KEY), (place.beside(UNFILTERED), RUN_KEY), (place.beside(UNFILTERED), MARKER_KEY))
+    return any(open_objects(at).size(key) is not None for at, key in keys)

@@ -15,22 +15,32 @@ Several processes share the work with ``part``: each does its blocks, and the la
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from actshuffle.arrays import virtual
-from actshuffle.arrays.marker import read_marker
-from actshuffle.arrays.names import RUN_KEY
+from actshuffle.arrays.marker import is_begun, is_finished, read_marker
+from actshuffle.arrays.names import RUN_KEY, UNFILTERED
+from actshuffle.building.filtering import copy_passed
 from actshuffle.building.models import DTYPES
+from actshuffle.building.rowfilter import DROP_NORM, Passed, Rules
 from actshuffle.building.textsource import write_source
-from actshuffle.engine.prepare import prepare
+from actshuffle.engine.job import Job
+from actshuffle.engine.prepare import look_at, prepare, remove
 from actshuffle.engine.request import Request
-from actshuffle.engine.run import Shuffle, copy_through
-from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError
+from actshuffle.engine.run import Shuffle, execute
+from actshuffle.errors import (
+    ActshuffleError,
+    DestinationExistsError,
+    InfeasibleError,
+    RequestError,
+    ResumeMismatchError,
+)
 from actshuffle.executors import Executor, Serial
 from actshuffle.executors.choice import as_executor
 from actshuffle.foreign.finding import text_files
@@ -41,7 +51,7 @@ from actshuffle.progress import Progress, Silent
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import counted, dropped_text, format_bytes, format_seconds, several, switches, whole
+from actshuffle.units import counted, dropped_text, format_bytes, format_seconds, switches
 
 BLOCK_BYTES = 128 << 20  # the most work that a kill can cost
 
@@ -90,6 +100,7 @@ def collect(
     prefix: str | int | None = None,
     skip_first: int = 0,
     drop_tokens: Iterable[int] = (),
+    drop_norm: float | None = None,
     batch_tokens: int = 8192,
     tokens_per_document: int | None = None,
     rows: int | None = None,
@@ -123,8 +134,9 @@ def collect(
     prefix : a token that each window begins with, whose rows are dropped: "bos", an id, or a token of the vocabulary.
     skip_first : drop the rows of so many tokens at the start of each window, prefix and special tokens included.
     drop_tokens : ids of tokens whose rows are dropped, wherever they stand.
+    drop_norm : drop rows whose norm in any layer or module exceeds so many times the median there, or 0.  Default: 10.
     batch_tokens : the most tokens of one forward pass.
-    tokens_per_document, rows : the most tokens to take of a document, and the most rows in total.
+    tokens_per_document, rows : the most tokens to take of a document, and the most rows before ``drop_norm``.
     part : (i, n) does the i-th of n parts of the work, i from 1; all parts name the same ``out``.
 
     Other parameters are as in `actshuffle.shuffle`.
@@ -143,19 +155,15 @@ def collect(
         raise RequestError(f"special tokens are kept or dropped: keep or drop, got {special!r}")
     if isinstance(prefix, bool) or not isinstance(prefix, str | Integral | None) or str(prefix) == "":
         raise RequestError(f"the prefix is bos, the id of a token, or a token, got {prefix!r}")
-    rules: dict[str, Any] = {"prefix": prefix if prefix is None else str(prefix)}
-    rules["skip_first"] = whole("skip_first", skip_first)
-    rules["drop_tokens"] = sorted(
-        {whole("drop_tokens", token) for token in several("drop_tokens", drop_tokens, of="ids")}
-    )
+    rules = Rules.of(skip_first, drop_tokens, DROP_NORM if drop_norm is None else drop_norm)
     if part is not None and not 1 <= part[0] <= part[1]:
         raise RequestError(f"part {part[0]} of {part[1]} makes no sense; parts count from 1")
     place = as_place(out, storage_options)
-    source = place.beside(".collect")
-    files = text_files([Path(p) for p in text], apart=[local_path(place), local_path(source)])
+    source, unfiltered = place.beside(".collect"), place.beside(UNFILTERED)
+    files = text_files([Path(p) for p in text], apart=[local_path(p) for p in (place, source, unfiltered)])
     for file in files:
         kind_of(file)  # one that is not text is refused before the model is loaded
-    asked = {
+    asked: dict[str, Any] = {
         "model": model,
         "tokenizer": tokenizer or model,
         "layers": sorted(set(layers)),
@@ -170,20 +178,25 @@ def collect(
         "field": field,
         "device": device,
         "text": [[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-        **{name: value for name, value in rules.items() if value not in (None, 0, [])},  # earlier versions had none
+        "drop_norm": rules.drop_norm,
     }
-    identity = seal(asked)
+    named: dict[str, Any] = {"skip_first": rules.skip_first, "drop_tokens": list(rules.drop_tokens)}
+    named["prefix"] = "" if prefix is None else str(prefix)
+    asked |= {name: value for name, value in named.items() if value}  # version 0.1.0 had none of these
     marker = None if overwrite else read_marker(open_objects(place))
-    if marker is not None:
-        if marker.get("collected") != identity:
-            raise DestinationExistsError(f"{place} is finished with other arguments; --overwrite replaces it")
-        done = open_dataset(out, storage_options=storage_options)
-        dropped = done.attributes.get("dropped_rows", {})
-        return Collected(done.path, done.rows, marker["documents"], done.nbytes, 0.0, dropped=dropped)
     settings = (virtual.describe(source) or {}).get("settings", {})
-    if settings.get("asked") != asked or overwrite:
-        _refuse_other(place, settings.get("asked"), asked, overwrite)
-        settings = write_source(source, files, asked, identity, shown)
+    earlier = {k: v for k, v in asked.items() if k != "drop_norm"}  # nor did it drop rows by their norms
+    if not (drop_norm or overwrite) and (
+        settings.get("asked") == earlier or (marker or {}).get("collected") == seal(earlier)
+    ):
+        asked = earlier
+    identity, filters = seal(asked), bool(asked.get("drop_norm"))
+    all_rows = read_marker(open_objects(unfiltered)) if filters and not overwrite else None
+    collected = all_rows is not None and all_rows.get("collected") == identity
+    if marker is not None and marker.get("collected") != identity:
+        raise DestinationExistsError(f"{place} is finished with other arguments; --overwrite replaces it")
+    if marker is not None and not collected:
+        return _collected(place, marker, 0.0)
     request = Request.of(
         seed=0,
         source_row=False,
@@ -194,29 +207,91 @@ def collect(
         scratch=scratch,
         tasks_wanted=max(3 * crew.workers, part[1]) if part else None,
     )
-    complete = True
-    if part is None:
-        plan = copy_through(source, place, request, crew, shown, overwrite=overwrite, fsync=fsync).plan
-    else:
-        job = prepare(source, place, request, crew, overwrite=overwrite, fsync=fsync)
-        plan, complete = job.plan, run_part(Shuffle(job), part, crew, shown)
-        if complete:
-            open_objects(source).delete_prefix("")
-    nbytes, seconds = plan.rows * plan.row_bytes, time.perf_counter() - started
-    dropped = settings.get("dropped", {})
-    return Collected(str(place), plan.rows, settings["documents"], nbytes, seconds, complete, dropped)
+    if not collected:
+        if settings.get("asked") != asked or overwrite:
+            _refuse_other(place, settings.get("asked"), asked, overwrite)
+            settings = write_source(source, files, asked, identity, shown)
+        job = prepare(source, unfiltered if filters else place, request, crew, overwrite=overwrite, fsync=fsync)
+        if filters:
+            _make_way(job, place, overwrite)
+        if part is None:
+            execute(job, crew, shown)
+        elif not run_part(Shuffle(job), part, crew, shown) and not is_finished(open_objects(place)):
+            seconds, plan = time.perf_counter() - started, job.plan
+            nbytes, documents = plan.rows * plan.row_bytes, settings["documents"]
+            return Collected(str(place), plan.rows, documents, nbytes, seconds, False, settings.get("dropped", {}))
+        open_objects(source).delete_prefix("")
+    if filters:
+        _drop_far(unfiltered, place, asked, request, crew, shown, fsync)
+    return _collected(place, read_marker(open_objects(place)) or {}, time.perf_counter() - started)
+
+
+def _collected(place: Place, marker: Mapping[str, Any], seconds: float) -> Collected:
+    """The outcome that a finished store tells."""
+    made = open_dataset(place.url, storage_options=json.loads(place.options))
+    dropped = made.attributes.get("dropped_rows", {})
+    return Collected(made.path, made.rows, marker["documents"], made.nbytes, seconds, dropped=dropped)
+
+
+def _make_way(job: Job, place: Place, overwrite: bool) -> None:
+    """Refuse what is in the way of the filtered rows, and a disk without room for them beside all rows."""
+    recorded, _ = look_at(place, overwrite)
+    if recorded is not None:
+        raise ResumeMismatchError(f"{place} is half done with other arguments; --overwrite starts again")
+    objects = open_objects(place)
+    need, free = 2 * job.plan.output_bytes, objects.free_bytes()
+    if free is not None and need > free and job.at_destination.size(RUN_KEY) is None:
+        raise InfeasibleError(
+            f"{place} needs {format_bytes(need)}, for all rows and for those that --drop-norm leaves, and its disk has "
+            f"{format_bytes(free)} free; free some, or give --drop-norm 0 and filter on another disk"
+        )
+    if overwrite:
+        remove(objects)
+
+
+def _drop_far(
+    unfiltered: Place,
+    place: Place,
+    asked: Mapping[str, Any],
+    request: Request,
+    crew: Executor,
+    progress: Progress,
+    fsync: bool,
+) -> None:
+    """Copy the rows whose norms are near the median, and remove the others."""
+    options = json.loads(place.options)
+    try:
+        store = open_dataset(unfiltered.url, storage_options=options)
+        names = sorted([*(f"layer_{n}" for n in asked["layers"]), *asked["hooks"]])
+        rules = Rules(drop_norm=asked["drop_norm"], arrays=tuple(names))
+        marker = {k: v for k, v in (store.marker or {}).items() if k in ("source", "collected", "documents")}
+
+        def attributes(passed: Passed) -> dict[str, Any]:
+            told = {"multiple": rules.drop_norm, "medians": passed.medians, "rows": passed.beyond}
+            before, dropped = store.attributes, {"drop_norm": passed.dropped["drop_norm"]}
+            changed = {"row_filter": before["row_filter"] | {"drop_norm": told}}
+            return before | changed | {"dropped_rows": before["dropped_rows"] | dropped}
+
+        copy_passed(store, place, rules, attributes, marker, request, crew, progress, False, fsync)
+    except ActshuffleError:
+        if not is_finished(open_objects(place)):  # else another part was faster
+            raise
+    open_objects(unfiltered).delete_prefix("")
 
 
 def _refuse_other(place: Place, was: dict[str, Any] | None, now: dict[str, Any], overwrite: bool) -> None:
     """Refuse to resume a half-done collection with other arguments."""
-    if overwrite or was is None or open_objects(place).size(RUN_KEY) is None:
+    if overwrite or not is_begun(place):
         return
+    unfiltered = read_marker(open_objects(place.beside(UNFILTERED)))
+    if was is None and unfiltered is None:
+        return  # what is there is another run's, which `prepare` refuses
     told = [
         "the text changed" if k == "text" else f"{k} was {was.get(k)!r}, now {now.get(k)!r}"
-        for k in sorted(now | was)
-        if was.get(k) != now.get(k)
+        for k in (sorted(now | was) if was is not None else ())
+        if was is not None and was.get(k) != now.get(k)
     ]
     raise ResumeMismatchError(
-        f"{place} is half done with other arguments: {'; '.join(told)}. Give the same to resume, or "
+        f"{place} is half done with other arguments{': ' * bool(told)}{'; '.join(told)}. Give the same to resume, or "
         "--overwrite to start again"
     )

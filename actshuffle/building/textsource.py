@@ -87,7 +87,7 @@ def write_source(
         "groups": cut.groups,
         "row_bytes": widths,
         "documents": cut.documents,
-        "dropped": cut.dropped,
+        "dropped": cut.dropped | {"drop_norm": 0},
         "model": model.identity,
     }
     virtual.write(
@@ -160,8 +160,9 @@ def _attributes(
             "prefix": prefix[0] if prefix else None,
             "skip_first": frame.skip_first,
             "drop_tokens": list(frame.drop_tokens),
+            "drop_norm": None,
         },
-        "dropped_rows": cut.dropped,
+        "dropped_rows": cut.dropped | {"drop_norm": 0},
         "documents": listing if len(listing) <= NAMED_FILES else len(listing),
         "collected_by": f"actshuffle {__version__}",
     }

@@ -293,6 +293,11 @@ def import_(
 )
 @SKIP_FIRST
 @DROP_TOKENS
+@click.option(
+    "--drop-norm",
+    type=float,
+    help="Drop rows over so many times the median norm of a layer; 0 drops none.  [default: 10]",
+)
 @click.option("--batch-tokens", type=COUNT, default=8192, help="Most tokens of one forward pass.  [default: 8192]")
 @click.option("--tokens-per-document", type=COUNT, help="Most tokens to take of a document.  [default: all]")
 @click.option("--rows", type=COUNT, help="Most rows to take in total.  [default: all]")

@@ -78,12 +78,12 @@ def prepare(
         if job.kind.gathers:
             check_room(job.plan, crew.workers)
     if overwrite:
-        _remove(open_objects(dst, fsync=fsync))
+        remove(open_objects(dst, fsync=fsync))
         clear_scratch(job)
     return job
 
 
-def _remove(objects: Objects) -> None:
+def remove(objects: Objects) -> None:
     """Delete a store: its marker first, so that nobody takes the rest for a whole store, and its metadata last, so
     that an interrupted deletion can be asked for again."""
     objects.delete(MARKER_KEY)

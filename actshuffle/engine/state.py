@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actshuffle.arrays.marker import read_marker
+from actshuffle.arrays.marker import is_begun, read_marker
+from actshuffle.arrays.names import UNFILTERED
 from actshuffle.engine import manifest, tasks
 from actshuffle.engine.scratch import recorded_scratch
 from actshuffle.errors import IncompleteStoreError
@@ -26,6 +27,9 @@ def status(dst: str | Path, storage_options: dict[str, Any] | None = None) -> di
     if read_marker(objects) is not None:
         return {"path": public_url(place.url), "state": "complete", "levels": []}
     body = manifest.read_run(objects)
+    if body is None and is_begun(place):
+        unfiltered = status(place.beside(UNFILTERED).url, storage_options)
+        return {**unfiltered, "path": public_url(place.url), "state": "half done"}
     if body is None:
         raise IncompleteStoreError(f"{dst} is not an output of actshuffle, finished or half done")
     # The places in the record are not used: the file may come from somebody else.
@@ -51,6 +55,8 @@ def status_text(found: dict[str, Any]) -> str:
         lines.append(
             f"  level {x['level']} of {len(found['levels'])}   {x['done']:,} of {x['tasks']:,} tasks ({share:.0%})"
         )
+    if "request" not in found:
+        return "\n".join([*lines, "  all rows are collected; those that --drop-norm leaves are copied next"])
     lines.append("  arguments: " + ", ".join(f"{k}={v}" for k, v in sorted(found["request"].items())))
     lines.append(f"  scratch: {found['scratch']}")
     return "\n".join(lines)

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
-from actshuffle.arrays.marker import read_marker
+from actshuffle.arrays.marker import is_begun, read_marker
 from actshuffle.arrays.metadata import open_node, source_arrays
-from actshuffle.arrays.names import FORMAT, MARKER_KEY, OUR_GROUP, RUN_KEY, SOURCE_ROW
+from actshuffle.arrays.names import FORMAT, MARKER_KEY, OUR_GROUP, SOURCE_ROW
 from actshuffle.arrays.small import group_metadata
 from actshuffle.arraytypes import U8
 from actshuffle.errors import DestinationExistsError, FormatError, IncompleteStoreError, RequestError
@@ -246,7 +246,7 @@ def _open(place: Place, incomplete: bool, views: tuple[str, ...]) -> Dataset:
     objects = open_objects(place)
     marker = read_marker(objects)
     if marker is None and not incomplete:
-        half_done = objects.size(RUN_KEY) is not None
+        half_done = is_begun(place)
         if not half_done:
             open_node(place)  # says so if there is nothing at all
         why = ", so it may be half written"

@@ -15,9 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from actshuffle import info
+from actshuffle import filter_rows, info, status
+from actshuffle.building import rowfilter
 from actshuffle.checking.contents import info_text
-from actshuffle.errors import RequestError, SourceError
+from actshuffle.engine.state import status_text
+from actshuffle.errors import (
+    DestinationExistsError,
+    IncompleteStoreError,
+    InfeasibleError,
+    RequestError,
+    ResumeMismatchError,
+    SourceError,
+)
+from actshuffle.storage.files import LocalObjects
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -25,6 +35,7 @@ transformers = pytest.importorskip("transformers")
 from actshuffle.building import tokens as tokens_module  # noqa: E402
 from actshuffle.building.collection import Collected, collect  # noqa: E402
 from actshuffle.loading.dataset import Dataset, open_dataset  # noqa: E402
+from support.executors import Stops  # noqa: E402
 from support.stores import files  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -76,8 +87,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def gather(model: Path, text: Path, out: Path, **options: Any) -> tuple[Collected, Dataset]:
-    """A collection whose windows run alone, as they do in `passes`."""
-    options = {"layers": [0, 1, 2], "context": CONTEXT, "batch_tokens": 1, "fsync": False, "chunk_rows": 16} | options
+    """A collection of all rows whose windows run alone, as they do in `passes`."""
+    options = {
+        "layers": [0, 1, 2],
+        "context": CONTEXT,
+        "batch_tokens": 1,
+        "drop_norm": 0,
+        "fsync": False,
+        "chunk_rows": 16,
+    } | options
     done = collect(str(model), [text], out, **options)
     return done, open_dataset(out)
 
@@ -164,6 +182,7 @@ def test_first_tokens_and_tokens_by_id(model: Path, text: Path, tmp_path: Path, 
         "special": 0,
         "skip_first": sum(row.window_position < 3 and row.position is not None for row in rows),
         "drop_tokens": len(later) - len(kept),
+        "drop_norm": 0,
     }
     assert done.dropped["drop_tokens"] > 0
     assert sum(done.dropped.values()) + data.rows == len(rows)
@@ -205,7 +224,13 @@ def test_dropped_rows_do_not_depend_on_how_the_work_is_cut(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokens_module, "GROUP_TOKENS", 60)
-    options: dict[str, Any] = {"skip_first": 2, "drop_tokens": [SINK], "prefix": BOS, "batch_tokens": 64}
+    options: dict[str, Any] = {
+        "skip_first": 2,
+        "drop_tokens": [SINK],
+        "prefix": BOS,
+        "batch_tokens": 64,
+        "drop_norm": 0,
+    }
     whole = gather(model, text, tmp_path / "x.zarr", **options)[1]
     options["block_bytes"] = 3400
     blocks = gather(model, text, tmp_path / "y.zarr", **options)[1]
@@ -254,3 +279,120 @@ def test_prefixes_and_filters_that_make_no_sense(model: Path, text: Path, tmp_pa
     assert_refused("drop_tokens must be a list", drop_tokens="9")
     assert_refused(r"ids from 0 to 42, got \[1, 43\]", drop_tokens=[43, 1])
     assert_refused("no row is left of .*by --skip-first", SourceError, skip_first=CONTEXT)
+
+
+# --- By norm ----------------------------------------------------------------------------------------------------
+
+
+def near(rows: list[Row], layers: tuple[int, ...], multiple: float) -> list[Row]:
+    """The rows whose norms are at most so many times the median of all rows, in each of the layers."""
+    left = np.ones(len(rows), bool)
+    for layer in layers:
+        norms = np.linalg.norm(np.stack([row.states[layer] for row in rows]).astype("f8"), axis=1)
+        left &= norms <= multiple * np.median(norms)
+    return [row for row, stays in zip(rows, left, strict=True) if stays]
+
+
+def test_no_row_beyond_ten_times_the_median_remains_by_default(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.zarr"
+    done, data = gather(model, text, out, drop_norm=None)
+    rows = passes(model, text, ())
+    kept = near(rows, (0, 1, 2), 10)
+    assert_equal(data, kept)
+    assert len(rows) > len(kept) > len(rows) / 2
+    assert {row.window_position for row in rows if row not in kept and row.token != SINK} == {0}
+    told = data.attributes["row_filter"]["drop_norm"]
+    assert done.dropped["drop_norm"] == len(rows) - len(kept) == data.attributes["dropped_rows"]["drop_norm"]
+    assert told["multiple"] == 10
+    for layer in range(3):
+        norms = np.linalg.norm(np.stack([row.states[layer] for row in rows]).astype("f8"), axis=1)
+        assert told["medians"][f"layer_{layer}"] == pytest.approx(np.median(norms), rel=1e-12)
+        assert told["rows"][f"layer_{layer}"] == (norms > 10 * np.median(norms)).sum()
+        assert (told["rows"][f"layer_{layer}"] > 0) == (layer < 2)  # the last one is normed
+    assert f"rows dropped: {done.dropped['drop_norm']} by --drop-norm" in str(done)
+    assert "by --drop-norm" in info_text(info(out))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.zarr"]
+    again, _ = gather(model, text, out, drop_norm=None)
+    assert (again.rows, again.dropped, again.seconds) == (done.rows, done.dropped, 0.0)
+    for other in (0, 11):
+        with pytest.raises(DestinationExistsError, match="finished with other arguments"):
+            gather(model, text, out, drop_norm=other)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_collection_equals_the_filter_of_one_with_all_rows(
+    model: Path, text: Path, tmp_path: Path, dtype: str
+) -> None:
+    """In 16 bits too, whose norms are those of the values that are stored."""
+    options: dict[str, Any] = {"prefix": BOS, "skip_first": 2, "dtype": dtype, "hooks": ["h.0.mlp"]}
+    gather(model, text, tmp_path / "x.zarr", drop_norm=2, **options)
+    gather(model, text, tmp_path / "all.zarr", drop_norm=0, **options)
+    filter_rows(tmp_path / "all.zarr", tmp_path / "y.zarr", drop_norm=2, chunk_rows=16, fsync=False)
+    x, y = open_dataset(tmp_path / "x.zarr"), open_dataset(tmp_path / "y.zarr")
+    assert 0 < x.rows == y.rows < open_dataset(tmp_path / "all.zarr").rows
+    for name in y.fields:
+        np.testing.assert_array_equal(x.read(name, 0, x.rows), y.read(name, 0, y.rows))
+
+
+def test_parts_and_stops_give_the_same_bytes(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rowfilter, "TASK_BYTES", 16 * 64)
+    options: dict[str, Any] = {"block_bytes": 3400, "drop_norm": None}
+    whole, out = Stops(), tmp_path / "z.zarr"
+    gather(model, text, tmp_path / "x.zarr", executor=whole, **options)
+
+    def part(number: int, executor: Stops | None = None) -> Collected:
+        shape: dict[str, Any] = {"layers": [0, 1, 2], "context": CONTEXT, "batch_tokens": 1, "chunk_rows": 16}
+        asked = shape | options
+        return collect(str(model), [text], out, part=(number, 2), executor=executor, fsync=False, **asked)
+
+    assert not part(2).complete
+    assert status(out)["state"] == "half done"
+    assert "of" in status_text(status(out))
+    with pytest.raises(IncompleteStoreError, match="the same command again goes on"):
+        open_dataset(out)
+    with pytest.raises(ResumeMismatchError, match=r"drop_norm was 10.0, now 0.0"):
+        gather(model, text, out, drop_norm=0)
+    tasks = whole.seen.count(True)
+    ran = 0
+    for after in (1, 4, 7, 9):  # in the first stage, in the second, ...
+        stopped = Stops(after)
+        with pytest.raises(KeyboardInterrupt):
+            part(1, stopped)
+        ran += stopped.seen.count(True)
+        assert status(out)["state"] == "half done"
+    with pytest.raises(ResumeMismatchError, match="half done with other arguments"):
+        gather(model, text, out, drop_norm=11, block_bytes=3400)
+    last = Stops()
+    assert part(1, last).complete
+    assert ran < tasks
+    assert part(2).complete  # as it was
+    assert files(tmp_path / "x.zarr") == files(out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.zarr", "z.zarr"]
+
+
+def test_overwrite_replaces_a_store_of_either_kind(model: Path, text: Path, tmp_path: Path) -> None:
+    out, rows = tmp_path / "x.zarr", len(passes(model, text, ()))
+    for norm in (0, None, 0, 3):
+        done, data = gather(model, text, out, drop_norm=norm, overwrite=True)
+        assert (data.rows == rows) == (norm == 0)
+    with pytest.raises(KeyboardInterrupt):
+        gather(model, text, out, drop_norm=4, overwrite=True, block_bytes=3400, executor=Stops(1))
+    done, data = gather(model, text, out, drop_norm=4, block_bytes=3400)  # what was replaced is gone: this resumes
+    assert (done.rows, data.attributes["row_filter"]["drop_norm"]["multiple"]) == (data.rows, 4)
+
+
+def test_a_disk_without_room_for_both_is_refused(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = len(passes(model, text, ()))
+    monkeypatch.setattr(LocalObjects, "free_bytes", lambda self: int(1.5 * 208 * rows))
+    with pytest.raises(InfeasibleError, match=r"for all rows and for those that --drop-norm leaves"):
+        gather(model, text, tmp_path / "x.zarr", drop_norm=None)
+    gather(model, text, tmp_path / "y.zarr", drop_norm=0)
+    (tmp_path / "z.zarr").mkdir()
+    (tmp_path / "z.zarr/mine.txt").write_text("keep")
+    with pytest.raises(DestinationExistsError):
+        gather(model, text, tmp_path / "z.zarr", drop_norm=None)
+    assert not [p for p in tmp_path.rglob("layer_1*") if "y.zarr" not in str(p) and ".collect" not in str(p)]
