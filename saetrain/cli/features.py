@@ -13,7 +13,8 @@ from actshuffle import parse_bytes
 from actshuffle.executors import connected, executor_for
 from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
 from saetrain.errors import ConfigError
-from saetrain.features.pipeline import MEMORY, build_features
+from saetrain.features.forecast import check, forecast
+from saetrain.features.pipeline import MEMORY, build_features, plan_features
 
 
 class _Lines:
@@ -33,12 +34,14 @@ class _Lines:
 @click.argument("out", type=FOLDER)
 @click.option("--field", default="", metavar="NAME", help="Array of activations, if STORE has several.")
 @click.option("--seed", type=int, default=0, help="Decides which rows are sampled.  [default: 0]")
-@click.option("--shards", type=int, default=1, help="Parts of the dictionary that tasks hold.  [default: 1]")
+@click.option("--shards", type=int, default=0, help="Parts of the dictionary.  [default: as few as memory allows]")
 @click.option("--block-rows", type=int, default=0, help="Rows of one encoder task, at most 65536.  [default: 16384]")
-@click.option("--memory", metavar="SIZE", help="Memory of a task for the entries of latents.  [default: 1GiB]")
+@click.option("--memory", metavar="SIZE", help="Memory of a task.  [default: 1GiB]")
 @click.option("--device", default="auto", help="Where the encoder product runs: auto, cpu, cuda.  [default: auto]")
 @click.option("--workers", type=int, default=0, help="Worker processes; 0 works in this one.  [default: 0]")
 @click.option("--scheduler", metavar="ADDRESS", help="Work on the Dask cluster at this address.")
+@click.option("--keep-codes", is_flag=True, help="Keep all activations, by latent and by row.")
+@click.option("--plan", "planned", is_flag=True, help="Show what the run will take, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Delete what another run left in OUT.")
 @LOOK
 def _features(
@@ -48,6 +51,7 @@ def _features(
     memory: str | None,
     workers: int,
     scheduler: str | None,
+    planned: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -60,24 +64,34 @@ def _features(
     Example:
       saetrain features run activations.zarr activations.features --workers 2
     """
+    size = MEMORY if memory is None else parse_bytes(memory)
+    if planned:
+        _show(run, store, out, size, as_json, settings)
+        return
     if scheduler is not None and workers:
         raise ConfigError("give --workers or --scheduler, not both")
     with ExitStack() as stack:
         executor = stack.enter_context(executor_for(workers) if scheduler is None else connected(scheduler))
-        done = build_features(
-            run,
-            store,
-            out,
-            memory=MEMORY if memory is None else parse_bytes(memory),
-            executor=executor,
-            progress=_Lines(),
-            **settings,
-        )
+        done = build_features(run, store, out, memory=size, executor=executor, progress=_Lines(), **settings)
     told = {"out": str(out), "tasks": done.tasks, "resumed": done.resumed, "seconds": round(done.seconds, 3)}
     print_json(told | {"already_finished": done.already_finished}, as_json)
     if not as_json:
         text = "already finished" if done.already_finished else f"{done.tasks:,} tasks, {done.seconds:.1f} s"
         click.echo(f"{out}: {text}", file=sys.stdout)
+
+
+def _show(run: Path, store: Path, out: Path, memory: int, as_json: bool, settings: dict[str, Any]) -> None:
+    for name in ("device", "overwrite"):
+        settings.pop(name)
+    plan = plan_features(run, store, memory=memory, **settings)
+    found = forecast(plan, memory)
+    print_json(found.as_dict() | {"shards": plan.shards, "blocks": plan.blocks, "chunks": plan.chunks}, as_json)
+    if not as_json:
+        click.echo(
+            f"{plan.latents:,} latents in {plan.shards} shards and {plan.chunks} chunks, {plan.rows:,} rows of "
+            f"{plan.d_in:,} in {plan.blocks} blocks\n{found}"
+        )
+    check(found, plan, out, memory)
 
 
 COMMANDS = (_features,)

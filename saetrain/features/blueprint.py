@@ -48,6 +48,7 @@ class Plan:
     before: int  # rows of a context before its example
     after: int
     pool: int  # rows among which quiet ones are looked for
+    keep_codes: bool
 
     @classmethod
     def of(cls, job: FolderJob) -> Plan:
@@ -102,13 +103,13 @@ class Plan:
     def code_objects(self, block: int) -> list[tuple[str, int, int]]:
         """Key and latents [lo, hi) of each object of codes of a block."""
         if self.selects:
-            return [(f"codes/{block}-all.bin", 0, self.latents)]
+            return [(f"work/codes/{block}-all.bin", 0, self.latents)]
         edges = pairwise(self.shard_edges())
-        return [(f"codes/{block}-{number}.bin", lo, hi) for number, (lo, hi) in enumerate(edges)]
+        return [(f"work/codes/{block}-{number}.bin", lo, hi) for number, (lo, hi) in enumerate(edges)]
 
     def candidate_objects(self, block: int) -> list[tuple[str, int, int]]:
         edges = pairwise(self.shard_edges())
-        return [(f"candidates/{block}-{number}.bin", lo, hi) for number, (lo, hi) in enumerate(edges)]
+        return [(f"work/candidates/{block}-{number}.bin", lo, hi) for number, (lo, hi) in enumerate(edges)]
 
     def encode_task(self, task: FolderTask) -> tuple[int, int]:
         """Shard and block of a task: shard by shard, so that a worker loads few."""

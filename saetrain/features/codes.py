@@ -35,6 +35,13 @@ class Run:
     rows: NDArray[np.uint16]  # [n], row in the block
     values: NDArray[np.float32]  # [n]
 
+    def part(self, lo: int, hi: int) -> Run:
+        """Latents [lo, hi) of mine."""
+        if (lo, hi) == (0, len(self.counts)):
+            return self
+        inside = slice(int(self.counts[:lo].sum()), int(self.counts[:hi].sum()))
+        return Run(self.counts[lo:hi], self.rows[inside], self.values[inside])
+
 
 def grouped(latent: NDArray[Any], row: NDArray[Any], value: NDArray[Any], latents: int) -> Run:
     """A run from entries in any order of latents; entries of one latent keep their order."""
@@ -67,12 +74,13 @@ def put(job: FolderJob, key: str, run: Run, granule: int) -> int:
 
 
 def read(job: FolderJob, key: str, latents: int, granule: int, lo: int, hi: int, *, block: int, first: int) -> Run:
-    """Latents [lo, hi) of an object of `latents` latents; `lo` begins a granule, and `hi` ends one or the object.
+    """Latents [lo, hi) of an object of `latents` latents.  Whole granules are read, since only these can be checked.
 
     `block` is the number of its block, and `first` its first latent in the dictionary, for messages.
     """
     edges = _edges(latents, granule)
     a, b = lo // granule, -(-hi // granule)
+    wanted, lo, hi = (lo, hi), int(edges[a]), int(edges[b])
     offsets = _some(job, key, "<u8", a * 8, b - a + 1)
     crc = _some(job, key, "<u4", len(edges) * 8 + a * 4, b - a)
     at = len(edges) * 8 + (len(edges) - 1) * 4
@@ -92,7 +100,7 @@ def read(job: FolderJob, key: str, latents: int, granule: int, lo: int, hi: int,
     for number, (due, got) in enumerate(zip(crc.tolist(), found, strict=True)):
         if due != got:
             raise _damage(key, block, first + int(edges[a + number]), first + int(edges[a + number + 1]), "checksum")
-    return run
+    return run.part(wanted[0] - lo, wanted[1] - lo)
 
 
 def read_counts(job: FolderJob, key: str, latents: int, granule: int, lo: int, hi: int) -> NDArray[np.uint32]:

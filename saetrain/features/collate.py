@@ -8,25 +8,34 @@ from typing import Any
 from actshuffle.jobs import FolderJob, FolderTask
 from saetrain.features import layout, samples, statistics, survey
 from saetrain.features.blueprint import Plan
-from saetrain.features.entries import BYTES, Context, Entries, gather, pieces, totals
-from saetrain.features.layout import Arrays
+from saetrain.features.entries import Context, Entries, gather, pieces, totals
+from saetrain.features.keeping import features_are_there, keep_by_feature
+from saetrain.features.layout import QUANTILES, Arrays
+from saetrain.features.streamed import describe_streamed
 
 
-def collate(job: FolderJob, task: FolderTask, *, memory: int) -> tuple[dict[str, Any], int]:
+def collate(job: FolderJob, task: FolderTask, *, most: int) -> tuple[dict[str, Any], int]:
     plan = Plan.of(job)
     context = context_of(job)
     lo, hi = plan.chunk_range(task.number)
     counts = totals(job, plan, lo, hi)
     arrays = layout.empty(plan.columns, hi - lo)
-    for a, b in pieces(plan, counts, lo, memory // BYTES, statistics.widest(context)):
-        part = {name: array[a - lo : b - lo] for name, array in arrays.items()}
-        describe(gather(job, context, a, b, counts[a - lo : b - lo]), context, part)
+    for a, b in pieces(plan, counts, lo, most, statistics.widest(context)):
+        part, held = {name: array[a - lo : b - lo] for name, array in arrays.items()}, counts[a - lo : b - lo]
+        if held.sum() <= most:
+            describe(gather(job, context, a, b, held), context, part)
+        else:
+            describe_streamed(job, context, a, held, most, part)
+    if plan.keep_codes:
+        keep_by_feature(job, context, task.number, counts, most)
     nbytes = layout.put_chunk(job, arrays, task.number, plan.chunk)
     return {"entries": int(counts.sum()), "alive": int((counts > 0).sum())}, nbytes
 
 
 def is_there(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
-    return layout.has_chunk(job, Plan.of(job).columns, task.number)
+    plan = Plan.of(job)
+    kept = not plan.keep_codes or features_are_there(job, task.number)
+    return kept and layout.has_chunk(job, plan.columns, task.number)
 
 
 def context_of(job: FolderJob) -> Context:
@@ -40,12 +49,15 @@ def describe(entries: Entries, context: Context, out: Arrays) -> None:
     maximum = found["stat/max"]
     found |= statistics.documents(entries, context)
     found |= statistics.shape(entries, context, maximum)
-    found |= statistics.tokens(entries, context)
+    found |= statistics.tokens(entries, context, maximum)
+    ordered = statistics.order_statistics(entries, context.plan.kinds.intervals)
+    found["shape/quantile"] = ordered[:, : len(QUANTILES)]
     for name, values in found.items():
         out[name][...] = values
-    samples.contexts(entries, context, samples.choose(entries, context, maximum), out)
+    chosen = samples.choose(entries, context, maximum, ordered[:, len(QUANTILES) :])
+    samples.contexts(entries, context, chosen, out)
 
 
-def collate_in(memory: int) -> Any:
-    """`collate` within a number of bytes, as a step's function: memory is no part of the job's identity."""
-    return partial(collate, memory=memory)
+def collate_in(most: int) -> Any:
+    """`collate` with at most so many entries in memory, as a step's function: that is no part of the job's identity."""
+    return partial(collate, most=most)

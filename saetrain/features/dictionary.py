@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saetrain.errors import CheckpointError
 from saetrain.foreign import read_foreign
 from saetrain.model import Model
-from saetrain.sae import SAE, Folded
+from saetrain.sae import BLOCK, SAE, Folded
 from saetrain.tensors import sha256
 from saetrain.training.checkpoint import Checkpoint, find
 from saetrain.variants.table import VARIANTS
@@ -109,6 +110,12 @@ class Shard:
 @lru_cache(maxsize=1)  # a worker keeps the shard of its last task: tasks come shard by shard
 def shard_of(path: str, digest: str, lo: int, hi: int, device: str) -> Shard:
     found = Dictionary(path)
-    part = {name: t.to(device, torch.float32) for name, t in found.rows(lo, hi).items() if name != "W_dec"}
-    offset = found.offset().to(device, torch.float32)
-    return Shard(lo, hi, part["W_enc"].contiguous(), part["b_enc"], part["threshold"], offset)
+    if found.digest != digest:
+        raise CheckpointError(f"{path} changed since this run began: start again with another OUT")
+    weight = torch.empty(hi - lo, found.d_in, device=device)
+    bias, threshold = torch.empty(hi - lo, device=device), torch.empty(hi - lo, device=device)
+    for at in range(lo, hi, BLOCK):  # a part at a time, so that no second copy of all is held
+        end = min(at + BLOCK, hi)
+        part, here = found.rows(at, end), slice(at - lo, end - lo)
+        weight[here], bias[here], threshold[here] = part["W_enc"], part["b_enc"], part["threshold"]
+    return Shard(lo, hi, weight, bias, threshold, found.offset().to(device, torch.float32))

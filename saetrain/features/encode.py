@@ -2,8 +2,8 @@
 
 ::
 
-    encode   block x shard    pre = (x - offset) W_enc^T + b_enc, a tile at a time; active entries go to codes/
-                              with k latents a token and several shards, each shard's k best go to candidates/
+    encode   block x shard    pre = (x - offset) W_enc^T + b_enc, a tile at a time; active entries go to work/codes/
+                              with k latents a token and several shards, each shard's k best go to work/candidates/
     select   block            the k best of all shards' candidates; ties go to the lower latent
 
 Pre-activations exist for one tile of rows at a time.

@@ -11,6 +11,7 @@ Runs of blocks arrive in row order, so an entry's place follows from counts alon
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,42 +107,66 @@ def totals(job: FolderJob, plan: Plan, lo: int, hi: int) -> I64:
 
 
 def pieces(plan: Plan, counts: I64, lo: int, most: int, widest: int) -> list[tuple[int, int]]:
-    """Ranges of latents of whole granules with at most `most` entries, or of one granule, and at most `widest` latents.
+    """Ranges of latents with at most `most` entries and `widest` latents; one latent may have more entries.
 
     None crosses the edge of a shard.
     """
-    edges = set(plan.shard_edges())
-    found, start, held = [], lo, 0
-    for at in range(lo, lo + len(counts), plan.granule):
-        n = int(counts[at - lo : at - lo + plan.granule].sum())
-        full = held + n > most or at + plan.granule - start > widest
-        if at > start and (full or at in edges):
-            found.append((start, at))
-            start, held = at, 0
-        held += n
-    found.append((start, lo + len(counts)))
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    edges = [edge - lo for edge in plan.shard_edges() if lo < edge < lo + len(counts)] + [len(counts)]
+    found, start = [], 0
+    for edge in edges:
+        while start < edge:
+            stop = int(np.searchsorted(ends, ends[start] + most, side="right")) - 1
+            stop = min(max(stop, start + 1), start + widest, edge)
+            found.append((lo + start, lo + stop))
+            start = stop
     return found
 
 
 def gather(job: FolderJob, context: Context, lo: int, hi: int, counts: I64) -> Entries:
     """The entries of latents [lo, hi), which have `counts` of them."""
-    plan, n = context.plan, int(counts.sum())
+    found = portions(job, context, lo, hi, counts, int(counts.sum()) + 1)
+    return next(found, None) or _join(context, lo, [], hi - lo)
+
+
+def portions(job: FolderJob, context: Context, lo: int, hi: int, counts: I64, most: int) -> Iterator[Entries]:
+    """The same in portions of consecutive blocks, each with at most `most` entries, or of one block."""
+    plan, seen = context.plan, np.zeros(hi - lo, np.int64)
+    held: list[tuple[int, codes.Run]] = []
+    for block in range(plan.blocks):
+        key, first, last = next(o for o in plan.code_objects(block) if o[1] <= lo < o[2])
+        run = codes.read(job, key, last - first, plan.granule, lo - first, hi - first, block=block, first=first)
+        if held and sum(len(other.rows) for _, other in held) + len(run.rows) > most:
+            yield _join(context, lo, held, hi - lo)
+            held = []
+        seen += run.counts
+        if (seen > counts).any():
+            raise ConservationError(f"{key} holds more entries of latents {lo:,} to {hi - 1:,} than were counted")
+        if len(run.rows):
+            held.append((block, run))
+    if held:
+        yield _join(context, lo, held, hi - lo)
+    if (seen != counts).any():
+        raise ConservationError(
+            f"latents {lo:,} to {hi - 1:,} have {int(counts.sum()):,} entries by their counts, and fewer in the blocks"
+        )
+
+
+def _join(context: Context, lo: int, runs: list[tuple[int, codes.Run]], latents: int) -> Entries:
+    """Entries of runs of blocks, which come in the order of rows."""
+    plan = context.plan
+    counts = sum((run.counts.astype(np.int64) for _, run in runs), np.zeros(latents, np.int64))
+    n = int(counts.sum())
     row, value = np.empty(n, np.int64), np.empty(n, np.float32)
     document, word = np.empty(n, np.int32), np.empty(n, np.uint64)
     token = np.empty(n, np.uint32) if plan.token is not None else None
     fill = np.cumsum(counts) - counts
-    for block in range(plan.blocks):
-        (key, first, last) = next(o for o in plan.code_objects(block) if o[1] <= lo < o[2])
-        run = codes.read(job, key, last - first, plan.granule, lo - first, hi - first, block=block, first=first)
-        here = run.counts.astype(np.int64)
-        if (fill + here > np.cumsum(counts)).any():
-            raise ConservationError(f"{key} holds more entries of latents {lo:,} to {hi - 1:,} than were counted")
-        start, stop = plan.block(block)
+    while runs:
+        block, run = runs.pop(0)
+        here, (start, stop) = run.counts.astype(np.int64), plan.block(block)
         to = np.repeat(fill - (np.cumsum(here) - here), here)
         to += np.arange(len(to))
         fill += here
-        if not len(to):
-            continue
         row[to] = start + run.rows.astype(np.int64)
         value[to] = run.values
         word[to] = priorities(plan.seed, start, stop)[run.rows]
@@ -149,10 +174,6 @@ def gather(job: FolderJob, context: Context, lo: int, hi: int, counts: I64) -> E
         if token is not None:
             tokens = context.data.read(str(plan.token), start, stop).astype(np.int64) - context.token_low
             token[to] = tokens.astype(np.uint32)[run.rows]
-    if (fill != np.cumsum(counts)).any():
-        raise ConservationError(
-            f"latents {lo:,} to {hi - 1:,} have {n:,} entries by their counts, and fewer in the blocks"
-        )
     return Entries(lo, counts, row, value, document, token, word)
 
 

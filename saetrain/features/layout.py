@@ -142,12 +142,27 @@ def metadata(found: Mapping[str, Column], latents: int, chunk: int, attributes: 
             attributes={"definition": column.about},
         )
 
+    yield from _held(store)
+
+
+def group_metadata(arrays: Mapping[str, tuple[int, str]]) -> list[tuple[str, bytes]]:
+    """The zarr.json of a group of arrays of one axis, each in one chunk; that of the group is last."""
+    store = MemoryStore()
+    root = zarr.create_group(store)
+    for name, (length, dtype) in arrays.items():
+        root.create_array(
+            name, shape=(length,), chunks=(max(length, 1),), dtype=np.dtype(dtype), fill_value=0, compressors=None
+        )
+    return sorted(_held(store), key=lambda found: (found[0] == "zarr.json", found[0]))
+
+
+def _held(store: MemoryStore) -> list[tuple[str, bytes]]:
     async def held() -> list[tuple[str, bytes]]:
         keys = sorted([key async for key in store.list()])
         got = [(key, await store.get(key, default_buffer_prototype())) for key in keys]
         return [(key, data.to_bytes()) for key, data in got if data is not None]
 
-    yield from sync(held())
+    return sync(held())
 
 
 def histogram_edges(maximum: float) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from actshuffle import Dataset
 from actshuffle.errors import ConservationError
 from actshuffle.executors import Executor
-from actshuffle.jobs import FolderJob, Outcome, Step, run_in_folder
+from actshuffle.jobs import FolderJob, Outcome, Step, read_done, run_in_folder
 from actshuffle.progress import Progress
 from saetrain.config import Config
 from saetrain.data import DOCUMENT_NAMES, Store
@@ -21,6 +22,8 @@ from saetrain.features.codes import MOST_BLOCK_ROWS
 from saetrain.features.collate import collate_in
 from saetrain.features.collate import is_there as is_collated
 from saetrain.features.dictionary import Dictionary
+from saetrain.features.forecast import active_entries, check, encode_memory, forecast, most_entries
+from saetrain.features.keeping import keep_by_row, rows_are_there
 from saetrain.features.layout import Slots
 
 NAME = "features"
@@ -37,13 +40,15 @@ def plan_features(
     *,
     field: str = "",
     seed: int = 0,
-    shards: int = 1,
+    shards: int = 0,
     block_rows: int = 0,
     slots: Slots = Slots(),  # noqa: B008
     tile_rows: int = TILE_ROWS,
     tile_latents: int = TILE_LATENTS,
     granule: int = GRANULE,
     chunk: int = 0,
+    keep_codes: bool = False,
+    memory: int = MEMORY,
 ) -> Plan:
     """The plan of a run; refuses what does not fit together before anything is written."""
     found = Dictionary(str(dictionary))
@@ -60,14 +65,14 @@ def plan_features(
     if unit % tile_latents or unit % granule:
         raise ConfigError(f"tiles of {tile_latents} latents and granules of {granule} do not fit into each other")
     most = -(-latents // unit)
-    if not 1 <= shards <= most:
+    if not 0 <= shards <= most:
         raise ConfigError(f"--shards must be 1 to {most}: {latents:,} latents are cut at multiples of {unit:,}")
     block = block_rows or BLOCK_ROWS
     block = -(-min(block, rows) // tile_rows) * tile_rows
     if not 1 <= block <= MOST_BLOCK_ROWS:
         raise ConfigError(f"blocks of {block:,} rows: at most {MOST_BLOCK_ROWS:,} fit, in tiles of {tile_rows:,}")
     checkpoint = found.checkpoint
-    return Plan(
+    plan = Plan(
         dictionary=str(Path(checkpoint.folder if checkpoint else dictionary).absolute()),
         sae=found.digest,
         store=str(store) if "://" in str(store) else str(Path(store).absolute()),
@@ -79,7 +84,7 @@ def plan_features(
         d_in=found.d_in,
         latents=latents,
         k=found.k,
-        shards=shards,
+        shards=shards or most,
         block_rows=block,
         tile_rows=tile_rows,
         tile_latents=tile_latents,
@@ -91,7 +96,13 @@ def plan_features(
         before=48,
         after=24,
         pool=min(POOL, rows),
+        keep_codes=keep_codes,
     )
+    if shards:
+        return plan
+    share = active_entries(plan)[0] / rows / latents
+    fits = (n for n in range(1, most + 1) if encode_memory(plan, n, share) <= memory)
+    return replace(plan, shards=next(fits, most))
 
 
 def _opened(store: str | Path, field: str) -> Store:
@@ -118,7 +129,7 @@ def _chunk(latents: int, granule: int) -> int:
     return -(-wanted // granule) * granule
 
 
-def steps(plan: Plan, *, device: str, memory: int) -> list[Step]:
+def steps(plan: Plan, *, device: str, most: int) -> list[Step]:
     """The steps of a run, in order; see the room's own docstring."""
     found = [
         Step("survey", survey.survey, 1, survey.is_there),
@@ -126,7 +137,9 @@ def steps(plan: Plan, *, device: str, memory: int) -> list[Step]:
     ]
     if plan.selects:
         found.append(Step("select", encode.select, plan.blocks, encode.is_there))
-    found.append(Step("collate", collate_in(memory), plan.chunks, is_collated))
+    if plan.keep_codes:
+        found.append(Step("keep", keep_by_row, plan.blocks, rows_are_there))
+    found.append(Step("collate", collate_in(most), plan.chunks, is_collated))
     return found
 
 
@@ -152,13 +165,13 @@ def publish(job: FolderJob) -> dict[str, Any]:
         "kinds": [[kind, *ends] for kind, ends in plan.kinds.kinds().items()],
         "quantiles": list(layout.QUANTILES),
         **{name: getattr(plan, name) for name in ("store", "identity", "dictionary", "sae", "seed", "window")},
+        **{name: getattr(plan, name) for name in ("chunk", "keep_codes")},
         **{name: getattr(plan, name) for name in ("before", "after", "field", "token", "document")},
     }
     for key, data in layout.metadata(plan.columns, plan.latents, plan.chunk, {"features": facts}):
         job.objects.put(key, data)
-    for prefix in ("candidates", "codes", "rows"):
-        job.objects.delete_prefix(prefix)
-    return facts
+    job.objects.delete_prefix("work")
+    return facts | {"block_rows": plan.block_rows}  # which decides no array but those of kept rows
 
 
 def build_features(
@@ -181,7 +194,7 @@ def build_features(
     dictionary : a run or checkpoint of ours, or a folder that SAELens or sparsify wrote.
     store : a finished store in document order, as `actshuffle collect` writes it.
     out : folder of the results; `open_features` reads them, docs/features.md defines them.
-    memory : bytes that one task may take for the entries of latents.
+    memory : bytes that one task may take, beside the interpreter and its libraries.
     device : where the encoder product runs, as torch names it; "auto" is a GPU if there is one.
     executor, progress, overwrite, fsync : as `actshuffle.jobs.run_in_folder` takes them.
     settings : of `saetrain.features.pipeline.plan_features`: field, seed, shards, block_rows and the like.
@@ -190,16 +203,20 @@ def build_features(
     ------
     DataError : the store is shuffled, unfinished, of another width, or holds NaNs.
     ConfigError : the settings do not fit together.
+    actshuffle.errors.InfeasibleError : memory or disk do not suffice, with the arithmetic.
     actshuffle.errors.ConservationError : codes were damaged between their writing and their reading.
     """
-    plan = plan_features(dictionary, store, **settings)
+    plan = plan_features(dictionary, store, memory=memory, **settings)
+    most = most_entries(plan, memory)
+    if read_done(out) is None:
+        check(forecast(plan, memory), plan, out, memory)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return run_in_folder(
         NAME,
         out,
         plan.settings(),
-        steps(plan, device=device, memory=memory),
+        steps(plan, device=device, most=most),
         publish=publish,
         executor=executor,
         progress=progress,

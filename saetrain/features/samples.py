@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from saetrain.features.entries import Context, Entries, mixed
 from saetrain.features.layout import NO_ROW, Arrays
-from saetrain.features.statistics import new_document, order_statistics, ranks, sorted_bits
+from saetrain.features.statistics import new_document, ranks
 
 I64 = NDArray[np.int64]
 FIRST_LOOK = 32  # rows of the pool that are tried first for a quiet one
@@ -34,13 +34,14 @@ class Chosen(NamedTuple):
     entry: I64
 
 
-def choose(entries: Entries, context: Context, maximum: NDArray[np.float32]) -> Chosen:
+def choose(entries: Entries, context: Context, maximum: NDArray[np.float32], edges: NDArray[np.float32]) -> Chosen:
+    """The examples of latents with these maxima [latents] and inner edges of equal counts [latents, intervals - 1]."""
     slots = context.plan.kinds
     entry = np.full((entries.latents, slots.total), -1, np.int64)
     at = 0
     entry[:, : slots.top] = top(entries, context, slots.top)
     at += slots.top
-    for interval in (by_width(entries, slots.intervals, maximum), by_count(entries, slots.intervals)):
+    for interval in (by_width(entries, slots.intervals, maximum), by_count(entries, edges)):
         size = slots.intervals * slots.each
         groups = entries.latent * slots.intervals + interval
         found = smallest(groups, entries.priority, entries.latents * slots.intervals, slots.each)
@@ -88,12 +89,10 @@ def by_width(entries: Entries, intervals: int, maximum: NDArray[np.float32]) -> 
     return np.clip(np.ceil(share).astype(np.int64) - 1, 0, intervals - 1)
 
 
-def by_count(entries: Entries, intervals: int) -> I64:
-    """The part of each entry among equal counts, from 0: how many of the inner quantiles are smaller."""
+def by_count(entries: Entries, edges: NDArray[np.float32]) -> I64:
+    """The part of each entry among equal counts, from 0: how many of the inner edges are smaller."""
     part = np.zeros(len(entries.row), np.int64)
-    q = np.arange(1, intervals) / intervals
-    edges = order_statistics(entries, sorted_bits(entries), q)
-    for number in range(intervals - 1):
+    for number in range(edges.shape[1]):
         part += entries.value > np.repeat(edges[:, number], entries.counts)
     return part
 

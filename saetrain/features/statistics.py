@@ -18,14 +18,20 @@ Z = 1.959963984540054  # of a 95% interval
 _HALF = np.uint64(31)  # bits of a positive float32
 
 
-def moments(entries: Entries) -> Arrays:
-    """count, sums of powers, min, max and where the max is first."""
+def moments(entries: Entries, before: Arrays | None = None) -> Arrays:
+    """count, sums of powers, min, max and where the max is first.
+
+    `before` holds the same of earlier rows of one latent, which these follow.
+    """
     n, latent, starts = entries.latents, entries.latent, entries.starts
     value = entries.value.astype(np.float64)
     out: Arrays = {"stat/count": entries.counts}
     power = value
     for name in ("sum", "sum2", "sum3", "sum4"):
-        out[f"stat/{name}"] = np.bincount(latent, power, minlength=n)
+        if before is None:
+            out[f"stat/{name}"] = np.bincount(latent, power, minlength=n)
+        else:  # one entry after the other, as if there had been no cut
+            out[f"stat/{name}"] = np.bincount(np.zeros(len(power) + n, int), np.append(before[f"stat/{name}"], power))
         if name != "sum4":
             power = power * value
     out["stat/min"], out["stat/max"] = (np.full(n, np.nan, np.float32) for _ in range(2))
@@ -36,22 +42,31 @@ def moments(entries: Entries) -> Arrays:
         out["stat/max"][alive] = np.maximum.reduceat(entries.value, starts[:-1][alive])
         first = np.flatnonzero(entries.value == np.repeat(out["stat/max"], entries.counts))
         out["stat/max_row"][latent[first[::-1]]] = entries.row[first[::-1]]  # the first is written last
+    if before is not None:
+        out["stat/count"] = entries.counts + before["stat/count"]
+        out["stat/min"] = np.fmin(out["stat/min"], before["stat/min"])
+        earlier = before["stat/max"] >= out["stat/max"]
+        for name in ("stat/max", "stat/max_row"):
+            out[name] = np.where(earlier, before[name], out[name])
     return out
 
 
 def documents(entries: Entries, context: Context) -> Arrays:
     """documents, density and its interval, from the runs of entries in one document."""
-    n, rows = entries.latents, context.plan.rows
     begins = np.flatnonzero(new_document(entries))
-    of = entries.latent[begins]
-    run = np.diff(np.append(begins, len(entries.row))).astype(np.float64)
-    sizes = np.diff(context.documents)
-    size = sizes[entries.document[begins]].astype(np.float64)
-    found = np.bincount(of, minlength=n)
-    density = entries.counts / rows
+    run = np.diff(np.append(begins, len(entries.row)))
+    return densities(entries.latents, entries.latent[begins], run, entries.document[begins], context)
+
+
+def densities(n: int, of: NDArray[Any], run: NDArray[Any], document: NDArray[Any], context: Context) -> Arrays:
+    """From the active rows `run` of latents `of` in documents, in the order of both."""
+    rows, sizes = context.plan.rows, np.diff(context.documents)
+    run, size = run.astype(np.float64), sizes[document].astype(np.float64)
+    density = np.bincount(of, run, minlength=n) / rows
     squares, cross = np.bincount(of, run * run, minlength=n), np.bincount(of, run * size, minlength=n)
     everywhere = float((sizes.astype(np.float64) ** 2).sum())
     low, high = clustered_interval(density, squares, cross, everywhere, rows, len(sizes))
+    found = np.bincount(of, minlength=n)
     return {"stat/documents": found, "stat/density": density, "stat/density_low": low, "stat/density_high": high}
 
 
@@ -85,19 +100,24 @@ def new_document(entries: Entries) -> NDArray[np.bool_]:
 
 
 def shape(entries: Entries, context: Context, maximum: NDArray[np.float32]) -> Arrays:
-    """Histogram, quantiles, and counts by position in the document."""
+    """Histogram, and counts by position in the document."""
     n, latent = entries.latents, entries.latent
     top = (np.nan_to_num(maximum).view(np.uint32) >> BIN_SHIFT).astype(np.int64)
     bins = (entries.value.view(np.uint32) >> BIN_SHIFT).astype(np.int64)
     bins += np.repeat(np.arange(n) * HISTOGRAM_BINS - top + HISTOGRAM_BINS - 1, entries.counts)
     np.maximum(bins, latent * HISTOGRAM_BINS, out=bins)
-    position = entries.row - context.documents[entries.document] + 1
-    octave = np.minimum(np.frexp(position.astype(np.float64))[1] - 1, POSITION_BINS - 1)
     return {
         "shape/histogram": np.bincount(bins, minlength=n * HISTOGRAM_BINS).reshape(n, -1),
-        "shape/quantile": quantiles(entries),
-        "shape/position": np.bincount(latent * POSITION_BINS + octave, minlength=n * POSITION_BINS).reshape(n, -1),
+        "shape/position": positions(entries, context),
     }
+
+
+def positions(entries: Entries, context: Context) -> NDArray[np.int64]:
+    """Entries of each latent by octave of 1 + position, int64 [latents, bins]."""
+    place = entries.row - context.documents[entries.document] + 1
+    octave = np.minimum(np.frexp(place.astype(np.float64))[1] - 1, POSITION_BINS - 1)
+    size = entries.latents * POSITION_BINS
+    return np.bincount(entries.latent * POSITION_BINS + octave, minlength=size).reshape(-1, POSITION_BINS)
 
 
 def sorted_bits(entries: Entries) -> NDArray[np.uint32]:
@@ -106,47 +126,80 @@ def sorted_bits(entries: Entries) -> NDArray[np.uint32]:
     return (keys & np.uint64(0x7FFFFFFF)).astype(np.uint32)
 
 
-def order_statistics(entries: Entries, ordered: NDArray[np.uint32], q: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The ceil(q count)-th smallest activation of each latent, float32 [latents, len(q)]; NaN for dead ones."""
-    place = np.maximum(np.ceil(q * entries.counts[:, None]).astype(np.int64) - 1, 0) + entries.starts[:-1, None]
+def places(counts: NDArray[np.int64], intervals: int) -> NDArray[np.int64]:
+    """Which of count ordered activations are the quantiles, and the inner edges of equal counts, from 0.
+
+    int64 [latents, quantiles + intervals - 1]: the ceil(q count)-th smallest.
+    """
+    q = np.concatenate([QUANTILES, np.arange(1, intervals) / intervals])
+    return np.maximum(np.ceil(q * counts[:, None]).astype(np.int64) - 1, 0)
+
+
+def order_statistics(entries: Entries, intervals: int) -> NDArray[np.float32]:
+    """The activations at `places`; NaN for dead latents."""
+    ordered = sorted_bits(entries)
+    place = places(entries.counts, intervals) + entries.starts[:-1, None]
     found = np.full(place.shape, np.nan, np.float32)
     alive = entries.counts > 0
     found[alive] = ordered.view(np.float32)[place[alive]]
     return found
 
 
-def quantiles(entries: Entries) -> NDArray[np.float32]:
-    return order_statistics(entries, sorted_bits(entries), np.array(QUANTILES))
-
-
-def tokens(entries: Entries, context: Context) -> Arrays:
-    """The tokens on which each latent is most often active, the lower token first among equals.
+def tokens(entries: Entries, context: Context, maximum: NDArray[np.float32]) -> Arrays:
+    """The tokens on which each latent is most often active, and what it does there.
 
     One sort of (latent, token, activation) in a single word puts equal tokens together; `widest` keeps latents few
     enough for that.
     """
-    n = entries.latents
-    ids = np.full((n, TOP_TOKENS), -1, np.int64)
-    counts = np.zeros((n, TOP_TOKENS), np.int64)
-    means = np.full((n, TOP_TOKENS), np.nan, np.float32)
+    latent = token = held = total = np.zeros(0, np.int64)
     if entries.token is not None and len(entries.row):
         bits = np.uint64(context.token_bits)
         keys = ((entries.latent.astype(np.uint64) << bits) | entries.token) << _HALF
         keys |= entries.bits
         keys.sort()
-        values = (keys & np.uint64(0x7FFFFFFF)).astype(np.uint32).view(np.float32).astype(np.float64)
+        values = (keys & np.uint64(0x7FFFFFFF)).astype(np.uint32).view(np.float32)
+        whole = fixed(values, np.repeat(maximum, entries.counts))
         keys >>= _HALF
         begins = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
         pair = keys[begins]
         held = np.diff(np.append(begins, len(keys)))
         latent = (pair >> bits).astype(np.int64)
-        order = np.lexsort((pair, -held, latent))
-        place = ranks(latent[order])
-        order, place = order[place < TOP_TOKENS], place[place < TOP_TOKENS]
-        at = latent[order], place
-        ids[at] = (pair[order] & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64) + context.token_low
-        counts[at] = held[order]
-        means[at] = (np.add.reduceat(values, begins) / held)[order]
+        token = (pair & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+        total = np.add.reduceat(whole, begins)
+    return top_tokens(entries.latents, latent, token, held, total, context, maximum)
+
+
+FIXED = 2.0**31  # units of a latent's largest activation
+
+
+def fixed(values: NDArray[np.float32], maximum: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Activations in whole units of max / 2^31: their sums are the same in any order."""
+    return np.rint(values.astype(np.float64) / maximum.astype(np.float64) * FIXED).astype(np.int64)
+
+
+def top_tokens(
+    n: int,
+    latent: NDArray[np.int64],
+    token: NDArray[np.int64],
+    held: NDArray[np.int64],
+    total: NDArray[np.int64],
+    context: Context,
+    maximum: NDArray[np.float32],
+) -> Arrays:
+    """The most frequent of (latent, token) pairs with `held` rows and activations of `total` units.
+
+    Of equal ones the lower token comes first.
+    """
+    ids = np.full((n, TOP_TOKENS), -1, np.int64)
+    counts = np.zeros((n, TOP_TOKENS), np.int64)
+    means = np.full((n, TOP_TOKENS), np.nan, np.float32)
+    order = np.lexsort((token, -held, latent))
+    place = ranks(latent[order])
+    order, place = order[place < TOP_TOKENS], place[place < TOP_TOKENS]
+    at = latent[order], place
+    ids[at] = token[order] + context.token_low
+    counts[at] = held[order]
+    means[at] = total[order] / held[order] * (maximum.astype(np.float64)[latent[order]] / FIXED)
     return {"token/id": ids, "token/count": counts, "token/mean": means}
 
 

@@ -1,7 +1,7 @@
 """The first step: one look at the small columns of the store, which later tasks share.
 
-It writes ``rows/documents.bin``, the first row of each document and the number of rows, int64; and
-``rows/pool.bin``, the rows of smallest priority, smallest first, int64: an exactly uniform sample without
+It writes ``work/documents.bin``, the first row of each document and the number of rows, int64; and
+``work/pool.bin``, the rows of smallest priority, smallest first, int64: an exactly uniform sample without
 replacement, in random order.
 """
 
@@ -17,7 +17,7 @@ from saetrain.errors import DataError
 from saetrain.features.blueprint import Plan
 
 PIECE = 1 << 20  # rows looked at together
-DOCUMENTS, POOL = "rows/documents.bin", "rows/pool.bin"
+DOCUMENTS, POOL = "work/documents.bin", "work/pool.bin"
 I64 = np.ndarray[Any, np.dtype[np.int64]]
 
 

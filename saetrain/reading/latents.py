@@ -22,6 +22,7 @@ from actshuffle import Dataset, decoder, document_name, open_dataset
 from actshuffle.errors import ActshuffleError, RequestError
 from actshuffle.jobs import read_done
 from saetrain.errors import DataError
+from saetrain.features.keeping import by_feature, by_row
 from saetrain.features.layout import NO_OFFSET, NO_ROW, histogram_edges
 from saetrain.reading.card import card
 
@@ -79,6 +80,17 @@ class Example(NamedTuple):
         words = [f"[[{piece}]]" if i == self.at else piece for i, piece in enumerate(shown)]
         where = f" of {self.document_name or self.document}" if self.document is not None else ""
         return f"{self.value:.4g} at row {self.row:,}{where}: {''.join(words)}"
+
+
+class Codes(NamedTuple):
+    """Active latents of some rows, row by row, latents ascending within each."""
+
+    counts: NDArray[np.int64]  # [rows]
+    latent: NDArray[np.int64]  # [n]
+    value: NDArray[np.float32]  # [n]
+
+
+_NOTHING = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
 class Feature:
@@ -172,6 +184,19 @@ class Feature:
         ids, cosines = self.array("near/id").tolist(), self.array("near/cosine").tolist()
         return [Neighbour(i, c) for i, c in zip(ids, cosines, strict=True) if i >= 0]
 
+    def codes(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """All rows on which it is active, ascending, and its activations there, where the run kept codes."""
+        features = self.features
+        if not features.facts["keep_codes"]:
+            raise RequestError(f"{features.path} keeps no codes: run `saetrain features` with --keep-codes")
+        number, place = divmod(self.index, features.facts["chunk"])
+        counts = features.array("stat/count", self.index - place, self.index + 1)
+        start, stop = int(counts[:-1].sum()), int(counts.sum())
+        if start == stop:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        data = features.group(by_feature(number))
+        return data.read("row", start, stop), data.read("value", start, stop)
+
     # --- examples
 
     def top(self, count: int | None = None) -> list[Example]:
@@ -254,6 +279,25 @@ class Features:
         """Latents [start, stop) of an array, by "group/name"."""
         group, _, inner = name.rpartition("/")
         return self.group(group).read(inner, start, len(self) if stop is None else stop)
+
+    def codes(self, start: int, stop: int) -> Codes:
+        """The active latents of rows [start, stop), where the run kept codes."""
+        if not self.facts["keep_codes"]:
+            raise RequestError(f"{self.path} keeps no codes: run `saetrain features` with --keep-codes")
+        if not 0 <= start <= stop <= self.rows:
+            raise RequestError(f"rows {start:,} to {stop:,} of {self.rows:,}")
+        size, parts = self.facts["block_rows"], []
+        for block in range(start // size, -(-stop // size)):
+            first = block * size
+            lo, hi = max(start - first, 0), min(stop - first, size)
+            counts = self.group(by_row(block, "rows")).read("count", 0, hi).astype(np.int64)
+            a, b = int(counts[:lo].sum()), int(counts.sum())
+            entries = self.group(by_row(block, "entries")) if a < b else None
+            latent = entries.read("feature", a, b).astype(np.int64) if entries else np.zeros(0, np.int64)
+            value = entries.read("value", a, b) if entries else np.zeros(0, np.float32)
+            parts.append((counts[lo:], latent, value))
+        counts, latent, value = (np.concatenate([p[i] for p in parts]) for i in range(3)) if parts else _NOTHING
+        return Codes(counts, latent, value)
 
     # --- text
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from actshuffle.errors import (
     ConservationError,
     DestinationExistsError,
     IncompleteStoreError,
+    InfeasibleError,
     RequestError,
     ResumeMismatchError,
     StorageFullError,
@@ -24,7 +28,11 @@ from actshuffle.executors import Serial
 from actshuffle.testing import Faults, Killed, Operation, matching
 from saetrain.cli import main
 from saetrain.errors import ConfigError, DataError
-from support.features import TINY, content, dictionary, store
+from saetrain.features import pipeline
+from saetrain.features.collate import collate
+from saetrain.features.entries import BYTES
+from saetrain.features.forecast import forecast
+from support.features import TINY, content, dense, dictionary, store
 from support.finished import finish
 from support.stores import group
 
@@ -54,10 +62,11 @@ def build(where: Path, acts: Path, out: Path, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("shards", "blocks"), [(1, 3), (2, 7), (5, 1), (5, 7)])
-def test_any_cut_gives_the_same_bytes(tmp_path, whole, acts, kind, shards, blocks):
+@pytest.mark.parametrize(("shards", "blocks", "most"), [(1, 3, 120), (2, 7, 300), (5, 1, 10**6), (5, 7, 48)])
+def test_any_cut_gives_the_same_bytes(tmp_path, whole, acts, monkeypatch, kind, shards, blocks, most):
+    monkeypatch.setattr(pipeline, "most_entries", lambda plan, memory: most)  # below what the tasks' memory asks for
     where, due = whole[kind]
-    done = build(where, acts, tmp_path / "out", shards=shards, block_rows=-(-ROWS // blocks), memory=5000)
+    done = build(where, acts, tmp_path / "out", shards=shards, block_rows=-(-ROWS // blocks))
     assert done.tasks > shards * blocks
     assert content(tmp_path / "out") == content(due)
 
@@ -169,7 +178,7 @@ def test_damaged_codes_are_located(tmp_path, whole, acts, place):
     where, due = whole["standard"]
     out = tmp_path / "out"
     half_done(where, acts, out)
-    path = out / "codes/1-0.bin"  # latents 0 to 15: 4 granules
+    path = out / "work/codes/1-0.bin"  # latents 0 to 15: 4 granules
     data = bytearray(path.read_bytes())
     n = int.from_bytes(data[32:40], "little")
     values = 5 * 8 + 4 * 4 + 16 * 4
@@ -185,7 +194,7 @@ def test_damaged_codes_are_located(tmp_path, whole, acts, place):
 
 def test_a_full_disk_is_said_and_resumed(tmp_path, whole, acts):
     where, due = whole["topk"]
-    with pytest.raises(StorageFullError, match="no space left"), Faults(matching("put codes/2-*", "full")):
+    with pytest.raises(StorageFullError, match="no space left"), Faults(matching("put work/codes/2-*", "full")):
         build(where, acts, tmp_path / "out", block_rows=112)
     assert build(where, acts, tmp_path / "out", block_rows=112).resumed >= 2
     assert content(tmp_path / "out") == content(due)
@@ -244,7 +253,7 @@ def test_unfinished_stores_and_results_are_refused(tmp_path, whole, acts):
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path, whole, acts):
-    with pytest.raises(ConfigError, match=r"--shards must be 1 to 5"):
+    with pytest.raises(ConfigError, match="--shards must be 1 to 5"):
         build(whole["topk"][0], acts, tmp_path / "out", shards=6)
     with pytest.raises(RequestError, match=r"no examples of kind 'best'; there are top, interval 1"):
         saetrain.open_features(whole["topk"][1])[0].examples("best")
@@ -279,3 +288,95 @@ def test_the_command(tmp_path, whole, acts, capsys):
     due = saetrain.open_features(whole["topk"][1])
     assert found.array("stat/count").tolist() == due.array("stat/count").tolist()
     assert main(["features", str(whole["topk"][0]), str(tmp_path / "none"), str(out)]) == 2
+
+
+# --- Codes that are kept ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["topk", "jumprelu"])
+def test_kept_codes_are_the_dense_activations(tmp_path, whole, acts, monkeypatch, kind):
+    where, due = whole[kind]
+    monkeypatch.setattr(pipeline, "most_entries", lambda plan, memory: 50)
+    build(where, acts, tmp_path / "out", keep_codes=True, shards=2, block_rows=112)
+    features = saetrain.open_features(tmp_path / "out")
+    x = actshuffle.open_dataset(acts).read("x", 0, ROWS)
+    found = dense(where, x, 16, 8)
+    for latent, f in enumerate(features):
+        rows, values = f.codes()
+        assert rows.tolist() == np.flatnonzero(found[:, latent]).tolist()
+        assert values.tolist() == found[rows, latent].tolist()
+    for start, stop in [(0, ROWS), (100, 130), (112, 112), (290, 300)]:
+        counts, latent, value = features.codes(start, stop)
+        rows, due_latent = np.nonzero(found[start:stop])
+        assert np.repeat(np.arange(stop - start), counts).tolist() == rows.tolist()
+        assert latent.tolist() == due_latent.tolist()
+        assert value.tolist() == found[start:stop][rows, due_latent].tolist()
+    same = {name: data for name, data in content(tmp_path / "out").items() if not name.startswith("codes/")}
+    assert {n: d for n, d in same.items() if n != "zarr.json"} == {
+        n: d for n, d in content(due).items() if n != "zarr.json"
+    }
+    with pytest.raises(RequestError, match="keeps no codes"):
+        saetrain.open_features(due)[0].codes()
+
+
+# --- Plans and memory ---------------------------------------------------------------------------
+
+
+def test_a_plan_says_what_a_run_takes_and_writes_nothing(tmp_path, whole, acts, capsys):
+    words = ["features", str(whole["topk"][0]), str(acts), str(tmp_path / "out"), "--plan"]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["entries"] == 5 * ROWS
+    assert told["operations"] == 2 * ROWS * 40 * 12
+    assert main(words) == 0
+    assert "5 a row" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_expected_entries_are_near_those_found(tmp_path, whole, acts):
+    for kind in KINDS:
+        plan = pipeline.plan_features(whole[kind][0], acts, **TINY)
+        found = saetrain.open_features(whole[kind][1]).facts["entries"]
+        assert forecast(plan, 1 << 30).entries == pytest.approx(found, rel=0.2)
+
+
+def test_what_cannot_fit_is_refused_with_the_arithmetic(tmp_path, whole, acts, monkeypatch):
+    with pytest.raises(InfeasibleError, match=r"--memory 10 KB is less than .*: a chunk of 16 latents takes"):
+        build(whole["topk"][0], acts, tmp_path / "out", memory=10_000)
+    with pytest.raises(InfeasibleError, match=r"of an encode task: 40 latents of 12 numbers in 1 parts"):
+        build(whole["standard"][0], acts, tmp_path / "out", memory=80_000, shards=1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InfeasibleError, match=r"has room for 1 KB, and the run needs about"):
+        build(whole["topk"][0], acts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_settles_the_shards(whole, acts):
+    needs = [pipeline.plan_features(whole["topk"][0], acts, memory=m, **TINY).shards for m in (10**6, 14_000, 1)]
+    assert needs[0] == 1
+    assert 1 < needs[1] <= 5
+    assert needs[2] == 5
+
+
+@pytest.mark.parametrize("most", [20_000, 60_000])
+def test_collating_stays_within_its_memory(tmp_path, monkeypatch, most):
+    """The peak of what numpy allocates, beside the arrays of the chunk, is at most `BYTES` an entry."""
+    rows = 6000
+    acts = store(tmp_path / "acts.zarr", rows)
+    where = dictionary(tmp_path / "d", "standard")
+    monkeypatch.setattr(pipeline, "most_entries", lambda plan, memory: most)
+    peaks = []
+
+    def measured(job: Any, task: Any, **how: Any) -> Any:
+        tracemalloc.start()
+        try:
+            return collate(job, task, **how)
+        finally:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+
+    monkeypatch.setattr(pipeline, "collate_in", lambda most: partial(measured, most=most))
+    build(where, acts, tmp_path / "out", chunk=40, block_rows=1024)
+    assert saetrain.open_features(tmp_path / "out").facts["entries"] > 90_000
+    assert max(peaks) < BYTES * most + 1_000_000
+    assert max(peaks) > BYTES * most * 0.4  # the constant is no fantasy

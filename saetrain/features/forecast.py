@@ -1,0 +1,135 @@
+"""What a run will take, before it writes a byte: tasks, operations, memory, bytes on disk.
+
+Active entries are known beforehand only roughly: k a token, or the firing rates that training recorded, or a pilot on a
+few tiles of rows.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actshuffle import format_bytes, open_dataset
+from actshuffle.errors import InfeasibleError
+from saetrain.features.blueprint import Plan
+from saetrain.features.dictionary import Dictionary, shard_of
+from saetrain.features.encode import active, rows_of
+from saetrain.features.entries import BYTES
+
+PILOT_TILES = 8
+CODE_BYTES = 6  # an active entry on disk
+BLOCK_ENTRY = 56  # bytes of memory an entry of a block takes while it is grouped
+TILE_ELEMENT = 8  # and a pre-activation
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Figures of a run; bytes and operations."""
+
+    tasks: int
+    operations: float  # of the encoder product
+    entries: float  # active, expected
+    entries_from: str
+    read_bytes: int  # of the store
+    codes_bytes: float  # on disk until the run ends, or kept
+    result_bytes: int
+    encode_memory: int  # of a task
+    collate_memory: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = {
+            "tasks": f"{self.tasks:,}",
+            "encoder product": f"{self.operations:.3g} operations",
+            "active entries": f"about {self.entries:.3g} ({self.entries_from})",
+            "reads of the store": format_bytes(self.read_bytes),
+            "memory of a task": f"encode {format_bytes(self.encode_memory)}, "
+            f"collate {format_bytes(self.collate_memory)}",
+            "disk": f"codes about {format_bytes(self.codes_bytes)}, result {format_bytes(self.result_bytes)}",
+        }
+        return "\n".join(f"{name:18}  {text}" for name, text in rows.items())
+
+
+def encode_memory(plan: Plan, shards: int, active_share: float) -> int:
+    """Bytes of one encode task: the shard's encoder, a tile of pre-activations, and the entries of a block."""
+    widest = -(-plan.latents // shards)
+    tile = plan.tile_rows * (widest * TILE_ELEMENT + plan.d_in * 12)
+    return int(4 * widest * plan.d_in + tile + BLOCK_ENTRY * plan.block_rows * active_share * widest)
+
+
+def most_entries(plan: Plan, memory: int) -> int:
+    """Entries that a collate task may hold; refuses a memory in which not even one block of a latent fits."""
+    fixed = result_bytes(plan, plan.chunk)
+    most = (memory - fixed) // BYTES
+    if most < plan.block_rows:
+        need = fixed + BYTES * plan.block_rows
+        raise InfeasibleError(
+            f"--memory {format_bytes(memory)} is less than {format_bytes(need)}: a chunk of {plan.chunk:,} latents "
+            f"takes {format_bytes(fixed)}, and the {plan.block_rows:,} rows of a block up to {BYTES} bytes each; "
+            "give more, or smaller blocks with --block-rows"
+        )
+    return int(most)
+
+
+def result_bytes(plan: Plan, latents: int) -> int:
+    row = sum(int(np.prod(c.shape, dtype=int)) * np.dtype(c.dtype).itemsize for c in plan.columns.values())
+    return row * latents
+
+
+def active_entries(plan: Plan) -> tuple[float, str]:
+    """Expected active entries of the whole run, and where the number comes from."""
+    if plan.k:
+        return float(plan.k * plan.rows), f"{plan.k} a row"
+    rates = Dictionary(plan.dictionary).firing_rates()
+    if rates is not None and float(rates.sum()) > 0:
+        return float(rates.sum()) * plan.rows, "firing rates of training"
+    data, tiles = open_dataset(plan.store), -(-plan.rows // plan.tile_rows)
+    chosen = np.unique(np.linspace(0, tiles - 1, PILOT_TILES).astype(int)).tolist()
+    shard = shard_of(plan.dictionary, plan.sae, 0, min(plan.latents, 16 * plan.tile_latents), "cpu")
+    found = seen = 0
+    for tile in chosen:
+        start = tile * plan.tile_rows
+        rows = rows_of(data, plan, start, min(start + plan.tile_rows, plan.rows))
+        found, seen = found + len(active(shard, rows, plan).row), seen + len(rows)
+    return found / seen * plan.rows * plan.latents / (shard.hi - shard.lo), f"a pilot of {seen:,} rows"
+
+
+def forecast(plan: Plan, memory: int) -> Forecast:
+    entries, how = active_entries(plan)
+    share = entries / plan.rows / plan.latents
+    codes = entries * CODE_BYTES + plan.blocks * plan.latents * 4
+    kept = entries * 16 if plan.keep_codes else 0
+    return Forecast(
+        tasks=1 + plan.blocks * (plan.shards + plan.selects + plan.keep_codes) + plan.chunks,
+        operations=2.0 * plan.rows * plan.latents * plan.d_in,
+        entries=entries,
+        entries_from=how,
+        read_bytes=plan.rows * plan.d_in * 4 * plan.shards,
+        codes_bytes=codes * (2 if plan.selects else 1) + kept,
+        result_bytes=result_bytes(plan, plan.chunk * plan.chunks),
+        encode_memory=encode_memory(plan, plan.shards, share),
+        collate_memory=most_entries(plan, memory) * BYTES + result_bytes(plan, plan.chunk),
+    )
+
+
+def check(found: Forecast, plan: Plan, out: str | Path, memory: int) -> None:
+    """Refuse a run that cannot fit, with the arithmetic."""
+    if found.encode_memory > memory:
+        raise InfeasibleError(
+            f"--memory {format_bytes(memory)} is less than the {format_bytes(found.encode_memory)} of an encode task: "
+            f"{plan.latents:,} latents of {plan.d_in:,} numbers in {plan.shards} parts; give more, or more --shards"
+        )
+    if "://" not in str(out):
+        folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
+        free, need = shutil.disk_usage(folder).free, found.codes_bytes + found.result_bytes
+        if need > free:
+            raise InfeasibleError(
+                f"{out} has room for {format_bytes(free)}, and the run needs about {format_bytes(need)}: "
+                f"{format_bytes(found.codes_bytes)} for codes, {format_bytes(found.result_bytes)} for the result"
+            )
