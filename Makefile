@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 TESTS := $(wildcard tests/test_*.py tests/*/test_*.py)
 # The longest come first, so that no single one is left running at the end.
-LONGEST := $(wildcard $(addprefix tests/, engine/test_failures.py engine/test_engine.py sae/test_sae_store.py \
-	engine/test_memory.py test_benchmarks.py engine/test_hosts.py arrays/test_hostile.py sae/test_sae_ranks.py \
-	engine/test_types.py engine/test_gather.py arrays/test_codecs.py building/test_collect.py cli/test_cli.py \
-	engine/test_simulator.py building/test_append.py checking/test_verify.py jobs/test_folder.py \
-	foreign/test_arrowfiles.py storage/test_s3.py))
+LONGEST := $(wildcard $(addprefix tests/, engine/test_failures.py engine/test_memory.py engine/test_engine.py \
+	sae/test_sae_store.py test_benchmarks.py sae/test_sae_checkpoint.py sae/test_sae_ranks.py building/test_collect.py \
+	engine/test_types.py sae/test_sae_cli.py jobs/test_folder.py cli/test_cli.py arrays/test_hostile.py \
+	arrays/test_codecs.py checking/test_verify.py building/test_append.py loading/test_loader.py engine/test_gather.py \
+	storage/test_s3.py engine/test_simulator.py engine/test_corruption.py engine/test_hosts.py))
 # Stores of tests lie in memory where it has room: most tests make and remove thousands of small files, for which a disk
 # takes several times as long.  Tests of disks, their page cache and memory stay on a disk; IN_MEMORY= keeps all there.
 IN_MEMORY ?= $(shell test "$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 && echo /dev/shm)

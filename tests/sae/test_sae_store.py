@@ -115,6 +115,24 @@ def test_a_store_that_changes_ends_the_fit_at_its_next_checkpoint(
     assert [line["step"] for line in read_log(tmp_path / "run") if line["step"] > 10 and "eval_fvu" in line] == []
 
 
+def until(condition: Callable[[], bool], patience: float = 120) -> bool:
+    """Wait for something to become true; False if it does not."""
+    deadline = time.monotonic() + patience
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def is_free(lock: Path) -> bool:
+    """The kernel frees a lock when the last process that holds it has left."""
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 def test_ranks_of_nproc_train_the_same(store: Path, tmp_path: Path) -> None:
     for ranks in (1, 2):
         done = run("fit", store, "--out", tmp_path / f"{ranks}", "--nproc", ranks, *FAST)
@@ -135,11 +153,9 @@ def test_a_signal_checkpoints_and_leaves_cleanly(ranks: int, number: int, store:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "saetrain", "fit", store, "--out", out, "--nproc", str(ranks), *settings]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
-    while len(read_log(out)) < 5 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: len(read_log(out)) >= 5 or process.poll() is not None)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors  # `fit && export` must not export half a dictionary
     assert "Traceback" not in errors
     assert "run again to go on" in output
@@ -154,23 +170,13 @@ def test_a_second_fit_on_a_run_is_refused_and_ranks_end_with_their_launcher(stor
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "saetrain", "fit", store, "--out", out, "--nproc", "2", *settings]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 90
-    while len(read_log(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: len(read_log(out)) >= 3 or process.poll() is not None)
     second = run("fit", store, "--out", out, *settings)
     assert second.returncode == 2
     assert "is in use by process" in second.stderr
     process.kill()  # the launcher only
     process.wait()
-    while time.monotonic() < deadline:  # the kernel frees the lock when the last rank has left
-        with (out / ".lock").open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.05)
-    else:
-        pytest.fail("the ranks outlive their launcher")
+    assert until(lambda: is_free(out / ".lock")), "the ranks outlive their launcher"
     lines = len(read_log(out))
     time.sleep(0.5)
     assert len(read_log(out)) == lines
