@@ -16,6 +16,7 @@ from saetrain.probing.corpus import Corpus, Cutting
 from saetrain.probing.curves import steer
 from saetrain.probing.fidelity import evaluate
 from saetrain.probing.generation import Sampler, generate, stream
+from saetrain.probing.removal import ablate
 from saetrain.probing.turning import Steering, Turn
 from saetrain.products.job import interactions
 from saetrain.products.reading import Interactions, open_interactions
@@ -34,6 +35,7 @@ __all__ = [
     "Sampler",
     "Steering",
     "Turn",
+    "ablate",
     "attribute",
     "build_features",
     "evaluate",

@@ -20,6 +20,7 @@ from saetrain.probing.curves import Sample, steer
 from saetrain.probing.effects import loss_effects
 from saetrain.probing.fidelity import evaluate
 from saetrain.probing.generation import Sampler, prompt_tokens
+from saetrain.probing.removal import ablate
 from saetrain.probing.turning import METHODS, UNITS, Turn, measure_largest, strength
 from saetrain.sae import SAE
 
@@ -261,4 +262,42 @@ def _contributions(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-COMMANDS = _evaluate, _steer, _attribute
+@click.command("ablate")
+@MODEL
+@click.option(
+    "--feature", "features", type=int, multiple=True, required=True, metavar="I", help="To remove; repeatable."
+)
+@FILES
+@TEXT
+@click.option("--sample", type=int, default=200, metavar="N", help="Windows to run with and without the features.")
+@click.option("--within", type=float, default=0.0, metavar="X", help="Run what this half-width needs, nats a token.")
+@click.option("--documents", type=int, default=0, metavar="N", help="Most documents of the text; 0 takes all.")
+@LOOK
+def _ablate(run: Path, features: tuple[int, ...], as_json: bool, **options: Any) -> None:
+    """Estimate by how much the loss rises without some features of RUN.
+
+    Every window is run up to the layer; a sample of those in which a feature fires, stratified by its activation, is
+    run to the end.
+
+    \b
+    Example:
+      saetrain ablate run --model gpt2 --feature 603 --text corpus/ --within 1e-4
+    """
+    sae, model = open_both(run, options)
+    corpus = open_text(model, options)
+    wanted = {name: options[name] for name in ("sample", "within", "documents", "drop_norm")}
+    found = ablate(sae, model, corpus, features, **wanted).to_json()
+    print_json({"run": str(run), "model": options["model"], "features": list(features), **found}, as_json)
+    if not as_json:
+        effect = found["effect"]
+        click.echo(
+            f"loss without the features: {effect['value']:+.3e} nats a token   "
+            f"(95 %: {effect['low']:.3e} to {effect['high']:.3e})\n"
+            f"{found['windows_run']:,} of {found['windows']:,} windows run to the end; the features fire in "
+            f"{found['windows'] - found['windows_silent']:,}"
+        )
+        for share, count in found["windows_needed"].items():
+            click.echo(f"a half-width of {share} times the effect needs {count:,} windows")
+
+
+COMMANDS = _evaluate, _steer, _attribute, _ablate
