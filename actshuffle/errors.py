@@ -6,6 +6,7 @@
     ├── RequestError                   bad-request      2     the arguments cannot be met
     │   ├── InfeasibleError            infeasible       2     ... by the arithmetic of levels, memory or disk
     │   ├── DestinationExistsError     exists           2     dst is finished, or is not ours
+    │   ├── DestinationInUseError      in-use           2     another process is writing dst
     │   └── ResumeMismatchError        resume-mismatch  2     dst is half done, with other arguments
     ├── SourceError                    bad-source       2     the input is damaged or not supported
     │   └── MissingChunkError          missing-chunk    2     ... a chunk is absent or truncated
@@ -44,6 +45,10 @@ class InfeasibleError(RequestError):
 
 class DestinationExistsError(RequestError):
     code = "exists"
+
+
+class DestinationInUseError(RequestError):
+    code = "in-use"
 
 
 class ResumeMismatchError(RequestError):

@@ -10,3 +10,4 @@ RECEIPTS_AT_ONCE = 32  # receipts that are requested from an object store at the
 
 WINDOW = 4  # tasks per worker thread that are in the scheduler at once
 LEAST_WINDOW = 64  # fewest tasks in the scheduler at once, however few threads there are
+MOST = 2**63 - 1  # rows or bytes that one number gives: more does not fit into int64

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from actshuffle.cli.options import COUNT, SIZE  # sizes and counts, parsed as in the product
+from actshuffle.cli.values import COUNT, SIZE  # sizes and counts, parsed as in the product
 from actshuffle.machine import cores
 from actshuffle.units import parse_bytes
 from benchmarks import results

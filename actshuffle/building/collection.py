@@ -45,6 +45,7 @@ from actshuffle.executors import Executor, Serial
 from actshuffle.executors.choice import as_executor
 from actshuffle.foreign.finding import text_files
 from actshuffle.foreign.textfiles import kind_of
+from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.running import run_part
 from actshuffle.loading.dataset import open_dataset
 from actshuffle.progress import Progress, Silent
@@ -183,47 +184,51 @@ def collect(
     named: dict[str, Any] = {"skip_first": rules.skip_first, "drop_tokens": list(rules.drop_tokens)}
     named["prefix"] = "" if prefix is None else str(prefix)
     asked |= {name: value for name, value in named.items() if value}  # version 0.1.0 had none of these
-    marker = None if overwrite else read_marker(open_objects(place))
-    settings = (virtual.describe(source) or {}).get("settings", {})
-    earlier = {k: v for k, v in asked.items() if k != "drop_norm"}  # nor did it drop rows by their norms
-    if not (drop_norm or overwrite) and (
-        settings.get("asked") == earlier or (marker or {}).get("collected") == seal(earlier)
-    ):
-        asked = earlier
-    identity, filters = seal(asked), bool(asked.get("drop_norm"))
-    all_rows = read_marker(open_objects(unfiltered)) if filters and not overwrite else None
-    collected = all_rows is not None and all_rows.get("collected") == identity
-    if marker is not None and marker.get("collected") != identity:
-        raise DestinationExistsError(f"{place} is finished with other arguments; --overwrite replaces it")
-    if marker is not None and not collected:
-        return _collected(place, marker, 0.0)
-    request = Request.of(
-        seed=0,
-        source_row=False,
-        memory=memory,
-        block_bytes=BLOCK_BYTES if block_bytes is None else block_bytes,
-        chunk_rows=chunk_rows,
-        codec=codec,
-        scratch=scratch,
-        tasks_wanted=max(3 * crew.workers, part[1]) if part else None,
-    )
-    if not collected:
-        if settings.get("asked") != asked or overwrite:
-            _refuse_other(place, settings.get("asked"), asked, overwrite)
-            settings = write_source(source, files, asked, identity, shown)
-        job = prepare(source, unfiltered if filters else place, request, crew, overwrite=overwrite, fsync=fsync)
+    with Locks() as locks:
+        # Parts share the store; what --overwrite deletes is nobody else's.
+        locks.take(place, shared=seal(asked) if part is not None and not overwrite else "")
+        marker = None if overwrite else read_marker(open_objects(place))
+        settings = (virtual.describe(source) or {}).get("settings", {})
+        earlier = {k: v for k, v in asked.items() if k != "drop_norm"}  # nor did it drop rows by their norms
+        if not (drop_norm or overwrite) and (
+            settings.get("asked") == earlier or (marker or {}).get("collected") == seal(earlier)
+        ):
+            asked = earlier
+        identity, filters = seal(asked), bool(asked.get("drop_norm"))
+        all_rows = read_marker(open_objects(unfiltered)) if filters and not overwrite else None
+        collected = all_rows is not None and all_rows.get("collected") == identity
+        if marker is not None and marker.get("collected") != identity:
+            raise DestinationExistsError(f"{place} is finished with other arguments; --overwrite replaces it")
+        if marker is not None and not collected:
+            return _collected(place, marker, 0.0)
+        request = Request.of(
+            seed=0,
+            source_row=False,
+            memory=memory,
+            block_bytes=BLOCK_BYTES if block_bytes is None else block_bytes,
+            chunk_rows=chunk_rows,
+            codec=codec,
+            scratch=scratch,
+            tasks_wanted=max(3 * crew.workers, part[1]) if part else None,
+        )
+        if not collected:
+            if settings.get("asked") != asked or overwrite:
+                _refuse_other(place, settings.get("asked"), asked, overwrite)
+                settings = write_source(source, files, asked, identity, shown)
+            target = unfiltered if filters else place
+            job = prepare(source, target, request, crew, locks=locks, overwrite=overwrite, fsync=fsync)
+            if filters:
+                _make_way(job, place, overwrite)
+            if part is None:
+                execute(job, crew, shown, locks)
+            elif not run_part(Shuffle(job, locks), part, crew, shown) and not is_finished(open_objects(place)):
+                seconds, plan = time.perf_counter() - started, job.plan
+                nbytes, documents = plan.rows * plan.row_bytes, settings["documents"]
+                return Collected(str(place), plan.rows, documents, nbytes, seconds, False, settings.get("dropped", {}))
+            open_objects(source).delete_prefix("")
         if filters:
-            _make_way(job, place, overwrite)
-        if part is None:
-            execute(job, crew, shown)
-        elif not run_part(Shuffle(job), part, crew, shown) and not is_finished(open_objects(place)):
-            seconds, plan = time.perf_counter() - started, job.plan
-            nbytes, documents = plan.rows * plan.row_bytes, settings["documents"]
-            return Collected(str(place), plan.rows, documents, nbytes, seconds, False, settings.get("dropped", {}))
-        open_objects(source).delete_prefix("")
-    if filters:
-        _drop_far(unfiltered, place, asked, request, crew, shown, fsync)
-    return _collected(place, read_marker(open_objects(place)) or {}, time.perf_counter() - started)
+            _drop_far(unfiltered, place, asked, request, crew, shown, locks, fsync)
+        return _collected(place, read_marker(open_objects(place)) or {}, time.perf_counter() - started)
 
 
 def _collected(place: Place, marker: Mapping[str, Any], seconds: float) -> Collected:
@@ -256,6 +261,7 @@ def _drop_far(
     request: Request,
     crew: Executor,
     progress: Progress,
+    locks: Locks,
     fsync: bool,
 ) -> None:
     """Copy the rows whose norms are near the median, and remove the others."""
@@ -272,7 +278,7 @@ def _drop_far(
             changed = {"row_filter": before["row_filter"] | {"drop_norm": told}}
             return before | changed | {"dropped_rows": before["dropped_rows"] | dropped}
 
-        copy_passed(store, place, rules, attributes, marker, request, crew, progress, False, fsync)
+        copy_passed(store, place, rules, attributes, marker, request, crew, progress, locks, False, fsync)
     except ActshuffleError:
         if not is_finished(open_objects(place)):  # else another part was faster
             raise

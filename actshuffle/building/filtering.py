@@ -34,6 +34,7 @@ from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError, SourceError
 from actshuffle.executors import Executor, Serial
 from actshuffle.executors.choice import as_executor
+from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.progress import Progress, Silent
 from actshuffle.seals import seal
@@ -114,6 +115,7 @@ def filter_rows(
     Raises
     ------
     RequestError, SourceError : the request or the source was refused, or no row is left; nothing was written.
+    DestinationInUseError : another process is writing ``dst``.
     """
     switches(overwrite=overwrite, fsync=fsync)
     started, crew, shown = (
@@ -136,7 +138,9 @@ def filter_rows(
     target = as_place(dst, storage_options)
     store = open_finished_or_plain(src, storage_options=storage_options)
     rules = rules.fitted(store, position, token, arrays)
-    fresh = copy_passed(store, target, rules, _attributes(store, rules), {}, request, crew, shown, overwrite, fsync)
+    with Locks() as locks:
+        about = _attributes(store, rules)
+        fresh = copy_passed(store, target, rules, about, {}, request, crew, shown, locks, overwrite, fsync)
     made = open_dataset(dst, storage_options=storage_options)
     facts = {name: made.attributes["filtered"][-1][name] for name in ("dropped", "medians", "beyond")}
     return Filtered(made.path, made.rows, made.nbytes, time.perf_counter() - started if fresh else 0.0, **facts)
@@ -166,6 +170,7 @@ def copy_passed(
     request: Request,
     crew: Executor,
     progress: Progress,
+    locks: Locks,
     overwrite: bool,
     fsync: bool,
 ) -> bool:
@@ -175,6 +180,7 @@ def copy_passed(
     """
     names = sorted(store.fields)
     check_places(store.root, target, request.scratch)
+    locks.take(target)
     recorded, found = look_at(target, overwrite)
     identity, _ = take_inventory(store.root, source_arrays(store.root, names))
     asked = {"of": identity, "start": store.start, "rows": store.rows, "rules": asdict(rules), "names": names}
@@ -193,11 +199,11 @@ def copy_passed(
         return False
     try:
         if before != filtered or overwrite:
-            passed = choose(folder, store, rules, identity, crew, progress, fsync)
+            passed = choose(folder, store, rules, identity, crew, progress, locks, fsync)
             if not passed.rows:
                 raise SourceError(f"no row of {store.path} is left: {dropped_text(passed.dropped)}")
             _write_chosen(chosen, folder, store, rules, passed, filtered, attributes(passed), marker)
-        copy_through(chosen, target, request, crew, progress, overwrite=overwrite, fsync=fsync)
+        copy_through(chosen, target, request, crew, progress, locks, overwrite=overwrite, fsync=fsync)
     except (RequestError, SourceError):
         if open_objects(target).size(RUN_KEY) is None:  # else the same filter again resumes
             for place in (chosen, folder):

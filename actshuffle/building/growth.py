@@ -36,13 +36,14 @@ from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.metadata import source_arrays
 from actshuffle.arrays.names import SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
-from actshuffle.building.joining import Concat, combined, write_concat
+from actshuffle.building.joining import Concat, combined, sources_of, write_concat
 from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, copy_through
-from actshuffle.errors import RequestError, ResumeMismatchError
+from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError
 from actshuffle.executors import Executor, Serial
 from actshuffle.executors.choice import as_executor
+from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.ranks import Ranks, first_where
 from actshuffle.loading.views import followed
@@ -66,7 +67,8 @@ class Appended:
 
     def __str__(self) -> str:
         if self.done_before:
-            return f"{self.destination}: the {counted(self.added, 'row')} had been appended; {self.rows:,} in all"
+            size = f"{counted(self.added, 'row')} appended before, {self.rows:,} in all"
+            return f"{self.destination}: already finished, {size}"
         return (
             f"{self.destination}: {counted(self.added, 'row')} appended, {self.rows:,} in all, "
             f"{format_bytes(self.nbytes)}, {format_seconds(self.seconds)}"
@@ -98,7 +100,9 @@ def append(
 
     Raises
     ------
-    RequestError : ``dst`` is no whole shuffle with its ``source_row``, or has these rows already.
+    RequestError : ``dst`` is no whole shuffle with its ``source_row``, or was made of ``new``.  (Rows that were
+        appended before, and have not changed since, are no error: nothing is left to do.)
+    DestinationInUseError : another process is writing the destination.
     SourceError : ``new`` has other arrays than ``dst``.
     """
     switches(overwrite=overwrite, fsync=fsync)
@@ -114,36 +118,86 @@ def append(
         raise RequestError(
             f"{place} cannot be replaced in one step, since it is not on a local disk: give another place"
         )
-    store = whole(open_dataset(dst, storage_options=storage_options))
     fresh = open_dataset(new, incomplete=True, storage_options=storage_options)
-    has, added = _rows_from(place), (fresh.path, fresh.rows)
-    if out is None and len(has) > 1 and has == [*_rows_from(grown), added]:
-        open_objects(grown).delete_prefix("")  # the last step of an earlier run
-        return Appended(store.path, store.rows, fresh.rows, store.nbytes, 0.0, done_before=True)
-    if not again and any(source == fresh.path for source, _ in has):
-        raise RequestError(f"{fresh.path} is in {store.path} already; give --again to add it once more")
     check_places(fresh.root, target, None)
-    assert store.marker is not None
-    asked = Request.of(
-        seed=store.marker["seed"],
-        memory=memory,
-        fields=sorted(store.marker["fields"]),
-        chunk_rows=chunk_rows,
-        scratch=scratch,
-        key_bits=store.marker.get("key_bits"),
-        **request,
-    )
-    if out is not None or overwrite or _rows_from(target) != [*has, added]:  # else only the exchange is left to do
-        copy = partial(copy_through, executor=crew, progress=shown, fsync=fsync)
-        ordered = _sort_new(store, fresh, target, asked, copy)
-        _merge(store, ordered, target, asked, partial(copy, overwrite=overwrite))
-        for leftover in (target.beside(".new"), ordered.place):
-            open_objects(leftover).delete_prefix("")
-    if out is None:
-        exchange(target, place)
+    if out is not None:
+        check_places(place, target, None)
+    with Locks() as locks:
+        locks.take(place if out is None else target)
+        store = whole(open_dataset(dst, storage_options=storage_options))
+        assert store.marker is not None
+        asked = Request.of(
+            seed=store.marker["seed"],
+            memory=memory,
+            fields=sorted(store.marker["fields"]),
+            chunk_rows=chunk_rows,
+            scratch=scratch,
+            key_bits=store.marker.get("key_bits"),
+            **request,
+        )
+        has, added = parts_of(store), sources_of(fresh.root, asked.fields or (), fresh.start, fresh.rows)[0]
+        if done := _done_before(place, target, has, added, asked, again=again, overwrite=overwrite):
+            return Appended(done.path, done.rows, fresh.rows, done.nbytes, 0.0, done_before=True)
+        if not again and (there := {part["source"] for part in has} & {part["source"] for part in added}):
+            raise RequestError(_there_already(store, min(there), has, added))
+        if out is not None or overwrite or _parts_at(target) != [*has, *added]:  # else only the exchange is left to do
+            copy = partial(copy_through, executor=crew, progress=shown, locks=locks, fsync=fsync)
+            ordered = _sort_new(store, fresh, target, asked, locks, copy)
+            _merge(store, ordered, target, asked, partial(copy, overwrite=overwrite))
+            for leftover in (target.beside(".new"), ordered.place):
+                open_objects(leftover).delete_prefix("")
+        if out is None:
+            exchange(target, place)
+            open_objects(target).delete_prefix("")
+        grown_store = open_dataset(dst if out is None else out, storage_options=storage_options)
+    return Appended(grown_store.path, grown_store.rows, fresh.rows, grown_store.nbytes, time.perf_counter() - started)
+
+
+def _done_before(
+    place: Place,
+    target: Place,
+    has: list[dict[str, Any]],
+    added: list[dict[str, Any]],
+    asked: Request,
+    *,
+    again: bool,
+    overwrite: bool,
+) -> Dataset | None:
+    """The store to which an earlier run has added these rows, or None.  Refuses a target with anything else."""
+    if target != place.beside(".grown"):
+        there = _parts_at(target)
+        if overwrite or read_marker(open_objects(target)) is None:
+            return None
+        store = open_dataset(target.url, storage_options=json.loads(target.options))
+        if there != [*has, *added] or _laid_out_otherwise(store, asked):
+            raise DestinationExistsError(
+                f"{target} is finished with other rows or other chunks; choose another path, or --overwrite replaces it"
+            )
+        return store
+    last_step = len(has) > len(added) and has == [*_parts_at(target), *added]  # was the exchange of an earlier run
+    starts = range(1, len(has) - len(added) + 1) if not again else ()
+    if not last_step and not any(has[start : start + len(added)] == added for start in starts):
+        return None
+    store = open_dataset(place.url, storage_options=json.loads(place.options))
+    if changed := _laid_out_otherwise(store, asked):
+        raise RequestError(
+            f"{place} holds these rows already, with other {changed}; give --again to add them once more"
+        )
+    if last_step:
         open_objects(target).delete_prefix("")
-    done = open_dataset(dst if out is None else out, storage_options=storage_options)
-    return Appended(done.path, done.rows, fresh.rows, done.nbytes, time.perf_counter() - started)
+    return store
+
+
+def _laid_out_otherwise(store: Dataset, asked: Request) -> str:
+    """What was asked for by name and is not so in a store: "chunk_rows", or nothing."""
+    layout = layout_of(store)
+    return " and ".join(name for name in sorted(layout) if name in asked.given and getattr(asked, name) != layout[name])
+
+
+def _there_already(store: Dataset, source: str, has: list[dict[str, Any]], added: list[dict[str, Any]]) -> str:
+    changed = [part for part in added if part["source"] == source and part not in has]
+    since = ", and has changed since (or other rows of it were taken)" if changed else ""
+    return f"{source} is in {store.path} already{since}; give --again to add it once more"
 
 
 def whole(store: Dataset) -> Dataset:
@@ -159,19 +213,26 @@ def whole(store: Dataset) -> Dataset:
     return store
 
 
-def _parts(store: Dataset) -> list[dict[str, Any]]:
-    """The sources that a shuffled store's rows came from, in the order of their numbers."""
+def parts_of(store: Dataset) -> list[dict[str, Any]]:
+    """The sources that a shuffled store's rows came from, in the order of their numbers, with their identities."""
     assert store.marker is not None
-    alone = {"source": store.marker["source"], "rows": store.rows, "identity": store.marker["source_identity"]}
-    return list(store.marker.get("parts", [alone]))
+    return _parts(store.marker)
 
 
-def _sort_new(store: Dataset, fresh: Dataset, target: Place, asked: Request, copy: Callable[..., Result]) -> Dataset:
+def _parts(marker: dict[str, Any]) -> list[dict[str, Any]]:
+    alone = {"source": marker["source"], "rows": marker["rows"], "identity": marker["source_identity"]}
+    return list(marker.get("parts", [alone]))
+
+
+def _sort_new(
+    store: Dataset, fresh: Dataset, target: Place, asked: Request, locks: Locks, copy: Callable[..., Result]
+) -> Dataset:
     """The new rows in the order of their keys, as a store."""
     first, stop = store.rows, store.rows + fresh.rows
     base, place = target.beside(".new"), target.beside(".new-sorted")
     if asked.scratch is not None and "://" not in asked.scratch:
         place = Place(str(Path(asked.scratch).absolute() / place.url.rsplit("/", 1)[-1]))
+        locks.take(place)  # others may have a destination of this name elsewhere
     write_concat(base, [fresh], asked.fields, first_row=first, key_rows=(first, stop), marker={"first_row": first})
     found, marker = virtual.inventory(base, asked.fields or ()), read_marker(open_objects(place))
     if marker is None or found is None or not _is_sorted(marker, asked.seed, first, found[0]):
@@ -193,7 +254,7 @@ def _merge(store: Dataset, ordered: Dataset, target: Place, asked: Request, copy
     """Write the old store and the new rows, both in the order of their keys, as one to ``target``."""
     assert store.marker is not None
     assert ordered.marker is not None
-    parts = [*_parts(store), *_parts(ordered)]
+    parts = [*parts_of(store), *parts_of(ordered)]
     both = [store.marker["fields"], ordered.marker["fields"]]
     sums = {k: to_hex(from_hex(both[0][k]["sum"]) + from_hex(both[1][k]["sum"])) for k in both[0]}
     source = target.beside(".merge")
@@ -263,13 +324,10 @@ class Merge:
         return count, rank - count
 
 
-def _rows_from(place: Place) -> list[tuple[str, int]]:
-    """The sources of a finished shuffle's rows, and how many of each; empty if there is none."""
+def _parts_at(place: Place) -> list[dict[str, Any]]:
+    """The sources of a finished shuffle's rows; empty if there is none at the place."""
     marker = read_marker(open_objects(place))
-    if marker is None or marker["kind"] != "shuffle":
-        return []
-    parts = marker.get("parts", [{"source": marker["source"], "rows": marker["rows"]}])
-    return [(part["source"], part["rows"]) for part in parts]
+    return [] if marker is None or marker["kind"] != "shuffle" else _parts(marker)
 
 
 def exchange(grown: Place, old: Place) -> None:

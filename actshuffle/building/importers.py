@@ -31,6 +31,7 @@ from actshuffle.foreign.finding import find_files, is_store
 from actshuffle.foreign.folders import sets_of
 from actshuffle.foreign.formats import FORMATS
 from actshuffle.foreign.table import FileColumn, Table, joined
+from actshuffle.jobs.locks import Locks
 from actshuffle.progress import Progress, Silent
 from actshuffle.seals import checksum
 from actshuffle.storage.objects import open_objects
@@ -120,11 +121,6 @@ def import_store(
     mapping, sequence = _mapped(chosen, kind, names or {}, flatten)
     place = as_place(dst, storage_options)
     source = _description(place)
-    told = {"format": kind, "files": len(files), "mapping": {m.array: m.column or m.rule for m in mapping}}
-    decoded = table.decoded_bytes(chosen)
-    rows = write_files(
-        source, kind, options, files, found, mapping, sequence, decoded, {**(attributes or {}), "imported": told}
-    )
     asked = Request.of(
         seed=0,
         source_row=False,
@@ -135,11 +131,18 @@ def import_store(
         scratch=scratch,
         **request,
     )
-    try:
-        made = copy_through(source, place, asked, crew, progress or Silent(), overwrite=overwrite, fsync=fsync)
-    except RequestError:
-        open_objects(source).delete_prefix("")
-        raise
+    told = {"format": kind, "files": len(files), "mapping": {m.array: m.column or m.rule for m in mapping}}
+    decoded = table.decoded_bytes(chosen)
+    described = {**(attributes or {}), "imported": told}
+    with Locks() as locks:
+        locks.take(place)
+        rows = write_files(source, kind, options, files, found, mapping, sequence, decoded, described)
+        shown = progress or Silent()
+        try:
+            made = copy_through(source, place, asked, crew, shown, locks, overwrite=overwrite, fsync=fsync)
+        except RequestError:
+            open_objects(source).delete_prefix("")
+            raise
     seconds, held = time.perf_counter() - started, (f"{name} ({what})" for name, what in left_out.items())
     return Imported(str(place), rows, made.nbytes, seconds, tuple(mapping), (*held, *_named(others)))
 

@@ -23,6 +23,7 @@ from actshuffle.arrays.metadata import ZarrArray, output_field, source_arrays, s
 from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import DestinationExistsError, RequestError, SourceError
+from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.views import followed, reference
 from actshuffle.seals import seal
@@ -47,10 +48,12 @@ def concat(
     if not sources:
         raise RequestError("give at least one source")
     place = as_place(out, storage_options)
-    if next(iter(open_objects(place).list("")), None) is not None:
-        raise DestinationExistsError(f"{place} exists already")
     stores = [open_dataset(s, incomplete=True, storage_options=storage_options) for s in sources]
-    write_concat(place, stores, None if fields is None else sorted(set(fields)))
+    with Locks() as locks:
+        locks.take(place)
+        if next(iter(open_objects(place).list("")), None) is not None:
+            raise DestinationExistsError(f"{place} exists already")
+        write_concat(place, stores, None if fields is None else sorted(set(fields)))
     return open_dataset(place.url, incomplete=True, storage_options=storage_options)
 
 
@@ -163,19 +166,23 @@ class Concat:
         parts: list[dict[str, Any]] = []
         places: list[str] = []
         for part in self._parts:
-            arrays, rows = source_arrays(part.place, names), part.stop - part.start
-            whole = (part.offset, rows) == (0, next(iter(arrays.values())).shape[0])
-            url = public_url(part.place.url)
-            identity, _ = take_inventory(part.place, arrays)
-            _, inner = virtual.inventory(part.place, names) or ("", {})
-            places += inner.get("behind", [url])
-            if whole and "parts" in inner.get("marker", {}):
-                parts += inner["marker"]["parts"]  # a concatenation of concatenations is flat
-                continue
-            if not whole:
-                identity = combined([identity, f"{part.offset}:{part.offset + rows}"])
-            parts.append({"source": url, "rows": rows, "identity": identity})
+            sources, behind = sources_of(part.place, names, part.offset, part.stop - part.start)
+            parts, places = parts + sources, places + behind
         return readers.Backing(combined([p["identity"] for p in parts]), {"parts": parts}, tuple(places))
+
+
+def sources_of(place: Place, names: Sequence[str], offset: int, rows: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """What rows ``[offset, offset + rows)`` of a source are, as markers record it, and the stores behind them."""
+    arrays = source_arrays(place, names)
+    whole = (offset, rows) == (0, next(iter(arrays.values())).shape[0])
+    identity, _ = take_inventory(place, arrays)
+    url, (_, inner) = public_url(place.url), virtual.inventory(place, names) or ("", {})
+    behind = list(inner.get("behind", [url]))
+    if whole and "parts" in inner.get("marker", {}):
+        return list(inner["marker"]["parts"]), behind  # a concatenation of concatenations is flat
+    if not whole:
+        identity = combined([identity, f"{offset}:{offset + rows}"])
+    return [{"source": url, "rows": rows, "identity": identity}], behind
 
 
 def _arrays(store: Dataset, names: Sequence[str] | None) -> dict[str, ZarrArray]:

@@ -27,8 +27,9 @@ from actshuffle.arraytypes import F64
 from actshuffle.bfloat16 import widened
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.executors import Executor
-from actshuffle.jobs import Step, read_done, run_in_folder
-from actshuffle.jobs.folder import FolderJob, FolderTask
+from actshuffle.jobs import Step, read_done
+from actshuffle.jobs.folder import FolderJob, FolderTask, run_held
+from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.receipts import Payload
 from actshuffle.loading.dataset import Dataset
 from actshuffle.loading.fieldinfo import FieldInfo
@@ -115,10 +116,18 @@ class Passed:
 
 
 def choose(
-    folder: Place, store: Dataset, rules: Rules, identity: str, crew: Executor, progress: Progress, fsync: bool
+    folder: Place,
+    store: Dataset,
+    rules: Rules,
+    identity: str,
+    crew: Executor,
+    progress: Progress,
+    locks: Locks,
+    fsync: bool,
 ) -> Passed:
-    """Run the job in ``folder``; its ``rows/N`` then hold the numbers of the rows that pass, as little-endian uint64.
+    """Run the job in ``folder``, which the caller holds.
 
+    Its ``rows/N`` then hold the numbers of the rows that pass, as little-endian uint64.
     ``identity`` is that of the store's content.
     """
     step = _step(store, rules)
@@ -133,18 +142,8 @@ def choose(
     steps = [Step("choosing", _choose, count)]
     if rules.arrays:
         steps = [Step("norms", _norms, count), Step("medians", _medians, len(rules.arrays)), *steps]
-    run_in_folder(
-        "row filter",
-        folder.url,
-        settings,
-        steps,
-        publish=_added_up,
-        executor=crew,
-        progress=progress,
-        overwrite=True,
-        fsync=fsync,
-        storage_options=json.loads(folder.options),
-    )
+    job = FolderJob("row filter", json.loads(json.dumps(settings)), folder, tuple(steps), fsync)
+    run_held(job, _added_up, crew, progress, locks, overwrite=True)
     done = read_done(folder)
     assert done is not None
     return Passed(**done["found"])

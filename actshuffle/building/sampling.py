@@ -23,11 +23,13 @@ from actshuffle.arrays import readers, virtual
 from actshuffle.arrays.marker import read_marker
 from actshuffle.arraytypes import U8, U64
 from actshuffle.building.joining import Concat, present
+from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, copy_through
 from actshuffle.errors import DestinationExistsError, RequestError
 from actshuffle.executors import Executor, Serial
 from actshuffle.executors.choice import as_executor
+from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.ordering import bounds
 from actshuffle.ordering.keys import Keys
@@ -70,9 +72,29 @@ def sample(
     crew, shown = as_executor(Serial() if executor is None else executor), progress or Silent()
     wanted = Request.of(seed=seed, memory=memory, fields=fields, chunk_rows=chunk_rows, scratch=scratch, **request)
     source, target = as_place(src, storage_options), as_place(dst, storage_options)
+    check_places(source, target, wanted.scratch)
     store = open_dataset(src, incomplete=True, storage_options=storage_options)
     if not 0 < whole("rows", rows) <= store.rows:
         raise RequestError(f"cannot take {rows:,} of the {counted(store.rows, 'row')} of {store.path}")
+    with Locks() as locks:
+        locks.take(target)
+        return _sample(store, rows, source, target, wanted, crew, shown, locks, overwrite=overwrite, fsync=fsync)
+
+
+def _sample(
+    store: Dataset,
+    rows: int,
+    source: Place,
+    target: Place,
+    wanted: Request,
+    crew: Executor,
+    shown: Progress,
+    locks: Locks,
+    *,
+    overwrite: bool,
+    fsync: bool,
+) -> Result:
+    seed = wanted.seed
     marker = None if overwrite else read_marker(open_objects(target))
     if marker is not None and seed is None:  # finished: the same again has the same seed
         seed = marker.get("seed")
@@ -88,7 +110,7 @@ def sample(
         _choose(chosen, store, keys, names, rows, {"asked": asked, "seed": seed}, crew, shown)
     wanted = wanted.changed(seed=seed, fields=names)
     try:
-        return copy_through(chosen, target, wanted, crew, shown, overwrite=overwrite, fsync=fsync)
+        return copy_through(chosen, target, wanted, crew, shown, locks, overwrite=overwrite, fsync=fsync)
     except DestinationExistsError:
         open_objects(chosen).delete_prefix("")
         raise

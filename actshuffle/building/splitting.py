@@ -23,6 +23,7 @@ from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError
 from actshuffle.executors import Executor, Serial
 from actshuffle.executors.choice import as_executor
+from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain, write_view
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
@@ -89,13 +90,16 @@ def split(
         name: (name if folder is None else f"{str(folder).rstrip('/')}/{name}", *share)
         for name, share in shares(store.rows, parts).items()
     }
-    there = {name for name, cut in cuts.items() if _there(store, *cut, copy, storage_options)}
-    return {
-        name: open_dataset(cut[0], storage_options=storage_options)
-        if name in there
-        else _part(store, *cut, copy, crew, shown, storage_options)
-        for name, cut in cuts.items()
-    }
+    with Locks() as locks:
+        for target, _, _ in cuts.values():
+            locks.take(as_place(target, storage_options))
+        there = {name for name, cut in cuts.items() if _there(store, *cut, copy, storage_options)}
+        return {
+            name: open_dataset(cut[0], storage_options=storage_options)
+            if name in there
+            else _part(store, *cut, copy, crew, shown, locks, storage_options)
+            for name, cut in cuts.items()
+        }
 
 
 def head(
@@ -168,6 +172,7 @@ def _part(
     copy: bool,
     crew: Executor,
     progress: Progress,
+    locks: Locks,
     storage_options: dict[str, Any] | None,
 ) -> Dataset:
     if not copy:
@@ -192,7 +197,7 @@ def _part(
             facts["kind"], asked = "merge", asked.changed(source_row=True)
     reader = "merge" if facts["kind"] == "merge" else "concat"
     write_concat(source, [ranged], names, reader=reader, **facts)
-    copy_through(source, place, asked.changed(fields=names, **layout_of(store)), crew, progress)
+    copy_through(source, place, asked.changed(fields=names, **layout_of(store)), crew, progress, locks)
     return open_dataset(target, storage_options=storage_options)
 
 

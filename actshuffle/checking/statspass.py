@@ -46,6 +46,7 @@ from actshuffle.checking.statstypes import NUMBERS, FloatStats, IntStats
 from actshuffle.errors import FormatError, RequestError, StorageError
 from actshuffle.executors import Executor, Threads
 from actshuffle.executors.choice import as_executor
+from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.running import sweep
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.loading.prefetch import in_order
@@ -83,11 +84,28 @@ def stats(
     Raises
     ------
     IncompleteStoreError : the store is half done; a plain Zarr store that is not ours is taken.
+    DestinationInUseError : another process writes to the store; ``write=False`` computes beside it.
     """
     dataset = path
     if not isinstance(dataset, Dataset):
         dataset = open_finished_or_plain(dataset, incomplete=incomplete, storage_options=storage_options)
-    started, progress = time.perf_counter(), progress or Silent()
+    with Locks() as locks:
+        writes = write and fields is None and dataset.marker is not None
+        if writes:
+            locks.take(dataset.place)
+        return _stats(dataset, fields, executor, progress or Silent(), locks, write=writes)
+
+
+def _stats(
+    dataset: Dataset,
+    fields: Iterable[str] | None,
+    executor: Executor | None,
+    progress: Progress,
+    locks: Locks,
+    *,
+    write: bool,
+) -> Stats:
+    started = time.perf_counter()
     workers: Executor = as_executor(Threads() if executor is None else executor)
     names = list(dataset.fields) if fields is None else [fields] if isinstance(fields, str) else list(fields)
     unknown = [name for name in names if name not in dataset.fields]
@@ -102,7 +120,6 @@ def stats(
     # In the order of rows, so that the result does not depend on who was first.
     columns = zip(*(parts[start] for start in sorted(parts)), strict=True)
     merged = {name: reduce(merge, column) for name, column in zip(counted, columns, strict=False)}
-    finished = dataset.marker is not None and fields is None and write
     result = Stats(
         path=dataset.path,
         rows=dataset.rows,
@@ -111,9 +128,10 @@ def stats(
         skipped={n: f.dtype_name for n, f in chosen.items() if n not in counted},
         nbytes=dataset.rows * row_bytes,
         seconds=time.perf_counter() - started,
-        written=finished,
+        written=write,
     )
-    if finished:
+    if write:
+        locks.check()
         try:
             _write(open_objects(dataset.place), result)
         except StorageError as err:  # where we may only read: what was found is no less true

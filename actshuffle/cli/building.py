@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from typing import Any
 
@@ -10,62 +9,21 @@ import click
 
 from actshuffle.building import collection, filtering, growth, importers, joining, sampling, splitting
 from actshuffle.building.models import DTYPES
-from actshuffle.cli.options import COUNT, Parsed, knob, knobs
+from actshuffle.cli.options import knob, knobs
 from actshuffle.cli.session import Answer, look, work
+from actshuffle.cli.values import COUNT, LIST, MULTIPLE, NUMBERS, PART, PATH, POSITIVE, RENAMED, SHAPE, SHARE, TEXT
 from actshuffle.errors import RequestError
 from actshuffle.foreign.formats import FORMATS
 from actshuffle.units import counted
-
-
-def _share(text: str) -> tuple[str, int | float | str]:
-    name, equals, share = text.rpartition("=")
-    if not equals or not name:
-        raise RequestError(f"write a part as NAME=SHARE, like train.zarr=0.9; got {text!r}")
-    if share == "rest":
-        return name, share
-    if re.fullmatch(r"[0-9_]+", share):
-        return name, int(share)
-    try:
-        value = float(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
-    except ValueError:
-        raise RequestError(f"{share!r} is no count, no fraction and not rest") from None
-    return name, int(value) if value > 1 and value.is_integer() else value
-
-
-def _renamed(text: str) -> tuple[str, str]:
-    column, equals, name = text.rpartition("=")
-    if not equals or not column or not name:
-        raise RequestError(f"write a name as COLUMN=ARRAY, like token_ids=token; got {text!r}")
-    return column, name
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
-        raise RequestError(f"cannot read {text!r} as numbers; write them like 3,5")
-    return tuple(map(int, text.split(",")))
-
-
-def _list(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.split(",") if part)
-
-
-def _part(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"\d+/\d+", text):
-        raise RequestError(f"write a part as I/N, like 1/4; got {text!r}")
-    number, count = text.split("/")
-    return int(number), int(count)
 
 
 def _document(outcome: growth.Appended | collection.Collected | filtering.Filtered) -> dict[str, Any]:
     return {"bytes" if name == "nbytes" else name: value for name, value in asdict(outcome).items()}
 
 
-SHARE, RENAMED, PART = Parsed("NAME=SHARE", _share), Parsed("COLUMN=ARRAY", _renamed), Parsed("I/N", _part)
-NUMBERS, LIST = Parsed("numbers", _numbers), Parsed("names", _list)
-
 COPY = click.option("--copy", is_flag=True, help="Copy the rows, instead of naming them in a view.")
 ORDERED = click.option("--ordered", is_flag=True, help="Allow a store that is not shuffled.")
-OUT = click.option("--out", type=click.Path(), required=True, help="Store to write.")
+OUT = click.option("--out", type=PATH, required=True, help="Store to write.")
 SKIP_FIRST = click.option(
     "--skip-first", type=COUNT, default=0, help="Drop the rows of the first tokens of each window.  [default: 0]"
 )
@@ -74,9 +32,9 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a store that
 
 
 @click.command()
-@click.argument("store", type=click.Path())
+@click.argument("store", type=PATH)
 @click.argument("parts", type=SHARE, nargs=-1, required=True, metavar="NAME=SHARE...")
-@click.option("--folder", type=click.Path(), help="Folder of the parts.  [default: here]")
+@click.option("--folder", type=PATH, help="Folder of the parts.  [default: here]")
 @COPY
 @ORDERED
 @work()
@@ -98,9 +56,9 @@ def split(executor: Any, display: Any, store: str, parts: tuple[tuple[str, Any],
 
 
 @click.command()
-@click.argument("store", type=click.Path())
-@click.argument("rows", type=COUNT)
-@click.argument("out", type=click.Path(), required=False)
+@click.argument("store", type=PATH)
+@click.argument("rows", type=POSITIVE)
+@click.argument("out", type=PATH, required=False)
 @COPY
 @ORDERED
 @look
@@ -121,9 +79,9 @@ def head(store: str, rows: int, out: str | None, **options: Any) -> Answer:
 
 
 @click.command()
-@click.argument("src", type=click.Path())
-@click.argument("rows", type=COUNT)
-@click.argument("dst", type=click.Path())
+@click.argument("src", type=PATH)
+@click.argument("rows", type=POSITIVE)
+@click.argument("dst", type=PATH)
 @knobs(["seed", "fields", "memory", "chunk_rows", "codec", "scratch"])
 @OVERWRITE
 @work()
@@ -148,16 +106,18 @@ def sample(executor: Any, display: Any, src: str, rows: int, dst: str, **options
 
 
 @click.command("filter")
-@click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path())
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @SKIP_FIRST
 @DROP_TOKENS
 @click.option(
-    "--drop-norm", type=float, default=0.0, help="Drop rows over so many times the median norm.  [default: 0, none]"
+    "--drop-norm", type=MULTIPLE, default=0.0, help="Drop rows over so many times the median norm.  [default: 0, none]"
 )
 @click.option("--arrays", metavar="A,B", type=LIST, help="Arrays whose norms count.  [default: all of float vectors]")
-@click.option("--position", metavar="NAME", help="Array of places in the window.  [default: window_position]")
-@click.option("--token", metavar="NAME", help="Array of token ids.  [default: token, or another usual name]")
+@click.option(
+    "--position", metavar="NAME", type=TEXT, help="Array of places in the window.  [default: window_position]"
+)
+@click.option("--token", metavar="NAME", type=TEXT, help="Array of token ids.  [default: token, or another usual name]")
 @knobs(["memory", "block_bytes", "chunk_rows", "codec", "scratch"])
 @OVERWRITE
 @work()
@@ -178,8 +138,8 @@ def filter_(executor: Any, display: Any, src: str, dst: str, **options: Any) -> 
 
 
 @click.command()
-@click.argument("sources", type=click.Path(), nargs=-1, required=True)
-@click.option("--out", type=click.Path(), required=True, help="Folder that will name the sources.")
+@click.argument("sources", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, required=True, help="Folder that will name the sources.")
 @knob("fields")
 @look
 def concat(sources: tuple[str, ...], out: str, **options: Any) -> Answer:
@@ -196,9 +156,9 @@ def concat(sources: tuple[str, ...], out: str, **options: Any) -> Answer:
 
 
 @click.command()
-@click.argument("dst", type=click.Path())
-@click.argument("new", type=click.Path())
-@click.option("--out", type=click.Path(), help="Write old and new rows here, and leave DST as it is.")
+@click.argument("dst", type=PATH)
+@click.argument("new", type=PATH)
+@click.option("--out", type=PATH, help="Write old and new rows here, and leave DST as it is.")
 @click.option("--again", is_flag=True, help="Allow rows that are in DST already.")
 @knob("memory")
 @knob("chunk_rows", shown="as in DST")
@@ -220,7 +180,7 @@ def append(executor: Any, display: Any, dst: str, new: str, **options: Any) -> A
 
 
 @click.command("import")
-@click.argument("paths", type=click.Path(), nargs=-1, required=True)
+@click.argument("paths", type=PATH, nargs=-1, required=True)
 @OUT
 @click.option(
     "--format", type=click.Choice(list(FORMATS)), help="Format of the files.  [default: by the endings of their names]"
@@ -237,9 +197,9 @@ def append(executor: Any, display: Any, dst: str, new: str, **options: Any) -> A
     default=None,
     help="Read numbered .npy files as parts of one array.  [default: by the endings of their names]",
 )
-@click.option("--split", help="Split of a datasets folder.")
-@click.option("--dtype", help="Data type of raw files (no header).")
-@click.option("--row-shape", type=NUMBERS, help="Row shape of raw files (no header): 4096, or 12,64.")
+@click.option("--split", type=TEXT, help="Split of a datasets folder.")
+@click.option("--dtype", type=TEXT, help="Data type of raw files (no header).")
+@click.option("--row-shape", type=SHAPE, help="Row shape of raw files (no header): 4096, or 12,64.")
 @knobs(["memory", "chunk_rows", "codec", "scratch"])
 @OVERWRITE
 @work()
@@ -261,10 +221,10 @@ def import_(
 
 
 @click.command()
-@click.option("--model", required=True, help="Name or path of the model, as transformers takes it.")
+@click.option("--model", type=TEXT, required=True, help="Name or path of the model, as transformers takes it.")
 @click.option(
     "--text",
-    type=click.Path(),
+    type=PATH,
     required=True,
     multiple=True,
     help="File or folder of text, JSON lines, CSV, parquet ...; may be given again.",
@@ -281,7 +241,7 @@ def import_(
     default="float32",
     help="Data type in which the model computes.  [default: float32]",
 )
-@click.option("--context", type=COUNT, help="Tokens per window.  [default: 128, or as many as the model takes]")
+@click.option("--context", type=POSITIVE, help="Tokens per window.  [default: 128, or as many as the model takes]")
 @click.option(
     "--special",
     type=click.Choice(["drop", "keep"]),
@@ -289,24 +249,33 @@ def import_(
     help="Drop or keep the rows of special tokens.  [default: drop]",
 )
 @click.option(
-    "--prefix", metavar="TOKEN", help="Token to begin each window with, whose rows are dropped: bos, an id, or a token."
+    "--prefix",
+    metavar="TOKEN",
+    type=TEXT,
+    help="Token to begin each window with, whose rows are dropped: bos, an id, or a token.",
 )
 @SKIP_FIRST
 @DROP_TOKENS
 @click.option(
     "--drop-norm",
-    type=float,
+    type=MULTIPLE,
     help="Drop rows over so many times the median norm of a layer; 0 drops none.  [default: 10]",
 )
-@click.option("--batch-tokens", type=COUNT, default=8192, help="Most tokens of one forward pass.  [default: 8192]")
-@click.option("--tokens-per-document", type=COUNT, help="Most tokens to take of a document.  [default: all]")
-@click.option("--rows", type=COUNT, help="Most rows to take in total.  [default: all]")
+@click.option("--batch-tokens", type=POSITIVE, default=8192, help="Most tokens of one forward pass.  [default: 8192]")
+@click.option("--tokens-per-document", type=POSITIVE, help="Most tokens to take of a document.  [default: all]")
+@click.option("--rows", type=POSITIVE, help="Most rows to take in total.  [default: all]")
 @click.option(
-    "--field", default="text", help="Field of JSON objects, or column of tables, that holds the text.  [default: text]"
+    "--field",
+    type=TEXT,
+    default="text",
+    help="Field of JSON objects, or column of tables, that holds the text.  [default: text]",
 )
-@click.option("--tokenizer", help="Name or path of the tokenizer.  [default: that of the model]")
+@click.option("--tokenizer", type=TEXT, help="Name or path of the tokenizer.  [default: that of the model]")
 @click.option(
-    "--device", default="auto", help="Device of the model: cpu, cuda, cuda:1, ...  [default: cuda if there is one]"
+    "--device",
+    type=TEXT,
+    default="auto",
+    help="Device of the model: cpu, cuda, cuda:1, ...  [default: cuda if there is one]",
 )
 @click.option("--part", type=PART, help="Do part I of N, while other processes do the others.")
 @knob("block_bytes", help="Size of a block: the work lost if the process is killed.", shown="128MiB")

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from actshuffle.checking import contents, scores, statspass, verifier
-from actshuffle.cli.options import COUNT, Parsed
 from actshuffle.cli.session import Answer, look, work
+from actshuffle.cli.values import COUNT, FRACTION, PATH, POSITIVE, TEXT, FilePath
 from actshuffle.errors import RequestError
 from actshuffle.loading.dataset import open_finished_or_plain
 from actshuffle.loading.loader import Loader
@@ -19,10 +19,12 @@ INCOMPLETE = click.option("--incomplete", is_flag=True, help="Accept a store of 
 
 
 @click.command()
-@click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path())
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @click.option("--quick", is_flag=True, help="Check random rows only.")
-@click.option("--rows", "sample_rows", type=COUNT, default=4096, help="Rows to sample with --quick.  [default: 4096]")
+@click.option(
+    "--rows", "sample_rows", type=POSITIVE, default=4096, help="Rows to sample with --quick.  [default: 4096]"
+)
 @click.option("--mixing", is_flag=True, help="Add statistics of how well the order mixes.")
 @work()
 def verify(executor: Any, display: Any, src: str, dst: str, **options: Any) -> Answer:
@@ -38,7 +40,7 @@ def verify(executor: Any, display: Any, src: str, dst: str, **options: Any) -> A
 
 
 @click.command()
-@click.argument("path", type=click.Path())
+@click.argument("path", type=PATH)
 @look
 def info(path: str, storage_options: dict[str, Any] | None) -> Answer:
     """Show the contents of a store, and whether a run finished it.
@@ -52,8 +54,8 @@ def info(path: str, storage_options: dict[str, Any] | None) -> Answer:
 
 
 @click.command()
-@click.argument("store", type=click.Path())
-@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the statistics in this file.")
+@click.argument("store", type=PATH)
+@click.option("--png", type=FilePath(dir_okay=False, path_type=Path), help="Also draw the statistics in this file.")
 @click.option("--read", "only_read", is_flag=True, help="Show the statistics kept in the store; compute nothing.")
 @click.option("--write/--no-write", default=True, help="Keep the statistics in a finished store.  [default: yes]")
 @INCOMPLETE
@@ -86,30 +88,21 @@ def stats(
     return Answer(found.as_dict(), str(found), wraps=False, then=lambda: png and found.png(png))
 
 
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise ValueError(f"must be between 0 and 1, got {text}")
-    return value
-
-
 @click.command()
-@click.argument("store", type=click.Path())
-@click.option("--batch-size", type=COUNT, default=4096, show_default=True, help="Rows per batch.")
-@click.option("--documents", default="document", show_default=True, help="Array that holds document numbers.")
-@click.option("--positions", default="position", show_default=True, help="Array that holds positions in documents.")
+@click.argument("store", type=PATH)
+@click.option("--batch-size", type=POSITIVE, default=4096, show_default=True, help="Rows per batch.")
+@click.option(
+    "--documents", type=TEXT, default="document", show_default=True, help="Array that holds document numbers."
+)
+@click.option(
+    "--positions", type=TEXT, default="position", show_default=True, help="Array that holds positions in documents."
+)
 @click.option(
     "--buffer-rows", type=COUNT, help="Score a loader with a shuffle buffer of this size.  [default: stored order]"
 )
 @click.option("--epoch", type=COUNT, default=0, show_default=True, help="Epoch of the loader.")
 @click.option("--seed", type=COUNT, default=0, show_default=True, help="Seed of the loader and the simulation.")
-@click.option(
-    "--alpha",
-    type=Parsed("fraction", _fraction),
-    default=0.01,
-    show_default=True,
-    help="Chance that a uniform shuffle fails.",
-)
+@click.option("--alpha", type=FRACTION, default=0.01, show_default=True, help="Chance that a uniform shuffle fails.")
 @INCOMPLETE
 @look
 def quality(

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from actshuffle.cli.options import CLUSTER, COUNT, SIZE, WORKERS, forecast_cluster, knobs
+from actshuffle.cli.options import CLUSTER, WORKERS, forecast_cluster, knobs
 from actshuffle.cli.session import Answer, look, work
+from actshuffle.cli.values import COUNT, PATH, SIZE
 from actshuffle.engine import preview, state
 from actshuffle.engine import run as running
 from actshuffle.engine.job import Job
@@ -23,8 +24,8 @@ GATHER_HINT = "The source fits into this machine's memory: with --gather it is r
 
 
 @click.command()
-@click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path())
+@click.argument("src", type=PATH)
+@click.argument("dst", type=PATH)
 @knobs(name for name, knob in KNOBS.items() if knob.help)
 @click.option("--overwrite", is_flag=True, help="Replace a store at DST.")
 @click.option("--fsync/--no-fsync", default=True, help="Make objects durable at once.  [default: yes]")
@@ -71,7 +72,7 @@ def _plan_line(plan: Plan) -> str:
 
 
 @click.command()
-@click.argument("src", type=click.Path(), required=False)
+@click.argument("src", type=PATH, required=False)
 @click.option("--rows", type=COUNT, help="Number of rows, if there is no SRC yet: 100e9.")
 @click.option("--row-bytes", type=SIZE, help="Bytes per row, if there is no SRC yet.")
 @knobs(name for name in KNOBS if name in inspect.signature(preview.plan).parameters)
@@ -110,7 +111,7 @@ def plan(simulate: bool, simulation_seed: int, **options: Any) -> Answer:
 
 
 @click.command()
-@click.argument("dst", type=click.Path())
+@click.argument("dst", type=PATH)
 @look
 def status(dst: str, storage_options: dict[str, Any] | None) -> Answer:
     """Show the progress of the run that writes DST.

@@ -6,16 +6,16 @@ from typing import Any
 
 import click
 
-from actshuffle.cli.options import COUNT
 from actshuffle.cli.session import Answer, look
+from actshuffle.cli.values import COUNT, PATH
 from actshuffle.loading import trace
 
 
 @click.command("came-from")
-@click.argument("dst", type=click.Path())
+@click.argument("dst", type=PATH)
 @click.argument("rows", type=COUNT, nargs=-1, required=True, metavar="ROW...")
 @click.option("--context", type=COUNT, default=5, help="Tokens to show on both sides.  [default: 5]")
-@click.option("--source", type=click.Path(), help="Path or URL of the source, if it has moved.")
+@click.option("--source", type=PATH, help="Path or URL of the source, if it has moved.")
 @click.option(
     "--text/--no-text", "decode", default=True, help="Decode tokens, if the tokenizer is here.  [default: yes]"
 )
@@ -32,7 +32,7 @@ def came_from(dst: str, rows: tuple[int, ...], **options: Any) -> Answer:
 
 
 @click.command("where-is")
-@click.argument("dst", type=click.Path())
+@click.argument("dst", type=PATH)
 @click.argument("source_rows", type=COUNT, nargs=-1, required=True, metavar="SOURCE_ROW...")
 @look
 def where_is(dst: str, source_rows: tuple[int, ...], **options: Any) -> Answer:

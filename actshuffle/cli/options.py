@@ -1,59 +1,18 @@
-"""Options that commands share, and how their values are read."""
+"""Options that commands share."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
 
+from actshuffle.cli.values import COUNT, JSON, PATH, POSITIVE, RATE, REAL, REAL_ABOVE_0, STRAGGLERS, TEXT, Parsed
 from actshuffle.engine.request import KNOBS
-from actshuffle.errors import ActshuffleError, RequestError
-from actshuffle.units import parse_bytes, parse_count
+from actshuffle.errors import RequestError
+from actshuffle.units import parse_count
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Parsed(click.ParamType[Any]):
-    """An option read by one of our own functions, whose refusal becomes a usage error."""
-
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name, self._parse = name, parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self._parse(value) if isinstance(value, str) else value
-        except (ActshuffleError, ValueError, OverflowError) as err:
-            self.fail(str(err), param, ctx)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as err:
-        raise RequestError(f"not JSON: {err}") from None
-    if not isinstance(value, dict):
-        raise RequestError('must be a JSON object like {"anon": true}')
-    return value
-
-
-def _rate(text: str) -> int:
-    return parse_bytes(text.strip().removesuffix("/s"))
-
-
-def _stragglers(text: str) -> tuple[float, float]:
-    try:
-        share, times = (float(part) for part in text.split(":"))
-    except ValueError:
-        raise RequestError(f"write stragglers like 0.01:4 (1% take 4 times as long), got {text!r}") from None
-    return share, times
-
-
-SIZE = Parsed("size", parse_bytes)
-RATE = Parsed("rate", _rate)
-COUNT = Parsed("count", parse_count)
-_TYPES: dict[str, click.ParamType[Any]] = {"size": SIZE, "count": COUNT, "path": click.Path()}
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -78,7 +37,14 @@ def knob(name: str, *, help: str = "", shown: str = "") -> Callable[[F], F]:
     if kind.name == "switch":
         names = f"{flag}/--no-{flag[2:]}" if found.default else flag
         return click.option(names, is_flag=True, default=None, help=help)
-    value = _TYPES.get(kind.name) or Parsed(kind.name, kind.read)
+
+    def parse(text: str) -> Any:
+        value = parse_count(text) if kind.name == "count" else kind.read(text)
+        if not kind.allows(value):
+            raise RequestError(f"must be {kind.domain}, got {text!r}")
+        return value
+
+    value = PATH if kind.name == "path" else Parsed(kind.name, parse)
     return click.option(flag, metavar=kind.metavar, type=value, help=help)
 
 
@@ -101,7 +67,9 @@ def _remember_insecure(ctx: click.Context, _: click.Parameter, value: bool) -> N
 
 
 SCHEDULER = _options(
-    click.option("--scheduler", metavar="ADDRESS", help="Run on the Dask cluster at this address: tls://host:8786."),
+    click.option(
+        "--scheduler", metavar="ADDRESS", type=TEXT, help="Run on the Dask cluster at this address: tls://host:8786."
+    ),
     click.option(
         "--insecure",
         is_flag=True,
@@ -113,45 +81,47 @@ SCHEDULER = _options(
 STORAGE = click.option(
     "--storage-options",
     metavar="JSON",
-    type=Parsed("JSON", _json_object),
+    type=JSON,
     envvar="ACTSHUFFLE_STORAGE_OPTIONS",
     help="Options for URLs, as fsspec takes them.  [env: ACTSHUFFLE_STORAGE_OPTIONS]",
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 QUIET = click.option("--quiet", is_flag=True, help="Print only errors, and the object of --json.")
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks and Dask's own log.")
-LOOK = _options(STORAGE, JSON, DEBUG)  # of commands that look at something
-WORK = _options(WORKERS, SCHEDULER, STORAGE, JSON, QUIET, DEBUG)  # of those with work to share
+LOOK = _options(STORAGE, AS_JSON, DEBUG)  # of commands that look at something
+WORK = _options(WORKERS, SCHEDULER, STORAGE, AS_JSON, QUIET, DEBUG)  # of those with work to share
 
 
 # The hosts of a forecast; their names are those of `forecast_cluster`.
 CLUSTER = _options(
-    click.option("--hosts", type=COUNT, help="Forecast the run on this many hosts; see docs/scaling.md."),
-    click.option("--workers-per-host", type=COUNT, default=16, help="Worker processes per host.  [default: 16]"),
+    click.option("--hosts", type=POSITIVE, help="Forecast the run on this many hosts; see docs/scaling.md."),
+    click.option("--workers-per-host", type=POSITIVE, default=16, help="Worker processes per host.  [default: 16]"),
     click.option("--network", type=RATE, default="3GB/s", help="Network rate of a host, each way.  [default: 3GB/s]"),
     click.option(
         "--disk", type=RATE, help="Rate of a host's disks, if they hold the scratch.  [default: the store holds it]"
     ),
     click.option("--store-rate", type=RATE, help="Total rate of the object store.  [default: unlimited]"),
     click.option(
-        "--requests", type=float, help="Total GETs and PUTs per second of the object store.  [default: unlimited]"
+        "--requests",
+        type=REAL_ABOVE_0,
+        help="Total GETs and PUTs per second of the object store.  [default: unlimited]",
     ),
-    click.option("--latency", type=float, default=0.03, help="Seconds per request.  [default: 0.03]"),
+    click.option("--latency", type=REAL, default=0.03, help="Seconds per request.  [default: 0.03]"),
     click.option("--stream", type=RATE, help="Highest rate of one worker.  [default: that of its host]"),
-    click.option("--price-per-put", type=float, default=0.0, help="Dollars per 1,000 PUTs."),
-    click.option("--price-per-get", type=float, default=0.0, help="Dollars per 1,000 GETs."),
-    click.option("--price-per-host", type=float, default=0.0, help="Dollars per host and hour."),
-    click.option("--price-per-gb", type=float, default=0.0, help="Dollars per GB of scratch and month."),
+    click.option("--price-per-put", type=REAL, default=0.0, help="Dollars per 1,000 PUTs."),
+    click.option("--price-per-get", type=REAL, default=0.0, help="Dollars per 1,000 GETs."),
+    click.option("--price-per-host", type=REAL, default=0.0, help="Dollars per host and hour."),
+    click.option("--price-per-gb", type=REAL, default=0.0, help="Dollars per GB of scratch and month."),
     click.option("--simulate", is_flag=True, help="Simulate the run task by task, instead of by arithmetic."),
     click.option(
         "--stragglers",
         metavar="SHARE:TIMES",
-        type=Parsed("stragglers", _stragglers),
+        type=STRAGGLERS,
         default="0:1",
         help="Share of slow tasks: 0.01:4 means that 1% of the tasks take 4 times as long.",
     ),
-    click.option("--mtbf", type=float, default=0.0, help="Hours between failures of a host.  [default: none fails]"),
-    click.option("--repair", type=float, default=10.0, help="Minutes until a failed host is back.  [default: 10]"),
+    click.option("--mtbf", type=REAL, default=0.0, help="Hours between failures of a host.  [default: none fails]"),
+    click.option("--repair", type=REAL, default=10.0, help="Minutes until a failed host is back.  [default: 10]"),
     click.option("--simulation-seed", type=COUNT, default=0, help="Seed of the simulation.  [default: 0]"),
 )
 

@@ -20,7 +20,6 @@ import click
 from actshuffle.cli.console import print_json, wrapped
 from actshuffle.cli.display import Display, LogLines
 from actshuffle.cli.options import INSECURE, LOOK, WORK
-from actshuffle.errors import RequestError
 from actshuffle.executors import Executor
 from actshuffle.units import counted
 
@@ -38,8 +37,6 @@ class _Crew(Executor):
     def __init__(self, workers: int | None, display: Display) -> None:
         from actshuffle.machine import cores
 
-        if workers is not None and workers < 0:
-            raise RequestError(f"workers must be 0 (none but this process) or more, got {workers}")
         self.workers = max(1, cores() if workers is None else workers)
         self._alone = workers == 0 or (workers is None and self.workers == 1)
         self._small = SMALL if workers is None else -1

@@ -23,6 +23,7 @@ from actshuffle.engine.request import Request
 from actshuffle.engine.scratch import check_memory, clear_scratch, recorded_scratch, scratch_place
 from actshuffle.errors import DestinationExistsError, FormatError, InfeasibleError, RequestError, ResumeMismatchError
 from actshuffle.executors.base import Executor
+from actshuffle.jobs.locks import Locks
 from actshuffle.ordering.keys import Keys
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.objects import Objects, open_objects
@@ -31,15 +32,27 @@ from actshuffle.units import format_bytes
 
 
 def prepare(
-    src: Place, dst: Place, request: Request, crew: Executor, *, overwrite: bool = False, fsync: bool = True
+    src: Place,
+    dst: Place,
+    request: Request,
+    crew: Executor,
+    *,
+    locks: Locks | None = None,
+    overwrite: bool = False,
+    fsync: bool = True,
 ) -> Job:
     """The job to run.  Its destination is free, or half done or finished by the same request.
 
-    Writes nothing.  With ``overwrite`` it removes the store at the destination, once everything else is in order.
-    It asks the crew for its memory only if the request names none.
+    Writes nothing, but takes ``locks`` of the destination before it looks there, and of a scratch in another folder.
+    With ``overwrite`` it removes the store at the destination, once everything else is in order.  It asks the crew
+    for its memory only if the request names none.
     """
     check_places(src, dst, request.scratch)
+    if crew.tasks_per_worker > 1:  # they share the memory of one process
+        request = request.filled(tasks_per_worker=crew.tasks_per_worker)
     arrays = source_arrays(src, request.fields)
+    if locks is not None:
+        locks.take(dst)
     recorded, marker = look_at(dst, overwrite)
     if recorded is not None:
         settled = Request.recorded(recorded["request"])
@@ -77,6 +90,8 @@ def prepare(
         _check_space(job)
         if job.kind.gathers:
             check_room(job.plan, crew.workers)
+    if locks is not None and settled.scratch is not None:  # others may have a destination of this name elsewhere
+        locks.take(job.scratch)
     if overwrite:
         remove(open_objects(dst, fsync=fsync))
         clear_scratch(job)

@@ -9,6 +9,7 @@ command line and the check of a half-done run's ``run.json`` all follow this one
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -18,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from actshuffle.arrays.codecs import CODECS
 from actshuffle.arrays.names import RUN_KEY
 from actshuffle.errors import FormatError, RequestError
+from actshuffle.limits import MOST
 from actshuffle.planning.planner import MAX_LEVELS
 from actshuffle.units import parse_bytes, parse_count
 
@@ -54,8 +56,8 @@ class Knob(NamedTuple):
             raise RequestError(f"{self.argument} must be {self.kind.domain}, got {repr(value)[:60]}")
 
 
-def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and value >= least
+def _whole(least: int, most: float = MOST) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
 
 
 def _number(read: Callable[[Any], int]) -> Callable[[Any], Any]:
@@ -74,10 +76,10 @@ def _names(value: Any) -> Any:
 
 _REFUSE_OR_FILL = {"refuse": False, "fill": True}
 
-SIZE = Kind("size", "more than 0 bytes", _whole(1), _number(parse_bytes))
-ROOM = Kind("size", "0 bytes or more", _whole(0), _number(parse_bytes))
-COUNT = Kind("count", "a positive whole number", _whole(1), _number(parse_count))
-SEED = Kind("count", "a non-negative whole number", _whole(0))
+SIZE = Kind("size", "more than 0 bytes and less than 2^63", _whole(1), _number(parse_bytes))
+ROOM = Kind("size", "0 bytes or more and less than 2^63", _whole(0), _number(parse_bytes))
+COUNT = Kind("count", "a positive whole number below 2^63", _whole(1), _number(parse_count))
+SEED = Kind("count", "a non-negative whole number", _whole(0, math.inf))
 LEVELS = Kind(
     "levels",
     f"auto or 1 to {MAX_LEVELS}",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from actshuffle.engine.scratch import claim_memory, clear_scratch
 from actshuffle.errors import ConservationError, FormatError, RequestError
 from actshuffle.executors import Executor, Serial, executor_for
 from actshuffle.executors.choice import as_executor
+from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.receipts import read_receipts
 from actshuffle.jobs.running import Course, Stage, run
 from actshuffle.ordering import bounds
@@ -144,6 +145,7 @@ def shuffle(
     Raises
     ------
     RequestError, SourceError : the request or the source was refused; nothing was written.
+    DestinationInUseError : another process is writing ``dst``.
     ActshuffleError : the run stopped (see `actshuffle.errors`); finished tasks are kept.
     """
     request = Request.among(locals())
@@ -152,15 +154,17 @@ def shuffle(
         raise RequestError(f"planned must be a function of the job, got {type(planned).__name__}")
     if not (progress is None or callable(getattr(progress, "begin", None))):
         raise RequestError(f"progress must be an actshuffle.progress.Progress, got {type(progress).__name__}")
-    with executor_for(workers, client) if executor is None else nullcontext(as_executor(executor)) as crew:
+    with ExitStack() as stack:
+        crew = stack.enter_context(executor_for(workers, client)) if executor is None else as_executor(executor)
         if (request.spill_memory or request.gather) and not crew.one_machine:
             raise RequestError(f"{_NOT_SHARED}: leave it out with a scheduler")
-        sharing = crew.tasks_per_worker
+        locks = stack.enter_context(Locks())
         job = prepare(
             as_place(src, storage_options),
             as_place(dst, storage_options),
-            request.filled(tasks_per_worker=sharing if sharing > 1 else None),
+            request,
             crew,
+            locks=locks,
             overwrite=overwrite,
             fsync=fsync,
         )
@@ -170,7 +174,7 @@ def shuffle(
             )
         if planned is not None:
             planned(job)
-        return execute(job, crew, progress or Silent())
+        return execute(job, crew, progress or Silent(), locks)
 
 
 _NOT_SHARED = "spill memory and gathering use the memory of this machine, which workers on other machines cannot read"
@@ -203,10 +207,10 @@ class Shuffle(Course[Job]):
             _clear(self.job, progress)
 
 
-def execute(job: Job, executor: Executor, progress: Progress) -> Result:
+def execute(job: Job, executor: Executor, progress: Progress, locks: Locks | None = None) -> Result:
     """Run or resume a prepared job to its completion marker."""
     try:
-        done = run(Shuffle(job), executor, progress)
+        done = run(Shuffle(job, locks or Locks()), executor, progress)
     finally:
         kept.cache_clear()  # this process need not hold the source's files any longer
     place = str(job.destination)
@@ -221,14 +225,15 @@ def copy_through(
     request: Request,
     executor: Executor,
     progress: Progress,
+    locks: Locks,
     *,
     overwrite: bool = False,
     fsync: bool = True,
     keep: bool = False,
 ) -> Result:
     """Make ``target`` of the virtual source that was written for that, and remove the source unless ``keep``."""
-    job = prepare(source, target, request, executor, overwrite=overwrite, fsync=fsync)
-    result = execute(job, executor, progress)
+    job = prepare(source, target, request, executor, locks=locks, overwrite=overwrite, fsync=fsync)
+    result = execute(job, executor, progress, locks)
     if not keep:
         open_objects(source).delete_prefix("")
     return result

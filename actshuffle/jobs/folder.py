@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError
 from actshuffle.executors import Executor, Serial
+from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.receipts import Payload, read_receipt, read_receipts
 from actshuffle.jobs.records import sealed, unsealed
 from actshuffle.jobs.running import Course, Done, Outcome, Stage, once, run
@@ -143,8 +144,8 @@ def is_done(job: FolderJob, task: FolderTask) -> bool:
 class FolderCourse(Course[FolderJob]):
     """The driver's side: ``publish`` adds up the results of the steps and returns the content of the marker."""
 
-    def __init__(self, job: FolderJob, publish: Callable[[FolderJob], Payload]) -> None:
-        super().__init__(job)
+    def __init__(self, job: FolderJob, locks: Locks, publish: Callable[[FolderJob], Payload]) -> None:
+        super().__init__(job, locks)
         self._publish = publish
 
     def stages(self) -> list[Stage]:
@@ -215,10 +216,32 @@ def run_in_folder(
     ------
     ResumeMismatchError : the folder holds a half-done job with other settings.
     DestinationExistsError : the folder holds a finished job with other settings, or other objects.
+    DestinationInUseError : another process runs a job in the folder.
     """
     place = as_place(folder, storage_options)
     job = FolderJob(name, json.loads(json.dumps(dict(settings))), place, tuple(steps), fsync)
-    objects = job.objects
+    with Locks() as locks:
+        return run_held(job, publish, executor or Serial(), progress or Silent(), locks, overwrite=overwrite)
+
+
+def run_held(
+    job: FolderJob,
+    publish: Callable[[FolderJob], Payload],
+    executor: Executor,
+    progress: Progress,
+    locks: Locks,
+    *,
+    overwrite: bool,
+) -> Outcome:
+    """`run_in_folder` for a caller that holds the folder, or a place that it lies beside."""
+    locks.take(job.place)
+    _make_way(job, overwrite=overwrite)
+    return run(FolderCourse(job, locks, publish), executor, progress)
+
+
+def _make_way(job: FolderJob, *, overwrite: bool) -> None:
+    """Leave the folder free, or as an earlier run of the same job left it.  Refuses anything else that is there."""
+    objects, place = job.objects, job.place
     objects.settle([""])  # removes the leftovers of a killed writer
     finished, claimed = read_done(place), unsealed(objects.get(JOB))
     before = finished or claimed
@@ -230,7 +253,6 @@ def run_in_folder(
             _refuse_other(place, before, job, finished=finished is not None)
         objects.delete(DONE)
         objects.delete_prefix("")
-    return run(FolderCourse(job, publish), executor or Serial(), progress or Silent())
 
 
 def _refuse_other(place: Place, before: Payload, job: FolderJob, *, finished: bool) -> None:

@@ -29,6 +29,7 @@ from typing import Any, Generic, TypeVar
 from actshuffle.errors import FormatError
 from actshuffle.executors import Executor
 from actshuffle.jobs import receipts
+from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.receipts import J, Job, Payload
 from actshuffle.progress import Progress
 
@@ -72,10 +73,13 @@ class Stage:
 
 
 class Course(Generic[J]):
-    """The driver's side of a job: its stages, and the steps around them.  Each step can be done again."""
+    """The driver's side of a job: its stages, and the steps around them.  Each step can be done again.
 
-    def __init__(self, job: J) -> None:
-        self.job = job
+    ``locks`` hold the places that the job writes; whoever prepared the job has taken them.
+    """
+
+    def __init__(self, job: J, locks: Locks) -> None:
+        self.job, self.locks = job, locks
 
     def stages(self) -> list[Stage]:
         raise NotImplementedError
@@ -128,19 +132,23 @@ def run(course: Course[Any], executor: Executor, progress: Progress) -> Outcome:
     if course.is_finished():
         course.clear(progress)  # an earlier run got this far
         return Outcome(0, 0, 0.0, already_finished=True)
+    course.locks.check()
     course.claim()
     course.ready(executor, progress)
     stages, total, resumed = course.stages(), 0, 0
     for stage in stages[first_unfinished(course.job, stages) :]:
+        course.locks.check()
         stage.before(executor, progress)
         progress.begin(stage.name, stage.count, stage.nbytes)
         for done in executor.map(stage.run, ((course.job, task) for task in stage.tasks())):
             total, resumed = total + 1, resumed + (not done.fresh)
             progress.advance(done.nbytes, done.fresh)
+            course.locks.look()
         for _ in executor.map(stage.run, ((course.job, task) for task in stage.closing())):
             pass
         progress.end()
         stage.after(progress)
+    course.locks.check()
     course.publish(progress)
     course.clear(progress)
     return Outcome(total, resumed, time.perf_counter() - started)
@@ -159,7 +167,9 @@ def run_part(course: Course[Any], part: tuple[int, int], executor: Executor, pro
     progress.begin(f"part {number} of {count}", len(mine), stage.nbytes * len(mine) // max(1, len(tasks)))
     for done in executor.map(stage.run, ((course.job, task) for task in mine)):
         progress.advance(done.nbytes, done.fresh)
+        course.locks.look()
     progress.end()
+    course.locks.check()
     if course.is_finished():  # another part was the last
         return True
     if not is_complete(course.job, stage):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from click.testing import CliRunner
 
 from actshuffle import shuffle, verify
 from actshuffle.building.growth import Appended, append
 from actshuffle.building.joining import concat
 from actshuffle.building.splitting import head
+from actshuffle.cli.app import main
 from actshuffle.errors import ConservationError, DestinationExistsError, RequestError, ResumeMismatchError, SourceError
 from actshuffle.executors import Dask
 from actshuffle.loading.dataset import open_dataset
@@ -170,11 +173,56 @@ def test_in_place_and_again_and_again(tmp_path: Path) -> None:
 def test_rows_that_are_there_already(tmp_path: Path) -> None:
     dst, new = old_and_new(tmp_path, 100)
     grow(dst, new)
-    for source in (new, tmp_path / "old.zarr"):
-        with pytest.raises(RequestError, match="--again"):
-            grow(dst, source)
+    with pytest.raises(RequestError, match="--again"):
+        grow(dst, tmp_path / "old.zarr")
     grow(dst, new, again=True)
     assert open_dataset(dst).rows == N + 20
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in (folder, *folder.rglob("*"))}
+
+
+def test_the_same_append_again_is_already_finished(tmp_path: Path) -> None:
+    dst, new = old_and_new(tmp_path, 60)
+    first = part(tmp_path / "first.zarr", 0, 7)
+    grow(dst, new, tmp_path / "grown.zarr")
+    grow(dst, first)
+    grow(dst, new)
+    before = stamps(dst), stamps(tmp_path / "grown.zarr"), {*tmp_path.iterdir()}
+    for source, rows in ((new, 60), (first, 7)):  # the last one, and one before it
+        done = append(dst, source)
+        assert (done.done_before, done.added, done.rows, done.seconds) == (True, rows, N + 7, 0.0)
+    shown = CliRunner().invoke(main, ["append", str(dst), str(new), "--chunk-rows", "4", "--workers", "0"])
+    assert (shown.exit_code, shown.output) == (0, f"{dst}: already finished, 60 rows appended before, 127 in all\n")
+    assert (stamps(dst), stamps(tmp_path / "grown.zarr"), {*tmp_path.iterdir()}) == before
+
+
+def test_the_same_append_to_another_place_again(tmp_path: Path) -> None:
+    dst, new = old_and_new(tmp_path, 60)
+    both = Path(concat([new, part(tmp_path / "more.zarr", 0, 9)], tmp_path / "both").path)
+    for source, out in ((new, tmp_path / "grown.zarr"), (both, tmp_path / "grown-more.zarr")):
+        assert not grow(dst, source, out).done_before
+        before = stamps(out), {*tmp_path.iterdir()}
+        assert grow(dst, source, out).done_before
+        for other, options in ((first := tmp_path / "more.zarr", {}), (source, {"chunk_rows": 9})):
+            with pytest.raises(DestinationExistsError, match="other rows or other chunks"):
+                grow(dst, other, out, **options)
+        assert (stamps(out), {*tmp_path.iterdir()}) == before
+    assert not grow(dst, first, tmp_path / "grown.zarr", overwrite=True).done_before
+
+
+def test_another_append_of_a_source_is_not_taken_for_the_same(tmp_path: Path) -> None:
+    dst, new = old_and_new(tmp_path, 60)
+    grow(dst, new)
+    before = stamps(dst), {*tmp_path.iterdir()}
+    with pytest.raises(RequestError, match=r"with other chunk_rows; give --again"):
+        grow(dst, new, chunk_rows=7)
+    shutil.rmtree(new)
+    part(new, 60, 100)
+    with pytest.raises(RequestError, match=r"new.zarr is in .* already, and has changed since .*--again"):
+        grow(dst, new)
+    assert (stamps(dst), {*tmp_path.iterdir()}) == before
 
 
 def test_stopped_anywhere_it_resumes_and_the_old_store_stays(tmp_path: Path) -> None:

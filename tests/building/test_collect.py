@@ -19,6 +19,7 @@ import pytest
 
 from actshuffle.errors import (
     DestinationExistsError,
+    DestinationInUseError,
     IncompleteStoreError,
     RequestError,
     ResumeMismatchError,
@@ -26,7 +27,7 @@ from actshuffle.errors import (
 )
 from actshuffle.executors import Dask
 from support import processes
-from support.executors import Killed, Stops
+from support.executors import Killed, Paused, Stops
 from support.stores import files, rows_of
 
 torch = pytest.importorskip("torch")
@@ -310,6 +311,29 @@ def test_one_of_two_processes_is_killed_and_resumes(models: dict[str, Path], cor
     gather(models["gpt2"], corpus[0], out, block_bytes=2000, executor=again)
     assert (again.seen.count(False), again.seen[:3]) == (done, [False, False, True])
     assert files(tmp_path / "x.zarr") == files(out)
+
+
+def part_that_pauses(model: str, text: Path, out: Path, flags: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    collect(model, [text], out, fsync=False, part=(1, 2), executor=Paused(flags), **PARTED)
+
+
+PARTED: dict[str, Any] = {"layers": [1], "context": CONTEXT, "chunk_rows": 16, "block_bytes": 2000}
+
+
+def test_parts_share_a_store_and_nobody_else_writes_it(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
+    model, out = str(models["gpt2"]), tmp_path / "y.zarr"
+    gather(models["gpt2"], corpus[0], tmp_path / "x.zarr", block_bytes=2000)
+    with processes.busy(part_that_pauses, model, corpus[0], out, flags=tmp_path / "flags") as first:
+        other: list[dict[str, Any]] = [{}, {"part": (2, 2), "overwrite": True}, {"part": (2, 2), "layers": [2]}]
+        for options in other:
+            with pytest.raises(DestinationInUseError, match=f"process {first.pid} on"):
+                collect(model, [corpus[0]], out, fsync=False, **{**PARTED, **options})
+        assert not collect(model, [corpus[0]], out, fsync=False, part=(2, 2), **PARTED).complete
+    collect(model, [corpus[0]], out, fsync=False, part=(1, 2), **PARTED)  # at once, though the first was killed
+    assert files(tmp_path / "x.zarr") == files(out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["flags", "x.zarr", "y.zarr"]
 
 
 def test_the_real_weights_of_minilm(tmp_path: Path, cluster: Callable[[int], Dask]) -> None:

@@ -29,6 +29,7 @@ from actshuffle.errors import ConservationError, StorageFullError
 from actshuffle.executors import choice
 from actshuffle.storage import objects
 from support.oracle import assert_is_oracle
+from support.processes import until
 from support.stores import array, group, values
 
 SIZE = ["--block-bytes", "2KB", "--run-bytes", "1", "--chunk-rows", "16"]  # of many small tasks
@@ -322,14 +323,6 @@ def _no_such_field(src, dst):
     return [src, dst, "--fields", "act,nothing"], "nothing"
 
 
-def _seed(src, dst):
-    return [src, dst, "--seed", "-1"], "seed"
-
-
-def _workers(src, dst):
-    return [src, dst, "--workers", "-1"], "workers"
-
-
 BAD = [
     _no_source,
     _not_zarr,
@@ -342,8 +335,6 @@ BAD = [
     _unequal,
     _objects,
     _no_such_field,
-    _seed,
-    _workers,
 ]
 
 
@@ -376,6 +367,8 @@ def test_scratch_without_room(src, dst, monkeypatch):
     ("args", "words"),
     [
         (["--bogus"], "--bogus"),
+        (["--seed", "-1"], "--seed"),
+        (["--workers", "-1"], "--workers"),
         (["--memory", "lots"], "512MB"),
         (["--memory", "1e999GB"], "--memory"),
         (["--chunk-rows", "many"], "whole number"),
@@ -561,9 +554,9 @@ def wait_for(process, words):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "sigterm"])
 def test_stopped_mid_level_then_resumed(number, src, dst):
     args = ["run", src, dst, "--seed", "5", *SIZE, *ALONE]
-    process = start(sys.executable, "-c", SLOW.replace("PAUSE", "time.sleep(0.2)"), *args, "--json")
+    process = start(sys.executable, "-c", SLOW.replace("PAUSE", "task.number > 1 and time.sleep(60)"), *args, "--json")
     wait_for(process, "level 1 of 2    begins")
-    time.sleep(0.5)
+    until(lambda: len(list(dst.parent.glob("*.scratch-*/level1/receipts/[01].json"))) == 2)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 1

@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import actshuffle
-from actshuffle.errors import RequestError, SourceError
-from actshuffle.executors import Dask, executor_for
+from actshuffle.errors import InfeasibleError, RequestError, SourceError
+from actshuffle.executors import Dask, Serial, executor_for
 from support.finished import shuffled
 from support.stores import group, values
 
@@ -170,3 +172,31 @@ def test_an_executor_of_another_class_is_taken(tmp_path):
 
     group(tmp_path / "src", {"x": values(20, (3,))})
     assert actshuffle.shuffle(tmp_path / "src", tmp_path / "dst", executor=Theirs(), fsync=False).plan.rows == 20
+
+
+class _Sharing(Serial):
+    """Two tasks at a time in each process."""
+
+    tasks_per_worker = 2
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "run": lambda at, out, **options: actshuffle.shuffle(at / "in.zarr", out, seed=1, **options),
+    "sample": lambda at, out, **options: actshuffle.sample(at / "in.zarr", 20, out, seed=1, **options),
+    "import": lambda at, out, **options: actshuffle.import_store(at / "in.npy", out, **options),
+    "append": lambda at, out, **options: actshuffle.append(
+        at / "done.zarr", at / "in.zarr", out, again=True, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_tasks_of_one_process_divide_its_memory(command, src, tmp_path):
+    """30 MB are enough for one task, and not for two at a time."""
+    np.save(tmp_path / "in.npy", values(30, (4,)))
+    actshuffle.shuffle(src, tmp_path / "done.zarr", seed=1)
+    call, out = COMMANDS[command], tmp_path / "out.zarr"
+    with pytest.raises(InfeasibleError, match=r"2 tasks .* each"):
+        call(tmp_path, out, memory="30MB", executor=_Sharing())
+    call(tmp_path, out, memory="60MB", executor=_Sharing())
+    call(tmp_path, tmp_path / "alone.zarr", memory="30MB", executor=Serial())

@@ -14,10 +14,19 @@ import pytest
 import zarr
 
 import actshuffle
-from actshuffle.errors import ActshuffleError, DestinationExistsError, MissingChunkError, SourceError, StorageError
+from actshuffle.errors import (
+    ActshuffleError,
+    DestinationExistsError,
+    DestinationInUseError,
+    MissingChunkError,
+    SourceError,
+    StorageError,
+)
+from actshuffle.executors import Serial
 from actshuffle.testing import Faults, Killed, at, differences, matching
 from actshuffle.testing.stories import new_process
-from support.processes import SEED, dask_cluster, drive, ended, outcome, shuffled, source, start
+from support.executors import Paused
+from support.processes import SEED, busy, dask_cluster, drive, ended, outcome, shuffled, source, start
 from support.stores import array, values
 
 pytest.importorskip("moto")
@@ -150,6 +159,40 @@ def test_killed_and_resumed(what, endpoint, bucket, local, tmp_path):
         shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
     shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
     assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
+
+
+def _pause(url, settings, flags):
+    actshuffle.shuffle(f"{url}/src.zarr", f"{url}/dst.zarr", seed=SEED, executor=Paused(flags), **PLAN, **settings)
+
+
+def test_two_at_once(endpoint, bucket, local, tmp_path):
+    """A bucket has no locks, but a process of the same host is seen to be alive, or dead."""
+    settings = {"storage_options": endpoint.options()}
+    with busy(_pause, bucket, settings, flags=tmp_path / "flags") as first:
+        with pytest.raises(DestinationInUseError, match=f"dst.zarr is in use: process {first.pid} on"):
+            shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+        first.kill()
+        first.join()
+        shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+    assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
+
+
+def test_the_first_of_two_hosts_stops_and_the_second_goes_on(endpoint, bucket, local, tmp_path):
+    """Neither can see whether the other lives; the claim of the second shows the first that it is not alone."""
+    ended = []
+
+    class Overtaken(Serial):
+        def map(self, fn, calls):
+            for number, call in enumerate(calls):
+                if number == 1 and not ended:
+                    ended.append(shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", overwrite=True, seed=6))
+                yield fn(*call)
+
+    with pytest.raises(DestinationInUseError, match="no longer this process's"):
+        shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", executor=Overtaken())
+    assert ended[0].seed == 6
+    copy = endpoint.download(f"{bucket}/dst.zarr", tmp_path / "copy")
+    assert differences(local, copy, 6) == []
 
 
 @pytest.mark.soak

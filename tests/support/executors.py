@@ -1,4 +1,4 @@
-"""Executors that die, watch, repeat tasks, or claim to be on another machine."""
+"""Executors that die, pause, watch, repeat tasks, or claim to be on another machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from actshuffle.engine import tasks
@@ -14,6 +15,7 @@ from actshuffle.engine.job import Job
 from actshuffle.executors import Executor, Serial
 from actshuffle.jobs.running import Done
 from actshuffle.planning.tree import Task
+from support.processes import until
 from support.runs import force
 
 
@@ -112,3 +114,17 @@ class Twice(Executor):
         yield from (done for rival, done in self.inner.map(work, doubled()) if not rival)
         for _ in self.inner.map(force, late):
             pass
+
+
+class Paused(Serial):
+    """Says in its second call that it is at work, and waits there until it is told to go on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def map(self, fn: Any, calls: Any) -> Iterator[Any]:
+        for number, call in enumerate(calls):
+            if number == 1:
+                (self.folder / "at work").touch()
+                until((self.folder / "go on").exists)
+            yield fn(*call)

@@ -92,6 +92,20 @@ def ended(process: Any, patience: float = PATIENCE) -> int:
     return int(process.exitcode)
 
 
+@contextmanager
+def busy(target: Any, *args: Any, flags: Path) -> Iterator[Any]:
+    """A process that is at work; killed at the end of the block if it has not ended."""
+    flags.mkdir()
+    process = start(target, *args, flags)
+    try:
+        until(lambda: (flags / "at work").exists() or not process.is_alive())
+        assert process.is_alive()
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
 def drive(
     told: Path,
     src: Path,
