@@ -18,7 +18,8 @@ from itertools import pairwise
 from typing import Any
 
 from actshuffle.jobs import FolderJob, FolderTask
-from saetrain.features.layout import Column, Slots, columns
+from saetrain.describing.slots import Slots
+from saetrain.features.layout import Column, columns
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ from functools import partial
 from typing import Any
 
 from actshuffle.jobs import FolderJob, FolderTask
-from saetrain.features import layout, samples, statistics, survey
+from saetrain.describing import samples, statistics
+from saetrain.describing.entries import Context, Entries
+from saetrain.describing.slots import QUANTILES, Arrays
+from saetrain.describing.streamed import describe_streamed
+from saetrain.features import layout, survey
 from saetrain.features.blueprint import Plan
-from saetrain.features.entries import Context, Entries, gather, pieces, totals
+from saetrain.features.gathering import gather, pieces, portions, totals
 from saetrain.features.keeping import features_are_there, keep_by_feature
-from saetrain.features.layout import QUANTILES, Arrays
-from saetrain.features.streamed import describe_streamed
 
 
 def collate(job: FolderJob, task: FolderTask, *, most: int) -> tuple[dict[str, Any], int]:
@@ -25,7 +27,7 @@ def collate(job: FolderJob, task: FolderTask, *, most: int) -> tuple[dict[str, A
         if held.sum() <= most:
             describe(gather(job, context, a, b, held), context, part)
         else:
-            describe_streamed(job, context, a, held, most, part)
+            describe_streamed(partial(portions, job, context, a, b, held, most), context, held, part)
     if plan.keep_codes:
         keep_by_feature(job, context, task.number, counts, most)
     nbytes = layout.put_chunk(job, arrays, task.number, plan.chunk)
@@ -40,7 +42,19 @@ def is_there(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
 
 def context_of(job: FolderJob) -> Context:
     (found,) = job.results("survey")
-    return Context(Plan.of(job), survey.documents(job), survey.pool(job), found["token_low"], found["token_high"])
+    plan = Plan.of(job)
+    return Context(
+        rows=plan.rows,
+        documents=survey.documents(job),
+        pool=survey.pool(job),
+        token_low=found["token_low"],
+        token_high=found["token_high"],
+        has_tokens=plan.token is not None,
+        slots=plan.kinds,
+        window=plan.window,
+        before=plan.before,
+        after=plan.after,
+    )
 
 
 def describe(entries: Entries, context: Context, out: Arrays) -> None:
@@ -50,7 +64,7 @@ def describe(entries: Entries, context: Context, out: Arrays) -> None:
     found |= statistics.documents(entries, context)
     found |= statistics.shape(entries, context, maximum)
     found |= statistics.tokens(entries, context, maximum)
-    ordered = statistics.order_statistics(entries, context.plan.kinds.intervals)
+    ordered = statistics.order_statistics(entries, context.slots.intervals)
     found["shape/quantile"] = ordered[:, : len(QUANTILES)]
     for name, values in found.items():
         out[name][...] = values

@@ -18,7 +18,7 @@ from actshuffle.errors import InfeasibleError
 from saetrain.features.blueprint import Plan
 from saetrain.features.dictionary import Dictionary, shard_of
 from saetrain.features.encode import active, rows_of
-from saetrain.features.entries import BYTES
+from saetrain.features.gathering import BYTES
 
 PILOT_TILES = 8
 CODE_BYTES = 6  # an active entry on disk

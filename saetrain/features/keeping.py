@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.jobs import FolderJob, FolderTask
+from saetrain.describing.entries import Context
 from saetrain.features import codes
 from saetrain.features.blueprint import Plan
-from saetrain.features.entries import Context, pieces, portions
+from saetrain.features.gathering import pieces, portions
 from saetrain.features.layout import group_metadata
 
 COLUMNS = {"row": "<i8", "value": "<f4"}
@@ -36,13 +37,14 @@ def by_row(block: int, part: str) -> str:
 
 def keep_by_feature(job: FolderJob, context: Context, number: int, counts: NDArray[np.int64], most: int) -> None:
     """Write the entries of a chunk of latents, `most` at a time."""
-    n, (lo, _), folder = int(counts.sum()), context.plan.chunk_range(number), by_feature(number)
+    plan, n, folder = Plan.of(job), int(counts.sum()), by_feature(number)
+    lo, _ = plan.chunk_range(number)
     with ExitStack() as stack:
         row, value = (
             stack.enter_context(job.objects.writer(f"{folder}/{name}/c/0", max(n, 1) * np.dtype(dtype).itemsize))
             for name, dtype in COLUMNS.items()
         )
-        for a, b in pieces(context.plan, counts, lo, most, context.plan.latents):
+        for a, b in pieces(plan, counts, lo, most, plan.latents):
             held = counts[a - lo : b - lo]
             for entries in portions(job, context, a, b, held, most if b - a == 1 else int(held.sum()) + 1):
                 row.write(entries.row.astype("<i8").view(np.uint8).data)

@@ -15,6 +15,7 @@ from actshuffle.jobs import FolderJob, Outcome, Step, read_done, run_in_folder
 from actshuffle.progress import Progress
 from saetrain.config import Config
 from saetrain.data import DOCUMENT_NAMES, Store
+from saetrain.describing.slots import QUANTILES, Slots
 from saetrain.errors import ConfigError, DataError
 from saetrain.features import encode, layout, survey
 from saetrain.features.blueprint import Plan
@@ -24,7 +25,6 @@ from saetrain.features.collate import is_there as is_collated
 from saetrain.features.dictionary import Dictionary
 from saetrain.features.forecast import active_entries, check, encode_memory, forecast, most_entries
 from saetrain.features.keeping import keep_by_row, rows_are_there
-from saetrain.features.layout import Slots
 
 NAME = "features"
 TOKEN_NAMES = ("token", "tokens", "token_id", "token_ids", "input_ids")
@@ -163,7 +163,7 @@ def publish(job: FolderJob) -> dict[str, Any]:
         "entries": encoded,
         "alive": sum(found["alive"] for found in chunks),
         "kinds": [[kind, *ends] for kind, ends in plan.kinds.kinds().items()],
-        "quantiles": list(layout.QUANTILES),
+        "quantiles": list(QUANTILES),
         **{name: getattr(plan, name) for name in ("store", "identity", "dictionary", "sae", "seed", "window")},
         **{name: getattr(plan, name) for name in ("chunk", "keep_codes")},
         **{name: getattr(plan, name) for name in ("before", "after", "field", "token", "document")},

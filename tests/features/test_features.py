@@ -13,7 +13,7 @@ import torch
 
 import actshuffle
 import saetrain
-from saetrain.features.layout import CONTEXT, HISTOGRAM_BINS, QUANTILES
+from saetrain.describing.slots import CONTEXT, HISTOGRAM_BINS, QUANTILES
 from support.features import LATENTS, TINY, dense, dictionary, store
 
 ROWS, SEED = 300, 7

@@ -30,8 +30,8 @@ from saetrain.cli import main
 from saetrain.errors import ConfigError, DataError
 from saetrain.features import pipeline
 from saetrain.features.collate import collate
-from saetrain.features.entries import BYTES
 from saetrain.features.forecast import forecast
+from saetrain.features.gathering import BYTES
 from support.features import TINY, content, dense, dictionary, store
 from support.finished import finish
 from support.stores import group

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from saetrain import tensors
-from saetrain.features.layout import Slots
+from saetrain.describing.slots import Slots
 from support.finished import finish
 from support.stores import group
 

@@ -1,10 +1,10 @@
-"""All activations of a range of latents, together in row order: what every statistic is computed from.
+"""Gather the entries of a range of latents from the codes of all blocks.
 
 ::
 
     block 0     f0: r3 r7        f1: r2           f2: -
     block 1     f0: r9           f1: r8 r12       f2: r10
-    entries     f0: r3 r7 r9     f1: r2 r8 r12    f2: r10        starts = 0, 3, 6, 7
+    entries     f0: r3 r7 r9     f1: r2 r8 r12    f2: r10
 
 Runs of blocks arrive in row order, so an entry's place follows from counts alone, and nothing is sorted.
 """
@@ -12,9 +12,6 @@ Runs of blocks arrive in row order, so an entry's place follows from counts alon
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,77 +19,12 @@ from numpy.typing import NDArray
 from actshuffle import Dataset, open_dataset, priorities
 from actshuffle.errors import ConservationError
 from actshuffle.jobs import FolderJob
+from saetrain.describing.entries import Context, Entries
 from saetrain.features import codes
 from saetrain.features.blueprint import Plan
 
 I64 = NDArray[np.int64]
 BYTES = 96  # of memory an entry takes while its latents are described
-_GOLDEN, _M1, _M2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What all ranges of latents share: the plan, and where documents begin."""
-
-    plan: Plan
-    documents: I64  # first row of each, and the number of rows
-    pool: I64
-    token_low: int
-    token_high: int
-
-    @cached_property
-    def data(self) -> Dataset:
-        return open_dataset(self.plan.store)
-
-    @property
-    def token_bits(self) -> int:
-        return max(int(self.token_high - self.token_low).bit_length(), 1)
-
-
-@dataclass(frozen=True)
-class Entries:
-    """Entries of latents [first, first + len(counts)), latent by latent, rows ascending within each."""
-
-    first: int
-    counts: I64  # [latents]
-    row: I64  # [n]
-    value: NDArray[np.float32]  # [n], positive
-    document: NDArray[np.int32]  # [n], number of the document
-    token: NDArray[np.uint32] | None  # [n], less the lowest token
-    word: NDArray[np.uint64]  # [n], priority of the row
-
-    @property
-    def latents(self) -> int:
-        return len(self.counts)
-
-    @cached_property
-    def starts(self) -> I64:
-        """First entry of each latent, and their number: int64 [latents + 1]."""
-        return np.concatenate([[0], np.cumsum(self.counts)])
-
-    @cached_property
-    def latent(self) -> NDArray[np.int64]:
-        """Latent of each entry, from 0."""
-        return np.repeat(np.arange(self.latents), self.counts)
-
-    @cached_property
-    def bits(self) -> NDArray[np.uint64]:
-        """Bits of the activations, which are in the order of the positive numbers they stand for."""
-        return self.value.view(np.uint32).astype(np.uint64)
-
-    @cached_property
-    def priority(self) -> NDArray[np.uint64]:
-        """Priority of (latent, row): uniform, and unrelated from one latent to another."""
-        return self.word ^ np.repeat(mixed(np.arange(self.first, self.first + self.latents)), self.counts)
-
-
-def mixed(latents: NDArray[Any]) -> NDArray[np.uint64]:
-    """A well mixed word of each latent: the output function of SplitMix64 (Steele, Lea, Flood 2014)."""
-    with np.errstate(over="ignore"):
-        z = (latents.astype(np.uint64) + np.uint64(1)) * _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * _M1
-        z = (z ^ (z >> np.uint64(27))) * _M2
-    return z ^ (z >> np.uint64(31))
 
 
 def totals(job: FolderJob, plan: Plan, lo: int, hi: int) -> I64:
@@ -126,18 +58,20 @@ def pieces(plan: Plan, counts: I64, lo: int, most: int, widest: int) -> list[tup
 def gather(job: FolderJob, context: Context, lo: int, hi: int, counts: I64) -> Entries:
     """The entries of latents [lo, hi), which have `counts` of them."""
     found = portions(job, context, lo, hi, counts, int(counts.sum()) + 1)
-    return next(found, None) or _join(context, lo, [], hi - lo)
+    plan = Plan.of(job)
+    return next(found, None) or _join(plan, open_dataset(plan.store), context, lo, [], hi - lo)
 
 
 def portions(job: FolderJob, context: Context, lo: int, hi: int, counts: I64, most: int) -> Iterator[Entries]:
     """The same in portions of consecutive blocks, each with at most `most` entries, or of one block."""
-    plan, seen = context.plan, np.zeros(hi - lo, np.int64)
+    plan, seen = Plan.of(job), np.zeros(hi - lo, np.int64)
+    data = open_dataset(plan.store)
     held: list[tuple[int, codes.Run]] = []
     for block in range(plan.blocks):
         key, first, last = next(o for o in plan.code_objects(block) if o[1] <= lo < o[2])
         run = codes.read(job, key, last - first, plan.granule, lo - first, hi - first, block=block, first=first)
         if held and sum(len(other.rows) for _, other in held) + len(run.rows) > most:
-            yield _join(context, lo, held, hi - lo)
+            yield _join(plan, data, context, lo, held, hi - lo)
             held = []
         seen += run.counts
         if (seen > counts).any():
@@ -145,16 +79,17 @@ def portions(job: FolderJob, context: Context, lo: int, hi: int, counts: I64, mo
         if len(run.rows):
             held.append((block, run))
     if held:
-        yield _join(context, lo, held, hi - lo)
+        yield _join(plan, data, context, lo, held, hi - lo)
     if (seen != counts).any():
         raise ConservationError(
             f"latents {lo:,} to {hi - 1:,} have {int(counts.sum()):,} entries by their counts, and fewer in the blocks"
         )
 
 
-def _join(context: Context, lo: int, runs: list[tuple[int, codes.Run]], latents: int) -> Entries:
+def _join(
+    plan: Plan, data: Dataset, context: Context, lo: int, runs: list[tuple[int, codes.Run]], latents: int
+) -> Entries:
     """Entries of runs of blocks, which come in the order of rows."""
-    plan = context.plan
     counts = sum((run.counts.astype(np.int64) for _, run in runs), np.zeros(latents, np.int64))
     n = int(counts.sum())
     row, value = np.empty(n, np.int64), np.empty(n, np.float32)
@@ -172,7 +107,7 @@ def _join(context: Context, lo: int, runs: list[tuple[int, codes.Run]], latents:
         word[to] = priorities(plan.seed, start, stop)[run.rows]
         document[to] = documents_of(context.documents, start, stop)[run.rows]
         if token is not None:
-            tokens = context.data.read(str(plan.token), start, stop).astype(np.int64) - context.token_low
+            tokens = data.read(str(plan.token), start, stop).astype(np.int64) - context.token_low
             token[to] = tokens.astype(np.uint32)[run.rows]
     return Entries(lo, counts, row, value, document, token, word)
 

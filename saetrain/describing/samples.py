@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saetrain.features.entries import Context, Entries, mixed
-from saetrain.features.layout import NO_ROW, Arrays
-from saetrain.features.statistics import new_document, ranks
+from saetrain.describing.entries import Context, Entries, mixed
+from saetrain.describing.slots import NO_ROW, Arrays
+from saetrain.describing.statistics import new_document, ranks
 
 I64 = NDArray[np.int64]
 FIRST_LOOK = 32  # rows of the pool that are tried first for a quiet one
@@ -36,7 +36,7 @@ class Chosen(NamedTuple):
 
 def choose(entries: Entries, context: Context, maximum: NDArray[np.float32], edges: NDArray[np.float32]) -> Chosen:
     """The examples of latents with these maxima [latents] and inner edges of equal counts [latents, intervals - 1]."""
-    slots = context.plan.kinds
+    slots = context.slots
     entry = np.full((entries.latents, slots.total), -1, np.int64)
     at = 0
     entry[:, : slots.top] = top(entries, context, slots.top)
@@ -60,7 +60,7 @@ def top(entries: Entries, context: Context, count: int) -> I64:
     found = np.full((entries.latents, count), -1, np.int64)
     if not len(entries.row):
         return found
-    window = (entries.row - context.documents[entries.document]) // context.plan.window
+    window = (entries.row - context.documents[entries.document]) // context.window
     new = new_document(entries)
     new[1:] |= window[1:] != window[:-1]
     begins = np.flatnonzero(new)
@@ -134,10 +134,10 @@ def quiet(entries: Entries, context: Context, count: int) -> I64:
     pool, found = context.pool, np.full((entries.latents, count), NO_ROW, np.int64)
     begin = (mixed(np.arange(entries.first, entries.first + entries.latents)) % np.uint64(len(pool))).astype(np.int64)
     left, look = np.arange(entries.latents), min(max(FIRST_LOOK, 2 * count), len(pool))
-    keys = entries.latent * context.plan.rows + entries.row
+    keys = entries.latent * context.rows + entries.row
     while len(left):
         tried = pool[(begin[left, None] + np.arange(look)) % len(pool)]
-        wanted = left[:, None] * context.plan.rows + tried
+        wanted = left[:, None] * context.rows + tried
         place = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
         silent = keys[place] != wanted if len(keys) else np.ones(wanted.shape, bool)
         enough = (silent.sum(axis=1) >= count) | (look == len(pool))
@@ -153,7 +153,6 @@ def contexts(entries: Entries, context: Context, chosen: Chosen, arrays: Arrays)
     Of the rows from `before` before to `after` after an example, in its document, the largest activations are kept, in
     the order of rows; of equal ones the first.
     """
-    plan = context.plan
     offsets, values = arrays["context/offset"], arrays["context/value"]
     arrays["example/row"][...] = chosen.row
     arrays["example/value"][...] = np.append(entries.value, np.float32(0))[chosen.entry]
@@ -162,11 +161,11 @@ def contexts(entries: Entries, context: Context, chosen: Chosen, arrays: Arrays)
         return
     row = chosen.row[latent, slot]
     document = np.searchsorted(context.documents, row, side="right") - 1
-    low = np.maximum(row - plan.before, context.documents[document])
-    high = np.minimum(row + plan.after + 1, context.documents[document + 1])
-    keys = entries.latent * plan.rows + entries.row
-    first = np.searchsorted(keys, latent * plan.rows + low)
-    size = np.searchsorted(keys, latent * plan.rows + high - 1, side="right") - first
+    low = np.maximum(row - context.before, context.documents[document])
+    high = np.minimum(row + context.after + 1, context.documents[document + 1])
+    keys = entries.latent * context.rows + entries.row
+    first = np.searchsorted(keys, latent * context.rows + low)
+    size = np.searchsorted(keys, latent * context.rows + high - 1, side="right") - first
     for part in _parts(size, 1 << 20):
         _fill(entries, offsets, values, latent[part], slot[part], row[part], first[part], size[part])
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saetrain.features.entries import Context, Entries
-from saetrain.features.layout import BIN_SHIFT, HISTOGRAM_BINS, POSITION_BINS, QUANTILES, TOP_TOKENS, Arrays
+from saetrain.describing.entries import Context, Entries
+from saetrain.describing.slots import BIN_SHIFT, HISTOGRAM_BINS, POSITION_BINS, QUANTILES, TOP_TOKENS, Arrays
 
 Z = 1.959963984540054  # of a 95% interval
 _HALF = np.uint64(31)  # bits of a positive float32
@@ -60,7 +60,7 @@ def documents(entries: Entries, context: Context) -> Arrays:
 
 def densities(n: int, of: NDArray[Any], run: NDArray[Any], document: NDArray[Any], context: Context) -> Arrays:
     """From the active rows `run` of latents `of` in documents, in the order of both."""
-    rows, sizes = context.plan.rows, np.diff(context.documents)
+    rows, sizes = context.rows, np.diff(context.documents)
     run, size = run.astype(np.float64), sizes[document].astype(np.float64)
     density = np.bincount(of, run, minlength=n) / rows
     squares, cross = np.bincount(of, run * run, minlength=n), np.bincount(of, run * size, minlength=n)

@@ -19,24 +19,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle.jobs import FolderJob
-from saetrain.features import samples, statistics
-from saetrain.features.entries import Context, Entries, portions
-from saetrain.features.layout import BIN_SHIFT, HISTOGRAM_BINS, POSITION_BINS, QUANTILES, Arrays
+from saetrain.describing import samples, statistics
+from saetrain.describing.entries import Context, Entries
+from saetrain.describing.slots import BIN_SHIFT, HISTOGRAM_BINS, POSITION_BINS, QUANTILES, Arrays
 
 UPPER, LOWER = 1 << 15, 1 << 16  # values of the parts of a positive float32's bits
 Look = Callable[[], Iterator[Entries]]
 
 
-def describe_streamed(job: FolderJob, context: Context, latent: int, counts: Any, most: int, out: Arrays) -> None:
-    """Fill the rows of all arrays that are about one latent with `counts` [1] entries, at most `most` in memory."""
-
-    def look() -> Iterator[Entries]:
-        return portions(job, context, latent, latent + 1, counts, most)
-
+def describe_streamed(look: Look, context: Context, counts: Any, out: Arrays) -> None:
+    """Fill the rows of all arrays that are about one latent with `counts` [1] entries; `look` yields its portions."""
     found, upper = _first_look(look, context)
     maximum = found["stat/max"]
-    places = statistics.places(counts, context.plan.kinds.intervals)[0]
+    places = statistics.places(counts, context.slots.intervals)[0]
     ordered, tokens = _second_look(look, context, upper, places, maximum)
     found |= tokens | {"shape/quantile": ordered[:, : len(QUANTILES)], "shape/histogram": _histogram(upper, maximum)}
     for name, values in found.items():
@@ -54,7 +49,7 @@ def describe_streamed(job: FolderJob, context: Context, latent: int, counts: Any
     wanted = np.sort(rows[rows >= 0])
 
     def around(entries: Entries) -> NDArray[np.bool_]:
-        low, high = entries.row - context.plan.after, entries.row + context.plan.before
+        low, high = entries.row - context.after, entries.row + context.before
         return np.searchsorted(wanted, low) < np.searchsorted(wanted, high, side="right")
 
     near = _some(look, around)
@@ -88,7 +83,7 @@ def _second_look(
     ends = np.cumsum(upper)
     bins = np.searchsorted(ends, places, side="right")
     lower = {int(b): np.zeros(LOWER, np.int64) for b in bins}
-    vocabulary = 1 << context.token_bits if context.plan.token is not None else 0
+    vocabulary = 1 << context.token_bits if context.has_tokens else 0
     held, total = np.zeros(vocabulary, np.int64), np.zeros(vocabulary, np.int64)
     for entries in look():
         bits = entries.value.view(np.uint32)
