@@ -7,6 +7,7 @@ Text becomes tokens first, which fixes the number of rows.  Then the activations
 stopped run resumes at the block where it was.  One row is one token::
 
     layer_3, layer_5      the residual stream, hidden_states[3] and [5]
+    grad_layer_3, ...     the gradient of the loss with respect to it (gradients.py)
     NAME                  the output of the module NAME
     token, document, position, window_position
 
@@ -94,6 +95,7 @@ def collect(
     *,
     layers: Sequence[int] = (),
     hooks: Sequence[str] = (),
+    gradients: bool = False,
     dtype: str = "float32",
     model_dtype: str = "float32",
     context: int | None = None,
@@ -129,6 +131,8 @@ def collect(
     text : files and folders of JSON lines, JSON, CSV, parquet, Arrow (a document is the ``field`` of each row)
         and plain text (a file is a document), compressed or not; see docs/inputs.md.
     layers, hooks : numbers of ``hidden_states`` (0 is the embedding), names of modules; at least one.
+    gradients : also write the gradient of the next-token loss with respect to each layer, float32 (``grad_layer_3``);
+        of causal language models only.  `actshuffle.building.gradients` defines the loss.
     dtype, model_dtype : data types of the store (rounded to nearest even), and of the model's computation.
     context : tokens per window, special ones and the prefix included.  Default: 128, or less if the model takes less.
     special : "drop" or "keep" the rows of tokens that the tokenizer adds to each window.
@@ -142,7 +146,7 @@ def collect(
 
     Other parameters are as in `actshuffle.shuffle`.
     """
-    switches(overwrite=overwrite, fsync=fsync)
+    switches(gradients=gradients, overwrite=overwrite, fsync=fsync)
     started, crew, shown = (
         time.perf_counter(),
         as_executor(Serial() if executor is None else executor),
@@ -150,6 +154,8 @@ def collect(
     )
     if not layers and not hooks:
         raise RequestError("give at least one layer or module")
+    if gradients and not layers:
+        raise RequestError("gradients are those of layers: give at least one")
     if dtype not in DTYPES or model_dtype not in DTYPES:
         raise RequestError(f"types are {', '.join(DTYPES)}; got {dtype}, {model_dtype}")
     if special not in ("drop", "keep"):
@@ -182,6 +188,7 @@ def collect(
         "drop_norm": rules.drop_norm,
     }
     named: dict[str, Any] = {"skip_first": rules.skip_first, "drop_tokens": list(rules.drop_tokens)}
+    named["gradients"] = gradients
     named["prefix"] = "" if prefix is None else str(prefix)
     asked |= {name: value for name, value in named.items() if value}  # version 0.1.0 had none of these
     with Locks() as locks:

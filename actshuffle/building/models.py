@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.arraytypes import U8
+from actshuffle.building.gradients import LOGITS, check_causal, gradients
 from actshuffle.errors import ActshuffleError, RequestError, SourceError
 from actshuffle.executors.cluster import worker_name
 from actshuffle.extras import need
@@ -27,15 +28,17 @@ class Model:
     """A transformers model that gives some of its activations for windows of equal length.
 
     ``layers`` are numbers of ``hidden_states``; ``hooks`` names of modules, whose (first) output is taken.  Of an
-    encoder-decoder the encoder runs, of a model of text and pictures the part for text.  All is tried out first: what
-    does not give one vector for each token, once in a pass, is refused.
+    encoder-decoder the encoder runs, of a model of text and pictures the part for text.  With ``gradients``, the loss
+    of a causal language model gives those of each layer, in a pass of its own.  All is tried out first: what does not
+    give one vector for each token, once in a pass, is refused.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._torch = torch = need("torch", "collect")
         self.name = settings["model"]
-        self.model = load_model(self.name, settings["model_dtype"])
-        self.device = _device(settings["device"])
+        self.device, dtype = _device(settings["device"]), settings["model_dtype"]
+        self._causal = load_causal(self.name, dtype).eval().to(self.device) if settings.get("gradients") else None
+        self.model = load_model(self.name, dtype) if self._causal is None else self._causal.base_model
         self.model.eval().to(self.device)
         config = self.model.config
         self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -57,11 +60,15 @@ class Model:
             "dtype": settings["model_dtype"],
             "fingerprint": fingerprint(self.model),
         } | ({"part": "encoder"} if self._encoder else {})
+        if self._causal is not None:
+            self.identity["head"] = fingerprint(self._causal)
+            check_causal(self._causal, torch.tensor([[*settings["probe"]]] * 2).to(self.device), self.name)
         self._blocks = self._early_exit(settings["probe"]) if self._layers else None
 
     def __call__(self, tokens: NDArray[Any]) -> dict[str, U8]:
         """Activations of windows, tokens int64 ``(windows, length)``: uint8 ``(windows, length, bytes)``."""
-        return {name: self._bits(name, value) for name, value in self.raw(tokens).items()}
+        found = {name: self._bits(name, value, self._dtype) for name, value in self.raw(tokens).items()}
+        return found | {name: self._bits(name, v, self._torch.float32) for name, v in self._gradients(tokens).items()}
 
     def raw(self, tokens: NDArray[Any]) -> dict[str, Any]:
         """The same as the model's own tensors."""
@@ -69,6 +76,22 @@ class Model:
         with self._torch.inference_mode():
             found = self._stopping(inputs) if self._blocks is not None else self._plain(inputs)[0]
         return {name: self._one(name, outputs, tokens.shape) for name, outputs in found.items()}
+
+    def _gradients(self, tokens: NDArray[Any]) -> dict[str, Any]:
+        """The gradients of the windows' losses; none unless they were asked for."""
+        if self._causal is None:
+            return {}
+        inputs = self._torch.from_numpy(np.ascontiguousarray(tokens)).to(self.device)
+        cache = {"use_cache": False} if self._cached else {}
+        found = gradients(self._causal, inputs, list(self._layers.values()), **cache)
+        for n, value in found.items():
+            if value is None:
+                raise RequestError(f"no gradient of the loss reaches layer {n} of {self.name}")
+        return {f"grad_layer_{n}": self._one(f"grad_layer_{n}", [v], tokens.shape) for n, v in found.items()}
+
+    def batch_tokens(self, wanted: int) -> int:
+        """The tokens of one pass: as wanted, or with gradients as many as have `LOGITS` logits."""
+        return wanted if self._causal is None else min(wanted, max(1, LOGITS // int(self._config.vocab_size)))
 
     def most_tokens(self, tokenizer: Any) -> int:
         """The longest window that model and tokenizer say they take."""
@@ -195,11 +218,11 @@ class Model:
         close = [m for m in modules if m.endswith(name.rsplit(".", 1)[-1])][:5] or list(modules)[1:6]
         raise RequestError(f"no module {name!r} in {type(self.model).__name__}; there is {', '.join(close)}, ...")
 
-    def _bits(self, name: str, value: Any) -> U8:
+    def _bits(self, name: str, value: Any, dtype: Any) -> U8:
         torch = self._torch
-        rounded = value.to(self._dtype)
+        rounded = value.to(dtype)
         if not bool(torch.isfinite(rounded).all()):
-            whose = "the model gives" if not bool(torch.isfinite(value).all()) else f"in {self._dtype} there are"
+            whose = "the model gives" if not bool(torch.isfinite(value).all()) else f"in {dtype} there are"
             raise SourceError(
                 f"{whose} values in {name} that are not finite (largest {float(value.abs().max()):.3g}); "
                 "collect with --dtype bfloat16 or float32"
@@ -239,6 +262,29 @@ def load_model(name: str, dtype: str) -> Any:
             return transformers.AutoModel.from_pretrained(name, dtype=getattr(torch, dtype))
         except Exception as err:  # of many kinds, most of them about the name
             raise SourceError(f"cannot load the model {name}: {str(err).splitlines()[0]}") from err
+
+
+def load_causal(name: str, dtype: str) -> Any:
+    """The model with its head, in evaluation, its weights frozen; safe weights only, no code from its repository.
+
+    Raises `RequestError` for an encoder-decoder, and for a model whose files hold no head.
+    """
+    transformers, torch = need("transformers", "collect"), need("torch", "collect")
+    needs = "--gradients needs a causal language model"
+    with quietly(transformers):
+        try:
+            if transformers.AutoConfig.from_pretrained(name).is_encoder_decoder:
+                raise RequestError(f"{needs}, and {name} is an encoder-decoder")
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=getattr(torch, dtype), output_loading_info=True
+            )
+        except ActshuffleError:
+            raise
+        except Exception as err:  # of many kinds, most of them about the name
+            raise SourceError(f"{needs}; cannot load {name} as one: {str(err).splitlines()[0]}") from err
+    if missing := sorted(loading["missing_keys"]):
+        raise RequestError(f"{needs}, with its head; the files of {name} have no {missing[0]}")
+    return model.requires_grad_(False)
 
 
 def load_tokenizer(name: str) -> Any:

@@ -39,6 +39,8 @@ def write_source(
             "dropped unless --special keep is given: leave --prefix out"
         )
     run = {k: asked[k] for k in ("model", "model_dtype", "layers", "hooks", "dtype", "device")}
+    if "gradients" in asked:
+        run["gradients"] = True
     run["probe"] = [*lead, *before, *tokenizer("one two three", add_special_tokens=False)["input_ids"], *after]
     model = model_of(run)
     most = model.most_tokens(tokenizer)
@@ -71,8 +73,12 @@ def write_source(
         if virtual.describe(source) is None:  # otherwise another part has written it, of the same text
             objects.delete_prefix("")
         raise
+    gradients = {f"grad_layer_{n}" for n in asked["layers"]} if "gradients" in asked else set()
     dtype = {"float32": "<f4", "float16": "<f2"}.get(asked["dtype"], asked["dtype"])
-    shapes = {name: (dtype, (width // DTYPES[asked["dtype"]],)) for name, width in widths.items()}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        name: ("<f4", (width // 4,)) if name in gradients else (dtype, (width // DTYPES[asked["dtype"]],))
+        for name, width in widths.items()
+    }
     arrays = {name: metadata_of(name, *shape, cut.rows) for name, shape in shapes.items()}
     arrays |= {name: metadata_of(name, kind, (), cut.rows) for name, kind in COLUMNS.items()}
     settings = {
@@ -83,7 +89,7 @@ def write_source(
         "suffix": after,
         "special": asked["special"],
         "drops": frame.drops,
-        "batch_tokens": asked["batch_tokens"],
+        "batch_tokens": model.batch_tokens(asked["batch_tokens"]),
         "groups": cut.groups,
         "row_bytes": widths,
         "documents": cut.documents,
@@ -140,6 +146,11 @@ def _attributes(
         + (", with the final norm where the model applies one" if n == model.layers else "")
         for n in asked["layers"]
     }
+    grads = {
+        f"grad_layer_{n}": f"gradient of the window's loss with respect to layer_{n}, float32; the loss is the cross "
+        "entropy in nats, summed over all tokens that the window reads but the first"
+        for n in (asked["layers"] if "gradients" in asked else ())
+    }
     return {
         "model": model.identity,
         "tokenizer": {
@@ -148,7 +159,7 @@ def _attributes(
             "vocabulary": len(tokenizer),
             "fingerprint": checksum(vocabulary, 32),
         },
-        "arrays": layers | {name: f"output of {name}" for name in asked["hooks"]},
+        "arrays": layers | grads | {name: f"output of {name}" for name in asked["hooks"]},
         "dtype": asked["dtype"],
         "windows": f"{counted(context, 'token')} at most, {special}; windows of a document follow each other "
         "without overlap; each runs alone or with others of its length, so there is no padding",

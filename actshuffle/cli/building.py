@@ -232,6 +232,7 @@ def import_(
 @OUT
 @click.option("--layers", metavar="N,N", type=NUMBERS, help="Hidden states to take; 0 is the embedding.")
 @click.option("--hooks", metavar="A,B", type=LIST, help="Modules whose outputs to take.")
+@click.option("--gradients", is_flag=True, help="Also write the gradient of the loss with respect to each layer.")
 @click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Data type of the store.  [default: float32]"
 )
