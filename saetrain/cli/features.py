@@ -33,6 +33,7 @@ class _Lines:
 @click.argument("store", type=PATH)
 @click.argument("out", type=FOLDER)
 @click.option("--field", default="", metavar="NAME", help="Array of activations, if STORE has several.")
+@click.option("--model", type=PATH, help="Folder of the model, for the logits that latents promote.")
 @click.option("--seed", type=int, default=0, help="Decides which rows are sampled.  [default: 0]")
 @click.option("--shards", type=int, default=0, help="Parts of the dictionary.  [default: as few as memory allows]")
 @click.option("--block-rows", type=int, default=0, help="Rows of one encoder task, at most 65536.  [default: 16384]")
@@ -76,6 +77,8 @@ def _features(
     told = {"out": str(out), "tasks": done.tasks, "resumed": done.resumed, "seconds": round(done.seconds, 3)}
     print_json(told | {"already_finished": done.already_finished}, as_json)
     if not as_json:
+        if settings["model"] is None:
+            click.echo("no logits: --model FOLDER, the model that the rows came from, would give them", err=True)
         text = "already finished" if done.already_finished else f"{done.tasks:,} tasks, {done.seconds:.1f} s"
         click.echo(f"{out}: {text}", file=sys.stdout)
 

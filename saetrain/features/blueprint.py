@@ -20,6 +20,7 @@ from typing import Any
 from actshuffle.jobs import FolderJob, FolderTask
 from saetrain.describing.slots import Slots
 from saetrain.features.layout import Column, columns
+from saetrain.products.lens import Lens
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Plan:
     after: int
     pool: int  # rows among which quiet ones are looked for
     keep_codes: bool
+    near: int  # neighbours of each latent
+    lens: Lens | None  # where logits come from
 
     @classmethod
     def of(cls, job: FolderJob) -> Plan:
@@ -58,7 +61,8 @@ class Plan:
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> Plan:
         found = {f.name: settings[f.name] for f in fields(cls)}
-        return cls(**found | {"slots": tuple(found["slots"])})
+        lens = None if found["lens"] is None else Lens(**found["lens"])
+        return cls(**found | {"slots": tuple(found["slots"]), "lens": lens})
 
     def settings(self) -> dict[str, Any]:
         return asdict(self)

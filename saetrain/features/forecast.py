@@ -15,6 +15,7 @@ import numpy as np
 
 from actshuffle import format_bytes, open_dataset
 from actshuffle.errors import InfeasibleError
+from saetrain.features import product
 from saetrain.features.blueprint import Plan
 from saetrain.features.dictionary import Dictionary, shard_of
 from saetrain.features.encode import active, rows_of
@@ -39,6 +40,7 @@ class Forecast:
     result_bytes: int
     encode_memory: int  # of a task
     collate_memory: int
+    product_memory: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,7 +52,8 @@ class Forecast:
             "active entries": f"about {self.entries:.3g} ({self.entries_from})",
             "reads of the store": format_bytes(self.read_bytes),
             "memory of a task": f"encode {format_bytes(self.encode_memory)}, "
-            f"collate {format_bytes(self.collate_memory)}",
+            f"collate {format_bytes(self.collate_memory)}, "
+            f"product {format_bytes(self.product_memory)}",
             "disk": f"codes about {format_bytes(self.codes_bytes)}, result {format_bytes(self.result_bytes)}",
         }
         return "\n".join(f"{name:18}  {text}" for name, text in rows.items())
@@ -78,7 +81,10 @@ def most_entries(plan: Plan, memory: int) -> int:
 
 
 def result_bytes(plan: Plan, latents: int) -> int:
-    row = sum(int(np.prod(c.shape, dtype=int)) * np.dtype(c.dtype).itemsize for c in plan.columns.values())
+    row = sum(
+        int(np.prod(c.shape, dtype=int)) * np.dtype(c.dtype).itemsize
+        for c in (plan.columns | product.columns(plan)).values()
+    )
     return row * latents
 
 
@@ -106,7 +112,7 @@ def forecast(plan: Plan, memory: int) -> Forecast:
     codes = entries * CODE_BYTES + plan.blocks * plan.latents * 4
     kept = entries * 16 if plan.keep_codes else 0
     return Forecast(
-        tasks=1 + plan.blocks * (plan.shards + plan.selects + plan.keep_codes) + plan.chunks,
+        tasks=1 + product.tasks(plan) + plan.blocks * (plan.shards + plan.selects + plan.keep_codes) + plan.chunks,
         operations=2.0 * plan.rows * plan.latents * plan.d_in,
         entries=entries,
         entries_from=how,
@@ -115,6 +121,7 @@ def forecast(plan: Plan, memory: int) -> Forecast:
         result_bytes=result_bytes(plan, plan.chunk * plan.chunks),
         encode_memory=encode_memory(plan, plan.shards, share),
         collate_memory=most_entries(plan, memory) * BYTES + result_bytes(plan, plan.chunk),
+        product_memory=product.memory(plan),
     )
 
 
@@ -124,6 +131,11 @@ def check(found: Forecast, plan: Plan, out: str | Path, memory: int) -> None:
         raise InfeasibleError(
             f"--memory {format_bytes(memory)} is less than the {format_bytes(found.encode_memory)} of an encode task: "
             f"{plan.latents:,} latents of {plan.d_in:,} numbers in {plan.shards} parts; give more, or more --shards"
+        )
+    if found.product_memory > memory:
+        raise InfeasibleError(
+            f"--memory {format_bytes(memory)} is less than the {format_bytes(found.product_memory)} of a product task: "
+            f"{plan.chunk:,} latents of {plan.d_in:,} numbers, and their tables; give more"
         )
     if "://" not in str(out):
         folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())

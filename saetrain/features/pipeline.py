@@ -17,7 +17,7 @@ from saetrain.config import Config
 from saetrain.data import DOCUMENT_NAMES, Store
 from saetrain.describing.slots import QUANTILES, Slots
 from saetrain.errors import ConfigError, DataError
-from saetrain.features import encode, layout, survey
+from saetrain.features import encode, layout, product, survey
 from saetrain.features.blueprint import Plan
 from saetrain.features.codes import MOST_BLOCK_ROWS
 from saetrain.features.collate import collate_in
@@ -25,6 +25,8 @@ from saetrain.features.collate import is_there as is_collated
 from saetrain.features.dictionary import Dictionary
 from saetrain.features.forecast import active_entries, check, encode_memory, forecast, most_entries
 from saetrain.features.keeping import keep_by_row, rows_are_there
+from saetrain.products.lens import open_lens
+from saetrain.products.scratch import SCRATCH
 
 NAME = "features"
 TOKEN_NAMES = ("token", "tokens", "token_id", "token_ids", "input_ids")
@@ -32,6 +34,7 @@ TILE_ROWS, TILE_LATENTS, GRANULE = 512, 1024, 256
 BLOCK_ROWS = 16_384
 MEMORY = 1 << 30
 POOL = 4096
+NEAR = 16
 
 
 def plan_features(
@@ -49,6 +52,7 @@ def plan_features(
     chunk: int = 0,
     keep_codes: bool = False,
     memory: int = MEMORY,
+    model: str | Path | None = None,
 ) -> Plan:
     """The plan of a run; refuses what does not fit together before anything is written."""
     found = Dictionary(str(dictionary))
@@ -97,6 +101,8 @@ def plan_features(
         after=24,
         pool=min(POOL, rows),
         keep_codes=keep_codes,
+        near=NEAR,
+        lens=None if model is None else open_lens(model, found.d_in),
     )
     if shards:
         return plan
@@ -140,7 +146,7 @@ def steps(plan: Plan, *, device: str, most: int) -> list[Step]:
     if plan.keep_codes:
         found.append(Step("keep", keep_by_row, plan.blocks, rows_are_there))
     found.append(Step("collate", collate_in(most), plan.chunks, is_collated))
-    return found
+    return found + product.steps(plan)
 
 
 def publish(job: FolderJob) -> dict[str, Any]:
@@ -168,9 +174,13 @@ def publish(job: FolderJob) -> dict[str, Any]:
         **{name: getattr(plan, name) for name in ("chunk", "keep_codes")},
         **{name: getattr(plan, name) for name in ("before", "after", "field", "token", "document")},
     }
-    for key, data in layout.metadata(plan.columns, plan.latents, plan.chunk, {"features": facts}):
+    columns = plan.columns | product.columns(plan)
+    for key, data in layout.metadata(columns, plan.latents, plan.chunk, {"features": facts}):
         job.objects.put(key, data)
-    job.objects.delete_prefix("work")
+    for key, data in product.metadata(plan):
+        job.objects.put(key, data)
+    for prefix in ("work", SCRATCH):
+        job.objects.delete_prefix(prefix)
     return facts | {"block_rows": plan.block_rows}  # which decides no array but those of kept rows
 
 
@@ -197,7 +207,8 @@ def build_features(
     memory : bytes that one task may take, beside the interpreter and its libraries.
     device : where the encoder product runs, as torch names it; "auto" is a GPU if there is one.
     executor, progress, overwrite, fsync : as `actshuffle.jobs.run_in_folder` takes them.
-    settings : of `saetrain.features.pipeline.plan_features`: field, seed, shards, block_rows and the like.
+    settings : of `saetrain.features.pipeline.plan_features`: field, seed, shards, block_rows and the like; and
+        ``model``, the folder of the model whose unembedding gives logits, without which there are none.
 
     Raises
     ------

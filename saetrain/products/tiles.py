@@ -19,7 +19,7 @@ The order of entries is total: larger first, then lower index.  So tables merge 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +112,17 @@ def padded(rows: Tensor) -> Tensor:
     return whole
 
 
+def products(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Tiles of A B^T for rows a [n, d], ROWS at a time, and b [m, d], at most COLUMNS: first row, and [rows, m]."""
+    right = padded(b).T
+    for low in range(0, len(a), ROWS):
+        left = a[low : low + ROWS]
+        held = len(left)
+        if held < ROWS:
+            left = torch.cat([left, left.new_zeros(ROWS - held, left.shape[1])])
+        yield low, (left @ right)[:held, : len(b)]
+
+
 def add_tile(
     rows: Kept,
     a: Tensor,
@@ -133,14 +144,8 @@ def add_tile(
     thresholds : sizes above which entries are counted.
     drop_same : leave out entries whose row and column have the same number.
     """
-    right = padded(b).T
-    for low in range(0, len(a), ROWS):
-        left = a[low : low + ROWS]
-        held = len(left)
-        if held < ROWS:
-            left = torch.cat([left, left.new_zeros(ROWS - held, left.shape[1])])
-        pre = (left @ right)[:held, : len(b)]
-        number = rows_start + low
+    for low, pre in products(a, b):
+        number, held = rows_start + low, len(pre)
         diagonal = None
         if drop_same and number < columns_start + len(b) and columns_start < number + held:
             mine = torch.arange(number, number + held, device=pre.device)

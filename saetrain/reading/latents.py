@@ -26,10 +26,9 @@ from saetrain.errors import DataError
 from saetrain.features.keeping import by_feature, by_row
 from saetrain.reading.card import card
 from saetrain.reading.records import Codes, Example, Histogram, Interval, Neighbour, Token
+from saetrain.reading.weights import Logits, Promoter, logits_of, promoters_of
 
 POSITIONS = ("position", "positions", "pos")
-
-
 _NOTHING = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
@@ -137,6 +136,11 @@ class Feature:
         data = features.group(by_feature(number))
         return data.read("row", start, stop), data.read("value", start, stop)
 
+    @property
+    def logits(self) -> Logits | None:
+        """The tokens that it promotes and suppresses; None where the run had no model."""
+        return logits_of(self)
+
     # --- examples
 
     def top(self, count: int | None = None) -> list[Example]:
@@ -238,6 +242,10 @@ class Features:
             parts.append((counts[lo:], latent, value))
         counts, latent, value = (np.concatenate([p[i] for p in parts]) for i in range(3)) if parts else _NOTHING
         return Codes(counts, latent, value)
+
+    def promoters(self, token: int) -> list[Promoter] | None:
+        """The latents that raise a token's logit most; None where the run had no model."""
+        return promoters_of(self, token)
 
     # --- text
 
