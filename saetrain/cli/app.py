@@ -18,7 +18,7 @@ import click
 
 from actshuffle import __version__
 from actshuffle.errors import ActshuffleError
-from saetrain.cli import exchanging, features, probing, relating, training
+from saetrain.cli import exchanging, features, probing, relating, training, view
 from saetrain.cli.options import RED_ERROR, first_rank, print_json
 from saetrain.errors import ConfigError, SaetrainError
 
@@ -102,6 +102,6 @@ def command_line() -> None:
     """
 
 
-_ROOMS = training, features, exchanging, probing, relating
+_ROOMS = training, features, exchanging, probing, relating, view
 for _command in (command for room in _ROOMS for command in room.COMMANDS):
     command_line.add_command(_command)

@@ -1,0 +1,102 @@
+"""The command that shows latents in a browser."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
+from saetrain.cli.probing import open_both
+from saetrain.errors import ConfigError
+from saetrain.probing.causal import DTYPES
+from saetrain.reading.latents import Features, open_features
+from saetrain.view.labels import Labels
+from saetrain.view.live import Live, median_norm_of
+from saetrain.view.server import Server
+from saetrain.view.site import Site
+
+PORT = 8765
+
+
+@click.command("view")
+@click.argument("features", metavar="FEATURES")
+@click.option("--store", metavar="STORE", help="The store of activations, where it was moved: texts come from it.")
+@click.option("--run", type=FOLDER, help="The run, for its metrics.  [default: the one that was described]")
+@click.option("--model", metavar="NAME", help="Causal model of transformers, to paste texts and to steer.")
+@click.option("--layer", type=int, metavar="N", help="Hidden state of the dictionary.  [default: that of its rows]")
+@click.option("--tokenizer", metavar="NAME", help="The model's tokenizer, if it lies elsewhere.")
+@click.option("--model-dtype", type=click.Choice(DTYPES), default="float32", help="Of the model's computation.")
+@click.option("--device", default="auto", help="cpu, cuda or auto.")
+@click.option("--labels", type=PATH, help="File of labels.  [default: FEATURES with .labels.json]")
+@click.option("--port", type=click.IntRange(0, 65535), default=PORT, help=f"0 takes a free one.  [default: {PORT}]")
+@click.option("--open/--no-open", "opened", default=True, help="Open a browser.  [default: open]")
+@LOOK
+def _view(
+    features: str,
+    store: str | None,
+    run: Path | None,
+    labels: Path | None,
+    port: int,
+    opened: bool,
+    as_json: bool,
+    **model: Any,
+) -> None:
+    """Look at the latents in FEATURES, the result of `saetrain features`, in a browser.
+
+    The page is served on 127.0.0.1, to this machine alone, until Ctrl-C.  With --model it reads texts that you paste,
+    and writes steered ones.  Labels are kept in a file beside FEATURES.
+
+    \b
+    Examples:
+      saetrain view activations.features
+      saetrain view activations.features --model smollm2/
+    """
+    found = open_features(features, store=store)
+    site = Site(found, Labels(labels or _beside(features)), _run(found, run), _live(found, model))
+    server = Server(site, port)
+    print_json({"url": server.url, "latents": len(found)}, as_json)
+    if not as_json:
+        click.echo(f"{len(found):,} features of {features} at {server.url}   (Ctrl-C ends)")
+    if opened:
+        webbrowser.open(server.url)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
+
+
+def _beside(features: str) -> Path:
+    if "://" in features:
+        raise ConfigError(f"--labels must name a file of this machine, since {features} is a URL")
+    path = Path(features)
+    return path.with_name(f"{path.name}.labels.json")
+
+
+def _run(features: Features, run: Path | None) -> Path | None:
+    """The folder with the metrics of the dictionary, if there is one."""
+    if run is not None:
+        if not (run / "metrics.jsonl").exists():
+            raise ConfigError(f"{run} has no metrics.jsonl")
+        return run
+    folder = Path(features.facts["dictionary"])
+    found = (at for at in (folder, *folder.parents[:2]) if (at / "metrics.jsonl").exists())
+    return next(found, None)
+
+
+def _live(features: Features, options: dict[str, Any]) -> Live | None:
+    if options["model"] is None:
+        return None
+    folder = Path(features.facts["dictionary"])
+    if not folder.exists():
+        raise ConfigError(f"the dictionary {folder} is gone, and --model needs it")
+    sae, model = open_both(folder, options)
+    norm = median_norm_of(features.store, features.facts["field"]) if features.store is not None else None
+    return Live(sae, model, norm)
+
+
+COMMANDS = (_view,)

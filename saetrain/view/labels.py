@@ -1,0 +1,69 @@
+"""What people call latents: one JSON file beside the result, which no run writes or removes.
+
+{"format": 1, "labels": {"123": "the word nuclear"}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+from saetrain.errors import ConfigError, DataError
+
+FORMAT = 1
+LONGEST = 500  # characters of a label
+
+
+class Labels:
+    """The labels of a result.  `put` replaces the file in one step, so a crash leaves the old or the new one."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file, if it is there.  Raises `DataError` for one that is not ours."""
+        self.path, self._lock = path, threading.Lock()
+        self._held = self._read()
+
+    def get(self, latent: int) -> str:
+        return self._held.get(latent, "")
+
+    def all(self) -> dict[int, str]:
+        return dict(self._held)
+
+    def put(self, latent: int, text: str) -> None:
+        """Set one label, or remove it with an empty text.  Labels that others saved meanwhile are kept."""
+        text = " ".join(text.split())
+        if len(text) > LONGEST:
+            raise ConfigError(f"a label has at most {LONGEST} characters, and this one {len(text)}")
+        with self._lock:
+            held = self._read()
+            held.pop(latent, None)
+            if text:
+                held[latent] = text
+            self._write(held)
+            self._held = held
+
+    def _read(self) -> dict[int, str]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if found["format"] != FORMAT:
+                raise DataError(f"{self.path} has format {found['format']}; this version reads {FORMAT}")
+            return {int(latent): str(text) for latent, text in found["labels"].items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{self.path} holds no labels: {type(error).__name__}: {error}") from error
+
+    def _write(self, held: dict[int, str]) -> None:
+        document = {"format": FORMAT, "labels": {str(latent): held[latent] for latent in sorted(held)}}
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(document, file, ensure_ascii=False, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(self.path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise

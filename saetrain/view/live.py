@@ -1,0 +1,125 @@
+"""The model behind the page: the features of a text that somebody pastes, and text steered while it is written."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from actshuffle import Dataset
+from saetrain.errors import ConfigError
+from saetrain.probing.causal import LanguageModel
+from saetrain.probing.generation import Sampler, generate, prompt_tokens, stream
+from saetrain.probing.turning import METHODS, UNITS, Steering, Turn, strength
+from saetrain.sae import SAE
+
+LONGEST_TEXT = 512  # tokens of a pasted text
+MOST_TOKENS = 256  # of a steered text
+EACH = 6  # features told of each token
+SAMPLE_RUNS, SAMPLE_ROWS = 64, 32  # rows on which the median norm is measured
+
+
+class Live:
+    """A dictionary inside its model.  One request at a time computes; the others wait."""
+
+    def __init__(self, sae: SAE, model: LanguageModel, median_norm: float | None) -> None:
+        self.sae, self.model, self.median_norm = sae, model, median_norm
+        self._lock = threading.Lock()
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "name": self.model.name,
+            "layer": self.model.layer,
+            "median_norm": self.median_norm,
+            "chat": bool(getattr(self.model.tokenizer, "chat_template", None)),
+            "methods": METHODS,
+            "units": UNITS,
+            "most_tokens": MOST_TOKENS,
+        }
+
+    def text(self, text: str) -> dict[str, Any]:
+        """The tokens of a text, the features that are most active on each, and those most active on the whole.
+
+        The text is read behind the special tokens that the tokenizer puts before a text, and these are not told of.
+        """
+        before = self.model.special_tokens()[0]
+        tokens = self.model.tokens_of(text)
+        if not tokens:
+            raise ConfigError("the text has no tokens")
+        if len(tokens) > LONGEST_TEXT or len(before) + len(tokens) > self.model.longest:
+            raise ConfigError(f"the text has {len(tokens):,} tokens; at most {LONGEST_TEXT} are read")
+        with self._lock, torch.no_grad():
+            x = self.model.hidden(torch.tensor([before + tokens]))[0, len(before) :]
+            acts = self.sae.encode(x.to(self.sae.W_dec.dtype))
+            value, latent = acts.topk(min(EACH, acts.shape[1]), dim=1)
+            best, at = acts.max(0)
+            whole = best.topk(min(4 * EACH, len(best))).indices
+        rows = zip(value.tolist(), latent.tolist(), strict=True)
+        held = [[[i, round(v, 4)] for v, i in zip(vs, ls, strict=True) if v > 0] for vs, ls in rows]
+        over = [
+            {"id": i, "value": float(best[i]), "at": int(at[i]), "acts": [round(a, 4) for a in acts[:, i].tolist()]}
+            for i in whole.tolist()
+            if best[i] > 0
+        ]
+        pieces = [self.model.text_of([token]) for token in tokens]
+        return {"tokens": pieces, "features": held, "whole": over}
+
+    def steer(self, asked: dict[str, Any], largest: dict[int, float]) -> Iterator[dict[str, Any]]:
+        """Pieces of the plain and of the steered text, as they are written in turn; the last one tells the cost.
+
+        `asked` has turns [{feature, method, value, unit}], prompt, chat, tokens, seed and temperature; `largest` the
+        largest activation of each feature that is turned.  Refuses what cannot be done before the first piece.
+        """
+        try:
+            turns = [self._turn(turn, largest) for turn in asked["turns"]]
+            tokens, seed = int(asked.get("tokens", 48)), int(asked.get("seed", 0))
+            sampler = Sampler(float(asked.get("temperature", 0.0)), seed, float(asked.get("repetition", 1.15)))
+            prompt = prompt_tokens(self.model, str(asked["prompt"]), chat=bool(asked.get("chat", False)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"this is no request to steer: {type(error).__name__}: {error}") from error
+        if not 1 <= tokens <= MOST_TOKENS:
+            raise ConfigError(f"1 to {MOST_TOKENS} tokens can be written, not {tokens}")
+        steering = Steering(self.sae, turns, first=max(1, len(self.model.special_tokens()[0])))
+        texts = {
+            "plain": stream(self.model, generate(self.model, prompt, tokens=tokens, sampler=sampler)),
+            "steered": stream(self.model, generate(self.model, prompt, edit=steering, tokens=tokens, sampler=sampler)),
+        }
+        return self._pieces(texts, steering)
+
+    def _pieces(self, texts: dict[str, Iterator[str]], steering: Steering) -> Iterator[dict[str, Any]]:
+        while texts:
+            for name in list(texts):
+                with self._lock:
+                    piece = next(texts[name], None)
+                if piece is None:
+                    del texts[name]
+                else:
+                    yield {"which": name, "text": piece}
+        yield {"which": "end", "moved": steering.moved}
+
+    def _turn(self, asked: dict[str, Any], largest: dict[int, float]) -> Turn:
+        feature, method, value = int(asked["feature"]), str(asked.get("method", "clamp")), float(asked["value"])
+        if method in ("scale", "ablate"):
+            return Turn(feature, method, value)
+        unit = str(asked.get("unit", "norm"))
+        found = strength(
+            self.sae, feature, value, unit, median_norm=self.median_norm, largest=largest.get(feature) or None
+        )
+        return Turn(feature, method, found.activation)
+
+
+def median_norm_of(store: Dataset, field: str) -> float | None:
+    """The median norm of rows from all over a store: of 64 runs of 32 rows, evenly spread; None without finite rows."""
+    each = min(SAMPLE_ROWS, store.rows)
+    starts = np.unique(np.linspace(0, store.rows - each, SAMPLE_RUNS).astype(np.int64)).tolist()
+    rows = np.concatenate([store.read(field, start, start + each) for start in starts])
+    if store.fields[field].bfloat16:
+        wide = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16).double().numpy()
+    else:
+        wide = rows.astype(np.float64)
+    norms = np.linalg.norm(wide.reshape(len(wide), -1), axis=1)
+    norms = norms[np.isfinite(norms)]
+    return float(np.median(norms)) if len(norms) else None

@@ -1,0 +1,267 @@
+"""HTTP on loopback: files of the page, and answers of the `Site` as JSON.
+
+A page on loopback can be reached by any web site that the user's browser shows: by a request of its own, or under a
+name that it points at 127.0.0.1 (DNS rebinding).  So each request must name this server as its Host, and a request that
+writes or computes must carry the token that only our own page holds.  Scripts come from our own files alone (CSP).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from collections.abc import Iterable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from actshuffle.errors import ActshuffleError
+from saetrain.errors import ConfigError, SaetrainError
+from saetrain.view.lists import Filter
+from saetrain.view.site import Site
+
+HOST = "127.0.0.1"
+TOKEN_HEADER = "X-Saetrain-Token"
+MOST_BODY = 1 << 20  # bytes of a request
+TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+SAFE = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class Server(ThreadingHTTPServer):
+    """One page.  `token` is what the page sends with each request that writes or computes."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, site: Site, port: int = 0) -> None:
+        """Listen on a port of 127.0.0.1; 0 takes a free one.  Raises `ConfigError` if it is taken."""
+        try:
+            super().__init__((HOST, port), Handler)
+        except OSError as error:
+            raise ConfigError(f"port {port} of {HOST} cannot be used: {error.strerror}; give another --port") from error
+        self.site, self.token = site, secrets.token_urlsafe(32)
+        self.hosts = {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
+        folder = files("saetrain.view").joinpath("static")
+        self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name.split(".")[-1] in TYPES}
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.server_port}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a browser that went away is no news
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection of a browser."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "saetrain", ""
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        path, query = self._asked()
+        if not self._is_ours():
+            return
+        if path.startswith("/api/"):
+            self._answer(lambda: self._read(path.split("/")[2:], query))
+        elif path.startswith("/static/"):
+            self._file(path.removeprefix("/static/"))
+        elif path == "/favicon.ico":
+            self._file("icon.svg")
+        elif "." in path.rpartition("/")[2]:
+            self._fail(HTTPStatus.NOT_FOUND, f"no such file: {path}")
+        else:
+            page = self.server.files["index.html"].replace(b"{{token}}", self.server.token.encode())
+            self._send(HTTPStatus.OK, page, "text/html")
+
+    def do_POST(self) -> None:
+        path, _ = self._asked()
+        if not self._is_ours():
+            return
+        if not secrets.compare_digest(self.headers.get(TOKEN_HEADER, ""), self.server.token):
+            self._fail(HTTPStatus.FORBIDDEN, "this request carries no token of this page; load the page again")
+            return
+        body = self._body()
+        if body is not None:
+            self._act(path, body)
+
+    do_PUT = do_POST
+
+    # --- requests
+
+    def _asked(self) -> tuple[str, dict[str, str]]:
+        parts = urlsplit(self.path)
+        return unquote(parts.path), {name: values[-1] for name, values in parse_qs(parts.query).items()}
+
+    def _is_ours(self) -> bool:
+        """True if the request is meant for this server; else it is refused."""
+        if self.headers.get("Host") in self.server.hosts:
+            return True
+        self.close_connection = True
+        self._fail(HTTPStatus.MISDIRECTED_REQUEST, f"this server answers as {' or '.join(sorted(self.server.hosts))}")
+        return False
+
+    def _body(self) -> dict[str, Any] | None:
+        """The JSON object of a request; None after it was refused."""
+        try:
+            size = int(self.headers.get("Content-Length", "0"))
+            if not 0 < size <= MOST_BODY:
+                raise ValueError(f"{size:,} bytes, of 1 to {MOST_BODY:,}")
+            found = json.loads(self.rfile.read(size))
+            if not isinstance(found, dict):
+                raise TypeError(f"{type(found).__name__}, not an object")
+        except (ValueError, TypeError) as error:
+            self.close_connection = True  # what is left of the body is not read
+            self._fail(HTTPStatus.BAD_REQUEST, f"the body of a request is a JSON object: {error}")
+            return None
+        return found
+
+    def _read(self, path: list[str], query: dict[str, str]) -> Any:
+        """The answer to a question, by the words of its path after /api/."""
+        site = self.server.site
+        match path:
+            case ["facts"]:
+                return site.facts()
+            case ["overview"]:
+                return site.overview()
+            case ["list"]:
+                return site.listing(
+                    _filters(query),
+                    query.get("order", "index"),
+                    _whole(query.get("start", "0")),
+                    falling=query.get("falling", "0") == "1",
+                    labelled=query.get("labelled", "0") == "1",
+                )
+            case ["feature", latent]:
+                return site.feature(_whole(latent))
+            case ["beside", latent]:
+                falling = query.get("falling", "0") == "1"
+                return site.beside(_whole(latent), _filters(query), query.get("order", "index"), falling=falling)
+            case ["examples", latent, kind]:
+                return site.examples(_whole(latent), kind)
+            case ["compare"]:
+                return site.compare([_whole(latent) for latent in query.get("ids", "").split(",")])
+            case ["search"]:
+                return site.search(query.get("q", ""))
+            case ["metrics"]:
+                return site.metrics()
+        raise LookupError("/".join(path))
+
+    def _act(self, path: str, body: dict[str, Any]) -> None:
+        """Answer a request that writes or computes."""
+        site, words = self.server.site, path.split("/")[1:]
+        match words:
+            case ["api", "label", latent]:
+
+                def put() -> dict[str, Any]:
+                    at = int(site.feature(_whole(latent))["id"])
+                    site.labels.put(at, str(body.get("label", "")))
+                    return {"id": at, "label": site.labels.get(at)}
+
+                self._answer(put)
+            case ["api", "text"]:
+                self._answer(lambda: self._live().text(str(body.get("text", ""))))
+            case ["api", "steer"]:
+                self._steer(body)
+            case _:
+                self._fail(HTTPStatus.NOT_FOUND, f"no such request: {path}")
+
+    def _live(self) -> Any:
+        if self.server.site.live is None:
+            raise ConfigError("no model was given; start the page with --model")
+        return self.server.site.live
+
+    def _steer(self, body: dict[str, Any]) -> None:
+        try:
+            features = self.server.site.features
+            turned = [int(turn["feature"]) for turn in body.get("turns", []) if "feature" in turn]
+            largest = {i: features[i].max for i in turned if 0 <= i < len(features) and not features[i].is_dead}
+            pieces = self._live().steer(body, largest)
+        except (SaetrainError, ActshuffleError, ValueError, TypeError) as error:
+            self._fail(HTTPStatus.BAD_REQUEST, str(error))
+            return
+        self._stream(pieces)
+
+    # --- answers
+
+    def _answer(self, work: Any) -> None:
+        try:
+            found = work()
+        except LookupError as error:
+            self._fail(HTTPStatus.NOT_FOUND, f"there is no {error}")
+        except (SaetrainError, ActshuffleError) as error:
+            self._fail(HTTPStatus.BAD_REQUEST, str(error))
+        except OSError as error:
+            self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, f"{error.strerror or error}: {error.filename or ''}")
+        else:
+            self._send(HTTPStatus.OK, _json(found), "application/json")
+
+    def _fail(self, status: HTTPStatus, message: str) -> None:
+        self._send(status, _json({"error": message}), "application/json")
+
+    def _file(self, name: str) -> None:
+        if name in self.server.files:
+            self._send(HTTPStatus.OK, self.server.files[name], TYPES[name.split(".")[-1]])
+        else:
+            self._fail(HTTPStatus.NOT_FOUND, f"no such file: {name}")
+
+    def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        for name, value in {**SAFE, "Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _stream(self, pieces: Iterable[dict[str, Any]]) -> None:
+        """JSON objects, one a line, as they come; an error on the way is the last of them."""
+        self.send_response(HTTPStatus.OK)
+        for name, value in {**SAFE, "Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        try:
+            for piece in pieces:
+                self._chunk(_json(piece) + b"\n")
+        except (SaetrainError, RuntimeError) as error:
+            self._chunk(_json({"which": "error", "text": str(error)}) + b"\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+
+def _json(found: Any) -> bytes:
+    return json.dumps(found, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ConfigError(f"a whole number is needed, not {text!r}")
+    return int(text)
+
+
+def _filters(query: dict[str, str]) -> list[Filter]:
+    """From density=1e-4,1e-3 and the like."""
+    found = []
+    for name, text in query.items():
+        if name in ("order", "start", "falling", "labelled"):
+            continue
+        try:
+            low, high = map(float, text.split(","))
+        except ValueError as error:
+            raise ConfigError(f"a filter is two numbers, as {name}=1e-4,1e-3, not {text!r}") from error
+        found.append((name, low, high))
+    return found

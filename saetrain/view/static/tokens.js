@@ -1,0 +1,81 @@
+// Text with the activation of a feature under each token.
+
+import { h, short, visible, whole } from "/static/dom.js";
+
+const BEFORE = 22;
+const AFTER = 10;
+
+function piece(text, value, most, here) {
+  const share = most > 0 ? Math.min(value / most, 1) : 0;
+  const classes = `span.token${share > 0 ? ".on" : ""}${here ? ".here" : ""}`;
+  const shown = text.replace(/\n/g, "⏎\n");
+  return h(classes, { "--a": share.toFixed(3), title: `${visible(text)}  ${value ? short(value) : "0 or not kept"}` }, shown);
+}
+
+// One example: its value, where it is from, and the text around it, of which a click shows all.
+export function example(found, most) {
+  const where = found.name ?? (found.document === null ? null : `document ${whole(found.document)}`);
+  const line = h("p.text");
+  let wide = false;
+  const fill = () => {
+    const first = wide ? 0 : Math.max(found.at - BEFORE, 0);
+    const end = wide ? found.tokens.length : Math.min(found.at + AFTER + 1, found.tokens.length);
+    const cut = (yes) => (yes ? h("span.cut", { "aria-hidden": "true" }, "…") : null);
+    line.replaceChildren(
+      ...[
+        cut(first > 0),
+        ...found.tokens.slice(first, end).map((text, i) => piece(text, found.acts[first + i], most, first + i === found.at)),
+        cut(end < found.tokens.length),
+      ].filter(Boolean),
+    );
+  };
+  fill();
+  const longer = found.tokens.length > found.at + AFTER + 1 || found.at > BEFORE;
+  const toggle = h(
+    "button.quiet.small",
+    {
+      type: "button",
+      "aria-expanded": "false",
+      onclick: () => {
+        wide = !wide;
+        toggle.textContent = wide ? "less" : "more";
+        toggle.setAttribute("aria-expanded", String(wide));
+        fill();
+      },
+    },
+    "more",
+  );
+  return h(
+    "li.example",
+    {},
+    h("span.value", { title: "activation" }, short(found.value)),
+    h("div", {}, found.tokens.length ? line : h("p.text.empty", {}, "no text: the store is not at hand, or has no tokens")),
+    h("span.where", {}, where ? h("span.name", { title: where }, where) : null, h("span", {}, `row ${whole(found.row)}`), longer ? toggle : null),
+  );
+}
+
+export function examples(found, most) {
+  if (!found.length) return h("p.empty", {}, "No examples of this kind.");
+  return h("ol.examples", {}, found.map((one) => example(one, most)));
+}
+
+// Tokens of a pasted text; `pick` is called with the number of the one that is chosen.
+export function chooser(tokens, acts, most, pick, chosen) {
+  return h(
+    "p.text.paste",
+    {},
+    tokens.map((text, i) =>
+      h(
+        `button.token${acts && acts[i] > 0 ? ".on" : ""}${i === chosen ? ".here" : ""}`,
+        {
+          type: "button",
+          "--a": (acts && most > 0 ? Math.min(acts[i] / most, 1) : 0).toFixed(3),
+          "aria-pressed": String(i === chosen),
+          onclick: () => pick(i),
+        },
+        text.replace(/\n/g, "⏎\n"),
+      ),
+    ),
+  );
+}
+
