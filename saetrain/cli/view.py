@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from saetrain.cli.models import open_both
 from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
-from saetrain.cli.probing import open_both
 from saetrain.errors import ConfigError
 from saetrain.probing.causal import DTYPES
 from saetrain.reading.latents import Features, open_features

@@ -35,7 +35,7 @@ class Quantity(NamedTuple):
 
 
 QUANTITIES = {
-    "density": Quantity("Density: share of rows on which a feature is active", "stat/density", True, 4),
+    "density": Quantity("Density (share of rows)", "stat/density", True, 4),
     "max": Quantity("Largest activation", "stat/max", True, 8),
     "documents": Quantity("Documents in which it is active", "stat/documents", True, 4),
     "cosine": Quantity("Cosine to the nearest decoder row", "near/cosine", False, 25),
@@ -162,8 +162,8 @@ class Lists:
             best += zip((-weight).tolist(), (row + start).tolist(), strict=True)
             best = sorted(best)[: 4 * FOUND]
         seen: dict[int, float] = {}
-        for weight, latent in best:
-            seen.setdefault(latent, -weight)
+        for negative, latent in best:
+            seen.setdefault(latent, -negative)
         return list(seen.items())[:FOUND]
 
     def _parts(self, name: str) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -50,7 +50,7 @@ class Server(ThreadingHTTPServer):
             raise ConfigError(f"port {port} of {HOST} cannot be used: {error.strerror}; give another --port") from error
         self.site, self.token = site, secrets.token_urlsafe(32)
         self.hosts = {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
-        folder = files("saetrain.view").joinpath("static")
+        folder = Path(__file__).with_name("static")
         self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name.split(".")[-1] in TYPES}
 
     @property

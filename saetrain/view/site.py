@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from saetrain.errors import ConfigError
-from saetrain.reading.latents import Example, Feature, Features
+from saetrain.reading.latents import Feature, Features
+from saetrain.reading.records import Example
 from saetrain.training.log import read_log
 from saetrain.view.labels import Labels
 from saetrain.view.lists import QUANTITIES, Filter, Lists

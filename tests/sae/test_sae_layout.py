@@ -31,6 +31,7 @@ LAYERS = [
     "products",
     "exchange opening features",
     "probing reading",
+    "view",
     "runs",
     "cli __init__",
     "__main__",

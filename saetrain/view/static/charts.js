@@ -10,7 +10,7 @@ function ticksOf(edges, log) {
     const [first, last] = [Math.ceil(Math.log10(low) - 1e-9), Math.floor(Math.log10(high) + 1e-9)];
     const step = Math.max(1, Math.ceil((last - first + 1) / 7));
     const found = [];
-    for (let at = first; at <= last; at += step) found.push([10 ** at, power(10 ** at)]);
+    for (let at = first; at <= last; at += step) found.push([10 ** at, at >= -2 && at <= 4 ? short(10 ** at) : power(10 ** at)]);
     return found.length > 1 ? found : [[low, short(low, 2)], [high, short(high, 2)]];
   }
   const step = niceStep((high - low) / 4);
