@@ -16,6 +16,11 @@ CGROUP_FILES = (
     "memory.high",
     "memory.low",
 )
+# A container's hard limit, its use, and its pages by kind; cgroup v1 and v2.
+CGROUP_USAGE = (
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ("memory.max", "memory.current", "memory.stat"),
+)
 
 
 @lru_cache(maxsize=2)
@@ -29,6 +34,20 @@ def machine_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         with suppress(OSError, ValueError):  # no such limit: the file is absent, or says "max"
             limits.append(int((cgroup / name).read_text()))
     return min(limit for limit in limits if limit > 0)
+
+
+def free_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of memory that are free, or that the page cache would give back, here and within this container's limit."""
+    found = [machine_memory()]
+    with suppress(OSError, ValueError, StopIteration):
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        found.append(int(line.split()[1]) << 10)
+    for limit, usage, cache in CGROUP_USAGE:
+        with suppress(OSError, ValueError):
+            facts = dict(line.split() for line in (cgroup / cache).read_text().splitlines())
+            dropped = sum(int(facts.get(name, 0)) for name in ("inactive_file", "active_file"))
+            found.append(int((cgroup / limit).read_text()) - int((cgroup / usage).read_text()) + dropped)
+    return max(0, min(found))
 
 
 def cores() -> int:

@@ -16,11 +16,8 @@ from actshuffle.engine.job import Job
 from actshuffle.engine.request import KNOBS
 from actshuffle.errors import RequestError
 from actshuffle.planning.forecast import forecast, text
-from actshuffle.planning.report import plan_report, plan_text
-from actshuffle.planning.tree import Plan
+from actshuffle.planning.report import plan_report, plan_text, way_report, way_text
 from actshuffle.units import format_bytes
-
-GATHER_HINT = "The source fits into this machine's memory: with --gather it is read and written once, without scratch."
 
 
 @click.command()
@@ -44,7 +41,7 @@ def run(executor: Any, display: Any, src: str, dst: str, **options: Any) -> Answ
     """
 
     def planned(job: Job) -> None:
-        display.line("plan", _plan_line(job.plan))
+        display.line("plan", _plan_line(job))
         display.before(job.plan.rows * job.plan.row_bytes)
 
     result = running.shuffle(src, dst, executor=executor, progress=display, planned=planned, **options)
@@ -64,7 +61,11 @@ def run(executor: Any, display: Any, src: str, dst: str, **options: Any) -> Answ
     return Answer(document, str(result))
 
 
-def _plan_line(plan: Plan) -> str:
+def _plan_line(job: Job) -> str:
+    plan = job.plan
+    if job.kind.gathers:
+        where = "memory, decoded first" if plan.staged else "the page cache"
+        return f"1 level, rows taken from {where}, no spill, {format_bytes(plan.memory)} per worker"
     blocks = sum(plan.blocks(level) for level in range(1, plan.levels))
     levels = f"{plan.levels} level{'s' * (plan.levels != 1)}"
     scratch = f"{blocks:,} block{'s' * (blocks != 1)}, {format_bytes(plan.scratch_bytes)} scratch"
@@ -80,7 +81,7 @@ def _plan_line(plan: Plan) -> str:
 @CLUSTER
 @look
 def plan(simulate: bool, simulation_seed: int, **options: Any) -> Answer:
-    """Show the plan of a run: levels, tasks, memory, disk.  Writes nothing.
+    """Show the plan of a run: levels, tasks, memory, disk, and the ways that were compared.  Writes nothing.
 
     With --hosts, also show its time on that many hosts, its bottleneck, and its cost.
 
@@ -97,13 +98,14 @@ def plan(simulate: bool, simulation_seed: int, **options: Any) -> Answer:
         options["workers"] = options["workers"] or cluster.workers
         options["memory"] = options["memory"] or "4GB"  # of theirs; this machine's is not theirs
         options["remote"] = cluster.scratch == "store"
-    made = preview.plan(**options)
+        options["gather"] = False if options["src"] else None
+        if options["spill_memory"] is None:
+            options["spill_memory"] = 0  # this machine's memory is not theirs
+    ways, made = preview.ways(**options)
     found, told = plan_report(made), plan_text(made)
-    if options["src"] and cluster is None and not options["gather"]:
-        known = {name: options[name] for name in ("src", "fields", "workers", "storage_options")}
-        found["gathers_well"] = preview.gathers_well(made=made, **known)
-        if found["gathers_well"]:
-            told += "\n\n" + GATHER_HINT
+    if ways:
+        found["candidates"] = way_report(ways)
+        told += "\n\n" + way_text(ways)
     if cluster is not None:
         found["forecast"] = forecast(made, cluster, simulated=simulate, seed=simulation_seed)
         told += "\n\n" + text(found["forecast"])

@@ -35,7 +35,7 @@ def knob(name: str, *, help: str = "", shown: str = "") -> Callable[[F], F]:
     if kind.choices:
         return click.option(flag, metavar=kind.metavar, type=click.Choice(kind.choices), help=help)
     if kind.name == "switch":
-        names = f"{flag}/--no-{flag[2:]}" if found.default else flag
+        names = f"{flag}/--no-{flag[2:]}" if found.shown else flag
         return click.option(names, is_flag=True, default=None, help=help)
 
     def parse(text: str) -> Any:

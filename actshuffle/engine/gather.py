@@ -12,7 +12,10 @@ copy.  One look at all keys (`look`) finds the rows of all leaves; it leaves the
 
     keys/7       first key words of a range of rows, then their numbers, both grouped by bin (ordering/lookup.py)
     keys/runs    int64 (leaves, 1 + 2 * ranges): the bins of each leaf
-    keys/total   the digest of all first key words
+    keys/total   the digests of all first key words, and of the rows that were decoded
+
+Rows that lie in no plain file of this machine, since a codec packs them or a store holds them, are decoded once into
+its memory (`stage`), and lie there as files of plain rows until the run ends.
 
 The source's files are mapped side by side, so that a field is one array, and `numpy.take` copies each row from the
 page cache into the buffer that is written.  Where the system refuses to map them, rows are read: each by itself or,
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,13 +36,14 @@ from actshuffle.arrays.field import Field
 from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import I64, U8, U64
 from actshuffle.engine.job import Job, is_hex
-from actshuffle.errors import FormatError
+from actshuffle.engine.scratch import memory_objects
+from actshuffle.errors import ConservationError, FormatError
 from actshuffle.jobs.records import sealed, unsealed
 from actshuffle.ordering import lookup
 from actshuffle.ordering.digest import RowHash, from_hex, to_hex
 from actshuffle.ordering.keys import Keys
 from actshuffle.planning.tree import Plan
-from actshuffle.storage.buffers import Arena, kept, padded
+from actshuffle.storage.buffers import Arena, arena, kept, lean_heap, padded
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.mapping import MappedFiles
 from actshuffle.storage.objects import Objects, open_objects
@@ -52,6 +57,7 @@ PIECE = 1 << 20  # bytes of a column read at a time
 LOOKS = 8  # samples of the page cache, for each object
 READING = "reading"  # the stage that reads the source into the page cache
 KEYS = "keys"  # the stage that looks at all keys, and its folder in scratch
+DECODING = "decoding"  # the stage that brings rows into memory
 WARM_BYTES = 256 << 20  # bytes that one task reads
 
 
@@ -59,7 +65,7 @@ class Gather:
     """Takes the rows of one leaf from the source of a job."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self._source = job, Source(job.source)
+        self.job, self._homes = job, homes(job)
         self._mapped = kept(map_fields, job)
         for mapped in self._mapped:
             if mapped is not None:
@@ -75,22 +81,22 @@ class Gather:
         hi, self._rows = find_rows(self.job, leaf)
         order = np.argsort(self._rows) if self._narrow() else None
         for number in self._narrow():
-            field = self.job.fields[number]
+            objects, field = self._homes[number]
             found = memory.take((len(hi), field.row_bytes))
-            read_column(self._source, field, self._rows[order], found)
+            read_column(objects, field, self._rows[order], found)
             self._columns[number] = np.empty_like(found)
             self._columns[number][order] = found
         return hi, self._rows
 
     def read(self, number: int, start: int, stop: int, out: U8) -> None:
         """Fill ``out`` with rows ``[start, stop)`` of the leaf, of one field."""
-        field, rows, mapped = self.job.fields[number], self._rows[start:stop], self._mapped[number]
+        (objects, field), rows, mapped = self._homes[number], self._rows[start:stop], self._mapped[number]
         if mapped is not None:
             np.take(mapped.rows(field.row_bytes), field.mapped_at(rows), axis=0, out=out, mode="clip")
         elif number in self._columns:
             out[:] = self._columns[number][start:stop]
         else:
-            read_rows(self._source, field, rows, out)
+            read_rows(objects, field, rows, out)
 
     def _narrow(self) -> list[int]:
         """Numbers of the fields of which a leaf reads the whole column."""
@@ -99,12 +105,58 @@ class Gather:
 
 
 def map_fields(job: Job) -> list[MappedFiles | None]:
-    """The source's files, field by field; None for a field whose files cannot be mapped."""
-    found, objects = list[MappedFiles | None](), Source(job.source).objects
-    for field in job.fields:
+    """The files of plain rows, field by field; None for a field whose files cannot be mapped."""
+    found = list[MappedFiles | None]()
+    for objects, field in homes(job):
         keys = [key for key, _, _ in field.spans(0, job.plan.rows)]
         found.append(objects.mapped(keys, field.source_chunk_rows * field.row_bytes, field.slot_bytes))
     return found
+
+
+def homes(job: Job) -> list[tuple[Objects, Field]]:
+    """Where the rows of each field lie in plain files: in the source, or in memory, where a task decoded them."""
+    source, memory, found = open_objects(job.source), memory_objects(job), list[tuple[Objects, Field]]()
+    for number, field in enumerate(job.fields):
+        if memory is None or (field.source_key and source.is_local):
+            found.append((source, field))
+            continue
+        step, leaf_rows = field.source_chunk_rows, job.plan.leaf_rows
+        step = leaf_rows // step * step if step <= leaf_rows else leaf_rows  # fits into a task's memory
+        found.append((memory, replace(field, source_key=f"rows/{number}.{{}}", source_chunk_rows=step)))
+    return found
+
+
+def stage_calls(job: Job) -> list[tuple[Job, int, int]]:
+    """The calls of `stage` that decode all rows which lie in no plain files."""
+    return [
+        (job, number, at)
+        for number, (_, field) in enumerate(homes(job))
+        if field != job.fields[number]
+        for at in range(-(-job.plan.rows // field.source_chunk_rows))
+    ]
+
+
+def stage(job: Job, number: int, at: int) -> tuple[int, U64, int]:
+    """Decode some rows of a field into memory, unless they are there; returns the field, their digest, their bytes.
+
+    They are there if a record of this job follows them, as a receipt follows the data of a task.
+    """
+    objects, field = homes(job)[number]
+    key, step = field.source_key.format(at), field.source_chunk_rows
+    start, stop = at * step, min((at + 1) * step, job.plan.rows)
+    size, nbytes = step * field.row_bytes, (stop - start) * field.row_bytes
+    body = unsealed(objects.get(f"{key}.json"))
+    if body is not None and body.get("job") == job.identity and objects.size(key) == size:
+        return number, from_hex(body["sum"]), nbytes
+    rows = arena().reset(padded(nbytes)).take((stop - start, field.row_bytes))
+    with lean_heap():
+        Source(job.source, job.fill_missing).read(job.fields[number], start, rows)
+    numbers = np.arange(start, stop, dtype=np.uint64)
+    total = RowHash(job.keys.seed, 1 + number, field.row_bytes).total(rows, numbers)
+    with objects.writer(key, size) as out:
+        out.write(rows.data.cast("B"))
+    objects.put(f"{key}.json", sealed({"job": job.identity, "sum": to_hex(total)}))
+    return number, total, nbytes
 
 
 # --- Keys -----------------------------------------------------------------------------------------------------
@@ -127,15 +179,22 @@ def look(job: Job, number: int) -> tuple[int, I64, U64]:
     return number, cuts, keys_total(job.keys, start, stop)
 
 
-def write_runs(job: Job, looks: Iterable[tuple[int, I64, U64]]) -> None:
-    """Store what the leaves need to know of all looks, which come in any order."""
+def write_runs(job: Job, looks: Iterable[tuple[int, I64, U64]], staged: Iterable[tuple[int, U64, int]]) -> None:
+    """Store what the leaves need to know of all looks, and the digests of what was looked at and decoded.
+
+    Both come in any order.
+    """
     plan, found = job.plan, sorted(looks, key=lambda one: one[0])
     ranks = np.minimum(np.arange(plan.leaves + 1, dtype=np.int64) * plan.leaf_rows, plan.rows)
     if found:
         table = lookup.runs(np.array([cuts for _, cuts, _ in found]), ranks)
         _scratch(job).put(f"{KEYS}/runs", table.astype("<i8").tobytes())
     total = sum((total for _, _, total in found), np.zeros(2, np.uint64))
-    _scratch(job).put(f"{KEYS}/total", sealed({"job": job.identity, "keys": to_hex(total)}))
+    sums: dict[str, U64] = {}
+    for number, digest, _ in staged:
+        sums[job.fields[number].name] = sums.get(job.fields[number].name, np.zeros(2, np.uint64)) + digest
+    body = {"job": job.identity, "keys": to_hex(total), "fields": {name: to_hex(s) for name, s in sums.items()}}
+    _scratch(job).put(f"{KEYS}/total", sealed(body))
 
 
 def find_rows(job: Job, leaf: int) -> tuple[U64, U64]:
@@ -163,12 +222,25 @@ def find_rows(job: Job, leaf: int) -> tuple[U64, U64]:
     return lookup.picked(job.keys, words, skip, stop - first)
 
 
-def recorded_total(job: Job) -> U64 | None:
-    """The digest of all keys that the looks at them found; None if there is no record of it."""
+def check_whole(job: Job, keys: U64, sums: dict[str, str]) -> None:
+    """Check that a gather wrote every row once, by the digest of its keys, and every decoded row as it was decoded.
+
+    ``sums`` are the digests of all rows of each field that was written.
+    """
     body = unsealed(_scratch(job).get(f"{KEYS}/total"))
     if body is None or body.get("job") != job.identity or not is_hex(body.get("keys"), 32):
-        return None
-    return from_hex(body["keys"])
+        if job.plan.staged:
+            raise FormatError(f"{KEYS}/total in {job.scratch} is gone or damaged; --overwrite starts again")
+        body = {"keys": to_hex(keys_total(job.keys, 0, job.plan.rows))}
+    if to_hex(keys) != body["keys"]:
+        raise ConservationError(
+            "the leaves do not hold every row exactly once; nothing was published: --overwrite starts again"
+        )
+    if wrong := sorted(name for name, digest in body.get("fields", {}).items() if sums.get(name) != digest):
+        raise ConservationError(
+            f"rows of {', '.join(wrong)} are not those that were decoded into memory; nothing was published: "
+            "--overwrite starts again"
+        )
 
 
 def keys_total(keys: Keys, start: int, stop: int) -> U64:
@@ -202,7 +274,7 @@ def _other_rows(leaf: int, rows: int) -> FormatError:
 # --- Rows -----------------------------------------------------------------------------------------------------
 
 
-def read_column(source: Source, field: Field, rows: U64, out: U8) -> None:
+def read_column(objects: Objects, field: Field, rows: U64, out: U8) -> None:
     """Read ascending rows of a field, and every row between them, and pick them into uint8 ``(m, row_bytes)``."""
     width = field.row_bytes
     piece = np.empty((max(1, PIECE // width), width), np.uint8)
@@ -211,26 +283,26 @@ def read_column(source: Source, field: Field, rows: U64, out: U8) -> None:
         first = int(rows[at])
         end = at + int(np.searchsorted(rows[at:], np.uint64(first + len(piece))))
         part = piece[: int(rows[end - 1]) - first + 1]
-        source.objects.read([*field.extents(first, first + len(part), part.data.cast("B"))])
+        objects.read([*field.extents(first, first + len(part), part.data.cast("B"))])
         picked = (rows[at:end] - np.uint64(first)).astype(np.intp)
         np.take(part, picked, axis=0, out=out[at:end], mode="clip")
         at = end
 
 
-def read_rows(source: Source, field: Field, rows: U64, out: U8) -> None:
+def read_rows(objects: Objects, field: Field, rows: U64, out: U8) -> None:
     """Read any rows of a field, in the order given, by one read each, into uint8 ``(m, row_bytes)``."""
     width, view = field.row_bytes, out.data.cast("B")
     for start in range(0, len(rows), AT_ONCE):
         goal = view[start * width :]
         for key, offsets, goals in field.scattered(rows[start : start + AT_ONCE].astype(np.int64)):
-            source.objects.read_rows(key, width, offsets, goal, goals)
+            objects.read_rows(key, width, offsets, goal, goals)
 
 
 def warm_calls(job: Job) -> list[tuple[Job, Field, int, int]]:
-    """The calls of `warm` that cover the whole source."""
+    """The calls of `warm` that cover all plain files of the source."""
     calls = []
-    for field in job.fields:
-        objects = -(-job.plan.rows // field.source_chunk_rows)
+    for (_, home), field in zip(homes(job), job.fields, strict=True):
+        objects = -(-job.plan.rows // field.source_chunk_rows) if home == field else 0
         some = max(1, WARM_BYTES // (field.source_chunk_rows * field.row_bytes))
         calls += [(job, field, at, min(at + some, objects)) for at in range(0, objects, some)]
     return calls
@@ -238,7 +310,7 @@ def warm_calls(job: Job) -> list[tuple[Job, Field, int, int]]:
 
 def warm(job: Job, field: Field, first: int, stop: int) -> int:
     """Read objects of the source in order into the page cache, unless they are there; return their bytes."""
-    objects, step, total = Source(job.source).objects, field.source_chunk_rows, 0
+    objects, step, total = open_objects(job.source), field.source_chunk_rows, 0
     piece = memoryview(bytearray(PIECE))
     for key, _, size in field.spans(first * step, min(stop * step, job.plan.rows)):
         # The places are random, since a look at an absent page brings it into the cache.

@@ -18,13 +18,14 @@ from actshuffle.arrays.metadata import ZarrArray, is_group, open_node, output_fi
 from actshuffle.arrays.names import MARKER_KEY, OUR_GROUP, SOURCE_ROW
 from actshuffle.engine import manifest
 from actshuffle.engine.job import Facts, Job, Kind
-from actshuffle.engine.preview import check_gather, check_room, is_remote, plan_for, tasks_for, with_memory
+from actshuffle.engine.preview import Outlook, check_gather, check_room, is_remote, plan_for
 from actshuffle.engine.request import Request
 from actshuffle.engine.scratch import check_memory, clear_scratch, recorded_scratch, scratch_place
 from actshuffle.errors import DestinationExistsError, FormatError, InfeasibleError, RequestError, ResumeMismatchError
 from actshuffle.executors.base import Executor
 from actshuffle.jobs.locks import Locks
 from actshuffle.ordering.keys import Keys
+from actshuffle.planning.memory import SPILL_ROW
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place, local_path
@@ -65,9 +66,8 @@ def prepare(
             recorded_scratch(dst, recorded)
     else:
         seed = secrets.randbits(63) if marker is None else marker.get("seed", 0)
-        settled = request.filled(seed=seed, tasks_wanted=tasks_for(crew.workers))
-        if settled.memory is None and settled.block_bytes is None:
-            settled = with_memory(settled, arrays, crew, src, dst)
+        outlook = Outlook(src, arrays, crew.workers, crew.one_machine, is_remote(dst), crew.task_memory)
+        settled = outlook.choose(request.filled(seed=seed))
     job = make_job(src, dst, arrays, settled, fsync=fsync)
     for part in job.known.behind:
         check_places(Place(part, src.options), dst, request.scratch)
@@ -119,7 +119,7 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Requ
     gappy: set[str] = set()
     fields = [source_field(name, array) for name, array in arrays.items()]
     if request.gather:
-        check_gather(src, fields, request)
+        check_gather(src, request)
     if not request.fill_missing and (found := virtual.inventory(src, list(arrays))) is not None:
         identity, beyond = found
     else:
@@ -133,14 +133,13 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Requ
         )
     kind, asked = _kind_of(src, beyond), request
     if request.gather:
-        if gappy:
-            raise RequestError(
-                f"{', '.join(sorted(gappy))} of {src} lacks chunks, whose rows cannot be gathered: leave --gather out"
-            )
         kind = Kind.GATHER
     elif kind is not Kind.SHUFFLE:  # leaves alone, as many as memory asks for; they need no runs
         asked = request.changed(run_bytes=1)
     plan = plan_for(arrays, fields, asked, remote=is_remote(dst), remote_source=is_remote(src))
+    if kind.gathers:
+        staged = sum(f.row_bytes for f in fields if is_remote(src) or not f.source_key)
+        plan = dataclasses.replace(plan, staged=plan.rows * staged)
     if not kind.ranked:
         plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=(), spill_memory=0)
     widest = max(f.row_bytes for f in fields)
@@ -273,8 +272,11 @@ def _changed(job: Job, request: Request, marker: dict[str, Any]) -> Iterator[str
         yield f"arrays were {', '.join(sorted(had))}, now {', '.join(sorted(now))}"
     # Without these the chunks follow from the machine's memory, which need not be the same again.
     chunked = {"memory", "block_bytes", "chunk_rows", "chunks_per_shard"} & request.given
-    for part in ("codecs", "chunk_grid") if chunked else ("codecs",):
-        if any(was[name].get(part) != now[name].get(part) for name in set(now) & had):
+    # Chunks of narrower arrays follow from the number of leaves, too.
+    widest = max(f.row_bytes for f in job.outputs)
+    chosen = {f.name for f in job.outputs if f.row_bytes == widest} & had
+    for part, names in (("codecs", set(now) & had), ("chunk_grid", chosen if chunked else set[str]())):
+        if any(was[name].get(part) != now[name].get(part) for name in names):
             yield "the codec was another" if part == "codecs" else "the chunks had another size"
 
 
@@ -293,21 +295,22 @@ def _written(job: Job, name: str) -> dict[str, Any]:
 def _check_space(job: Job) -> None:
     plan = job.plan
     out, spill = open_objects(job.destination), open_objects(job.scratch)
+    keys = plan.rows * SPILL_ROW * job.kind.gathers
     needs = [
         (job.destination, out.free_bytes(), plan.output_bytes),
-        (job.scratch, spill.free_bytes(), plan.scratch_bytes),
+        (job.scratch, spill.free_bytes(), plan.scratch_bytes + keys),
     ]
     if plan.kept_bytes:
         check_memory(job)
     places = [local_path(job.destination), local_path(job.scratch)]
     if all(places) and _device(places[0]) == _device(places[1]):
-        needs = [(job.destination, out.free_bytes(), plan.disk_bytes)]
+        needs = [(job.destination, out.free_bytes(), plan.disk_bytes + keys)]
     for place, free, need in needs:
         if free is not None and need > free:
             raise InfeasibleError(
                 f"{place.url} needs {format_bytes(need)} and its disk has {format_bytes(free)} free "
                 f"(output {format_bytes(plan.output_bytes)}, "
-                f"scratch up to {format_bytes(plan.scratch_bytes)}); "
+                f"scratch up to {format_bytes(plan.scratch_bytes + keys)}); "
                 "free some, or give --scratch on another disk"
             )
 

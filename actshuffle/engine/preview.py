@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,20 @@ from actshuffle.arrays.codecs import CODECS
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.metadata import ZarrArray, source_arrays, source_buffer, source_field
 from actshuffle.engine.request import Request
+from actshuffle.engine.scratch import free_shared
 from actshuffle.errors import InfeasibleError, RequestError
-from actshuffle.executors.base import SHARE, Executor
-from actshuffle.machine import machine_memory
+from actshuffle.executors.base import SHARE
+from actshuffle.machine import free_memory, machine_memory
 from actshuffle.planning.memory import MemoryModel
 from actshuffle.planning.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan
+from actshuffle.planning.strategy import Candidate, Site, candidates, cheapest
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
 from actshuffle.units import format_bytes, parse_bytes, parse_count, whole
 
 PREFERRED_MEMORY = 2 << 30  # a worker takes more only if that saves a level
-WIDE_ROW = 2 << 10  # bytes; gathering takes 0.6 of the time of two levels for rows of 8 KiB, and 1.1 of it for 512 B
+LOOKS = 64  # samples of the page cache
 
 
 def plan(
@@ -39,67 +44,145 @@ def plan(
     codec: str = "none",
     fields: Iterable[str] | None = None,
     spill_memory: str | int | None = None,
-    gather: bool = False,
+    gather: bool | None = None,
     workers: int | None = None,
     remote: bool = False,
     storage_options: dict[str, Any] | None = None,
 ) -> Plan:
-    """The plan that `actshuffle.shuffle` would follow, for a store or for a number of rows and bytes per row.
+    """The plan that `actshuffle.shuffle` would follow now, for a store or for a number of rows and bytes per row.
 
+    For a store it is the plan of the cheapest way (`actshuffle.planning.strategy`), unless an argument names one.
     Give ``src``, or ``rows`` and ``row_bytes``.  Without ``memory`` or ``block_bytes`` the plan is made for this
     machine.  ``remote`` means that scratch and output are in an object store.  Raises `InfeasibleError`, with the
     arithmetic, where no plan is possible.
     """
+    return ways(**locals())[1]
+
+
+def ways(
+    src: str | Path | None, *, workers: int | None = None, remote: bool = False, **options: Any
+) -> tuple[list[Candidate], Plan]:
+    """The ways among which the planner chooses, none where an argument names one, and the plan of `plan`."""
+    rows, row_bytes, request = options.get("rows"), options.get("row_bytes"), Request.among(options)
     if (src is None) == (rows is None or row_bytes is None):
         raise RequestError("give a source, or both rows and row bytes")
-    if gather and src is None:
-        raise RequestError("rows are gathered from a store: give one")
     crew = whole("workers", workers or 0) or 1
-    request = Request.among(locals()).filled(tasks_wanted=tasks_for(crew))
-    if request.memory is None and request.block_bytes is None:
-        request = request.changed(memory=default_memory(crew))
     if src is None:
+        if request.gather:
+            raise RequestError("rows are gathered from a store: give one")
+        request = request.filled(tasks_wanted=tasks_for(crew))
+        if request.memory is None and request.block_bytes is None:
+            request = request.changed(memory=default_memory(crew))
         assert rows is not None
         assert row_bytes is not None
         width = parse_bytes(row_bytes)
         model = MemoryModel(width, remote=True, output_copies=2) if remote else MemoryModel(width)
-        return plan_rows(parse_count(rows), model, request)
-    place = as_place(src, storage_options)
-    arrays, described = _described(place, request.fields)
-    if gather:
-        check_gather(place, described, request)
-    made = plan_for(arrays, described, request, remote=remote, remote_source=is_remote(place))
-    if gather:
+        return [], plan_rows(parse_count(rows), model, request)
+    place = as_place(src, options.get("storage_options"))
+    arrays = source_arrays(place, request.fields)
+    outlook = Outlook(place, arrays, crew, True, remote, lambda: int(SHARE * machine_memory() / crew))
+    found = outlook.candidates(request)
+    made = outlook.plan(request.changed(**cheapest(found).asks) if found else request)
+    if request.gather:
         check_room(made, crew)
-    return made
+    return found, made
 
 
-def gathers_well(
-    src: str | Path,
-    made: Plan,
-    *,
-    fields: Iterable[str] | None = None,
-    workers: int | None = None,
-    storage_options: dict[str, Any] | None = None,
-) -> bool:
-    """True if gathering reads and writes less than this plan of several levels, and takes less time.
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a source and of those who work on it before a plan is made.
 
-    The source must fit into this machine's memory, and its rows must be so wide that reading each by itself is
-    quicker than another level.
+    ``remote`` means that spill and output are in an object store; ``most`` asks for the memory that a worker has.
     """
-    place = as_place(src, storage_options)
-    _, described = _described(place, fields)
-    try:
-        check_gather(place, described, Request())
-        check_room(made, workers or 1)
-    except (RequestError, InfeasibleError):
-        return False
-    return made.levels > 1 and max(f.row_bytes for f in described) >= WIDE_ROW
+
+    src: Place
+    arrays: dict[str, ZarrArray]
+    workers: int
+    one_machine: bool
+    remote: bool
+    most: Callable[[], int]
+
+    @cached_property
+    def fields(self) -> list[Field]:
+        return [source_field(name, array) for name, array in self.arrays.items()]
+
+    def settle(self, request: Request) -> Request:
+        """The request with tasks for all workers, and with a moderate share of a worker's memory, or with all of it
+        where that saves a level."""
+        request = request.filled(tasks_wanted=tasks_for(self.workers))
+        if request.memory is not None or request.block_bytes is not None:
+            return request
+        most = request.changed(memory=self.most() * request.tasks_per_worker)
+        some = request.changed(memory=min(PREFERRED_MEMORY * request.tasks_per_worker, most.memory or 0))
+        try:
+            wide, lean = self._plan(most), self._plan(some)
+        except InfeasibleError:
+            return most
+        return some if lean.levels <= wide.levels else most
+
+    def plan(self, request: Request) -> Plan:
+        """The plan of a request; a gather is checked first."""
+        if request.gather:
+            check_gather(self.src, request)
+        return self._plan(self.settle(request))
+
+    def _plan(self, request: Request) -> Plan:
+        return plan_for(self.arrays, self.fields, request, remote=self.remote, remote_source=is_remote(self.src))
+
+    def choose(self, request: Request) -> Request:
+        """The settled request for the cheapest way, where the request leaves a choice."""
+        found = self.candidates(request)
+        return self.settle(request.changed(**cheapest(found).asks) if found else request)
+
+    def candidates(self, request: Request) -> list[Candidate]:
+        """All ways to the output that a request allows; none where it allows one only."""
+        if not (wanted := choices(request, self.workers)) or virtual.open_reader(self.src) is not None:
+            return []
+        return [one for one in candidates(self._site(request), partial(self._try, request)) if one.name in wanted]
+
+    def _try(self, request: Request, **asks: Any) -> Plan:
+        return self._plan(self.settle(request.changed(**asks)))
+
+    def _site(self, request: Request) -> Site:
+        remote = is_remote(self.src)
+        # Which arrays have gaps, and must be read through zarr, is not known before the inventory.
+        coded = sum(f.row_bytes for f in self.fields if not f.source_key or request.fill_missing)
+        return Site(
+            workers=self.workers,
+            one_machine=self.one_machine,
+            free=free_memory(),
+            shared=free_shared(),
+            cached=0.0 if remote else _cached(self.src, next(iter(self.arrays.values())).shape[0], self.fields),
+            fields=len(self.fields),
+            staged=sum(f.row_bytes for f in self.fields) if remote else coded,
+            coded=coded,
+            remote=remote,
+            remote_output=self.remote,
+        )
 
 
-def _described(place: Place, fields: Iterable[str] | None) -> tuple[dict[str, ZarrArray], list[Field]]:
-    arrays = source_arrays(place, None if fields is None else tuple(fields))
-    return arrays, [source_field(name, array) for name, array in arrays.items()]
+def choices(request: Request, workers: int) -> set[str]:
+    """The ways among which the planner may choose: none where the request names one.
+
+    Whoever gives M or P asks for the arithmetic of passes, and whoever gives a number of levels for that number; a
+    single level may be gathered, since all workers then have a part of it.
+    """
+    if request.gather or request.given & {"block_bytes", "run_bytes", "spill_memory"}:
+        return set()
+    gathered = set() if "gather" in request.given else {"gather", "memory"}
+    if request.levels == "auto":
+        return gathered | {"spill", "levels"}
+    return gathered | {"levels"} if gathered and request.levels == 1 and workers > 1 else set()
+
+
+def _cached(src: Place, rows: int, fields: Sequence[Field]) -> float:
+    """The share of a source's bytes that the page cache holds, by samples of its widest plain array."""
+    plain = [f for f in fields if f.source_key]
+    if not plain or not rows:
+        return 1.0  # what a codec makes takes longer than the reads
+    widest, objects = max(plain, key=lambda f: f.row_bytes), open_objects(src)
+    spans = [next(widest.spans(row, row + 1)) for row in (secrets.randbelow(rows) for _ in range(LOOKS))]
+    return sum(objects.is_cached(key, offset) for key, offset, _ in spans) / LOOKS
 
 
 def plan_for(
@@ -152,36 +235,13 @@ def default_memory(workers: int) -> int:
     return min(PREFERRED_MEMORY, int(SHARE * machine_memory() / workers))
 
 
-def with_memory(request: Request, arrays: dict[str, ZarrArray], crew: Executor, src: Place, dst: Place) -> Request:
-    """The request with a moderate share of a worker's memory, or with all of it where that saves a level."""
-    fields = [source_field(name, array) for name, array in arrays.items()]
-    where = {"remote": is_remote(dst), "remote_source": is_remote(src)}
-    most = request.changed(memory=crew.task_memory() * request.tasks_per_worker)
-    some = request.changed(memory=min(PREFERRED_MEMORY * request.tasks_per_worker, most.memory or 0))
-    try:
-        wide, lean = plan_for(arrays, fields, most, **where), plan_for(arrays, fields, some, **where)
-    except InfeasibleError:
-        return most
-    return some if lean.levels <= wide.levels else most
-
-
-def check_gather(src: Place, fields: Sequence[Field], request: Request) -> None:
-    """Refuse sources whose rows cannot be read one by one: remote, virtual, compressed or sharded."""
+def check_gather(src: Place, request: Request) -> None:
+    """Refuse sources whose rows have no numbers of their own, and arguments that make no sense in one pass."""
     if request.levels not in ("auto", 1) or request.spill_memory:
         raise RequestError("gathering is one level without spill: leave --levels and --spill-memory out")
-    if not open_objects(src).is_local:
-        raise RequestError(
-            f"rows can be gathered from a store on this machine, and {src} is elsewhere: leave --gather out"
-        )
     if virtual.open_reader(src) is not None:
         raise RequestError(
             f"rows of {src} lie in other stores or files, and cannot be gathered one by one: leave --gather out"
-        )
-    decoded = [f.name for f in fields if not f.source_key]
-    if decoded:
-        raise RequestError(
-            f"rows of {', '.join(decoded)} must be decoded by the chunk, so they cannot be gathered one by "
-            "one: leave --gather out"
         )
 
 

@@ -119,17 +119,18 @@ class Request:
     """
 
     seed: int | None = _knob(SEED, "Seed of the order.", "drawn, and recorded in the output")
-    levels: int | Literal["auto"] = _knob(
-        LEVELS, "Number of passes over the data.", "auto, the fewest that fit", "auto"
-    )
+    levels: int | Literal["auto"] = _knob(LEVELS, "Number of passes over the data.", "auto, the cheapest way", "auto")
     memory: int | None = _knob(SIZE, "Most memory that one worker uses.", "a share of the machine, 2GiB at most")
     block_bytes: int | None = _knob(SIZE, "Size of the rows of one task (M).", "as --memory allows")
     run_bytes: int | None = _knob(SIZE, "Least size that is read in one piece (P).", "256KiB; 4MiB if remote")
     spill_memory: int = _knob(
-        ROOM, "Keep up to this much of the spill in memory (tmpfs), on top of --memory per worker.", "none", 0
+        ROOM, "Keep up to this much of the spill in memory (tmpfs), on top of --memory per worker.", "what is free", 0
     )
     gather: bool = _knob(
-        SWITCH, "Make one pass without spill, from a source that fits into this machine's memory.", default=False
+        SWITCH,
+        "Make one pass without spill, from a source that fits into this machine's memory.",
+        "where it is cheapest",
+        default=False,
     )
     chunk_rows: int | None = _knob(COUNT, "Rows per chunk of the widest array.", "about 32MiB")
     chunks_per_shard: int | None = _knob(COUNT, "Chunks per shard.", "1; more beyond 10^6 chunks")
@@ -195,6 +196,8 @@ class Request:
         """How this differs from an earlier request, in words; only values that a user gives count."""
         was, now = before.to_json(), self.to_json()
         differing = [k for k in sorted(now) if k not in _SOFT and getattr(self, k) != getattr(before, k)]
+        if self.levels == "auto" and "levels" in differing:  # the planner chose that number then
+            differing.remove("levels")
         return "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in differing)
 
 

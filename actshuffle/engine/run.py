@@ -30,7 +30,7 @@ from actshuffle.arrays.names import DIGESTS, OUR_GROUP, RECEIPTS, RUN_KEY
 from actshuffle.arrays.small import group_metadata, put_array
 from actshuffle.arraytypes import U64
 from actshuffle.engine import manifest, tasks
-from actshuffle.engine.gather import keys_total, recorded_total
+from actshuffle.engine.gather import check_whole
 from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
@@ -120,7 +120,8 @@ def shuffle(
     src, dst : paths or URLs.  ``src`` is a Zarr v2 or v3 array, or a group of arrays of equal length;
         ``dst`` becomes a Zarr v3 group.
     seed : non-negative int; drawn and recorded if not given.
-    levels : passes over the data, or "auto" (default) for the fewest that fit.
+    levels : passes over the data, or "auto" (default) for the cheapest way: one pass where the source fits into
+        memory, else the fewest levels that fit, with spill in free memory.
     memory : the most that one worker uses beyond its idle footprint ("2GB").
     block_bytes, run_bytes : M and P of the arithmetic of passes; derived if not given.
     chunk_rows, chunks_per_shard : chunking of the widest output array; chosen if not given.
@@ -130,9 +131,9 @@ def shuffle(
     missing_chunks : "refuse" (default) an absent source chunk, or "fill" it with the fill value.
     scratch : folder or URL for the intermediate; beside ``dst`` if not given.
     spill_memory : keep up to this much of the intermediate in this machine's memory ("8GB"), on top of
-        ``memory`` per worker; the rest goes to ``scratch``.  Default none.
-    gather : make one pass without spill, in which each row is read from the source separately; for a
-        source that fits into this machine's memory and lies as plain bytes on its disk.
+        ``memory`` per worker; the rest goes to ``scratch``.  By default "auto" levels take what is free.
+    gather : make one pass without spill, in which each row is taken from the source in the page cache, or from
+        memory into which it was decoded; False makes levels.  By default "auto" levels decide.
     workers : processes of a local Dask cluster for this run; 0 or None runs here, without Dask.
     client : a `distributed.Client` to run on instead.
     executor : an executor to run on instead of either; it stays open.
@@ -168,7 +169,7 @@ def shuffle(
             overwrite=overwrite,
             fsync=fsync,
         )
-        if (job.plan.spill_memory or job.kind.gathers) and not crew.one_machine:  # half done
+        if (job.plan.uses_memory or job.kind.gathers) and not crew.one_machine:  # half done
             raise RequestError(
                 f"{_NOT_SHARED}: {dst} is half done with it; resume it without a scheduler, or --overwrite starts again"
             )
@@ -291,14 +292,14 @@ def publish(job: Job) -> None:
             digests[name] += [from_hex(text) for text in texts]
         if job.kind.gathers:
             keys += from_hex(receipt["keys"])
-    if job.kind.gathers:
-        _check_keys(job, keys)
     sums: dict[str, str] = {}
     files: dict[str, bytes] = {}
     for name, found in digests.items():
         table = np.array(found, np.uint64).reshape(-1, 2)
         files |= put_array(objects, f"{DIGESTS}/{name}", table)
         sums[name] = to_hex(table.sum(axis=0, dtype=np.uint64))
+    if job.kind.gathers:
+        check_whole(job, keys, sums)
     promised = sums if job.known.sums is None else job.known.sums
     if promised != sums:
         wrong = ", ".join(sorted(name for name in sums if promised.get(name) != sums[name]))
@@ -313,15 +314,6 @@ def publish(job: Job) -> None:
         objects.put(key, data)
     objects.settle([""])
     manifest.write_marker(job, sums, files | metadata)
-
-
-def _check_keys(job: Job, found: U64) -> None:
-    """Check by the digests of its keys that a gather wrote every row once."""
-    total = recorded_total(job)
-    if not np.array_equal(found, keys_total(job.keys, 0, job.plan.rows) if total is None else total):
-        raise ConservationError(
-            "the leaves do not hold every row exactly once; nothing was published: --overwrite starts again"
-        )
 
 
 def _clear(job: Job, progress: Progress) -> None:

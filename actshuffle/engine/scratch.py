@@ -1,4 +1,4 @@
-"""The part of the scratch that stays in the machine's memory: a folder in its tmpfs.
+"""The part of the scratch that stays in the machine's memory: a folder in its tmpfs, with spill or rows to gather.
 
 All workers of the machine share it, so it outlives any of them.  It does not outlive the machine: the
 blocks in it are then missing, their tasks count as not done, and a run that resumes repeats them.
@@ -66,27 +66,34 @@ def memory_beside(scratch: Place) -> Place:
 
 
 def memory_objects(job: Job) -> Objects | None:
-    """The part of the spill that stays in memory, or None."""
-    return open_objects(memory_place(job), fsync=False) if job.plan.spill_memory else None
+    """What lies in the machine's memory, all workers together: spill, or rows to gather; None if nothing does."""
+    return open_objects(memory_place(job), fsync=False) if job.plan.uses_memory else None
+
+
+def free_shared() -> int:
+    """Bytes free in the file system in memory; 0 where there is none."""
+    return shutil.disk_usage(MEMORY_FOLDER).free if MEMORY_FOLDER.is_dir() else 0
 
 
 def check_memory(job: Job) -> None:
-    """Refuse to keep more spill in memory than there is room for."""
-    need = job.plan.kept_bytes
+    """Refuse to keep more in memory than there is room for."""
+    need, staged = job.plan.kept_bytes, job.plan.staged
+    what, advice = ("rows", "leave --gather out") if staged else ("spill", "give less --spill-memory")
     if not MEMORY_FOLDER.is_dir():
-        raise InfeasibleError(f"no {MEMORY_FOLDER} to keep spill in; leave --spill-memory out")
+        hint = advice if staged else "leave --spill-memory out"
+        raise InfeasibleError(f"no {MEMORY_FOLDER} to keep {what} in; {hint}")
     held = sum(size for _, size in open_objects(memory_place(job)).sizes(""))
     free = shutil.disk_usage(MEMORY_FOLDER).free + held
     if need > free:
         raise InfeasibleError(
-            f"{format_bytes(need)} of spill are to stay in memory, but {MEMORY_FOLDER} has "
-            f"{format_bytes(free)} free: give less --spill-memory"
+            f"{format_bytes(need)} of {what} are to stay in memory, but {MEMORY_FOLDER} has "
+            f"{format_bytes(free)} free: {advice}"
         )
 
 
 def claim_memory(job: Job) -> None:
     """Make the folder in memory, closed to other users."""
-    if job.plan.spill_memory:
+    if job.plan.uses_memory:
         with contextlib.suppress(FileExistsError):
             Path(memory_place(job).url).mkdir(mode=0o700)
         _refuse_foreign(job)
@@ -96,7 +103,7 @@ def claim_memory(job: Job) -> None:
 def clear_scratch(job: Job) -> None:
     """Delete all of a job's scratch, on disk and in memory."""
     job.at_scratch.delete_prefix("")
-    if job.plan.spill_memory:
+    if job.plan.uses_memory:
         _refuse_foreign(job)
     elif not _is_ours(job):  # an earlier run to this destination may have kept spill in memory
         return

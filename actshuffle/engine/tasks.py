@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actshuffle.arraytypes import U64
 from actshuffle.engine import gather, manifest
 from actshuffle.engine.columns import Columns
 from actshuffle.engine.conservation import blame, check_conserved, unpack
@@ -103,12 +105,19 @@ def _before_split(job: Job, level: int, executor: Executor, progress: Progress) 
 
 
 def _before_leaves(job: Job, executor: Executor, progress: Progress) -> None:
-    """For a gather: look at all keys, and read the whole source into the page cache, from which leaves take rows."""
+    """For a gather: look at all keys, and bring the whole source into the page cache, or decoded into memory."""
     if job.kind.gathers:
-        gather.write_runs(job, sweep(gather.KEYS, gather.look, gather.look_calls(job), executor, progress))
-        calls, nbytes = gather.warm_calls(job), job.plan.rows * job.plan.row_bytes
-        for _ in sweep(gather.READING, gather.warm, calls, executor, progress, int, nbytes):
-            pass
+        staged, plain = gather.stage_calls(job), gather.warm_calls(job)
+        looks = sweep(gather.KEYS, gather.look, gather.look_calls(job), executor, progress)
+        sums = list[tuple[int, U64, int]]()
+        if staged:
+            decoded = sweep(gather.DECODING, gather.stage, staged, executor, progress, itemgetter(2), job.plan.staged)
+            sums.extend(decoded)
+        gather.write_runs(job, looks, sums)
+        nbytes = job.plan.rows * job.plan.row_bytes - job.plan.staged
+        if plain:
+            for _ in sweep(gather.READING, gather.warm, plain, executor, progress, int, nbytes):
+                pass
 
 
 def _delete_spill(job: Job, level: int, progress: Progress) -> None:

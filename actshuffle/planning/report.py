@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from actshuffle.planning.planner import reach_table
+from actshuffle.planning.strategy import Candidate, cheapest
 from actshuffle.planning.tree import Plan
-from actshuffle.units import counted, format_bytes
+from actshuffle.units import counted, format_bytes, format_seconds
 
 
 def plan_report(made: Plan) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def plan_text(made: Plan) -> str:
         "in the widest array",
         f"tasks        {' + '.join(f'{t:,}' for t in r['tasks'])}",
         f"memory       {format_bytes(made.memory)} per worker at most"
-        + (f", and {format_bytes(r['spill_memory'])} of spill" if r["spill_memory"] else ""),
+        + (f", and {format_bytes(r['spill_memory'])} in tmpfs" if r["spill_memory"] else ""),
         f"disk         scratch up to {format_bytes(r['scratch_bytes'])}, "
         f"with the output up to {format_bytes(r['disk_bytes'])}"
         + (f"; {r['disk_io_bytes'] / max(1, 2 * r['bytes']):.2f} times a copy's bytes" if r["spill_memory"] else ""),
@@ -62,4 +63,31 @@ def plan_text(made: Plan) -> str:
         "reach at this M and P: "
         + ",  ".join(f"{x['levels']} level{'s' * (x['levels'] > 1)} {format_bytes(x['bytes'])}" for x in r["reach"]),
     ]
+    return "\n".join(lines)
+
+
+def way_report(ways: list[Candidate]) -> list[dict[str, Any]]:
+    """The ways that a planner compared, as plain values; those that are impossible have no seconds and no bytes."""
+    best = cheapest(ways)
+    return [
+        {
+            "strategy": one.name,
+            "chosen": one is best,
+            "seconds": one.seconds if one.plan else None,
+            "bytes": one.nbytes if one.plan else None,
+            "levels": one.plan.levels if one.plan else None,
+            "reason": one.reason,
+        }
+        for one in ways
+    ]
+
+
+def way_text(ways: list[Candidate]) -> str:
+    """The same as text for people; seconds are rough, and count no start-up."""
+    lines = ["ways to the same output, by the time that each takes here and now"]
+    for one in way_report(ways):
+        took = "impossible" if one["seconds"] is None else f"{format_seconds(one['seconds'])}"
+        moved = "" if one["bytes"] is None else format_bytes(one["bytes"])
+        mark = "->" if one["chosen"] else ""
+        lines.append(f"{mark:>3} {one['strategy']:<8} {took:>12} {moved:>9}  {one['reason']}")
     return "\n".join(lines)

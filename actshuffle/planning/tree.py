@@ -46,7 +46,7 @@ class Block(NamedTuple):
 
 # Fields of a plan that were added after runs of this format were first written, and the values that stand for
 # their absence: a half-done run without them is the same run, and resumes.
-LATER = {"spill_memory": 0}
+LATER = {"spill_memory": 0, "staged": 0}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Plan:
     block_bytes, run_bytes : M and P of the arithmetic of passes.
     memory : bytes one worker uses at most beyond its idle footprint.
     spill_memory : bytes of spill that may stay in the machine's memory, all workers together.
+    staged : bytes of source rows that are decoded once into the machine's memory, to be gathered from there.
     """
 
     rows: int
@@ -80,6 +81,7 @@ class Plan:
     memory: int
     model: MemoryModel
     spill_memory: int = 0
+    staged: int = 0
 
     @property
     def leaves(self) -> int:
@@ -152,8 +154,13 @@ class Plan:
 
     @property
     def kept_bytes(self) -> int:
-        """Most bytes of spill in memory at once."""
-        return max((sum(held) for held in self._side_by_side(self._kept_bytes)), default=0)
+        """Most bytes in the machine's memory at once: of spill, or of rows that are gathered from there."""
+        return max((sum(held) for held in self._side_by_side(self._kept_bytes)), default=self.staged)
+
+    @property
+    def uses_memory(self) -> bool:
+        """True if something may lie in the machine's memory, all workers together."""
+        return bool(self.spill_memory or self.staged)
 
     @property
     def disk_io_bytes(self) -> int:

@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from zarr.codecs import ZstdCodec
 
 from actshuffle import concat, plan, shuffle, verify
-from actshuffle.engine import gather, prepare, tasks
+from actshuffle.arrays.metadata import source_arrays, source_field
+from actshuffle.arrays.source import Source
+from actshuffle.engine import gather, prepare, scratch, tasks
 from actshuffle.engine.job import Job
+from actshuffle.engine.scratch import memory_beside, memory_place, scratch_place
 from actshuffle.errors import (
     ActshuffleError,
     ConservationError,
@@ -94,27 +98,123 @@ def test_the_output_is_that_of_any_other_run(src: Path, tmp_path: Path, block_ro
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_sources_of_every_kind_are_gathered_or_refused(kind: str, sources: Any, tmp_path: Path) -> None:
-    path = sources(kind, 200)
-    try:
-        shuffle(path, tmp_path / "d.zarr", gather=True, seed=5, block_bytes="10KB", chunk_rows=8, fsync=False)
-    except RequestError as err:
-        assert "must be decoded" in str(err)
-        assert not (tmp_path / "d.zarr").exists()
-        return
+def test_sources_of_every_kind_are_gathered(kind: str, sources: Any, tmp_path: Path) -> None:
+    """From their files, or from memory into which they were decoded."""
+    path, called = sources(kind, 200), Counter[str]()
+    crew = Watched(lambda fn, call: called.update([fn.__name__]))
+    settings: dict[str, Any] = {"seed": 5, "block_bytes": "10KB", "chunk_rows": 8, "fsync": False}
+    result = shuffle(path, tmp_path / "d.zarr", gather=True, executor=crew, **settings)
     assert_is_oracle(path, tmp_path / "d.zarr", 5)
+    plain = [f.row_bytes for f in fields_of(path) if f.source_key]
+    assert result.plan.staged == 200 * (result.plan.row_bytes - sum(plain))
+    assert (called["warm"] > 0, called["stage"] > 0) == (bool(plain), result.plan.staged > 0)
+    assert called["warm"] + called["stage"] > 0
+    assert in_memory(tmp_path) == []
 
 
 def test_both_ways_were_taken_of_those_sources(sources: Any) -> None:
-    kinds = []
-    for kind in SOURCES:
-        try:
-            plan(sources(kind, 200), gather=True, block_bytes="10KB", chunk_rows=8)
-            kinds.append(True)
-        except RequestError:
-            kinds.append(False)
-    assert any(kinds)
-    assert not all(kinds)
+    plain = [all(f.source_key for f in fields_of(sources(kind, 200))) for kind in SOURCES]
+    assert any(plain)
+    assert not all(plain)
+
+
+def fields_of(path: Path) -> list[Any]:
+    return [source_field(name, found) for name, found in source_arrays(as_place(path)).items()]
+
+
+def in_memory(folder: Path) -> list[Path]:
+    """What the run to ``folder / d.zarr`` has in the machine's memory."""
+    found = Path(memory_beside(scratch_place(as_place(folder / "d.zarr"), None)).url)
+    return sorted(found.rglob("*"))
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Compressed rows of 400 bytes beside plain ones of 4."""
+    path = tmp_path / "packed.zarr"
+    group(path, {})
+    rng = np.random.default_rng(0)
+    array(path, rng.integers(0, 9, (ROWS, 100), np.int32), "act", chunks=(100, 100), compressors=ZstdCodec())
+    array(path, rng.integers(0, 2**31, ROWS, np.int32), "token", chunks=(256,))
+    return path
+
+
+@pytest.mark.parametrize("died", ["run", "machine"])
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_stopped_run_decodes_again_only_what_is_gone(packed: Path, tmp_path: Path, died: str, after: int) -> None:
+    dst, settings, jobs = tmp_path / "d.zarr", {**SHAPE, "block_bytes": 500 * 404}, list[Job]()
+    decoded = list[int]()
+    real = Source.read
+
+    def read(self: Any, field: Any, start: int, out: Any) -> None:
+        decoded.append(start)
+        real(self, field, start, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Source, "read", read)
+        with pytest.raises(KeyboardInterrupt):
+            shuffle(packed, dst, gather=True, executor=Stops(after), planned=jobs.append, **settings)
+        first = len(decoded)
+        assert first in (0, -(-ROWS // 400)), "pieces of whole chunks within a leaf"
+        assert (first > 0) == (after > 0)
+        if died == "machine":
+            shutil.rmtree(memory_place(jobs[0]).url)
+            Path(memory_place(jobs[0]).url).mkdir(mode=0o700)
+        result = shuffle(packed, dst, **settings)
+        assert len(decoded) - first == (0 if died == "run" and first else -(-ROWS // 400))
+    assert result.resumed == after
+    assert_is_oracle(packed, dst, 3)
+    assert in_memory(tmp_path) == []
+
+
+def test_control_decoded_rows_that_change_in_memory_end_the_run(packed: Path, tmp_path: Path) -> None:
+    jobs = list[Job]()
+
+    def hurt(fn: Any, call: Any) -> None:
+        if fn is tasks.run_task and call[1].number == 1:
+            with (Path(memory_place(jobs[0]).url) / "rows/0.2").open("r+b") as file:
+                file.write(b"\xff" * 400)
+
+    settings = {**SHAPE, "block_bytes": 500 * 404}
+    with pytest.raises(ConservationError, match="rows of act are not those that were decoded"):
+        shuffle(packed, tmp_path / "d.zarr", gather=True, executor=Watched(hurt), planned=jobs.append, **settings)
+    assert not (tmp_path / "d.zarr/zarr.json").exists()
+    shuffle(packed, tmp_path / "d.zarr", gather=True, overwrite=True, **settings)
+    assert_is_oracle(packed, tmp_path / "d.zarr", 3)
+    assert in_memory(tmp_path) == []
+
+
+def test_workers_decode_and_gather_together(packed: Path, tmp_path: Path) -> None:
+    with local_cluster(2) as crew:
+        shuffle(packed, tmp_path / "d.zarr", gather=True, memory="64MB", executor=crew, **SHAPE)
+    assert_is_oracle(packed, tmp_path / "d.zarr", 3)
+
+
+def test_a_source_in_a_store_is_fetched_once(tmp_path: Path) -> None:
+    url, data = f"memory://gather-{tmp_path.name}/s.zarr", values(500, (12,))
+    array(url, data)
+    result = shuffle(url, tmp_path / "d.zarr", gather=True, memory="400MB", seed=3, chunk_rows=64, fsync=False)
+    assert result.plan.staged == data.nbytes
+    found = zarr.open_group(tmp_path / "d.zarr", mode="r")["data"][:]
+    np.testing.assert_array_equal(found.view("u4"), data[Keys(3).order(500)].view("u4"))
+
+
+def test_chunks_that_are_absent_are_filled_once(tmp_path: Path) -> None:
+    hole = tmp_path / "hole.zarr"
+    array(hole, values(50, (12,)))
+    (hole / "c/3/0").unlink()
+    shuffle(hole, tmp_path / "d.zarr", gather=True, missing_chunks="fill", **SHAPE)
+    assert_is_oracle(hole, tmp_path / "d.zarr", 3)
+
+
+def test_more_rows_than_the_memory_holds_are_not_decoded_into_it(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = scratch.shutil.disk_usage(scratch.MEMORY_FOLDER)
+    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda path: full._replace(free=1_100_000))
+    with pytest.raises(InfeasibleError, match=r"1.2 MB of rows are to stay .* has 1.1 MB free: leave --gather out"):
+        shuffle(packed, tmp_path / "d.zarr", gather=True, **SHAPE)
+    assert not (tmp_path / "d.zarr").exists()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 65])
@@ -307,23 +407,15 @@ def test_refusals_come_before_anything_is_written(src: Path, tmp_path: Path, mon
     dst = tmp_path / "d.zarr"
     with pytest.raises(RequestError, match="leave it out with a scheduler"):
         shuffle(src, dst, gather=True, executor=Elsewhere(), **SHAPE)
-    hole = tmp_path / "hole.zarr"
-    array(hole, values(50, (12,)))
-    (hole / "c/3/0").unlink()
     monkeypatch.setattr(prepare, "take_inventory", lambda *_, **__: pytest.fail("too late"))
     for source, settings, message in [
         (src, {"levels": 2}, "is one level without spill"),
         (src, {"spill_memory": "1MB"}, "is one level without spill"),
         (_virtual(tmp_path), {}, "lie in other stores or files"),
-        ("memory://no/x.zarr", {}, "is elsewhere"),
     ]:
-        if "memory" in str(source):
-            array(source, values(5, (2,)))
         with pytest.raises(RequestError, match=message):
             shuffle(source, dst, gather=True, **SHAPE, **settings)
     monkeypatch.undo()
-    with pytest.raises(RequestError, match="lacks chunks"):
-        shuffle(hole, dst, gather=True, missing_chunks="fill", **SHAPE)
     assert not dst.exists()
     with pytest.raises(RequestError, match="rows are gathered from a store"):
         plan(rows=10, row_bytes=8, gather=True)

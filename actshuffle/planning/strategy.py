@@ -1,0 +1,249 @@
+"""The ways to one output on one machine, what each costs, and the cheapest of them.
+
+::
+
+    gather   one pass: rows are taken from the source, which lies in the page cache
+    memory   one pass: rows are decoded once into memory, and taken from there
+    spill    levels, with as much of the spill in free memory as fits
+    levels   levels, with all spill in scratch
+
+All give the same bytes.  `candidates` estimates each from what the planner can see, a `Site`.  A task of a level
+reads, computes and writes in turn, so transfers and processor time add up; a leaf that takes rows from memory does so
+while it writes, so the longer of the two counts.
+
+Sources of the constants: SPLIT_CPU, LEAF_CPU and OVERHEAD are those of cost.py.  TAKE_CPU and TAKE_ROW fit the times
+of `numpy.take` from mapped files for rows of 512 B and 8 KiB; FILL_CPU is the page cache's first touch of a page on a
+virtual machine; KEY_ROW was timed on one core.  Those marked "assumed" are not measured: they order the ways
+correctly on the machines tried, and no more is asked of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from actshuffle.errors import InfeasibleError
+from actshuffle.planning.cost import LEAF_CPU, OVERHEAD, SPLIT_CPU
+from actshuffle.planning.tree import Plan
+from actshuffle.units import format_bytes
+
+TAKE_CPU = 0.5e-9  # seconds per byte of a row that is taken from mapped files, hashed and handed to the disk
+TAKE_ROW = 30e-9  # seconds per row and field of the same
+KEY_ROW = 120e-9  # seconds per row for its key: computed, grouped or sorted, in each level
+FILL_CPU = 1e-9  # seconds per byte of a page that comes into the page cache or into tmpfs
+DECODE_CPU = 2e-9  # seconds per byte of rows that a codec makes; assumed
+DISK_RATE = 2e9  # bytes per second of a disk, reads and writes together; assumed
+STORE_RATE = 5e8  # the same for an object store; assumed
+USABLE = 0.9  # of the free memory
+
+Name = Literal["gather", "memory", "spill", "levels"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the planner sees of the machine and the source.
+
+    Attributes
+    ----------
+    workers : processes that work.
+    one_machine : all of them certainly run on this machine.
+    free : bytes of memory that are free, or that the page cache would give back.
+    shared : bytes of free room in the file system in memory (tmpfs).
+    cached : share of the source's bytes that the page cache holds.
+    fields : arrays of the source.
+    staged : bytes of a row that must be decoded or fetched before rows can be taken; the rest lies in plain files here.
+    coded : bytes of a row that come out of a codec.
+    remote, remote_output : the source, or spill and output, are in an object store.
+    """
+
+    workers: int
+    one_machine: bool
+    free: int
+    shared: int
+    cached: float
+    fields: int
+    staged: int
+    coded: int
+    remote: bool = False
+    remote_output: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way: its plan and estimate, or the reason for which it is impossible.
+
+    ``asks`` are the fields of a request that force it.  ``nbytes`` go from and to disks and stores.
+    """
+
+    name: Name
+    reason: str
+    asks: dict[str, Any]
+    plan: Plan | None = None
+    seconds: float = 0.0
+    nbytes: int = 0
+
+
+Planner = Callable[..., Plan]  # makes the plan of a request with some of its fields changed
+
+
+def candidates(site: Site, plan: Planner) -> Iterator[Candidate]:
+    """All ways, possible or not.  ``plan(**asks)`` makes a plan, or raises `InfeasibleError`."""
+    ways: dict[Name, Callable[[Site, Planner], Candidate]]
+    ways = {"gather": _gather, "memory": _memory, "spill": _spill, "levels": _levels}
+    for name, make in ways.items():
+        try:
+            yield make(site, plan)
+        except InfeasibleError as err:
+            yield Candidate(name, str(err), {})
+
+
+def cheapest(found: list[Candidate]) -> Candidate:
+    """The possible way that takes the least time; raises `InfeasibleError` if there is none."""
+    possible = [one for one in found if one.plan is not None]
+    if not possible:
+        raise InfeasibleError(found[-1].reason)
+    return min(possible, key=lambda one: one.seconds)
+
+
+# --- One pass ---------------------------------------------------------------------------------------------------
+
+
+def _gather(site: Site, plan: Planner) -> Candidate:
+    if reason := _apart(site):
+        return Candidate("gather", reason, {})
+    if site.staged:
+        return Candidate("gather", "rows must be decoded or fetched first", {})
+    made = plan(gather=True, spill_memory=None)
+    size = made.rows * made.row_bytes
+    if short := _short(site, made, size):
+        return Candidate("gather", short, {})
+    missing = size * (1 - site.cached)
+    seconds = max(missing / DISK_RATE, missing * FILL_CPU / site.workers) + _taking(site, made)
+    there = "lies" if missing < size / 100 else "fits"
+    return Candidate(
+        "gather",
+        f"the source {there} in the page cache ({format_bytes(size)} of {format_bytes(site.free)} free)",
+        {"gather": True},
+        made,
+        seconds,
+        int(missing) + made.output_bytes,
+    )
+
+
+def _memory(site: Site, plan: Planner) -> Candidate:
+    if reason := _apart(site):
+        return Candidate("memory", reason, {})
+    if not site.staged:
+        return Candidate("memory", "rows need no decoding", {})
+    made = plan(gather=True, spill_memory=None)
+    staged, size = made.rows * site.staged, made.rows * made.row_bytes
+    if short := _short(site, made, size):
+        return Candidate("memory", short, {})
+    if staged > site.shared:
+        return Candidate("memory", f"{format_bytes(staged)} of rows, {format_bytes(site.shared)} free in tmpfs", {})
+    missing = size if site.remote else size * (1 - site.cached)
+    cpu = made.rows * site.coded * DECODE_CPU + staged * FILL_CPU
+    seconds = max(missing / _rate(site.remote), cpu / site.workers) + _taking(site, made)
+    return Candidate(
+        "memory",
+        f"decoded once into memory ({format_bytes(staged)} of {format_bytes(site.free)} free)",
+        {"gather": True},
+        made,
+        seconds,
+        int(missing) + made.output_bytes,
+    )
+
+
+def _apart(site: Site) -> str:
+    """Why workers cannot share memory and a source, if they cannot."""
+    return "" if site.one_machine else "workers may run on other machines"
+
+
+def _short(site: Site, made: Plan, size: int) -> str:
+    """Why the source does not fit into memory, if it does not."""
+    need, room = size + site.workers * made.memory, int(USABLE * site.free)
+    if need <= room:
+        return ""
+    return f"the source and the workers need {format_bytes(need)}, and {format_bytes(room)} of memory are free"
+
+
+def _taking(site: Site, made: Plan) -> float:
+    """Seconds from rows in memory to the output: the keys, then the leaves."""
+    size, busy = made.rows * made.row_bytes, _busy(site, made.leaves)
+    keys = made.rows * KEY_ROW + made.leaves * OVERHEAD
+    take = size * TAKE_CPU + made.rows * site.fields * TAKE_ROW + 2 * made.leaves * OVERHEAD
+    return keys / busy + max(made.output_bytes / _rate(site.remote_output), take / busy)
+
+
+# --- Levels -----------------------------------------------------------------------------------------------------
+
+
+def _spill(site: Site, plan: Planner) -> Candidate:
+    if not site.one_machine:
+        return Candidate("spill", "workers may run on other machines", {})
+    made = plan(spill_memory=None, gather=None)
+    if made.levels == 1:
+        return Candidate("spill", "one level has no spill", {})
+    room = int(min(site.shared, USABLE * site.free - site.workers * made.memory))
+    most = made.rows * made.model.spill_row_bytes * min(2, made.levels - 1)
+    budget = min(room, most)
+    made = plan(spill_memory=max(budget, 0), gather=None)
+    if not made.kept_bytes:
+        return Candidate("spill", f"{format_bytes(max(room, 0))} of memory are free, not enough for a block", {})
+    seconds, nbytes = _passes(site, made)
+    reason = f"{format_bytes(made.kept_bytes)} of spill stay in memory, {format_bytes(made.scratch_bytes)} do not"
+    return Candidate("spill", reason, {"spill_memory": budget}, made, seconds, nbytes)
+
+
+def _levels(site: Site, plan: Planner) -> Candidate:
+    """As few levels as memory allows or, where that leaves workers idle and takes longer, two."""
+    made = plan(spill_memory=None, gather=None)
+    seconds, nbytes = _passes(site, made)
+    found = Candidate("levels", _level_text(made), {}, made, seconds, nbytes)
+    if made.levels > 1 or site.workers == 1:
+        return found
+    try:
+        two = plan(spill_memory=None, gather=None, levels=2)
+    except InfeasibleError:
+        return found
+    seconds, nbytes = _passes(site, two)
+    reason = "two levels, since the task of one would leave workers idle"
+    return min(found, Candidate("levels", reason, {"levels": 2}, two, seconds, nbytes), key=lambda one: one.seconds)
+
+
+def _level_text(made: Plan) -> str:
+    return "one task holds all rows" if made.levels == 1 else f"{made.levels} levels, with all spill in scratch"
+
+
+def _passes(site: Site, made: Plan) -> tuple[float, int]:
+    """Seconds and bytes of all levels; spill in memory is written to tmpfs, and read from there."""
+    seconds, moved, kept_before = 0.0, 0.0, 0
+    for level in range(1, made.levels + 1):
+        read, written = made.level_bytes(level)
+        kept = (
+            min(written, made.kept(level) * made.block_rows[level - 1] * made.model.spill_row_bytes)
+            if (level < made.levels)
+            else 0
+        )
+        cpu = made.rows * KEY_ROW + kept * FILL_CPU + read * (SPLIT_CPU if level < made.levels else LEAF_CPU)
+        if level == 1:
+            cpu += made.rows * site.coded * DECODE_CPU
+            incoming = read if site.remote else read * (1 - site.cached)
+        else:
+            incoming = read - kept_before
+        outgoing = written - kept
+        tasks = made.task_count(level)
+        transfers = incoming / _rate(site.remote if level == 1 else site.remote_output)
+        transfers += outgoing / _rate(site.remote_output)
+        seconds += transfers + (cpu + tasks * OVERHEAD) / _busy(site, tasks)  # a task does one after the other
+        moved, kept_before = moved + incoming + outgoing, kept
+    return seconds, int(moved)
+
+
+def _busy(site: Site, tasks: int) -> int:
+    return max(1, min(site.workers, tasks))
+
+
+def _rate(remote: bool) -> float:
+    return STORE_RATE if remote else DISK_RATE
