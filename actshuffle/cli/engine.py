@@ -81,8 +81,9 @@ def _plan_line(job: Job) -> str:
 @CLUSTER
 @look
 def plan(simulate: bool, simulation_seed: int, **options: Any) -> Answer:
-    """Show the plan of a run: levels, tasks, memory, disk, and the ways that were compared.  Writes nothing.
+    """Show the plan of a run: levels, tasks, memory, disk.  Writes nothing.
 
+    Where no option names one, also show the ways to the output, their time, and the one that a run would take now.
     With --hosts, also show its time on that many hosts, its bottleneck, and its cost.
 
     \b

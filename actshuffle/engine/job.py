@@ -104,6 +104,8 @@ class Job:
         document = dataclasses.asdict(self)
         for place in ("source", "destination", "scratch"):
             document[place] = public_url(document[place]["url"])
+        if not self.plan.staged:  # records of version 0.1.0 do not have it
+            del document["plan"]["staged"]
         return document
 
     @cached_property

@@ -33,7 +33,7 @@ TAKE_ROW = 30e-9  # seconds per row and field of the same
 KEY_ROW = 120e-9  # seconds per row for its key: computed, grouped or sorted, in each level
 FILL_CPU = 1e-9  # seconds per byte of a page that comes into the page cache or into tmpfs
 DECODE_CPU = 2e-9  # seconds per byte of rows that a codec makes; assumed
-DISK_RATE = 2e9  # bytes per second of a disk, reads and writes together; assumed
+DISK_RATE = 2e9  # bytes per second of a machine's disk, reads and writes together; assumed
 STORE_RATE = 5e8  # the same for an object store; assumed
 USABLE = 0.9  # of the free memory
 
@@ -236,6 +236,8 @@ def _passes(site: Site, made: Plan) -> tuple[float, int]:
         tasks = made.task_count(level)
         transfers = incoming / _rate(site.remote if level == 1 else site.remote_output)
         transfers += outgoing / _rate(site.remote_output)
+        if not site.one_machine:  # which share no disk and no network
+            transfers /= _busy(site, tasks)
         seconds += transfers + (cpu + tasks * OVERHEAD) / _busy(site, tasks)  # a task does one after the other
         moved, kept_before = moved + incoming + outgoing, kept
     return seconds, int(moved)

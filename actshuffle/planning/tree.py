@@ -46,7 +46,7 @@ class Block(NamedTuple):
 
 # Fields of a plan that were added after runs of this format were first written, and the values that stand for
 # their absence: a half-done run without them is the same run, and resumes.
-LATER = {"spill_memory": 0, "staged": 0}
+LATER = {"spill_memory": 0}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from actshuffle.cli.app import COMMANDS, main
 from actshuffle.cli.display import Display, Meter, bar, clock_face
 from actshuffle.errors import ConservationError, StorageFullError
 from actshuffle.executors import choice
+from actshuffle.planning import strategy
 from actshuffle.storage import objects
 from support.oracle import assert_is_oracle
 from support.processes import until
@@ -221,23 +222,34 @@ TWO_LEVELS = ("--block-bytes", "100KB", "--run-bytes", 1)
 
 
 @pytest.mark.parametrize(
-    ("width", "codec", "options", "hinted"),
+    ("codec", "options", "chosen", "levels"),
     [
-        (2048, None, TWO_LEVELS, True),
-        (2048, None, (), False),  # one level, which moves as little
-        (2040, None, TWO_LEVELS, False),  # a read for each of so narrow rows takes as long as a level
-        (2048, "auto", TWO_LEVELS, False),  # rows must be decoded
-        (2048, None, (*TWO_LEVELS, "--workers", 10**9), False),  # no room beside so many
-        (2048, None, ("--gather",), None),
+        (None, (), "gather", 1),
+        ("auto", (), "memory", 1),
+        (None, ("--no-gather",), "spill", 2),
+        (None, ("--workers", 10**9), "levels", 2),  # no room beside so many
+        (None, TWO_LEVELS, None, 3),
+        (None, ("--gather",), None, 1),
+        (None, ("--levels", 3), None, 3),
+        (None, ("--spill-memory", 0), None, 2),
     ],
 )
-def test_plan_says_where_gathering_would_do(tmp_path, width, codec, options, hinted):
+def test_plan_shows_the_ways_and_the_one_that_a_run_takes(tmp_path, monkeypatch, codec, options, chosen, levels):
+    monkeypatch.setattr(strategy, "OVERHEAD", 0.0)  # so that little data is like much
     src = tmp_path / "wide.zarr"
-    array(src, values(300, (width,), "u1"), chunks=(20, width), compressors=codec)
-    found = json.loads(call("plan", src, *options, "--json").stdout)
-    assert found.get("gathers_well") is hinted
-    assert found["levels"] == (2 if TWO_LEVELS[1] in options else 1)
-    assert ("with --gather" in call("plan", src, *options).stdout) is bool(hinted)
+    array(src, values(10_000, (2048,), "u1"), chunks=(20, 2048), compressors=codec)
+    options = (src, *(() if "--block-bytes" in options else ("--memory", "50MB" if codec else "30MB")), *options)
+    found = json.loads(call("plan", *options, "--json").stdout)
+    ways = found.get("candidates", [])
+    assert [one["strategy"] for one in ways if one["chosen"]] == ([chosen] if chosen else [])
+    assert found["levels"] == levels
+    text = call("plan", *options).stdout
+    assert ("ways to the same output" in text) is bool(chosen)
+    for one in ways:
+        assert one["reason"] in text
+        assert (one["seconds"] is None) == (one["bytes"] is None)
+    if chosen:
+        assert f"-> {chosen}" in text
 
 
 def test_verify_info_and_status_of_a_good_store(src, done):

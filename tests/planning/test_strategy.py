@@ -1,0 +1,123 @@
+"""The cheapest way to the output: which ways are possible, what each costs, and which one is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from actshuffle.errors import InfeasibleError
+from actshuffle.planning.planner import make_plan
+from actshuffle.planning.report import way_report, way_text
+from actshuffle.planning.strategy import Candidate, Site, candidates, cheapest
+from actshuffle.planning.tree import Plan
+
+GB = 10**9
+SITE = Site(workers=2, one_machine=True, free=20 * GB, shared=10 * GB, cached=1.0, fields=1, staged=0, coded=0)
+
+
+def planner(nbytes: int, row_bytes: int = 8192, memory: int = 2 * GB, tasks_wanted: int = 6) -> Any:
+    def plan(gather: bool | None = None, spill_memory: int | None = None, levels: Any = "auto") -> Plan:
+        return make_plan(
+            nbytes // row_bytes,
+            row_bytes,
+            memory=memory,
+            tasks_wanted=tasks_wanted,
+            gather=bool(gather),
+            spill_memory=spill_memory or 0,
+            levels=levels,
+        )
+
+    return plan
+
+
+def ways(site: Site, nbytes: int, **settings: Any) -> dict[str, Candidate]:
+    return {one.name: one for one in candidates(site, planner(nbytes, **settings))}
+
+
+def chosen(site: Site, nbytes: int, **settings: Any) -> Candidate:
+    return cheapest([*ways(site, nbytes, **settings).values()])
+
+
+@pytest.mark.parametrize("row_bytes", [512, 2048, 8192])
+@pytest.mark.parametrize("cached", [0.0, 0.5, 1.0])
+def test_a_source_that_fits_into_the_page_cache_is_gathered(row_bytes: int, cached: float) -> None:
+    best = chosen(replace(SITE, cached=cached), 8 * GB, row_bytes=row_bytes)
+    assert (best.name, best.asks) == ("gather", {"gather": True})
+    assert best.nbytes == pytest.approx(8 * GB * (2 - cached), rel=0.03)
+
+
+def test_a_source_that_must_be_decoded_is_decoded_once() -> None:
+    site = replace(SITE, staged=8192, coded=8192)
+    found = ways(site, 8 * GB)
+    assert found["gather"].plan is None
+    assert cheapest([*found.values()]).name == "memory"
+    assert chosen(replace(site, shared=7 * GB), 8 * GB).name in ("spill", "levels")
+    assert "8 GB of rows, 7 GB free" in ways(replace(site, shared=7 * GB), 8 * GB)["memory"].reason
+
+
+@pytest.mark.parametrize("times", [1.5, 3.0])
+def test_more_data_than_memory_spills_into_what_is_free(times: float) -> None:
+    site = replace(SITE, free=16 * GB, shared=16 * GB, cached=0.1)
+    found = ways(site, int(times * 16 * GB))
+    best = cheapest([*found.values()])
+    assert found["gather"].plan is None
+    assert best.name == "spill"
+    room = int(0.9 * 16 * GB) - 2 * 2 * GB
+    assert 0.85 * room < best.plan.kept_bytes <= room
+    assert best.nbytes < found["levels"].nbytes - 1.8 * best.plan.kept_bytes
+    assert best.asks == {"spill_memory": room}
+
+
+def test_ways_that_need_one_machine_are_impossible_on_a_cluster() -> None:
+    found = ways(replace(SITE, one_machine=False), 8 * GB)
+    assert {name for name, one in found.items() if one.plan} == {"levels"}
+    assert all("other machines" in one.reason for name, one in found.items() if name != "levels")
+
+
+def test_the_page_cache_must_hold_the_source_beside_the_workers() -> None:
+    need = 8 * GB + 2 * 2 * GB
+    assert ways(replace(SITE, free=int(need / 0.9) + 10**7), 8 * GB)["gather"].plan is not None
+    short = ways(replace(SITE, free=int(need / 0.9) - 10**7), 8 * GB)["gather"]
+    assert short.plan is None
+    assert "need 12 GB" in short.reason
+
+
+def test_one_task_leaves_no_workers_idle_on_a_cluster() -> None:
+    """Data that one task could hold, and rows that no machine's memory holds for all."""
+    site = replace(SITE, one_machine=False, workers=8)
+    best = chosen(site, GB, tasks_wanted=24)
+    assert (best.name, best.asks) == ("levels", {"levels": 2})
+    assert best.plan.blocks(1) >= 8
+    assert best.plan.leaves >= 8
+    assert chosen(replace(site, workers=1), GB, tasks_wanted=1).plan.levels == 1
+    assert chosen(site, GB // 1000).plan.levels == 1, "too little to share"
+
+
+def test_little_data_is_sorted_in_one_task() -> None:
+    assert chosen(replace(SITE, workers=1), 10**6, tasks_wanted=1).name == "levels"
+
+
+def test_nothing_possible_gives_the_reason_of_the_levels() -> None:
+    with pytest.raises(InfeasibleError, match="memory too small"):
+        chosen(replace(SITE, one_machine=False), 8 * GB, memory=10**6)
+
+
+def test_reports_of_the_ways() -> None:
+    found = list(candidates(SITE, planner(8 * GB)))
+    report = way_report(found)
+    assert [one["strategy"] for one in report] == ["gather", "memory", "spill", "levels"]
+    assert [one["chosen"] for one in report] == [True, False, False, False]
+    assert report[1]["seconds"] is report[1]["bytes"] is report[1]["levels"] is None
+    assert all(one["reason"] for one in report)
+    text = way_text(found)
+    assert "-> gather" in text
+    assert "impossible" in text
+
+
+def test_control_a_way_that_costs_more_is_not_chosen() -> None:
+    """Where decoding and leaving the workers idle cost the same, it is the estimate alone that decides."""
+    found = list(candidates(SITE, planner(8 * GB)))
+    slow = [replace(one, seconds=10**6 if one.name == "gather" else one.seconds) for one in found]
+    assert cheapest(slow).name != "gather"
