@@ -17,6 +17,7 @@ from actshuffle.engine.request import KNOBS
 from actshuffle.errors import RequestError
 from actshuffle.planning.forecast import forecast, text
 from actshuffle.planning.report import plan_report, plan_text, way_report, way_text
+from actshuffle.planning.strategy import cheapest
 from actshuffle.units import format_bytes
 
 
@@ -107,6 +108,10 @@ def plan(simulate: bool, simulation_seed: int, **options: Any) -> Answer:
     if ways:
         found["candidates"] = way_report(ways)
         told += "\n\n" + way_text(ways)
+    if options["src"] and cluster is None and not options["gather"]:
+        open_choice = options | dict.fromkeys(("levels", "block_bytes", "run_bytes", "spill_memory", "gather"))
+        free = (options["gather"] is None and ways) or preview.ways(**open_choice)[0]
+        found["gathers_well"] = bool(free) and cheapest(free).name in ("gather", "memory")
     if cluster is not None:
         found["forecast"] = forecast(made, cluster, simulated=simulate, seed=simulation_seed)
         told += "\n\n" + text(found["forecast"])

@@ -241,6 +241,7 @@ def test_plan_shows_the_ways_and_the_one_that_a_run_takes(tmp_path, monkeypatch,
     options = (src, *(() if "--block-bytes" in options else ("--memory", "50MB" if codec else "30MB")), *options)
     found = json.loads(call("plan", *options, "--json").stdout)
     ways = found.get("candidates", [])
+    assert found.get("gathers_well") is (None if "--gather" in options else "--workers" not in options)
     assert [one["strategy"] for one in ways if one["chosen"]] == ([chosen] if chosen else [])
     assert found["levels"] == levels
     text = call("plan", *options).stdout
