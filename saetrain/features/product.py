@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from actshuffle.jobs import FolderJob, FolderTask, Step
+from saetrain.describing.slots import Arrays
 from saetrain.features import layout
 from saetrain.features.blueprint import Plan
 from saetrain.features.dictionary import Dictionary
-from saetrain.features.layout import Arrays, Column
+from saetrain.features.layout import Column
 from saetrain.products import scratch
 from saetrain.products.energy import Gram, gram
 from saetrain.products.lens import BINS, Lens, project
