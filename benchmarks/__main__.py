@@ -69,6 +69,14 @@ TINY: dict[str, dict[str, Any]] = {
         "rounds": 1,
         "disk_rounds": 1,
     },
+    "verify": {
+        "size": 1 << 20,
+        "row_bytes": [512],
+        "threads": [1, 2],
+        "modes": ["cached", "disk"],
+        "chunk": 1 << 18,
+        "rounds": 1,
+    },
     "calibrate": {
         "known": [1 << 20, 1 << 21],
         "held_out": [3 << 20],
@@ -218,6 +226,21 @@ def costs(**options: Any) -> None:
     from benchmarks import costs as module
 
     _start("costs", module.run, options)
+
+
+@main.command()
+@click.option("--size", type=SIZE, default="1GB", help="Data that was shuffled.")
+@click.option("--row-bytes", type=SIZES, default="8KiB,512B", help="Row widths.")
+@click.option("--threads", type=INTS, default=f"1,{cores()}", help="Threads of verify.")
+@click.option("--modes", type=MODES, default="cached,disk", help="Where the data is.")
+@click.option("--chunk", type=SIZE, default="32MiB", help="Size of the source's chunk files.")
+@click.option("--rounds", type=COUNT, default=5, help="Times that everything is measured.")
+@_common
+def verify(**options: Any) -> None:
+    """Measure verify as a fraction of a plain read of both stores."""
+    from benchmarks import verify as module
+
+    _start("verify", module.run, options)
 
 
 @main.command()

@@ -124,6 +124,22 @@ def floor(folder: Path, rows: list[dict[str, Any]]) -> str:
     return _save(folder, figure, "floor.png")
 
 
+def verify(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Rates of verify as shares of a plain read's, a bar for each case."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 0.35 * len(rows) + 1.2))
+    for number, r in enumerate(rows):
+        colour = BLUE if r["threads"] == 1 else ORANGE
+        _bars(axis, [number], [r["of_read"]], 0.8, colour, "")
+    names = [f"{format_bytes(r['row_bytes'])}, {r['mode']}, {r['threads']} threads, {r['what']}" for r in rows]
+    axis.axvline(1, color=INK, linewidth=0.8)
+    axis.set(xlabel="of a plain read of both stores", yticks=range(len(rows)), yticklabels=names)
+    axis.invert_yaxis()
+    figure.tight_layout()
+    return _save(folder, figure, "verify.png")
+
+
 def loader(folder: Path, rows: list[dict[str, Any]]) -> str:
     """Rates as shares of a plain read's: a panel for each row width and place of the data, by batch size."""
     import matplotlib.pyplot as plt

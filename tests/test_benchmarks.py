@@ -73,6 +73,13 @@ def test_loader(tmp_path):
     assert all(r["of_plain"]["low"] > 0 for r in rows)
 
 
+def test_verify(tmp_path):
+    rows = miniature(tmp_path, "verify")["summary"]
+    cases = {(r["mode"], r["threads"], r["what"]) for r in rows}
+    assert cases == set(product(("cached", "disk"), (1, 2), ("full", "with mixing")))
+    assert all(r["of_read"]["low"] > 0 for r in rows)
+
+
 def test_growth(tmp_path):
     rows = miniature(tmp_path, "growth")["summary"]
     assert [r["factor"] for r in rows] == [1, 4]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import islice
+from random import randrange
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,13 @@ from actshuffle.arrays.field import Field
 from actshuffle.arrays.guard import View
 from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import ActshuffleError, SourceError
+from actshuffle.storage.buffers import arena, padded
 from actshuffle.storage.directio import two_readers
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
+
+TILE_BYTES = 2 << 20  # in the last-level cache; larger pieces are no quicker, smaller ones cost more calls
+LOOKS = 4  # rows by which the page cache is judged
 
 
 class Source:
@@ -63,6 +68,31 @@ class Source:
                 stop = first + sum(e.views[0].nbytes for e in two) // field.row_bytes
                 yield first, stop
                 first = stop
+
+    def tiles(self, field: Field, start: int, stop: int) -> Iterator[tuple[int, U8]]:
+        """Rows ``[start, stop)`` in order, in pieces that share one piece of memory: (rows before it, its rows).
+
+        What the page cache holds comes in pieces of `TILE_BYTES`, which are still in the processor's cache when the
+        caller looks at them.  Anything else comes in one piece, as a disk, a server or a codec does best.
+        """
+        step = max(1, TILE_BYTES // field.row_bytes)
+        tiled = stop - start > step and self._in_page_cache(field, start, stop)
+        step = step if tiled else stop - start
+        memory = arena().reset(padded(step * field.row_bytes)).take((step, field.row_bytes))
+        for at in range(start, stop, step):
+            rows = memory[: min(step, stop - at)]
+            if tiled:
+                self.objects.read([*field.extents(at, at + len(rows), rows.data.cast("B"))])
+            else:
+                self.read(field, at, rows)
+            yield at - start, rows
+
+    def _in_page_cache(self, field: Field, start: int, stop: int) -> bool:
+        """True if the page cache seems to hold plain bytes of some rows: looks at a few of them."""
+        if self._elsewhere is not None or not field.source_key:
+            return False
+        at = [randrange(start, stop) for _ in range(LOOKS)]
+        return all(self.objects.is_cached(*next(field.spans(row, row + 1))[:2]) for row in at)
 
     def numbers(self, start: int, stop: int) -> U64:
         """The numbers of rows ``[start, stop)`` in ``source_row``, uint64."""

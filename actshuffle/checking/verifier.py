@@ -16,13 +16,14 @@ confirm it.  Quick: the same for random stretches of dst, rows compared byte for
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +36,9 @@ from actshuffle.arrays.names import DIGESTS, SOURCE_ROW
 from actshuffle.arrays.small import get_array
 from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U64
+from actshuffle.checking.keyorder import check_ascent, descents, full_keys, order_of
 from actshuffle.errors import ActshuffleError, FormatError, IncompleteStoreError, RequestError, SourceError
-from actshuffle.executors import Executor, Serial
+from actshuffle.executors import Executor, Threads
 from actshuffle.executors.choice import as_executor
 from actshuffle.html import page
 from actshuffle.jobs.running import sweep
@@ -48,8 +50,10 @@ from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
 from actshuffle.units import counted, format_bytes, format_seconds
 
+T = TypeVar("T")
 SLICE_BYTES = 32 << 20  # bytes of rows held at a time
 TASK_BYTES = 1 << 30
+PARTS = 4  # tasks of a worker, at least, so that they end together
 STRETCH = 16  # rows of a quick check's stretch
 COMPARED = 64  # damaged objects of a field whose rows are compared one by one
 SHOWN = 10  # rows named per damaged object
@@ -158,7 +162,8 @@ def verify(
     """Check that ``dst`` is a complete, exact shuffle of ``src``.
 
     ``quick`` compares about ``sample_rows`` random rows; ``mixing`` adds the two-sided statistics of
-    `actshuffle.ordering.mixing`.  Damage is reported, not raised.
+    `actshuffle.ordering.mixing`.  Damage is reported, not raised.  Runs on threads of this process unless
+    given an executor.
 
     Raises
     ------
@@ -166,7 +171,7 @@ def verify(
     SourceError, RequestError : there is nothing to compare.
     """
     started, progress = time.perf_counter(), progress or Silent()
-    workers: Executor = as_executor(Serial() if executor is None else executor)
+    workers: Executor = as_executor(Threads() if executor is None else executor)
     source, destination = as_place(src, storage_options), as_place(dst, storage_options)
     marker = read_marker(open_objects(destination))
     if marker is None:
@@ -222,13 +227,14 @@ def verify(
     checked, nbytes, scored = 0, 0, None
     if not problems:
         check = _quick if quick else _full
-        checked, nbytes, found = check(pair, workers, progress, sample_rows)
-        problems += found
-    if mixing and not problems:
-        try:
-            scored = _mixing(pair)
-        except ValueError as err:  # the quick check does not prove that it is a permutation
-            problems.append(Problem("order", SOURCE_ROW, str(err)))
+        with _beside(_mixing, pair) if mixing else nullcontext() as scores:
+            checked, nbytes, found = check(pair, workers, progress, sample_rows)
+            problems += found
+            if scores and not problems:  # else the rows, which it reads too, need not be an order at all
+                try:
+                    scored = scores()
+                except ValueError as err:  # the quick check does not prove that it is a permutation
+                    problems.append(Problem("order", SOURCE_ROW, str(err)))
     return VerifyReport(
         pair.rows, checked, nbytes, quick, time.perf_counter() - started, (*altered, *problems), tuple(notes), scored
     )
@@ -245,77 +251,128 @@ def _refuse_others(dst: str | Path, marker: dict[str, Any]) -> None:
 
 def _full(pair: Pair, executor: Executor, progress: Progress, _sample: int) -> tuple[int, int, list[Problem]]:
     row_bytes = sum(f.row_bytes for f in pair.fields)
-    step = max(1, TASK_BYTES // row_bytes, -(-pair.rows // 10_000))
-    starts = range(0, pair.rows, step)
     total = np.zeros((2, len(pair.fields), 2), np.uint64)
     by_object: list[dict[int, U64]] = [{} for _ in pair.fields]
-    edges: dict[int, tuple[U64, U64]] = {}
-    problems: list[Problem] = []
-    calls = [(pair, side, start, min(start + step, pair.rows)) for start in starts for side in (0, 1)]
-    size, all_bytes = lambda part: (part[2] - part[1]) * row_bytes, 2 * pair.rows * row_bytes
-    for side, start, _, sums, edge, found in sweep("verify", check_range, calls, executor, progress, size, all_bytes):
-        problems += found
-        for number, parts in enumerate(sums):
-            for at, part in parts.items():
-                total[side, number] += part
-                if side:
-                    held = by_object[number].get(at, np.zeros(2, np.uint64))
-                    by_object[number][at] = held + part
-        if edge is not None:
-            edges[start] = edge
-    seams = [edges[s] for s in sorted(edges)]
-    for ((_, last), (following, _)), start in zip(pairwise(seams), sorted(edges)[1:], strict=True):
-        if not tuple(last) < tuple(following):
-            problems.append(_order_problem(pair, start))
+    parts = _parts(pair, executor.workers)
+    found: dict[int, Part] = {}
+    calls = [(pair, side, start, stop) for _, start, stop in parts for side in (0, 1)]
+    size, all_bytes = lambda part: (part.stop - part.start) * row_bytes, 2 * pair.rows * row_bytes
+    for part in sweep("verify", check_range, calls, executor, progress, size, all_bytes):
+        for number, sums in enumerate(part.sums):
+            for at, one in sums.items():
+                total[part.side, number] += one
+                if part.side:
+                    by_object[number][at] = by_object[number].get(at, np.zeros(2, np.uint64)) + one
+        if part.side:
+            found[part.start] = part
+    problems = list(_in_order(pair, [(family, found[start]) for family, start, _ in parts]))
     whole = not any(p.kind == "unreadable" for p in problems)
     for number, field in enumerate(pair.fields):
         if (total[0, number] != total[1, number]).any():
-            found = list(_locate(pair, executor, number, field, by_object[number], whole))
-            problems += [p for p in found if p.kind != "unreadable"]
+            located = _locate(pair, executor, number, field, by_object[number], whole)
+            problems += [p for p in located if p.kind != "unreadable"]
     for output in (*pair.fields, *([pair.source_row] if pair.source_row else [])):
         problems += _padding_problems(pair, output)
     return pair.rows, all_bytes, problems
 
 
-def check_range(pair: Pair, side: int, start: int, stop: int) -> Any:
-    """Digests of rows ``[start, stop)`` of src (side 0) or dst (1) by object, and for dst their order.
+@dataclass
+class Part:
+    """What one task found in rows ``[start, stop)`` of src (side 0) or dst (1).
 
-    Returns (side, start, stop, per field {object number: uint64 (2,)}, first and last full key, problems).
+    ``sums`` are digests per field by object number, uint64 ``(2,)``.  Of dst, ``ends`` are the keys of the first and
+    the last row that could be read, uint64 ``(2, 3)``; the first is row ``begins``, before which there were
+    ``before`` problems.
     """
+
+    side: int
+    start: int
+    stop: int
+    sums: list[dict[int, U64]]
+    problems: list[Problem]
+    ends: U64 | None = None
+    begins: int = 0
+    before: int = 0
+
+
+def _parts(pair: Pair, workers: int) -> list[tuple[int, int, int]]:
+    """Ranges of rows, each with the number of its family: enough for all workers, and of whole slices.
+
+    A report names `SHOWN` rows out of order per family, so families do not depend on the number of workers.
+    """
+    row_bytes = sum(f.row_bytes for f in pair.fields)
+    family = max(1, TASK_BYTES // row_bytes, -(-pair.rows // 10_000))
+    rows = _slice_rows(pair)
+    step = max(1, round(pair.rows / (PARTS * workers * rows))) * rows
+    return [
+        (number, a, min(a + step, start + family, pair.rows))
+        for number, start in enumerate(range(0, pair.rows, family))
+        for a in range(start, min(start + family, pair.rows), step)
+    ]
+
+
+def _slice_rows(pair: Pair) -> int:
+    return max(1, SLICE_BYTES // max(f.row_bytes for f in pair.fields))
+
+
+def _in_order(pair: Pair, parts: list[tuple[int, Part]]) -> Iterator[Problem]:
+    """The problems of dst, as if each family had been looked at by one task; then those between families."""
+    seams, last, previous = [], None, -1
+    for family, members in groupby(parts, key=lambda one: one[0]):
+        problems: list[Problem] = []
+        for _, part in members:
+            theirs = list(part.problems)
+            if part.ends is not None:
+                if last is not None and not tuple(last) < tuple(part.ends[0]):
+                    found = _order_problem(pair, part.begins)
+                    if family != previous:
+                        seams.append(_order_problem(pair, part.start))
+                    elif found not in theirs:  # a row that the source does not have is named already
+                        theirs.insert(part.before, found)
+                last, previous = part.ends[1], family
+            for problem in theirs:
+                if problem.kind != "order" or len(problems) < SHOWN:
+                    problems.append(problem)
+        yield from problems
+    yield from seams
+
+
+def check_range(pair: Pair, side: int, start: int, stop: int) -> Part:
+    """Digests of rows ``[start, stop)`` of src (side 0) or dst (1) by object, and for dst their order."""
     place, fields = (pair.source, pair.source_fields) if side == 0 else (pair.destination, pair.fields)
     store = Source(place, pair.fill_missing and side == 0)
-    sums: list[dict[int, U64]] = [{} for _ in fields]
-    edge = None
-    problems: list[Problem] = []
-    step = max(1, SLICE_BYTES // max(f.row_bytes for f in fields))
-    for a in range(start, stop, step):
+    part = Part(side, start, stop, [{} for _ in fields], [])
+    for a in range(start, stop, step := _slice_rows(pair)):
         b = min(a + step, stop)
         try:
             if side == 0:
                 rows = np.arange(a, b, dtype=np.uint64)
             else:
                 rows = _rows_of(pair, store, a, b)
-                keys = _full_keys(pair.keys, rows)
-                broken = _descents(keys, rows, pair.rows, None if edge is None else edge[1])
-                room = max(0, SHOWN - len(problems))
-                problems += [_order_problem(pair, a + int(at)) for at in broken[:room]]
-                edge = (keys[0] if edge is None else edge[0], keys[-1])
+                broken, ends = check_ascent(pair.keys, rows, pair.rows, None if part.ends is None else part.ends[1])
+                if part.ends is None:
+                    part.begins, part.before, part.ends = a, len(part.problems), ends
+                part.ends = np.stack([part.ends[0], ends[1]])
+                room = max(0, SHOWN - len(part.problems))
+                part.problems += [_order_problem(pair, a + int(at)) for at in broken[:room]]
             for number, field in enumerate(fields):
-                data = np.empty((b - a, field.row_bytes), np.uint8)
-                store.read(field, a, data)
-                hashes = RowHash(pair.keys.seed, 1 + number, field.row_bytes).hashes(data, rows)
-                size = field.source_chunk_rows
-                for at in range(a // size, -(-b // size)):
-                    part = hashes[max(at * size - a, 0) : (at + 1) * size - a]
-                    held = sums[number].get(at, np.zeros(2, np.uint64))
-                    sums[number][at] = held + part.sum(axis=0, dtype=np.uint64)
+                row_hash = RowHash(pair.keys.seed, 1 + number, field.row_bytes)
+                _add(part.sums[number], row_hash.hashes_of_parts(store.tiles(field, a, b), rows), a, field)
         except ActshuffleError as err:
             if side == 0:
                 raise
-            problems += list(_unreadable(pair, store, a, b)) or [
+            part.problems += list(_unreadable(pair, store, a, b)) or [
                 Problem("unreadable", f"output rows {a:,} to {b:,}", str(err))
             ]
-    return side, start, stop, sums, edge, problems
+    return part
+
+
+def _add(sums: dict[int, U64], hashes: U64, first: int, field: Field) -> None:
+    """Add the hashes of rows from ``first`` on to the digests of their objects."""
+    size = field.source_chunk_rows
+    for at in range(first // size, -(-(first + len(hashes)) // size)):
+        part = hashes[max(at * size - first, 0) : (at + 1) * size - first]
+        sums[at] = sums.get(at, np.zeros(2, np.uint64)) + part.sum(axis=0, dtype=np.uint64)
 
 
 def _unreadable(pair: Pair, store: Source, start: int, stop: int) -> Iterator[Problem]:
@@ -414,8 +471,8 @@ def check_stretch(pair: Pair, start: int) -> tuple[int, list[Problem]]:
     problems = []
     try:
         rows = _rows_of(pair, store, start, stop)
-        keys = _full_keys(pair.keys, rows)
-        broken = _descents(keys, rows, pair.rows, None)
+        keys = full_keys(pair.keys, rows)
+        broken = descents(keys, rows, pair.rows, None)
         if not len(broken) and pair.keys.hi_bits == 64:
             # The r-th of n uniform keys lies within a few standard deviations of r / n.
             off = np.abs(keys[:, 0] / 2.0**64 - (np.arange(start, stop) + 1) / (pair.rows + 1))
@@ -431,7 +488,18 @@ def check_stretch(pair: Pair, start: int) -> tuple[int, list[Problem]]:
     return stop - start, problems
 
 
-def _mixing(pair: Pair) -> MixingReport:
+@contextmanager
+def _beside(work: Callable[[Pair, Event], T], pair: Pair) -> Iterator[Callable[[], T]]:
+    """Work on another thread; yields a function that waits for its result.  It is told to stop when the block ends."""
+    over = Event()
+    with ThreadPoolExecutor(1, "actshuffle-beside") as pool:
+        try:
+            yield pool.submit(work, pair, over).result
+        finally:
+            over.set()
+
+
+def _mixing(pair: Pair, over: Event) -> MixingReport:
     widest = max(range(len(pair.fields)), key=lambda i: pair.fields[i].row_bytes)
     stream = MixingAccumulator(
         pair.rows,
@@ -440,6 +508,8 @@ def _mixing(pair: Pair) -> MixingReport:
     )
     store, step = Source(pair.destination), SLICE_BYTES // 8
     for a in range(0, pair.rows, step):
+        if over.is_set():
+            break
         stream.update(a, _rows_of(pair, store, a, min(a + step, pair.rows)))
     return stream.report()
 
@@ -447,35 +517,10 @@ def _mixing(pair: Pair) -> MixingReport:
 def _rows_of(pair: Pair, store: Source, start: int, stop: int) -> U64:
     """The source row of each output row: as recorded, or else by the seed."""
     if pair.source_row is None:
-        return _order(pair.keys, pair.rows)[start:stop]
+        return order_of(pair.keys, pair.rows)[start:stop]
     data = np.empty((stop - start, 8), np.uint8)
     store.read(pair.source_row, start, data)
     return data.view("<u8")[:, 0]
-
-
-@lru_cache(maxsize=1)
-def _order(keys: Keys, rows: int) -> U64:
-    return keys.order(rows).astype(np.uint64)
-
-
-def _full_keys(keys: Keys, rows: U64) -> U64:
-    """hi, lo (where two neighbours' hi are equal, else 0) and row, uint64 ``(m, 3)``."""
-    hi, lo = keys.hi_at(rows), np.zeros(len(rows), np.uint64)
-    tied = np.zeros(len(rows), bool)
-    tied[1:] = hi[1:] == hi[:-1]
-    tied[:-1] |= tied[1:]
-    tied[:1] = tied[-1:] = True  # neighbours beyond the edges are not known here
-    lo[tied] = keys.lo_at(rows[tied])
-    return np.stack([hi, lo, rows], axis=1)
-
-
-def _descents(keys: U64, rows: U64, n: int, before: U64 | None) -> NDArray[np.int64]:
-    """Positions of keys that do not exceed the key before them, and of rows that the source does not have."""
-    both = keys if before is None else np.concatenate([before[None], keys])
-    (h0, l0, r0), (h1, l1, r1) = both[:-1].T, both[1:].T
-    ascends = (h0 < h1) | ((h0 == h1) & ((l0 < l1) | ((l0 == l1) & (r0 < r1))))
-    bad = np.flatnonzero(~ascends) + (1 if before is None else 0)
-    return np.union1d(bad, np.flatnonzero(rows >= np.uint64(n)))
 
 
 def _order_problem(pair: Pair, row: int) -> Problem:

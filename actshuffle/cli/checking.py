@@ -26,9 +26,11 @@ INCOMPLETE = click.option("--incomplete", is_flag=True, help="Accept a store of 
     "--rows", "sample_rows", type=POSITIVE, default=4096, help="Rows to sample with --quick.  [default: 4096]"
 )
 @click.option("--mixing", is_flag=True, help="Add statistics of how well the order mixes.")
-@work()
+@work(here=True)
 def verify(executor: Any, display: Any, src: str, dst: str, **options: Any) -> Answer:
     """Check that DST is SRC in the order of its seed.  Exits with 1 if it is not.
+
+    Works on threads of this process unless --workers or --scheduler is given.
 
     \b
     Examples:

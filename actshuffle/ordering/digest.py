@@ -20,6 +20,7 @@ random, any change within one row escapes both with probability at most 2^-33, a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -49,23 +50,47 @@ class RowHash:
         ``rows`` is uint8 ``(m, row_bytes)``, C-contiguous, little-endian values; ``source_row`` is
         uint64 ``(m,)``.
         """
-        w, v, a, b = _weights(self.seed, self.field, self.row_bytes)
-        out = np.empty((2, len(rows)), np.uint64)  # one form after the other, for contiguous sums
+        forms = np.empty((2, len(rows)), np.uint64)  # one form after the other, for contiguous sums
         words = _words(rows)
-        step = max(1, _SLICE_BYTES // self.row_bytes)
-        high = np.empty((min(step, len(rows)), words.shape[1]), np.uint64)
-        for start in range(0, len(rows), mixed := max(step, _MIXED_ROWS // step * step)):
-            stop = min(start + mixed, len(rows))
-            for at in range(start, stop, step):
-                part = slice(at, min(at + step, stop))
-                out[0, part] = _dot(words[part], w)
-                out[1, part] = _dot(_high(words[part], high), v)
-            place = source_row[start:stop] * _GOLDEN
-            for form, offset in zip(out[:, start:stop], (a, b), strict=True):
-                form += place
-                form += offset
-                mix(form)
-        return out.T
+        high = np.empty((min(self._step, len(rows)), words.shape[1]), np.uint64)
+        for start in range(0, len(rows), mixed := max(self._step, _MIXED_ROWS // self._step * self._step)):
+            part = slice(start, start + mixed)
+            self._add_up(words[part], forms[:, part], high)
+            self._mix(forms[:, part], source_row[part])
+        return forms.T
+
+    def hashes_of_parts(self, parts: Iterable[tuple[int, U8]], source_row: U64) -> U64:
+        """`hashes` of rows that come in parts, each with the number of its first row; their memory is overwritten."""
+        forms = np.empty((2, len(source_row)), np.uint64)
+        for first, rows in parts:
+            words = _words(rows)
+            self._add_up(words, forms[:, first : first + len(rows)], None)
+        for start in range(0, len(source_row), _MIXED_ROWS):
+            self._mix(forms[:, start : start + _MIXED_ROWS], source_row[start : start + _MIXED_ROWS])
+        return forms.T
+
+    @property
+    def _step(self) -> int:
+        return max(1, _SLICE_BYTES // self.row_bytes)
+
+    def _add_up(self, words: NDArray[Any], forms: U64, high: U64 | None) -> None:
+        """Put the two sums of each row, not mixed yet, into ``forms``, uint64 ``(2, m)``.
+
+        ``high`` is memory for the upper halves of words; without it they replace the words.
+        """
+        (w, v, _, _), step = _weights(self.seed, self.field, self.row_bytes), self._step
+        for start in range(0, len(words), step):
+            part, sums = words[start : start + step], forms[:, start : start + step]
+            _dot(part, w, sums[0])
+            _dot(_high(part, part if high is None else high), v, sums[1])
+
+    def _mix(self, forms: U64, source_row: U64) -> None:
+        _, _, a, b = _weights(self.seed, self.field, self.row_bytes)
+        place = source_row * _GOLDEN
+        for form, offset in zip(forms, (a, b), strict=True):
+            form += place
+            form += offset
+            mix(form)
 
     def total(self, rows: U8, source_row: U64) -> U64:
         """Digest of a set of rows, uint64 ``(2,)``."""
@@ -97,7 +122,7 @@ def from_hex(text: str) -> U64:
 def _words(rows: U8) -> NDArray[Any]:
     """The rows as the widest words that divide them."""
     unit = _unit(rows.shape[1])
-    if rows.ctypes.data % unit:
+    if rows.__array_interface__["data"][0] % unit:  # as `rows.ctypes.data`, in a tenth of the time
         rows = rows.copy()  # only a buffer that is not ours can be unaligned
     return rows.view(f"<u{unit}")
 
@@ -114,9 +139,8 @@ def _unit(row_bytes: int) -> int:
     return next(u for u in (8, 4, 2, 1) if row_bytes % u == 0)
 
 
-def _dot(words: NDArray[Any], weights: U64) -> U64:
-    dots: U64 = np.einsum("ij,j->i", words, weights, dtype=np.uint64, casting="unsafe")
-    return dots
+def _dot(words: NDArray[Any], weights: U64, out: U64) -> None:
+    np.einsum("ij,j->i", words, weights, out=out, dtype=np.uint64, casting="unsafe")
 
 
 def mix(x: U64) -> U64:

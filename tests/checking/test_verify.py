@@ -11,8 +11,11 @@ import pytest
 import zarr
 
 import actshuffle
+from actshuffle.checking import verifier
 from actshuffle.errors import IncompleteStoreError, RequestError, SourceError
+from actshuffle.executors import Serial, Threads
 from actshuffle.ordering.keys import order
+from actshuffle.ordering.mixing import report as score
 from actshuffle.testing import Faults, Killed, matching, run
 from actshuffle.testing.stories import Dice, choose_plan, choose_store
 from support.processes import PHASES, PLAN, SEED, assert_exact, source
@@ -644,4 +647,53 @@ def test_marker_alone_is_not_believed(src, store):
     for field in FIELDS:
         shutil.rmtree(dst / field)
     report = actshuffle.verify(src, dst)
+    assert not report.ok
+
+
+# --- Threads and pieces ---------------------------------------------------------------------------
+
+
+def damaged_everywhere(store):
+    """Rows out of order at many places, rows that never were, bytes that changed, and objects that cannot be read."""
+
+    def swap(rows):
+        rows = rows.copy()
+        rows[1:-1:2], rows[2::2] = rows[2::2].copy(), rows[1:-1:2].copy()
+        rows[ROWS // 2 :] = ROWS  # which the source does not have
+        return rows
+
+    rewrite(store, "source_row", swap)
+    rewrite(store, "x", lambda rows: np.roll(rows, 1, axis=0))
+    flip(objects_of(store, "doc")[2], 40)
+
+
+@pytest.mark.parametrize("codec", ["none", "crc32c", "sharded"])
+@pytest.mark.parametrize("damage", [None, damaged_everywhere])
+def test_report_is_the_same_however_the_work_is_divided(damage, codec, src, store, monkeypatch):
+    broken = store(codec)
+    if damage:
+        damage(broken)
+    monkeypatch.setattr(verifier, "SLICE_BYTES", 200)  # a few rows
+    for task, shown in ((1000, 1000), (1 << 30, 4)):
+        monkeypatch.setattr(verifier, "TASK_BYTES", task)
+        monkeypatch.setattr(verifier, "SHOWN", shown)
+        monkeypatch.setattr(verifier, "PARTS", 0.001)  # a family is one task
+        whole = actshuffle.verify(src, broken, executor=Serial())
+        assert whole.ok == (damage is None)
+        monkeypatch.setattr(verifier, "PARTS", 4)
+        report = actshuffle.verify(src, broken, executor=Threads(3))
+        assert report.problems == whole.problems
+        assert (report.rows, report.checked, report.nbytes) == (whole.rows, whole.checked, whole.nbytes)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_mixing_beside_the_check_is_that_of_the_rows(quick, src, outputs, store):
+    report = actshuffle.verify(src, outputs / "none", mixing=True, quick=quick)
+    rows = zarr.open_array(outputs / "none" / "source_row", mode="r")[...]
+    chunks = [zarr.open_array(path, mode="r").chunks[0] for path in (src / "x", outputs / "none" / "x")]
+    assert report.mixing == score(rows, src_chunk_rows=chunks[0], dst_chunk_rows=chunks[1])
+    broken = store("none")
+    rewrite(broken, "source_row", lambda rows: np.roll(rows, 1))
+    report = actshuffle.verify(src, broken, mixing=True)
+    assert report.mixing is None
     assert not report.ok

@@ -120,6 +120,20 @@ def test_slices_do_not_show(width, monkeypatch):
     np.testing.assert_array_equal(one_by_one, whole)
 
 
+@pytest.mark.parametrize("width", [3, 4, 8, 4096])
+def test_hashes_of_parts_are_those_of_the_rows(width, monkeypatch):
+    rows, numbers = rows_of_width(width, n=50)
+    row_hash = RowHash(1, 0, width)
+    for slices, mixed in ((7 * width, 16), (1 << 19, 1 << 12)):
+        whole = row_hash.hashes(rows, numbers)
+        monkeypatch.setattr("actshuffle.ordering.digest._SLICE_BYTES", slices)
+        monkeypatch.setattr("actshuffle.ordering.digest._MIXED_ROWS", mixed)
+        parts = ((at, rows[at : at + 20].copy()) for at in range(0, 50, 20))
+        np.testing.assert_array_equal(row_hash.hashes_of_parts(parts, numbers), whole)
+        parts = ((at, rows[at : at + 20][::-1].copy()) for at in range(0, 50, 20))
+        assert (row_hash.hashes_of_parts(parts, numbers) != whole).any()
+
+
 def test_memory_that_is_not_aligned():
     rows, numbers = rows_of_width(16)
     shifted = np.frombuffer(b"x" + rows.tobytes(), np.uint8)[1:].reshape(rows.shape)
