@@ -23,11 +23,14 @@ FAST := tests/test_layout.py tests/test_public_api.py tests/test_docs.py tests/t
 	tests/ordering/test_digest.py tests/planning/test_planner.py tests/arrays/test_format.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo check fast test lint soak dist clean $(TESTS)
+.PHONY: demo demo-steer check fast test lint soak dist clean $(TESTS)
 
 demo: $(VENV)/demo.done       ## shuffle a real model's activations, verify, show the difference, train an SAE from them
 	$(BIN)/python examples/shuffle_minilm.py
 	$(BIN)/python examples/train_minilm.py
+
+demo-steer: $(VENV)/steer.done ## a feature of a real language model, found by a rule, turned up while it talks
+	$(BIN)/python examples/steer_smollm2.py
 
 check: $(VENV)/test.done      ## the inner loop, under 20 s: lint, and the fast tests beside it
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync --keep-going lint fast
@@ -60,6 +63,10 @@ clean:
 
 $(VENV)/demo.done: setup.cfg constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/steer.done: setup.cfg constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[demo-steer]'
 	touch $@
 
 $(VENV)/test.done: setup.cfg constraints.txt | $(BIN)/python

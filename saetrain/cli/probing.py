@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import click
 import torch
 
-from saetrain.cli.models import FILES, MODEL, TEXT, open_both, open_text
+from saetrain.cli.models import FILES, MODEL, TEXT, layer_of, open_both, open_text
 from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
 from saetrain.errors import ConfigError
+from saetrain.opening import load
 from saetrain.probing.attribution import Metric, attribute, calibrate, cut, log_probability, logit
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.corpus import measure_scale
@@ -20,6 +22,7 @@ from saetrain.probing.curves import Sample, steer
 from saetrain.probing.effects import loss_effects
 from saetrain.probing.fidelity import evaluate
 from saetrain.probing.generation import Sampler, prompt_tokens
+from saetrain.probing.graph import trace
 from saetrain.probing.removal import ablate
 from saetrain.probing.turning import METHODS, UNITS, Turn, measure_largest, strength
 from saetrain.sae import SAE
@@ -300,4 +303,39 @@ def _ablate(run: Path, features: tuple[int, ...], as_json: bool, **options: Any)
             click.echo(f"a half-width of {share} times the effect needs {count:,} windows")
 
 
-COMMANDS = _evaluate, _steer, _attribute, _ablate
+@click.command("graph")
+@MODEL
+@click.argument("upper", type=PATH)
+@click.option("--upper-layer", type=int, metavar="N", help="Hidden state of UPPER.  [default: that of its layer_N]")
+@click.option("--prompt", required=True, help="Text whose next token is asked about.")
+@click.option("--chat", is_flag=True, help="The prompt is a user's turn, in the model's chat template.")
+@click.option("--logits", type=int, default=5, metavar="N", help="Likeliest next tokens.")
+@click.option("--nodes", type=int, default=64, metavar="N", help="Most features of each layer.")
+@click.option("--out", type=PATH, required=True, help="File of the graph.")
+@LOOK
+def _graph(run: Path, upper: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Trace from features of RUN to features of UPPER, at a higher layer, and to the next token.
+
+    Attention patterns and norm scales are frozen.  The file has the schema of attribution graphs that public front ends
+    read.
+
+    \b
+    Example:
+      saetrain graph run12 run20 --model smollm2/ --prompt "The capital of France is" --out graph.json
+    """
+    lower, low = open_both(run, options)
+    layer = options["upper_layer"] if options["upper_layer"] is not None else layer_of(upper)
+    high = LanguageModel(low.model, low.tokenizer, layer, low.name)
+    tokens = prompt_tokens(low, options["prompt"], chat=options["chat"])
+    above = load(upper).to(low.device)
+    found = trace(lower, above, (low, high), tokens, logits=options["logits"], nodes=options["nodes"])
+    words = {node.index: low.text_of([node.index]) for node in found.nodes if node.kind == "logit"}
+    out.write_text(json.dumps(found.to_json(out.stem, words)) + "\n")
+    facts = {"file": str(out), "nodes": len(found.nodes), "links": len(found.links), "kept": found.kept}
+    print_json(facts, as_json)
+    if not as_json:
+        shares = ", ".join(f"{share:.0%} of layer {layer}" for layer, share in found.kept.items())
+        click.echo(f"{out}: {len(found.nodes):,} nodes and {len(found.links):,} links; influence kept: {shares}")
+
+
+COMMANDS = _evaluate, _steer, _attribute, _ablate, _graph

