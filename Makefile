@@ -8,6 +8,7 @@ TESTS := $(wildcard tests/test_*.py tests/*/test_*.py)
 LONGEST := $(wildcard $(addprefix tests/, engine/test_failures.py engine/test_memory.py engine/test_engine.py \
 	sae/test_sae_store.py test_benchmarks.py sae/test_sae_checkpoint.py sae/test_sae_ranks.py building/test_collect.py \
 	engine/test_types.py sae/test_sae_cli.py jobs/test_folder.py cli/test_cli.py arrays/test_hostile.py \
+	sae/test_sae_train.py products/test_interactions.py features/test_features_runs.py \
 	arrays/test_codecs.py checking/test_verify.py building/test_append.py loading/test_loader.py engine/test_gather.py \
 	storage/test_s3.py engine/test_simulator.py engine/test_corruption.py engine/test_hosts.py))
 # Stores of tests lie in memory where it has room: most tests make and remove thousands of small files, for which a disk
