@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from actshuffle.engine.run import Shuffle, execute
 from actshuffle.errors import (
     ActshuffleError,
     DestinationExistsError,
+    DestinationInUseError,
     InfeasibleError,
     RequestError,
     ResumeMismatchError,
@@ -234,7 +235,16 @@ def collect(
                 return Collected(str(place), plan.rows, documents, nbytes, seconds, False, settings.get("dropped", {}))
             open_objects(source).delete_prefix("")
         if filters:
-            _drop_far(unfiltered, place, asked, request, crew, shown, locks, fsync)
+            with Locks() as alone:
+                try:
+                    alone.take(unfiltered)
+                except DestinationInUseError:
+                    if part is None:
+                        raise
+                    # Two parts were the last at the same time, and the other one copies.
+                    found = _collected(unfiltered, all_rows or job.known.marker, time.perf_counter() - started)
+                    return replace(found, destination=str(place), complete=False)
+                _drop_far(unfiltered, place, asked, request, crew, shown, locks, fsync)
         return _collected(place, read_marker(open_objects(place)) or {}, time.perf_counter() - started)
 
 

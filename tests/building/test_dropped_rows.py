@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from actshuffle import filter_rows, info, status
+from actshuffle.arrays.names import UNFILTERED
 from actshuffle.building import rowfilter
 from actshuffle.checking.contents import info_text
 from actshuffle.engine.state import status_text
@@ -27,7 +28,9 @@ from actshuffle.errors import (
     ResumeMismatchError,
     SourceError,
 )
+from actshuffle.jobs.locks import Locks
 from actshuffle.storage.files import LocalObjects
+from actshuffle.storage.place import as_place
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -370,6 +373,25 @@ def test_parts_and_stops_give_the_same_bytes(
     assert part(2).complete  # as it was
     assert files(tmp_path / "x.zarr") == files(out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.zarr", "z.zarr"]
+
+
+def test_one_of_two_parts_that_end_together_copies(model: Path, text: Path, tmp_path: Path) -> None:
+    out, all_rows = tmp_path / "x.zarr", as_place(tmp_path / f"x.zarr{UNFILTERED}")
+    gather(model, text, tmp_path / "whole.zarr", drop_norm=None)
+
+    def part(number: int) -> Collected:
+        shape: dict[str, Any] = {"layers": [0, 1, 2], "context": CONTEXT, "batch_tokens": 1, "chunk_rows": 16}
+        return collect(str(model), [text], out, part=(number, 2), fsync=False, **shape)
+
+    with Locks() as other:
+        other.take(all_rows)
+        ended = [part(number) for number in (1, 2, 2)]
+    assert [done.complete for done in ended] == [False, False, False]
+    assert "this part is done, others are not" in str(ended[-1])
+    assert open_dataset(all_rows.url).rows == ended[-1].rows == len(passes(model, text, ()))
+    assert part(1).complete
+    assert files(out) == files(tmp_path / "whole.zarr")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["whole.zarr", "x.zarr"]
 
 
 def test_overwrite_replaces_a_store_of_either_kind(model: Path, text: Path, tmp_path: Path) -> None:
