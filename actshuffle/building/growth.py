@@ -105,7 +105,7 @@ def append(
     DestinationInUseError : another process is writing the destination.
     SourceError : ``new`` has other arrays than ``dst``.
     """
-    switches(overwrite=overwrite, fsync=fsync)
+    switches(again=again, overwrite=overwrite, fsync=fsync)
     started, crew, shown = (
         time.perf_counter(),
         as_executor(Serial() if executor is None else executor),

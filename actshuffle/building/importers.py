@@ -106,7 +106,8 @@ def import_store(
 
     Other parameters are as in `actshuffle.shuffle`.
     """
-    switches(overwrite=overwrite, fsync=fsync)
+    given = {"flatten": flatten, "together": together}
+    switches(overwrite=overwrite, fsync=fsync, **{name: value for name, value in given.items() if value is not None})
     started, crew = time.perf_counter(), as_executor(Serial() if executor is None else executor)
     listed = [paths] if isinstance(paths, str | Path) else several("paths", paths, of="paths")
     kind, files, others = find_files([Path(p) for p in listed], format, split)

@@ -28,6 +28,7 @@ from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_p
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place
+from actshuffle.units import switches
 
 SHOWN_ROWS = 10_000
 
@@ -79,6 +80,7 @@ def split(
     Each part becomes a view, or with ``copy`` a separate store, at its path (under ``folder``).  A range of a
     store that is not shuffled is no random sample, so it is refused unless ``ordered``.
     """
+    switches(copy=copy, ordered=ordered)
     store = open_dataset(path, storage_options=storage_options)
     if not store.shuffled and not ordered:
         raise RequestError(

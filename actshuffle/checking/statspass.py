@@ -54,6 +54,7 @@ from actshuffle.progress import Progress, Silent
 from actshuffle.seals import checksum
 from actshuffle.storage.buffers import pages
 from actshuffle.storage.objects import Objects, open_objects
+from actshuffle.units import switches
 
 log = logging.getLogger("actshuffle")
 FOLDER = f"{OUR_GROUP}/stats"
@@ -86,6 +87,7 @@ def stats(
     IncompleteStoreError : the store is half done; a plain Zarr store that is not ours is taken.
     DestinationInUseError : another process writes to the store; ``write=False`` computes beside it.
     """
+    switches(write=write, incomplete=incomplete)
     dataset = path
     if not isinstance(dataset, Dataset):
         dataset = open_finished_or_plain(dataset, incomplete=incomplete, storage_options=storage_options)

@@ -48,7 +48,7 @@ from actshuffle.ordering.mixing import MixingAccumulator, MixingReport, as_html
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
-from actshuffle.units import counted, format_bytes, format_seconds
+from actshuffle.units import counted, format_bytes, format_seconds, switches
 
 T = TypeVar("T")
 SLICE_BYTES = 32 << 20  # bytes of rows held at a time
@@ -170,6 +170,7 @@ def verify(
     IncompleteStoreError : dst has no completion marker.
     SourceError, RequestError : there is nothing to compare.
     """
+    switches(quick=quick, mixing=mixing)
     started, progress = time.perf_counter(), progress or Silent()
     workers: Executor = as_executor(Threads() if executor is None else executor)
     source, destination = as_place(src, storage_options), as_place(dst, storage_options)

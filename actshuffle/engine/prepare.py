@@ -74,11 +74,9 @@ def prepare(
     if recorded is not None:
         if recorded["job"] != job.identity:
             was, now = recorded.get("plan"), json.loads(json.dumps(job.to_json()))
-            changed = sorted(k for k in now if not isinstance(was, dict) or was.get(k) != now[k])
+            changed = dict.fromkeys(_SAID[k] for k in _SAID if not isinstance(was, dict) or was.get(k) != now[k])
             raise ResumeMismatchError(
-                f"{dst.url} is half done, and since then {', '.join(changed)} changed"
-                f"{' (the source is not what it was)' if 'source_identity' in changed else ''}; "
-                "--overwrite starts again"
+                f"{dst.url} is half done, and was begun otherwise: {', '.join(changed)}; --overwrite starts again"
             )
     elif marker is not None:
         if differing := "; ".join(_changed(job, request, marker)):
@@ -110,6 +108,25 @@ def remove(objects: Objects) -> None:
 
 
 _METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
+
+
+# What changed in a job, by the names of its fields: all but those that do not decide what it does.
+_SAID = {
+    "source": "SRC is another path",
+    "destination": "DST was another path",
+    "scratch": "--scratch was another path",
+    "source_identity": "SRC has other rows",
+    "attributes": "SRC has other attributes",
+    "fields": "the arrays are others",
+    "keys": "--seed was another",
+    "source_row": "--source-row was another",
+    "fill_missing": "--missing-chunks was another",
+    "kind": "--gather was another, or SRC is of another kind",
+    "plan": "the plan of blocks and chunks is another (--memory, --block-bytes, --chunk-rows, --levels)",
+    "request": "options have other values",
+    "key_rows": "SRC stands for other rows",
+    "facts": "SRC stands for other rows",
+}
 
 
 def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Request, *, fsync: bool = True) -> Job:

@@ -24,7 +24,7 @@ from actshuffle.planning.strategy import Candidate, Site, candidates, cheapest
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
-from actshuffle.units import format_bytes, parse_bytes, parse_count, whole
+from actshuffle.units import format_bytes, parse_bytes, parse_count, switches, whole
 
 PREFERRED_MEMORY = 2 << 30  # a worker takes more only if that saves a level
 LOOKS = 64  # samples of the page cache
@@ -67,6 +67,7 @@ def ways(
     if (src is None) == (rows is None or row_bytes is None):
         raise RequestError("give a source, or both rows and row bytes")
     crew = whole("workers", workers or 0) or 1
+    switches(remote=remote)
     if src is None:
         if request.gather:
             raise RequestError("rows are gathered from a store: give one")

@@ -37,7 +37,7 @@ from actshuffle.loading.views import followed, reference
 from actshuffle.seals import seal
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place, public_url
-from actshuffle.units import counted, format_bytes
+from actshuffle.units import counted, format_bytes, switches
 
 _DEPTH = 16  # views of views that are followed
 
@@ -243,6 +243,7 @@ def is_ours(objects: Objects) -> bool:
 
 
 def _open(place: Place, incomplete: bool, views: tuple[str, ...]) -> Dataset:
+    switches(incomplete=incomplete)
     objects = open_objects(place)
     marker = read_marker(objects)
     if marker is None and not incomplete:

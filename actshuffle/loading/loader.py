@@ -41,7 +41,7 @@ from actshuffle.loading.prefetch import BatchBlock, Buffering, Loan, Pool, Readi
 from actshuffle.loading.unchanged import Watch
 from actshuffle.machine import cores, machine_memory
 from actshuffle.ordering.mixing import MixingAccumulator, MixingReport
-from actshuffle.units import counted, format_bytes, parse_bytes
+from actshuffle.units import counted, format_bytes, parse_bytes, switches
 
 if TYPE_CHECKING:
     from actshuffle.loading.torchface import TorchDataset
@@ -113,6 +113,7 @@ class Loader:
             optional = name in ("epochs", "threads", "buffer_rows") and value is None
             if not optional and (type(value) is not int or value < least):
                 raise RequestError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        switches(drop_last=drop_last, pin=pin, as_torch=as_torch, incomplete=incomplete)
         if rank >= world_size:
             raise RequestError(f"rank {rank} of {world_size} ranks; they count from 0")
         if pin and not as_torch:

@@ -26,7 +26,7 @@ from actshuffle.extras import need
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.ranks import Ranks, key_of
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import several
+from actshuffle.units import several, switches
 
 Pieces = Callable[[Sequence[int | None]], tuple[str, ...]]  # from token ids to their text; "?" for None
 # Usual names of these arrays; the first one present is used.
@@ -91,6 +91,7 @@ def came_from(
     which has the same rows elsewhere.  ``decode`` turns tokens into text if the store names a tokenizer
     that is on this machine; nothing is downloaded.
     """
+    switches(decode=decode)
     data = _shuffled(dst, storage_options)
     ranks = Ranks(data)
     wanted = _checked(rows, data.rows, f"rows of {data.path}")

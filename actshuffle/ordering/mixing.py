@@ -37,6 +37,7 @@ import numpy.typing as npt
 
 from actshuffle.html import page
 from actshuffle.ordering.digest import mix
+from actshuffle.units import counted
 
 WINDOW = 1 << 18  # rows scored at a time: bounds the memory (about 35 MB) and the lags seen
 GROUPS = 256  # a table has at most GROUPS x GROUPS cells
@@ -130,9 +131,10 @@ class MixingReport:
             lines.append(f"{line}  {t.p_value:<9.2g}{flag}".rstrip())
         lines += [f"{name:14}not applicable: {why}" for name, why in self.skipped.items()]
         verdict = "nothing to test" if not self.tests else "pass" if self.passed else "FAIL"
+        verb = "rejects" if len(self.tests) == 1 else "reject"
         lines.append(
-            f"{verdict}: {len(self.rejected)} of {len(self.tests)} tests reject at "
-            f"p <= {self.level:.2g} (alpha {self.alpha:g} for all, {self.rows} rows)"
+            f"{verdict}: {len(self.rejected)} of {counted(len(self.tests), 'test')} {verb} at "
+            f"p <= {self.level:.2g} (alpha {self.alpha:g} for all, {counted(self.rows, 'row')})"
         )
         return "\n".join(lines)
 
@@ -208,7 +210,7 @@ class MixingAccumulator:
         if start != self._seen:
             raise ValueError(f"piece starts at row {start}, but the next row is {self._seen}")
         if start + len(values) > self.rows:
-            raise ValueError(f"piece ends at row {start + len(values)}, past {self.rows} rows")
+            raise ValueError(f"piece ends at row {start + len(values)}, past {counted(self.rows, 'row')}")
         if values.size and (int(values.min()) < 0 or int(values.max()) >= self.rows):
             raise ValueError(f"source_row has values outside 0..{self.rows - 1}")
         taken = 0
@@ -258,7 +260,7 @@ class MixingAccumulator:
         if not 0 < alpha < 1:
             raise ValueError(f"alpha must be between 0 and 1, not {alpha}")
         if self._seen < self.rows:
-            raise ValueError(f"only {self._seen} of {self.rows} rows were given")
+            raise ValueError(f"only {self._seen:,} of {counted(self.rows, 'row')} came")
         if self._fingerprint % 2**64:
             raise ValueError(f"source_row is not a permutation of 0..{self.rows - 1}: rows repeat")
         found = [*self._table_tests(), *self._position_tests(), *self._spectrum_test(), *self._count_tests()]

@@ -8,7 +8,7 @@ from typing import Any
 from actshuffle.planning import cost, simulate
 from actshuffle.planning.cost import Cluster
 from actshuffle.planning.tree import Plan
-from actshuffle.units import format_bytes, format_seconds
+from actshuffle.units import counted, format_bytes, format_seconds
 
 
 def forecast(plan: Plan, cluster: Cluster, *, simulated: bool = False, seed: int = 0) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
     yield (
         f"forecast     {format_seconds(told['seconds'])} {how}, {format_bytes(told['bytes_per_second'])}/s end to end"
     )
-    yield f"             {told['hosts']:,} hosts, {told['workers']:,} workers; {where}"
+    yield f"             {counted(told['hosts'], 'host')}, {counted(told['workers'], 'worker')}; {where}"
     head = f"  {'stage':<12}{'tasks':>11}{'time':>14}{'moved':>10}{'requests':>10}  limited by"
     yield head
     for row in told["stages"]:
@@ -87,7 +87,8 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
             + (tail if told["simulated"] and row["tasks"] else "")
         )
     if told["simulated"]:
-        yield f"failures     {told['failures']:,} hosts died, {told['lost_tasks']:,} tasks were done again"
+        again = "was done again" if told["lost_tasks"] == 1 else "were done again"
+        yield f"failures     {counted(told['failures'], 'host')} died, {counted(told['lost_tasks'], 'task')} {again}"
     paid = told["dollars"]
     if paid["total"]:
         yield (

@@ -1,5 +1,7 @@
 """What Python lets people say and the command line does not: one sentence each, and nothing is written."""
 
+import dataclasses
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,3 +202,50 @@ def test_tasks_of_one_process_divide_its_memory(command, src, tmp_path):
         call(tmp_path, out, memory="30MB", executor=_Sharing())
     call(tmp_path, out, memory="60MB", executor=_Sharing())
     call(tmp_path, tmp_path / "alone.zarr", memory="30MB", executor=Serial())
+
+
+# What each public function needs beside its switches; True and False alone are switches, not what counts as one.
+CALLS: dict[str, Callable[[Path], list[Any]]] = {
+    "Loader": lambda at: [at / "s.zarr", 5],
+    "append": lambda at: [at / "s.zarr", at / "in.zarr"],
+    "came_from": lambda at: [at / "s.zarr", [0]],
+    "collect": lambda at: ["model", [at / "a.txt"], at / "new"],
+    "filter_rows": lambda at: [at / "s.zarr", at / "new"],
+    "head": lambda at: [at / "s.zarr", 5, at / "new"],
+    "import_store": lambda at: [at / "a.npy", at / "new"],
+    "open_dataset": lambda at: [at / "s.zarr"],
+    "plan": lambda at: [at / "in.zarr"],
+    "quality": lambda at: [at / "s.zarr"],
+    "sample": lambda at: [at / "in.zarr", 5, at / "new"],
+    "shuffle": lambda at: [at / "in.zarr", at / "new"],
+    "split": lambda at: [at / "s.zarr", {str(at / "new"): 5}],
+    "stats": lambda at: [at / "s.zarr"],
+    "verify": lambda at: [at / "in.zarr", at / "s.zarr"],
+}
+
+
+def _switches() -> dict[str, list[str]]:
+    """The parameters of public functions that take True or False."""
+    found = {}
+    for name in actshuffle.__all__:
+        public = getattr(actshuffle, name)
+        if callable(public) and not dataclasses.is_dataclass(public):
+            parameters = inspect.signature(public).parameters.values()
+            found[name] = [p.name for p in parameters if str(p.annotation) in ("bool", "bool | None")]
+    return {name: names for name, names in found.items() if names}
+
+
+def test_every_function_with_switches_is_tried():
+    assert set(_switches()) == set(CALLS)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("wrong", ["no", 1, np.array([True])], ids=["text", "number", "array"])
+def test_what_counts_as_true_is_no_switch(name, wrong, src, store, tmp_path):
+    np.save(tmp_path / "a.npy", values(30, (4,)))
+    (tmp_path / "a.txt").write_text("text")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for switch in _switches()[name]:
+        with pytest.raises(RequestError, match=f"{switch} must be True or False, got"):
+            getattr(actshuffle, name)(*CALLS[name](tmp_path), **{switch: wrong})
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

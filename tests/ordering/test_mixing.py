@@ -330,3 +330,8 @@ def test_bad_pieces_and_arguments() -> None:
     for rows, src, dst in [(-1, 1, 1), (5, 0, 1), (5, 1, 0)]:
         with pytest.raises(ValueError, match="chunks of at least one row"):
             MixingAccumulator(rows, src_chunk_rows=src, dst_chunk_rows=dst)
+
+
+@pytest.mark.parametrize(("rows", "words"), [(1, "1 row)"), (2, "2 rows)"), (1500, "1,500 rows)")])
+def test_numbers_of_rows_agree_with_their_noun(rows, words):
+    assert words in report(np.arange(rows)[::-1], src_chunk_rows=1, dst_chunk_rows=1).table()

@@ -278,6 +278,15 @@ def test_text_names_hosts_that_died():
 
 
 @pytest.mark.parametrize(
+    ("failures", "lost", "words"), [(1, 1, "1 host died, 1 task was"), (2, 0, "2 hosts died, 0 tasks were")]
+)
+def test_numbers_of_hosts_and_tasks_agree_with_their_nouns(failures, lost, words):
+    told = forecast(small_plan(), Cluster(hosts=1, workers_per_host=1), simulated=True)
+    assert "1 host, 1 worker;" in text(told)
+    assert f"{words} done again" in text(told | {"failures": failures, "lost_tasks": lost})
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ("--hosts", "0"),
