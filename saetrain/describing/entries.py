@@ -73,14 +73,20 @@ class Entries:
 
     @cached_property
     def priority(self) -> NDArray[np.uint64]:
-        """Priority of (latent, row): uniform, and unrelated from one latent to another."""
-        return self.word ^ np.repeat(mixed(np.arange(self.first, self.first + self.latents)), self.counts)
+        """Priority of (latent, row): uniform, and unrelated from one latent to another.
+
+        The row's word is changed by a word of the latent, and mixed: each step is a bijection, so it stays uniform.
+        """
+        return finalized(self.word ^ np.repeat(mixed(np.arange(self.first, self.first + self.latents)), self.counts))
 
 
 def mixed(latents: NDArray[Any]) -> NDArray[np.uint64]:
-    """A well mixed word of each latent: the output function of SplitMix64 (Steele, Lea, Flood 2014)."""
-    with np.errstate(over="ignore"):
-        z = (latents.astype(np.uint64) + np.uint64(1)) * _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * _M1
-        z = (z ^ (z >> np.uint64(27))) * _M2
+    """A well mixed word of each latent: SplitMix64 (Steele, Lea, Flood 2014)."""
+    return finalized((latents.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+
+
+def finalized(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of SplitMix64, a bijection of 64-bit words."""
+    z = (z ^ (z >> np.uint64(30))) * _M1
+    z = (z ^ (z >> np.uint64(27))) * _M2
     return z ^ (z >> np.uint64(31))

@@ -177,7 +177,10 @@ def test_top_tokens(case, acts):
 
 def mix(latent: int) -> int:
     """SplitMix64's output function, in Python's integers."""
-    z = (latent + 1) * 0x9E3779B97F4A7C15 % 2**64
+    return finalized((latent + 1) * 0x9E3779B97F4A7C15 % 2**64)
+
+
+def finalized(z: int) -> int:
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return z ^ (z >> 31)
@@ -227,7 +230,7 @@ def test_samples_are_those_of_smallest_priority(case):
             assert all(not slots_of(features[latent], kind) for kind in features.kinds if kind != "quiet")
             continue
         for kind, inside in parts(dense[rows, latent]).items():
-            due = sorted(rows[inside].tolist(), key=lambda r: words[r] ^ mix(latent))
+            due = sorted(rows[inside].tolist(), key=lambda r: finalized(words[r] ^ mix(latent)))
             first, end = features.kinds[kind]
             assert slots_of(features[latent], kind) == due[: end - first], kind
             full += len(due) > end - first

@@ -1,0 +1,139 @@
+"""Samples are exactly uniform: chi-square over a thousand seeds, two-sided, with biased samplers as controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+from actshuffle import priorities
+from saetrain.describing.entries import Context, Entries
+from saetrain.describing.samples import choose, smallest
+from saetrain.describing.slots import Slots
+
+SEEDS, ROWS, LATENTS = 1000, 60, 3
+SLOTS = Slots(top=2, intervals=2, each=3, random=4, quiet=5)
+ACTIVE = np.flatnonzero(np.random.default_rng(0).random(ROWS) < 0.4)
+VALUES = np.linspace(0.1, 8, len(ACTIVE)).astype(np.float32)[np.random.default_rng(1).permutation(len(ACTIVE))]
+
+
+def one_seed(seed: int, first: int) -> dict[str, list[int]]:
+    """The rows chosen of each kind for latent `first`, active on ACTIVE."""
+    words = priorities(seed, 0, ROWS)
+    entries = Entries(
+        first=first,
+        counts=np.array([len(ACTIVE)]),
+        row=ACTIVE,
+        value=VALUES,
+        document=np.zeros(len(ACTIVE), np.int32),
+        token=None,
+        word=words[ACTIVE],
+    )
+    pool = np.argsort(words, kind="stable")
+    context = Context(ROWS, np.array([0, ROWS]), pool, 0, 0, False, SLOTS, 128, 48, 24)
+    median = np.sort(VALUES)[-(-len(VALUES) // 2) - 1]
+    rows = choose(entries, context, VALUES.max(keepdims=True), np.array([[median]], np.float32)).row[0]
+    return {kind: rows[a:b].tolist() for kind, (a, b) in SLOTS.kinds().items()}
+
+
+def p_value(counts: np.ndarray, each: int) -> float:
+    """Of equal chances for n rows, of which each of SEEDS samples takes `each` without replacement."""
+    n = len(counts)
+    due = SEEDS * each / n
+    statistic = ((counts - due) ** 2).sum() / due * (n - 1) / (n - each)
+    return float(chi2.cdf(statistic, n - 1))
+
+
+def is_uniform(counts: np.ndarray, each: int) -> bool:
+    """Two-sided: too even is a fault too."""
+    return 1e-4 < p_value(counts, each) < 1 - 1e-4
+
+
+@pytest.fixture(scope="module")
+def chosen() -> list[dict[str, np.ndarray]]:
+    """For each latent, how often each row was chosen, by kind."""
+    found = []
+    for latent in range(LATENTS):
+        counts: dict[str, np.ndarray] = {kind: np.zeros(ROWS, np.int64) for kind in SLOTS.kinds()}
+        for seed in range(SEEDS):
+            for kind, rows in one_seed(seed, latent).items():
+                counts[kind][[r for r in rows if r >= 0]] += 1
+        found.append(counts)
+    return found
+
+
+def populations() -> dict[str, np.ndarray]:
+    half = VALUES.max() / 2
+    median = np.sort(VALUES)[-(-len(VALUES) // 2) - 1]
+    return {
+        "interval 1": ACTIVE[half >= VALUES],
+        "interval 2": ACTIVE[half < VALUES],
+        "part 1": ACTIVE[median >= VALUES],
+        "part 2": ACTIVE[median < VALUES],
+        "random": ACTIVE,
+        "quiet": np.setdiff1d(np.arange(ROWS), ACTIVE),
+    }
+
+
+@pytest.mark.parametrize("kind", [k for k in SLOTS.kinds() if k != "top"])
+@pytest.mark.parametrize("latent", range(LATENTS))
+def test_samples_are_uniform(chosen, kind, latent):
+    rows, counts = populations()[kind], chosen[latent][kind]
+    first, end = SLOTS.kinds()[kind]
+    assert counts.sum() == counts[rows].sum() == SEEDS * (end - first)
+    assert is_uniform(counts[rows], end - first)
+
+
+def test_the_largest_do_not_depend_on_the_seed(chosen):
+    best = ACTIVE[np.argsort(-VALUES)[0]]
+    assert chosen[0]["top"][best] == SEEDS
+
+
+def test_latents_have_unrelated_samples():
+    """Of two latents with the same rows, the samples share no more rows than chance gives."""
+    shared = sum(len(set(one_seed(seed, 0)["random"]) & set(one_seed(seed, 1)["random"])) for seed in range(SEEDS))
+    n, m = len(ACTIVE), SLOTS.random
+    due, spread = SEEDS * m * m / n, (SEEDS * m * m / n * (1 - m / n) ** 2 * n / (n - 1)) ** 0.5
+    assert abs(shared - due) < 4 * spread
+
+
+def drawn(choice: Callable[[int], np.ndarray]) -> np.ndarray:
+    counts = np.zeros(len(ACTIVE), np.int64)
+    for seed in range(SEEDS):
+        counts[choice(seed)] += 1
+    return counts
+
+
+@pytest.mark.parametrize("fault", ["favours late rows", "takes turns", "modulo"])
+def test_control_a_biased_sampler_fails(fault):
+    n, m = len(ACTIVE), SLOTS.random
+
+    def choice(seed: int) -> np.ndarray:
+        words = priorities(seed, 0, ROWS)[ACTIVE].astype(np.float64)
+        if fault == "favours late rows":
+            return np.argsort(words * (1.15 - 0.3 * np.arange(n) / n))[:m]
+        if fault == "takes turns":  # too even
+            return (seed * m + np.arange(m)) % n
+        return np.argsort(priorities(seed, 0, ROWS)[ACTIVE] % np.uint64(16), kind="stable")[:m]
+
+    assert not is_uniform(drawn(choice), m)
+    assert is_uniform(drawn(lambda seed: np.argsort(priorities(seed, 0, ROWS)[ACTIVE])[:m]), m)
+
+
+# --- The selection itself -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [1, 5, 30])
+def test_smallest_is_a_full_sort(m):
+    rng = np.random.default_rng(m)
+    groups = np.sort(rng.integers(0, 40, 5000) ** 2 // 50)
+    priority = rng.integers(0, 2**63, 5000, np.uint64) << np.uint64(1)
+    priority[groups == 3] >>= np.uint64(50)  # a group whose priorities all lie below any bound
+    priority[groups == 5] |= np.uint64(0xFF << 56)  # and one whose priorities lie above it
+    found = smallest(groups, priority, 50, m)
+    for group in range(50):
+        inside = np.flatnonzero(groups == group)
+        due = inside[np.argsort(priority[inside], kind="stable")][:m].tolist()
+        assert found[group].tolist() == due + [-1] * (m - len(due))
