@@ -71,7 +71,7 @@ def densities(n: int, of: NDArray[Any], run: NDArray[Any], document: NDArray[Any
 
 
 def clustered_interval(
-    p: NDArray[Any], squares: NDArray[Any], cross: NDArray[Any], everywhere: float, rows: int, clusters: int
+    p: NDArray[Any], squares: NDArray[Any], cross: NDArray[Any], everywhere: Any, rows: Any, clusters: Any
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Wilson's 95% interval of shares p, with the number of rows that documents as clusters are worth.
 
@@ -80,15 +80,16 @@ def clustered_interval(
     n = p (1 - p) / variance, at most `rows`, and `clusters` where p is 0 or 1.  `squares` is sum c_d^2, `cross` is
     sum c_d n_d, `everywhere` sum n_d^2.  NaN where there are fewer than two documents.
     """
-    if clusters < 2:
-        return np.full(len(p), np.nan), np.full(len(p), np.nan)
     spread = np.maximum(squares - 2 * p * cross + p * p * everywhere, 0)
-    variance = spread * clusters / (clusters - 1) / float(rows) ** 2
+    few = np.asarray(clusters) < 2
     with np.errstate(divide="ignore", invalid="ignore"):
+        variance = spread * clusters / np.where(few, np.nan, clusters - np.int64(1)) / np.square(rows, dtype=np.float64)
         worth = np.where((p > 0) & (p < 1), np.minimum(p * (1 - p) / variance, rows), clusters)
     centre = (p + Z * Z / (2 * worth)) / (1 + Z * Z / worth)
     half = Z / (1 + Z * Z / worth) * np.sqrt(p * (1 - p) / worth + Z * Z / (4 * worth * worth))
-    return np.where(p > 0, np.maximum(centre - half, 0), 0.0), np.where(p < 1, np.minimum(centre + half, 1), 1.0)
+    low = np.where(p > 0, np.maximum(centre - half, 0), 0.0)
+    high = np.where(p < 1, np.minimum(centre + half, 1), 1.0)
+    return np.where(few, np.nan, low), np.where(few, np.nan, high)
 
 
 def new_document(entries: Entries) -> NDArray[np.bool_]:

@@ -50,6 +50,7 @@ class Plan:
     before: int  # rows of a context before its example
     after: int
     pool: int  # rows among which quiet ones are looked for
+    pair_rows: int  # rows of the sample for latents that are active together
     keep_codes: bool
     near: int  # neighbours of each latent
     lens: Lens | None  # where logits come from

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from actshuffle.errors import ConservationError
 from actshuffle.jobs import FolderJob
+from saetrain.features.blueprint import Plan
 
 MOST_BLOCK_ROWS = 1 << 16  # what <u2 can number
 
@@ -107,6 +108,11 @@ def read_counts(job: FolderJob, key: str, latents: int, granule: int, lo: int, h
     """Entries of latents [lo, hi).  They are not checked: `read` does that, granule by granule."""
     edges = _edges(latents, granule)
     return _some(job, key, "<u4", len(edges) * 8 + (len(edges) - 1) * 4 + lo * 4, hi - lo)
+
+
+def are_there(job: FolderJob, block: int) -> bool:
+    """True if the codes of a block exist: until they are collated, no later step is done without them."""
+    return all(job.objects.size(key) is not None for key, _, _ in Plan.of(job).code_objects(block))
 
 
 def _edges(latents: int, granule: int) -> NDArray[np.int64]:

@@ -46,7 +46,7 @@ def context_of(job: FolderJob) -> Context:
     return Context(
         rows=plan.rows,
         documents=survey.documents(job),
-        pool=survey.pool(job),
+        pool=survey.pool(job)[: plan.pool],
         token_low=found["token_low"],
         token_high=found["token_high"],
         has_tokens=plan.token is not None,

@@ -80,7 +80,8 @@ def _put(job: FolderJob, folder: str, arrays: dict[str, NDArray[Any]]) -> None:
 
 def rows_are_there(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
     folders = (by_row(task.number, part) for part in ("entries", "rows"))
-    return all(job.objects.size(f"{folder}/zarr.json") is not None for folder in folders)
+    there = all(job.objects.size(f"{folder}/zarr.json") is not None for folder in folders)
+    return there and codes.are_there(job, task.number)
 
 
 def features_are_there(job: FolderJob, number: int) -> bool:

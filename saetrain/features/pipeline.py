@@ -17,7 +17,7 @@ from saetrain.config import Config
 from saetrain.data import DOCUMENT_NAMES, Store
 from saetrain.describing.slots import QUANTILES, Slots
 from saetrain.errors import ConfigError, DataError
-from saetrain.features import encode, layout, product, survey
+from saetrain.features import encode, layout, pairs, product, survey
 from saetrain.features.blueprint import Plan
 from saetrain.features.codes import MOST_BLOCK_ROWS
 from saetrain.features.collate import collate_in
@@ -25,6 +25,7 @@ from saetrain.features.collate import is_there as is_collated
 from saetrain.features.dictionary import Dictionary
 from saetrain.features.forecast import active_entries, check, encode_memory, forecast, most_entries
 from saetrain.features.keeping import keep_by_row, rows_are_there
+from saetrain.features.pairs import PAIR_ENTRIES, PAIR_ROWS
 from saetrain.products.lens import open_lens
 from saetrain.products.scratch import SCRATCH
 
@@ -100,13 +101,16 @@ def plan_features(
         before=48,
         after=24,
         pool=min(POOL, rows),
+        pair_rows=0,
         keep_codes=keep_codes,
         near=NEAR,
         lens=None if model is None else open_lens(model, found.d_in),
     )
+    active = max(active_entries(plan)[0] / rows, 1.0)  # latents of a row
+    plan = replace(plan, pair_rows=min(rows, PAIR_ROWS, int(PAIR_ENTRIES / active)))
     if shards:
         return plan
-    share = active_entries(plan)[0] / rows / latents
+    share = active / latents
     fits = (n for n in range(1, most + 1) if encode_memory(plan, n, share) <= memory)
     return replace(plan, shards=next(fits, most))
 
@@ -145,7 +149,9 @@ def steps(plan: Plan, *, device: str, most: int) -> list[Step]:
         found.append(Step("select", encode.select, plan.blocks, encode.is_there))
     if plan.keep_codes:
         found.append(Step("keep", keep_by_row, plan.blocks, rows_are_there))
+    found.append(Step("draw", pairs.draw, plan.blocks, pairs.is_drawn))
     found.append(Step("collate", collate_in(most), plan.chunks, is_collated))
+    found.append(Step("pairs", pairs.pairs, plan.chunks, pairs.are_there))
     return found + product.steps(plan)
 
 
@@ -171,10 +177,10 @@ def publish(job: FolderJob) -> dict[str, Any]:
         "kinds": [[kind, *ends] for kind, ends in plan.kinds.kinds().items()],
         "quantiles": list(QUANTILES),
         **{name: getattr(plan, name) for name in ("store", "identity", "dictionary", "sae", "seed", "window")},
-        **{name: getattr(plan, name) for name in ("chunk", "keep_codes")},
+        **{name: getattr(plan, name) for name in ("chunk", "keep_codes", "pair_rows")},
         **{name: getattr(plan, name) for name in ("before", "after", "field", "token", "document")},
     }
-    columns = plan.columns | product.columns(plan)
+    columns = plan.columns | pairs.COLUMNS | product.columns(plan)
     for key, data in layout.metadata(columns, plan.latents, plan.chunk, {"features": facts}):
         job.objects.put(key, data)
     for key, data in product.metadata(plan):

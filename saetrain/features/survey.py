@@ -27,7 +27,7 @@ def survey(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
     if data.identity != plan.identity:
         raise DataError(f"{plan.store} is not the store it was when this run began: start again with another OUT")
     starts, last, low, high = [np.zeros(min(plan.rows, 1), np.int64)], None, 0, 0
-    pool = np.empty((0, 2), np.uint64)  # priority and row
+    pool, wanted = np.empty((0, 2), np.uint64), max(plan.pool, plan.pair_rows)  # priority and row
     for at in range(0, plan.rows, PIECE):
         stop = min(at + PIECE, plan.rows)
         if plan.document is not None:
@@ -41,7 +41,7 @@ def survey(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
             low, high = min(low, int(tokens.min())), max(high, int(tokens.max()))
         both = np.stack([priorities(plan.seed, at, stop), np.arange(at, stop, dtype=np.uint64)], axis=1)
         pool = np.concatenate([pool, both])
-        pool = pool[np.lexsort((pool[:, 1], pool[:, 0]))[: plan.pool]]
+        pool = pool[np.lexsort((pool[:, 1], pool[:, 0]))[:wanted]]
     edges = np.append(np.sort(np.concatenate(starts)), plan.rows).astype("<i8")
     job.objects.put(DOCUMENTS, edges.tobytes())
     job.objects.put(POOL, pool[:, 1].astype("<i8").tobytes())
@@ -58,4 +58,5 @@ def documents(job: FolderJob) -> I64:
 
 
 def pool(job: FolderJob) -> I64:
+    """Rows in random order, as many as any step asks for."""
     return np.frombuffer(job.objects.get(POOL) or b"", "<i8")

@@ -25,7 +25,7 @@ from saetrain.describing.slots import NO_OFFSET, NO_ROW, histogram_edges
 from saetrain.errors import DataError
 from saetrain.features.keeping import by_feature, by_row
 from saetrain.reading.card import card
-from saetrain.reading.records import Codes, Example, Histogram, Interval, Neighbour, Token
+from saetrain.reading.records import Codes, Companion, Example, Histogram, Interval, Neighbour, Token
 from saetrain.reading.weights import Logits, Promoter, logits_of, promoters_of
 
 POSITIONS = ("position", "positions", "pos")
@@ -140,6 +140,14 @@ class Feature:
     def logits(self) -> Logits | None:
         """The tokens that it promotes and suppresses; None where the run had no model."""
         return logits_of(self)
+
+    @property
+    def together(self) -> list[Companion]:
+        """Latents that are active with it, the strongest tie first."""
+        ids = self.array("together/id")
+        names = ("count", "expected", "pmi", "share", "low", "high")
+        found = zip(ids.tolist(), *(self.array(f"together/{name}").tolist() for name in names), strict=True)
+        return [Companion(g, c, e, pmi, Interval(s, low, high)) for g, c, e, pmi, s, low, high in found if g >= 0]
 
     # --- examples
 

@@ -61,6 +61,16 @@ class Example(NamedTuple):
         return f"{self.value:.4g} at row {self.row:,}{where}: {''.join(words)}"
 
 
+class Companion(NamedTuple):
+    """A latent that is active on more of another's rows than chance gives, on the sample of rows."""
+
+    latent: int
+    times: int  # rows with both
+    expected: float  # what chance would give
+    pmi: float  # log2(count / expected)
+    share: Interval  # of the rows of the other
+
+
 class Codes(NamedTuple):
     """Active latents of some rows, row by row, latents ascending within each."""
 

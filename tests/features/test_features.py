@@ -276,3 +276,47 @@ def test_the_oracle_agrees_with_encode(built, acts):
         due = saetrain.load(where).encode(torch.from_numpy(x)).numpy()
         assert np.abs(found - due).max() < 1e-4
         assert (found > 0).sum() == (due > 0).sum()
+
+
+# --- Latents that are active together -----------------------------------------------------------
+
+
+def test_latents_active_together(case, acts):
+    """On all rows, which are fewer than the sample would hold."""
+    features, dense = case
+    _, document = columns(acts)
+    on, n = dense > 0, on_rows(dense)
+    some = 0
+    for f in range(LATENTS):
+        score = {}
+        for g in range(LATENTS):
+            both = int((on[:, f] & on[:, g]).sum())
+            if g != f and both and both * ROWS > n[f] * n[g]:
+                score[g] = math.log2(both * ROWS / (n[f] * n[g])) * math.sqrt(both)
+        found = features[f].together
+        assert len(found) == min(len(score), 16)
+        least = min((score[c.latent] for c in found), default=0)
+        assert all(s <= least + 1e-9 for g, s in score.items() if g not in {c.latent for c in found})
+        assert [score[c.latent] for c in found] == sorted((score[c.latent] for c in found), reverse=True)
+        for c in found:
+            both = int((on[:, f] & on[:, c.latent]).sum())
+            assert c.times == both
+            assert c.expected == pytest.approx(n[f] * n[c.latent] / ROWS, rel=1e-6)
+            assert c.share.value == pytest.approx(both / n[f], rel=1e-6)
+            inside = {d: on[document == d, f].sum() for d in np.unique(document[on[:, f]])}
+            if len(inside) > 1 and both < n[f]:
+                p, d = both / n[f], len(inside)
+                spread = sum(
+                    ((on[document == k, f] & on[document == k, c.latent]).sum() - p * v) ** 2 for k, v in inside.items()
+                )
+                variance = d / (d - 1) * spread / n[f] ** 2
+                worth = min(p * (1 - p) / variance, n[f]) if variance else n[f]
+                centre, half = p + z2() / 2 / worth, math.sqrt(z2() * (p * (1 - p) / worth + z2() / 4 / worth**2))
+                assert c.share.low == pytest.approx((centre - half) / (1 + z2() / worth), rel=1e-5, abs=1e-6)
+                assert c.share.high == pytest.approx((centre + half) / (1 + z2() / worth), rel=1e-5)
+                some += 1
+    assert some > 20
+
+
+def on_rows(dense: np.ndarray) -> list[int]:
+    return [int(n) for n in (dense > 0).sum(axis=0)]
