@@ -10,6 +10,7 @@ import shutil
 import time
 import traceback
 
+import numpy as np
 import pytest
 import zarr
 
@@ -105,6 +106,22 @@ def test_from_bucket_to_bucket(endpoint, bucket, local, tmp_path):
     assert rows.shape == (ROWS, 4)
     shuffle(endpoint, src, dst, overwrite=True, levels=1, block_bytes=None, memory="200MB")
     assert_exact(endpoint, local, dst, tmp_path)
+
+
+def test_filter_from_bucket_to_bucket(endpoint, bucket):
+    rows = np.random.default_rng(2).standard_normal((ROWS, 4)).astype("f4")
+    rows[[0, 7, 39]] *= 100
+    options, src, dst = endpoint.options(), f"{bucket}/norms.zarr", f"{bucket}/dst.zarr"
+    array(src, rows, chunks=(10, 4), storage_options=options)
+    asked = {"drop_norm": 10, "storage_options": options, "chunk_rows": 10}
+    new_process()
+    with Faults(matching("put _actshuffle/receipts/0.json", "kill")), pytest.raises(Killed):
+        actshuffle.filter_rows(src, dst, **asked)
+    new_process()
+    assert actshuffle.filter_rows(src, dst, **asked).dropped["drop_norm"] == 3
+    left = zarr.open_group(dst, mode="r", storage_options=options)["data"][:]
+    np.testing.assert_array_equal(left, np.delete(rows, [0, 7, 39], axis=0))
+    assert {key.split("/")[0] for key in endpoint.keys(bucket)} == {"src.zarr", "norms.zarr", "dst.zarr"}
 
 
 def test_from_bucket_to_disk_and_back(endpoint, bucket, local, tmp_path):
