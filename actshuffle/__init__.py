@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 from actshuffle._version import __version__
 from actshuffle.arrays.readers import load_with
 
-# Zarr up to 3.1.6 does not load the data types of other packages, so importing this package registers ours.  Only the
-# command line goes without: no other code opens stores in its process, and --help need not wait for zarr.
-if not sys.argv[0].endswith("/actshuffle"):
+# Zarr up to 3.1.6 does not load the data types of other packages, so importing this package registers ours.  Only our
+# commands go without: no other code opens stores in their processes, and --help need not wait for zarr.
+if not sys.argv[0].endswith(("/actshuffle", "/saetrain")):
     from actshuffle import bfloat16  # noqa: F401
 
 if TYPE_CHECKING:

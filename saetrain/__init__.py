@@ -5,24 +5,32 @@
 >>> run.sae.encode(rows), run.metrics             # doctest: +SKIP
 >>> sae = saetrain.load("shuffled.sae")           # doctest: +SKIP
 >>> saetrain.open_features("store.features")[123] # doctest: +SKIP
+
+A public name and what it needs, such as torch, are imported when a program first uses the name.
 """
 
-from saetrain.config import Config
-from saetrain.features.pipeline import build_features
-from saetrain.opening import load
-from saetrain.probing.attribution import attribute
-from saetrain.probing.causal import LanguageModel
-from saetrain.probing.corpus import Corpus, Cutting
-from saetrain.probing.curves import steer
-from saetrain.probing.fidelity import evaluate
-from saetrain.probing.generation import Sampler, generate, stream
-from saetrain.probing.removal import ablate
-from saetrain.probing.turning import Steering, Turn
-from saetrain.products.job import interactions
-from saetrain.products.reading import Interactions, open_interactions
-from saetrain.reading.latents import open_features
-from saetrain.runs import Run, fit, resume
-from saetrain.sae import SAE
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from saetrain.config import Config
+    from saetrain.features.pipeline import build_features
+    from saetrain.opening import load
+    from saetrain.probing.attribution import attribute
+    from saetrain.probing.causal import LanguageModel
+    from saetrain.probing.corpus import Corpus, Cutting
+    from saetrain.probing.curves import steer
+    from saetrain.probing.fidelity import evaluate
+    from saetrain.probing.generation import Sampler, generate, stream
+    from saetrain.probing.removal import ablate
+    from saetrain.probing.turning import Steering, Turn
+    from saetrain.products.job import interactions
+    from saetrain.products.reading import Interactions, open_interactions
+    from saetrain.reading.latents import open_features
+    from saetrain.runs import Run, fit, resume
+    from saetrain.sae import SAE
 
 __all__ = [
     "SAE",
@@ -49,3 +57,29 @@ __all__ = [
     "steer",
     "stream",
 ]
+
+
+def _modules() -> tuple[ModuleType, ...]:
+    """The modules that define the public names; they import torch."""
+    from saetrain import config, opening, runs, sae
+    from saetrain.features import pipeline
+    from saetrain.probing import attribution, causal, corpus, curves, fidelity, generation, removal, turning
+    from saetrain.products import job, reading
+    from saetrain.reading import latents
+
+    probing = attribution, causal, corpus, curves, fidelity, generation, removal, turning
+    return config, opening, runs, sae, pipeline, *probing, job, reading, latents
+
+
+if not TYPE_CHECKING:  # a type checker would take any name
+
+    def __getattr__(name: str) -> object:
+        for module in _modules() if name in __all__ else ():
+            found = vars(module).get(name)
+            if getattr(found, "__module__", None) == module.__name__:
+                globals()[name] = found
+                return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

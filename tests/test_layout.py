@@ -444,10 +444,12 @@ def test_import_is_light(tmp_path):
     assert not (HEAVY | {"click"}) & rooms(found)
 
 
+@pytest.mark.parametrize("name", ["actshuffle", "saetrain"])
 @pytest.mark.parametrize("arguments", [("--version",), ("--help",), ("-h",)])
-def test_version_and_help_import_no_library(tmp_path, arguments):
-    found = rooms(loaded(tmp_path, COMMAND, name="actshuffle", arguments=arguments))
-    assert {"actshuffle", "click"} <= found
+def test_version_and_help_import_no_library(tmp_path, arguments, name):
+    command = COMMAND if name == "actshuffle" else COMMAND.replace("actshuffle.cli.app", "saetrain.cli")
+    found = rooms(loaded(tmp_path, command, name=name, arguments=arguments))
+    assert {name, "click"} <= found
     assert not (HEAVY | {"zarr", "numcodecs", "numpy", "fsspec", "asyncio"}) & found
 
 

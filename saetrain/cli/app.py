@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import errno
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import click
 
 from actshuffle import __version__
 from actshuffle.errors import ActshuffleError
-from saetrain.cli import exchanging, features, probing, relating, training, view
 from saetrain.cli.options import RED_ERROR, first_rank, print_json
 from saetrain.errors import ConfigError, SaetrainError
 
@@ -35,11 +34,82 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(done or 0)
 
 
-class _Group(click.Group):
-    """Turns whatever a command raises into one line and an exit code."""
+def _training() -> Sequence[click.Command]:
+    from saetrain.cli import training
+
+    return training.COMMANDS
+
+
+def _features() -> Sequence[click.Command]:
+    from saetrain.cli import features
+
+    return features.COMMANDS
+
+
+def _exchanging() -> Sequence[click.Command]:
+    from saetrain.cli import exchanging
+
+    return exchanging.COMMANDS
+
+
+def _probing() -> Sequence[click.Command]:
+    from saetrain.cli import probing
+
+    return probing.COMMANDS
+
+
+def _relating() -> Sequence[click.Command]:
+    from saetrain.cli import relating
+
+    return relating.COMMANDS
+
+
+def _view() -> Sequence[click.Command]:
+    from saetrain.cli import view
+
+    return view.COMMANDS
+
+
+# Every command in the order of --help: the commands of its file, and the first sentence of its own help.  A file is
+# imported when one of its commands is looked up, so that --version and --help do not wait for torch.
+COMMANDS: dict[str, tuple[Callable[[], Sequence[click.Command]], str]] = {
+    "fit": (_training, "Train one autoencoder on STORE, a finished actshuffle store."),
+    "resume": (_training, "Go on with RUN, which was stopped, with its own settings and store."),
+    "sweep": (_training, "Train several autoencoders over one read of STORE."),
+    "report": (_training, "Draw and compare RUNS: report.png and report.html."),
+    "features": (_features, "Describe every latent of RUN on the rows of STORE, into the folder OUT."),
+    "export": (_exchanging, "Write RUN to the folder TO for another tool."),
+    "import": (_exchanging, "Turn another tool's FOLDER into the new RUN."),
+    "evaluate": (_probing, "Measure what the model loses when a layer goes through RUN's dictionary."),
+    "steer": (_probing, "Turn features of RUN up in a running model, and measure what that costs."),
+    "attribute": (_probing, "Find which features of RUN made the model say what it says, to first order."),
+    "ablate": (_probing, "Estimate by how much the loss rises without some features of RUN."),
+    "graph": (_probing, "Trace from features of RUN to features of UPPER, at a higher layer, and to the next token."),
+    "interactions": (
+        _relating,
+        "Multiply the dictionaries A and B, and keep the largest entries of each row and column in OUT.",
+    ),
+    "view": (_view, "Look at the latents in FEATURES, the result of `saetrain features`, in a browser."),
+}
+
+
+class _Table(click.Group):
+    """Lists commands in the order in which they were given."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # as defined below
+        return list(self.commands)
+
+
+class _Group(_Table):
+    """Holds the first sentences of its commands, imports the commands when they are looked up, and turns whatever one
+    raises into one line and an exit code."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        room, _ = COMMANDS.get(cmd_name, (list, ""))
+        return next((command for command in room() if command.name == cmd_name), None)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _Table(commands=self.commands).format_commands(ctx, formatter)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Known even if parsing fails; ranks of --nproc get the same arguments.
@@ -78,6 +148,7 @@ def _fail(ctx: click.Context, code: str, message: str, exit_code: int = 1) -> No
 
 @click.group(
     cls=_Group,
+    commands={name: click.Command(name, help=sentence) for name, (_, sentence) in COMMANDS.items()},
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""\b
@@ -100,8 +171,3 @@ def command_line() -> None:
       saetrain features shuffled.sae acts.zarr out   describe its latents
       saetrain export shuffled.sae folder        write it for SAELens
     """
-
-
-_ROOMS = training, features, exchanging, probing, relating, view
-for _command in (command for room in _ROOMS for command in room.COMMANDS):
-    command_line.add_command(_command)

@@ -72,7 +72,8 @@ def python_names() -> Section:
 
 def commands() -> Section:
     found: Section = {}
-    for name, command in command_line.commands.items():
+    for name in command_line.commands:
+        command = command_line.get_command(click.Context(command_line), name)
         arguments = [p for p in command.params if isinstance(p, click.Argument)]
         for place, argument in enumerate(arguments):
             many = ", one or more" if argument.nargs == -1 else ""

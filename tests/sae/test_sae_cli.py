@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 
 import actshuffle
 import saetrain
 from saetrain.cli import main
-from saetrain.cli.app import command_line
+from saetrain.cli.app import COMMANDS, command_line
 from saetrain.cli.training import SWEPT
 from saetrain.config import Config
 from saetrain.training import checkpoint
@@ -214,6 +215,15 @@ def test_ctrl_c_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- Help
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_list_of_commands_says_what_each_says_first(name):
+    command = command_line.get_command(click.Context(command_line), name)
+    assert click.Command(name, help=COMMANDS[name][1]).get_short_help_str(200) == command.get_short_help_str(200)
+    room = [one.name for one in COMMANDS[name][0]()]
+    assert set(room) <= set(COMMANDS)
+    assert command_line.get_command(click.Context(command_line), f"{name}x") is None
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"saetrain {actshuffle.__version__}\n"
@@ -231,7 +241,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_setting_is_an_option_of_fit_and_sweep() -> None:
     for name in ("fit", "sweep"):
-        options = {p.name: p for p in command_line.commands[name].params}
+        options = {p.name: p for p in command_line.get_command(click.Context(command_line), name).params}
         assert set(Config().to_json()) <= set(options)
         swept = {n for n, p in options.items() if p.metavar == "A,B"}
         assert swept == (set(SWEPT) if name == "sweep" else set())

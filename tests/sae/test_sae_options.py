@@ -99,7 +99,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(command: str) -> dict[str, click.Option]:
-    return {str(p.name): p for p in command_line.commands[command].params if isinstance(p, click.Option)}
+    found = command_line.get_command(click.Context(command_line), command)
+    return {str(p.name): p for p in found.params if isinstance(p, click.Option)}
 
 
 def test_every_option_has_values_outside_its_domain() -> None:
