@@ -86,7 +86,9 @@ def main() -> None:
     if not (run.exists() and read_log(run) and read_log(run)[-1]["step"] >= args.steps):
         command("saetrain", "fit", str(shuffled), "--out", str(run), *shape, *length)
     features = out / "acts.features"
-    command("saetrain", "features", str(run), str(store), str(features), "--field", f"layer_{LAYER}")
+    command(
+        "saetrain", "features", str(run), str(store), str(features), "--field", f"layer_{LAYER}", "--model", str(model)
+    )
     heading("4  What the dictionary keeps of the model, on documents that were held out")
     probe = ["--model", str(model), "--model-dtype", "bfloat16", "--prefix", PREFIX]
     command("saetrain", "evaluate", str(run), *probe, "--text", str(heldout), "--windows", "2")
@@ -118,6 +120,7 @@ def main() -> None:
     print(f"\nDone in {time.perf_counter() - clock:.0f} s. Look at:")
     print(f"  {out / 'steered' / 'steer.png'}   coherence and concept over strength")
     print(f"  {out / 'steered' / 'steer.json'}  all texts and measures")
+    print(f"  saetrain view {features}   all features, in a browser")
     print(f"  saetrain steer {run} --model {model} --feature {chosen.feature} ...   to ask something else")
 
 

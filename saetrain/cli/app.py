@@ -18,6 +18,7 @@ import click
 
 from actshuffle import __version__
 from actshuffle.errors import ActshuffleError
+from saetrain.cli import exchanging, features, probing, relating, steering, training, view
 from saetrain.cli.options import RED_ERROR, first_rank, print_json
 from saetrain.errors import ConfigError, SaetrainError
 
@@ -171,3 +172,8 @@ def command_line() -> None:
       saetrain features shuffled.sae acts.zarr out   describe its latents
       saetrain export shuffled.sae folder        write it for SAELens
     """
+
+
+_ROOMS = training, features, exchanging, probing, steering, relating, view
+for _command in (command for room in _ROOMS for command in room.COMMANDS):
+    command_line.add_command(_command)

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import actshuffle
 import saetrain
 from saetrain import Sampler, Steering, Turn
 from saetrain.cli import main
@@ -303,6 +304,15 @@ def test_the_command_writes_texts_table_and_picture(
     assert "plain, prompt 0, seed 1" in err
     assert json.loads((tmp_path / "out" / "steer.json").read_text())["points"] == told["points"]
     assert (tmp_path / "out" / "steer.png").read_bytes()[:4] == b"\x89PNG"
+    actshuffle.collect(str(tmp_path / "model"), [text], tmp_path / "acts.zarr", layers=[2], drop_norm=0)
+    saetrain.build_features(run, tmp_path / "acts.zarr", tmp_path / "features")
+    described = saetrain.open_features(tmp_path / "features")
+    most = [*map(str, arguments), "--unit", "max", "--features", str(tmp_path / "features"), "--json"]
+    assert main(most) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["activation"] for row in told["strengths"]] == pytest.approx(
+        [share * described[feature].max for share in (0.2, 0.5) for feature in (7, 9)]
+    )
     assert main([*map(str, arguments), "--median-norm", "9"]) == 0
     shown = capsys.readouterr().out
     assert "coherence" in shown
