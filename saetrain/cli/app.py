@@ -65,6 +65,12 @@ def _relating() -> Sequence[click.Command]:
     return relating.COMMANDS
 
 
+def _sharing() -> Sequence[click.Command]:
+    from saetrain.cli import sharing
+
+    return sharing.COMMANDS
+
+
 def _view() -> Sequence[click.Command]:
     from saetrain.cli import view
 
@@ -79,6 +85,10 @@ COMMANDS: dict[str, tuple[Callable[[], Sequence[click.Command]], str]] = {
     "sweep": (_training, "Train several autoencoders over one read of STORE."),
     "report": (_training, "Draw and compare RUNS: report.png and report.html."),
     "features": (_features, "Describe every latent of RUN on the rows of STORE, into the folder OUT."),
+    "export-features": (
+        _sharing,
+        "Write FEATURES, a result of `saetrain features`, to the folder TO for another tool.",
+    ),
     "export": (_exchanging, "Write RUN to the folder TO for another tool."),
     "import": (_exchanging, "Turn another tool's FOLDER into the new RUN."),
     "evaluate": (_probing, "Measure what the model loses when a layer goes through RUN's dictionary."),

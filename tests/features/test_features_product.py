@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +12,10 @@ import torch
 import saetrain
 from actshuffle.executors import Threads
 from actshuffle.testing import Faults, Killed, matching
-from saetrain import tensors
 from saetrain.errors import DataError
 from saetrain.products.lens import BINS, REACH, open_lens
 from support.features import TINY, WIDTH, content, dictionary, store
-
-VOCABULARY = 1500
-
-
-def model(folder: Path, family: str, *, tied: bool = False, kind: str = "") -> Path:
-    """A folder with the tensors that a lens needs, and others."""
-    head, embedding, norm = {
-        "llama": ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"),
-        "gpt2": ("lm_head.weight", "transformer.wte.weight", "transformer.ln_f.weight"),
-        "neox": ("embed_out.weight", "gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm.weight"),
-    }[family]
-    rng = torch.Generator().manual_seed(11)
-    held = {
-        embedding: torch.randn(VOCABULARY, WIDTH, generator=rng),
-        norm: torch.rand(WIDTH, generator=rng) + 0.5,
-        "model.layers.0.weight": torch.zeros(3),
-    }
-    if not tied:
-        held[head] = torch.randn(VOCABULARY, WIDTH, generator=rng)
-    folder.mkdir(parents=True)
-    names = sorted(held)
-    for number, part in enumerate((names[:1], names[1:])):  # a model in two files
-        specs = {name: tensors.Spec(held[name].dtype, tuple(held[name].shape)) for name in part}
-        tensors.write(folder / f"model-{number}.safetensors", specs, ((n, held[n]) for n in part), {})
-    (folder / "config.json").write_text(json.dumps({"model_type": kind or family}))
-    np.savez(folder / "truth.npz", head=held[embedding if tied else head].numpy(), gain=held[norm].numpy())
-    return folder
+from support.lenses import VOCABULARY, model
 
 
 def truth(where: Path, folder: Path, *, centre: bool, plus: float = 0.0) -> np.ndarray:

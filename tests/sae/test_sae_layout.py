@@ -31,7 +31,7 @@ LAYERS = [
     "products",
     "exchange opening features",
     "probing reading",
-    "view",
+    "view sharing",
     "runs",
     "cli __init__",
     "__main__",
