@@ -14,6 +14,7 @@ from saetrain.features.layout import Column
 
 PAIR_ROWS = 1 << 16  # rows of the sample, or fewer where they hold more than
 PAIR_ENTRIES = 1 << 22  # active entries
+PAIRS = 1 << 24  # of active entries of one row
 _NAN, _ROW = float("nan"), (TOGETHER,)
 COLUMNS = {
     "together/id": Column(_ROW, "<i8", -1, "latents that are active with it on more rows than chance gives"),
@@ -74,9 +75,8 @@ def sample_of(job: FolderJob, plan: Plan) -> Sample:
         latents.append(data[drawn["rows"] :])
     rows = np.sort(survey.pool(job)[: plan.pair_rows])
     document = np.searchsorted(survey.documents(job), rows, side="right") - 1
-    return Sample(
-        plan.latents, np.concatenate(counts).astype(np.int64), np.concatenate(latents).astype(np.int64), document
-    )
+    count, latent = np.concatenate(counts).astype(np.int64), np.concatenate(latents).astype(np.int32)
+    return Sample(plan.latents, count, latent, document)
 
 
 def _key(block: int) -> str:

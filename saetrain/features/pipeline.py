@@ -25,7 +25,7 @@ from saetrain.features.collate import is_there as is_collated
 from saetrain.features.dictionary import Dictionary
 from saetrain.features.forecast import active_entries, check, encode_memory, forecast, most_entries
 from saetrain.features.keeping import keep_by_row, rows_are_there
-from saetrain.features.pairs import PAIR_ENTRIES, PAIR_ROWS
+from saetrain.features.pairs import PAIR_ENTRIES, PAIR_ROWS, PAIRS
 from saetrain.products.lens import open_lens
 from saetrain.products.scratch import SCRATCH
 
@@ -107,7 +107,7 @@ def plan_features(
         lens=None if model is None else open_lens(model, found.d_in),
     )
     active = max(active_entries(plan)[0] / rows, 1.0)  # latents of a row
-    plan = replace(plan, pair_rows=min(rows, PAIR_ROWS, int(PAIR_ENTRIES / active)))
+    plan = replace(plan, pair_rows=min(rows, PAIR_ROWS, int(PAIR_ENTRIES / active), int(PAIRS / active**2) + 1))
     if shards:
         return plan
     share = active / latents

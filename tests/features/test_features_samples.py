@@ -9,9 +9,11 @@ import pytest
 from scipy.stats import chi2
 
 from actshuffle import priorities
+from saetrain.describing import together
 from saetrain.describing.entries import Context, Entries
 from saetrain.describing.samples import choose, smallest
 from saetrain.describing.slots import Slots
+from saetrain.describing.together import Sample
 
 SEEDS, ROWS, LATENTS = 1000, 60, 3
 SLOTS = Slots(top=2, intervals=2, each=3, random=4, quiet=5)
@@ -137,3 +139,22 @@ def test_smallest_is_a_full_sort(m):
         inside = np.flatnonzero(groups == group)
         due = inside[np.argsort(priority[inside], kind="stable")][:m].tolist()
         assert found[group].tolist() == due + [-1] * (m - len(due))
+
+
+# --- Latents that are active together -----------------------------------------------------------
+
+
+def test_pairs_are_the_same_by_tables_and_by_sorting(monkeypatch):
+    """Of any range of latents, and however few pairs are expanded at a time."""
+    rng = np.random.default_rng(3)
+    dense = rng.random((200, 30)) < rng.random(30) * 0.5
+    row, latent = np.nonzero(dense)
+    sample = Sample(30, np.bincount(row, minlength=200), latent.astype(np.int32), np.arange(200) // 7)
+    due = together.together(sample, 0, 30)
+    assert (due["together/id"] >= 0).sum() > 100
+    for most, share in [(1, 4), (300, 0), (10**6, 0)]:
+        monkeypatch.setattr(together, "MOST_PAIRS", most)
+        monkeypatch.setattr(together, "TABLE", share)
+        for lo, hi in [(0, 30), (11, 19)]:
+            found = together.together(sample, lo, hi)
+            assert all(np.array_equal(found[n], due[n][lo:hi], equal_nan=n != "together/id") for n in due), (most, lo)
