@@ -18,7 +18,6 @@ import click
 
 from actshuffle import __version__
 from actshuffle.errors import ActshuffleError
-from saetrain.cli import exchanging, features, probing, relating, steering, training, view
 from saetrain.cli.options import RED_ERROR, first_rank, print_json
 from saetrain.errors import ConfigError, SaetrainError
 
@@ -59,6 +58,12 @@ def _probing() -> Sequence[click.Command]:
     return probing.COMMANDS
 
 
+def _steering() -> Sequence[click.Command]:
+    from saetrain.cli import steering
+
+    return steering.COMMANDS
+
+
 def _relating() -> Sequence[click.Command]:
     from saetrain.cli import relating
 
@@ -92,7 +97,7 @@ COMMANDS: dict[str, tuple[Callable[[], Sequence[click.Command]], str]] = {
     "export": (_exchanging, "Write RUN to the folder TO for another tool."),
     "import": (_exchanging, "Turn another tool's FOLDER into the new RUN."),
     "evaluate": (_probing, "Measure what the model loses when a layer goes through RUN's dictionary."),
-    "steer": (_probing, "Turn features of RUN up in a running model, and measure what that costs."),
+    "steer": (_steering, "Turn features of RUN up in a running model, and measure what that costs."),
     "attribute": (_probing, "Find which features of RUN made the model say what it says, to first order."),
     "ablate": (_probing, "Estimate by how much the loss rises without some features of RUN."),
     "graph": (_probing, "Trace from features of RUN to features of UPPER, at a higher layer, and to the next token."),
@@ -179,11 +184,7 @@ def command_line() -> None:
     \b
       saetrain fit shuffled.zarr                 train one; the same command again resumes
       saetrain report shuffled.sae               draw its curves
-      saetrain features shuffled.sae acts.zarr out   describe its latents
+      saetrain features shuffled.sae acts.zarr out   describe what its latents do
+      saetrain view out                          look at them in a browser
       saetrain export shuffled.sae folder        write it for SAELens
     """
-
-
-_ROOMS = training, features, exchanging, probing, steering, relating, view
-for _command in (command for room in _ROOMS for command in room.COMMANDS):
-    command_line.add_command(_command)
