@@ -66,7 +66,8 @@ class Gather:
 
     def __init__(self, job: Job) -> None:
         self.job, self._homes = job, homes(job)
-        self._mapped = kept(map_fields, job)
+        # Rows in memory take it up, even when they are deleted, as long as a process has them mapped.
+        self._mapped = map_fields(job) if job.plan.staged else kept(map_fields, job)
         for mapped in self._mapped:
             if mapped is not None:
                 mapped.check()

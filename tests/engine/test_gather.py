@@ -188,7 +188,16 @@ def test_control_decoded_rows_that_change_in_memory_end_the_run(packed: Path, tm
 def test_workers_decode_and_gather_together(packed: Path, tmp_path: Path) -> None:
     with local_cluster(2) as crew:
         shuffle(packed, tmp_path / "d.zarr", gather=True, memory="64MB", executor=crew, **SHAPE)
+        folder = memory_beside(scratch_place(as_place(tmp_path / "d.zarr"), None)).url
+        assert not any(folder in text for text in crew.map(_mappings, [(n,) for n in range(8)])), (
+            "a worker that lives on holds nothing"
+        )
     assert_is_oracle(packed, tmp_path / "d.zarr", 3)
+
+
+def _mappings(_: int) -> str:
+    """The mapped files of the process that runs this."""
+    return Path("/proc/self/maps").read_text()
 
 
 def test_a_source_in_a_store_is_fetched_once(tmp_path: Path) -> None:
