@@ -54,7 +54,7 @@ from actshuffle.progress import Progress, Silent
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import counted, dropped_text, format_bytes, format_seconds, switches
+from actshuffle.units import counted, dropped_text, format_bytes, format_seconds, switches, whole
 
 BLOCK_BYTES = 128 << 20  # the most work that a kill can cost
 
@@ -148,6 +148,10 @@ def collect(
     Other parameters are as in `actshuffle.shuffle`.
     """
     switches(gradients=gradients, overwrite=overwrite, fsync=fsync)
+    limits = {"context": context, "tokens_per_document": tokens_per_document, "rows": rows}
+    for name, value in {**limits, "batch_tokens": batch_tokens}.items():
+        if value is not None or name not in limits:
+            whole(name, value, 1)
     started, crew, shown = (
         time.perf_counter(),
         as_executor(Serial() if executor is None else executor),

@@ -93,7 +93,7 @@ def split(
         for name, share in shares(store.rows, parts).items()
     }
     with Locks() as locks:
-        for target, _, _ in cuts.values():
+        for target, _, _ in sorted(cuts.values(), reverse=True):  # a.b before a, which would count as its holder
             locks.take(as_place(target, storage_options))
         there = {name for name, cut in cuts.items() if _there(store, *cut, copy, storage_options)}
         return {

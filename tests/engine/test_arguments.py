@@ -105,6 +105,16 @@ def test_numbers_of_rows(wrong, src, store, tmp_path):
     assert len(actshuffle.order(np.int64(5), np.int32(1))) == 5
 
 
+@pytest.mark.parametrize("name", ["context", "batch_tokens", "tokens_per_document", "rows"])
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "8"], ids=repr)
+def test_limits_of_collect(name, wrong, tmp_path):
+    """Before the model is loaded, which is not there."""
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(RequestError, match=f"{name} must be a whole number of at least 1, got"):
+        actshuffle.collect("absent", [tmp_path / "a.txt"], tmp_path / "new", layers=[1], **{name: wrong})
+    assert not (tmp_path / "new").exists()
+
+
 class _Client:
     """As much of a Dask client as is looked at."""
 

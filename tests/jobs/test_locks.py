@@ -163,6 +163,15 @@ def test_a_scratch_that_two_destinations_of_one_name_share(home: Path, tmp_path_
         COMMANDS["run"][1](home, scratch=home / "spill")
 
 
+@pytest.mark.parametrize("busy", ["a", "a.b"])
+def test_every_part_of_a_split_is_held(busy: str, home: Path, tmp_path_factory: Any) -> None:
+    """Also one whose name begins like that of another part."""
+    flags = tmp_path_factory.mktemp("flags") / "flags"
+    with processes.busy(hold, str(home / busy), "", flags=flags), pytest.raises(DestinationInUseError):
+        actshuffle.split(home / "done.zarr", {"a": 5, "a.b": 5}, folder=home, copy=True)
+    actshuffle.split(home / "done.zarr", {"a": 5, "a.b": 5}, folder=home, copy=True)
+
+
 # --- The lock itself ----------------------------------------------------------------------------
 
 
