@@ -38,6 +38,8 @@ class Dask(Executor):
     def __init__(self, client: Any, *, window: int = WINDOW, retries: int = 2, one_machine: bool = False) -> None:
         if client.asynchronous:
             raise RequestError("the Dask client is asynchronous, and runs wait for its answers: make it a plain Client")
+        if client.status == "connecting":  # as it says when its scheduler has died
+            raise ClusterError("the Dask client has lost its scheduler; run again with one that answers, to resume")
         if client.status != "running":
             raise RequestError(f"the Dask client is not connected, its status is {client.status!r}: make a new Client")
         self.client, self.processes = client, True

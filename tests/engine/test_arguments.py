@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import actshuffle
-from actshuffle.errors import InfeasibleError, RequestError, SourceError
+from actshuffle.errors import ClusterError, InfeasibleError, RequestError, SourceError
 from actshuffle.executors import Dask, Serial, executor_for
 from support.finished import shuffled
 from support.stores import group, values
@@ -131,6 +131,12 @@ class _Client:
 def test_clients_that_cannot_be_used(client, words):
     with pytest.raises(RequestError, match=words):
         Dask(client)
+
+
+def test_a_client_whose_scheduler_died():
+    """No fault of the argument: the scheduler was killed after the client had connected."""
+    with pytest.raises(ClusterError, match="lost its scheduler"):
+        Dask(_Client(status="connecting"))
 
 
 def test_an_asynchronous_client_of_a_run(src, tmp_path, monkeypatch):
