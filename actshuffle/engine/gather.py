@@ -195,7 +195,8 @@ def write_runs(job: Job, looks: Iterable[tuple[int, I64, U64]], staged: Iterable
     for number, digest, _ in staged:
         sums[job.fields[number].name] = sums.get(job.fields[number].name, np.zeros(2, np.uint64)) + digest
     body = {"job": job.identity, "keys": to_hex(total), "fields": {name: to_hex(s) for name, s in sums.items()}}
-    _scratch(job).put(f"{KEYS}/total", sealed(body))
+    job.at_scratch.put(f"{KEYS}/total", sealed(body))  # durable: a run whose leaves are all done looks at no keys
+    job.at_scratch.settle([KEYS])
 
 
 def find_rows(job: Job, leaf: int) -> tuple[U64, U64]:
@@ -261,7 +262,7 @@ def _range_rows(plan: Plan) -> int:
 
 
 def _scratch(job: Job) -> Objects:
-    """The scratch; every run makes the keys in it again, so that they need not be durable."""
+    """The scratch; a run that has leaves to do makes the keys in it again, so that they need not be durable."""
     return open_objects(job.scratch, fsync=False)
 
 

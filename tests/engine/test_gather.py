@@ -276,15 +276,20 @@ def test_a_stopped_run_resumes(src: Path, tmp_path: Path) -> None:
     assert_is_oracle(src, dst, 3)
 
 
-def test_deaths_and_errors_at_random_change_no_byte(src: Path, tmp_path: Path) -> None:
-    settings, ends = {**SHAPE, "block_bytes": 500 * 2444}, Counter[str]()
-    for seed in range(25):
+@pytest.mark.parametrize(("name", "row_bytes", "stories"), [("src", 2444, 25), ("packed", 404, 15)])
+def test_deaths_and_errors_at_random_change_no_byte(
+    name: str, row_bytes: int, stories: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Neither with rows from files nor with decoded rows, of which nothing stays in memory."""
+    source = request.getfixturevalue(name)
+    settings, ends = {**SHAPE, "block_bytes": 500 * row_bytes}, Counter[str]()
+    for seed in range(stories):
         dst, attempt = tmp_path / f"{seed}.zarr", 0
         while True:
             rate = 0.01 * 0.6**attempt if attempt < 8 else 0.0
             try:
                 with Faults(drawn(100 * seed + attempt, rate), seed=seed):
-                    shuffle(src, dst, gather=True, **settings)
+                    shuffle(source, dst, gather=True, **settings)
                 break
             except DestinationExistsError:  # it died when all was done
                 break
@@ -292,7 +297,8 @@ def test_deaths_and_errors_at_random_change_no_byte(src: Path, tmp_path: Path) -
                 ends[type(err).__name__] += 1
             attempt += 1
             assert attempt < 10
-        assert_is_oracle(src, dst, 3)
+        assert_is_oracle(source, dst, 3)
+        assert not Path(memory_beside(scratch_place(as_place(dst), None)).url).exists()
     with Faults():  # what died in zarr's event loop is collected before it is of any interest
         gc.collect()
     assert ends["Killed"] > 10
