@@ -95,7 +95,12 @@ def _made_by(marker: dict[str, Any] | None) -> str:
     if marker["kind"] == "view":
         return f"view: rows {marker['start']:,} to {marker['stop']:,} of {marker['of']}"
     version = f"(actshuffle {marker.get('version', '?')}, format {marker['format']})"
+    parts = marker.get("parts", ())
     source = f", from {marker['source']}" if marker.get("source") else ""
+    if len(parts) > 1:
+        source = f", from {len(parts)} sources"
+        listed = "".join(f"\n  {part['source']}: {counted(part['rows'], 'row')}" for part in parts)
+        version += ":" + listed
     if marker["kind"] == "collection":
         return f"collection: complete, in the order in which it was made{source} {version}"
     part = marker.get("population", marker["rows"])

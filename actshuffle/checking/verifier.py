@@ -30,14 +30,14 @@ from numpy.typing import NDArray
 
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import look, take_inventory
-from actshuffle.arrays.marker import altered_files, read_marker
 from actshuffle.arrays.metadata import ZarrArray, source_arrays, source_field
 from actshuffle.arrays.names import DIGESTS, SOURCE_ROW
 from actshuffle.arrays.small import get_array
 from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U64
 from actshuffle.checking.keyorder import check_ascent, descents, full_keys, order_of
-from actshuffle.errors import ActshuffleError, FormatError, IncompleteStoreError, RequestError, SourceError
+from actshuffle.checking.subject import refuse_others, refuse_part_of_sources, subject
+from actshuffle.errors import ActshuffleError, FormatError, RequestError, SourceError
 from actshuffle.executors import Executor, Threads
 from actshuffle.executors.choice import as_executor
 from actshuffle.html import page
@@ -159,7 +159,10 @@ def verify(
     storage_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check that ``dst`` is a complete, exact shuffle of ``src``.
+    """Check that ``dst`` is a complete, exact shuffle of ``src``, or a view of one.
+
+    A view has no rows of its own: its marker is checked, and then the whole store that has them.  A grown store is
+    checked against the concatenation of all its sources.
 
     ``quick`` compares about ``sample_rows`` random rows; ``mixing`` adds the two-sided statistics of
     `actshuffle.ordering.mixing`.  Damage is reported, not raised.  Runs on threads of this process unless
@@ -168,22 +171,20 @@ def verify(
     Raises
     ------
     IncompleteStoreError : dst has no completion marker.
-    SourceError, RequestError : there is nothing to compare.
+    SourceError, RequestError : there is nothing to compare, or ``dst`` is of a kind that has no source to be compared
+        with: a collection, a sample, a copied range; the message says what checks it.
     """
     switches(quick=quick, mixing=mixing)
     started, progress = time.perf_counter(), progress or Silent()
     workers: Executor = as_executor(Threads() if executor is None else executor)
-    source, destination = as_place(src, storage_options), as_place(dst, storage_options)
-    marker = read_marker(open_objects(destination))
-    if marker is None:
-        raise IncompleteStoreError(
-            f"{dst} has no completion marker: not an actshuffle output, or its run has not finished"
-        )
-    altered = [Problem("metadata", *a) for a in altered_files(open_objects(destination), marker)]
+    source, given = as_place(src, storage_options), as_place(dst, storage_options)
+    destination, marker, faults, notes = subject(source, given)
+    altered = [Problem("metadata", *fault) for fault in faults]
     names = tuple(marker["fields"])
     try:
-        _refuse_others(dst, marker)
+        refuse_others(given, marker)
         theirs = source_arrays(source, names)
+        refuse_part_of_sources(source, given, marker, next(iter(theirs.values())).shape[0])
     except RequestError:
         if not altered:  # else it may have been a shuffle of this source once
             raise
@@ -194,13 +195,10 @@ def verify(
         altered.append(Problem("metadata", str(dst), str(err)))
         theirs = {}
     if not theirs:
-        return VerifyReport(marker["rows"], 0, 0, quick, time.perf_counter() - started, tuple(altered))
+        return VerifyReport(marker["rows"], 0, 0, quick, time.perf_counter() - started, tuple(altered), tuple(notes))
     identity, gappy = take_inventory(source, theirs, fill_missing=marker["fill_missing"])
-    notes = (
-        []
-        if identity == marker["source_identity"]
-        else ["the source's metadata or object sizes are not those of the run"]
-    )
+    if identity != marker["source_identity"]:
+        notes.append("the source's metadata or object sizes are not those of the run")
     problems = list(_metadata_problems(theirs, ours, names, marker["rows"]))
     for array in ours.values():
         # Not all of them: metadata that was altered may promise any number of objects.
@@ -239,15 +237,6 @@ def verify(
     return VerifyReport(
         pair.rows, checked, nbytes, quick, time.perf_counter() - started, (*altered, *problems), tuple(notes), scored
     )
-
-
-def _refuse_others(dst: str | Path, marker: dict[str, Any]) -> None:
-    """Refuse stores that are no whole shuffle."""
-    if marker["kind"] != "shuffle":
-        raise RequestError(f"{dst} is a {marker['kind']}; only a shuffle can be verified against its source")
-    if marker.get("population", marker["rows"]) != marker["rows"]:  # a sample, or a copied range
-        whole = f"a shuffle of {marker['population']:,} rows"
-        raise RequestError(f"{dst} is a part of {whole}; only a whole one can be verified")
 
 
 def _full(pair: Pair, executor: Executor, progress: Progress, _sample: int) -> tuple[int, int, list[Problem]]:

@@ -30,6 +30,9 @@ INCOMPLETE = click.option("--incomplete", is_flag=True, help="Accept a store of 
 def verify(executor: Any, display: Any, src: str, dst: str, **options: Any) -> Answer:
     """Check that DST is SRC in the order of its seed.  Exits with 1 if it is not.
 
+    Of a view, the whole store that has its rows is checked; a grown store is checked against the concatenation of
+    its sources.  What has no order of its own, a collection, is refused (exit code 2).
+
     Works on threads of this process unless --workers or --scheduler is given.
 
     \b

@@ -34,7 +34,7 @@ from actshuffle.html import page
 from actshuffle.loading.fieldinfo import FieldInfo, field_info
 from actshuffle.loading.rowreader import RowReader, stored_field
 from actshuffle.loading.views import followed, reference
-from actshuffle.seals import seal
+from actshuffle.seals import checksum, seal
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place, public_url
 from actshuffle.units import counted, format_bytes, switches
@@ -323,8 +323,7 @@ def write_view(
         raise IncompleteStoreError(f"{parent.path} has no completion marker; views are of finished stores")
     if not 0 <= start <= stop <= parent.rows:
         raise RequestError(f"rows {start:,} to {stop:,} of {parent.rows:,} in {parent.path}")
-    place = as_place(path, storage_options)
-    objects = open_objects(place)
+    objects = open_objects(place := as_place(path, storage_options))
     if objects.size("zarr.json") is not None or next(iter(objects.list("")), None) is not None:
         raise DestinationExistsError(f"{place.url} exists already")
     root = _open(parent.root, False, ())
@@ -340,7 +339,9 @@ def write_view(
         "source_row": names.pop(SOURCE_ROW, None) is not None,
         "fields": names,
     }
-    objects.put("zarr.json", group_metadata(parent.attributes))
+    objects.put("zarr.json", text := group_metadata(parent.attributes))
+    body["files"] = {"zarr.json": checksum(text)}
+    body["sha256"] = seal(body, 64)
     objects.put(MARKER_KEY, group_metadata({"actshuffle": body}))
     return _open(place, False, ())
 
