@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from saetrain.probing.turning import Steering, Turn
     from saetrain.products.job import interactions
     from saetrain.products.reading import Interactions, open_interactions
+    from saetrain.reading.expected import expected_attribution
     from saetrain.reading.latents import open_features
     from saetrain.runs import Run, fit, resume
     from saetrain.sae import SAE
@@ -47,6 +48,7 @@ __all__ = [
     "attribute",
     "build_features",
     "evaluate",
+    "expected_attribution",
     "fit",
     "generate",
     "interactions",
@@ -65,10 +67,10 @@ def _modules() -> tuple[ModuleType, ...]:
     from saetrain.features import pipeline
     from saetrain.probing import attribution, causal, corpus, curves, fidelity, generation, removal, turning
     from saetrain.products import job, reading
-    from saetrain.reading import latents
+    from saetrain.reading import expected, latents
 
     probing = attribution, causal, corpus, curves, fidelity, generation, removal, turning
-    return config, opening, runs, sae, pipeline, *probing, job, reading, latents
+    return config, opening, runs, sae, pipeline, *probing, job, reading, expected, latents
 
 
 if not TYPE_CHECKING:  # a type checker would take any name
