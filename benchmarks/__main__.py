@@ -99,6 +99,7 @@ TINY: dict[str, dict[str, Any]] = {
         "planted_steps": 6,
     },
     "sae-order": {"store": None, "d_sae": 64, "k": 4, "batch": 128, "buffer": 512, "dead": 2},
+    "features": {"rows": 2000, "width": 16, "latents": [64], "k": 4, "workers": 0, "rounds": 1},
     "sae-ranks": {"width": 16, "d_sae": 2048, "small": 64, "ranks": [1, 2]},
 }
 
@@ -337,6 +338,21 @@ def sae_ranks(**options: Any) -> None:
     from benchmarks.sae import ranks as module
 
     _start("sae-ranks", module.run, options)
+
+
+@main.command()
+@click.option("--rows", type=COUNT, default=300_000, help="Rows of the store.")
+@click.option("--width", type=COUNT, default=384, help="Width of the activations.")
+@click.option("--latents", type=INTS, default="3072,16384", help="Sizes of the dictionary.")
+@click.option("--k", type=COUNT, default=32, help="Active latents of a token.")
+@click.option("--workers", type=int, default=cores(), help="Worker processes, of one thread each.")
+@click.option("--rounds", type=int, default=1, help="Runs of each size.")
+@_common
+def features(**options: Any) -> None:
+    """Time `saetrain features` beside the bare encoder product."""
+    from benchmarks.sae import describe as module
+
+    _start("features", module.run, options)
 
 
 @main.command(name="all")

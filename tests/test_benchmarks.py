@@ -191,6 +191,13 @@ def test_sae_ranks(tmp_path):
         assert row["sent"] == pytest.approx(row["stated"]), "bytes sent are not those in the documentation"
 
 
+def test_features(tmp_path):
+    (row,) = miniature(tmp_path, "features")["summary"]
+    assert row["latents"] == 64
+    assert row["of_product"] == row["seconds"] / (sum(row["product"]) / 2)
+    assert min(row["product"]) > 0
+
+
 # --- What measures ------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ class _Lines:
 @click.argument("out", type=FOLDER)
 @click.option("--field", default="", metavar="NAME", help="Array of activations, if STORE has several.")
 @click.option("--model", type=PATH, help="Folder of the model, for the logits that latents promote.")
+@click.option("--incomplete", is_flag=True, help="Take a STORE that has no completion marker.")
 @click.option("--seed", type=int, default=0, help="Decides which rows are sampled.  [default: 0]")
 @click.option("--shards", type=int, default=0, help="Parts of the dictionary.  [default: as few as memory allows]")
 @click.option("--block-rows", type=int, default=0, help="Rows of one encoder task, at most 65536.  [default: 16384]")

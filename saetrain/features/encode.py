@@ -33,7 +33,7 @@ def encode(job: FolderJob, task: FolderTask, *, device: str) -> tuple[dict[str, 
     number, block = plan.encode_task(task)
     key, lo, hi = (plan.candidate_objects if plan.selects else plan.code_objects)(block)[number]
     shard = shard_of(plan.dictionary, plan.sae, lo, hi, device)
-    data = open_dataset(plan.store)
+    data = open_dataset(plan.store, incomplete=True)
     start, stop = plan.block(block)
     parts = []
     for at in range(start, stop, plan.tile_rows):

@@ -95,7 +95,7 @@ def active_entries(plan: Plan) -> tuple[float, str]:
     rates = Dictionary(plan.dictionary).firing_rates()
     if rates is not None and float(rates.sum()) > 0:
         return float(rates.sum()) * plan.rows, "firing rates of training"
-    data, tiles = open_dataset(plan.store), -(-plan.rows // plan.tile_rows)
+    data, tiles = open_dataset(plan.store, incomplete=True), -(-plan.rows // plan.tile_rows)
     chosen = np.unique(np.linspace(0, tiles - 1, PILOT_TILES).astype(int)).tolist()
     shard = shard_of(plan.dictionary, plan.sae, 0, min(plan.latents, 16 * plan.tile_latents), "cpu")
     found = seen = 0

@@ -59,13 +59,13 @@ def gather(job: FolderJob, context: Context, lo: int, hi: int, counts: I64) -> E
     """The entries of latents [lo, hi), which have `counts` of them."""
     found = portions(job, context, lo, hi, counts, int(counts.sum()) + 1)
     plan = Plan.of(job)
-    return next(found, None) or _join(plan, open_dataset(plan.store), context, lo, [], hi - lo)
+    return next(found, None) or _join(plan, open_dataset(plan.store, incomplete=True), context, lo, [], hi - lo)
 
 
 def portions(job: FolderJob, context: Context, lo: int, hi: int, counts: I64, most: int) -> Iterator[Entries]:
     """The same in portions of consecutive blocks, each with at most `most` entries, or of one block."""
     plan, seen = Plan.of(job), np.zeros(hi - lo, np.int64)
-    data = open_dataset(plan.store)
+    data = open_dataset(plan.store, incomplete=True)
     held: list[tuple[int, codes.Run]] = []
     for block in range(plan.blocks):
         key, first, last = next(o for o in plan.code_objects(block) if o[1] <= lo < o[2])

@@ -43,6 +43,7 @@ def plan_features(
     store: str | Path,
     *,
     field: str = "",
+    incomplete: bool = False,
     seed: int = 0,
     shards: int = 0,
     block_rows: int = 0,
@@ -57,7 +58,7 @@ def plan_features(
 ) -> Plan:
     """The plan of a run; refuses what does not fit together before anything is written."""
     found = Dictionary(str(dictionary))
-    data = _opened(store, field)
+    data = _opened(store, field, incomplete)
     if data.d_in != found.d_in:
         raise DataError(
             f"rows of {data.field!r} in {store} have {data.d_in:,} numbers, and the dictionary {dictionary} takes "
@@ -115,8 +116,8 @@ def plan_features(
     return replace(plan, shards=next(fits, most))
 
 
-def _opened(store: str | Path, field: str) -> Store:
-    data = Store(store, Config(field=field))
+def _opened(store: str | Path, field: str, incomplete: bool) -> Store:
+    data = Store(store, Config(field=field, incomplete=incomplete))
     if data.data.shuffled:
         raise DataError(
             f"{store} is shuffled, and the tokens around an example are those of its document: give the store that "

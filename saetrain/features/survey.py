@@ -23,7 +23,7 @@ I64 = np.ndarray[Any, np.dtype[np.int64]]
 
 def survey(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
     plan = Plan.of(job)
-    data = open_dataset(plan.store)
+    data = open_dataset(plan.store, incomplete=True)
     if data.identity != plan.identity:
         raise DataError(f"{plan.store} is not the store it was when this run began: start again with another OUT")
     starts, last, low, high = [np.zeros(min(plan.rows, 1), np.int64)], None, 0, 0

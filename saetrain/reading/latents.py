@@ -261,7 +261,7 @@ class Features:
     def store(self) -> Dataset | None:
         """The store of activations, if it can be opened and is the one that was read."""
         try:
-            found = open_dataset(self._store, storage_options=self._options)
+            found = open_dataset(self._store, incomplete=True, storage_options=self._options)
         except ActshuffleError:
             return None
         return found if found.identity == self.facts["identity"] else None

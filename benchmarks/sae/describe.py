@@ -1,0 +1,148 @@
+"""`features`: `saetrain features` beside the bare encoder product, timed in the same run.
+
+The store holds random tokens, documents of 300 rows, and activations that depend on the token; the dictionary is
+random, with k active latents a token.  The product is torch's, in tiles of 512 rows, in as many processes of one thread
+as the run has workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+from actshuffle.units import format_bytes
+from benchmarks import measure, plots
+from benchmarks.results import Bench, table
+from saetrain.sae import SAE
+
+DOCUMENT, VOCABULARY = 300, 30_000
+PRODUCT = """
+import sys, time, torch
+from multiprocessing import Barrier, Process, Queue
+
+def work(rows, width, latents, start, out):
+    torch.set_num_threads(1)
+    x, w, b = torch.randn(8192, width), torch.randn(latents, width), torch.zeros(latents)
+    torch.addmm(b, x[:512], w.T)
+    start.wait()
+    began = time.perf_counter()
+    for at in range(0, rows, 512):
+        torch.addmm(b, x[at % 8192 : at % 8192 + min(512, rows - at)], w.T)
+    out.put(time.perf_counter() - began)
+
+if __name__ == "__main__":
+    rows, width, latents, count = map(int, sys.argv[1:])
+    start, out = Barrier(count), Queue()
+    crew = [Process(target=work, args=(rows // count, width, latents, start, out)) for _ in range(count)]
+    for one in crew:
+        one.start()
+    print(max(out.get() for _ in crew))
+"""
+
+
+def run(bench: Bench, *, rows: int, width: int, latents: list[int], k: int, workers: int, rounds: int) -> None:
+    store = make_store(bench.work / "rows.zarr", rows, width)
+    bench.plan(len(latents) * rounds)
+    found = []
+    for count in latents:
+        dictionary = bench.work / f"sae-{count}"
+        make_dictionary(count, width, k).save(dictionary)
+        for number in range(rounds):
+            product = [bare(rows, width, count, max(workers, 1), bench.work)]
+            one = describe(dictionary, store, bench.work / f"out-{count}-{number}", workers)
+            product.append(bare(rows, width, count, max(workers, 1), bench.work))
+            one |= {"latents": count, "product": product, "of_product": one["seconds"] / (sum(product) / 2)}
+            found.append(one)
+            bench.did(f"{count:,} latents: {one['of_product']:.2f} bare products")
+    images = plots.draw(bench, lambda folder: [_draw(folder, found)])
+    bench.publish({"summary": found, "rows": rows}, page(found, rows, width, k, workers), images)
+
+
+def _draw(folder: Path, found: list[dict[str, Any]]) -> str:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(4.6, 3.2))
+    axis.plot([r["latents"] for r in found], [r["of_product"] for r in found], "o", color=plots.BLUE)
+    axis.set(title="Seconds of the run, in bare encoder products", xlabel="latents", xscale="log", ylim=(0, None))
+    axis.grid(axis="y")
+    figure.savefig(folder / "features.png")
+    plt.close(figure)
+    return "features.png"
+
+
+def make_store(path: Path, rows: int, width: int) -> Path:
+    rng = np.random.default_rng(0)
+    group = zarr.create_group(path)
+    token = np.minimum(rng.zipf(1.3, rows), VOCABULARY).astype("<i4")
+    centres = rng.standard_normal((VOCABULARY + 1, width), np.float32)
+    each = 8192
+    x = group.create_array("x", shape=(rows, width), dtype="<f4", chunks=(min(each, rows), width), compressors=None)
+    for at in range(0, rows, each):
+        part = token[at : at + each]
+        x[at : at + each] = centres[part] + rng.standard_normal((len(part), width), np.float32)
+    group.create_array("token", data=token, chunks=(min(each, rows),), compressors=None)
+    document = (np.arange(rows) // DOCUMENT).astype("<i4")
+    group.create_array("document", data=document, chunks=(min(each, rows),), compressors=None)
+    return path
+
+
+def make_dictionary(latents: int, width: int, k: int) -> SAE:
+    w = torch.randn(latents, width, generator=torch.Generator().manual_seed(0))
+    unit = w / w.norm(dim=1, keepdim=True)
+    return SAE("topk", unit.clone(), torch.zeros(latents), unit, torch.zeros(width), True, k)
+
+
+def bare(rows: int, width: int, latents: int, count: int, work: Path) -> float:
+    """Seconds of the encoder product alone."""
+    script = work / "product.py"
+    script.write_text(PRODUCT)
+    words = [str(n) for n in (rows, width, latents, count)]
+    return float(_run(measure.python(str(script), *words)).stdout)
+
+
+def describe(dictionary: Path, store: Path, out: Path, workers: int) -> dict[str, Any]:
+    words = ["features", str(dictionary), str(store), str(out), "--json", "--workers", str(workers), "--incomplete"]
+    measured = _run(measure.python("-m", "saetrain", *words))
+    told = json.loads(measured.stdout)
+    return {"seconds": told["seconds"], "tasks": told["tasks"], "memory": measured.largest}
+
+
+def _run(command: list[str]) -> measure.Measured:
+    found = measure.run(command, environment={"OMP_NUM_THREADS": "1"}, seconds=3000)
+    if found.outcome != "done":
+        raise RuntimeError(f"{found.outcome}: {found.message}")
+    return found
+
+
+def page(found: list[dict[str, Any]], rows: int, width: int, k: int, workers: int) -> Iterator[str]:
+    yield f"`saetrain features` on {rows:,} rows of {width} numbers, TopK with k = {k}, {workers} workers of a thread."
+    yield ""
+    yield from table(
+        [
+            "latents",
+            "bare product, before and after",
+            "features",
+            "of the product",
+            "rows/s",
+            "latents/s",
+            "largest process",
+        ],
+        (
+            [
+                f"{r['latents']:,}",
+                " and ".join(f"{s:.1f} s" for s in r["product"]),
+                f"{r['seconds']:.1f} s",
+                f"{r['of_product']:.2f}",
+                f"{rows / r['seconds']:,.0f}",
+                f"{r['latents'] / r['seconds']:,.0f}",
+                format_bytes(r["memory"]),
+            ]
+            for r in found
+        ),
+    )
