@@ -8,6 +8,7 @@
       | select    block of rows, where k latents of each token compete over several shards
       v
     collate       chunk of latents                         all activations of a latent, together in row order
+    draw, pairs   block of rows, then chunk of latents     latents that are active together, on a sample of rows
     product       chunk of latents                         neighbours and logits, from the weights alone
       v
     OUT/          statistics, examples and contexts of every latent, as Zarr arrays of plain bytes
