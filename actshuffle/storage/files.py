@@ -180,7 +180,14 @@ class LocalObjects:
                 file.close()
 
     def is_cached(self, key: str, offset: int) -> bool:
-        """True if the page cache holds a byte of a file."""
+        """True if the page cache holds a byte of a file; False for one that no read would reach.
+
+        Plans ask before the inventory has refused links out of the root.
+        """
+        try:
+            self._path(key)
+        except ActshuffleError:
+            return False
         file = self._ahead(key)
         return file is not None and has_cached(file.fd, offset)
 
