@@ -59,12 +59,14 @@ class LocalObjects:
         with typed(self.root, key):
             if key and follow and path.is_symlink():
                 self._refuse_escape(path)
+            passed = []
             for folder in path.parents if key else ():
                 if folder == self.root or folder in self._inside:
                     break
                 if folder.is_symlink():
                     self._refuse_escape(folder)
-                self._inside.add(folder)
+                passed.append(folder)
+            self._inside.update(passed)  # not before those above them have passed, too
         return path
 
     def _refuse_escape(self, link: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import actshuffle
-from actshuffle.errors import RequestError, StorageError, StorageFullError
+from actshuffle.errors import RequestError, SourceError, StorageError, StorageFullError
 from actshuffle.storage import files
 from actshuffle.storage.buffers import arena
 from actshuffle.storage.directio import Extent
@@ -54,6 +54,20 @@ def test_file_urls_are_unescaped(tmp_path):
     open_objects(place).put("a", b"1")
     assert (folder / "a").read_bytes() == b"1"
     assert local_path(place.child("b")) == folder / "b"
+
+
+@pytest.mark.parametrize("link", ["a", "a/b", "a/b/c"])
+def test_a_link_out_of_the_root_is_refused_again_and_again(tmp_path, link):
+    """Also where folders below the link are none themselves, and were looked at before the link was."""
+    (tmp_path / "in/a/b/c").mkdir(parents=True)
+    (tmp_path / "in/a/b/c/key").write_bytes(b"secret")
+    (tmp_path / "in" / link).rename(tmp_path / "moved")
+    (tmp_path / "in" / link).symlink_to(tmp_path / "moved")
+    objects = open_objects(as_place(tmp_path / "in"))
+    for _ in range(3):
+        with pytest.raises(SourceError, match="link out of"):
+            objects.get("a/b/c/key")
+        assert not objects.is_cached("a/b/c/key", 0)
 
 
 @pytest.mark.parametrize("url", ["file://", "file://relative/path", "file:///a?b", "file:///a#b", "file://[/x"])
