@@ -15,7 +15,7 @@ import numpy as np
 
 from actshuffle import format_bytes, open_dataset
 from actshuffle.errors import InfeasibleError
-from saetrain.features import pairs, product
+from saetrain.features import contrast, pairs, product
 from saetrain.features.blueprint import Plan
 from saetrain.features.dictionary import Dictionary, shard_of
 from saetrain.features.encode import active, rows_of
@@ -83,7 +83,7 @@ def most_entries(plan: Plan, memory: int) -> int:
 def result_bytes(plan: Plan, latents: int) -> int:
     row = sum(
         int(np.prod(c.shape, dtype=int)) * np.dtype(c.dtype).itemsize
-        for c in (plan.columns | pairs.COLUMNS | product.columns(plan)).values()
+        for c in (plan.columns | pairs.COLUMNS | contrast.COLUMNS | product.columns(plan)).values()
     )
     return row * latents
 
@@ -115,7 +115,7 @@ def forecast(plan: Plan, memory: int) -> Forecast:
         tasks=1
         + product.tasks(plan)
         + plan.blocks * (plan.shards + plan.selects + plan.keep_codes + 1)
-        + 2 * plan.chunks,
+        + 3 * plan.chunks,
         operations=2.0 * plan.rows * plan.latents * plan.d_in,
         entries=entries,
         entries_from=how,

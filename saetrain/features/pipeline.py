@@ -17,10 +17,10 @@ from saetrain.config import Config
 from saetrain.data import DOCUMENT_NAMES, Store
 from saetrain.describing.slots import QUANTILES, Slots
 from saetrain.errors import ConfigError, DataError
-from saetrain.features import encode, layout, pairs, product, survey
+from saetrain.features import contrast, encode, layout, pairs, product, survey
 from saetrain.features.blueprint import Plan
 from saetrain.features.codes import MOST_BLOCK_ROWS
-from saetrain.features.collate import collate_in
+from saetrain.features.collate import collate_in, context_of
 from saetrain.features.collate import is_there as is_collated
 from saetrain.features.dictionary import Dictionary
 from saetrain.features.forecast import active_entries, check, encode_memory, forecast, most_entries
@@ -153,7 +153,9 @@ def steps(plan: Plan, *, device: str, most: int) -> list[Step]:
     found.append(Step("draw", pairs.draw, plan.blocks, pairs.is_drawn))
     found.append(Step("collate", collate_in(most), plan.chunks, is_collated))
     found.append(Step("pairs", pairs.pairs, plan.chunks, pairs.are_there))
-    return found + product.steps(plan)
+    found += product.steps(plan)
+    found.append(Step("contrast", contrast.contrast_in(most, context_of), plan.chunks, contrast.is_there))
+    return found
 
 
 def publish(job: FolderJob) -> dict[str, Any]:
@@ -181,7 +183,7 @@ def publish(job: FolderJob) -> dict[str, Any]:
         **{name: getattr(plan, name) for name in ("chunk", "keep_codes", "pair_rows")},
         **{name: getattr(plan, name) for name in ("before", "after", "field", "token", "document")},
     }
-    columns = plan.columns | pairs.COLUMNS | product.columns(plan)
+    columns = plan.columns | pairs.COLUMNS | contrast.COLUMNS | product.columns(plan)
     for key, data in layout.metadata(columns, plan.latents, plan.chunk, {"features": facts}):
         job.objects.put(key, data)
     for key, data in product.metadata(plan):

@@ -158,8 +158,12 @@ class Feature:
     def examples(self, kind: str) -> list[Example]:
         """The examples of a kind; `Features.kinds` lists these."""
         kinds = self.features.kinds
+        if kind == "hard":
+            nothing = np.full(0, NO_OFFSET, np.int8), np.zeros(0, np.float32)
+            rows = self.array("hard/row").tolist()
+            return [self.features.example(kind, row, 0.0, *nothing) for row in rows if row != NO_ROW]
         if kind not in kinds:
-            raise RequestError(f"no examples of kind {kind!r}; there are {', '.join(kinds)}")
+            raise RequestError(f"no examples of kind {kind!r}; there are {', '.join([*kinds, 'hard'])}")
         first, end = kinds[kind]
         rows, values = (self.array(f"example/{name}")[first:end] for name in ("row", "value"))
         offsets, around = (self.array(f"context/{name}")[first:end] for name in ("offset", "value"))

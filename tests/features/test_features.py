@@ -320,3 +320,23 @@ def test_latents_active_together(case, acts):
 
 def on_rows(dense: np.ndarray) -> list[int]:
     return [int(n) for n in (dense > 0).sum(axis=0)]
+
+
+def test_hard_quiet_rows(case):
+    """Sampled rows of the nearest latents on which the latent is quiet, in the order of both, each once."""
+    features, dense = case
+    found = 0
+    for latent in range(LATENTS):
+        f, due = features[latent], []
+        for other in f.neighbours:
+            for row in slots_of(features[other.latent], "random"):
+                if not dense[row, latent] and row not in [r for r, _ in due]:
+                    due.append((row, other.latent))
+        due = due[:10]
+        held = [(r, g) for r, g in zip(f.array("hard/row").tolist(), f.array("hard/latent").tolist(), strict=True)]
+        assert held == due + [(-1, -1)] * (10 - len(due))
+        examples = f.examples("hard")
+        assert [e.row for e in examples] == [r for r, _ in due]
+        assert all(e.value == 0 and e.tokens for e in examples)
+        found += len(due)
+    assert found > 5 * LATENTS

@@ -280,7 +280,7 @@ def test_the_command(tmp_path, whole, acts, capsys):
     words = ["features", str(whole["topk"][0]), str(acts), str(out), "--json", "--memory", "64MB"]
     assert main(words) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["tasks"] == 6
+    assert told["tasks"] == 7
     assert not told["already_finished"]
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["already_finished"]

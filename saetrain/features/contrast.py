@@ -1,0 +1,91 @@
+"""Hard quiet rows: where latents of similar decoder rows are active and the latent itself is not.
+
+The nearest latent comes first.  Of each, the rows of its uniform sample of active rows are looked at in their order;
+those on which the latent is quiet are kept, each row once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actshuffle.jobs import FolderJob, FolderTask
+from saetrain.describing.entries import Context
+from saetrain.describing.samples import placed
+from saetrain.describing.slots import NO_ROW
+from saetrain.features import layout
+from saetrain.features.blueprint import Plan
+from saetrain.features.gathering import pieces, portions, totals
+from saetrain.features.layout import Column, chunk_key
+
+I64 = NDArray[np.int64]
+KEPT = 10
+COLUMNS = {
+    "hard/row": Column((KEPT,), "<i8", NO_ROW, "rows on which a near latent is active, and this one is not"),
+    "hard/latent": Column((KEPT,), "<i8", -1, "that latent"),
+}
+
+
+def contrast(
+    job: FolderJob, task: FolderTask, *, most: int, context: Callable[[FolderJob], Context]
+) -> tuple[dict[str, Any], int]:
+    """The hard quiet rows of a chunk of latents."""
+    plan = Plan.of(job)
+    lo, hi = plan.chunk_range(task.number)
+    near = _rows(job, "near/id", np.arange(lo, hi), plan.near)
+    slots = plan.kinds.kinds()["random"]
+    named = np.unique(near[near >= 0])
+    sampled = np.full((len(named) + 1, slots[1] - slots[0]), NO_ROW, np.int64)  # the last is that of no latent
+    sampled[:-1] = _rows(job, "example/row", named, plan.kinds.total)[:, slots[0] : slots[1]]
+    place = np.where(near >= 0, np.searchsorted(named, near), len(named))
+    rows = sampled[place].reshape(hi - lo, -1)
+    owners = np.repeat(near, sampled.shape[1], axis=1)
+    active = np.zeros(rows.shape, bool)
+    counts = totals(job, plan, lo, hi)
+    for a, b in pieces(plan, counts, lo, most, plan.latents):
+        part, held = slice(a - lo, b - lo), counts[a - lo : b - lo]
+        wanted = np.arange(b - a)[:, None] * plan.rows + rows[part]
+        for entries in portions(job, context(job), a, b, held, most if b - a == 1 else int(held.sum()) + 1):
+            keys = entries.latent * plan.rows + entries.row
+            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            active[part] |= (keys[at] == wanted) & (rows[part] >= 0)
+    arrays = layout.empty(COLUMNS, hi - lo)
+    of, at = np.nonzero((rows >= 0) & ~active & _first(rows))
+    arrays["hard/row"][...] = placed(rows[of, at], of, hi - lo, KEPT)
+    arrays["hard/latent"][...] = placed(owners[of, at], of, hi - lo, KEPT)
+    return {}, layout.put_chunk(job, arrays, task.number, plan.chunk)
+
+
+def is_there(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
+    return layout.has_chunk(job, COLUMNS, task.number)
+
+
+def _first(rows: I64) -> NDArray[np.bool_]:
+    """True where a row number is the first of its kind in its line."""
+    order = np.argsort(rows, axis=1, kind="stable")
+    ordered = np.take_along_axis(rows, order, axis=1)
+    new = np.ones(rows.shape, bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    found = np.empty(rows.shape, bool)
+    np.put_along_axis(found, order, new, axis=1)
+    return found
+
+
+def _rows(job: FolderJob, name: str, latents: I64, width: int) -> I64:
+    """Rows of an int64 array that earlier tasks wrote, of ascending latents: one small read for each."""
+    plan, objects = Plan.of(job), job.objects
+    out = np.empty((len(latents), width), "<i8")
+    flat = out.reshape(-1).view(np.uint8).data
+    for chunk in np.unique(latents // plan.chunk).tolist():
+        inside = np.flatnonzero(latents // plan.chunk == chunk)
+        offsets = ((latents[inside] - chunk * plan.chunk) * width * 8).tolist()
+        objects.read_rows(chunk_key(name, chunk, 2), width * 8, offsets, flat, (inside * width * 8).tolist())
+    return out
+
+
+def contrast_in(most: int, context: Callable[[FolderJob], Context]) -> Any:
+    return partial(contrast, most=most, context=context)
