@@ -45,11 +45,11 @@ def contrast(
     rows = sampled[place].reshape(hi - lo, -1)
     owners = np.repeat(near, sampled.shape[1], axis=1)
     active = np.zeros(rows.shape, bool)
-    counts = totals(job, plan, lo, hi)
+    counts, shared = totals(job, plan, lo, hi), context(job)
     for a, b in pieces(plan, counts, lo, most, plan.latents):
         part, held = slice(a - lo, b - lo), counts[a - lo : b - lo]
         wanted = np.arange(b - a)[:, None] * plan.rows + rows[part]
-        for entries in portions(job, context(job), a, b, held, most if b - a == 1 else int(held.sum()) + 1):
+        for entries in portions(job, shared, a, b, held, most if b - a == 1 else int(held.sum()) + 1):
             keys = entries.latent * plan.rows + entries.row
             at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
             active[part] |= (keys[at] == wanted) & (rows[part] >= 0)
