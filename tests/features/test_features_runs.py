@@ -32,8 +32,10 @@ from saetrain.features import pipeline
 from saetrain.features.collate import collate
 from saetrain.features.forecast import forecast
 from saetrain.features.gathering import BYTES
+from saetrain.training.train import fit
 from support.features import TINY, content, dense, dictionary, store
 from support.finished import finish
+from support.sae import ARCHS, MemorySource, Planted, one_rank, small
 from support.stores import group
 
 ROWS = 300
@@ -380,3 +382,22 @@ def test_collating_stays_within_its_memory(tmp_path, monkeypatch, most):
     assert saetrain.open_features(tmp_path / "out").facts["entries"] > 90_000
     assert max(peaks) < BYTES * most + 1_000_000
     assert max(peaks) > BYTES * most * 0.4  # the constant is no fantasy
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_variant_of_a_run(tmp_path, arch):
+    """Counts and sums are those of the loaded autoencoder's own activations."""
+    planted = Planted.make(2048, 16, 24)
+    with one_rank() as mesh:
+        source = MemorySource(planted.rows, planted.documents)
+        fit(source, {tmp_path / "run": small(arch, steps=8, eval_every=8, log_every=8)}, mesh)
+    x = planted.rows[:400].numpy().astype("<f4")
+    group(tmp_path / "acts.zarr", {"x": x, "document": planted.documents[:400].numpy()})
+    build(tmp_path / "run", tmp_path / "acts.zarr", tmp_path / "out", incomplete=True, shards=2, block_rows=128)
+    features = saetrain.open_features(tmp_path / "out")
+    due = saetrain.load(tmp_path / "run").encode(x.astype(np.float64))
+    assert (due > 0).sum() > 100
+    assert abs(features.array("stat/count") - (due > 0).sum(axis=0)).sum() <= 2  # rounding may decide a borderline
+    assert np.allclose(features.array("stat/sum"), due.sum(axis=0), rtol=1e-3, atol=1e-2)
+    top = int(np.argmax(due.max(axis=0)))
+    assert features[top].top(1)[0].row == int(np.argmax(due[:, top]))
