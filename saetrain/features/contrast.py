@@ -24,6 +24,7 @@ from saetrain.features.layout import Column, chunk_key
 
 I64 = NDArray[np.int64]
 KEPT = 10
+BATCH = 1024  # latents whose candidates are looked at together
 COLUMNS = {
     "hard/row": Column((KEPT,), "<i8", NO_ROW, "rows on which a near latent is active, and this one is not"),
     "hard/latent": Column((KEPT,), "<i8", -1, "that latent"),
@@ -36,28 +37,39 @@ def contrast(
     """The hard quiet rows of a chunk of latents."""
     plan = Plan.of(job)
     lo, hi = plan.chunk_range(task.number)
+    arrays, counts, shared = layout.empty(COLUMNS, hi - lo), totals(job, plan, lo, hi), context(job)
+    for start in range(lo, hi, BATCH):
+        part = slice(start - lo, min(start + BATCH, hi) - lo)
+        rows, owners = _candidates(job, plan, start, min(start + BATCH, hi))
+        rows[_active(job, shared, start, rows, counts[part], most)] = NO_ROW
+        of, at = np.nonzero((rows != NO_ROW) & _first(rows))
+        arrays["hard/row"][part] = placed(rows[of, at], of, len(rows), KEPT)
+        arrays["hard/latent"][part] = placed(owners[of, at], of, len(rows), KEPT)
+    return {}, layout.put_chunk(job, arrays, task.number, plan.chunk)
+
+
+def _candidates(job: FolderJob, plan: Plan, lo: int, hi: int) -> tuple[I64, I64]:
+    """Sampled rows of the near latents of latents [lo, hi), and whose they are: int64 [latents, near x samples]."""
     near = _rows(job, "near/id", np.arange(lo, hi), plan.near)
-    slots = plan.kinds.kinds()["random"]
+    first, end = plan.kinds.kinds()["random"]
     named = np.unique(near[near >= 0])
-    sampled = np.full((len(named) + 1, slots[1] - slots[0]), NO_ROW, np.int64)  # the last is that of no latent
-    sampled[:-1] = _rows(job, "example/row", named, plan.kinds.total)[:, slots[0] : slots[1]]
+    sampled = np.full((len(named) + 1, end - first), NO_ROW, np.int64)  # the last is that of no latent
+    sampled[:-1] = _rows(job, "example/row", named, plan.kinds.total)[:, first:end]
     place = np.where(near >= 0, np.searchsorted(named, near), len(named))
-    rows = sampled[place].reshape(hi - lo, -1)
-    owners = np.repeat(near, sampled.shape[1], axis=1)
-    active = np.zeros(rows.shape, bool)
-    counts, shared = totals(job, plan, lo, hi), context(job)
+    return sampled[place].reshape(hi - lo, -1), np.repeat(near, end - first, axis=1)
+
+
+def _active(job: FolderJob, context: Context, lo: int, rows: I64, counts: I64, most: int) -> NDArray[np.bool_]:
+    """True where a latent is active on a row that is a candidate for it."""
+    plan, active = Plan.of(job), np.zeros(rows.shape, bool)
     for a, b in pieces(plan, counts, lo, most, plan.latents):
         part, held = slice(a - lo, b - lo), counts[a - lo : b - lo]
         wanted = np.arange(b - a)[:, None] * plan.rows + rows[part]
-        for entries in portions(job, shared, a, b, held, most if b - a == 1 else int(held.sum()) + 1):
+        for entries in portions(job, context, a, b, held, most if b - a == 1 else int(held.sum()) + 1):
             keys = entries.latent * plan.rows + entries.row
             at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            active[part] |= (keys[at] == wanted) & (rows[part] >= 0)
-    arrays = layout.empty(COLUMNS, hi - lo)
-    of, at = np.nonzero((rows >= 0) & ~active & _first(rows))
-    arrays["hard/row"][...] = placed(rows[of, at], of, hi - lo, KEPT)
-    arrays["hard/latent"][...] = placed(owners[of, at], of, hi - lo, KEPT)
-    return {}, layout.put_chunk(job, arrays, task.number, plan.chunk)
+            active[part] |= (keys[at] == wanted) & (rows[part] != NO_ROW)
+    return active
 
 
 def is_there(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
