@@ -17,9 +17,7 @@ names of the two.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +34,7 @@ from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.metadata import source_arrays
 from actshuffle.arrays.names import SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
-from actshuffle.building.joining import Concat, combined, sources_of, write_concat
+from actshuffle.building.joining import Concat, identity_of, sources_of, write_concat
 from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, copy_through
@@ -45,10 +43,12 @@ from actshuffle.executors import Executor, Serial
 from actshuffle.executors.choice import as_executor
 from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset
+from actshuffle.loading.documents import shifts_of
 from actshuffle.loading.ranks import Ranks, first_where
 from actshuffle.loading.views import followed
 from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.progress import Progress, Silent
+from actshuffle.storage.exchange import exchange
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import counted, format_bytes, format_seconds, switches
@@ -84,6 +84,7 @@ def append(
     chunk_rows: int | None = None,
     scratch: str | Path | None = None,
     again: bool = False,
+    renumber: bool = True,
     overwrite: bool = False,
     executor: Executor | None = None,
     progress: Progress | None = None,
@@ -96,7 +97,7 @@ def append(
     The result equals ``shuffle(concat([old source, new]), seed=the old seed)`` byte for byte.  Memory, disk and
     chunks are as in `actshuffle.shuffle`; by default chunks are those of ``dst``.  A stopped append resumes when
     it is called again.  ``again`` allows rows that are in ``dst`` already; ``overwrite`` starts over, and
-    replaces a store at ``out``.
+    replaces a store at ``out``.  ``renumber`` is as in `actshuffle.concat`: new documents are numbered on from the old.
 
     Raises
     ------
@@ -105,7 +106,7 @@ def append(
     DestinationInUseError : another process is writing the destination.
     SourceError : ``new`` has other arrays than ``dst``.
     """
-    switches(again=again, overwrite=overwrite, fsync=fsync)
+    switches(again=again, renumber=renumber, overwrite=overwrite, fsync=fsync)
     started, crew, shown = (
         time.perf_counter(),
         as_executor(Serial() if executor is None else executor),
@@ -135,15 +136,16 @@ def append(
             key_bits=store.marker.get("key_bits"),
             **request,
         )
-        has, added = parts_of(store), sources_of(fresh.root, asked.fields or (), fresh.start, fresh.rows)[0]
+        has = _sources(parts_of(store))
+        added = _sources(sources_of(fresh.root, asked.fields or (), fresh.start, fresh.rows)[0])
         if done := _done_before(place, target, has, added, asked, again=again, overwrite=overwrite):
             return Appended(done.path, done.rows, fresh.rows, done.nbytes, 0.0, done_before=True)
         if not again and (there := {part["source"] for part in has} & {part["source"] for part in added}):
             raise RequestError(_there_already(store, min(there), has, added))
         if out is not None or overwrite or _parts_at(target) != [*has, *added]:  # else only the exchange is left to do
             copy = partial(copy_through, executor=crew, progress=shown, locks=locks, fsync=fsync)
-            ordered = _sort_new(store, fresh, target, asked, locks, copy)
-            _merge(store, ordered, target, asked, partial(copy, overwrite=overwrite))
+            ordered = _sort_new(store, fresh, target, asked, locks, copy, renumber)
+            _merge(store, ordered, target, asked, partial(copy, overwrite=overwrite), renumber)
             for leftover in (target.beside(".new"), ordered.place):
                 open_objects(leftover).delete_prefix("")
         if out is None:
@@ -224,8 +226,19 @@ def _parts(marker: dict[str, Any]) -> list[dict[str, Any]]:
     return list(marker.get("parts", [alone]))
 
 
+def _sources(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What tells sources apart; not how their documents are numbered, which depends on those before them."""
+    return [{name: part[name] for name in ("source", "rows", "identity")} for part in parts]
+
+
 def _sort_new(
-    store: Dataset, fresh: Dataset, target: Place, asked: Request, locks: Locks, copy: Callable[..., Result]
+    store: Dataset,
+    fresh: Dataset,
+    target: Place,
+    asked: Request,
+    locks: Locks,
+    copy: Callable[..., Result],
+    renumber: bool,
 ) -> Dataset:
     """The new rows in the order of their keys, as a store."""
     first, stop = store.rows, store.rows + fresh.rows
@@ -233,7 +246,9 @@ def _sort_new(
     if asked.scratch is not None and "://" not in asked.scratch:
         place = Place(str(Path(asked.scratch).absolute() / place.url.rsplit("/", 1)[-1]))
         locks.take(place)  # others may have a destination of this name elsewhere
-    write_concat(base, [fresh], asked.fields, first_row=first, key_rows=(first, stop), marker={"first_row": first})
+    shifts = shifts_of([store, fresh], asked.fields or ())[1:] if renumber else None
+    facts: dict[str, Any] = {"key_rows": (first, stop), "marker": {"first_row": first}}
+    write_concat(base, [fresh], asked.fields, first_row=first, shifts=shifts, **facts)
     found, marker = virtual.inventory(base, asked.fields or ()), read_marker(open_objects(place))
     if marker is None or found is None or not _is_sorted(marker, asked.seed, first, found[0]):
         wanted = asked.changed(chunk_rows=None)
@@ -250,7 +265,9 @@ def _is_sorted(marker: dict[str, Any], seed: int | None, first_row: int, identit
     return there == (seed, first_row, identity)
 
 
-def _merge(store: Dataset, ordered: Dataset, target: Place, asked: Request, copy: Callable[..., Result]) -> None:
+def _merge(
+    store: Dataset, ordered: Dataset, target: Place, asked: Request, copy: Callable[..., Result], renumber: bool
+) -> None:
     """Write the old store and the new rows, both in the order of their keys, as one to ``target``."""
     assert store.marker is not None
     assert ordered.marker is not None
@@ -263,13 +280,10 @@ def _merge(store: Dataset, ordered: Dataset, target: Place, asked: Request, copy
         [store, ordered],
         asked.fields,
         reader="merge",
+        shifts=[{}, {}] if renumber else None,  # to list the documents of both; numbers have moved already
         kind="merge",
         sums=sums,
-        marker={
-            "source": parts[0]["source"],
-            "parts": parts,
-            "source_identity": combined([part["identity"] for part in parts]),
-        },
+        marker={"source": parts[0]["source"], "parts": parts, "source_identity": identity_of(parts)},
     )
     copy(source, target, asked.filled(**layout_of(store)))
 
@@ -327,20 +341,4 @@ class Merge:
 def _parts_at(place: Place) -> list[dict[str, Any]]:
     """The sources of a finished shuffle's rows; empty if there is none at the place."""
     marker = read_marker(open_objects(place))
-    return [] if marker is None or marker["kind"] != "shuffle" else _parts(marker)
-
-
-def exchange(grown: Place, old: Place) -> None:
-    """Exchange the names of two local folders, in one step where the system can (Linux: renameat2)."""
-    first, second = local_path(grown), local_path(old)
-    assert first is not None
-    assert second is not None
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        if libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), swap) == 0:
-            return
-    aside = second.with_name(f"{second.name}.before")  # in three steps where it cannot
-    second.rename(aside)
-    first.rename(second)
-    aside.rename(first)
+    return [] if marker is None or marker["kind"] != "shuffle" else _sources(_parts(marker))

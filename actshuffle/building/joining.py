@@ -4,12 +4,12 @@
 >>> actshuffle.shuffle("both", "shuffled.zarr")                     # doctest: +SKIP
 
 No row is copied: ``both`` is a small folder that names its parts.  A run reads the rows from the parts,
-straight into its buffers.
+straight into its buffers.  Documents are numbered on from part to part (documents.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import DestinationExistsError, RequestError, SourceError
 from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset
+from actshuffle.loading.documents import joint_attributes, move, shifts_of
 from actshuffle.loading.views import followed, reference
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
-from actshuffle.units import counted, several
+from actshuffle.units import counted, several, switches
 
 
 def concat(
@@ -37,13 +38,19 @@ def concat(
     out: str | Path,
     *,
     fields: Iterable[str] | None = None,
+    renumber: bool = True,
     storage_options: dict[str, Any] | None = None,
 ) -> Dataset:
     """Make ``out`` a virtual source with the rows of all sources, in the order given.
 
     Sources are Zarr arrays or groups, finished stores, views, or virtual sources, whose arrays have the
     same names, types and row shapes (``fields`` chooses some).  Attributes are those of the first.
+
+    Document numbers (of an integer array named ``document``, ``doc_id`` or the like) move on from part to part, so that
+    each document stays apart, and the attribute ``documents`` lists those of all parts; this reads the array once.
+    Without ``renumber`` they stay as they are, for parts that number the documents of one collection.
     """
+    switches(renumber=renumber)
     sources = several("sources", sources, of="paths")
     if not sources:
         raise RequestError("give at least one source")
@@ -53,7 +60,9 @@ def concat(
         locks.take(place)
         if next(iter(open_objects(place).list("")), None) is not None:
             raise DestinationExistsError(f"{place} exists already")
-        write_concat(place, stores, None if fields is None else sorted(set(fields)))
+        names = sorted(stores[0].fields if fields is None else set(fields))
+        _check_alike(stores, [_arrays(store, names if fields is not None else None) for store in stores])
+        write_concat(place, stores, names, shifts=shifts_of(stores, names) if renumber else None)
     return open_dataset(place.url, incomplete=True, storage_options=storage_options)
 
 
@@ -74,8 +83,12 @@ def present(
     *,
     rows: int | None = None,
     first_row: int = 0,
+    shifts: Sequence[Mapping[str, int]] | None = None,
 ) -> Presented:
-    """The stores as one at ``place``, after a check that they are alike; with ``rows``, only that many rows."""
+    """The stores as one at ``place``, after a check that they are alike; with ``rows``, only that many rows.
+
+    ``shifts`` are those of the document numbers of each, by array; with them, the attributes list all documents.
+    """
     found = [_arrays(store, names) for store in stores]
     _check_alike(stores, found)
     count = sum(store.rows for store in stores) if rows is None else rows
@@ -85,13 +98,14 @@ def present(
             "start": s.start,
             "stop": s.start + s.rows,
             "of": next(iter(arrays.values())).shape[0],
+            **({"numbered_from": dict(shift)} if shift else {}),
         }
-        for s, arrays in zip(stores, found, strict=True)
+        for s, arrays, shift in zip(stores, found, shifts or [{}] * len(stores), strict=True)
     ]
     return Presented(
         count,
         {k: _metadata(k, [arrays[k] for arrays in found], count) for k in found[0]},
-        stores[0].attributes,
+        stores[0].attributes if shifts is None else joint_attributes(stores, shifts),
         {"first_row": first_row, "parts": parts},
     )
 
@@ -103,10 +117,13 @@ def write_concat(
     *,
     reader: str = "concat",
     first_row: int = 0,
+    shifts: Sequence[Mapping[str, int]] | None = None,
     **facts: Any,
 ) -> Presented:
     """Write the stores as one virtual source, and number its rows from ``first_row``."""
-    shown = present(place, stores, names, first_row=first_row)
+    shown = present(place, stores, names, first_row=first_row, shifts=shifts)
+    if any(shifts or ()):
+        reader = "renumbered"  # unknown to versions that would read the numbers as they are stored
     virtual.write(place, reader, shown.settings, shown.arrays, shown.attributes, **facts)
     return shown
 
@@ -114,6 +131,11 @@ def write_concat(
 def combined(identities: Sequence[str]) -> str:
     """The identity of a concatenation of sources with these identities."""
     return seal(list(identities))
+
+
+def identity_of(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The identity of a concatenation of these sources, with documents numbered as recorded."""
+    return combined([p["identity"] + (seal(p["numbered_from"]) if "numbered_from" in p else "") for p in parts])
 
 
 @dataclass(frozen=True)
@@ -126,8 +148,11 @@ class _Part:
     offset: int
     start: int
     stop: int
+    shifts: dict[str, int]
+    types: dict[str, np.dtype[Any]]
 
 
+@readers.reader("renumbered")
 @readers.reader("concat")
 class Concat:
     """Reads the rows of several stores, one after the other."""
@@ -148,7 +173,8 @@ class Concat:
                 )
             fields = {k: source_field(k, a) for k, a in arrays.items()}
             end = self.rows + stop - offset
-            self._parts.append(_Part(found, Source(found), fields, offset, self.rows, end))
+            shifts, types = entry.get("numbered_from", {}), {k: a.dtype for k, a in arrays.items()}
+            self._parts.append(_Part(found, Source(found), fields, offset, self.rows, end, shifts, types))
             self.rows = end
 
     def read(self, name: str, start: int, out: U8) -> None:
@@ -158,6 +184,8 @@ class Concat:
             if a < b:
                 into = out[a - start : b - start]
                 part.source.read(part.fields[name], a - part.start + part.offset, into)
+                if shift := part.shifts.get(name):
+                    move(into, part.types[name], shift)
 
     def numbers(self, start: int, stop: int) -> U64:
         return np.arange(self._first_row + start, self._first_row + stop, dtype=np.uint64)
@@ -167,8 +195,16 @@ class Concat:
         places: list[str] = []
         for part in self._parts:
             sources, behind = sources_of(part.place, names, part.offset, part.stop - part.start)
-            parts, places = parts + sources, places + behind
-        return readers.Backing(combined([p["identity"] for p in parts]), {"parts": parts}, tuple(places))
+            parts, places = parts + [_renumbered(p, part.shifts) for p in sources], places + behind
+        return readers.Backing(identity_of(parts), {"parts": parts}, tuple(places))
+
+
+def _renumbered(part: dict[str, Any], shifts: Mapping[str, int]) -> dict[str, Any]:
+    """A source as markers record it, whose documents move on by so much."""
+    if not shifts:
+        return part
+    before = part.get("numbered_from", {})
+    return {**part, "numbered_from": before | {name: before.get(name, 0) + n for name, n in shifts.items()}}
 
 
 def sources_of(place: Place, names: Sequence[str], offset: int, rows: int) -> tuple[list[dict[str, Any]], list[str]]:

@@ -99,14 +99,20 @@ def _made_by(marker: dict[str, Any] | None) -> str:
     source = f", from {marker['source']}" if marker.get("source") else ""
     if len(parts) > 1:
         source = f", from {len(parts)} sources"
-        listed = "".join(f"\n  {part['source']}: {counted(part['rows'], 'row')}" for part in parts)
-        version += ":" + listed
+        version += ":" + "".join(f"\n  {_source(part)}" for part in parts)
     if marker["kind"] == "collection":
         return f"collection: complete, in the order in which it was made{source} {version}"
     part = marker.get("population", marker["rows"])
     of = f", {marker['rows']:,} of {counted(part, 'row')}" if part != marker["rows"] else ""
     levels = f"{marker['levels']} level{'s' * (marker['levels'] != 1)}"
     return f"shuffled: complete, seed {marker['seed']}, {levels}{of}{source} {version}"
+
+
+def _source(part: dict[str, Any]) -> str:
+    """One source of several as text."""
+    moved = part.get("numbered_from", {})
+    numbers = "".join(f", {name} from {counted_from:,} on" for name, counted_from in moved.items())
+    return f"{part['source']}: {counted(part['rows'], 'row')}{numbers}"
 
 
 def _names(marker: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from actshuffle.arrays.marker import altered_files, is_sealed, read_marker
 from actshuffle.arrays.names import MARKER_KEY
 from actshuffle.errors import FormatError, IncompleteStoreError, RequestError, SourceError
 from actshuffle.loading.dataset import open_dataset
+from actshuffle.loading.documents import DOCUMENT
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
 from actshuffle.units import counted
@@ -88,8 +89,11 @@ def refuse_part_of_sources(source: Place, given: Place, marker: dict[str, Any], 
     parts = marker.get("parts", ())
     if len(parts) < 2 or rows == marker["rows"]:
         return
+    kept = " --no-renumber" * (
+        not any("numbered_from" in part for part in parts) and bool(set(DOCUMENT) & set(marker["fields"]))
+    )
     named = " ".join(str(part["source"]) for part in parts[:NAMED]) + " ..." * (len(parts) > NAMED)
     raise RequestError(
         f"{given} has {counted(marker['rows'], 'row')} of {len(parts)} sources, and {source} has {rows:,}; "
-        f"join the sources (actshuffle concat {named} --out ALL) and verify it against ALL"
+        f"join the sources (actshuffle concat {named} --out ALL{kept}) and verify it against ALL"
     )

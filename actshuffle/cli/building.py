@@ -28,6 +28,9 @@ SKIP_FIRST = click.option(
     "--skip-first", type=COUNT, default=0, help="Drop the rows of the first tokens of each window.  [default: 0]"
 )
 DROP_TOKENS = click.option("--drop-tokens", metavar="ID,ID", type=NUMBERS, help="Drop the rows of these tokens.")
+RENUMBER = click.option(
+    "--renumber/--no-renumber", default=True, help="Number documents on from store to store.  [default: yes]"
+)
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a store that is there.")
 
 
@@ -141,6 +144,7 @@ def filter_(executor: Any, display: Any, src: str, dst: str, **options: Any) -> 
 @click.argument("sources", type=PATH, nargs=-1, required=True)
 @click.option("--out", type=PATH, required=True, help="Folder that will name the sources.")
 @knob("fields")
+@RENUMBER
 @look
 def concat(sources: tuple[str, ...], out: str, **options: Any) -> Answer:
     """Join several SOURCES into one source for run, without copying a row.
@@ -160,6 +164,7 @@ def concat(sources: tuple[str, ...], out: str, **options: Any) -> Answer:
 @click.argument("new", type=PATH)
 @click.option("--out", type=PATH, help="Write old and new rows here, and leave DST as it is.")
 @click.option("--again", is_flag=True, help="Allow rows that are in DST already.")
+@RENUMBER
 @knob("memory")
 @knob("chunk_rows", shown="as in DST")
 @knob("scratch")

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from actshuffle.errors import ActshuffleError, FormatError, RequestError
 from actshuffle.extras import need
 from actshuffle.loading.dataset import Dataset, open_dataset
+from actshuffle.loading.documents import DOCUMENT
 from actshuffle.loading.ranks import Ranks, key_of
 from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import several, switches
@@ -32,7 +33,7 @@ Pieces = Callable[[Sequence[int | None]], tuple[str, ...]]  # from token ids to 
 # Usual names of these arrays; the first one present is used.
 NAMES = {
     "token": ("token", "tokens", "token_id", "token_ids", "input_ids"),
-    "document": ("document", "documents", "document_id", "document_ids", "doc", "doc_id"),
+    "document": DOCUMENT,
     "position": ("position", "positions", "pos"),
 }
 
@@ -134,6 +135,7 @@ class _Surroundings:
         parts = marker.get("parts") or [{"source": marker["source"], "rows": ranks.population}]
         self._ends = np.cumsum([ranks.first + parts[0]["rows"], *(p["rows"] for p in parts[1:])])
         self._paths = [str(p["source"]) for p in parts]
+        self._shifts: list[dict[str, int]] = [p.get("numbered_from", {}) for p in parts]
         self._options = json.loads(data.root.options)
         self._whole = None if source is None else self._opened(as_place(source, self._options))
         if source is not None and self._whole is None:
@@ -173,7 +175,8 @@ class _Surroundings:
         store = self._store(part)
         if store is not None and (name := _named(store, kind)) is not None:
             first = 0 if store is self._whole or part == 0 else int(self._ends[part - 1])
-            return [int(x) for x in store.take(name, np.array(numbers) - first)]
+            shift = 0 if store is self._whole else self._shifts[part].get(name, 0)  # of documents, in the joint store
+            return [int(x) + (shift if x >= 0 else 0) for x in store.take(name, np.array(numbers) - first)]
         if (name := _named(self.data, kind)) is None:
             return [None] * len(numbers)
         for number in numbers:
