@@ -26,6 +26,7 @@ from saetrain.products.tiles import COLUMNS, ROWS, Kept, add_tile
 
 LARGEST_PANEL = 65_536  # rows by default: a task takes minutes rather than hours
 CHUNK_ROWS = 16_384  # rows of a chunk of the store, and of a merge
+FIXED = 16 << 20  # bytes of a task whatever its size: buffers of objects, and what the allocator keeps
 ENTRY = 12  # bytes of a kept entry: value float32, index int64
 
 
@@ -113,7 +114,7 @@ class ProductPlan:
         panel = 4 * min(self.panel, n) * d + 2 * kept + tile + mapping
         gram = 3 * 8 * d * d + 24 * COLUMNS * d + mapping
         merge = min(self.chunk, max(n, m)) * 6 * max(row, column) + 8 * d * d + 24 * COLUMNS * d + mapping
-        memory = max(panel, gram, merge) + self.a.resident + self.b.resident
+        memory = FIXED + max(panel, gram, merge) + self.a.resident + self.b.resident
         reads = 4 * (n * d + m * self.b.width)
         return Sizes(
             tasks=sum(self.grams) + 2 + down * across + sum(self.chunks),
