@@ -159,7 +159,7 @@ def write_sources(folder: Path) -> None:
         np.save(folder / "files" / f"{name}.npy", data)
     (folder / "text" / "words.txt").write_text(" ".join(WORDS[1 + n % 7] for n in range(ROWS)))
     set_times(folder)
-    actshuffle.concat([HERE / "first.zarr", HERE / "second.zarr"], HERE / "both")
+    actshuffle.concat([HERE / "first.zarr", HERE / "second.zarr"], HERE / "both", renumber=False)
     for source, output in (("all", "shuffled"), ("first", "first_shuffled")):
         actshuffle.shuffle(HERE / f"{source}.zarr", HERE / f"{output}.zarr", seed=SEED, **PLAN)
 
@@ -167,10 +167,10 @@ def write_sources(folder: Path) -> None:
 # --- Stopped runs ---------------------------------------------------------------------------------------------
 
 
-def stop(case: Case) -> None:
+def stop(case: Case, **options: Any) -> None:
     """Begin a run and kill it; this process then continues as a new one would."""
     with Faults(matching(case.stop, "kill")) as faults, suppress(Killed):
-        case.start(fsync=False)
+        case.start(fsync=False, **options)
     assert faults.dead, f"no operation matched {case.stop!r}"
     new_process()
 

@@ -111,7 +111,7 @@ def test_runs_that_stop_today_leave_the_same_bytes(tmp_path: Path, monkeypatch: 
     write_sources(tmp_path)
     for name, case in CASES.items():
         if name != "collect":
-            stop(case)
+            stop(case, **({"renumber": False} if name.startswith("append") else {}))  # as version 0.1.0 did
     found = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     found = {re.sub(r"^memory/actshuffle-\d+-", "memory/", key): data for key, data in found.items()}
     kept = {key: data for key, data in packed().items() if not key.startswith(("collect.", "model/"))}

@@ -34,7 +34,7 @@ from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.metadata import source_arrays
 from actshuffle.arrays.names import SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
-from actshuffle.building.joining import Concat, identity_of, sources_of, write_concat
+from actshuffle.building.joining import Concat, begun_as_stored, identity_of, sources_of, write_concat
 from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, copy_through
@@ -144,8 +144,11 @@ def append(
             raise RequestError(_there_already(store, min(there), has, added))
         if out is not None or overwrite or _parts_at(target) != [*has, *added]:  # else only the exchange is left to do
             copy = partial(copy_through, executor=crew, progress=shown, locks=locks, fsync=fsync)
-            ordered = _sort_new(store, fresh, target, asked, locks, copy, renumber)
-            _merge(store, ordered, target, asked, partial(copy, overwrite=overwrite), renumber)
+            shift = shifts_of([store, fresh], asked.fields or ())[1] if renumber else {}
+            if not overwrite and begun_as_stored(target.beside(".new"), fresh):
+                shift = {}  # an earlier version has begun it
+            ordered = _sort_new(store, fresh, target, asked, locks, copy, shift)
+            _merge(store, ordered, target, asked, partial(copy, overwrite=overwrite), bool(shift))
             for leftover in (target.beside(".new"), ordered.place):
                 open_objects(leftover).delete_prefix("")
         if out is None:
@@ -238,7 +241,7 @@ def _sort_new(
     asked: Request,
     locks: Locks,
     copy: Callable[..., Result],
-    renumber: bool,
+    shift: dict[str, int],
 ) -> Dataset:
     """The new rows in the order of their keys, as a store."""
     first, stop = store.rows, store.rows + fresh.rows
@@ -246,9 +249,8 @@ def _sort_new(
     if asked.scratch is not None and "://" not in asked.scratch:
         place = Place(str(Path(asked.scratch).absolute() / place.url.rsplit("/", 1)[-1]))
         locks.take(place)  # others may have a destination of this name elsewhere
-    shifts = shifts_of([store, fresh], asked.fields or ())[1:] if renumber else None
     facts: dict[str, Any] = {"key_rows": (first, stop), "marker": {"first_row": first}}
-    write_concat(base, [fresh], asked.fields, first_row=first, shifts=shifts, **facts)
+    write_concat(base, [fresh], asked.fields, first_row=first, shifts=[shift] if shift else None, **facts)
     found, marker = virtual.inventory(base, asked.fields or ()), read_marker(open_objects(place))
     if marker is None or found is None or not _is_sorted(marker, asked.seed, first, found[0]):
         wanted = asked.changed(chunk_rows=None)
@@ -266,7 +268,7 @@ def _is_sorted(marker: dict[str, Any], seed: int | None, first_row: int, identit
 
 
 def _merge(
-    store: Dataset, ordered: Dataset, target: Place, asked: Request, copy: Callable[..., Result], renumber: bool
+    store: Dataset, ordered: Dataset, target: Place, asked: Request, copy: Callable[..., Result], renumbered: bool
 ) -> None:
     """Write the old store and the new rows, both in the order of their keys, as one to ``target``."""
     assert store.marker is not None
@@ -280,7 +282,7 @@ def _merge(
         [store, ordered],
         asked.fields,
         reader="merge",
-        shifts=[{}, {}] if renumber else None,  # to list the documents of both; numbers have moved already
+        shifts=[{}, {}] if renumbered else None,  # to list the documents of both; numbers have moved already
         kind="merge",
         sums=sums,
         marker={"source": parts[0]["source"], "parts": parts, "source_identity": identity_of(parts)},

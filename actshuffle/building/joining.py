@@ -10,6 +10,7 @@ straight into its buffers.  Documents are numbered on from part to part (documen
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from actshuffle.arrays.inventory import take_inventory
 from actshuffle.arrays.metadata import ZarrArray, output_field, source_arrays, source_field
 from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U8, U64
-from actshuffle.errors import DestinationExistsError, RequestError, SourceError
+from actshuffle.errors import DestinationExistsError, FormatError, RequestError, SourceError
 from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.documents import joint_attributes, move, shifts_of
@@ -62,7 +63,8 @@ def concat(
             raise DestinationExistsError(f"{place} exists already")
         names = sorted(stores[0].fields if fields is None else set(fields))
         _check_alike(stores, [_arrays(store, names if fields is not None else None) for store in stores])
-        write_concat(place, stores, names, shifts=shifts_of(stores, names) if renumber else None)
+        shifts = shifts_of(stores, names) if renumber else []
+        write_concat(place, stores, names, shifts=shifts if any(shifts) else None)
     return open_dataset(place.url, incomplete=True, storage_options=storage_options)
 
 
@@ -126,6 +128,15 @@ def write_concat(
         reader = "renumbered"  # unknown to versions that would read the numbers as they are stored
     virtual.write(place, reader, shown.settings, shown.arrays, shown.attributes, **facts)
     return shown
+
+
+def begun_as_stored(place: Place, store: Dataset) -> bool:
+    """True if a virtual source of these rows alone is at a place, with their document numbers as they are stored."""
+    with suppress(FormatError):
+        parts = (virtual.describe(place) or {}).get("settings", {}).get("parts", [])
+        same = {"store": reference(place, store.root), "start": store.start, "stop": store.start + store.rows}
+        return len(parts) == 1 and "numbered_from" not in parts[0] and same.items() <= parts[0].items()
+    return False
 
 
 def combined(identities: Sequence[str]) -> str:
