@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -163,10 +164,12 @@ def test_killed_at_some_operations_then_resumed(tmp_path, whole, acts):
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("death", ["kill", "late", "torn"])
-def test_killed_at_any_operation_then_resumed(tmp_path, whole, acts, kind, death):
+@pytest.mark.parametrize("part", range(12))
+def test_killed_at_any_operation_then_resumed(tmp_path, whole, acts, kind, death, part):
     where, due = whole[kind]
-    for number in range(operations(where, acts, tmp_path / "out")):
-        killed_at(where, acts, tmp_path / f"out{number}", due, number, death)
+    for number in range(part, operations(where, acts, tmp_path / "out"), 12):
+        killed_at(where, acts, tmp_path / "killed", due, number, death)
+        shutil.rmtree(tmp_path / "killed")
 
 
 def half_done(where: Path, acts: Path, out: Path) -> None:
