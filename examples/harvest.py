@@ -95,7 +95,8 @@ def harvest(path: Path, rows: int) -> zarr.Group:
             group[name][start:stop] = values
         start = stop
         show_progress(start, n, time.perf_counter() - clock)
-    group.attrs.update(documents=documents, harvest_complete=True)  # the marker comes last
+    named = {"name": tokenizer.name_or_path}  # by which texts are decoded
+    group.attrs.update(documents=documents, tokenizer=named, harvest_complete=True)  # the marker comes last
     return group
 
 

@@ -1,4 +1,4 @@
-"""A sparse autoencoder in a minute, from the shuffled activations of shuffle_minilm.py.
+"""A sparse autoencoder in a minute, from the shuffled activations of shuffle_minilm.py, and what its latents do.
 
     python examples/train_minilm.py                   # or: make demo, which does both
 
@@ -6,6 +6,7 @@
     of the shuffled store are held out; they are a random sample of all rows.
 6.  Look: the share of the activations' variance that stays unexplained (FVU), the number of latents
     active for a token (L0), the share of latents that are never active (dead), and a page with all curves.
+7.  Describe each latent on the rows in document order: how often, on which tokens, with which examples.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
+from saetrain import open_features
 from saetrain.training.log import read_log
 
 
@@ -26,8 +30,9 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
     options.add_argument("--steps", type=int, default=550, help="of 1,024 rows (default: 550)")
     args = options.parse_args()
-    store, run = args.out / "shuffled.zarr", args.out / "sae"
-    shutil.rmtree(run, ignore_errors=True)  # otherwise fit would resume it
+    store, run, features = (args.out / name for name in ("shuffled.zarr", "sae", "features"))
+    for old in (run, features):
+        shutil.rmtree(old, ignore_errors=True)  # otherwise it would be resumed, or refused as another's
     clock = time.perf_counter()
 
     heading("5  Train a sparse autoencoder on the shuffled rows")
@@ -41,9 +46,16 @@ def main() -> None:
     print(f"FVU, held-out variance not explained    {last['eval_fvu']:8.4f}   (95 %: {low:.4f} to {high:.4f})")
     print(f"active latents a token, L0              {last['eval_l0']:8.1f}   of 3,072")
     print(f"dead latents, held-out rows             {last['eval_dead']:8.1%}\n")
-    saetrain("report", str(run))
+
+    heading("7  Describe every latent")
+    saetrain("features", str(run), str(args.out / "activations.zarr"), str(features), "--incomplete")
+    found = open_features(features)
+    density = found.array("stat/density")
+    middle = int(np.argsort(density)[len(density) // 2])
+    print(f"\nThe latent of median density:\n\n{found[middle]}")
     print(f"\nDone in {time.perf_counter() - clock:.0f} s. Look at:")
     print(f"  {run / 'report.html'}   all curves of the run, in any browser")
+    print(f"  saetrain view {features}   every latent, in any browser (.venv/bin/saetrain after make demo)")
     print(f"  {run}   the autoencoder: saetrain.load({str(run)!r}); `saetrain export` for SAELens")
 
 

@@ -100,7 +100,7 @@ def came_from(
         raise RequestError(f"context must be 0 or more, got {context}")
     numbers = ranks.source_rows(wanted)
     around = _Surroundings(data, ranks, source)
-    pieces = decoder(data) if decode else None
+    pieces = decoder(data, running=True) if decode else None
     return [around.origin(int(row), int(number), context, pieces) for row, number in zip(wanted, numbers, strict=True)]
 
 
@@ -219,26 +219,47 @@ def document_name(attributes: Mapping[str, Any], document: int | None) -> str | 
     return str(listed[document]) if document < len(listed) else None
 
 
-def decoder(store: Dataset) -> Pieces | None:
+def decoder(store: Dataset, *, running: bool = False) -> Pieces | None:
     """A function from token ids to their decoded pieces, by the tokenizer that a store's attributes name.
+
+    With ``running``, the tokens follow each other in a text, and each piece is what the token adds to the one before
+    it: many tokenizers write the blank between two words nowhere else.
 
     None where the store names none, or where it or transformers is not on this machine; nothing is downloaded.
     """
-    return _decoder(json.dumps(store.attributes.get("tokenizer")))
+    found = _decoder(json.dumps(store.attributes.get("tokenizer")))
+    if found is None:
+        return None
+    return found.running if running else found.each
 
 
-class _Pieces:
+class _Decoder:
     """Decodes tokens one by one."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def __call__(self, tokens: Sequence[int | None]) -> tuple[str, ...]:
-        return tuple("?" if t is None else self._tokenizer.decode([t]) for t in tokens)
+    def _text(self, *tokens: int) -> str:
+        return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    def each(self, tokens: Sequence[int | None]) -> tuple[str, ...]:
+        return tuple("?" if t is None else self._text(t) for t in tokens)
+
+    def running(self, tokens: Sequence[int | None]) -> tuple[str, ...]:
+        before: int | None = None
+        found = []
+        for token in tokens:
+            piece = "?" if token is None else self._text(token)
+            if before is not None and token is not None:
+                alone, both = self._text(before), self._text(before, token)
+                piece = both[len(alone) :] if both.startswith(alone) else piece
+            found.append(piece)
+            before = token
+        return tuple(found)
 
 
 @lru_cache(maxsize=2)
-def _decoder(recorded: str) -> _Pieces | None:
+def _decoder(recorded: str) -> _Decoder | None:
     """The tokenizer that a store names, if it and transformers are here; never from the network."""
     named = json.loads(recorded)
     name = named.get("name") if isinstance(named, dict) else named
@@ -246,7 +267,7 @@ def _decoder(recorded: str) -> _Pieces | None:
         return None
     try:
         auto = need("transformers", "collect").AutoTokenizer
-        return _Pieces(auto.from_pretrained(name, local_files_only=True))
+        return _Decoder(auto.from_pretrained(name, local_files_only=True))
     except Exception:  # the text is optional
         return None
 

@@ -59,7 +59,7 @@ class LocalObjects:
         with typed(self.root, key):
             if key and follow and path.is_symlink():
                 self._refuse_escape(path)
-            passed = []
+            passed: list[Path] = []
             for folder in path.parents if key else ():
                 if folder == self.root or folder in self._inside:
                     break
@@ -111,8 +111,7 @@ class LocalObjects:
                 os.close(fd)
 
     def _open(self, key: str) -> int:
-        """Open the file of a key for reading.  In a folder that was checked before, a file that is no link needs
-        no further check, which takes a third of the time."""
+        """Open a key's file.  In a folder that was checked, one that is no link needs no check, a third of the time."""
         folder, _, name = key.rpartition("/")
         known = self._folders.get(folder)
         if known is not None and name != ".." and "\0" not in name:
@@ -182,14 +181,7 @@ class LocalObjects:
                 file.close()
 
     def is_cached(self, key: str, offset: int) -> bool:
-        """True if the page cache holds a byte of a file; False for one that no read would reach.
-
-        Plans ask before the inventory has refused links out of the root.
-        """
-        try:
-            self._path(key)
-        except ActshuffleError:
-            return False
+        """True if the page cache holds a byte of a file."""
         file = self._ahead(key)
         return file is not None and has_cached(file.fd, offset)
 

@@ -271,12 +271,13 @@ class Features:
         return found if found.identity == self.facts["identity"] else None
 
     @cached_property
-    def _pieces(self) -> Any:
-        return decoder(self.store) if self.store is not None else None
+    def _decoders(self) -> tuple[Any, Any]:
+        return (decoder(self.store), decoder(self.store, running=True)) if self.store is not None else (None, None)
 
-    def text(self, tokens: list[int]) -> tuple[str, ...] | None:
-        """Pieces of text of tokens, by the store's tokenizer; None where there is none."""
-        return self._pieces(tokens) if self._pieces is not None else None
+    def text(self, tokens: list[int], *, running: bool = False) -> tuple[str, ...] | None:
+        """Pieces of text of tokens, each alone or as they follow; None where the store has no tokenizer."""
+        pieces = self._decoders[running]
+        return pieces(tokens) if pieces is not None else None
 
     def example(
         self, kind: str, row: int, value: float, offsets: NDArray[np.int8], activations: NDArray[np.float32]
@@ -305,7 +306,7 @@ class Features:
         inside = (at >= 0) & (at < high - low)
         shown[at[inside]] = activations[held][inside]
         shown[row - low] = value
-        text = self.text(list(tokens)) if tokens else None
+        text = self.text(list(tokens), running=True) if tokens else None
         return Example(kind, row, value, document, name, position, tokens, text, row - low, shown)
 
     def __repr__(self) -> str:

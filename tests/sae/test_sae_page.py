@@ -89,7 +89,7 @@ class Opened:
 @pytest.fixture
 def opened(browser: Any, result: Path, tmp_path: Path) -> Iterator[Opened]:
     features = saetrain.open_features(result)
-    features.text = lambda ids: tuple(HOSTILE if i == 2 else f" word{i}" for i in ids)  # type: ignore[method-assign]
+    features.text = lambda ids, running=False: tuple(HOSTILE if i == 2 else f" word{i}" for i in ids)  # type: ignore[method-assign]
     sae = random_dictionary(latents=LATENTS)
     made = Opened(browser, Site(features, Labels(tmp_path / "labels.json"), live=Live(sae, tiny(), 4.0)))
     yield made
