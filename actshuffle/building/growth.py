@@ -28,13 +28,19 @@ from typing import Any
 import numpy as np
 
 from actshuffle.arrays import readers, virtual
-from actshuffle.arrays.codecs import name_of
-from actshuffle.arrays.guard import described
 from actshuffle.arrays.marker import read_marker
-from actshuffle.arrays.metadata import source_arrays
 from actshuffle.arrays.names import SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
-from actshuffle.building.joining import Concat, begun_as_stored, identity_of, sources_of, write_concat
+from actshuffle.building.joining import (
+    Concat,
+    begun_as_stored,
+    check_alike,
+    identity_of,
+    layout_of,
+    leaving_nothing,
+    sources_of,
+    write_concat,
+)
 from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, copy_through
@@ -136,6 +142,7 @@ def append(
             key_bits=store.marker.get("key_bits"),
             **request,
         )
+        check_alike([store, fresh], asked.fields)
         has = _sources(parts_of(store))
         added = _sources(sources_of(fresh.root, asked.fields or (), fresh.start, fresh.rows)[0])
         if done := _done_before(place, target, has, added, asked, again=again, overwrite=overwrite):
@@ -147,9 +154,11 @@ def append(
             shift = shifts_of([store, fresh], asked.fields or ())[1] if renumber else {}
             if not overwrite and begun_as_stored(target.beside(".new"), fresh):
                 shift = {}  # an earlier version has begun it
-            ordered = _sort_new(store, fresh, target, asked, locks, copy, shift)
-            _merge(store, ordered, target, asked, partial(copy, overwrite=overwrite), bool(shift))
-            for leftover in (target.beside(".new"), ordered.place):
+            helpers = target.beside(".new"), _sorted_at(target, asked), target.beside(".merge")
+            with leaving_nothing(target, *helpers):
+                ordered = _sort_new(store, fresh, target, asked, locks, copy, shift)
+                _merge(store, ordered, target, asked, partial(copy, overwrite=overwrite), bool(shift))
+            for leftover in helpers[:2]:
                 open_objects(leftover).delete_prefix("")
         if out is None:
             exchange(target, place)
@@ -245,9 +254,8 @@ def _sort_new(
 ) -> Dataset:
     """The new rows in the order of their keys, as a store."""
     first, stop = store.rows, store.rows + fresh.rows
-    base, place = target.beside(".new"), target.beside(".new-sorted")
-    if asked.scratch is not None and "://" not in asked.scratch:
-        place = Place(str(Path(asked.scratch).absolute() / place.url.rsplit("/", 1)[-1]))
+    base, place = target.beside(".new"), _sorted_at(target, asked)
+    if place != target.beside(".new-sorted"):
         locks.take(place)  # others may have a destination of this name elsewhere
     facts: dict[str, Any] = {"key_rows": (first, stop), "marker": {"first_row": first}}
     write_concat(base, [fresh], asked.fields, first_row=first, shifts=[shift] if shift else None, **facts)
@@ -259,6 +267,14 @@ def _sort_new(
         except ResumeMismatchError:  # an append of something else left this behind
             copy(base, place, wanted, overwrite=True, keep=True)
     return open_dataset(place.url, storage_options=json.loads(place.options))
+
+
+def _sorted_at(target: Place, asked: Request) -> Place:
+    """Where the new rows are sorted."""
+    place = target.beside(".new-sorted")
+    if asked.scratch is None or "://" in asked.scratch:
+        return place
+    return Place(str(Path(asked.scratch).absolute() / place.url.rsplit("/", 1)[-1]))
 
 
 def _is_sorted(marker: dict[str, Any], seed: int | None, first_row: int, identity: str) -> bool:
@@ -288,19 +304,6 @@ def _merge(
         marker={"source": parts[0]["source"], "parts": parts, "source_identity": identity_of(parts)},
     )
     copy(source, target, asked.filled(**layout_of(store)))
-
-
-def layout_of(store: Dataset) -> dict[str, Any]:
-    """Chunks, shards and codec of a store's widest array, as a request names them."""
-    name = max(store.fields, key=lambda k: store.fields[k].row_bytes)
-    array = source_arrays(store.root, [name])[name]
-    rows, shards = array.chunks[0], array.shards
-    return {
-        # A single chunk that holds all rows was not chosen, but was enough.
-        "chunk_rows": None if rows >= array.shape[0] else rows,
-        "chunks_per_shard": None if shards is None else shards[0] // rows,
-        "codec": name_of([described(codec) for codec in array.compressors]),
-    }
 
 
 @readers.reader("merge")

@@ -9,8 +9,8 @@ straight into its buffers.  Documents are numbered on from part to part (documen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 
 from actshuffle.arrays import readers, virtual
+from actshuffle.arrays.codecs import name_of
 from actshuffle.arrays.field import Field
+from actshuffle.arrays.guard import described
 from actshuffle.arrays.inventory import take_inventory
 from actshuffle.arrays.metadata import ZarrArray, output_field, source_arrays, source_field
+from actshuffle.arrays.names import RUN_KEY
 from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import DestinationExistsError, FormatError, RequestError, SourceError
@@ -62,7 +65,7 @@ def concat(
         if next(iter(open_objects(place).list("")), None) is not None:
             raise DestinationExistsError(f"{place} exists already")
         names = sorted(stores[0].fields if fields is None else set(fields))
-        _check_alike(stores, [_arrays(store, names if fields is not None else None) for store in stores])
+        check_alike(stores, None if fields is None else names)
         shifts = shifts_of(stores, names) if renumber else []
         write_concat(place, stores, names, shifts=shifts if any(shifts) else None)
     return open_dataset(place.url, incomplete=True, storage_options=storage_options)
@@ -137,6 +140,19 @@ def begun_as_stored(place: Place, store: Dataset) -> bool:
         same = {"store": reference(place, store.root), "start": store.start, "stop": store.start + store.rows}
         return len(parts) == 1 and "numbered_from" not in parts[0] and same.items() <= parts[0].items()
     return False
+
+
+@contextmanager
+def leaving_nothing(target: Place, *helpers: Place) -> Iterator[None]:
+    """Remove the helpers of ``target`` that are made meanwhile, if the work is refused before a run has begun."""
+    new = [place for place in helpers if next(iter(open_objects(place).list("")), None) is None]
+    try:
+        yield
+    except (RequestError, SourceError):
+        if all(open_objects(place).size(RUN_KEY) is None for place in (target, *helpers)):
+            for place in new:
+                open_objects(place).delete_prefix("")
+        raise
 
 
 def combined(identities: Sequence[str]) -> str:
@@ -230,6 +246,24 @@ def sources_of(place: Place, names: Sequence[str], offset: int, rows: int) -> tu
     if not whole:
         identity = combined([identity, f"{offset}:{offset + rows}"])
     return [{"source": url, "rows": rows, "identity": identity}], behind
+
+
+def layout_of(store: Dataset) -> dict[str, Any]:
+    """Chunks, shards and codec of a store's widest array, as a request names them."""
+    name = max(store.fields, key=lambda k: store.fields[k].row_bytes)
+    array = source_arrays(store.root, [name])[name]
+    rows, shards = array.chunks[0], array.shards
+    return {
+        # A single chunk that holds all rows was not chosen, but was enough.
+        "chunk_rows": None if rows >= array.shape[0] else rows,
+        "chunks_per_shard": None if shards is None else shards[0] // rows,
+        "codec": name_of([described(codec) for codec in array.compressors]),
+    }
+
+
+def check_alike(stores: Sequence[Dataset], names: Sequence[str] | None) -> None:
+    """Refuse stores that cannot be joined, before anything is read of their rows or written."""
+    _check_alike(stores, [_arrays(store, names) for store in stores])
 
 
 def _arrays(store: Dataset, names: Sequence[str] | None) -> dict[str, ZarrArray]:

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from actshuffle.arrays import readers, virtual
 from actshuffle.arrays.marker import read_marker
+from actshuffle.arrays.names import RUN_KEY, SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
 from actshuffle.building.joining import Concat, present
 from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, copy_through
-from actshuffle.errors import DestinationExistsError, RequestError
+from actshuffle.errors import RequestError, SourceError
 from actshuffle.executors import Executor, Serial
 from actshuffle.executors.choice import as_executor
 from actshuffle.jobs.locks import Locks
@@ -76,6 +77,12 @@ def sample(
     store = open_dataset(src, incomplete=True, storage_options=storage_options)
     if not 0 < whole("rows", rows) <= store.rows:
         raise RequestError(f"cannot take {rows:,} of the {counted(store.rows, 'row')} of {store.path}")
+    if wanted.source_row and SOURCE_ROW in (store.fields if fields is None else fields):
+        others = ",".join(sorted(set(store.fields) - {SOURCE_ROW}))
+        raise RequestError(
+            f"{store.path} has an array named {SOURCE_ROW!r} already (is it shuffled?), the name of the sample's "
+            f"provenance: leave it out with --fields {others}"
+        )
     with Locks() as locks:
         locks.take(target)
         return _sample(store, rows, source, target, wanted, crew, shown, locks, overwrite=overwrite, fsync=fsync)
@@ -111,8 +118,9 @@ def _sample(
     wanted = wanted.changed(seed=seed, fields=names)
     try:
         return copy_through(chosen, target, wanted, crew, shown, locks, overwrite=overwrite, fsync=fsync)
-    except DestinationExistsError:
-        open_objects(chosen).delete_prefix("")
+    except (RequestError, SourceError):
+        if open_objects(target).size(RUN_KEY) is None:  # else the same sample again resumes
+            open_objects(chosen).delete_prefix("")
         raise
 
 

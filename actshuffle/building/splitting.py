@@ -16,8 +16,7 @@ import numpy as np
 
 from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.names import SOURCE_ROW
-from actshuffle.building.growth import layout_of
-from actshuffle.building.joining import write_concat
+from actshuffle.building.joining import layout_of, write_concat
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError

@@ -164,7 +164,7 @@ def test_no_more_rows_are_shown_than_one_can_read(source: Path, monkeypatch: pyt
 
 
 def test_unshuffled_stores_are_split_only_on_request(source: Path, tmp_path: Path) -> None:
-    from actshuffle.building.growth import layout_of
+    from actshuffle.building.joining import layout_of
 
     with pytest.raises(IncompleteStoreError):
         head(source, 10, tmp_path / "x")
