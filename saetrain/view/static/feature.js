@@ -110,7 +110,7 @@ function side(f) {
     f.neighbours && f.neighbours.length
       ? section("Nearest decoder rows", h("ul.near", {}, f.neighbours.map((n) => h("li", {}, featureLink(n.id, n.label), h("span.tokens", {}, n.tokens.slice(0, 3).map((t) => h("code.chip", {}, visible(t)))), h("span", {}, short(n.cosine))))))
       : null,
-    f.together && f.together.length ? section("Active together", h("ul.near", {}, f.together.map((n) => h("li", {}, featureLink(n.id, n.label), h("span", {}, whole(n.count)))))) : null,
+    f.together && f.together.length ? section("Active together", h("ul.near", {}, f.together.map((n) => h("li", {}, featureLink(n.id, n.label), h("span.tokens", {}, n.tokens.slice(0, 3).map((t) => h("code.chip", {}, visible(t)))), h("span", {}, `${whole(n.count)} rows`))))) : null,
     section("Place in the document", bars({ edges: edges.slice(0, last + 2), counts: f.positions.slice(0, last + 1), log: true, title: "Active rows by place in the document", height: 70 })),
     section(
       "Quantiles",
