@@ -149,7 +149,7 @@ def test_tables_that_are_refused(tmp_path: Path) -> None:
 def test_pyarrow_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(RequestError, match=r"needs pyarrow.*actshuffle\[collect\]"):
+    with pytest.raises(RequestError, match=r"needs pyarrow.*pip install .\.\[collect\]"):
         list(documents(tmp_path / "a.parquet", "text"))
     assert found(tmp_path, "a.jsonl.gz", gzip.compress(LINES.encode())) == DOCUMENTS
 
