@@ -227,6 +227,7 @@ def decoder(store: Dataset, *, running: bool = False) -> Pieces | None:
 
     None where the store names none, or where it or transformers is not on this machine; nothing is downloaded.
     """
+    switches(running=running)
     found = _decoder(json.dumps(store.attributes.get("tokenizer")))
     if found is None:
         return None

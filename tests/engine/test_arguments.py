@@ -227,6 +227,7 @@ CALLS: dict[str, Callable[[Path], list[Any]]] = {
     "came_from": lambda at: [at / "s.zarr", [0]],
     "collect": lambda at: ["model", [at / "a.txt"], at / "new"],
     "concat": lambda at: [[at / "in.zarr"], at / "new"],
+    "decoder": lambda at: [actshuffle.open_dataset(at / "s.zarr")],
     "filter_rows": lambda at: [at / "s.zarr", at / "new"],
     "head": lambda at: [at / "s.zarr", 5, at / "new"],
     "import_store": lambda at: [at / "a.npy", at / "new"],
