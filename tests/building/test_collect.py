@@ -215,8 +215,10 @@ def test_the_store_says_what_it_is(models: dict[str, Path], corpus: Corpus, tmp_
     assert origin.document is not None
     assert origin.position is not None
     document = corpus[1][origin.document]
-    assert document[origin.position] == origin.text[origin.at]  # type: ignore[index]
-    assert list(origin.text) == document[max(0, origin.position - 5) : origin.position + 6]  # type: ignore[arg-type]
+    around = document[max(0, origin.position - 5) : origin.position + 6]
+    assert origin.text is not None
+    assert document[origin.position] == origin.text[origin.at].strip()
+    assert "".join(origin.text) == " ".join(around), "with the blanks between words"
 
 
 # --- Limits, groups, pieces -----------------------------------------------------------------------

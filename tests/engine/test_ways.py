@@ -49,11 +49,13 @@ def _store(path: Path, **settings: Any) -> Path:
 
 @pytest.fixture
 def see(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets what the planner sees: free memory, free tmpfs, and tasks that cost nothing by themselves."""
+    """Sets what the planner sees: free memory, free tmpfs, a source in the page cache, and tasks that cost nothing by
+    themselves."""
 
     def set_to(free: int = PLENTY, shared: int = PLENTY) -> None:
         monkeypatch.setattr(preview, "free_memory", lambda: free)
         monkeypatch.setattr(preview, "free_shared", lambda: shared)
+        monkeypatch.setattr(preview, "_cached", lambda src, rows, fields: 1.0)
         monkeypatch.setattr(strategy, "OVERHEAD", 0.0)
 
     set_to()

@@ -99,7 +99,7 @@ def test_windows_and_rows_are_those_of_collect(tmp_path: Path) -> None:
         ours = torch.cat([model.hidden(b.tokens)[:, b.lo : b.hi].reshape(-1, 16) for b in document.batches])
         theirs = held[owner == document.number]
         assert len(theirs) - len(ours) in (0, 1)  # a last token alone is no window here
-        assert torch.allclose(ours, theirs[: len(ours)], atol=1e-6)
+        torch.testing.assert_close(ours, theirs[: len(ours)], rtol=1e-5, atol=1e-4)  # batches are cut otherwise
         assert not torch.allclose(ours, held[owner != document.number][: len(ours)], atol=1e-6)
 
 
