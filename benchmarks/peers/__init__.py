@@ -54,6 +54,14 @@ class Peer:
 
 PEERS: dict[str, Peer] = {
     "actshuffle": Peer("actshuffle", "arrays", "ours", ("actshuffle", "zarr"), True, "order of 128-bit keys"),
+    "actshuffle-levels": Peer(
+        "actshuffle, two levels through the disk",
+        "arrays",
+        "ours_in_levels",
+        ("actshuffle", "zarr"),
+        True,
+        "order of 128-bit keys",
+    ),
     "actshuffle-memory": Peer(
         "actshuffle, its spill in memory",
         "arrays",

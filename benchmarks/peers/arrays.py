@@ -17,24 +17,22 @@ from benchmarks.peers import Work
 K_JOB_BYTES = 256 << 20  # bytes of rows that one of the K jobs keeps, where no memory is given
 
 
-def ours(work: Work, spill_memory: int | None = None, gather: bool = False) -> None:
+def ours(work: Work, **way: Any) -> None:
+    """The default, which chooses the way itself, or a way that is forced."""
     import actshuffle
 
     each = None if work.memory is None else work.memory // work.workers
-    actshuffle.shuffle(
-        work.source,
-        work.target,
-        seed=work.seed,
-        workers=work.workers,
-        memory=each,
-        spill_memory=spill_memory,
-        gather=gather,
-    )
+    actshuffle.shuffle(work.source, work.target, seed=work.seed, workers=work.workers, memory=each, **way)
 
 
 def ours_in_memory(work: Work) -> None:
     """As with numpy, the rows are in memory once, on top of the workers' memory."""
-    ours(work, work.nbytes + work.nbytes // 8)  # keys and row numbers travel with them
+    ours(work, spill_memory=work.nbytes + work.nbytes // 8)  # keys and row numbers travel with them
+
+
+def ours_in_levels(work: Work) -> None:
+    """Two passes over the disk, as where nothing fits into memory."""
+    ours(work, levels=2, spill_memory=0)
 
 
 def ours_gathered(work: Work) -> None:
