@@ -203,7 +203,7 @@ def _done_before(
 
 
 def _laid_out_otherwise(store: Dataset, asked: Request) -> str:
-    """What was asked for by name and is not so in a store: "chunk_rows", or nothing."""
+    """The names of the settings that were given and that a finished store does not have: "chunk_rows", or none."""
     layout = layout_of(store)
     return " and ".join(name for name in sorted(layout) if name in asked.given and getattr(asked, name) != layout[name])
 
@@ -239,7 +239,7 @@ def _parts(marker: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sources(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What tells sources apart; not how their documents are numbered, which depends on those before them."""
+    """The identity of a source, without the numbers of its documents, which depend on the sources before it."""
     return [{name: part[name] for name in ("source", "rows", "identity")} for part in parts]
 
 
@@ -270,7 +270,7 @@ def _sort_new(
 
 
 def _sorted_at(target: Place, asked: Request) -> Place:
-    """Where the new rows are sorted."""
+    """The place in which an append sorts the new rows."""
     place = target.beside(".new-sorted")
     if asked.scratch is None or "://" in asked.scratch:
         return place

@@ -235,7 +235,7 @@ def _renumbered(part: dict[str, Any], shifts: Mapping[str, int]) -> dict[str, An
 
 
 def sources_of(place: Place, names: Sequence[str], offset: int, rows: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """What rows ``[offset, offset + rows)`` of a source are, as markers record it, and the stores behind them."""
+    """The origin of rows ``[offset, offset + rows)`` of a source, as markers record it, and the stores behind them."""
     arrays = source_arrays(place, names)
     whole = (offset, rows) == (0, next(iter(arrays.values())).shape[0])
     identity, _ = take_inventory(place, arrays)

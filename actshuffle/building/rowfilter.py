@@ -270,7 +270,7 @@ def _choose(job: FolderJob, task: FolderTask) -> tuple[Payload, int]:
 
 
 def _added_up(job: FolderJob) -> Payload:
-    """What `Passed` holds."""
+    """The facts that a `Passed` is made of."""
     rules, rows = job.settings["rules"], 0
     dropped, beyond = dict.fromkeys(OPTIONS, 0), dict.fromkeys(rules["arrays"], 0)
     for found in job.results("choosing"):

@@ -70,7 +70,7 @@ class _Growing:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a window reads beside its text, and which of its tokens have a row.
+    """The tokens that a window reads beside its text, and the rule for the tokens that get a row.
 
     A window reads ``lead``, ``before``, at most ``content`` tokens of text, and ``after``, as token ids.  ``lead`` is
     the user's prefix and never has rows; ``before`` and ``after`` are the tokenizer's and have some if ``keep`` is set.

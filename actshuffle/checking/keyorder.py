@@ -1,4 +1,4 @@
-"""Whether the keys of an output's rows ascend.
+"""Check that the keys of an output's rows ascend.
 
 The key of a row is (first word, second word, row), a total order.  Second words are made only where first words are
 equal or where the neighbour is not known.

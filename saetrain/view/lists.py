@@ -39,7 +39,6 @@ QUANTITIES = {
     "max": Quantity("Largest activation", "stat/max", True, 8),
     "documents": Quantity("Documents in which it is active", "stat/documents", True, 4),
     "cosine": Quantity("Cosine to the nearest decoder row", "near/cosine", False, 25),
-    "effect": Quantity("Effect on the loss", "effect/mean", False, 25),
 }
 ORDERS = ("index", *QUANTITIES)
 
@@ -122,12 +121,7 @@ class Lists:
     @cached_property
     def vocabulary(self) -> dict[str, list[int]]:
         """Ids of the tokens on which some latent is active, by their text without spaces around, in lower case."""
-        ids = np.unique(np.concatenate([np.unique(part) for _, part in self._parts("token/id")]))
-        ids = ids[ids >= 0]
-        found: dict[str, list[int]] = {}
-        for token, text in zip(ids.tolist(), self.features.text(ids.tolist()) or (), strict=False):
-            found.setdefault(text.strip().lower(), []).append(token)
-        return found
+        return self._words("token/id")
 
     def by_token(self, text: str) -> list[tuple[int, float]]:
         """Latents that are often active on a token, with the share of their active rows that have it."""
@@ -141,7 +135,11 @@ class Lists:
 
     @cached_property
     def _promoted(self) -> dict[str, list[int]]:
-        ids = np.unique(np.concatenate([np.unique(part) for _, part in self._parts("logit/top_id")]))
+        return self._words("logit/top_id")
+
+    def _words(self, name: str) -> dict[str, list[int]]:
+        """The tokens in an array of ids, by their text without spaces around, in lower case."""
+        ids = np.unique(np.concatenate([np.unique(part) for _, part in self._parts(name)]))
         ids = ids[ids >= 0]
         found: dict[str, list[int]] = {}
         for token, text in zip(ids.tolist(), self.features.text(ids.tolist()) or (), strict=False):

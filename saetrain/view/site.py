@@ -53,7 +53,7 @@ class Site:
             "field": facts["field"],
             "store": facts["store"],
             "dictionary": facts["dictionary"],
-            "kinds": list(self.features.kinds),
+            "kinds": [*self.features.kinds, *(["hard"] if self.features.has("hard") else [])],
             "orders": [name for name in QUANTITIES if self.lists.has(name)],
             "text": self.features.store is not None and bool(self.features.text([0])),
             "labels": str(self.labels.path),

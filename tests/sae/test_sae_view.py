@@ -74,7 +74,9 @@ def test_a_latent_is_what_the_reader_gives(server: Server, site: Site) -> None:
     assert found["histogram"]["counts"] == f.histogram.counts.tolist()
     assert [e["row"] for e in found["examples"]] == [e.row for e in f.top(8)]
     assert [t["id"] for t in found["tokens"]] == [t.id for t in f.top_tokens]
-    for kind in site.features.kinds:
+    kinds = ask(server, "GET", "/api/facts")[1]["kinds"]
+    assert kinds == [*site.features.kinds, "hard"], "rows on which a near latent is active, and this one is not"
+    for kind in kinds:
         told = ask(server, "GET", f"/api/examples/4/{kind.replace(' ', '%20')}")[1]["examples"]
         assert [(e["row"], e["at"], len(e["tokens"])) for e in told] == [
             (e.row, e.at, len(e.tokens)) for e in f.examples(kind)
