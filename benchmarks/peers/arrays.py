@@ -103,7 +103,7 @@ def _dask(work: Work, shuffled: Any) -> None:
             n_workers=work.workers,
             threads_per_worker=1,
             memory_limit=limit,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             local_directory=str(Path(work.target).parent),
         ) as cluster,
         Client(cluster),

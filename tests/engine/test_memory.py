@@ -203,7 +203,7 @@ def test_cluster_run_keeps_to_its_memory_in_every_worker(big_source, tmp_path, w
             threads_per_worker=threads,
             host="127.0.0.1",
             memory_limit=None,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             local_directory=tmp_path,
         ) as cluster,
         Client(cluster) as client,

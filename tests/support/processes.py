@@ -187,7 +187,7 @@ def schedule(pipe: Any, folder: Path) -> None:
     from distributed import Scheduler
 
     async def run() -> None:
-        async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as scheduler:
+        async with Scheduler(host="127.0.0.1", port=0, dashboard_address="127.0.0.1:0") as scheduler:
             pipe.send(scheduler.address)
             await scheduler.finished()
 
