@@ -57,6 +57,14 @@ def kind(endpoint, monkeypatch):
     endpoint.wants = ""
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """The client asks twice instead of 25 times, with waits that double, before it reports an outage."""
+    from s3fs import S3FileSystem
+
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+
+
 @pytest.fixture(scope="session")
 def local(tmp_path_factory):
     return source(tmp_path_factory.mktemp("source") / "src.zarr", ROWS)
@@ -297,7 +305,7 @@ def test_some_requests_fail_or_dawdle(what, endpoint, bucket, local, tmp_path):
         ),
     ],
 )
-def test_all_requests_fail_from_some_time_on(what, method, endpoint, bucket, local, tmp_path):
+def test_all_requests_fail_from_some_time_on(what, method, endpoint, bucket, local, tmp_path, impatient):
     """An outage gives a typed error in bounded time, and the run resumes when it is over."""
     count = [0]
 
@@ -406,7 +414,7 @@ def test_missing_and_truncated_chunks(endpoint, bucket, tmp_path):
 # --- Secrets --------------------------------------------------------------------------------------
 
 
-def test_no_secret_is_written_or_logged(endpoint, bucket, tmp_path, caplog):
+def test_no_secret_is_written_or_logged(endpoint, bucket, tmp_path, caplog, impatient):
     """Secrets appear neither in run.json, receipts or the marker, nor in scratch, logs, errors or their causes."""
     caplog.set_level(logging.DEBUG, logger="actshuffle")
     src, dst = f"{bucket}/src.zarr", f"{bucket}/dst.zarr"
