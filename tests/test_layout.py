@@ -462,7 +462,7 @@ def test_version_and_help_import_no_library_control(tmp_path):
 
 def test_workers_know_the_readers_of_virtual_sources(tmp_path):
     """A process that imports no more than a task's module opens every virtual source."""
-    readers = {"concat", "renumbered", "files", "model", "merge", "chosen", "filtered"}
+    readers = {"concat", "renumbered", "files", "model", "merge", "chosen", "filtered", "part of a shuffle"}
     code = f"from actshuffle.arrays.readers import known; assert {readers} == {{*known()}}, known()"
     assert "actshuffle.building.joining" in loaded(tmp_path, f"import actshuffle.engine.tasks; {code}")
     assert "actshuffle.building.joining" not in loaded(tmp_path, "import actshuffle.engine.tasks")

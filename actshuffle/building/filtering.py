@@ -25,7 +25,7 @@ from actshuffle.arrays.metadata import source_arrays
 from actshuffle.arrays.names import RUN_KEY
 from actshuffle.arrays.readers import Backing, reader
 from actshuffle.arraytypes import U64
-from actshuffle.building.joining import combined, present
+from actshuffle.building.joining import present
 from actshuffle.building.rowfilter import Passed, Rules, choose, chosen_rows
 from actshuffle.building.sampling import ROWS_KEY, Chosen
 from actshuffle.engine.prepare import check_places, look_at
@@ -36,6 +36,7 @@ from actshuffle.executors import Executor, Serial
 from actshuffle.executors.choice import as_executor
 from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
+from actshuffle.loading.views import combined
 from actshuffle.progress import Progress, Silent
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects

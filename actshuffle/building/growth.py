@@ -35,7 +35,6 @@ from actshuffle.building.joining import (
     Concat,
     begun_as_stored,
     check_alike,
-    identity_of,
     layout_of,
     leaving_nothing,
     sources_of,
@@ -51,7 +50,7 @@ from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.documents import shifts_of
 from actshuffle.loading.ranks import Ranks, first_where
-from actshuffle.loading.views import followed
+from actshuffle.loading.views import followed, identity_of
 from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.exchange import exchange
@@ -290,6 +289,7 @@ def _merge(
     assert store.marker is not None
     assert ordered.marker is not None
     parts = [*parts_of(store), *parts_of(ordered)]
+    grown = {"source": parts[0]["source"], "grown": store.rows, "parts": parts, "source_identity": identity_of(parts)}
     both = [store.marker["fields"], ordered.marker["fields"]]
     sums = {k: to_hex(from_hex(both[0][k]["sum"]) + from_hex(both[1][k]["sum"])) for k in both[0]}
     source = target.beside(".merge")
@@ -301,7 +301,7 @@ def _merge(
         shifts=[{}, {}] if renumbered else None,  # to list the documents of both; numbers have moved already
         kind="merge",
         sums=sums,
-        marker={"source": parts[0]["source"], "parts": parts, "source_identity": identity_of(parts)},
+        marker=grown,
     )
     copy(source, target, asked.filled(**layout_of(store)))
 

@@ -30,8 +30,7 @@ from actshuffle.errors import DestinationExistsError, FormatError, RequestError,
 from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.documents import joint_attributes, move, shifts_of
-from actshuffle.loading.views import followed, reference
-from actshuffle.seals import seal
+from actshuffle.loading.views import combined, followed, identity_of, reference
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
 from actshuffle.units import counted, several, switches
@@ -153,16 +152,6 @@ def leaving_nothing(target: Place, *helpers: Place) -> Iterator[None]:
             for place in new:
                 open_objects(place).delete_prefix("")
         raise
-
-
-def combined(identities: Sequence[str]) -> str:
-    """The identity of a concatenation of sources with these identities."""
-    return seal(list(identities))
-
-
-def identity_of(parts: Sequence[Mapping[str, Any]]) -> str:
-    """The identity of a concatenation of these sources, with documents numbered as recorded."""
-    return combined([p["identity"] + (seal(p["numbered_from"]) if "numbered_from" in p else "") for p in parts])
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ Cost: about 25 ns for each row of the source, and the usual cost of a run for m 
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from actshuffle.executors import Executor, Serial
 from actshuffle.executors.choice import as_executor
 from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset
+from actshuffle.loading.views import followed
 from actshuffle.ordering import bounds
 from actshuffle.ordering.keys import Keys
 from actshuffle.progress import Progress, Silent
@@ -217,3 +220,25 @@ class Chosen:
         found = self._rows.inventory(names)
         parts = found.marker["parts"]
         return found if len(parts) > 1 else readers.Backing(parts[0]["identity"], {}, found.places)
+
+
+@readers.reader("part of a shuffle")
+class PartOfShuffle(Chosen):
+    """Reads chosen rows of a shuffled store, which keep the numbers of their source."""
+
+    def __init__(self, place: Place, settings: dict[str, Any]) -> None:
+        super().__init__(place, settings)
+        (entry,) = settings["parts"]
+        found = followed(place, entry["store"])
+        data = open_dataset(found.url, storage_options=json.loads(found.options))
+        first, stop = int(entry["start"]), int(entry["stop"])
+        self._shuffled = replace(data, start=data.start + first, rows=stop - first)
+
+    def numbers(self, start: int, stop: int) -> U64:
+        rows, pieces, at = self.chosen(start, stop).astype(np.int64), list[U64](), 0
+        while at < len(rows):
+            end = int(np.searchsorted(rows, rows[at] + _SLICE))
+            span = self._shuffled.read(SOURCE_ROW, int(rows[at]), int(rows[end - 1]) + 1)
+            pieces.append(span[rows[at:end] - rows[at]])
+            at = end
+        return np.concatenate(pieces)

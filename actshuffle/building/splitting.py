@@ -2,21 +2,32 @@
 
 A row range of a shuffled store is a uniform sample of its rows, so a split by ranges is a random split.
 It is a *view*: a marker that names the store and the range.  ``copy`` makes it a separate store.
+
+A range holds other rows once the store has grown.  A split *by a rule* (`actshuffle.ordering.lots`) keeps its rows: the
+lot of a document or of a source row decides its part, whatever comes later::
+
+    collection    part = a folder that names its rows, which `run` reads; with ``copy`` a collection
+    shuffled      part = a shuffled store of its own (``copy``), whose rows keep their keys and so their order
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from actshuffle.arrays import virtual
+from actshuffle.arrays.inventory import take_inventory
 from actshuffle.arrays.marker import read_marker
+from actshuffle.arrays.metadata import source_arrays
 from actshuffle.arrays.names import SOURCE_ROW
-from actshuffle.building.joining import layout_of, write_concat
+from actshuffle.arraytypes import U64
+from actshuffle.building.joining import layout_of, present, write_concat
+from actshuffle.building.sampling import ROWS_KEY
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError
@@ -24,49 +35,24 @@ from actshuffle.executors import Executor, Serial
 from actshuffle.executors.choice import as_executor
 from actshuffle.jobs.locks import Locks
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain, write_view
+from actshuffle.loading.documents import DOCUMENT
+from actshuffle.ordering.lots import RULE, Share, edges, in_share, lots, shares
 from actshuffle.progress import Progress, Silent
+from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
-from actshuffle.storage.place import as_place
-from actshuffle.units import switches
+from actshuffle.storage.place import Place, as_place, public_url
+from actshuffle.units import counted, switches, whole
 
-SHOWN_ROWS = 10_000
-
-Share = int | float | str
-
-
-def shares(rows: int, parts: Mapping[str, Share]) -> dict[str, tuple[int, int]]:
-    """Row ranges, one after the other, by name.
-
-    An int is a number of rows, a float a fraction of all rows, and "rest" (at most once) all remaining rows.
-    Fractions are rounded where they end, so fractions that add up to one leave out no row.
-
-    >>> shares(1000, {"train": 0.9, "test": 50, "spare": "rest"})
-    {'train': (0, 900), 'test': (900, 950), 'spare': (950, 1000)}
-    """
-    if not isinstance(parts, Mapping) or not parts:
-        raise RequestError("give at least one part, as a dict of sizes by name")
-    if list(parts.values()).count("rest") > 1:
-        raise RequestError("only one part can be the rest")
-    wanted = {name: _rows_of(name, share, rows) for name, share in parts.items()}
-    total = sum(w for w in wanted.values() if w is not None)
-    if total > rows + 1e-9 * rows:
-        raise RequestError(f"{total:,.0f} rows are asked for in total, and there are {rows:,}")
-    counts, exact = {}, 0.0
-    for name, count in wanted.items():
-        if isinstance(count, float):
-            counts[name], exact = round(exact + count) - round(exact), exact + count
-        else:
-            counts[name] = count or 0
-    spare = rows - sum(counts.values())
-    ends = np.cumsum([spare if wanted[name] is None else count for name, count in counts.items()])
-    starts = [0, *ends[:-1].tolist()]
-    return {name: (start, int(end)) for name, start, end in zip(counts, starts, ends, strict=True)}
+STEP_ROWS = 1 << 20  # rows whose lots are drawn at a time
+BY = ("document", "row")
 
 
 def split(
     path: str | Path,
     parts: Mapping[str, Share],
     *,
+    by: str | None = None,
+    seed: int = 0,
     folder: str | Path | None = None,
     copy: bool = False,
     ordered: bool = False,
@@ -78,8 +64,19 @@ def split(
 
     Each part becomes a view, or with ``copy`` a separate store, at its path (under ``folder``).  A range of a
     store that is not shuffled is no random sample, so it is refused unless ``ordered``.
+
+    ``by="document"`` or ``"row"`` cuts any store by a rule instead: the number of a document, or of a row in the
+    source, and ``seed`` decide the part, so an appended store splits as before, and parts of one split share no
+    document (or row).  Shares are fractions and "rest".  A part of a collection is a folder that names rows, for
+    `shuffle`; that of a shuffled store is shuffled, and needs ``copy``.
     """
     switches(copy=copy, ordered=ordered)
+    if by is not None:
+        return _split_by(
+            path, parts, by, whole("seed", seed), folder, copy, ordered, executor, progress, storage_options
+        )
+    if seed:
+        raise RequestError("a seed belongs to a split by a rule: give --by document or --by row too")
     store = open_dataset(path, storage_options=storage_options)
     if not store.shuffled and not ordered:
         raise RequestError(
@@ -87,10 +84,7 @@ def split(
             "first, or accept its order with --ordered"
         )
     crew, shown = as_executor(Serial() if executor is None else executor), progress or Silent()
-    cuts = {
-        name: (name if folder is None else f"{str(folder).rstrip('/')}/{name}", *share)
-        for name, share in shares(store.rows, parts).items()
-    }
+    cuts = {name: (_under(folder, name), *share) for name, share in shares(store.rows, parts).items()}
     with Locks() as locks:
         for target, _, _ in sorted(cuts.values(), reverse=True):  # a.b before a, which would count as its holder
             locks.take(as_place(target, storage_options))
@@ -101,6 +95,19 @@ def split(
             else _part(store, *cut, copy, crew, shown, locks, storage_options)
             for name, cut in cuts.items()
         }
+
+
+def note_on_ranges(parts: Mapping[str, Dataset]) -> str:
+    """A sentence if these are ranges of a grown store, where rows move from part to part; else an empty text."""
+    for part in parts.values():
+        marker = part.root_marker or {}
+        if "grown" in marker and "split" not in marker:
+            return (
+                f"an append has made {marker['rows']:,} rows of {counted(marker['grown'], 'row')}, so ranges of the "
+                "store hold other rows than before it: rows that an earlier split held out can be in a training part "
+                "now. Parts --by document or --by row keep their rows"
+            )
+    return ""
 
 
 def head(
@@ -127,21 +134,8 @@ def head(
     return made[str(out)]
 
 
-def first_rows(path: str | Path, rows: int, storage_options: dict[str, Any] | None = None) -> dict[str, list[str]]:
-    """The first rows of each array, as text for people."""
-    store = open_finished_or_plain(path, storage_options=storage_options)
-    count, shown = min(rows, store.rows), {}
-    if count > SHOWN_ROWS:
-        raise RequestError(
-            f"{count:,} rows are more than the {SHOWN_ROWS:,} that are shown at most; name a store to write them to"
-        )
-    for name, info in store.fields.items():
-        values = store.read(name, 0, count)
-        if info.bfloat16:
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        with np.printoptions(edgeitems=3, threshold=6, precision=4, linewidth=100):
-            shown[name] = [str(value) for value in values]
-    return shown
+def _under(folder: str | Path | None, name: str) -> str:
+    return name if folder is None else f"{str(folder).rstrip('/')}/{name}"
 
 
 def _there(
@@ -202,14 +196,151 @@ def _part(
     return open_dataset(target, storage_options=storage_options)
 
 
-def _rows_of(name: str, share: Share, rows: int) -> float | None:
-    """How many rows a share asks for, fractions included; None for the rest."""
-    if share == "rest":
-        return None
-    if not isinstance(share, Real) or isinstance(share, bool) or not share >= 0:
-        raise RequestError(f'part {name}: {share!r} is no number of rows, no fraction and not "rest"')
-    if isinstance(share, Integral):
-        return int(share)
-    if share > 1:
-        raise RequestError(f"part {name}: a fraction is at most 1, got {share}; write counts as whole numbers")
-    return float(share) * rows
+# --- By a rule ------------------------------------------------------------------------------------
+
+
+def _split_by(
+    path: str | Path,
+    parts: Mapping[str, Share],
+    by: str,
+    seed: int,
+    folder: str | Path | None,
+    copy: bool,
+    ordered: bool,
+    executor: Executor | None,
+    progress: Progress | None,
+    storage_options: dict[str, Any] | None,
+) -> dict[str, Dataset]:
+    if by not in BY:
+        raise RequestError(f"a split is by {' or '.join(map(repr, BY))}, got {by!r}")
+    if ordered:
+        raise RequestError("--ordered is for ranges of rows; a split by a rule takes stores of any order")
+    cuts = edges(parts)
+    store = open_finished_or_plain(path, storage_options=storage_options)
+    if store.shuffled and not copy:
+        raise RequestError(
+            f"{store.path} is shuffled, and a part of it by {by} is no range of its rows: give --copy to make stores "
+            "of the parts, or split the source of the shuffle, which copies nothing, and run each part"
+        )
+    column = _numbered_by(store, by)
+    earlier = store.attributes.get("split")
+    earlier = earlier if isinstance(earlier, list) else []
+    if any(isinstance(e, dict) and (e.get("by"), e.get("seed")) == (by, seed) for e in earlier):
+        raise RequestError(
+            f"{store.path} is a part of a split by {by} with seed {seed} itself, and the same lots would decide again: "
+            "give another --seed"
+        )
+    rule = {"rule": RULE, "by": by, "array": column, "seed": seed}
+    facts = {name: {**rule, "from": start, "to": stop} for name, (start, stop) in cuts.items()}
+    places = {name: as_place(_under(folder, name), storage_options) for name in cuts}
+    crew, shown = as_executor(Serial() if executor is None else executor), progress or Silent()
+    names = sorted(store.fields)
+    identity, _ = take_inventory(store.root, source_arrays(store.root, names))
+    made = {
+        name: seal([identity, store.start, store.rows, names, copy, facts[name], store.attributes]) for name in cuts
+    }
+    with Locks() as locks:
+        for place in sorted(places.values(), key=lambda place: place.url, reverse=True):
+            locks.take(place)
+        todo = [name for name in cuts if not _made_before(places[name], made[name])]
+        counts = _counted(store, column, seed, {name: cuts[name] for name in todo})
+        if empty := [name for name in todo if not counts[name]]:
+            raise RequestError(
+                f"no {by} of {store.path} falls into {empty[0]}; give it a larger share, or another --seed"
+            )
+        for name in todo:
+            source = places[name].beside(".part") if copy else places[name]
+            _name_rows(source, store, column, facts[name], earlier, counts[name], made[name], copy)
+            if copy:
+                merges, layout = store.shuffled, layout_of(store)
+                own = (store.root_marker or {}) if merges else {}
+                request = Request.of(seed=own.get("seed", 0), key_bits=own.get("key_bits"), source_row=merges, **layout)
+                copy_through(source, places[name], request, crew, shown, locks)
+    return {
+        name: open_dataset(place.url, incomplete=not copy, storage_options=storage_options)
+        for name, place in places.items()
+    }
+
+
+def _numbered_by(store: Dataset, by: str) -> str | None:
+    """The array of the numbers that a rule goes by; None for the rows of a store that is its own source."""
+    if store.shuffled and SOURCE_ROW not in store.fields:
+        raise RequestError(f"{store.path} was written without source_row, which tells its keys: split its source")
+    if by == "row":
+        return SOURCE_ROW if store.shuffled else None
+    name = next((name for name in DOCUMENT if name in store.fields), None)
+    if name is None or store.fields[name].row_shape or store.fields[name].dtype.kind not in "iu":
+        raise RequestError(
+            f"{store.path} has no array of document numbers ({', '.join(DOCUMENT)}), only {sorted(store.fields)}; "
+            "split --by row"
+        )
+    return name
+
+
+def _made_before(place: Place, made: str) -> bool:
+    """True if the same split finished this part.  Refuses anything else that is in the way."""
+    objects = open_objects(place)
+    marker, described = read_marker(objects), virtual.describe(place)
+    if marker is not None or described is not None:
+        found = marker.get("made") if marker is not None else (described or {})["settings"].get("filtered")
+        if found != made:
+            raise DestinationExistsError(f"{place} exists already, with other rows; nothing was cut")
+        return True
+    begun = virtual.describe(place.beside(".part"))
+    if begun is None and next(iter(objects.list("")), None) is not None:
+        raise DestinationExistsError(f"{place} exists already; nothing was cut")
+    return False
+
+
+def _lots(store: Dataset, column: str | None, seed: int) -> Iterator[tuple[int, U64]]:
+    """The lots of all rows, a range at a time, each with its first row."""
+    for start in range(0, store.rows, STEP_ROWS):
+        stop = min(start + STEP_ROWS, store.rows)
+        numbers: NDArray[Any] = np.arange(store.start + start, store.start + stop)
+        if column is not None:
+            numbers = store.read(column, start, stop)
+        yield start, lots(seed, numbers)
+
+
+def _counted(store: Dataset, column: str | None, seed: int, cuts: Mapping[str, tuple[float, float]]) -> dict[str, int]:
+    """The number of rows in each part."""
+    counts = dict.fromkeys(cuts, 0)
+    for _, words in _lots(store, column, seed) if cuts else ():
+        for name, cut in cuts.items():
+            counts[name] += int(np.count_nonzero(in_share(words, *cut)))
+    return counts
+
+
+def _name_rows(
+    place: Place,
+    store: Dataset,
+    column: str | None,
+    facts: dict[str, Any],
+    earlier: list[Any],
+    count: int,
+    made: str,
+    copy: bool,
+) -> None:
+    """Write a virtual source of the rows of one part, in the order of the store."""
+    objects, marker = open_objects(place), store.root_marker or {}
+    names = sorted(set(store.fields) - ({SOURCE_ROW} if store.shuffled else set()))
+    shown = present(place, [store], names, rows=count)
+    with objects.writer(ROWS_KEY, 8 * count) as out:
+        for start, words in _lots(store, column, facts["seed"]):
+            rows = np.flatnonzero(in_share(words, facts["from"], facts["to"])) + start
+            out.write(memoryview(rows.astype("<u8").tobytes()))
+    told: dict[str, Any] = {}
+    if copy:
+        told = {"split": facts, "made": made, "source": public_url(store.root.url), "kind": "collection"}
+    if store.shuffled:
+        told |= {name: marker[name] for name in ("source", "source_identity", "parts") if name in marker}
+        told |= {"population": marker.get("population", marker["rows"]), "kind": "shuffle"}
+    virtual.write(
+        place,
+        "part of a shuffle" if store.shuffled else "filtered",
+        {**shown.settings, "filtered": made},
+        shown.arrays,
+        {**store.attributes, "split": [*earlier, facts]},
+        **({"kind": "merge" if store.shuffled else "copy", "stage": "split"} if copy else {}),
+        marker=told,
+    )

@@ -1,9 +1,11 @@
-"""Describe a store: arrays, codecs, sizes, and its maker.  Reads metadata alone."""
+"""Describe a store: arrays, codecs, sizes, and its maker, from metadata alone; and show its first rows."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.metadata import (
@@ -16,11 +18,13 @@ from actshuffle.arrays.metadata import (
     source_field,
 )
 from actshuffle.arrays.names import RUN_KEY, SOURCE_ROW
-from actshuffle.errors import IncompleteStoreError
-from actshuffle.loading.dataset import is_ours, open_dataset
+from actshuffle.errors import IncompleteStoreError, RequestError
+from actshuffle.loading.dataset import is_ours, open_dataset, open_finished_or_plain
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place, public_url
 from actshuffle.units import counted, dropped_text, format_bytes
+
+SHOWN_ROWS = 10_000
 
 
 def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -83,6 +87,11 @@ def info_text(found: dict[str, Any]) -> str:
         made_by = "no completion marker: half written, or damaged since"
     else:
         made_by = _made_by(found["shuffled"])
+    splits = found["attributes"].get("split")
+    for split in splits if isinstance(splits, list) else ():
+        if isinstance(split, dict) and {"by", "seed", "from", "to"} <= split.keys():
+            share = f"share {split['from']:g} to {split['to']:g}"
+            lines.append(f"part of a split by {split['by']}: {share}, seed {split['seed']}")
     dropped = found["attributes"].get("dropped_rows")
     told = dropped_text({k: n for k, n in dropped.items() if type(n) is int}) if isinstance(dropped, dict) else ""
     return "\n".join([*lines, made_by, *([f"rows dropped: {told}"] if told else [])])
@@ -133,3 +142,20 @@ def _count(array: ZarrArray) -> int:
     for n, c in zip(array.shape, object_grid(array), strict=True):
         total *= -(-n // c)
     return total
+
+
+def first_rows(path: str | Path, rows: int, storage_options: dict[str, Any] | None = None) -> dict[str, list[str]]:
+    """The first rows of each array, as text for people."""
+    store = open_finished_or_plain(path, storage_options=storage_options)
+    count, shown = min(rows, store.rows), {}
+    if count > SHOWN_ROWS:
+        raise RequestError(
+            f"{count:,} rows are more than the {SHOWN_ROWS:,} that are shown at most; name a store to write them to"
+        )
+    for name, info in store.fields.items():
+        values = store.read(name, 0, count)
+        if info.bfloat16:
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        with np.printoptions(edgeitems=3, threshold=6, precision=4, linewidth=100):
+            shown[name] = [str(value) for value in values]
+    return shown

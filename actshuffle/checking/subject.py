@@ -76,6 +76,12 @@ def refuse_others(given: Place, marker: dict[str, Any]) -> None:
     if (population := marker.get("population", marker["rows"])) == marker["rows"]:
         return
     rows = f"{marker['rows']:,} of {population:,} rows"
+    if "split" in marker:
+        by = marker["split"]["by"]
+        raise RequestError(
+            f"{given} is a part of a shuffle, by {by}, {rows}; verify the store that was split, of which the same "
+            "`actshuffle split` makes the same part"
+        )
     if "first_rank" in marker:
         raise RequestError(f"{given} is a copied part of a shuffle, {rows}; verify the store from which it was cut")
     raise RequestError(

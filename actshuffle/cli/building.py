@@ -9,6 +9,7 @@ import click
 
 from actshuffle.building import collection, filtering, growth, importers, joining, sampling, splitting
 from actshuffle.building.models import DTYPES
+from actshuffle.checking import contents
 from actshuffle.cli.options import knob, knobs
 from actshuffle.cli.session import Answer, look, work
 from actshuffle.cli.values import COUNT, LIST, MULTIPLE, NUMBERS, PART, PATH, POSITIVE, RENAMED, SHAPE, SHARE, TEXT
@@ -37,6 +38,12 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a store that
 @click.command()
 @click.argument("store", type=PATH)
 @click.argument("parts", type=SHARE, nargs=-1, required=True, metavar="NAME=SHARE...")
+@click.option(
+    "--by",
+    type=click.Choice(splitting.BY),
+    help="Let the number of the document, or of the source row, decide the part, so that appended stores split alike.",
+)
+@click.option("--seed", type=COUNT, default=0, help="Seed of --by.  [default: 0]")
 @click.option("--folder", type=PATH, help="Folder of the parts.  [default: here]")
 @COPY
 @ORDERED
@@ -44,18 +51,25 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a store that
 def split(executor: Any, display: Any, store: str, parts: tuple[tuple[str, Any], ...], **options: Any) -> Answer:
     """Cut a shuffled STORE into parts: fractions, counts, or "rest".
 
-    A part is a contiguous range of rows, and so a uniform sample; it takes no space unless --copy is given.
+    A part is a contiguous range of rows, and so a uniform sample; it takes no space unless --copy is given.  With
+    --by, any STORE is cut by a rule that appended rows do not change, and no document is in two parts.
 
     \b
     Examples:
       actshuffle split shuffled.zarr train.zarr=0.9 val.zarr=rest
-      actshuffle split shuffled.zarr probe.zarr=10000 --copy
+      actshuffle split acts.zarr train=0.9 val=rest --by document
     """
     if len(dict(parts)) < len(parts):
         raise RequestError("two parts have the same name")
     made = splitting.split(store, dict(parts), executor=executor, progress=display, **options)
-    document = {"parts": {name: {"path": d.path, "rows": d.rows} for name, d in made.items()}}
-    return Answer(document, "\n".join(f"{d.path}: {counted(d.rows, 'row')} ({d.kind})" for d in made.values()))
+    document: dict[str, Any] = {"parts": {name: {"path": d.path, "rows": d.rows} for name, d in made.items()}}
+    lines = [
+        f"{d.path}: {counted(d.rows, 'row')} ({'names rows' if d.kind == 'plain' else d.kind})" for d in made.values()
+    ]
+    if note := splitting.note_on_ranges(made):
+        document["note"] = note
+        lines.append(f"note: {note}")
+    return Answer(document, "\n".join(lines))
 
 
 @click.command()
@@ -76,7 +90,7 @@ def head(store: str, rows: int, out: str | None, **options: Any) -> Answer:
     if out is not None:
         made = splitting.head(store, rows, out, **options)
         return Answer({"path": made.path, "rows": made.rows}, f"{made.path}: {counted(made.rows, 'row')} ({made.kind})")
-    found = splitting.first_rows(store, rows, options["storage_options"])
+    found = contents.first_rows(store, rows, options["storage_options"])
     lines = [f"{name}\n  " + "\n  ".join(shown) for name, shown in found.items()]
     return Answer({"arrays": found}, "\n".join(lines))
 

@@ -1,6 +1,4 @@
-"""A read-only handle on a finished store: rows and fields, read straight into the caller's memory.
-
-A store is *finished* when it has its completion marker.  Three kinds have one::
+"""A read-only handle on a finished store, which has its completion marker.  Three kinds have one::
 
     shuffle      the output of `actshuffle.shuffle`: rows in the order of their keys
     collection   collected or imported: rows in the order in which they were made
@@ -33,7 +31,7 @@ from actshuffle.errors import DestinationExistsError, FormatError, IncompleteSto
 from actshuffle.html import page
 from actshuffle.loading.fieldinfo import FieldInfo, field_info
 from actshuffle.loading.rowreader import RowReader, stored_field
-from actshuffle.loading.views import followed, reference
+from actshuffle.loading.views import fault_of, followed, reference
 from actshuffle.seals import checksum, seal
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place, public_url
@@ -86,14 +84,20 @@ class Dataset:
         return self.root_marker is not None and self.root_marker["kind"] == "shuffle"
 
     @property
+    def population(self) -> int:
+        """The rows that were shuffled, of which a view, a sample or a part has some."""
+        return int((m := self.root_marker or {}).get("population", m.get("rows", self.rows)))
+
+    @property
     def order(self) -> tuple[Any, ...]:
         """Equal for two stores exactly if row i of both comes from row i of equal sources."""
         m = self.root_marker
-        if m is None or m["kind"] != "shuffle":
+        if m is None or not self.shuffled:
             return ("stored", self.rows)
         first = m.get("first_rank", 0) + self.start  # a copied range, or a sample, is part of more
-        keys = m["seed"], m.get("population", m["rows"]), *m.get("key_bits", ())
-        return ("shuffle", *keys, first, self.rows)
+        keys = m["seed"], self.population, *m.get("key_bits", ())
+        rule = (seal(m["split"]),) if "split" in m else ()  # some of those rows, by a rule
+        return ("shuffle", *keys, *rule, first, self.rows)
 
     @property
     def identity(self) -> str:
@@ -258,7 +262,7 @@ def _open(place: Place, incomplete: bool, views: tuple[str, ...]) -> Dataset:
         raise IncompleteStoreError(f"{public_url(place.url)} has no completion marker{why}")
     if marker is not None and marker["kind"] == "view":
         return _open_view(place, marker, views)
-    names = None if marker is None else [*marker["fields"], *_provenance(marker)]
+    names = None if marker is None else _names(marker)
     try:
         arrays = source_arrays(place, names)
     except RequestError as err:
@@ -286,22 +290,16 @@ def _open_view(place: Place, marker: dict[str, Any], views: tuple[str, ...]) -> 
     if place.url in views or len(views) >= _DEPTH:
         raise FormatError(f"views lead in a circle, or are more than {_DEPTH} deep: {where}")
     parent = _open(followed(place, marker["of"]), False, (*views, place.url))
-    start, stop = marker["start"], marker["stop"]
-    if not 0 <= start <= stop <= parent.rows or marker["rows"] != stop - start:
-        raise FormatError(f"{where} is rows {start:,} to {stop:,} of {parent.path}, which has {parent.rows:,}")
-    names = [*marker["fields"], *_provenance(marker)]
-    absent = [name for name in names if name not in parent.fields]
-    if absent or marker.get("of_identity", parent.identity) != parent.identity:
-        reason = f"no array {absent[0]!r} is there" if absent else "it is not the store it was"
-        raise FormatError(f"{where} is a view of {parent.path}, but {reason}; make the view again")
+    if fault := fault_of(where, marker, names := _names(marker), parent):
+        raise FormatError(fault)
     return replace(
         parent,
         place=place,
         kind="view",
         marker=marker,
-        rows=stop - start,
+        rows=marker["rows"],
         fields={name: parent.fields[name] for name in names},
-        start=parent.start + start,
+        start=parent.start + marker["start"],
     )
 
 
@@ -333,6 +331,7 @@ def write_view(
         "kind": "view",
         "of": reference(place, parent.root),
         "of_identity": root.identity,
+        **({"of_source": source} if (source := (root.marker or {}).get("source_identity")) else {}),
         "start": parent.start + start,
         "stop": parent.start + stop,
         "rows": stop - start,
@@ -346,5 +345,5 @@ def write_view(
     return _open(place, False, ())
 
 
-def _provenance(marker: dict[str, Any]) -> list[str]:
-    return [SOURCE_ROW] if marker.get("source_row") else []
+def _names(marker: dict[str, Any]) -> list[str]:
+    return [*marker["fields"], *([SOURCE_ROW] if marker.get("source_row") else [])]

@@ -323,7 +323,7 @@ class Loader:
             self.rows, src_chunk_rows=widest([dataset]).object_rows, dst_chunk_rows=self.batch_size
         )
         ranks = None
-        if dataset.shuffled and dataset.kind == "view":  # of the source rows it has: their ranks
+        if dataset.shuffled and dataset.rows != dataset.population:  # of the source rows it has: their ranks
             ranks = np.sort(source_rows(dataset, np.arange(self.rows)))
         for at in range(0, self.rows, SCORED_ROWS):
             rows = self.order.rows_at(epoch, at, min(at + SCORED_ROWS, self.rows))

@@ -58,6 +58,8 @@ class Ranks:
         self.population = int(marker.get("population", marker["rows"]))  # a sample is part of more
         self.first = int(marker.get("first_row", 0))
         self._offset = int(marker.get("first_rank", 0)) + data.start
+        # Of a part by a rule, any of them; its keys are as even as all.
+        self._keys = marker["rows"] if "split" in marker else self.population
         self.recorded = SOURCE_ROW in data.fields
 
     def key(self, rank: int) -> Key:
@@ -77,7 +79,7 @@ class Ranks:
         if not self.recorded:
             return self._counted(key)
         low, high = 0, self.data.rows  # rows before low are smaller, rows from high on are not
-        per_row = 2.0**64 / max(1, self.population)
+        per_row = 2.0**64 / max(1, self._keys)
         guess = int(key.hi / per_row) - self._offset
         looks = 0
         while low < high:

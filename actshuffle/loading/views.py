@@ -7,8 +7,11 @@ otherwise absolute.  Others may have written the name: a remote view never leads
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from actshuffle.errors import FormatError
+from actshuffle.seals import seal
 from actshuffle.storage.place import Place, local_path, public_url
 
 
@@ -30,6 +33,56 @@ def followed(view: Place, of: str) -> Place:
             raise FormatError(f"the view {host}{path} leads elsewhere: {public_url(of)}")
         return Place(of, view.options)
     return Place(host + posixpath.normpath(posixpath.join(path, of)), view.options)
+
+
+def combined(identities: Sequence[str]) -> str:
+    """The identity of a concatenation of sources with these identities."""
+    return seal(list(identities))
+
+
+def identity_of(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The identity of a concatenation of these sources, with documents numbered as recorded."""
+    return combined([p["identity"] + (seal(p["numbered_from"]) if "numbered_from" in p else "") for p in parts])
+
+
+def has_grown(view: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
+    """True if the store of a view has since become one of the same sources and more, by their markers."""
+    before, parts = view.get("of_source"), whole.get("parts", ())
+    known = {parts[0]["identity"]: 1} if parts else {}
+    known |= {identity_of(parts[:count]): count for count in range(1, len(parts))}
+    return before is not None and known.get(before, len(parts)) < len(parts)
+
+
+class Parent(Protocol):
+    """The store of a view, as it is now."""
+
+    rows: int
+    fields: dict[str, Any]
+    root_marker: dict[str, Any] | None
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def identity(self) -> str: ...
+
+
+def fault_of(where: str, view: Mapping[str, Any], names: Sequence[str], parent: Parent) -> str:
+    """Why a view, by its marker, is none of its store as that is now; an empty text if it is one."""
+    start, stop, path = view["start"], view["stop"], parent.path
+    if not 0 <= start <= stop <= parent.rows or view["rows"] != stop - start:
+        return f"{where} is rows {start:,} to {stop:,} of {path}, which has {parent.rows:,}"
+    if absent := [name for name in names if name not in parent.fields]:
+        return f"{where} is a view of {path}, but no array {absent[0]!r} is there; make the view again"
+    if view.get("of_identity", parent.identity) == parent.identity:
+        return ""
+    if not has_grown(view, parent.root_marker or {}):
+        return f"{where} is a view of {path}, but it is not the store it was; make the view again"
+    return (
+        f"{where} is rows {start:,} to {stop:,} of {path}, which an append has since made {parent.rows:,} rows, so "
+        "others stand there now. New ranges could move rows from one part to another; parts by a rule keep theirs, "
+        f"and a run on one can resume: remove {where}, and give `actshuffle split {path} {where}=SHARE ... --by "
+        "document --copy` (or --by row). `append --out` leaves a store, and its views, as they are"
+    )
 
 
 def _parts(place: Place) -> tuple[str, str]:

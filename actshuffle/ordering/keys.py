@@ -41,6 +41,7 @@ class Stream(IntEnum):
     UNITS = 3
     WINDOW = 4
     PRIORITY = 5
+    LOT = 6
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from actshuffle import shuffle, verify
 from actshuffle.building.growth import append
 from actshuffle.building.joining import concat
 from actshuffle.building.sampling import sample
-from actshuffle.building.splitting import first_rows, head, shares, split
+from actshuffle.building.splitting import head, split
+from actshuffle.checking.contents import first_rows
 from actshuffle.cli.app import main
 from actshuffle.errors import (
     DestinationExistsError,
@@ -32,6 +33,7 @@ from actshuffle.errors import (
 from actshuffle.loading.dataset import open_dataset
 from actshuffle.loading.trace import came_from, where_is
 from actshuffle.ordering.keys import Keys
+from actshuffle.ordering.lots import shares
 from support.executors import Stops
 from support.runs import run
 from support.stores import act_and_token, array, files, group, opened, rows_of, values
@@ -157,7 +159,7 @@ def test_a_split_into_copies_resumes(shuffled: Path, tmp_path: Path) -> None:
 
 
 def test_no_more_rows_are_shown_than_one_can_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actshuffle.building.splitting.SHOWN_ROWS", N - 1)
+    monkeypatch.setattr("actshuffle.checking.contents.SHOWN_ROWS", N - 1)
     assert len(first_rows(source, N - 1)["token"]) == N - 1
     with pytest.raises(RequestError, match="name a store to write them to"):
         first_rows(source, 10**12)

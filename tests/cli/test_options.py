@@ -62,6 +62,7 @@ OUTSIDE: dict[str, list[str]] = {
     "came-from context": COUNT,
     "source": TEXT,
     "folder": TEXT,
+    "by": CHOICE,
     "format": CHOICE,
     "columns": NAMES,
     "names": ["", "=", "a=", "=b", "a"],

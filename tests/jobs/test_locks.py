@@ -59,6 +59,10 @@ COMMANDS: dict[str, tuple[str, Callable[..., Any]]] = {
         "cut.zarr",
         lambda at, **o: actshuffle.split(at / "done.zarr", {str(at / "cut.zarr"): 9}, copy=True, **o),
     ),
+    "split by": (
+        "cut.zarr",
+        lambda at, **o: actshuffle.split(at / "done.zarr", {str(at / "cut.zarr"): 0.9}, by="row", copy=True, **o),
+    ),
     "view": ("cut.zarr", lambda at, **o: actshuffle.split(at / "done.zarr", {str(at / "cut.zarr"): 9}, **o)),
     "concat": ("both", lambda at, **_: actshuffle.concat([at / "src.zarr", at / "new.zarr"], at / "both")),
     "folder": ("jobs", lambda at, **o: run_in_folder("n", at / "jobs", {}, [Step("s", count, tasks=2)], **o)),
