@@ -8,6 +8,7 @@ batchtopk   jumprelu, all thresholds equal               refused: it has no thre
 matryoshka  the same
 relu        standard                                     refused
 jumprelu    jumprelu                                     refused
+gated       gated, the magnitudes' factor in W_enc       refused
 ==========  ===========================================  ===========================================
 
 Export goes block by block: the whole dictionary is never in memory (SAELens keeps W_enc as [d_in, d_sae], so
@@ -17,7 +18,7 @@ that file is written in stripes of columns, each collected by one pass over the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from saetrain.training import checkpoint
 from saetrain.variants.table import VARIANTS
 
 STRIPE_BYTES = 256 << 20
+
+Part = dict[str, Tensor]  # tensors of a block of latents
 
 
 def export(run: Path, to: Path, format: str = "saelens") -> None:
@@ -94,27 +97,29 @@ def _export_sparsify(folded: Folded, to: Path) -> dict[str, Any]:
 def _export_saelens(folded: Folded, to: Path) -> dict[str, Any]:
     """Write the tensors; returns the content of cfg.json."""
     config, variant, (n, d, dtype) = folded.checkpoint.config, folded.variant, _shapes(folded)
-    names = ["b_enc", "W_dec", *(["threshold"] if variant.has_thresholds else []), "W_enc"]
+    names = [*variant.saelens_vectors, "W_dec", "W_enc"]
     rows, one = Spec(dtype, (n, d)), Spec(dtype, (n,))
     specs = {"b_dec": Spec(dtype, (d,))} | {name: rows if name == "W_dec" else one for name in names}
     specs["W_enc"] = Spec(dtype, (d, n))
-    blocks = _tensors(folded, {name: name for name in names}, dtype)
+    blocks = _tensors(folded, {name: name for name in names}, dtype, variant.to_saelens)
     write(to / "sae_weights.safetensors", specs, blocks, {"format": "pt"})
     return saelens_settings(variant, d, n, dtype, config.arch, config.k)
 
 
-def _tensors(folded: Folded, names: dict[str, str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    folded: Folded, names: dict[str, str], dtype: torch.dtype, arranged: Callable[[Part], Part] = lambda part: part
+) -> Iterator[tuple[str, Tensor]]:
     """b_dec and the others in order; W_enc in SAELens' layout if it goes under its own name."""
     yield "b_dec", folded.b_dec().to(dtype)
     for theirs, ours in names.items():
         if theirs != "W_enc":
             for part in folded.blocks():
-                yield theirs, part[ours].to(dtype)
+                yield theirs, arranged(part)[ours].to(dtype)
             continue
         n, d, _ = _shapes(folded)
         width = max(STRIPE_BYTES // (n * dtype.itemsize), 1)
         for at in range(0, d, width):
-            stripe = torch.cat([part["W_enc"][:, at : at + width] for part in folded.blocks()])
+            stripe = torch.cat([arranged(part)["W_enc"][:, at : at + width] for part in folded.blocks()])
             yield "W_enc", stripe.T.to(dtype)
 
 

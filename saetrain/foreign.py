@@ -85,6 +85,8 @@ _SAELENS_KINDS = {
     ("topk", "topk"): "topk",
     ("jumprelu", None): "jumprelu",
     ("jumprelu", "relu"): "jumprelu",
+    ("gated", None): "gated",
+    ("gated", "relu"): "gated",
 }
 SPARSIFY_KEYS: Mapping[str, Accepted] = {
     "activation": _one_of("topk"),
@@ -133,24 +135,22 @@ def _saelens(folder: Path, cfg: dict[str, Any], file: TensorFile) -> SAE:
     rescale = cfg.get("rescale_acts_by_decoder_norm", False)
     if rescale and not variant.takes_k:
         raise ExchangeError(f"{folder}: rescale_acts_by_decoder_norm true is supported for topk only, not for {kind}")
-    shapes = {"W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_in"), "b_dec": ("d_in",)}
-    if variant.has_thresholds:
-        shapes["threshold"] = ("d_sae",)
+    shapes = {"W_enc": ("d_in", "d_sae"), "W_dec": ("d_sae", "d_in"), "b_dec": ("d_in",)}
+    shapes |= dict.fromkeys(variant.saelens_vectors, ("d_sae",))
     sizes = {"d_in": cfg.get("d_in"), "d_sae": cfg.get("d_sae")}
     held = _tensors(file, shapes, sizes, optional={"scaling_factor": ("d_sae",)})
     if "scaling_factor" in held and not bool((held["scaling_factor"] == 1).all()):
         raise ExchangeError(f"{file.path}: scaling_factor differs from 1: fold it into W_dec in SAELens first")
-    threshold = held.get("threshold")
+    part = variant.from_saelens({**held, "W_enc": held["W_enc"].T.contiguous()})
     found = SAE(
-        variant.name,
-        held["W_enc"].T.contiguous(),
-        held["b_enc"],
-        held["W_dec"],
+        variant.activation,
+        part["W_enc"],
+        part["b_enc"],
+        part["W_dec"],
         held["b_dec"],
         cfg.get("apply_b_dec_to_input", True),
-        _checked_k(folder, k, held["b_enc"]) if variant.takes_k else 0,
-        # SAELens' jumprelu is never negative, whatever its threshold.
-        None if threshold is None else threshold.clamp_min(0),
+        _checked_k(folder, k, part["b_enc"]) if variant.takes_k else 0,
+        part.get("threshold"),
     )
     if rescale:
         norm = found.W_dec.norm(dim=1).clamp_min(torch.finfo(found.W_dec.dtype).tiny)

@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
+from itertools import repeat
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -50,14 +51,33 @@ def norm_from(mean: NDArray[Any], variance: float) -> Norm:
     return Norm(torch.from_numpy(np.asarray(mean, np.float64)), (len(mean) / variance) ** 0.5)
 
 
-class Part(NamedTuple):
-    """The part of a step that one rank computes alone."""
+class Part:
+    """The part of a step that one rank computes alone, added up over tiles of its tokens."""
 
-    grads: dict[str, Tensor]
-    residual: Tensor  # [tokens, d_in]: x^ - x
-    fired: Tensor  # [latents]: tokens on which each latent fired
-    whole: dict[str, Tensor]  # loss terms summed over my tokens; all ranks of the replica hold them
-    mine: dict[str, Tensor]  # loss terms summed over my tokens and my latents
+    def __init__(self) -> None:
+        self.grads: dict[str, Tensor] = {}
+        self.residuals: list[Tensor] = []  # [tokens, d_in] of each tile: x^ - x
+        self.fired: dict[str, Tensor] = {}  # "fired" [latents]: tokens on which each latent fired
+        self.whole: dict[str, Tensor] = {}  # loss terms summed over my tokens; all ranks of the replica hold them
+        self.mine: dict[str, Tensor] = {}  # loss terms summed over my tokens and my latents
+
+    def add(self, to: dict[str, Tensor], name: str, value: Tensor) -> None:
+        """Add `value`, which the caller gives away, to one of the above."""
+        to[name] = to[name].add_(value) if name in to else value
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Add left^T right to a gradient, without a second matrix of its size."""
+        self.grads[name] = self.grads[name].addmm_(left.T, right) if name in self.grads else left.T @ right
+
+
+class Tile(NamedTuple):
+    """Tokens whose gradients are computed at once."""
+
+    x: Tensor  # [tokens, d_in]: normalised
+    encoder: Encoder  # of all my latents
+    codes: Codes | None  # their active latents in training, where the variant chooses them for the whole batch
+    tokens: int  # of the batch, over all replicas
+    ramp: float  # factor of the sparsity term
 
 
 class Model(ABC):
@@ -75,6 +95,7 @@ class Model(ABC):
     activation: ClassVar[str]  # name of the variant whose `activate` it uses
     has_thresholds: ClassVar[bool] = False  # `fold` gives them
     saelens: ClassVar[str]  # SAELens' name of the architecture
+    saelens_vectors: ClassVar[tuple[str, ...]] = ("b_enc",)  # its tensors that have one number for each latent
     sparsify: ClassVar[bool] = False  # sparsify can hold it
 
     @abstractmethod
@@ -82,11 +103,19 @@ class Model(ABC):
         """Fill the parameters, given normalised rows [rows, d_in].  They do not depend on the number of ranks."""
 
     @abstractmethod
-    def gradients(self, x: Tensor, ramp: float) -> Part:
-        """Loss and gradients on this replica's normalised tokens [tokens, d_in]; training/losses.py has the formulas.
+    def add_tile(self, tile: Tile, part: Part) -> None:
+        """Add loss and gradients on some of this replica's tokens to `part`; training/losses.py has the formulas."""
 
-        `ramp` scales the sparsity term.
+    def choose(self, encoder: Encoder, xc: Tensor) -> Codes | None:
+        """My latents that are active in training, for centred tokens [tokens, d_in]; None where tiles find their own.
+
+        All ranks call this with the tokens of the whole batch.
         """
+        return None
+
+    def tile_tokens(self, tokens: int) -> int:
+        """Tokens of a tile of the step."""
+        return self.tile or tokens
 
     def thresholds(self) -> Tensor | float | None:
         """The number that a pre-activation must exceed at inference, for all latents or [latents]; None for none."""
@@ -128,6 +157,16 @@ class Model(ABC):
     def activate(pre: Tensor, k: int, threshold: Tensor | None) -> Tensor:
         """Activations of a finished autoencoder whose `activation` is this variant, from pre [rows, latents]."""
         raise NotImplementedError
+
+    @classmethod
+    def to_saelens(cls, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        """W_enc, W_dec and `saelens_vectors` of a block of latents, from the answer of `fold`."""
+        return part
+
+    @classmethod
+    def from_saelens(cls, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        """W_enc, b_enc, W_dec and any threshold of a finished autoencoder, from SAELens' tensors, rows by latent."""
+        return held
 
     @classmethod
     def saelens_settings(cls, k: int) -> dict[str, Any]:
@@ -184,6 +223,18 @@ class Model(ABC):
             tile = choose_tile(p["W_enc"], p["b_enc"], self.compute, self.config.k, tokens)
             found = torch.tensor([tile], device=self.mesh.device)
             self.tile = int(self.mesh.gather(found, "world")[0])
+
+    def gradients(self, x: Tensor, ramp: float) -> Part:
+        """Loss and gradients on this replica's normalised tokens [tokens, d_in]; `ramp` scales the sparsity term.
+
+        Tokens go through the whole step a tile at a time, so that nothing of the size [tokens, latents] exists.
+        """
+        encoder, each, part = self.encoder(), self.tile_tokens(len(x)), Part()
+        codes = self.choose(encoder, self.centred(x))
+        chosen = codes.split(each) if codes is not None else repeat(None)
+        for rows, own in zip(torch.split(x, each), chosen, strict=False):
+            self.add_tile(Tile(rows, encoder, own, len(x) * self.mesh.dp, ramp), part)
+        return part
 
     def encoder(self, which: Tensor | None = None) -> Encoder:
         """The encoder product, of all my latents or of those in `which`."""

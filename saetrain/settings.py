@@ -40,7 +40,8 @@ class Settings:
     widths: tuple[int, ...] = ()
     """Nested dictionary sizes (matryoshka); empty chooses d_sae / 16, / 8, / 4, / 2, / 1"""
     sparsity: float = -1.0
-    """Lambda of the L1 term (relu) or of the tanh term (jumprelu); -1 chooses 5 and 10, less below 1,024 wide"""
+    """Lambda of the L1 term (relu, gated) or of the tanh term (jumprelu); -1 chooses 5, 10 and 10, less below 1,024
+    wide"""
     aux_coef: float = 1 / 32
     """Weight of the AuxK loss of dead latents (topk, batchtopk, matryoshka)"""
     aux_k: int = 0
@@ -70,7 +71,7 @@ class Settings:
     lr_decay: float = 0.2
     """Fraction of the run, at its end, in which the learning rate falls to 0"""
     sparsity_warmup: float = -1.0
-    """Fraction of the run in which the sparsity term rises from 0; -1 chooses 0.05 for relu, 1 for jumprelu"""
+    """Fraction of the run in which the sparsity term rises from 0; -1 chooses 1 for jumprelu, else 0.05"""
     beta1: float = 0.9
     """Adam's beta1"""
     beta2: float = 0.999
@@ -103,7 +104,8 @@ class Settings:
     tensor_parallel: int = 0
     """Ranks that share one copy of the parameters; 0 chooses all of them"""
     tile: int = 0
-    """Tokens per encoder product; 0 times a few sizes once and keeps the fastest"""
+    """Tokens per encoder product, and per tile of the step where all latents take part (relu, jumprelu, gated); 0 times
+    a few sizes once and keeps the fastest"""
     # --- bookkeeping
     log_every: int = 10
     """Steps between lines of metrics.jsonl"""

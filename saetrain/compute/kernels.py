@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROWS = 1024  # of a matrix handled at a time, where a temporary of its size is to be avoided
 GROUPS = (32, 16, 8)  # sizes of the groups of latents whose maxima bound a top-k
 
 
@@ -71,6 +72,18 @@ class Codes:
     def count(self) -> Tensor:
         """[latents]: bags in which each latent is active."""
         return self.by_latent[1].diff()
+
+    def split(self, bags: int) -> list[Codes]:
+        """Codes of so many bags each, the last of fewer."""
+        if bags >= self.bags:
+            return [self]
+        firsts = list(range(0, self.bags, bags))
+        *cuts, _ = self.offsets[[*firsts, self.bags]].tolist()
+        parts = []
+        for first, lo, hi in zip(firsts, cuts, [*cuts[1:], len(self.bag)], strict=True):
+            count = min(bags, self.bags - first)
+            parts.append(Codes(self.latent[lo:hi], self.value[lo:hi], self.bag[lo:hi] - first, count, self.latents))
+        return parts
 
     def then(self, other: Codes) -> Codes:
         """Both, with the other's bags after mine."""
@@ -117,6 +130,11 @@ def bag_dot(up: Tensor, table: Tensor, index: Tensor, bag: Tensor, offsets: Tens
         return up.new_empty(0)
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
     return cast(Tensor, dots(up.contiguous(), table, index, offsets, bag, 0))
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """[rows]: the product of each row of a [rows, d] with that of b, without a third matrix."""
+    return torch.cat([(u * v).sum(1) for u, v in zip(torch.split(a, ROWS), torch.split(b, ROWS), strict=True)])
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -171,7 +189,7 @@ class Encoder:
         if self.compute == self.bias.dtype and not self.pad:
             return torch.addmm(self.bias, x, self.weight.T)
         x = F.pad(x.to(self.compute), (0, self.pad)) if self.pad else x.to(self.compute)
-        return (x @ self.weight.T).to(self.bias.dtype) + self.bias
+        return (x @ self.weight.T).to(self.bias.dtype).add_(self.bias)
 
     def tiles(self, x: Tensor) -> list[Callable[[], Tensor]]:
         return [partial(self.product, part) for part in torch.split(x, self.tile)]

@@ -41,11 +41,14 @@ def batch_topk(encoder: Encoder, x: Tensor, total: int, mesh: Mesh, floor: float
     """This rank's part of the `total` largest positive pre-activations of the whole batch, and the smallest value.
 
     `floor` is a guess below which no winner is expected (a fraction of the last threshold).  Candidates are first
-    sought above it and, if these are too few, above zero: a wrong guess costs time but never changes the result.
+    sought above it and, if these are too few, above ever less of it and at last above zero, where they may be half of
+    all values: a wrong guess costs time but never changes the result.
     """
     codes = encoder.above(x, floor)
-    if floor > 0 and int(mesh.sum(_count(codes), "world", "candidates")) < total:
-        codes = encoder.above(x, 0.0)
+    for lower in (floor / 2, floor / 4, floor / 8, 0.0) if floor > 0 else ():
+        if int(mesh.sum(_count(codes), "world", "candidates")) >= total:
+            break
+        codes = encoder.above(x, lower)
     cut, above = kth_largest(codes.value, total, mesh)
     keep = codes.value > cut
     ties = (codes.value == cut).nonzero().view(-1)

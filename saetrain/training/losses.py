@@ -14,6 +14,8 @@ relu              |e|^2 / B  +  lambda sum_i f_i |W_dec[i]| / B                 
 jumprelu          |e|^2 / B  +  lambda sum_i tanh(c f_i |W_dec[i]|) / B
                   +  preact_coef sum_i relu(exp(t_i) - pre_i) |W_dec[i]| / B         (Anthropic, January 2025)
     d f / d pre = [pre > exp(t)],  d f / d t = -exp(t) / w [|pre - exp(t)| < w / 2],  w = bandwidth.
+gated             |e|^2 / B  +  lambda sum_i relu(gate_i) / B  +  |e_gate|^2 / B      (Rajamanoharan et al. 2024)
+    e_gate = relu(gate) W_dec + b_dec - x, with W_dec and b_dec held constant; [gate > 0] has no gradient.
 
 The gradients, with up = d loss / d x^ and g = d loss / d pre:
 
@@ -49,13 +51,11 @@ def step(model: Model, x: Tensor, ramp: float = 1.0) -> Step:
     """
     part = model.gradients(x, ramp)
     mesh, tokens, state = model.mesh, len(x) * model.mesh.dp, model.state
-    grads, fired = part.grads, mesh.sum(part.fired, "dp", "gradients")
-    if mesh.dp > 1:
-        flat = mesh.sum(torch.cat([g.reshape(-1) for g in grads.values()]), "dp", "gradients")
-        pieces = torch.split(flat, [g.numel() for g in grads.values()])
-        grads = {n: piece.view_as(g) for (n, g), piece in zip(grads.items(), pieces, strict=True)}
+    fired = mesh.sum(part.fired["fired"], "dp", "gradients")
+    grads = {name: mesh.sum(g, "dp", "gradients") for name, g in part.grads.items()}
+    residual = part.residuals[0] if len(part.residuals) == 1 else torch.cat(part.residuals)
 
-    mine = mesh.sum(torch.stack([*part.mine.values(), part.fired.sum().to(x.dtype)]), "tp")
+    mine = mesh.sum(torch.stack([*part.mine.values(), part.fired["fired"].sum().to(x.dtype)]), "tp")
     means = mesh.sum(torch.cat([torch.stack(list(part.whole.values())), mine]), "dp") / tokens
     *terms, active = means.tolist()
     losses = dict(zip((*part.whole, *part.mine), terms, strict=True))
@@ -63,4 +63,4 @@ def step(model: Model, x: Tensor, ramp: float = 1.0) -> Step:
     state["quiet"] = (state["quiet"] + tokens).masked_fill(fired > 0, 0)
     state["fired"] += fired
     state["window"] += tokens
-    return Step(grads, part.residual, fired, {"loss": sum(terms), **losses}, active)
+    return Step(grads, residual, fired, {"loss": sum(terms), **losses}, active)

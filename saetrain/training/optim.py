@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saetrain.compute.kernels import sum_of_squares
+from saetrain.compute.kernels import row_dots, sum_of_squares
 from saetrain.model import WHOLE, Model
 from saetrain.settings import Settings
 
@@ -42,8 +42,7 @@ class Optimizer:
         model, params = self.model, self.model.params
         if model.unit_rows:
             rows = params["W_dec"]
-            along = (grads["W_dec"] * rows).sum(1, keepdim=True)
-            grads["W_dec"].addcmul_(along, rows, value=-1)
+            grads["W_dec"].addcmul_(row_dots(grads["W_dec"], rows)[:, None], rows, value=-1)
         norms = group_norms(model, grads)
         total = sum(n * n for n in norms.values()) ** 0.5
         clip = model.config.clip

@@ -53,6 +53,7 @@ CURVES = {  # key of metrics.jsonl: (title, logarithmic)
     "sparsity": ("loss: sparsity", True),
     "aux": ("loss: dead latents (AuxK)", True),
     "preact": ("loss: pre-activations", True),
+    "gate": ("loss: reconstruction from the gate (gated)", True),
     "gradient_norm.all": ("gradient norm, all", True),
     "gradient_norm.W_enc": ("gradient norm, encoder", True),
     "gradient_norm.W_dec": ("gradient norm, decoder", True),

@@ -10,6 +10,8 @@ batchtopk     the k B largest positive of the batch; at inference      Bussmann 
 matryoshka    as batchtopk, with nested reconstructions                Bussmann et al. 2025, arXiv 2503.17547
 jumprelu      pre > exp(log_threshold)                                 Rajamanoharan et al. 2024, arXiv
                                                                        2407.14435; Anthropic, January 2025
+gated         gate > 0, by an encoder that shares its directions with  Rajamanoharan et al. 2024, arXiv
+              the one that gives the values                            2404.16014
 ============  =======================================================  ========================================
 
 `saetrain.training.losses` states the losses and gradients of all of them.

@@ -14,12 +14,22 @@ from saetrain.compute.selection import batch_topk
 from saetrain.variants.family import TopKFamily
 
 GUESS = 0.8  # part of the running threshold above which candidates are first looked for
+START_ROWS = 256  # rows of the sample from which the first threshold comes
 
 
 class BatchTopK(TopKFamily):
     name = "batchtopk"
     activation = saelens = "jumprelu"
     has_thresholds = True
+    saelens_vectors = ("b_enc", "threshold")
+
+    def initialise(self, sample: Tensor) -> None:
+        """The threshold begins at that of a few rows: without one, the first step would list all positive values."""
+        super().initialise(sample)
+        rows = sample[:START_ROWS]
+        total = self.config.k * len(rows) * self.mesh.dp  # every replica has the same rows
+        _, cut = batch_topk(self.encoder(), self.centred(rows), total, self.mesh, 0.0)
+        self.state["threshold"] += cut
 
     def choose(self, encoder: Encoder, xc: Tensor) -> Codes:
         c, running = self.config, self.state["threshold"]

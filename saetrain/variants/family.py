@@ -14,7 +14,10 @@ from torch import Tensor
 
 from saetrain.compute.kernels import Codes, Encoder, sum_of_squares
 from saetrain.compute.selection import topk
-from saetrain.model import INIT_BLOCK, Model, Part
+from saetrain.model import INIT_BLOCK, Model, Part, Tile
+
+TILE_ELEMENTS = 2**28  # numbers beside the parameters that a tile of the step may have
+ENTRY = 14  # numbers that an active latent of a token takes, with its places in both orders
 
 
 class TopKFamily(Model):
@@ -23,8 +26,7 @@ class TopKFamily(Model):
     takes_k = True
 
     @abstractmethod
-    def choose(self, encoder: Encoder, xc: Tensor) -> Codes:
-        """My latents that are active in training, for centred tokens [tokens, d_in]."""
+    def choose(self, encoder: Encoder, xc: Tensor) -> Codes: ...
 
     def segmented(self, codes: Codes) -> Codes:
         """The same codes with (segment, token) pairs as bags, one segment for each nested dictionary."""
@@ -43,12 +45,17 @@ class TopKFamily(Model):
         out = self.mesh.sum(out, "tp", "reconstructions")
         p["W_enc"] *= float((out * rows).sum() / out.square().sum().clamp_min(1e-12))
 
-    def gradients(self, x: Tensor, ramp: float) -> Part:
-        c, mesh, p = self.config, self.mesh, self.params
-        tokens, groups = len(x) * mesh.dp, len(c.widths)
+    def tile_tokens(self, tokens: int) -> int:
+        c = self.config
+        rows, entries = 3 * len(c.widths) + 4, c.k + (c.aux_k if c.aux_coef else 0)
+        return min(max(TILE_ELEMENTS // (rows * self.d_in + ENTRY * entries), 1), tokens)
+
+    def add_tile(self, tile: Tile, part: Part) -> None:
+        c, mesh, p, x = self.config, self.mesh, self.params, tile.x
+        groups, codes = len(c.widths), tile.codes
+        assert codes is not None
         xc = self.centred(x)
-        codes = self.choose(self.encoder(), xc)
-        fired = codes.count()
+        part.add(part.fired, "fired", codes.count())
         codes = self.segmented(codes)
 
         # In place where possible: on the CPU a fresh page costs more than the sums made in it.
@@ -57,29 +64,28 @@ class TopKFamily(Model):
             errors = errors.cumsum(0)
         errors += p["b_dec"]
         errors -= x
-        loss = {"reconstruction": sum_of_squares(errors) / (groups * self.d_in)}
-        up = errors * (2 / (groups * self.d_in * tokens))
+        part.add(part.whole, "reconstruction", sum_of_squares(errors) / (groups * self.d_in))
+        up = errors * (2 / (groups * self.d_in * tile.tokens))
         if groups > 1:  # segment s receives the sum over the nested dictionaries that hold it
             up = up.flip(0).cumsum(0).flip(0)
         residual, b_dec = errors[-1], up[0].sum(0)
+        part.residuals.append(residual)
 
         up = up.view(-1, self.d_in)
-        auxiliary = self._auxiliary(xc, residual) if c.aux_coef else None
+        auxiliary = self._auxiliary(xc, residual, tile.tokens) if c.aux_coef else None
         if auxiliary is not None:
-            aux_codes, aux_up, loss["aux"] = auxiliary
+            aux_codes, aux_up, loss = auxiliary
+            part.add(part.whole, "aux", loss)
             codes, up = codes.then(aux_codes), torch.cat([up, aux_up])
 
         g = codes.dots(up, p["W_dec"])
         b_enc = codes.sum_by_latent(g)
-        grads = {
-            "W_enc": codes.scatter(xc, codes.bag % len(x), g),
-            "b_enc": b_enc,
-            "W_dec": codes.scatter(up, codes.bag, codes.value),
-            "b_dec": b_dec - mesh.sum(b_enc @ p["W_enc"], "tp"),
-        }
-        return Part(grads, residual, fired, loss, {})
+        part.add(part.grads, "W_enc", codes.scatter(xc, codes.bag % len(x), g))
+        part.add(part.grads, "W_dec", codes.scatter(up, codes.bag, codes.value))
+        part.add(part.grads, "b_dec", b_dec - mesh.sum(b_enc @ p["W_enc"], "tp"))
+        part.add(part.grads, "b_enc", b_enc)
 
-    def _auxiliary(self, xc: Tensor, residual: Tensor) -> tuple[Codes, Tensor, Tensor] | None:
+    def _auxiliary(self, xc: Tensor, residual: Tensor, tokens: int) -> tuple[Codes, Tensor, Tensor] | None:
         """Codes of the dead latents that rebuild the residual, the gradient that reaches them, and the loss."""
         c, mesh = self.config, self.mesh
         dead = (self.state["quiet"] >= c.dead_tokens).nonzero().view(-1)
@@ -92,4 +98,4 @@ class TopKFamily(Model):
         rebuilt = mesh.sum(codes.decode(self.params["W_dec"]), "tp", "reconstructions")
         error = rebuilt + residual  # residual is x^ - x, so the target is its negative
         weight = c.aux_coef * min(total / c.aux_k, 1.0) / self.d_in
-        return codes, error * (2 * weight / (len(xc) * mesh.dp)), sum_of_squares(error) * weight
+        return codes, error * (2 * weight / tokens), sum_of_squares(error) * weight

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from saetrain.compute.kernels import sum_of_squares
-from saetrain.model import Model, Part
+from saetrain.model import Model, Part, Tile
 
 
 class JumpReLU(Model):
     name = activation = saelens = "jumprelu"
     extra: ClassVar[Mapping[str, float]] = {"log_threshold": 0.1}
     has_thresholds = True
+    saelens_vectors = ("b_enc", "threshold")
     most_hurry = 5.0  # trained at a higher rate, thresholds rise until hardly a latent is active
     default_sparsity_warmup = 1.0
 
@@ -52,39 +53,44 @@ class JumpReLU(Model):
     def thresholds(self) -> Tensor:
         return torch.exp(self.params["log_threshold"])
 
-    def gradients(self, x: Tensor, ramp: float) -> Part:
-        c, mesh, p = self.config, self.mesh, self.params
-        tokens = len(x) * mesh.dp
-        pre = torch.cat([tile() for tile in self.encoder().tiles(x)])
-        threshold = self.thresholds()
+    def add_tile(self, tile: Tile, part: Part) -> None:
+        c, p, x = self.config, self.params, tile.x
+        threshold, norms = self.thresholds(), p["W_dec"].norm(dim=1).clamp_min(1e-12)
+        lam, lam_p = c.sparsity * tile.ramp / tile.tokens, c.preact_coef / tile.tokens
+
+        # Three matrices [tokens, latents] in all: each is overwritten once it has served.
+        pre = tile.encoder.product(x)
         active = pre > threshold
         acts = pre * active
-        norms = p["W_dec"].norm(dim=1).clamp_min(1e-12)
-        residual = mesh.sum(acts @ p["W_dec"], "tp", "reconstructions") + p["b_dec"] - x
-        up = residual * (2 / tokens)
+        residual = self.mesh.sum(acts @ p["W_dec"], "tp", "reconstructions").add_(p["b_dec"]).sub_(x)
+        up = residual * (2 / tile.tokens)
+        part.product("W_dec", acts, up)
 
-        lam, lam_p = c.sparsity * ramp / tokens, c.preact_coef / tokens
-        squashed = torch.tanh(acts * norms * c.tanh_scale)
-        slope = (1 - squashed.square()) * (lam * c.tanh_scale)  # d penalty / d (f |W_dec|)
-        short = (threshold - pre).relu()
-        mine = {"sparsity": squashed.sum() * lam * tokens, "preact": (short.sum(0) @ norms) * lam_p * tokens}
+        slope = (acts * (norms * c.tanh_scale)).tanh_()
+        part.add(part.mine, "sparsity", slope.sum() * (lam * tile.tokens))
+        slope.square_().neg_().add_(1).mul_(lam * c.tanh_scale)  # d penalty / d (f |W_dec|)
+        by_norm = acts.mul_(slope).sum(0)
+        g = torch.mm(up, p["W_dec"].T, out=acts).addcmul_(slope, norms)
 
-        g = up @ p["W_dec"].T
-        g += slope * norms
-        near = (pre - threshold).abs() < c.bandwidth / 2
-        log_threshold = -(threshold / c.bandwidth) * (g * near).sum(0)
-        log_threshold += lam_p * norms * threshold * (short > 0).sum(0)
-        by_norm = (slope * acts).sum(0) + lam_p * short.sum(0)
-        g = g * active - (lam_p * norms) * (short > 0)
-        grads = {
-            "W_dec": acts.T @ up,
-            "log_threshold": log_threshold,
-            "W_enc": g.T @ x,
-            "b_enc": g.sum(0),
-            "b_dec": up.sum(0),
-        }
-        grads["W_dec"] += (by_norm / norms)[:, None] * p["W_dec"]
-        return Part(grads, residual, active.sum(0), {"reconstruction": sum_of_squares(residual)}, mine)
+        short = torch.sub(threshold, pre, out=slope)
+        near = (short < c.bandwidth / 2).logical_and_(short > -c.bandwidth / 2)
+        log_threshold = torch.mul(g, near, out=pre).sum(0) * (-threshold / c.bandwidth)
+        del near
+        below = short > 0
+        missing = short.relu_().sum(0)
+        part.add(part.mine, "preact", (missing @ norms) * (lam_p * tile.tokens))
+        by_norm += lam_p * missing
+        log_threshold += lam_p * norms * threshold * below.sum(0)
+        g.mul_(active).sub_(torch.mul(below, lam_p * norms, out=pre))
+
+        part.product("W_enc", g, x)
+        part.add(part.grads, "b_enc", g.sum(0))
+        part.add(part.grads, "b_dec", up.sum(0))
+        part.add(part.grads, "log_threshold", log_threshold)
+        part.grads["W_dec"].addcmul_(p["W_dec"], (by_norm / norms)[:, None])
+        part.add(part.fired, "fired", active.sum(0))
+        part.add(part.whole, "reconstruction", sum_of_squares(residual))
+        part.residuals.append(residual)
 
     @classmethod
     def fold(cls, part: dict[str, Tensor], running: float, scale: float) -> dict[str, Tensor]:
@@ -94,6 +100,11 @@ class JumpReLU(Model):
     def unfold(cls, threshold: Tensor | None) -> dict[str, Tensor]:
         assert threshold is not None
         return {"log_threshold": threshold.clamp_min(torch.finfo(torch.float32).tiny).log()}
+
+    @classmethod
+    def from_saelens(cls, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        """SAELens' jumprelu is never negative, whatever its threshold."""
+        return held | {"threshold": held["threshold"].clamp_min(0)}
 
     @staticmethod
     def activate(pre: Tensor, k: int, threshold: Tensor | None) -> Tensor:

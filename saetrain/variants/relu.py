@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saetrain.compute.kernels import from_dense, sum_of_squares
-from saetrain.model import Model, Part
+from saetrain.model import Model, Part, Tile
 
 DENSE_ABOVE = 1 / 50  # share of active latents above which dense products are faster than sparse ones
 
@@ -34,35 +34,36 @@ class ReLU(Model):
         p["W_dec"].copy_(w / w.norm(dim=1, keepdim=True) * 0.1)
         p["W_enc"].copy_(p["W_dec"])
 
-    def gradients(self, x: Tensor, ramp: float) -> Part:
-        c, mesh, p = self.config, self.mesh, self.params
-        tokens = len(x) * mesh.dp
-        pre = torch.cat([tile() for tile in self.encoder().tiles(x)])
-        active = pre > 0
-        acts = pre * active
+    def add_tile(self, tile: Tile, part: Part) -> None:
+        p, x = self.params, tile.x
         norms = p["W_dec"].norm(dim=1).clamp_min(1e-12)
-        lam = c.sparsity * ramp / tokens
+        lam = self.config.sparsity * tile.ramp / tile.tokens
+
+        acts = tile.encoder.product(x).relu_()
+        active = acts > 0
         thin = float(active.count_nonzero()) < DENSE_ABOVE * active.numel()
         codes = from_dense(acts) if thin else None
         out = codes.decode(p["W_dec"]) if codes else acts @ p["W_dec"]
-        residual = mesh.sum(out, "tp", "reconstructions") + p["b_dec"] - x
-        up = residual * (2 / tokens)
+        residual = self.mesh.sum(out, "tp", "reconstructions").add_(p["b_dec"]).sub_(x)
+        up = residual * (2 / tile.tokens)
         if codes is not None:
             fired, g = codes.count(), codes.dots(up, p["W_dec"]) + lam * norms[codes.latent]
             mass = codes.sum_by_latent(codes.value)  # sum over tokens of f_i
-            grads = {
-                "W_enc": codes.scatter(x, codes.bag, g),
-                "b_enc": codes.sum_by_latent(g),
-                "W_dec": codes.scatter(up, codes.bag, codes.value) + (lam * mass / norms)[:, None] * p["W_dec"],
-            }
+            part.add(part.grads, "W_enc", codes.scatter(x, codes.bag, g))
+            part.add(part.grads, "b_enc", codes.sum_by_latent(g))
+            part.add(part.grads, "W_dec", codes.scatter(up, codes.bag, codes.value))
         else:
             fired, mass = active.sum(0), acts.sum(0)
-            g = (up @ p["W_dec"].T + lam * norms) * active
-            grads = {"W_dec": acts.T @ up, "W_enc": g.T @ x, "b_enc": g.sum(0)}
-            grads["W_dec"] += (lam * mass / norms)[:, None] * p["W_dec"]
-        grads["b_dec"] = up.sum(0)
-        mine = {"sparsity": (mass @ norms) * lam * tokens}
-        return Part(grads, residual, fired, {"reconstruction": sum_of_squares(residual)}, mine)
+            part.product("W_dec", acts, up)
+            g = torch.mm(up, p["W_dec"].T, out=acts).add_(lam * norms).mul_(active)
+            part.product("W_enc", g, x)
+            part.add(part.grads, "b_enc", g.sum(0))
+        part.grads["W_dec"].addcmul_(p["W_dec"], (lam * mass / norms)[:, None])
+        part.add(part.grads, "b_dec", up.sum(0))
+        part.add(part.fired, "fired", fired)
+        part.add(part.mine, "sparsity", (mass @ norms) * (lam * tile.tokens))
+        part.add(part.whole, "reconstruction", sum_of_squares(residual))
+        part.residuals.append(residual)
 
     @staticmethod
     def activate(pre: Tensor, k: int, threshold: Tensor | None) -> Tensor:

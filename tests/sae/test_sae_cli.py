@@ -150,7 +150,7 @@ def test_one_diverging_run_does_not_end_a_sweep(
     ("arguments", "code", "error", "words"),
     [
         (["fit", "absent.zarr"], 2, "bad-source", "no such source"),
-        (["fit", "x.zarr", "--arch", "gated"], 2, "bad-request", "arch must be one of topk, batchtopk"),
+        (["fit", "x.zarr", "--arch", "gate"], 2, "bad-request", "arch must be one of topk, batchtopk"),
         (["fit", "x.zarr", "--k", "many"], 2, "bad-request", "--k must be an integer, got 'many'"),
         (["fit", "x.zarr", "--nproc", "0"], 2, "bad-request", "--nproc must be 1 or more"),
         (["fit"], 2, "bad-request", "Missing argument 'STORE'"),

@@ -95,7 +95,7 @@ def test_what_would_not_compute_identically_is_refused(trained: Any, tmp_path: P
         exchange.export(folder / "topk", tmp_path / "out")
     good = json.loads((tmp_path / "out" / "cfg.json").read_text())
     for change in (
-        {"architecture": "gated"},
+        {"architecture": "temporal"},
         {"normalize_activations": "layer_norm"},
         {"reshape_activations": "hook_z"},
     ):
@@ -127,6 +127,21 @@ def test_norms_that_saelens_keeps_apart_are_folded(tmp_path: Path) -> None:
     value, index = pre.topk(3)
     expected = torch.zeros_like(pre).scatter_(1, index, value.relu()) @ unit + 1
     torch.testing.assert_close(saetrain.load(tmp_path)(rows), expected)
+
+
+def test_gated_of_saelens_is_read_as_the_jumprelu_that_it_is(tmp_path: Path) -> None:
+    w, gate, mag, r = torch.randn(8, 4), torch.randn(8), torch.randn(8), torch.randn(8)
+    tensors = {"W_enc": w.T.contiguous(), "b_gate": gate, "b_mag": mag, "r_mag": r, "W_dec": w, "b_dec": torch.ones(4)}
+    specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    write(tmp_path / "sae_weights.safetensors", specs, tensors.items(), {})
+    (tmp_path / "cfg.json").write_text(json.dumps({"architecture": "gated", "d_in": 4, "d_sae": 8}))
+    rows = torch.randn(200, 4)
+    z = (rows - 1) @ w.T
+    expected = (z + gate > 0) * (z * r.exp() + mag).relu()
+    found = saetrain.load(tmp_path)
+    torch.testing.assert_close(found.encode(rows), expected)
+    assert 0.1 < float((expected > 0).float().mean()) < 0.9
+    assert bool(((z + gate > 0) != (z * r.exp() + mag > 0)).any())  # the halves decide differently
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -184,7 +199,7 @@ def foreign(folder: Path, format: str, cfg: dict[str, Any], **tensors: torch.Ten
         ("saelens", {"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu'"),
         ("saelens", {"activation_fn_str": "relu"}, "'topk' with activation_fn_str 'relu'"),
         ("saelens", {"activation_fn_str": "topk", "activation_fn": "relu"}, "is not supported"),
-        ("saelens", {"architecture": "gated"}, "architecture 'gated'"),
+        ("saelens", {"architecture": "temporal"}, "architecture 'temporal'"),
         ("saelens", {"architecture": None}, "architecture None"),
         ("saelens", {"activation_fn_kwargs": {"k": 4}}, "contradicts topk with k 3"),
         ("saelens", {"activation_fn_kwargs": {"slope": 1}}, "activation_fn_kwargs"),
@@ -329,7 +344,7 @@ def test_saelens_loads_ours(arch: str, trained: Any, tmp_path: Path) -> None:
 
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["StandardSAE", "TopKSAE", "JumpReLUSAE"])
+@pytest.mark.parametrize("kind", ["StandardSAE", "TopKSAE", "JumpReLUSAE", "GatedSAE"])
 @pytest.mark.parametrize("subtract", [True, False])
 def test_we_load_what_saelens_saves(kind: str, subtract: bool, tmp_path: Path) -> None:
     lens = peer("sae_lens")

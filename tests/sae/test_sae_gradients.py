@@ -11,6 +11,7 @@ from saetrain.compute import kernels
 from saetrain.compute.kernels import Codes, Encoder, exact_topk
 from saetrain.compute.mesh import Mesh
 from saetrain.training.losses import step
+from saetrain.variants.table import VARIANTS
 from support.sae import ARCHS, Planted, one_rank, reference, small_model
 
 
@@ -51,6 +52,16 @@ def compare(arch: str, mesh: Mesh, *, dead: bool, shift: float = 0.0, **more: ob
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gradients_equal_autograd(arch: str, dead: bool, mesh: Mesh) -> None:
     compare(arch, mesh, dead=dead)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if VARIANTS[arch].takes_k])
+def test_gradients_over_several_tiles(arch: str, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense variants have tiles of 16 of the 32 tokens in all these tests."""
+    monkeypatch.setattr("saetrain.variants.family.TILE_ELEMENTS", 5_000)
+    found = small_model(arch, mesh, Planted.make(512, 16, 24).rows).tile_tokens(32)
+    assert 4 <= found < 32
+    assert 32 % found  # the last tile is shorter
+    compare(arch, mesh, dead=True)
 
 
 def test_gradients_of_relu_where_few_are_active(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ SHARE = [*REAL, "1.001", "5"]
 # Values outside the domain of each setting, as texts.
 OUTSIDE = {
     "config": ["nowhere.json", "a-file", "rows.zarr/zarr.json"],
-    "arch": ["", "gated", "TopK"],
+    "arch": ["", "gate", "TopK"],
     "d_sae": COUNT_OR_NONE,
     "k": COUNT,
     "widths": ["64,32", "8,8", "0,4", "-4", "2.5", "many"],

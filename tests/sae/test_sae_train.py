@@ -16,10 +16,11 @@ from saetrain.errors import ConfigError, DataError, SaetrainError
 from saetrain.exchange import export
 from saetrain.training import checkpoint
 from saetrain.training.log import read_log
+from saetrain.training.losses import step
 from saetrain.training.train import fit
 from saetrain.variants.table import VARIANTS
 from saetrain.variants.topk import TopK
-from support.sae import ARCHS, MemorySource, Planted, matched, one_rank, small
+from support.sae import ARCHS, MemorySource, Planted, matched, one_rank, small, small_model
 
 PLANTED: dict[str, dict[str, Any]] = {
     "topk": {},
@@ -27,6 +28,7 @@ PLANTED: dict[str, dict[str, Any]] = {
     "matryoshka": {"widths": (64, 128)},
     "relu": {"sparsity": 0.7},
     "jumprelu": {"sparsity": 0.5},
+    "gated": {"sparsity": 4.0},
 }
 
 
@@ -52,6 +54,25 @@ def test_a_planted_dictionary_is_found(arch: str, planted: Planted, tmp_path: Pa
     assert float(error) == pytest.approx(last["eval_fvu"], rel=1e-3)
     active = (sae.encode(rows) > 0).sum(1).float().mean()
     assert float(active) == pytest.approx(last["eval_l0"], rel=1e-3)
+
+
+def test_the_first_step_of_batchtopk_lists_few_values(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, above = [], Encoder.above
+
+    def counted(self: Encoder, x: torch.Tensor, floor: Any) -> Codes:
+        found = above(self, x, floor)
+        seen.append(len(found.value))
+        return found
+
+    monkeypatch.setattr(Encoder, "above", counted)
+    with one_rank() as mesh:
+        for measured in (True, False):
+            model = small_model("batchtopk", mesh, Planted.make(512, 16, 24).rows)
+            if not measured:  # the control
+                model.state["threshold"].zero_()
+            seen.clear()
+            step(model, model.norm(Planted.make(512, 16, 24).rows[256:]))
+            assert (seen[0] < 2 * 4 * 256) == measured  # of 256 x 64, half of which are positive
 
 
 def test_an_untrained_dictionary_is_not_found(planted: Planted) -> None:
@@ -130,7 +151,7 @@ def test_lines_hold_every_metric_and_are_numbers(tmp_path: Path) -> None:
             "tokens",
         }
         own = {"relu": {"sparsity"}, "jumprelu": {"sparsity", "preact", "threshold"}}
-        own |= {"batchtopk": {"threshold"}, "matryoshka": {"threshold"}}
+        own |= {"batchtopk": {"threshold"}, "matryoshka": {"threshold"}, "gated": {"sparsity", "gate", "threshold"}}
         timed, evaluated = ({"tokens_per_s", "mfu", "loader_wait"}, {"eval_fvu", "eval_l0", "decoder_cosine_mean"})
         for line in found:
             assert always | own.get(arch, set()) <= set(line)
@@ -181,7 +202,7 @@ def test_defaults_follow_the_size_of_the_data() -> None:
         resolve(Config(k=100, d_sae=64), 8, 10**6)
 
 
-@pytest.mark.parametrize("wrong", [{"arch": "gated"}, {"k": 0}, {"lr": -1.0}, {"widths": (4, 2)}, {"compute": "fp8"}])
+@pytest.mark.parametrize("wrong", [{"arch": "gate"}, {"k": 0}, {"lr": -1.0}, {"widths": (4, 2)}, {"compute": "fp8"}])
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Config(**wrong)

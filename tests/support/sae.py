@@ -71,7 +71,7 @@ def small(arch: str, **more: Any) -> Config:
         "widths": (8, 24, 64) if arch == "matryoshka" else (),
         "dead_tokens": 64,
         "holdout": 64,
-        "sparsity": {"relu": 0.3, "jumprelu": 1.0}.get(arch, -1.0),
+        "sparsity": {"relu": 0.3, "jumprelu": 1.0, "gated": 0.3}.get(arch, -1.0),
         "preact_coef": 1e-3,
         "aux_k": 6,
     }
@@ -116,7 +116,8 @@ def reference(
 ) -> dict[str, Tensor]:
     """Loss terms of a whole model on a whole batch; differentiable."""
     d, tokens = x.shape[1], len(x)
-    pre = (x - p["b_dec"] if c.is_sparse else x) @ p["W_enc"].T + p["b_enc"]
+    centred = c.is_sparse or c.arch == "gated"
+    pre = (x - p["b_dec"] if centred else x) @ p["W_enc"].T + p["b_enc"]
     if c.is_sparse:
         acts = pre * chosen(pre.detach(), c.k, c.arch != "topk")
         errors = [acts[:, :w] @ p["W_dec"][:w] + p["b_dec"] - x for w in c.widths]
@@ -129,8 +130,16 @@ def reference(
             scale = c.aux_coef * min(int(dead.sum()) / c.aux_k, 1.0)
             terms["aux"] = scale * miss.square().sum() / (d * tokens)
         return terms  # type: ignore[return-value]
-    norms = p["W_dec"].norm(dim=1)
     lam = c.sparsity * ramp
+    if c.arch == "gated":  # as in the paper: the indicator has no gradient, and the second decoder is held constant
+        z = (x - p["b_dec"]) @ p["W_enc"].T
+        acts = (z + p["b_enc"] > 0) * (z * p["r_mag"].exp() + p["b_mag"]).relu()
+        error = acts @ p["W_dec"] + p["b_dec"] - x
+        gate = (z + p["b_enc"]).relu()
+        by_gate = gate @ p["W_dec"].detach() + p["b_dec"].detach() - x
+        terms = {"reconstruction": error.square().sum(), "gate": by_gate.square().sum(), "sparsity": lam * gate.sum()}
+        return {name: term / tokens for name, term in terms.items()}
+    norms = p["W_dec"].norm(dim=1)
     if c.arch == "relu":
         acts = pre.relu()
         sparsity = lam * (acts * norms).sum()
