@@ -13,6 +13,7 @@ from saetrain.errors import CheckpointError, ConfigError
 from saetrain.opening import load
 from saetrain.probing.causal import DTYPES, LanguageModel
 from saetrain.probing.corpus import Corpus, Cutting
+from saetrain.runs import recorded
 from saetrain.sae import SAE
 from saetrain.training.checkpoint import find
 
@@ -65,15 +66,28 @@ def open_both(run: Path, options: dict[str, Any], attention: str | None = None) 
 
 
 def layer_of(run: Path) -> int:
-    """The layer whose array a run was trained on, if its settings name it."""
+    """The layer whose array a run was trained on, if its settings or its config.json name it."""
     try:
         field = find(run).config.field
     except CheckpointError:
         field = ""
+    return layer_named(field or _recorded_field(run), f"{run} does not say which layer its rows are of")
+
+
+def layer_named(field: str, otherwise: str) -> int:
+    """The number in a name such as layer_12; raises `ConfigError`, which begins with `otherwise`, for other names."""
     named = re.fullmatch(r"layer_(\d+)", field)
     if not named:
-        raise ConfigError(f"{run} does not say which layer its rows are of; give it with --layer")
+        raise ConfigError(f"{otherwise}; give it with --layer")
     return int(named[1])
+
+
+def _recorded_field(run: Path) -> str:
+    """The array of a run that was not told which to take, from the config.json of it or of its checkpoint's run."""
+    for folder in (run, *run.parents[:2]):
+        if (folder / "config.json").exists():
+            return str(recorded(folder)[1].get("field", ""))
+    return ""
 
 
 def open_text(model: LanguageModel, options: dict[str, Any]) -> Corpus:

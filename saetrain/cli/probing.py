@@ -16,10 +16,11 @@ from saetrain.opening import load
 from saetrain.probing.attribution import Metric, attribute, calibrate, cut, log_probability, logit
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.effects import loss_effects
-from saetrain.probing.fidelity import evaluate
+from saetrain.probing.fidelity import evaluate, scores
 from saetrain.probing.generation import prompt_tokens
 from saetrain.probing.graph import trace
 from saetrain.probing.removal import ablate
+from saetrain.training.outcome import keep_evaluation
 
 
 @click.command("evaluate")
@@ -28,8 +29,9 @@ from saetrain.probing.removal import ablate
 @TEXT
 @click.option("--within", type=float, default=0.0, metavar="X", help="Stop at this half-width of the loss recovered.")
 @click.option("--documents", type=int, default=0, metavar="N", help="Most documents to read; 0 takes all.")
+@click.option("--save", is_flag=True, help="Keep the result as RUN/evaluation.json, for `report` and `view`.")
 @LOOK
-def _evaluate(run: Path, within: float, documents: int, as_json: bool, **options: Any) -> None:
+def _evaluate(run: Path, within: float, documents: int, save: bool, as_json: bool, **options: Any) -> None:
     """Measure what the model loses when a layer goes through RUN's dictionary.
 
     RUN is a run, a checkpoint, or a folder that SAELens or sparsify wrote.  Prints cross entropy and KL of the model as
@@ -42,28 +44,12 @@ def _evaluate(run: Path, within: float, documents: int, as_json: bool, **options
     sae, model = open_both(run, options)
     corpus = open_text(model, options)
     found = evaluate(sae, model, corpus, within=within, most=documents, drop_norm=options["drop_norm"]).to_json()
-    print_json({"run": str(run), "model": options["model"], **found}, as_json)
+    found = {"model": options["model"], "text": [str(path) for path in options["text"]], **found}
+    if save:
+        keep_evaluation(run, found)
+    print_json({"run": str(run), **found}, as_json)
     if not as_json:
-        click.echo(_scores(found))
-
-
-def _scores(found: dict[str, Any]) -> str:
-    """The scores as a small table."""
-
-    def row(name: str, value: dict[str, float]) -> str:
-        return f"{name:32}{value['value']:10.4f}   (95 %: {value['low']:.4f} to {value['high']:.4f})"
-
-    lines = [
-        *(row(f"cross entropy, {name}", value) for name, value in found["ce"].items()),
-        *(row(f"KL, {name}", value) for name, value in found["kl"].items()),
-        *(row(f"loss recovered, from {name}", value) for name, value in found["loss_recovered"].items()),
-        *(row(f"KL recovered, from {name}", value) for name, value in found["kl_recovered"].items()),
-        row("FVU", found["fvu"]),
-        row("L0", found["l0"]),
-        f"{found['tokens']:,} predictions in {found['documents']:,} of {found['documents_available']:,} documents; "
-        f"{found['heavy_rows_left']:,} heavy rows left as they are",
-    ]
-    return "\n".join(lines)
+        click.echo(scores(found))
 
 
 @click.command("attribute")

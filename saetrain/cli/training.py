@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from saetrain.cli.closing import EVALUATE, Closing
 from saetrain.cli.options import FOLDER, LOOK, PATH, RED_ERROR, F, all_of, first_rank, print_json
 from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, field_help, parse_field, resolve
@@ -51,6 +52,7 @@ TRAIN = all_of(
     click.option("--config", type=PATH, help="JSON file of settings, as a run's config.json; other options win."),
     NPROC,
     click.option("--heldout", help="Store to evaluate on, in place of the tail of STORE."),
+    EVALUATE,
     REPORT,
 )
 
@@ -206,6 +208,7 @@ def _train(
     as_json: bool,
     reported: bool,
     extend: bool = False,
+    **closing: Any,
 ) -> None:
     """Train on this rank, or on `nproc` of them; `document` makes the JSON from the facts of each run."""
     if nproc < 1:
@@ -220,6 +223,7 @@ def _train(
     ctx.find_root().call_on_close(mesh.close)  # after an error is printed
     source = Store(store, config)
     steps = resolve(config, source.d_in, source.rows).steps
+    last = Closing.of(closing, source.field, source.d_in) if closing else None
     out = sys.stderr if as_json else sys.stdout
     with bar(steps, reached(runs), drawn=mesh.rank == 0, out=out) as (printed, tick):
         say = printed if mesh.rank == 0 else lambda text: None
@@ -234,8 +238,14 @@ def _train(
         {"run": str(run), "stopped": line.pop("stopped"), "diverged": ends[run], "metrics": line}
         for run, line in lines.items()
     ]
-    if reported and not stopped and mesh.rank == 0:
-        _draw([run for run, reason in ends.items() if not reason], say)
+    if not stopped and mesh.rank == 0:
+        sound = [run for run, reason in ends.items() if not reason]
+        measured = last.run(sound, str(mesh.device), say) if last else {}
+        for found in facts:
+            if run := measured.get(Path(found["run"])):
+                found["evaluation"] = run
+        if reported:
+            _draw(sound, say)
     print_json(document(facts), as_json)
     bad = [f"{run}: {reason}" for run, reason in ends.items() if reason]
     if bad and first_rank():

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from saetrain.errors import ConfigError
 from saetrain.probing.causal import LanguageModel
-from saetrain.probing.generation import Sampler, generate
+from saetrain.probing.generation import Sampler, generate_many
 from saetrain.probing.turning import Steering, Turn
 from saetrain.sae import SAE
 from saetrain.training.metrics import Z95, Interval, ratio_interval
 
 NGRAM = 4
+TOGETHER = 32  # texts of one prompt that are written together
 MEASURES = ("coherence", "concept", "fires", "repeated", "moved")
 
 
@@ -117,18 +118,20 @@ def steer(
     samples = []
     for at, turns in plans:
         for number, prompt in enumerate(prompts):
-            for seed in seeds:
+            for some in (seeds[i : i + TOGETHER] for i in range(0, len(seeds), TOGETHER)):
                 first = len(prompt) if generated_only else 1
                 edit = Steering(sae, turns, first=first, limit=limit) if turns else None
-                written = list(
-                    generate(model, prompt, edit=edit, tokens=tokens, sampler=replace(sampler, seed=int(seed)))
-                )
-                read = measure(sae, model, prompt, written, features)
-                moved = edit.moved if edit else 0.0
-                found = Sample(at, number, int(seed), model.text_of(written), len(written), moved=moved, **read)
-                samples.append(found)
-                if told:
-                    told(found)
+                dice = [replace(sampler, seed=int(seed)) for seed in some]
+                texts = generate_many(model, prompt, dice, edit=edit, tokens=tokens)
+                # The last token that is written is not read; one that ends the text is not written.
+                passes = [min(len(text) + 1, tokens) for text in texts]
+                moved = edit.moved_by(passes) if edit else [0.0] * len(texts)
+                for seed, written, share in zip(some, texts, moved, strict=True):
+                    read = measure(sae, model, prompt, written, features)
+                    text = model.text_of(written)
+                    samples.append(Sample(at, number, int(seed), text, len(written), moved=share, **read))
+                    if told:
+                        told(samples[-1])
     return Curves(samples, unit, strengths[0][1][0].method)
 
 

@@ -298,3 +298,22 @@ def _half(interval: Interval) -> float:
 
 def _json(interval: Interval) -> dict[str, float]:
     return interval._asdict()
+
+
+def scores(found: Mapping[str, Any]) -> str:
+    """What `Fidelity.to_json` gives, as a small table."""
+
+    def row(name: str, value: dict[str, float]) -> str:
+        return f"{name:32}{value['value']:10.4f}   (95 %: {value['low']:.4f} to {value['high']:.4f})"
+
+    lines = [
+        *(row(f"cross entropy, {name}", value) for name, value in found["ce"].items()),
+        *(row(f"KL, {name}", value) for name, value in found["kl"].items()),
+        *(row(f"loss recovered, from {name}", value) for name, value in found["loss_recovered"].items()),
+        *(row(f"KL recovered, from {name}", value) for name, value in found["kl_recovered"].items()),
+        row("FVU", found["fvu"]),
+        row("L0", found["l0"]),
+        f"{found['tokens']:,} predictions in {found['documents']:,} of {found['documents_available']:,} documents; "
+        f"{found['heavy_rows_left']:,} heavy rows left as they are",
+    ]
+    return "\n".join(lines)

@@ -66,28 +66,67 @@ def generate(
 
     ``edit`` sees each position once with ``cache``, and all of them at every token without it; the text is the same.
     """
+    _check_length(model, prompt, tokens)
+    steps = _steps(model, prompt, [sampler or Sampler()], edit, tokens, cache)
+    return (token for [token] in steps if token is not None)
+
+
+def generate_many(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    samplers: Sequence[Sampler],
+    *,
+    edit: Edit | None = None,
+    tokens: int = 64,
+) -> list[list[int]]:
+    """The texts that follow one ``prompt``, one for each sampler, written together in one pass a token.
+
+    ``edit`` sees the texts as windows in the order of the samplers; one that has ended stays among them until all have.
+    Each is the text of `generate`, but for the rounding of products of another shape.
+    """
+    _check_length(model, prompt, tokens)
+    texts: list[list[int]] = [[] for _ in samplers]
+    for chosen in _steps(model, prompt, samplers, edit, tokens, True):
+        for text, token in zip(texts, chosen, strict=True):
+            if token is not None:
+                text.append(token)
+    return texts
+
+
+def _check_length(model: LanguageModel, prompt: Sequence[int], tokens: int) -> None:
     if not prompt or tokens < 1 or len(prompt) + tokens > model.longest:
         raise ConfigError(
             f"a prompt of {len(prompt)} tokens and {tokens} more: both must be 1 or more, and the model takes "
             f"{model.longest:,} in all"
         )
-    return _generate(model, list(prompt), edit, tokens, sampler or Sampler(), cache)
 
 
-def _generate(
-    model: LanguageModel, seen: list[int], edit: Edit | None, tokens: int, sampler: Sampler, cache: bool
-) -> Iterator[int]:
-    ends, past, fresh = end_tokens(model), None, list(seen)
+def _steps(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    samplers: Sequence[Sampler],
+    edit: Edit | None,
+    tokens: int,
+    cache: bool,
+) -> Iterator[list[int | None]]:
+    """The next token of each text, None for those that have ended; the end is where all have."""
+    ends, past = end_tokens(model), None
+    seen = [list(prompt) for _ in samplers]
+    fresh, ended = seen, [False] * len(samplers)
     for _ in range(tokens):
         with torch.no_grad():  # not around `yield`, which would leave it on in the caller
-            step = model.run(torch.tensor([fresh if cache else seen]), edit, past, cache=cache)
+            step = model.run(torch.tensor(fresh if cache else seen), edit, past, cache=cache)
         past = step.past if cache else None
-        token = sampler.choose(step.logits[0, -1], seen)
-        if token in ends:
+        chosen: list[int | None] = []
+        for at, sampler in enumerate(samplers):
+            token = prompt[0] if ended[at] else sampler.choose(step.logits[at, -1], seen[at])
+            ended[at] = ended[at] or token in ends
+            chosen.append(None if ended[at] else token)
+            seen[at].append(token)
+        if all(ended):
             return
-        yield token
-        seen.append(token)
-        fresh = [token]
+        yield chosen
+        fresh = [text[-1:] for text in seen]
 
 
 def stream(model: LanguageModel, tokens: Iterator[int]) -> Iterator[str]:

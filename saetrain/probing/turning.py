@@ -53,7 +53,7 @@ class Steering:
     """An edit of the hidden state: the turns above, at every position from ``first`` on.
 
     Rows longer than ``limit`` (attention sinks) stay as they are; so does, by default, the first one.  ``moved`` is
-    the mean over edited rows of |x' - x| / |x|.
+    the mean over edited rows of |x' - x| / |x|, and ``moved_by`` that of each window over its first passes.
     """
 
     def __init__(self, sae: SAE, turns: Sequence[Turn], *, first: int = 1, limit: float = math.inf) -> None:
@@ -69,7 +69,7 @@ class Steering:
         self.sae, self.turns, self.first, self.limit = sae, tuple(turns), first, limit
         self._features = torch.tensor(features, device=sae.W_dec.device)
         self._rows = sae.W_dec[self._features]
-        self._moved, self._count = 0.0, 0
+        self._passes: list[tuple[Tensor, Tensor]] = []  # of each: sum of |x' - x| / |x|, and edited rows, by window
 
     def __call__(self, x: Tensor, start: int) -> Tensor:
         """x' [windows, tokens, d] of x, whose first token is at position ``start``."""
@@ -80,8 +80,7 @@ class Steering:
         edited = (place >= self.first) & (norms <= self.limit)
         delta = torch.where(edited, delta, torch.zeros_like(delta))
         shares = torch.linalg.vector_norm(delta.float(), dim=-1, keepdim=True) / norms.clamp_min(1e-12)
-        self._moved += float(shares.double().sum())
-        self._count += int(edited.sum())
+        self._passes.append((shares.double().sum((1, 2)).cpu(), edited.double().sum((1, 2)).cpu()))
         return x + delta
 
     def activations(self, x: Tensor) -> Tensor:
@@ -103,7 +102,14 @@ class Steering:
 
     @property
     def moved(self) -> float:
-        return self._moved / max(self._count, 1)
+        return float(sum(m.sum() for m, _ in self._passes) / max(sum(n.sum() for _, n in self._passes), 1))
+
+    def moved_by(self, passes: Sequence[int]) -> list[float]:
+        """Of each window, over so many passes."""
+        return [
+            float(sum(m[at] for m, _ in self._passes[:end]) / max(sum(n[at] for _, n in self._passes[:end]), 1))
+            for at, end in enumerate(passes)
+        ]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 A member of a sweep that diverges leaves diverged.json in its folder: {"reason", "config"}.  The others go on, and the
 same command given again leaves that member out.
+
+A run that was evaluated inside its model has evaluation.json: the result of `saetrain evaluate`, and the model, text
+and step that it was measured with.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from saetrain.config import Config
-from saetrain.training.checkpoint import write_json
+from saetrain.errors import CheckpointError
+from saetrain.training.checkpoint import find, write_json
 
-MARKER = "diverged.json"
+MARKER, EVALUATION = "diverged.json", "evaluation.json"
 
 
 def diverged(line: dict[str, Any]) -> str:
@@ -42,3 +46,22 @@ def marked(run: Path, config: Config) -> str:
         return str(found["reason"]) if Config.from_json(found["config"]) == config else ""
     except FileNotFoundError:
         return ""
+
+
+def keep_evaluation(run: Path, found: dict[str, Any]) -> Path:
+    """Write the result of an evaluation into the folder of a run, with the step of its latest checkpoint."""
+    try:
+        step: int | None = int(find(run).state["step"])
+    except CheckpointError:  # another tool's folder
+        step = None
+    write_json(run / EVALUATION, {"step": step, **found})
+    return run / EVALUATION
+
+
+def read_evaluation(run: Path) -> dict[str, Any] | None:
+    """What `keep_evaluation` wrote; None if there is nothing, or nothing that can be read."""
+    try:
+        found = json.loads((run / EVALUATION).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "loss_recovered" in found else None

@@ -22,6 +22,7 @@ from matplotlib.ticker import LogLocator
 from saetrain.errors import SaetrainError
 from saetrain.training.log import read_log
 from saetrain.training.metrics import EDGES
+from saetrain.training.outcome import read_evaluation
 
 COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#8a5ea8", "#c77f1a", "#3aa6a6", "#6b6b6b", "#a3315d")
 Points = list[tuple[float, float]]
@@ -88,6 +89,13 @@ TABLE = {  # key of metrics.jsonl: heading; of the final model on held-out rows,
     "mfu": "MFU at the end",
     "loader_wait": "share of time waiting for rows",
 }
+SCORES = {  # of evaluation.json: path, heading
+    ("loss_recovered", "zero"): "loss recovered, from zero",
+    ("loss_recovered", "mean"): "from mean",
+    ("ce", "clean"): "cross entropy, clean",
+    ("ce", "sae"): "through the dictionary",
+    ("kl", "sae"): "KL",
+}
 
 
 def report(runs: Sequence[Path], out: Path) -> list[Path]:
@@ -102,7 +110,8 @@ def report(runs: Sequence[Path], out: Path) -> list[Path]:
     figure = draw(panels_of(logs), colours)
     out.mkdir(parents=True, exist_ok=True)
     page, image = out / "report.html", out / "report.png"
-    page.write_text(_page(logs, configs, colours, _svg(figure)))
+    measured = {_name(run, runs): found for run in runs if (found := read_evaluation(run))}
+    page.write_text(_page(logs, configs, colours, _svg(figure), _scores(measured, logs)))
     figure.savefig(image, dpi=110)
     return [page, image]
 
@@ -157,8 +166,30 @@ def _config(run: Path) -> dict[str, Any]:
         return {}
 
 
+def _scores(measured: dict[str, dict[str, Any]], logs: dict[str, list[dict[str, Any]]]) -> str:
+    """A table of what models lose through the dictionaries, or nothing where none was evaluated."""
+    rows = []
+    for run, found in measured.items():
+        cells = "".join(f"<td>{_interval(found[group][name])}</td>" for group, name in SCORES)
+        step, last = found["step"], logs[run][-1]["step"]
+        when = "" if step == last else f"step {step:,} of {last:,}, "
+        what = f"{when}layer {found['layer']} of {found['model']}, {found['documents']:,} documents"
+        rows.append(f"<tr><th>{html.escape(run)}</th>{cells}<td>{html.escape(what)}</td></tr>")
+    heads = "".join(f"<th>{heading}</th>" for heading in [*SCORES.values(), "measured on"])
+    table = f"<h2>The model through the dictionary</h2><table><tr><th>run</th>{heads}</tr>{''.join(rows)}</table>"
+    return f"{table}<p>In nats, with 95 % intervals over documents.</p>" if rows else ""
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f"{value['value']:.4f} ({value['low']:.4f} to {value['high']:.4f})"
+
+
 def _page(
-    logs: dict[str, list[dict[str, Any]]], configs: dict[str, dict[str, Any]], colours: dict[str, str], figure: str
+    logs: dict[str, list[dict[str, Any]]],
+    configs: dict[str, dict[str, Any]],
+    colours: dict[str, str],
+    figure: str,
+    scores: str,
 ) -> str:
     last = {run: {k: v for line in lines for k, v in line.items()} for run, lines in logs.items()}
     keys = [k for k in TABLE if any(k in values for values in last.values())]
@@ -185,6 +216,7 @@ td,th{{padding:3px 10px;border-bottom:1px solid #ddd;text-align:right}} th:first
 code{{color:#555}}</style><h1>Sparse autoencoder runs</h1><table><tr><th>run</th>
 {"".join(f"<th>{TABLE[k]}</th>" for k in keys)}</tr>{rows}</table>
 <p>The figures without another word are those of the final model on the held-out rows.</p>
+{scores}
 {figure}
 <h2>Settings</h2>{f"<table><tr><th>run</th>{heads}</tr>{settings}</table>" if varied else ""}
 <p>The same in all runs: <code>{html.escape(json.dumps(fixed))}</code></p>

@@ -227,6 +227,7 @@ def _begin(
                 "store": source.name,
                 "location": getattr(source, "location", source.name),
                 "heldout": heldout and getattr(heldout, "location", heldout.name),
+                "field": source.field,
                 "rows": source.rows,
                 "d_in": source.d_in,
                 "ranks": mesh.world,

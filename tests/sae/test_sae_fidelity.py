@@ -14,12 +14,16 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+import zarr
+
+import actshuffle
 import saetrain
 from saetrain.cli import main
 from saetrain.errors import ConfigError, DataError
 from saetrain.probing import fidelity
 from saetrain.probing.corpus import Corpus, Cutting, Scale
 from saetrain.training.metrics import ratio_interval
+from saetrain.training.outcome import read_evaluation
 from support.causal import dictionary, saved, texts, tiny
 from support.sae import MemorySource, Planted, one_rank, small
 
@@ -247,3 +251,69 @@ def test_the_command_prints_what_the_function_finds(
     assert "95 %" in shown
     assert main([*map(str, arguments[:-4]), "--json"]) == 2  # the run does not say which layer
     assert "--layer" in json.loads(capsys.readouterr().out)["message"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows 16 wide, in an array whose name says the layer."""
+    folder = tmp_path_factory.mktemp("store")
+    source = zarr.create_group(folder / "src.zarr")
+    source.create_array("layer_2", data=Planted.make(2048, 16, 24).rows.numpy(), chunks=(512, 16))
+    actshuffle.shuffle(folder / "src.zarr", folder / "rows.zarr", seed=1, memory="64MB")
+    return folder / "rows.zarr"
+
+
+SMALL = ["--steps", "6", "--d-sae", "64", "--k", "4", "--batch-size", "64", "--device", "cpu", "--tile", "64"]
+
+
+def test_fit_evaluates_at_its_end_and_the_report_says_so(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, made, out = saved(tmp_path / "model"), texts(6), tmp_path / "run"
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": t}) for _, t in made))
+    asked = ["--evaluate", text, "--model", model, "--prefix", "<s>", "--windows", 1]
+    assert main([*map(str, ["fit", store, "--out", out, *SMALL, *asked]), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["evaluation"]
+    corpus = Corpus(tiny(), made, Cutting(prefix="<s>", per_document=1))
+    expected = saetrain.evaluate(saetrain.load(out), tiny(), corpus).to_json()
+    assert told["layer"] == 2
+    assert told["loss_recovered"]["zero"] == pytest.approx(expected["loss_recovered"]["zero"])
+    kept = read_evaluation(out)
+    assert kept == {"step": 6, **told}
+    page = (out / "report.html").read_text()
+    value = told["loss_recovered"]["zero"]
+    assert f"{value['value']:.4f} ({value['low']:.4f} to {value['high']:.4f})" in page
+    assert "step 6 of" not in page
+    # The same by hand, which also finds the layer by the name of the only array.
+    asked = ["--text", text, "--model", model, "--documents", 3, "--save", "--device", "cpu"]
+    assert main([*map(str, ["evaluate", out, *asked])]) == 0
+    assert (read_evaluation(out) or {})["documents"] == 3
+    # A run that went on says at which step it was measured; one that was never measured says nothing.
+    assert main(["fit", str(store), "--out", str(tmp_path / "bare"), *SMALL]) == 0
+    assert "through the dictionary" not in (tmp_path / "bare" / "report.html").read_text()
+    assert main(["resume", str(out), "--steps", "8"]) == 0
+    assert "step 6 of 8" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--evaluate", "{text}"], "--model"),
+        (["--model", "{model}"], "--evaluate TEXT"),
+        (["--prefix", "<s>"], "--evaluate TEXT"),
+        (["--evaluate", "{text}", "--model", "{model}", "--layer", "3"], "3 layers of 16 numbers"),
+        (["--evaluate", "{text}", "--model", "{absent}"], "cannot be read"),
+        (["--evaluate", "{absent}", "--model", "{model}"], "absent"),
+        (["--evaluate", "{text}", "--model", "{model}", "--windows", "-1"], "--windows"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_is_refused_before_training(
+    given: list[str], words: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"text": tmp_path / "text.txt", "model": saved(tmp_path / "model"), "absent": tmp_path / "absent"}
+    places["text"].write_text("w1 w2 w3")
+    asked = [text.format(**places) for text in given]
+    assert main(["fit", str(store), "--out", str(tmp_path / "run"), *SMALL, *asked]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -82,6 +82,12 @@ OUTSIDE = {
     "nproc": ["0", "-1", "2.5", "many"],
     "out": ["a-file"],
     "heldout": ["absent.zarr", "wide.zarr"],
+    "evaluate": ["absent", "a-file"],
+    "model": ["absent"],
+    "model_dtype": ["", "int8"],
+    "layer": COUNT_OR_NONE,
+    "prefix": ["<s>"],
+    "windows": COUNT_OR_NONE,
 }
 SWITCHES = {"as_json", "debug", "report"}  # no value
 

@@ -21,7 +21,7 @@ from saetrain.errors import ConfigError
 from saetrain.exchange import export
 from saetrain.probing import curves
 from saetrain.probing.corpus import Corpus, Cutting, measure_scale
-from saetrain.probing.generation import prompt_tokens, stream
+from saetrain.probing.generation import generate_many, prompt_tokens, stream
 from saetrain.probing.turning import measure_largest, strength
 from support.causal import WORDS, dictionary, saved, texts, tiny
 from support.sae import MemorySource, Planted, one_rank, small
@@ -254,6 +254,22 @@ def test_measures_equal_plain_formulas() -> None:
     assert weak.measures["coherence"].high - np.mean(values) == pytest.approx(half)
 
 
+def test_texts_written_together_are_those_written_alone() -> None:
+    """Also where some end before others, and whatever the number; so is the share by which each was edited."""
+    model, sae, tokens = tiny(dtype=torch.float64), dictionary("relu", dtype=torch.float64), 12
+    dice, edit = [Sampler(1.0, seed) for seed in range(40)], Steering(sae, [Turn(5, "clamp", 2.0)])
+    texts = generate_many(model, PROMPT, dice, edit=edit, tokens=tokens)
+    lengths = [len(text) for text in texts]
+    assert min(lengths) < tokens == max(lengths)
+    moved = edit.moved_by([min(length + 1, tokens) for length in lengths])
+    for sampler, text, share in zip(dice, texts, moved, strict=True):
+        alone = Steering(sae, [Turn(5, "clamp", 2.0)])
+        assert text == list(saetrain.generate(model, PROMPT, edit=alone, tokens=tokens, sampler=sampler))
+        assert share == pytest.approx(alone.moved)
+    assert len(set(moved)) > 30
+    assert generate_many(model, PROMPT, dice[:3], edit=edit, tokens=tokens) == texts[:3]
+
+
 def test_shares_and_repetition() -> None:
     assert curves.repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
     assert curves.repeated([1] * 10) == pytest.approx(6 / 7)
@@ -269,7 +285,7 @@ def test_shares_and_repetition() -> None:
 
 def test_an_empty_text_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sae = tiny(), dictionary()
-    monkeypatch.setattr(curves, "generate", lambda *_, **__: iter(()))
+    monkeypatch.setattr(curves, "generate_many", lambda *_, **__: [[]])
     found = saetrain.steer(sae, model, [PROMPT], [(1.0, [Turn(5, "clamp", 1.0)])])
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["points"][0]["coherence"]["value"] is None
 

@@ -1,0 +1,102 @@
+"""`fit --evaluate`: when training has ended, run the model through the dictionary, as `saetrain evaluate` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from actshuffle import read_texts
+from saetrain.cli.models import layer_named
+from saetrain.cli.options import PATH, all_of
+from saetrain.errors import ConfigError
+from saetrain.opening import load
+from saetrain.probing.causal import DTYPES, LanguageModel
+from saetrain.probing.corpus import Corpus, Cutting
+from saetrain.probing.fidelity import evaluate, scores
+from saetrain.training.outcome import keep_evaluation
+
+Say = Callable[[str], None]
+EVALUATE = all_of(
+    click.option(
+        "--evaluate",
+        type=PATH,
+        multiple=True,
+        metavar="TEXT",
+        help="At the end, measure what --model loses on this text through the dictionary; repeatable.",
+    ),
+    click.option("--model", metavar="NAME", help="Of --evaluate: the causal model that the rows came from."),
+    click.option("--model-dtype", type=click.Choice(DTYPES), help="Of its computation.  [default: float32]"),
+    click.option("--layer", type=click.IntRange(0), metavar="N", help="Its hidden state.  [default: that of layer_N]"),
+    click.option("--prefix", metavar="TOKEN", help="Of --evaluate: begin windows with it, as `collect` did."),
+    click.option("--windows", type=click.IntRange(0), metavar="N", help="Most windows of a document; 0 takes all."),
+)
+NAMES = ("evaluate", "model", "model_dtype", "layer", "prefix", "windows")
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What is to be evaluated once a run has ended."""
+
+    text: tuple[Path, ...]
+    model: str
+    dtype: str
+    layer: int
+    cutting: Cutting
+
+    @classmethod
+    def of(cls, options: dict[str, Any], field: str, width: int) -> Closing | None:
+        """From the options of a command, before training: refuses what would fail only at its end."""
+        given = {name: options.pop(name) for name in NAMES}
+        text = given.pop("evaluate")
+        if not text:
+            if alone := [name for name, value in given.items() if value is not None]:
+                raise ConfigError(
+                    f"--{alone[0].replace('_', '-')} is for the evaluation at the end: give --evaluate TEXT"
+                )
+            return None
+        if given["model"] is None:
+            raise ConfigError("--evaluate runs a language model: give its name or folder with --model")
+        layer = given["layer"]
+        if layer is None:
+            layer = layer_named(field, f"the rows of {field!r} do not say which layer of the model they are of")
+        next(iter(read_texts(text)))
+        _check_size(given["model"], layer, width)
+        cutting = Cutting(0, given["prefix"] or "", given["windows"] or 0)
+        return cls(text, given["model"], given["model_dtype"] or "float32", layer, cutting)
+
+    def run(self, runs: list[Path], device: str, say: Say) -> dict[Path, dict[str, Any]]:
+        """Evaluate each run, and keep the result in its folder."""
+        model = LanguageModel.load(self.model, self.layer, dtype=self.dtype, device=device)
+        corpus = Corpus.read(model, self.text, self.cutting)
+        found = {}
+        for run in runs:
+            say(f"evaluating {run} in {self.model}, layer {self.layer}")
+            values = evaluate(load(run).to(model.device), model, corpus).to_json()
+            found[run] = {"model": self.model, "text": [str(path) for path in self.text], **values}
+            keep_evaluation(run, found[run])
+            say(scores(values))
+        return found
+
+
+def _check_size(name: str, layer: int, width: int) -> None:
+    """Compare the model's settings with the store; its weights are read at the end."""
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ConfigError(
+            "--evaluate needs transformers: in a checkout of actshuffle, pip install '.[collect]'"
+        ) from error
+    try:
+        whole = AutoConfig.from_pretrained(name)
+        config = whole.get_text_config() if hasattr(whole, "get_text_config") else whole
+        size, blocks = int(config.hidden_size), int(config.num_hidden_layers)
+    except Exception as error:  # of many kinds, most of them about the name
+        raise ConfigError(f"--model {name} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
+    if size != width or layer >= blocks:
+        raise ConfigError(
+            f"--model {name} has {blocks} layers of {size} numbers; the rows have {width}, and are of layer {layer}"
+        )
