@@ -100,6 +100,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "sae-order": {"store": None, "d_sae": 64, "k": 4, "batch": 128, "buffer": 512, "dead": 2},
     "features": {"rows": 2000, "width": 16, "latents": [64], "k": 4, "workers": 0, "rounds": 1},
+    "view": {"latents": 512, "described": 256, "rows": 2000, "width": 16, "k": 4, "asked": 2},
     "sae-ranks": {"width": 16, "d_sae": 2048, "small": 64, "ranks": [1, 2]},
 }
 
@@ -353,6 +354,21 @@ def features(**options: Any) -> None:
     from benchmarks.sae import describe as module
 
     _start("features", module.run, options)
+
+
+@main.command()
+@click.option("--latents", type=COUNT, default=1_000_000, help="Features of the result.")
+@click.option("--described", type=COUNT, default=4096, help="Features that are described; the others are copies.")
+@click.option("--rows", type=COUNT, default=100_000, help="Rows of the store.")
+@click.option("--width", type=COUNT, default=128, help="Width of the activations.")
+@click.option("--k", type=COUNT, default=32, help="Active latents of a token.")
+@click.option("--asked", type=COUNT, default=30, help="Features to ask for.")
+@_common
+def view(**options: Any) -> None:
+    """Time the page's server on one feature of a million: from a cold cache, from a warm one, and again."""
+    from benchmarks.sae import look as module
+
+    _start("view", module.run, options)
 
 
 @main.command(name="all")

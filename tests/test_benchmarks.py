@@ -198,6 +198,14 @@ def test_features(tmp_path):
     assert min(row["product"]) > 0
 
 
+def test_view(tmp_path):
+    summary = miniature(tmp_path, "view")["summary"]
+    assert list(summary) == ["cold", "warm", "again"]
+    for found in summary.values():
+        assert len(found["ms"]) == 2
+        assert 0 < min(found["ms"]) <= found["median"] <= found["worst"]
+
+
 # --- What measures ------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ from saetrain.sae import SAE
 @TEXT
 @click.option("--rows", type=int, default=20_000, metavar="N", help="Of that text, to measure the maximum on.")
 @click.option("--median-norm", type=float, metavar="X", help="Of the layer, in place of --text.")
-@click.option("--features", "store", type=PATH, help="Result of `saetrain features`, for the maximum.")
+@click.option("--features", "store", type=PATH, help="Result of `saetrain features`, in place of --text.")
 @click.option("--largest", type=float, multiple=True, metavar="X", help="Largest activation of each feature, likewise.")
 @click.option("--tokens", type=int, default=64, metavar="N", help="Most tokens of a text.")
 @click.option("--seeds", type=int, default=1, metavar="N", help="Texts of each prompt and strength, from seed 0 on.")
@@ -50,7 +50,7 @@ def _steer(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
 
     \b
     Example:
-      saetrain steer run --model smollm2/ --feature 603 --chat --prompt "What are you?" --text corpus/ --out steered
+      saetrain steer run --model smollm2/ --feature 603 --chat --prompt "What are you?" --features acts.features
     """
     sae, model = open_both(run, options)
     norm, largest = _units(sae, model, options)
@@ -91,9 +91,11 @@ def _units(sae: SAE, model: LanguageModel, options: dict[str, Any]) -> tuple[flo
     if given and len(given) != len(features):
         raise ConfigError(f"{len(features)} features and {len(given)} largest activations: one for each is needed")
     norm, largest = options["median_norm"], dict(zip(features, given, strict=False))
-    if options["store"] and not largest:
+    if options["store"]:
         described = open_features(options["store"])
-        largest = {feature: described[feature].max for feature in features if not described[feature].is_dead}
+        known = [feature for feature in features if feature < len(described) and not described[feature].is_dead]
+        largest = largest or {feature: described[feature].max for feature in known}
+        norm = described.median_norm if norm is None else norm
     if options["text"]:
         corpus = open_text(model, options)
         scale = measure_scale(corpus, options["drop_norm"])
@@ -102,7 +104,7 @@ def _units(sae: SAE, model: LanguageModel, options: dict[str, Any]) -> tuple[flo
     needed = {"norm": norm, "max": largest, "activation": True}[options["unit"]]
     if not needed and options["method"] in ("clamp", "add"):
         raise ConfigError(
-            f"strengths in units of {options['unit']} need --text, or --median-norm, --largest or --features"
+            f"strengths in units of {options['unit']} need --features or --text, or --median-norm or --largest"
         )
     return norm, largest
 

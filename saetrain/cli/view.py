@@ -5,6 +5,7 @@ from __future__ import annotations
 import webbrowser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -12,9 +13,11 @@ from saetrain.cli.models import open_both
 from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
 from saetrain.errors import ConfigError
 from saetrain.probing.causal import DTYPES
+from saetrain.products.reading import open_interactions
 from saetrain.reading.latents import Features, open_features
 from saetrain.view.labels import Labels
-from saetrain.view.live import Live, median_norm_of
+from saetrain.view.live import Live
+from saetrain.view.pairs import Pairs
 from saetrain.view.server import Server
 from saetrain.view.site import Site
 
@@ -31,6 +34,9 @@ PORT = 8765
 @click.option("--model-dtype", type=click.Choice(DTYPES), default="float32", help="Of the model's computation.")
 @click.option("--device", default="auto", help="cpu, cuda or auto.")
 @click.option("--labels", type=PATH, help="File of labels.  [default: FEATURES with .labels.json]")
+@click.option("--interactions", type=PATH, multiple=True, metavar="OUT", help="Product to look through; repeatable.")
+@click.option("--beside", multiple=True, metavar="FEATURES", help="Describes the other side of a product; repeatable.")
+@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="Page that may read features as JSON.")
 @click.option("--port", type=click.IntRange(0, 65535), default=PORT, help=f"0 takes a free one.  [default: {PORT}]")
 @click.option("--open/--no-open", "opened", default=True, help="Open a browser.  [default: open]")
 @LOOK
@@ -39,6 +45,9 @@ def _view(
     store: str | None,
     run: Path | None,
     labels: Path | None,
+    interactions: tuple[Path, ...],
+    beside: tuple[str, ...],
+    origins: tuple[str, ...],
     port: int,
     opened: bool,
     as_json: bool,
@@ -53,9 +62,13 @@ def _view(
     Examples:
       saetrain view activations.features
       saetrain view activations.features --model smollm2/
+      saetrain view layer16.features --interactions out --beside layer12.features
     """
     found = open_features(features, store=store)
-    site = Site(found, Labels(labels or _beside(features)), _run(found, run), _live(found, model))
+    described = [found, *map(open_features, beside)]
+    products = [Pairs(open_interactions(path), described) for path in interactions]
+    held = Labels(labels or _beside(features))
+    site = Site(found, held, _run(found, run), _live(found, model), products, frozenset(map(_origin, origins)))
     server = Server(site, port)
     print_json({"url": server.url, "latents": len(found)}, as_json)
     if not as_json:
@@ -68,6 +81,14 @@ def _view(
         pass
     finally:
         server.server_close()
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers send it: scheme, host and port."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/") or parts.query:
+        raise ConfigError(f"--allow-origin is scheme, host and port, as http://localhost:8041, not {text!r}")
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _beside(features: str) -> Path:
@@ -95,8 +116,7 @@ def _live(features: Features, options: dict[str, Any]) -> Live | None:
     if not folder.exists():
         raise ConfigError(f"the dictionary {folder} is gone, and --model needs it")
     sae, model = open_both(folder, options)
-    norm = median_norm_of(features.store, features.facts["field"]) if features.store is not None else None
-    return Live(sae, model, norm)
+    return Live(sae, model, features.median_norm)
 
 
 COMMANDS = (_view,)

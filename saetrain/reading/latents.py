@@ -25,6 +25,7 @@ from saetrain.describing.slots import NO_OFFSET, NO_ROW, histogram_edges
 from saetrain.errors import DataError
 from saetrain.features.keeping import by_feature, by_row
 from saetrain.reading.card import card
+from saetrain.reading.norms import median_norm_of
 from saetrain.reading.records import Codes, Companion, Example, Histogram, Interval, Neighbour, Token
 from saetrain.reading.weights import Logits, Promoter, logits_of, promoters_of
 
@@ -269,6 +270,11 @@ class Features:
         except ActshuffleError:
             return None
         return found if found.identity == self.facts["identity"] else None
+
+    @cached_property
+    def median_norm(self) -> float | None:
+        """The median norm of the rows that were described, from a sample of them; None where the store is gone."""
+        return median_norm_of(self.store, self.facts["field"]) if self.store is not None else None
 
     @cached_property
     def _decoders(self) -> tuple[Any, Any]:

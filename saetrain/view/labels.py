@@ -31,6 +31,10 @@ class Labels:
     def all(self) -> dict[int, str]:
         return dict(self._held)
 
+    def document(self) -> dict[str, object]:
+        """What the file holds."""
+        return {"format": FORMAT, "labels": {str(latent): self._held[latent] for latent in sorted(self._held)}}
+
     def put(self, latent: int, text: str) -> None:
         """Set one label, or remove it with an empty text.  Labels that others saved meanwhile are kept."""
         text = " ".join(text.split())
@@ -41,8 +45,12 @@ class Labels:
             held.pop(latent, None)
             if text:
                 held[latent] = text
-            self._write(held)
-            self._held = held
+            before, self._held = self._held, held
+            try:
+                self._write()
+            except BaseException:
+                self._held = before
+                raise
 
     def _read(self) -> dict[int, str]:
         try:
@@ -55,12 +63,11 @@ class Labels:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{self.path} holds no labels: {type(error).__name__}: {error}") from error
 
-    def _write(self, held: dict[int, str]) -> None:
-        document = {"format": FORMAT, "labels": {str(latent): held[latent] for latent in sorted(held)}}
+    def _write(self) -> None:
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(document, file, ensure_ascii=False, indent=1)
+                json.dump(self.document(), file, ensure_ascii=False, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).replace(self.path)

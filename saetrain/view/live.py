@@ -6,10 +6,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
-from actshuffle import Dataset
 from saetrain.errors import ConfigError
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.generation import Sampler, generate, prompt_tokens, stream
@@ -19,7 +17,6 @@ from saetrain.sae import SAE
 LONGEST_TEXT = 512  # tokens of a pasted text
 MOST_TOKENS = 256  # of a steered text
 EACH = 6  # features told of each token
-SAMPLE_RUNS, SAMPLE_ROWS = 64, 32  # rows on which the median norm is measured
 
 
 class Live:
@@ -109,17 +106,3 @@ class Live:
             self.sae, feature, value, unit, median_norm=self.median_norm, largest=largest.get(feature) or None
         )
         return Turn(feature, method, found.activation)
-
-
-def median_norm_of(store: Dataset, field: str) -> float | None:
-    """The median norm of rows from all over a store: of 64 runs of 32 rows, evenly spread; None without finite rows."""
-    each = min(SAMPLE_ROWS, store.rows)
-    starts = np.unique(np.linspace(0, store.rows - each, SAMPLE_RUNS).astype(np.int64)).tolist()
-    rows = np.concatenate([store.read(field, start, start + each) for start in starts])
-    if store.fields[field].bfloat16:
-        wide = torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16).double().numpy()
-    else:
-        wide = rows.astype(np.float64)
-    norms = np.linalg.norm(wide.reshape(len(wide), -1), axis=1)
-    norms = norms[np.isfinite(norms)]
-    return float(np.median(norms)) if len(norms) else None

@@ -3,6 +3,8 @@
 A page on loopback can be reached by any web site that the user's browser shows: by a request of its own, or under a
 name that it points at 127.0.0.1 (DNS rebinding).  So each request must name this server as its Host, and a request that
 writes or computes must carry the token that only our own page holds.  Scripts come from our own files alone (CSP).
+
+Pages of attribution graphs may read features as /features/SCAN/INDEX.json, where the server was told their origins.
 """
 
 from __future__ import annotations
@@ -79,6 +81,10 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(lambda: self._read(path.split("/")[2:], query))
         elif path.startswith("/static/"):
             self._file(path.removeprefix("/static/"))
+        elif path.startswith("/features/"):
+            self._answer(lambda: self._graph_page(path.split("/")[2:]), self._sharing())
+        elif path == "/labels.json":
+            self._answer(self.server.site.labels.document, {"Content-Disposition": "attachment"})
         elif path == "/favicon.ico":
             self._file("icon.svg")
         elif "." in path.rpartition("/")[2]:
@@ -142,14 +148,14 @@ class Handler(BaseHTTPRequestHandler):
                     _filters(query),
                     query.get("order", "index"),
                     _whole(query.get("start", "0")),
-                    falling=query.get("falling", "0") == "1",
-                    labelled=query.get("labelled", "0") == "1",
+                    falling=_is_set(query, "falling"),
+                    only=next((name for name in ("labelled", "dead") if _is_set(query, name)), None),
                 )
             case ["feature", latent]:
                 return site.feature(_whole(latent))
             case ["beside", latent]:
-                falling = query.get("falling", "0") == "1"
-                return site.beside(_whole(latent), _filters(query), query.get("order", "index"), falling=falling)
+                order = query.get("order", "index")
+                return site.beside(_whole(latent), _filters(query), order, falling=_is_set(query, "falling"))
             case ["examples", latent, kind]:
                 return site.examples(_whole(latent), kind)
             case ["compare"]:
@@ -158,7 +164,28 @@ class Handler(BaseHTTPRequestHandler):
                 return site.search(query.get("q", ""))
             case ["metrics"]:
                 return site.metrics()
+            case ["interactions", number, half]:
+                order, start = query.get("order", "number"), _whole(query.get("start", "0"))
+                return site.pairs(_whole(number)).listing(half, order, start, falling=_is_set(query, "falling"))
+            case ["interactions", number, half, line]:
+                return site.pairs(_whole(number)).line(half, _whole(line))
         raise LookupError("/".join(path))
+
+    def _graph_page(self, path: list[str]) -> Any:
+        """The JSON of a feature for another page, by the words of its path after /features/."""
+        match path:
+            case [scan, name] if name.endswith(".json"):
+                found = self.server.site.graph_page(scan, _whole(name.removesuffix(".json")))
+                if found is not None:
+                    return found
+        raise LookupError("/".join(["features", *path]))
+
+    def _sharing(self) -> dict[str, str]:
+        """Headers that let a page of an allowed origin read the answer."""
+        origin = self.headers.get("Origin", "")
+        if origin not in self.server.site.origins:
+            return {}
+        return {"Access-Control-Allow-Origin": origin, "Cross-Origin-Resource-Policy": "cross-origin", "Vary": "Origin"}
 
     def _act(self, path: str, body: dict[str, Any]) -> None:
         """Answer a request that writes or computes."""
@@ -197,7 +224,7 @@ class Handler(BaseHTTPRequestHandler):
 
     # --- answers
 
-    def _answer(self, work: Any) -> None:
+    def _answer(self, work: Any, headers: dict[str, str] | None = None) -> None:
         try:
             found = work()
         except LookupError as error:
@@ -207,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
         except OSError as error:
             self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, f"{error.strerror or error}: {error.filename or ''}")
         else:
-            self._send(HTTPStatus.OK, _json(found), "application/json")
+            self._send(HTTPStatus.OK, _json(found), "application/json", headers)
 
     def _fail(self, status: HTTPStatus, message: str) -> None:
         self._send(status, _json({"error": message}), "application/json")
@@ -218,9 +245,10 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._fail(HTTPStatus.NOT_FOUND, f"no such file: {name}")
 
-    def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+    def _send(self, status: HTTPStatus, body: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {**SAFE, "Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body))}.items():
+        about = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body))}
+        for name, value in {**SAFE, **about, **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -253,11 +281,15 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _is_set(query: dict[str, str], name: str) -> bool:
+    return query.get(name, "0") == "1"
+
+
 def _filters(query: dict[str, str]) -> list[Filter]:
     """From density=1e-4,1e-3 and the like."""
     found = []
     for name, text in query.items():
-        if name in ("order", "start", "falling", "labelled"):
+        if name in ("order", "start", "falling", "labelled", "dead"):
             continue
         try:
             low, high = map(float, text.split(","))

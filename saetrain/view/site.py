@@ -16,14 +16,19 @@ import numpy as np
 from saetrain.errors import ConfigError
 from saetrain.reading.latents import Feature, Features
 from saetrain.reading.records import Example
+from saetrain.sharing.graphpages import page
+from saetrain.sharing.sheet import Sheet
 from saetrain.training.log import read_log
+from saetrain.training.outcome import read_evaluation
 from saetrain.view.labels import Labels
 from saetrain.view.lists import QUANTITIES, Filter, Lists
 from saetrain.view.live import Live
+from saetrain.view.pairs import Pairs
 
 FIRST = 8  # examples that come with a latent; the page asks for the others
 PAGE = 100  # latents of one part of a list
 COMPARED = 4
+ENDS = ("top", "bottom")
 
 
 @dataclass
@@ -34,6 +39,8 @@ class Site:
     labels: Labels
     run: Path | None = None
     live: Live | None = None
+    products: list[Pairs] = field(default_factory=list)
+    origins: frozenset[str] = frozenset()  # sites whose pages may read the JSON of features
     lists: Lists = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,17 +66,20 @@ class Site:
             "labels": str(self.labels.path),
             "model": self.live and self.live.facts(),
             "run": self.run is not None,
+            "interactions": [pairs.facts() for pairs in self.products],
         }
 
     def overview(self) -> dict[str, Any]:
         return self.lists.overview() | {"labelled": len(self.labels.all())}
 
     def listing(
-        self, filters: list[Filter], order: str, start: int, *, falling: bool, labelled: bool
+        self, filters: list[Filter], order: str, start: int, *, falling: bool, only: str | None = None
     ) -> dict[str, Any]:
-        """A part of the live latents that pass the filters, with what one line of a list shows."""
-        if labelled:
+        """A part of the live latents that pass the filters, or of the labelled or dead ones, as a list shows it."""
+        if only == "labelled":
             chosen = np.array(sorted(self.labels.all()), np.int64)
+        elif only == "dead":
+            chosen = np.flatnonzero(~self.lists.alive)
         else:
             chosen = self.lists.choose(filters, order, falling=falling)
         some = chosen[start : start + PAGE].tolist()
@@ -158,7 +168,24 @@ class Site:
         if self.run is None:
             raise ConfigError("no run was given; start the page with --run")
         lines = [{k: _number(v) for k, v in line.items() if isinstance(v, (int, float))} for line in read_log(self.run)]
-        return {"run": str(self.run), "lines": lines}
+        return {"run": str(self.run), "lines": lines, "evaluation": read_evaluation(self.run)}
+
+    def pairs(self, number: int) -> Pairs:
+        """One of the products that the page was started with."""
+        if number >= len(self.products):
+            raise ConfigError(f"no product {number}: the page was started with {len(self.products)} --interactions")
+        return self.products[number]
+
+    def graph_page(self, scan: str, latent: int) -> dict[str, Any] | None:
+        """What pages of attribution graphs read of a latent; None where there is none, or it is dead."""
+        if scan != self.scan or latent >= len(self.features) or self.features[latent].is_dead:
+            return None
+        return page(Sheet(self.features[latent]), scan)
+
+    @property
+    def scan(self) -> str:
+        """The name under which these latents are served to other pages."""
+        return Path(self.features.path).name
 
     # --- parts that a result may lack
 
@@ -169,21 +196,20 @@ class Site:
         return [self.line(n.latent) | {"cosine": _number(n.cosine)} for n in found]
 
     def _logits(self, f: Feature) -> dict[str, Any] | None:
-        if not self.features.has("logit"):
+        found = f.logits
+        if found is None:
             return None
-        told = {}
-        for name, ids, values in (("top", "top_id", "top"), ("bottom", "bottom_id", "bottom")):
-            tokens = [int(i) for i in f.array(f"logit/{ids}")]
-            texts = self.features.text(tokens) or tuple(str(i) for i in tokens)
-            held = zip(tokens, texts, _list(f.array(f"logit/{values}")), strict=True)
-            told[name] = [{"id": i, "text": text, "value": value} for i, text, value in held if i >= 0]
-        return told
+        ends = {name: [m._asdict() | {"text": m.text or str(m.id)} for m in getattr(found, name)] for name in ENDS}
+        return {**ends, "histogram": {"edges": _list(found.edges), "counts": _list(found.counts)}}
 
     def _together(self, f: Feature) -> list[dict[str, Any]] | None:
         if not self.features.has("together"):
             return None
-        ids, counts = f.array("together/id").tolist(), f.array("together/count").tolist()
-        return [self.line(i) | {"count": n} for i, n in zip(ids, counts, strict=True) if i >= 0]
+        return [
+            self.line(c.latent)
+            | {"count": c.times, "expected": _number(c.expected), "share": [_number(v) for v in c.share]}
+            for c in f.together
+        ]
 
 
 def _example(example: Example) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -14,13 +15,16 @@ import pytest
 
 import saetrain
 from saetrain.features.layout import Slots, chunk_key, columns, metadata
+from saetrain.probing.corpus import Corpus, Cutting
 from saetrain.reading.latents import Features
+from saetrain.training.outcome import keep_evaluation
 from saetrain.view.labels import Labels
 from saetrain.view.live import Live
+from saetrain.view.pairs import Pairs
 from saetrain.view.server import Server
 from saetrain.view.site import Site
 from support.causal import dictionary as random_dictionary
-from support.causal import tiny
+from support.causal import texts, tiny
 from support.features import LATENTS, TINY, dictionary, store
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
@@ -46,7 +50,18 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store(folder / "acts.zarr")
     dictionary(folder / "dictionary", "topk")
     saetrain.build_features(folder / "dictionary", folder / "acts.zarr", folder / "out", fsync=False, **TINY)
+    saetrain.interactions(folder / "dictionary", folder / "dictionary", folder / "product", k=4, thresholds=[0.5])
+    (folder / "run").mkdir()
+    lines = [{"step": 10 * i, "tokens": 640 * i, "loss": 1 / i, "eval_fvu": 0.5 / i, "l0": 5.0} for i in (1, 2, 3)]
+    (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keep_evaluation(folder / "run", {"model": HOSTILE, "text": ["held/out"]} | evaluated())
     return folder / "out"
+
+
+def evaluated() -> dict[str, Any]:
+    model = tiny()
+    corpus = Corpus(model, texts(4), Cutting(context=12))
+    return saetrain.evaluate(random_dictionary(latents=LATENTS), model, corpus).to_json()
 
 
 class Opened:
@@ -91,7 +106,9 @@ def opened(browser: Any, result: Path, tmp_path: Path) -> Iterator[Opened]:
     features = saetrain.open_features(result)
     features.text = lambda ids, running=False: tuple(HOSTILE if i == 2 else f" word{i}" for i in ids)  # type: ignore[method-assign]
     sae = random_dictionary(latents=LATENTS)
-    made = Opened(browser, Site(features, Labels(tmp_path / "labels.json"), live=Live(sae, tiny(), 4.0)))
+    product = Pairs(saetrain.open_interactions(result.parent / "product"), [features])
+    site = Site(features, Labels(tmp_path / "labels.json"), result.parent / "run", Live(sae, tiny(), 4.0), [product])
+    made = Opened(browser, site)
     yield made
     made.close()
     assert made.errors == []
@@ -106,6 +123,8 @@ def test_every_view_is_drawn_at_both_widths_and_nothing_sticks_out(opened: Opene
         "/search?q=word5": "Search: word5",
         "/text?t=red+dog": "Features of a text",
         "/steer?feature=4": "Steering",
+        "/interactions": "Interactions",
+        "/interactions?half=columns&line=5": "Interactions",
         "/run": "Run",
     }
     for width in (1280, 390):
@@ -114,11 +133,11 @@ def test_every_view_is_drawn_at_both_widths_and_nothing_sticks_out(opened: Opene
             page = opened.go(path)
             assert page.inner_text("h1") == title
             assert page.evaluate("document.documentElement.scrollWidth") <= width, (path, width)
-    for path in ("/", "/feature/4"):
+    for path in views:
         page = opened.go(path)
-        unnamed = "[...document.querySelectorAll('button, a, input, select, [role=button]')].filter(e => "
+        unnamed = "[...document.querySelectorAll('button, a, input, select, textarea, [role=button]')].filter(e => "
         unnamed += "!(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).length"
-        assert page.evaluate(unnamed) == 0
+        assert page.evaluate(unnamed) == 0, path
     assert opened.go("/feature/99").inner_text(".empty") == "no feature 99: there are 0 to 39"
     opened.errors = [text for text in opened.errors if "400" not in text]  # that answer, as the browser reports it
 
@@ -190,7 +209,16 @@ def test_a_label_survives_a_restart(browser: Any, opened: Opened, result: Path) 
 
 
 def test_hostile_tokens_stay_text(opened: Opened) -> None:
-    for path in ("/", "/feature/4", "/feature/5", "/compare?ids=4,5", "/search?q=word1"):
+    views = (
+        "/",
+        "/feature/4",
+        "/feature/5",
+        "/compare?ids=4,5",
+        "/search?q=word1",
+        "/interactions",
+        "/interactions?line=5",
+    )
+    for path in views:
         page = opened.go(path)
         assert page.evaluate("window.hit") is None, path
         assert page.locator("main img").count() == 0, path
@@ -209,6 +237,50 @@ def test_a_pasted_text_and_steering(opened: Opened) -> None:
     page.get_by_text("Edited rows moved by").wait_for()
     assert page.locator(".written").nth(1).inner_text() != ""
     assert "tokens=6" in page.url
+
+
+def test_interactions_lead_from_line_to_line_and_to_features(opened: Opened, result: Path) -> None:
+    w = saetrain.open_interactions(result.parent / "product")
+    page = opened.go("/interactions?order=kept&falling=1")
+    opened.listed(LATENTS)
+    kept = w.rows.arrays["kept"][:]
+    first = min(range(LATENTS), key=lambda i: (-kept[i], i))
+    page.locator("table.list tbody tr .number").first.click()
+    opened.until("document.querySelector('h2.big')?.textContent", f"Row {first}")
+    largest = w.rows[first].top_index[0]
+    page.locator(".entries .number").first.click()
+    opened.until("document.querySelector('h2.big')?.textContent", f"Column {largest}")
+    page.get_by_role("link", name="Feature", exact=True).click()
+    opened.title(f"Feature {largest}")
+    opened.until("document.querySelectorAll('.entries').length", 2)  # its row and its column
+    page.get_by_text("All that is kept of its row").click()
+    opened.until("document.querySelector('h2.big')?.textContent", f"Row {largest}")
+    page.get_by_role("tab", name="columns").click()
+    opened.until("location.search.includes('half=columns')")
+    assert opened.go("/interactions?line=99").inner_text(".empty") == "no row 99: there are 0 to 39"
+    opened.errors = [text for text in opened.errors if "400" not in text]  # that answer, as the browser reports it
+
+
+def test_dead_ones_and_labels_have_lists_of_their_own(opened: Opened) -> None:
+    page = opened.go("/")
+    page.get_by_text("dead on these rows").click()
+    opened.listed(int((opened.server.site.features.array("stat/count") == 0).sum()))
+    assert page.inner_text("table.list .number >> nth=0") == "3"
+    opened.server.site.labels.put(6, "red")
+    page = opened.go("/?labelled=1")
+    with page.expect_download() as loaded:
+        page.get_by_text("Download the labels").click()
+    assert json.loads(loaded.value.path().read_text())["labels"] == {"6": "red"}
+
+
+def test_the_run_shows_its_curves_and_what_the_model_loses(opened: Opened) -> None:
+    page = opened.go("/run")
+    assert HOSTILE in page.inner_text("main")
+    assert page.evaluate("window.hit") is None
+    assert page.locator("svg.chart").count() == 3  # of the loss, of FVU and of L0
+    value = evaluated()["loss_recovered"]["zero"]["value"]
+    shown = page.locator("tr", has_text="Loss recovered, from zero").locator("b").inner_text()
+    assert float(shown.replace("\u2212", "-").replace(",", "")) == pytest.approx(value, rel=1e-3)
 
 
 def test_light_and_dark_differ_and_the_choice_stays(opened: Opened) -> None:

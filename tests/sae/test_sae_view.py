@@ -14,13 +14,17 @@ import pytest
 import torch
 
 import saetrain
+from saetrain.cli import main
 from saetrain.errors import ConfigError, DataError
 from saetrain.probing.generation import Sampler, generate, prompt_tokens, stream
 from saetrain.probing.turning import Steering, Turn
 from saetrain.sae import SAE
+from saetrain.sharing.export import export_features
+from saetrain.sharing.naming import Names
 from saetrain.view.labels import Labels
 from saetrain.view.lists import Lists
-from saetrain.view.live import Live, median_norm_of
+from saetrain.view.live import Live
+from saetrain.view.pairs import Pairs
 from saetrain.view.server import TOKEN_HEADER, Server
 from saetrain.view.site import Site
 from support.causal import dictionary as random_dictionary
@@ -124,6 +128,98 @@ def test_search_by_number_label_and_token(server: Server, site: Site, monkeypatc
     }
     assert found == pytest.approx(due)
     assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_dead_ones_have_a_list_and_labels_a_file(server: Server, site: Site) -> None:
+    dead = np.flatnonzero(site.features.array("stat/count") == 0).tolist()
+    found = ask(server, "GET", "/api/list?dead=1")[1]
+    assert [item["id"] for item in found["items"]] == dead != []
+    site.labels.put(6, "the colour <red>")
+    assert ask(server, "GET", "/labels.json") == (200, {"format": 1, "labels": {"6": "the colour <red>"}})
+    assert json.loads(site.labels.path.read_text()) == ask(server, "GET", "/labels.json")[1]
+
+
+# --- Interactions, and features for other pages -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def product(result: Path) -> Path:
+    folder = result.parent
+    saetrain.interactions(folder / "dictionary", folder / "dictionary", folder / "product", k=4, thresholds=[0.5])
+    return folder / "product"
+
+
+def test_interactions_are_those_of_the_store(server: Server, site: Site, product: Path) -> None:
+    w = saetrain.open_interactions(product)
+    site.products = [Pairs(w, [site.features])]
+    facts = ask(server, "GET", "/api/facts")[1]["interactions"][0]
+    assert facts["here"] == ["rows", "columns"]
+    assert facts["halves"]["rows"]["kept"] == w.kept["rows"]
+    for half, lines in (("rows", w.rows), ("columns", w.columns)):
+        due, found = lines[5], ask(server, "GET", f"/api/interactions/0/{half}/5")[1]
+        for end in ("top", "bottom"):
+            assert [e["id"] for e in found[end]] == getattr(due, f"{end}_index").tolist()
+            assert [e["value"] for e in found[end]] == getattr(due, f"{end}_value").tolist()
+        assert [found[name] for name in ("kept", "energy", "sum", "entries")] == [
+            due.kept, due.energy, due.sum, due.length,
+        ]  # fmt: skip
+        assert found["over"] == [[0.5, due.over[0.5]]]
+        assert found["rest"] == dict(zip(("count", "mean", "std"), due.rest, strict=True))
+        kept = lines.arrays["kept"][:]
+        listed = ask(server, "GET", f"/api/interactions/0/{half}?order=kept&falling=1")[1]
+        assert [item["id"] for item in listed["items"]] == sorted(range(LATENTS), key=lambda i: (-kept[i], i))
+        assert sum(listed["histogram"]["counts"]) == listed["total"] == LATENTS
+    assert ask(server, "GET", "/api/interactions/0/rows?start=38")[1]["items"][0]["id"] == 38
+    for path in ("0/rows/40", "1/rows", "0/cells", "0/rows?order=colour", "x/rows"):
+        assert ask(server, "GET", f"/api/interactions/{path}")[0] == 400
+
+
+def test_sides_are_described_by_the_result_of_their_dictionary(site: Site, product: Path, tmp_path: Path) -> None:
+    other = saetrain.open_features(site.features.path)
+    other.facts = other.facts | {"dictionary": str(tmp_path)}
+    pairs = Pairs(saetrain.open_interactions(product), [other])
+    assert pairs.here == []
+    assert pairs.line("rows", 5)["tokens"] == []
+    pairs = Pairs(saetrain.open_interactions(product), [other, site.features])
+    assert pairs.here == []
+    assert pairs.line("rows", 5)["tokens"] == site.line(5)["tokens"] != []
+
+
+def test_features_for_other_pages_are_those_of_the_export(server: Server, site: Site, tmp_path: Path) -> None:
+    export_features(site.features.path, tmp_path / "export", "graph", names=Names("m", 1, "out"))
+    files = {path.name: path for path in (tmp_path / "export").rglob("*.json") if path.stem.isdigit()}
+    assert len(files) > 30
+    for number in range(LATENTS):
+        status, found = ask(server, "GET", f"/features/out/{number}.json")
+        if f"{number}.json" not in files:
+            assert status == 404
+            continue
+        due = json.loads(files[f"{number}.json"].read_text())
+        assert found == due | {"transcoder_id": "out"}
+    for path in ("/features/other/4.json", "/features/out/40.json", "/features/out/4", "/features/out"):
+        assert ask(server, "GET", path)[0] == 404
+
+
+def test_only_pages_that_were_named_may_read_features(server: Server, site: Site) -> None:
+    def allowed(origin: str, path: str = "/features/out/4.json") -> str | None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+        connection.request("GET", path, headers={"Origin": origin})
+        response = connection.getresponse()
+        response.read()
+        connection.close()
+        return response.getheader("Access-Control-Allow-Origin")
+
+    assert allowed("http://localhost:8041") is None
+    site.origins = frozenset({"http://localhost:8041"})
+    assert allowed("http://localhost:8041") == "http://localhost:8041"
+    assert allowed("http://localhost:8042") is None
+    assert allowed("http://localhost:8041", "/api/feature/4") is None
+
+
+@pytest.mark.parametrize("given", ["localhost", "*", "ftp://a", "http://a/b", "http://"])
+def test_an_origin_is_scheme_host_and_port(given: str, result: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["view", str(result), "--no-open", "--port", "0", "--allow-origin", given]) == 2
+    assert "--allow-origin" in capsys.readouterr().err
 
 
 # --- Who may ask --------------------------------------------------------------------------------
@@ -305,10 +401,12 @@ def test_steering_over_http_comes_line_by_line(site: Site, live: Live) -> None:
 
 
 def test_the_median_norm_is_that_of_rows_from_all_over_the_store(result: Path) -> None:
-    data = saetrain.open_features(result).store
+    features = saetrain.open_features(result)
+    data = features.store
     assert data is not None
-    found = median_norm_of(data, "x")
-    assert found == pytest.approx(float(np.median(np.linalg.norm(data.read("x", 0, data.rows), axis=1))), rel=0.05)
+    assert features.median_norm == pytest.approx(
+        float(np.median(np.linalg.norm(data.read("x", 0, data.rows), axis=1))), rel=0.05
+    )
 
 
 def test_a_port_that_is_taken_is_named(server: Server, site: Site) -> None:

@@ -5,13 +5,14 @@ import { h, link, whole } from "/static/dom.js";
 import { compare, feature } from "/static/feature.js";
 import { steer, text } from "/static/live.js";
 import { overview, searched } from "/static/overview.js";
+import { interactions } from "/static/pairs.js";
 import { run } from "/static/run.js";
 
 const main = document.getElementById("main");
 const status = document.getElementById("status");
 const search = document.getElementById("search");
 const tray = document.getElementById("tray");
-const VIEWS = { "": overview, search: searched, feature, compare, text, steer, run };
+const VIEWS = { "": overview, search: searched, feature, compare, text, steer, interactions, run };
 const MOST_PINS = 4;
 let facts = null;
 let around = {};
@@ -70,7 +71,7 @@ async function draw() {
   main.replaceChildren(page);
   document.title = `${page.querySelector("h1")?.textContent ?? ""} · ${facts ? facts.name : "saetrain"}`;
   document.getElementById("query").value = view === "search" ? (address.searchParams.get("q") ?? "") : "";
-  const named = [["/", "Features", ""], ["/text", "Text", "text"], ["/steer", "Steer", "steer"], ["/run", "Run", "run"]];
+  const named = [["/", "Features", ""], ["/text", "Text", "text"], ["/steer", "Steer", "steer"], ...(facts?.interactions.length || view === "interactions" ? [["/interactions", "Interactions", "interactions"]] : []), ["/run", "Run", "run"]];
   document.getElementById("nav").replaceChildren(
     ...named.map(([href, name, which]) => {
       const made = link(href, name);

@@ -31,7 +31,7 @@ export function bars({ edges, counts, log = false, title, height = 110, choose =
   const [low, high] = [at(edges[0]), at(edges[edges.length - 1])];
   const place = (x) => ((at(x) - low) / (high - low)) * WIDTH;
   const most = Math.max(...counts, 1);
-  const svg = h("svg.chart", { viewBox: `0 0 ${WIDTH} ${height + 20}`, role: choose ? "group" : "img", "aria-label": title });
+  const svg = h("svg.chart", { viewBox: `0 -14 ${WIDTH} ${height + 34}`, role: choose ? "group" : "img", "aria-label": title });
   counts.forEach((count, i) => {
     const [x, end] = [place(edges[i]), place(edges[i + 1])];
     const size = count ? Math.max((count / most) * (height - 4), 1.5) : 0;
@@ -66,6 +66,7 @@ export function bars({ edges, counts, log = false, title, height = 110, choose =
     if (at(mark) > low && at(mark) < high) svg.append(h("line.mark", { x1: place(mark), x2: place(mark), y1: 0, y2: height }));
   }
   svg.append(h("line.axis", { x1: 0, x2: WIDTH, y1: height, y2: height }));
+  svg.append(h("text.tick.count", { x: WIDTH, y: -5, "text-anchor": "end" }, `highest ${whole(most)}`));
   for (const [value, text] of ticksOf(edges, log)) {
     const x = place(value);
     const anchor = x < 12 ? "start" : x > WIDTH - 12 ? "end" : "middle";
@@ -81,10 +82,11 @@ export function curve({ points, title, height = 120 }) {
   const [left, right] = [Math.min(...xs), Math.max(...xs)];
   let [low, high] = [Math.min(...ys), Math.max(...ys)];
   if (low === high) [low, high] = [low - Math.abs(low || 1) / 2, high + Math.abs(high || 1) / 2];
-  const x = (v) => 40 + ((v - left) / (right - left || 1)) * (WIDTH - 44);
+  const x = (v) => 50 + ((v - left) / (right - left || 1)) * (WIDTH - 54);
   const y = (v) => height - 4 - ((v - low) / (high - low)) * (height - 12);
   const path = (pairs) => pairs.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)},${y(b).toFixed(1)}`).join("");
   const band = points.filter((p) => p.length > 2);
+  const digits = [3, 4, 5, 6].find((n) => short(low, n) !== short(high, n)) ?? 3;
   return h(
     "svg.chart",
     { viewBox: `0 0 ${WIDTH} ${height + 20}`, role: "img", "aria-label": `${title}: ${short(points[points.length - 1][1])} at the end` },
@@ -92,10 +94,10 @@ export function curve({ points, title, height = 120 }) {
       ? h("path.band", { d: `${path(band.map((p) => [p[0], p[2]]))}${path(band.map((p) => [p[0], p[3]]).reverse()).replace("M", "L")}Z` })
       : null,
     h("path.line", { d: path(points) }),
-    h("line.axis", { x1: 40, x2: WIDTH, y1: height, y2: height }),
-    h("text.tick", { x: 36, y: 12, "text-anchor": "end" }, short(high)),
-    h("text.tick", { x: 36, y: height, "text-anchor": "end" }, short(low)),
-    h("text.tick", { x: 40, y: height + 14 }, whole(left)),
+    h("line.axis", { x1: 50, x2: WIDTH, y1: height, y2: height }),
+    h("text.tick", { x: 44, y: 12, "text-anchor": "end" }, short(high, digits)),
+    h("text.tick", { x: 44, y: height, "text-anchor": "end" }, short(low, digits)),
+    h("text.tick", { x: 50, y: height + 14 }, whole(left)),
     h("text.tick", { x: WIDTH, y: height + 14, "text-anchor": "end" }, `step ${whole(right)}`),
   );
 }

@@ -26,14 +26,19 @@ export function section(title, ...children) {
   return h("section.card", {}, h("h2", {}, title), ...children);
 }
 
+export function tile(value, name, href = null) {
+  const inside = [h("b", {}, value), h("span", {}, name)];
+  return h("div.tile", {}, href ? link(href, ...inside) : inside);
+}
+
 export const whole = (n) => (n === null || n === undefined ? "–" : n.toLocaleString("en-US"));
 
 export function short(x, digits = 3) {
   if (x === null || x === undefined) return "–";
   if (x === 0) return "0";
   const size = Math.abs(x);
-  if (size >= 1e5 || size < 1e-3) return x.toExponential(digits - 1).replace("e+", "e");
-  return Number(x.toPrecision(digits)).toLocaleString("en-US", { maximumSignificantDigits: digits });
+  const text = size >= 1e5 || size < 1e-3 ? x.toExponential(digits - 1).replace("e+", "e") : Number(x.toPrecision(digits)).toLocaleString("en-US", { maximumSignificantDigits: digits });
+  return text.replaceAll("-", "−");
 }
 
 export function percent(x) {

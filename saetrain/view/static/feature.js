@@ -4,6 +4,7 @@ import { get, send } from "/static/api.js";
 import { bars } from "/static/charts.js";
 import { featureLink, h, link, percent, section, short, visible, whole } from "/static/dom.js";
 import { listQuery } from "/static/overview.js";
+import { related } from "/static/pairs.js";
 import { examples } from "/static/tokens.js";
 
 const GROUPS = {
@@ -96,6 +97,40 @@ function logitTable(title, tokens) {
   );
 }
 
+const CHIPS = 3;
+const OTHERS = 12;
+
+function other(n, ...values) {
+  return h("li", {}, featureLink(n.id, n.label), h("span.tokens", {}, n.tokens.slice(0, CHIPS).map((t) => h("code.chip", {}, visible(t)))), values);
+}
+
+// The share of this feature's rows on which another is active, and how often chance would give it.
+function together(f) {
+  return h(
+    "ul.near",
+    {},
+    f.together.slice(0, OTHERS).map((n) => {
+      const [share, low, high] = n.share;
+      const range = low === null ? "" : `95%: ${percent(low)} to ${percent(high)}`;
+      return other(n, h("span.right", { title: range }, percent(share)), h("span.right.times", {}, `${short(n.count / n.expected, 2)}×`));
+    }),
+  );
+}
+
+function nearest(f) {
+  return h("ul.near", {}, f.neighbours.slice(0, OTHERS).map((n) => other(n, h("span", {}, short(n.cosine)))));
+}
+
+// Below the examples: other features.
+function beneath(f) {
+  return h(
+    "div.beneath",
+    {},
+    f.together && f.together.length ? section("Active together", together(f), h("p.note", {}, "Share of this feature’s rows, and how many times chance that is, on a uniform sample of rows.")) : null,
+    f.neighbours && f.neighbours.length ? section("Nearest decoder rows, by cosine", nearest(f)) : null,
+  );
+}
+
 function side(f) {
   const edges = f.positions.map((_, i) => 2 ** i).concat(2 ** f.positions.length);
   const last = Math.max(f.positions.findLastIndex((n) => n > 0), 0);
@@ -104,13 +139,9 @@ function side(f) {
     {},
     section("Activations", histogram(f), h("p.note", {}, "Rows by activation, logarithmic; lines cut the range into fifths.")),
     f.logits
-      ? section("Tokens it promotes", h("div.two", {}, logitTable("More likely", f.logits.top), logitTable("Less likely", f.logits.bottom)), h("p.note", {}, "Decoder row times unembedding, without the scale of the final norm."))
+      ? section("Tokens it promotes", h("div.two", {}, logitTable("More likely", f.logits.top), logitTable("Less likely", f.logits.bottom)), bars({ ...f.logits.histogram, title: "Logits of all tokens", height: 50 }), h("p.note", {}, "Decoder row times unembedding, without the scale of the final norm; below, the logits of the whole vocabulary."))
       : null,
     section("Tokens it is active on", tokenTable(f)),
-    f.neighbours && f.neighbours.length
-      ? section("Nearest decoder rows", h("ul.near", {}, f.neighbours.map((n) => h("li", {}, featureLink(n.id, n.label), h("span.tokens", {}, n.tokens.slice(0, 3).map((t) => h("code.chip", {}, visible(t)))), h("span", {}, short(n.cosine))))))
-      : null,
-    f.together && f.together.length ? section("Active together", h("ul.near", {}, f.together.map((n) => h("li", {}, featureLink(n.id, n.label), h("span.tokens", {}, n.tokens.slice(0, 3).map((t) => h("code.chip", {}, visible(t)))), h("span", {}, `${whole(n.count)} rows`))))) : null,
     section("Place in the document", bars({ edges: edges.slice(0, last + 2), counts: f.positions.slice(0, last + 1), log: true, title: "Active rows by place in the document", height: 70 })),
     section(
       "Quantiles",
@@ -167,8 +198,10 @@ export async function feature(main, { facts, id, query, go, tell, pin }) {
     }
   };
   for (const [name, group] of available) tabs.append(h("button", { type: "button", role: "tab", "data-name": name, onclick: () => open(name) }, group.title));
-  main.append(summary(f), h("div.columns", {}, h("div.examples-side", {}, h("section.card", {}, tabs, shown)), side(f)));
+  const below = beneath(f);
+  main.append(summary(f), h("div.columns", {}, h("div.examples-side", {}, h("section.card", {}, tabs, shown), below), side(f)));
   await open("top");
+  for (const part of await related(facts, f.id)) below.append(part);
   return { previous: beside.previous, next: beside.next, tail };
 }
 

@@ -2,13 +2,13 @@
 
 import { get } from "/static/api.js";
 import { bars } from "/static/charts.js";
-import { featureLink, h, link, percent, section, short, visible, whole } from "/static/dom.js";
+import { featureLink, h, link, percent, section, short, tile, visible, whole } from "/static/dom.js";
 
 export const FILTERS = ["density", "max", "documents", "cosine"];
 const NAMES = { index: "number", density: "density", max: "largest activation", documents: "documents", cosine: "nearest cosine" };
 
 export function listQuery(query) {
-  const kept = [...FILTERS, "order", "falling", "labelled"].filter((name) => query.has(name));
+  const kept = [...FILTERS, "order", "falling", "labelled", "dead"].filter((name) => query.has(name));
   return new URLSearchParams(kept.map((name) => [name, query.get(name)]));
 }
 
@@ -34,11 +34,6 @@ export function table(items, more = null) {
   );
 }
 
-function tile(value, name, href = null) {
-  const inside = [h("b", {}, value), h("span", {}, name)];
-  return h("div.tile", {}, href ? link(href, ...inside) : inside);
-}
-
 export async function overview(main, { facts, query, go }) {
   const found = await get("overview");
   const set = (name, value) => {
@@ -58,7 +53,7 @@ export async function overview(main, { facts, query, go }) {
       {},
       tile(whole(found.latents), "features"),
       tile(whole(found.alive), "active somewhere"),
-      tile(`${whole(found.latents - found.alive)} (${percent(1 - found.alive / found.latents)})`, "dead on these rows"),
+      tile(`${whole(found.latents - found.alive)} (${percent(1 - found.alive / found.latents)})`, "dead on these rows", "/?dead=1"),
       tile(whole(found.dense), "dense: on over 10% of rows", `/?density=0.1,2&order=density&falling=1`),
       tile(whole(found.labelled), "labelled", "/?labelled=1"),
       tile(whole(facts.rows), "rows"),
@@ -85,7 +80,8 @@ export async function overview(main, { facts, query, go }) {
         {},
         title,
         active.map((name) => h("button.chip", { type: "button", onclick: () => set(name, null), "aria-label": `Remove the filter on ${NAMES[name]}` }, `${NAMES[name]} ${query.get(name).split(",").map((v) => short(Number(v))).join(" to ")}  ✕`)),
-        query.has("labelled") ? h("button.chip", { type: "button", onclick: () => set("labelled", null) }, "labelled  ✕") : null,
+        ["labelled", "dead"].map((name) => (query.has(name) ? h("button.chip", { type: "button", onclick: () => set(name, null), "aria-label": `Show all, not the ${name} ones` }, `${name}  ✕`) : null)),
+        query.has("labelled") && found.labelled ? h("a", { href: "/labels.json", download: "labels.json" }, "Download the labels") : null,
         h("span.grow"),
         h("label", { for: "order" }, "Order by "),
         order,
