@@ -6,6 +6,9 @@ MAX_FAN_OUT = 1 << 16  # most buckets of one split: their numbers are uint16, wh
 STORE_REQUESTS = 16  # range reads that one process has in flight to an object store
 STORE_PIECE = 4 << 20  # most bytes of one range read
 STORE_BYTES = 2 * STORE_REQUESTS * STORE_PIECE  # bytes in flight, and the client's copies of them
+STORE_PART = 8 << 20  # bytes of one part of an upload in parts
+STORE_WHOLE = 64 << 20  # objects up to this size go to a store in one request
+STORE_NAMES = 1000  # names in one answer to a listing, and in one request that deletes many objects
 RECEIPTS_AT_ONCE = 32  # receipts that are requested from an object store at the same time
 
 WINDOW = 4  # tasks per worker thread that are in the scheduler at once

@@ -63,7 +63,7 @@ LAYERS = [
 
 # Rooms that may import a library, wherever in a module that is, by `import` or by `extras.need`.
 DOORS = {
-    "zarr": "arrays storage.remote bfloat16 testing",
+    "zarr": "arrays storage.fsspecstore bfloat16 testing",
     "numcodecs": "",
     "dask": "executors.cluster",
     "distributed": "executors.cluster",
@@ -74,6 +74,8 @@ DOORS = {
     "pyarrow": "foreign",
     "matplotlib": "checking.statsreport",
     "fsspec": "",
+    "obstore": "storage.bucket",
+    "botocore": "storage.credentials",
     "pandas": "",
     "scipy": "",
     "xarray": "",

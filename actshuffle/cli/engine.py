@@ -57,6 +57,7 @@ def run(executor: Any, display: Any, src: str, dst: str, **options: Any) -> Answ
         "tasks": result.tasks,
         "resumed": result.resumed,
         "workers": result.workers,
+        "requests": result.requests,
         "plan": plan_report(result.plan),
     }
     return Answer(document, str(result))

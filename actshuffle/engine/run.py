@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.planning.planner import Levels
 from actshuffle.planning.tree import Plan
 from actshuffle.progress import Progress, Silent
+from actshuffle.storage import requests
 from actshuffle.storage.buffers import kept
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
@@ -54,7 +55,11 @@ from actshuffle.units import counted, format_bytes, format_seconds, switches
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a run.  ``seconds`` is the time of this run; ``resumed`` of the tasks were found done."""
+    """The outcome of a run.  ``seconds`` is the time of this run; ``resumed`` of the tasks were found done.
+
+    ``requests`` are those to object stores by kind: "get", "put", "list", "head", "delete".  Repetitions, and those of
+    tasks that died, are not among them.
+    """
 
     plan: Plan
     seed: int
@@ -64,6 +69,7 @@ class Result:
     resumed: int
     workers: int
     already_finished: bool = False  # by an earlier run, so that this one wrote nothing
+    requests: dict[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +85,8 @@ class Result:
             f"{format_seconds(self.seconds)}, {rate} end to end on {self.workers} "
             f"worker{'s' * (self.workers != 1)}"
         )
+        if self.requests:
+            text += f"; {counted(sum(self.requests.values()), 'request')} to object stores"
         return text + (f"; {self.resumed} of {counted(self.tasks, 'task')} were done before" if self.resumed else "")
 
 
@@ -155,6 +163,7 @@ def shuffle(
         raise RequestError(f"planned must be a function of the job, got {type(planned).__name__}")
     if not (progress is None or callable(getattr(progress, "begin", None))):
         raise RequestError(f"progress must be an actshuffle.progress.Progress, got {type(progress).__name__}")
+    requests.taken()  # those of this process before the run
     with ExitStack() as stack:
         crew = stack.enter_context(executor_for(workers, client)) if executor is None else as_executor(executor)
         if (request.spill_memory or request.gather) and not crew.one_machine:
@@ -216,7 +225,15 @@ def execute(job: Job, executor: Executor, progress: Progress, locks: Locks | Non
         kept.cache_clear()  # this process need not hold the source's files any longer
     place = str(job.destination)
     return Result(
-        job.plan, job.keys.seed, place, done.seconds, done.tasks, done.resumed, executor.workers, done.already_finished
+        job.plan,
+        job.keys.seed,
+        place,
+        done.seconds,
+        done.tasks,
+        done.resumed,
+        executor.workers,
+        done.already_finished,
+        done.requests,
     )
 
 
@@ -233,6 +250,7 @@ def copy_through(
     keep: bool = False,
 ) -> Result:
     """Make ``target`` of the virtual source that was written for that, and remove the source unless ``keep``."""
+    requests.taken()
     job = prepare(source, target, request, executor, locks=locks, overwrite=overwrite, fsync=fsync)
     result = execute(job, executor, progress, locks)
     if not keep:

@@ -21,8 +21,9 @@ and so may the tasks of another package: see `actshuffle.jobs.folder`.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Generic, TypeVar
 
@@ -32,6 +33,7 @@ from actshuffle.jobs import receipts
 from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.receipts import J, Job, Payload
 from actshuffle.progress import Progress
+from actshuffle.storage import requests
 
 T = TypeVar("T")
 
@@ -44,6 +46,7 @@ class Done:
     nbytes: int  # bytes moved, for the progress display
     seconds: float
     fresh: bool = True  # False if a receipt showed that it was done before
+    requests: dict[str, int] = field(default_factory=dict)  # to object stores, by its process since the last report
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Outcome:
     resumed: int
     seconds: float
     already_finished: bool = False  # by an earlier run
+    requests: dict[str, int] = field(default_factory=dict)  # to object stores, as far as tasks reported them
 
 
 def once(job: J, task: Any, do: Callable[[J, Any], tuple[Payload, int]], is_done: Callable[[J, Any], bool]) -> Done:
@@ -123,7 +127,7 @@ def once(job: J, task: Any, do: Callable[[J, Any], tuple[Payload, int]], is_done
     if fresh:
         payload, nbytes = do(job, task)
         receipts.write_receipt(job, task, payload)
-    return Done(task, nbytes, time.perf_counter() - started, fresh)
+    return Done(task, nbytes, time.perf_counter() - started, fresh, requests.taken())
 
 
 def run(course: Course[Any], executor: Executor, progress: Progress) -> Outcome:
@@ -131,27 +135,29 @@ def run(course: Course[Any], executor: Executor, progress: Progress) -> Outcome:
     started = time.perf_counter()
     if course.is_finished():
         course.clear(progress)  # an earlier run got this far
-        return Outcome(0, 0, 0.0, already_finished=True)
+        return Outcome(0, 0, 0.0, already_finished=True, requests=requests.taken())
     course.locks.check()
     course.claim()
     course.ready(executor, progress)
-    stages, total, resumed = course.stages(), 0, 0
+    stages, total, resumed, sent = course.stages(), 0, 0, Counter[str]()
     for stage in stages[first_unfinished(course.job, stages) :]:
         course.locks.check()
         stage.before(executor, progress)
         progress.begin(stage.name, stage.count, stage.nbytes)
         for done in executor.map(stage.run, ((course.job, task) for task in stage.tasks())):
             total, resumed = total + 1, resumed + (not done.fresh)
+            sent.update(done.requests)
             progress.advance(done.nbytes, done.fresh)
             course.locks.look()
-        for _ in executor.map(stage.run, ((course.job, task) for task in stage.closing())):
-            pass
+        for done in executor.map(stage.run, ((course.job, task) for task in stage.closing())):
+            sent.update(done.requests)
         progress.end()
         stage.after(progress)
     course.locks.check()
     course.publish(progress)
     course.clear(progress)
-    return Outcome(total, resumed, time.perf_counter() - started)
+    sent.update(requests.taken())
+    return Outcome(total, resumed, time.perf_counter() - started, requests=dict(sent))
 
 
 def run_part(course: Course[Any], part: tuple[int, int], executor: Executor, progress: Progress) -> bool:

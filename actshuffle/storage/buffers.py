@@ -114,6 +114,7 @@ def behind() -> Iterator[Behind]:
 _TRIM, _TRIM_MOST = -1, 64 << 20
 _MMAP, _MMAP_MOST = -3, 32 << 20
 _RETURNED_FROM = 256 << 10
+_FIXED = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}  # variables that fix the thresholds
 
 
 @contextmanager
@@ -126,8 +127,8 @@ def lean_heap() -> Iterator[None]:
     those of any process that has used large arrays.
     """
     mallopt = _mallopt()
-    if mallopt is None:
-        yield
+    if mallopt is None or (_FIXED & os.environ.keys() and not roomy_heap.cache_info().currsize):
+        yield  # as the environment, for example Dask's nanny, has it
         return
     try:
         mallopt(_MMAP, _RETURNED_FROM)
@@ -139,10 +140,20 @@ def lean_heap() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
+def roomy_heap() -> bool:
+    """Keep freed memory for the next request to an object store, from now on; False if this C library cannot.
+
+    Clients take new memory for every piece that they receive.  Dask's nanny sets ``MALLOC_TRIM_THRESHOLD_``, which
+    also fixes the size from which glibc asks the system for each block at 128 KiB; the pages of every piece are then
+    mapped, cleared and unmapped anew, which was a third of the processor time of a run.
+    """
+    mallopt = _mallopt()
+    return mallopt is not None and bool(mallopt(_MMAP, _MMAP_MOST)) and bool(mallopt(_TRIM, _TRIM_MOST))
+
+
+@lru_cache(maxsize=1)
 def _mallopt() -> Callable[[int, int], int] | None:
-    """The C library's function; None if there is none, or if the environment (Dask's nanny) fixes the thresholds."""
-    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
-        return None
+    """The C library's function, if it has one."""
     found: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
     return found
 

@@ -42,7 +42,7 @@ class Writer(Protocol):
 class LocalObjects:
     """Files under a directory.  Reads and writes go straight between the file and the caller's memory."""
 
-    is_local = True
+    is_local, copies = True, 0
 
     def __init__(self, root: Path, fsync: bool = True) -> None:
         self.root = root

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from actshuffle.errors import RequestError
 
+CLIENT = "client"  # the storage option that forces a client: "obstore" or "fsspec"
 _FILE_URL = re.compile(r"file://(localhost)?/[^?#]*")
 
 

@@ -1,71 +1,64 @@
-"""Objects of any Zarr store (fsspec, obstore), with the same operations as files on disk."""
+"""Objects in a store that is reached by requests: everything that does not depend on the client.
+
+A client provides a few coroutines (`RemoteObjects`).  They run in one event loop on its own thread, since clients are
+bound to the loop that first used them, and tasks run on any thread.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import os
+import re
 import threading
-import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
-import numpy as np
-from zarr.abc.store import RangeByteRequest, Store
-from zarr.buffer import cpu
-from zarr.storage import FsspecStore, LocalStore
-
-from actshuffle.errors import ActshuffleError, RequestError, StorageError
+from actshuffle.errors import ActshuffleError, StorageError
 from actshuffle.limits import STORE_PIECE, STORE_REQUESTS
+from actshuffle.storage.buffers import roomy_heap
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.files import Writer, typed
-from actshuffle.storage.place import Place, local_path
+from actshuffle.storage.requests import count
 
 T = TypeVar("T")
 
 
-def open_store(place: Place, *, read_only: bool = False) -> Store:
-    """Open a place as a zarr store."""
-    path = local_path(place)
-    if path is not None:
-        return LocalStore(path, read_only=read_only)
-    # A separate instance: fsspec shares instances, and one that another event loop has used fails here.
-    options = {"skip_instance_cache": True, **json.loads(place.options)}
-    try:
-        return FsspecStore.from_url(place.url, storage_options=options, read_only=read_only)
-    except (ImportError, ValueError, TypeError) as err:
-        raise RequestError(f"cannot open {place}: {err}") from err
-
-
-@lru_cache(maxsize=64)
-def remote_objects(place: Place) -> StoreObjects:
-    """The client of a place, one per process: a client holds connections and requests credentials."""
-    return StoreObjects(open_store(place), str(place))
-
-
-class StoreObjects:
-    """Objects of any Zarr store (fsspec, obstore), through its public asynchronous interface."""
+class RemoteObjects:
+    """The operations of `Objects` that are the same for all clients; subclasses add those that are not."""
 
     is_local = False
 
-    def __init__(self, store: Store, name: str = "") -> None:
-        self.store, self.name = store, name or str(store)
-        weakref.finalize(self, _hang_up, store, os.getpid()).atexit = False
+    def __init__(self, name: str) -> None:
+        self.name = name
+        roomy_heap()
 
-    def get(self, key: str) -> bytes | None:
-        with self._typed(key):
-            found = wait(self.store.get(key, cpu.buffer_prototype))
-            return None if found is None else found.to_bytes()
+    # --- Of the client ------------------------------------------------------------------------
+
+    async def fetch(self, key: str, start: int, stop: int) -> memoryview:
+        """A range of an object's bytes, or fewer where the object ends; raises FileNotFoundError."""
+        raise NotImplementedError
 
     def put(self, key: str, data: bytes | memoryview) -> None:
-        with self._typed(key, len(data)):
-            wait(self.store.set(key, cpu.Buffer.from_array_like(np.frombuffer(data, np.uint8))))
+        raise NotImplementedError
+
+    def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """The key and size of every object under a folder; size -1 where the store lists no sizes."""
+        raise NotImplementedError
+
+    def explain(self, err: BaseException) -> str:
+        """The message of an error of the client's, without secrets."""
+        return explained(err)
+
+    # --- Of all -------------------------------------------------------------------------------
+
+    def writer(self, key: str, size: int) -> AbstractContextManager[Writer]:
+        return self._whole(key, size)
 
     @contextmanager
-    def writer(self, key: str, size: int) -> Iterator[Writer]:
+    def _whole(self, key: str, size: int) -> Iterator[Writer]:
         writer = _MemoryWriter(size)
         yield writer
         self.put(key, memoryview(writer.data))
@@ -83,21 +76,18 @@ class StoreObjects:
             gate = asyncio.Semaphore(STORE_REQUESTS)
 
             async def one(extent: Extent) -> None:
+                stop = extent.offset + sum(len(v) for v in extent.views)
                 async with gate:
-                    stop = extent.offset + sum(len(v) for v in extent.views)
-                    found = await self.store.get(
-                        extent.key, cpu.buffer_prototype, RangeByteRequest(extent.offset, stop)
-                    )
-                if found is None:
-                    raise FileNotFoundError(errno.ENOENT, "no such object", extent.key)
-                data, at = memoryview(found.to_bytes()), 0
+                    data = await self.fetch(extent.key, extent.offset, stop)
                 if len(data) != stop - extent.offset:
                     raise OSError(errno.EIO, f"object ends after {extent.offset + len(data)} bytes")
+                at = 0
                 for view in extent.views:
                     view[:] = data[at : at + len(view)]
                     at += len(view)
 
             parts = [p for extent in extents for p in _pieces(extent, STORE_PIECE)]
+            count("get", len(parts))
             running = [asyncio.ensure_future(one(part)) for part in parts]
             try:
                 await asyncio.gather(*running)
@@ -106,7 +96,7 @@ class StoreObjects:
                     task.cancel()
                 await asyncio.gather(*running, return_exceptions=True)
 
-        with self._typed(extents[0].key if extents else ""):
+        with self.typed(extents[0].key if extents else ""):
             wait(all_of_them())
 
     def mapped(self, keys: Sequence[str], nbytes: int, slot: int) -> None:
@@ -116,59 +106,8 @@ class StoreObjects:
         """False: every read is a request."""
         return False
 
-    def size(self, key: str) -> int | None:
-        with self._typed(key):
-            try:
-                return wait(self.store.getsize(key))
-            except FileNotFoundError:
-                return None
-
     def list(self, prefix: str) -> Iterator[str]:
         return (key for key, _ in self.sizes(prefix))
-
-    def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """The key and size of every object under a folder; size -1 where the store lists no sizes."""
-        folder = prefix.rstrip("/") + "/" if prefix else ""
-
-        async def collect() -> list[tuple[str, int]]:
-            if not isinstance(self.store, FsspecStore):
-                return [(key, -1) async for key in self.store.list_prefix(folder)]
-            top = f"{self.store.path}/"
-            self.store.fs.invalidate_cache()
-            found = await self.store.fs._find(f"{top}{folder}".rstrip("/"), detail=True)
-            sized = ((path.removeprefix(top), info.get("size")) for path, info in found.items())
-            return [(key, -1 if size is None else int(size)) for key, size in sized]
-
-        with self._typed(prefix):
-            yield from wait(collect())
-
-    def names(self, prefix: str) -> Sequence[str]:
-        """The names of the objects and folders directly inside a folder, sorted."""
-
-        async def collect() -> list[str]:
-            return sorted([name async for name in self.store.list_dir(prefix)])
-
-        with self._typed(prefix):
-            return wait(collect())
-
-    def delete(self, key: str) -> None:
-        with self._typed(key):
-            wait(self.store.delete(key))
-
-    def delete_prefix(self, prefix: str) -> None:
-        with self._typed(prefix):
-            wait(self.store.delete_dir(prefix))
-
-    @contextmanager
-    def _typed(self, key: str, size: int | None = None) -> Iterator[None]:
-        """Turn any error of a client library (no credentials, no bucket, no route) into a `StorageError`."""
-        try:
-            with typed(self.name, key, size):
-                yield
-        except ActshuffleError:
-            raise
-        except Exception as err:
-            raise StorageError(f"{type(err).__name__}: {err}: {self.name}/{key}") from err
 
     def settle(self, prefixes: Sequence[str]) -> None:
         """Nothing to do: puts are atomic and durable."""
@@ -176,12 +115,41 @@ class StoreObjects:
     def free_bytes(self) -> int | None:
         return None
 
+    @contextmanager
+    def typed(self, key: str, size: int | None = None) -> Iterator[None]:
+        """Turn any error of a client library (no credentials, no bucket, no route) into a `StorageError`."""
+        try:
+            with typed(self.name, key, size):
+                yield
+        except ActshuffleError as err:
+            if isinstance(err.__cause__, OSError) and (said := http_error(err.__cause__)):
+                raise type(err)(f"{said}: {self.name}/{key}") from err.__cause__
+            raise
+        except Exception as err:
+            raise StorageError(f"{self.explain(err)}: {self.name}/{key}") from err
 
-def _hang_up(store: Store, pid: int) -> None:
-    """Close the connections of an unused client, which s3fs leaves open in foreign event loops."""
-    client = getattr(getattr(store, "fs", None), "_s3", None)
-    if client is not None and pid == os.getpid():
-        asyncio.run_coroutine_threadsafe(client.close(), _loop())
+
+def explained(err: BaseException) -> str:
+    """The answer of the server, if the error is one, else the error's kind and text."""
+    return http_error(err) or f"{type(err).__name__}: {err}"
+
+
+def http_error(err: BaseException | None) -> str:
+    """The HTTP status, code and message of the server's answer that caused an error of botocore; "" if none did."""
+    while err is not None:
+        answer = getattr(err, "response", None)
+        if isinstance(answer, dict):
+            said = answer.get("Error") or {}
+            status = (answer.get("ResponseMetadata") or {}).get("HTTPStatusCode", "")
+            return status_text(str(status), str(said.get("Code", "")), str(said.get("Message", "")))
+        err = err.__cause__ or err.__context__
+    return ""
+
+
+def status_text(status: str, code: str, message: str) -> str:
+    """A server's answer in one line; codes that only repeat the status are left out."""
+    code = "" if re.fullmatch(r"\d*", code) else f" {code}"
+    return f"HTTP {status}{code}" + (f": {message.rstrip('.')}" if message else "")
 
 
 def _pieces(extent: Extent, size: int) -> Iterator[Extent]:
@@ -210,9 +178,8 @@ class _MemoryWriter:
 
 
 @lru_cache(maxsize=1)
-def _loop() -> asyncio.AbstractEventLoop:
-    """The event loop of all calls to object stores, on its own thread: store clients are bound to the loop that
-    first used them, and tasks run on any thread."""
+def event_loop() -> asyncio.AbstractEventLoop:
+    """The event loop of all calls to object stores."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="actshuffle-io", daemon=True).start()
     return loop
@@ -224,7 +191,7 @@ def wait(what: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
     async def call() -> T:
         return await what
 
-    future = asyncio.run_coroutine_threadsafe(call(), _loop())
+    future = asyncio.run_coroutine_threadsafe(call(), event_loop())
     try:
         return future.result()
     except BaseException:
@@ -232,9 +199,4 @@ def wait(what: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
         raise
 
 
-def _forget() -> None:
-    _loop.cache_clear()
-    remote_objects.cache_clear()
-
-
-os.register_at_fork(after_in_child=_forget)  # threads and connections stay behind in the parent
+os.register_at_fork(after_in_child=event_loop.cache_clear)  # the thread stays behind in the parent

@@ -19,9 +19,9 @@ from actshuffle.storage import files
 from actshuffle.storage.buffers import arena
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.files import LocalObjects
+from actshuffle.storage.fsspecstore import FsspecObjects
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place, local_path
-from actshuffle.storage.remote import StoreObjects
 from support.oracle import assert_is_oracle
 from support.stores import array, values
 
@@ -42,7 +42,7 @@ def contents(folder: Path):
 def test_open_chooses_by_url(tmp_path):
     assert isinstance(open_objects(as_place(tmp_path)), LocalObjects)
     assert isinstance(open_objects(as_place(f"file://{tmp_path}")), LocalObjects)
-    assert isinstance(open_objects(as_place("memory://x")), StoreObjects)
+    assert isinstance(open_objects(as_place("memory://x")), FsspecObjects)
     assert local_path(as_place("memory://x")) is None
 
 

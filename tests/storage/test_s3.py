@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 import shutil
 import time
 import traceback
+from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -24,6 +27,8 @@ from actshuffle.errors import (
     StorageError,
 )
 from actshuffle.executors import Serial
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import as_place
 from actshuffle.testing import Faults, Killed, at, differences, matching
 from actshuffle.testing.stories import new_process
 from support.executors import Paused
@@ -32,6 +37,7 @@ from support.stores import array, values
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
+pytest.importorskip("obstore")
 
 from support.s3 import KEY, SECRET, TOKEN, failing, serve
 
@@ -46,15 +52,25 @@ def endpoint(tmp_path_factory):
         yield endpoint
 
 
+@pytest.fixture(params=["obstore", pytest.param("fsspec", marks=pytest.mark.soak)])
+def client(request):
+    """All tests run on both clients; those that are not marked `on_both` do so in the long campaigns."""
+    return request.param
+
+
+on_both = pytest.mark.parametrize("client", ["obstore", "fsspec"])
+
+
 @pytest.fixture(autouse=True)
-def kind(endpoint, monkeypatch):
+def kind(endpoint, client, monkeypatch):
+    endpoint.client = client
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     yield
     endpoint.unkind = lambda method, path: None
-    endpoint.wants = ""
+    endpoint.wants = endpoint.client = ""
 
 
 @pytest.fixture
@@ -97,6 +113,7 @@ def assert_exact(endpoint, local, url, tmp_path):
 # --- It works -----------------------------------------------------------------------------------
 
 
+@on_both
 def test_from_bucket_to_bucket(endpoint, bucket, local, tmp_path):
     src, dst = f"{bucket}/src.zarr", f"{bucket}/dst.zarr"
     assert shuffle(endpoint, src, dst).plan.levels == 2
@@ -110,24 +127,93 @@ def test_from_bucket_to_bucket(endpoint, bucket, local, tmp_path):
     with pytest.raises(DestinationExistsError, match="seed was"):
         shuffle(endpoint, src, dst, seed=99)
     # Others' clients in the same thread go on to work.
-    rows = zarr.open_group(dst, mode="r", storage_options=options)["x"][:]
+    rows = zarr.open_group(dst, mode="r", storage_options=endpoint.others())["x"][:]
     assert rows.shape == (ROWS, 4)
     shuffle(endpoint, src, dst, overwrite=True, levels=1, block_bytes=None, memory="200MB")
     assert_exact(endpoint, local, dst, tmp_path)
+
+
+@on_both
+def test_requests_are_counted_and_none_asks_for_a_size_first(endpoint, bucket, client):
+    endpoint.seen.clear()
+    result = shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
+    seen = Counter(method if "?list-type" not in path else "LIST" for method, path in endpoint.seen)
+    counted = result.requests
+    assert counted["put"] == seen["PUT"]
+    if client == "obstore":
+        assert (counted["get"], counted["list"], counted["head"]) == (seen["GET"], seen["LIST"], seen["HEAD"])
+        assert counted["delete"] == seen["DELETE"] + seen["POST"]
+    read = [path for method, path in endpoint.seen if method == "GET" and "/c/" in path]
+    asked = {path for method, path in endpoint.seen if method == "HEAD"}
+    assert read
+    assert not asked & set(read)
+    assert str(result).endswith(f"{sum(counted.values())} requests to object stores")
+    assert result.requests.keys() <= {"get", "put", "list", "head", "delete"}
+
+
+def test_objects_that_are_written_in_parts(endpoint, bucket, monkeypatch):
+    """They appear whole or not at all, and nothing of them stays in the store after a failure."""
+    monkeypatch.setattr("actshuffle.storage.bucket.STORE_WHOLE", 1 << 20)
+    data = np.random.default_rng(0).integers(0, 256, (17 << 20) + 5, np.uint8).tobytes()
+    objects = open_objects(as_place(bucket, endpoint.options()))
+
+    def write(stop, then=None):
+        with objects.writer("parts", len(data)) as out:
+            for at in range(0, stop, 3 << 20):
+                out.write(memoryview(data)[at : min(at + (3 << 20), stop)])
+            if then is not None:
+                raise then
+
+    with pytest.raises(ZeroDivisionError):
+        write(10 << 20, ZeroDivisionError())
+    endpoint.unkind = lambda method, path: 403 if method == "PUT" and "partNumber=2" in path else None
+    with pytest.raises(StorageError, match=r"HTTP 403.*parts"):
+        write(len(data))
+    endpoint.unkind = lambda method, path: None
+    assert objects.size("parts") is None
+    assert b"<UploadId>" not in endpoint.plain("GET", f"/{bucket.removeprefix('s3://')}?uploads")
+    endpoint.seen.clear()
+    write(len(data))
+    assert sum("partNumber" in path for _, path in endpoint.seen) == 3
+    assert objects.get("parts") == data
+    objects.put("whole", data)
+    assert objects.get("whole") == data
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+def test_a_forked_process_says_that_its_client_is_gone(endpoint, bucket, tmp_path):
+    objects = open_objects(as_place(bucket, endpoint.options()))
+    assert objects.get("none") is None
+    child = os.fork()
+    if not child:  # no assertion here: pytest goes on in the child if it raises
+        said = []
+        for call in (lambda: objects.get("none"), lambda: open_objects(as_place(bucket, endpoint.options()))):
+            try:
+                said.append(str(call()))
+            except ActshuffleError as err:
+                said.append(f"{type(err).__name__}: {err}")
+        (tmp_path / "said").write_text("\n".join(said))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    used, opened = (tmp_path / "said").read_text().split("\n")
+    assert used.startswith("StorageError")
+    assert opened.startswith("RequestError")
+    assert '"spawn"' in used
+    assert '"spawn"' in opened
 
 
 def test_filter_from_bucket_to_bucket(endpoint, bucket):
     rows = np.random.default_rng(2).standard_normal((ROWS, 4)).astype("f4")
     rows[[0, 7, 39]] *= 100
     options, src, dst = endpoint.options(), f"{bucket}/norms.zarr", f"{bucket}/dst.zarr"
-    array(src, rows, chunks=(10, 4), storage_options=options)
+    array(src, rows, chunks=(10, 4), storage_options=endpoint.others())
     asked = {"drop_norm": 10, "storage_options": options, "chunk_rows": 10}
     new_process()
     with Faults(matching("put _actshuffle/receipts/0.json", "kill")), pytest.raises(Killed):
         actshuffle.filter_rows(src, dst, **asked)
     new_process()
     assert actshuffle.filter_rows(src, dst, **asked).dropped["drop_norm"] == 3
-    left = zarr.open_group(dst, mode="r", storage_options=options)["data"][:]
+    left = zarr.open_group(dst, mode="r", storage_options=endpoint.others())["data"][:]
     np.testing.assert_array_equal(left, np.delete(rows, [0, 7, 39], axis=0))
     assert {key.split("/")[0] for key in endpoint.keys(bucket)} == {"src.zarr", "norms.zarr", "dst.zarr"}
 
@@ -168,14 +254,22 @@ def test_on_a_cluster_whose_worker_dies(endpoint, bucket, local, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "what",
+    ("client", "what"),
     [
-        "put level1/runs/*",
-        "put x/c.2.0",
-        "delete_prefix _actshuffle/receipts",
+        ("obstore", "put level1/runs/*"),
+        ("obstore", "put x/c.2.0"),
+        ("fsspec", "put x/c.2.0"),
+        ("obstore", "delete_prefix _actshuffle/receipts"),
         *(
-            pytest.param(what, marks=pytest.mark.soak)
-            for what in ("put level1/blocks/c.1.0", "put _actshuffle/receipts/1.json", "put _actshuffle/zarr.json")
+            pytest.param(client, what, marks=pytest.mark.soak)
+            for client, what in (
+                ("fsspec", "put level1/runs/*"),
+                ("fsspec", "delete_prefix _actshuffle/receipts"),
+                *product(
+                    ("obstore", "fsspec"),
+                    ("put level1/blocks/c.1.0", "put _actshuffle/receipts/1.json", "put _actshuffle/zarr.json"),
+                ),
+            )
         ),
     ],
 )
@@ -347,6 +441,7 @@ def test_anonymous(endpoint, bucket):
     assert "Access Denied" in said or "Forbidden" in said
 
 
+@on_both
 def test_wrong_key(endpoint, bucket):
     endpoint.wants = KEY
     said = assert_refused(endpoint, bucket, endpoint.options(key="AKIDOTHER"))
@@ -380,6 +475,7 @@ def test_no_credentials_at_all(endpoint, bucket, monkeypatch):
     assert_refused(endpoint, bucket, options)
 
 
+@on_both
 def test_no_such_bucket(endpoint, bucket, tmp_path):
     with pytest.raises(ActshuffleError, match="nobucket"):
         shuffle(endpoint, "s3://nobucket/src.zarr", tmp_path / "dst.zarr")
@@ -399,6 +495,7 @@ def test_nobody_listens(bucket, endpoint, tmp_path):
         shuffle(endpoint, f"{bucket}/src.zarr", tmp_path / "dst.zarr", storage_options=options)
 
 
+@on_both
 def test_missing_and_truncated_chunks(endpoint, bucket, tmp_path):
     key = f"{bucket}/src.zarr/x/c/2/0"
     data = endpoint.get(key)
@@ -414,6 +511,7 @@ def test_missing_and_truncated_chunks(endpoint, bucket, tmp_path):
 # --- Secrets --------------------------------------------------------------------------------------
 
 
+@on_both
 def test_no_secret_is_written_or_logged(endpoint, bucket, tmp_path, caplog, impatient):
     """Secrets appear neither in run.json, receipts or the marker, nor in scratch, logs, errors or their causes."""
     caplog.set_level(logging.DEBUG, logger="actshuffle")

@@ -27,6 +27,7 @@ class Endpoint:
     behind: int
     unkind: Callable[[str, str], Any] = lambda method, path: None
     wants: str = ""  # an access key that alone is let in; "" lets all in
+    client: str = ""  # of actshuffle's, in the options that follow; "" leaves the choice to it
     seen: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -34,17 +35,21 @@ class Endpoint:
         return f"http://127.0.0.1:{self.port}"
 
     def options(self, key: str | None = KEY, secret: str = SECRET, **extra: Any) -> dict[str, Any]:
-        """Storage options, as fsspec takes them."""
-        client = {"endpoint_url": self.url, "region_name": "us-east-1"}
-        if key is None:
-            return {"anon": True, "client_kwargs": client, **extra}
-        return {"key": key, "secret": secret, "token": TOKEN, "client_kwargs": client, **extra}
+        """Storage options of actshuffle: those of fsspec, and the client."""
+        extra = {"client_kwargs": {"endpoint_url": self.url, "region_name": "us-east-1"}, **extra}
+        if self.client:
+            extra = {"client": self.client, **extra}
+        return {"anon": True, **extra} if key is None else {"key": key, "secret": secret, "token": TOKEN, **extra}
+
+    def others(self) -> dict[str, Any]:
+        """Storage options for zarr itself."""
+        return {name: value for name, value in self.options().items() if name != "client"}
 
     def bucket(self, name: str) -> str:
-        self._plain("PUT", f"/{name}")
+        self.plain("PUT", f"/{name}")
         return f"s3://{name}"
 
-    def _plain(self, method: str, path: str, body: bytes = b"") -> bytes:
+    def plain(self, method: str, path: str, body: bytes = b"") -> bytes:
         link = http.client.HTTPConnection("127.0.0.1", self.behind, timeout=30)
         link.request(
             method, path, body, {"Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request"}
@@ -59,27 +64,27 @@ class Endpoint:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                self._plain("PUT", f"/{bucket}/{prefix}/{path.relative_to(folder)}", path.read_bytes())
+                self.plain("PUT", f"/{bucket}/{prefix}/{path.relative_to(folder)}", path.read_bytes())
         return url
 
     def keys(self, url: str) -> list[str]:
         import re
 
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        text = self._plain("GET", f"/{bucket}?list-type=2&max-keys=1000&prefix={prefix}").decode()
+        text = self.plain("GET", f"/{bucket}?list-type=2&max-keys=1000&prefix={prefix}").decode()
         return re.findall("<Key>([^<]*)</Key>", text)
 
     def get(self, url: str) -> bytes:
         bucket, _, key = url.removeprefix("s3://").partition("/")
-        return self._plain("GET", f"/{bucket}/{key}")
+        return self.plain("GET", f"/{bucket}/{key}")
 
     def put(self, url: str, data: bytes) -> None:
         bucket, _, key = url.removeprefix("s3://").partition("/")
-        self._plain("PUT", f"/{bucket}/{key}", data)
+        self.plain("PUT", f"/{bucket}/{key}", data)
 
     def delete(self, url: str) -> None:
         bucket, _, key = url.removeprefix("s3://").partition("/")
-        self._plain("DELETE", f"/{bucket}/{key}")
+        self.plain("DELETE", f"/{bucket}/{key}")
 
     def download(self, url: str, folder: Path) -> Path:
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
