@@ -137,12 +137,14 @@ def test_from_bucket_to_bucket(endpoint, bucket, local, tmp_path):
 def test_requests_are_counted_and_none_asks_for_a_size_first(endpoint, bucket, client):
     endpoint.seen.clear()
     result = shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
-    seen = Counter(method if "?list-type" not in path else "LIST" for method, path in endpoint.seen)
-    counted = result.requests
+    seen = Counter(method if "list-type" not in path else "LIST" for method, path in endpoint.seen)
+    counted, late = result.requests, 2  # the claim is given up when the result is there
     assert counted["put"] == seen["PUT"]
     if client == "obstore":
-        assert (counted["get"], counted["list"], counted["head"]) == (seen["GET"], seen["LIST"], seen["HEAD"])
-        assert counted["delete"] == seen["DELETE"] + seen["POST"]
+        assert counted["list"] == seen["LIST"]
+        assert counted["head"] == seen["HEAD"]
+        assert seen["GET"] - late <= counted["get"] <= seen["GET"]
+        assert seen["POST"] + seen["DELETE"] - late <= counted["delete"] <= seen["POST"] + seen["DELETE"]
     read = [path for method, path in endpoint.seen if method == "GET" and "/c/" in path]
     asked = {path for method, path in endpoint.seen if method == "HEAD"}
     assert read
