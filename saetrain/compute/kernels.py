@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -149,24 +150,54 @@ def sum_of_squares(x: Tensor) -> Tensor:
 def exact_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and columns of the k largest of each row, largest first, equal ones in order of column.
 
-    The k-th largest of the maxima of groups of columns is a bound that at least k values of the row reach, and
-    seldom many more.  Only these are sorted, stably, so that ties go to the lowest columns; torch.topk breaks ties
-    arbitrarily.  A NaN is not below any bound, and comes first.
+    Few values reach the bound of `_candidates`.  Only these are sorted, stably, so that ties go to the lowest columns;
+    torch.topk breaks ties arbitrarily.  A NaN is not below any bound, and comes first.
     """
-    rows, n = pre.shape
-    k = min(k, n)
+    k = min(k, pre.shape[1])
     if not k:
         return pre[:, :0], pre[:, :0].long()
+    row, column, value = _candidates(pre, k)
+    counts = torch.bincount(row, minlength=len(pre))
+    starts = counts.cumsum(0) - counts
+    found = pre.new_full((len(pre), int(counts.max())), -torch.inf)
+    found[row, torch.arange(len(row), device=row.device) - starts[row]] = value
+    best, at = torch.sort(found, dim=1, stable=True, descending=True)
+    return best[:, :k], column[starts[:, None] + at[:, :k]]
+
+
+def true_places(mask: Tensor) -> Tensor:
+    """Where a mask is true, as places of the flattened mask; on a CPU numpy is several times faster here."""
+    if mask.device.type != "cpu":
+        return mask.flatten().nonzero().view(-1)
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def _candidates(pre: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and values [n] among which are the k largest of each row; row by row, columns ascending.
+
+    The k-th largest of the maxima of groups of columns is a bound that at least k values of the row reach, and seldom
+    many more; it is looked for in the groups whose maxima reach it.
+    """
+    rows, n = pre.shape
     group = next((g for g in GROUPS if n % g == 0 and n // g >= 2 * k), 1)
-    maxima = pre.view(rows, n // group, group).amax(-1) if group > 1 else pre
-    bound = maxima.topk(k, sorted=False).values.amin(1, keepdim=True)
-    row, column = (pre < bound).logical_not_().nonzero(as_tuple=True)
-    ends = torch.bincount(row, minlength=rows).cumsum(0)
-    starts = F.pad(ends[:-1], (1, 0))
-    found = pre.new_full((rows, int((ends - starts).max())), -torch.inf)
-    found[row, torch.arange(len(row), device=row.device) - starts[row]] = pre[row, column]
-    value, at = torch.sort(found, dim=1, stable=True, descending=True)
-    return value[:, :k], column[starts[:, None] + at[:, :k]]
+    groups = pre.reshape(-1, group)
+    maxima = groups.amax(1).view(rows, n // group)
+    bound = _kth_largest(maxima, k)
+    reached = true_places((maxima < bound[:, None]).logical_not_())
+    row = torch.div(reached, n // group, rounding_mode="floor")
+    held = groups.index_select(0, reached)
+    inside = true_places((held < bound[row, None]).logical_not_())
+    which = torch.div(inside, group, rounding_mode="floor")
+    row = row[which]
+    return row, reached[which] * group + inside % group - row * n, held.view(-1)[inside]
+
+
+def _kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of each row, where a NaN is larger than all numbers."""
+    values = values.detach()
+    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+        return values.topk(k, sorted=False).values.amin(1)
+    return torch.from_numpy(np.partition(values.numpy(), -k, axis=1)[:, -k])
 
 
 # --- the encoder product

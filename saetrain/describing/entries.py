@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from saetrain.describing.slots import Slots
 
 I64 = NDArray[np.int64]
+ROW_BITS = 40
 _GOLDEN, _M1, _M2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -67,6 +68,11 @@ class Entries:
         return np.repeat(np.arange(self.latents), self.counts)
 
     @cached_property
+    def keys(self) -> I64:
+        """Latent and row of each entry as one number, ascending; `key` makes such numbers."""
+        return key(self.latent, self.row)
+
+    @cached_property
     def bits(self) -> NDArray[np.uint64]:
         """Bits of the activations, which are in the order of the positive numbers they stand for."""
         return self.value.view(np.uint32).astype(np.uint64)
@@ -78,6 +84,11 @@ class Entries:
         The row's word is changed by a word of the latent, and mixed: each step is a bijection, so it stays uniform.
         """
         return finalized(self.word ^ np.repeat(mixed(np.arange(self.first, self.first + self.latents)), self.counts))
+
+
+def key(latent: NDArray[Any], row: NDArray[Any]) -> I64:
+    """A latent, counted from the first, and a row as one number, in the order of both."""
+    return (latent << ROW_BITS) + row
 
 
 def mixed(latents: NDArray[Any]) -> NDArray[np.uint64]:

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from saetrain.describing.entries import Context, Entries, mixed
+from saetrain.describing.entries import Context, Entries, key, mixed
 from saetrain.describing.slots import NO_ROW, Arrays
-from saetrain.describing.statistics import new_document, ranks
+from saetrain.describing.sorting import ordered, ranks
+from saetrain.describing.statistics import new_document
 
 I64 = NDArray[np.int64]
 FIRST_LOOK = 32  # rows of the pool that are tried first for a quiet one
@@ -79,7 +80,7 @@ def top(entries: Entries, context: Context, count: int) -> I64:
     bound[held > 0] = np.uint64(0x7FFFFFFF) - (keys[last[held > 0]] & np.uint64(0x7FFFFFFF))
     reach = largest >= np.repeat(bound, held)
     entry, latent, largest = entry[reach], latent[reach], largest[reach]
-    order = np.lexsort((np.uint64(0x7FFFFFFF) - largest, latent))
+    order = ordered(latent, np.uint64(0x7FFFFFFF) - largest, entry)
     return placed(entry[order], latent[order], entries.latents, count)
 
 
@@ -112,7 +113,7 @@ def smallest(groups: I64, priority: NDArray[np.uint64], count: int, m: int) -> I
     if short.any():
         entry = np.flatnonzero((priority <= bound[groups]) | short[groups])
     of = groups[entry]
-    order = np.lexsort((priority[entry], of))  # stable: of equal priorities the first row
+    order = ordered(of, priority[entry])  # of equal priorities the first row
     return placed(entry[order], of[order], count, m)
 
 
@@ -134,10 +135,10 @@ def quiet(entries: Entries, context: Context, count: int) -> I64:
     pool, found = context.pool, np.full((entries.latents, count), NO_ROW, np.int64)
     begin = (mixed(np.arange(entries.first, entries.first + entries.latents)) % np.uint64(len(pool))).astype(np.int64)
     left, look = np.arange(entries.latents), min(max(FIRST_LOOK, 2 * count), len(pool))
-    keys = entries.latent * context.rows + entries.row
+    keys = entries.keys
     while len(left):
         tried = pool[(begin[left, None] + np.arange(look)) % len(pool)]
-        wanted = left[:, None] * context.rows + tried
+        wanted = key(left[:, None], tried)
         place = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
         silent = keys[place] != wanted if len(keys) else np.ones(wanted.shape, bool)
         enough = (silent.sum(axis=1) >= count) | (look == len(pool))
@@ -163,9 +164,9 @@ def contexts(entries: Entries, context: Context, chosen: Chosen, arrays: Arrays)
     document = np.searchsorted(context.documents, row, side="right") - 1
     low = np.maximum(row - context.before, context.documents[document])
     high = np.minimum(row + context.after + 1, context.documents[document + 1])
-    keys = entries.latent * context.rows + entries.row
-    first = np.searchsorted(keys, latent * context.rows + low)
-    size = np.searchsorted(keys, latent * context.rows + high - 1, side="right") - first
+    keys = entries.keys
+    first = np.searchsorted(keys, key(latent, low))
+    size = np.searchsorted(keys, key(latent, high)) - first
     for part in _parts(size, 1 << 20):
         _fill(entries, offsets, values, latent[part], slot[part], row[part], first[part], size[part])
 
@@ -188,8 +189,9 @@ def _fill(
     size: I64,
 ) -> None:
     example = np.repeat(np.arange(len(size)), size)
-    entry = np.arange(len(example)) + np.repeat(first - (np.cumsum(size) - size), size)
-    order = np.lexsort((np.uint64(0x7FFFFFFF) - entries.bits[entry], example))
+    place = ranks(example)
+    entry = place + np.repeat(first, size)
+    order = ordered(example, np.uint64(0x7FFFFFFF) - entries.bits[entry], place)
     kept = np.sort(order[ranks(example[order]) < offsets.shape[-1]])
     example, entry = example[kept], entry[kept]
     at = latent[example], slot[example], ranks(example)

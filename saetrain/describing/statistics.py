@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from saetrain.describing.entries import Context, Entries
 from saetrain.describing.slots import BIN_SHIFT, HISTOGRAM_BINS, POSITION_BINS, QUANTILES, TOP_TOKENS, Arrays
+from saetrain.describing.sorting import ordered, ranks
 
 Z = 1.959963984540054  # of a 95% interval
 _HALF = np.uint64(31)  # bits of a positive float32
@@ -194,7 +195,7 @@ def top_tokens(
     ids = np.full((n, TOP_TOKENS), -1, np.int64)
     counts = np.zeros((n, TOP_TOKENS), np.int64)
     means = np.full((n, TOP_TOKENS), np.nan, np.float32)
-    order = np.lexsort((token, -held, latent))
+    order = ordered(latent, held.max(initial=0) - held, token)
     place = ranks(latent[order])
     order, place = order[place < TOP_TOKENS], place[place < TOP_TOKENS]
     at = latent[order], place
@@ -207,9 +208,3 @@ def top_tokens(
 def widest(context: Context) -> int:
     """The most latents whose (latent, token, activation) fit into one word."""
     return 1 << max(33 - context.token_bits, 1)
-
-
-def ranks(groups: NDArray[Any]) -> NDArray[np.int64]:
-    """The place of each item within its group, for items of one group after the other."""
-    begins = np.flatnonzero(np.append(True, groups[1:] != groups[:-1])) if len(groups) else np.zeros(0, np.int64)
-    return np.arange(len(groups)) - np.repeat(begins, np.diff(np.append(begins, len(groups))))

@@ -12,13 +12,14 @@ Kept are the g of largest pmi sqrt(c), which asks for a strong tie and for evide
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saetrain.describing.slots import Arrays
-from saetrain.describing.statistics import clustered_interval, ranks
+from saetrain.describing.sorting import ranks
+from saetrain.describing.statistics import clustered_interval
 
 I64 = NDArray[np.int64]
 TOGETHER = 16  # latents kept of each
@@ -50,7 +51,7 @@ def together(sample: Sample, lo: int, hi: int) -> Arrays:
             for name in ("expected", "pmi", "share", "low", "high")
         },
     }
-    active = np.bincount(sample.latent, minlength=sample.latents)
+    active, lines = np.bincount(sample.latent, minlength=sample.latents), _lines(sample)
     row = np.repeat(np.arange(sample.rows), sample.counts)
     mine = np.flatnonzero((sample.latent >= lo) & (sample.latent < hi))
     mine = mine[np.argsort(sample.latent[mine], kind="stable")]
@@ -61,62 +62,98 @@ def together(sample: Sample, lo: int, hi: int) -> Arrays:
         stop = int(np.searchsorted(pairs[ends], pairs[ends[start]] + MOST_PAIRS, side="right")) - 1
         stop = min(max(stop, start + 1), hi - lo)
         entries = mine[ends[start] : ends[stop]]
-        _fill(sample, active, lo, row[entries], sample.latent[entries].astype(np.int64), out)
+        _fill(sample, active, lines, lo, row[entries], sample.latent[entries].astype(np.int64), out)
         start = stop
     return out
 
 
-def _fill(sample: Sample, active: I64, lo: int, row: I64, latent: I64, out: Arrays) -> None:
+class Lines(NamedTuple):
+    """The active latents of each row as lines of one width, which numpy copies as wholes; the last is filled up."""
+
+    latent: NDArray[np.int32]  # [lines, width]; `Sample.latents` for none
+    first: I64  # [rows], first line of each row
+    count: I64  # [rows]
+
+
+def _lines(sample: Sample) -> Lines:
+    width = max(round(len(sample.latent) / max(sample.rows, 1)), 1)
+    count = -(-sample.counts // width)
+    first = np.cumsum(count) - count
+    latent = np.full((int(count.sum()), width), sample.latents, np.int32)
+    skipped = first * width - (np.cumsum(sample.counts) - sample.counts)  # places that are left free before each row
+    latent.reshape(-1)[np.arange(len(sample.latent)) + np.repeat(skipped, sample.counts)] = sample.latent
+    return Lines(latent, first, count)
+
+
+def _fill(sample: Sample, active: I64, lines: Lines, lo: int, row: I64, latent: I64, out: Arrays) -> None:
     """Fill in latents whose entries are these: all of theirs, latent by latent, rows ascending."""
     if not len(row):
         return
-    lowest, size = int(latent[0]), (int(latent[-1]) - int(latent[0]) + 1) * sample.latents
-    sizes, begins = sample.counts[row], np.cumsum(sample.counts) - sample.counts
-    word: Any = np.int32 if max(size, len(sample.latent), int(sizes.sum())) < 2**31 else np.int64
-    keys: NDArray[Any] = np.arange(int(sizes.sum()), dtype=word)
-    keys += np.repeat((begins[row] - (np.cumsum(sizes) - sizes)).astype(word), sizes)
-    keys = np.take(sample.latent, keys).astype(word)
-    keys += np.repeat(((latent - lowest) * sample.latents).astype(word), sizes)  # a number of each pair
-    pair, count = _counted(keys, size)
-    f, g = np.divmod(pair.astype(np.int64), sample.latents)
+    lowest, across = int(latent[0]), sample.latents + 1
+    size = (int(latent[-1]) - lowest + 1) * across
+    of, line = np.arange(len(row)), lines.first[row]  # entry of each line, and its number
+    if len(lines.latent) > sample.rows:
+        held = lines.count[row]
+        of = np.repeat(of, held)
+        line = line[of] + np.arange(len(of)) - np.repeat(np.cumsum(held) - held, held)
+    keys: NDArray[Any] = lines.latent[line]  # becomes the number of each pair
+    if size >= 2**31:
+        keys = keys.astype(np.int64)
+    keys += ((latent - lowest) * across).astype(keys.dtype)[of, None]
+    pair, count = _counted(keys.reshape(-1), size)
+    f, g = np.divmod(pair, across)
     f += lowest
-    pair, count, f, g = (found[f != g] for found in (pair, count, f, g))
-    expected = active[f] * active[g] / sample.rows
+    chance = active[f] * np.append(active, 0)[g] / sample.rows
+    kept = (count > chance) & (f != g) & (g < sample.latents)  # others have no positive pmi
+    pair, count, f, g, expected = (found[kept] for found in (pair, count, f, g, chance))
     pmi = np.log2(count / expected)
-    order = np.lexsort((g, -pmi * np.sqrt(count), f))
-    order = order[pmi[order] > 0]
-    order = order[ranks(f[order]) < TOGETHER]
+    order = _largest(f - lowest, pmi, pmi * np.sqrt(count))
     if not len(order):
         return
-    at = f[order] - lo, ranks(f[order])
-    share = count[order] / active[f[order]]
-    place = _places(keys, pair[order], size)
-    inside = np.flatnonzero(place >= 0)
-    entry = np.searchsorted(np.cumsum(sizes), inside, side="right")
-    low, high = _interval(sample, row, latent, entry, place[inside].astype(np.int64), f[order], share)
-    found = {"id": g, "count": count, "expected": expected, "pmi": pmi}
-    for name, values in {**{n: v[order] for n, v in found.items()}, "share": share, "low": low, "high": high}.items():
-        out[f"together/{name}"][at] = values
+    pair, count, f, g, expected, pmi = (found[order] for found in (pair, count, f, g, expected, pmi))
+    share = count / active[f]
+    inside, place = _places(keys.reshape(-1), pair, size)
+    low, high = _interval(sample, row, latent, of[inside // keys.shape[1]], place, f, share)
+    found = {"id": g, "count": count, "expected": expected, "pmi": pmi, "share": share, "low": low, "high": high}
+    for name, values in found.items():
+        out[f"together/{name}"][f - lo, ranks(f)] = values
+
+
+def _largest(f: I64, pmi: NDArray[Any], score: NDArray[Any]) -> I64:
+    """The pairs of positive pmi and largest score of each latent f, in that order; pairs come in order of (f, g)."""
+    positive = np.flatnonzero(pmi > 0)
+    f, score = f[positive], score[positive]
+    # Only scores that reach the last kept one, rounded as it is, need to be ordered.
+    rounded = score.astype(np.float32).view(np.uint32)
+    keys = np.sort((f.astype(np.uint64) << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - rounded))
+    held = np.bincount(f)
+    last = keys[np.maximum(np.cumsum(held) - held + np.minimum(held, TOGETHER) - 1, 0)] if len(f) else keys
+    reach = np.flatnonzero(rounded >= np.uint64(0xFFFFFFFF) - (last[f] & np.uint64(0xFFFFFFFF)))
+    order = reach[np.lexsort((-score[reach], f[reach]))]  # stable: of equal ones the lower g
+    return positive[order[ranks(f[order]) < TOGETHER]]
 
 
 def _counted(keys: NDArray[Any], size: int) -> tuple[I64, I64]:
     """The distinct keys, ascending, and their counts; by a table of all `size` possible ones unless most are absent."""
     if size > TABLE * len(keys):
-        return np.unique(keys, return_counts=True)
+        found, count = np.unique(keys, return_counts=True)
+        return found.astype(np.int64), count
     table = np.bincount(keys, minlength=size)
     found = np.flatnonzero(table)
     return found, table[found]
 
 
-def _places(keys: NDArray[Any], wanted: I64, size: int) -> NDArray[Any]:
-    """The place of each key among the distinct `wanted` ones, -1 if it is none of them."""
+def _places(keys: NDArray[Any], wanted: I64, size: int) -> tuple[I64, I64]:
+    """Which of the keys are among the distinct `wanted` ones, and the place of each there."""
+    order = np.argsort(wanted)
     if size > TABLE * len(keys):
-        order = np.argsort(wanted)
-        place = np.minimum(np.searchsorted(wanted[order], keys), len(wanted) - 1)
-        return np.where(wanted[order][place] == keys, order[place], -1)
-    table = np.full(size, -1, np.int32)
-    table[wanted] = np.arange(len(wanted))
-    return np.take(table, keys)
+        at = np.minimum(np.searchsorted(wanted[order], keys), len(wanted) - 1)
+        inside = np.flatnonzero(wanted[order][at] == keys)
+    else:
+        table = np.zeros(size, bool)
+        table[wanted] = True
+        inside = np.flatnonzero(np.take(table, keys))
+    return inside, order[np.searchsorted(wanted[order], keys[inside])]
 
 
 def _interval(

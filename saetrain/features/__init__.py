@@ -3,9 +3,9 @@
 ::
 
     store in document order
-      | survey    where documents begin, and the rows among which quiet ones are looked for
       | encode    (block of rows) x (shard of latents)     codes, grouped by latent
       | select    block of rows, where k latents of each token compete over several shards
+      | survey    where documents begin, and the rows among which quiet ones are looked for
       v
     collate       chunk of latents                         all activations of a latent, together in row order
     draw, pairs   block of rows, then chunk of latents     latents that are active together, on a sample of rows

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.jobs import FolderJob, FolderTask
-from saetrain.describing.entries import Context
+from saetrain.describing.entries import Context, key
 from saetrain.describing.samples import placed
 from saetrain.describing.slots import NO_ROW
 from saetrain.features import layout
@@ -64,11 +64,10 @@ def _active(job: FolderJob, context: Context, lo: int, rows: I64, counts: I64, m
     plan, active = Plan.of(job), np.zeros(rows.shape, bool)
     for a, b in pieces(plan, counts, lo, most, plan.latents):
         part, held = slice(a - lo, b - lo), counts[a - lo : b - lo]
-        wanted = np.arange(b - a)[:, None] * plan.rows + rows[part]
+        wanted = key(np.arange(b - a)[:, None], rows[part])
         for entries in portions(job, context, a, b, held, most if b - a == 1 else int(held.sum()) + 1):
-            keys = entries.latent * plan.rows + entries.row
-            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            active[part] |= (keys[at] == wanted) & (rows[part] != NO_ROW)
+            at = np.minimum(np.searchsorted(entries.keys, wanted), len(entries.row) - 1)
+            active[part] |= (entries.keys[at] == wanted) & (rows[part] != NO_ROW)
     return active
 
 

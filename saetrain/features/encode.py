@@ -20,7 +20,7 @@ from torch import Tensor
 
 from actshuffle import Dataset, open_dataset
 from actshuffle.jobs import FolderJob, FolderTask
-from saetrain.compute.kernels import exact_topk
+from saetrain.compute.kernels import exact_topk, true_places
 from saetrain.data import check_finite
 from saetrain.features import codes
 from saetrain.features.blueprint import Plan
@@ -35,11 +35,11 @@ def encode(job: FolderJob, task: FolderTask, *, device: str) -> tuple[dict[str, 
     shard = shard_of(plan.dictionary, plan.sae, lo, hi, device)
     data = open_dataset(plan.store, incomplete=True)
     start, stop = plan.block(block)
-    parts = []
+    parts, room = [], torch.empty(plan.tile_rows, hi - lo, device=device)  # touched once, not anew for each tile
     for at in range(start, stop, plan.tile_rows):
         end = min(at + plan.tile_rows, stop)
         x = rows_of(data, plan, at, end)
-        found = active(shard, x.to(device), plan)
+        found = active(shard, x.to(device), plan, room)
         parts.append((found.latent, found.row + (at - start), found.value))
     latent, row, value = (np.concatenate(p) for p in zip(*parts, strict=True))
     run = codes.grouped(latent, row, value, hi - lo)
@@ -70,25 +70,29 @@ class Active(NamedTuple):
     value: np.ndarray[Any, Any]
 
 
-def active(shard: Shard, x: Tensor, plan: Plan) -> Active:
-    """The entries of a tile of rows [rows, d_in] that are active, or candidates."""
-    pre = product(shard, x, plan)
+def active(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None) -> Active:
+    """The entries of a tile of rows [rows, d_in] that are active, or candidates; `room` is as `product` takes it."""
+    pre = product(shard, x, plan, room)
     if plan.k:
         value, latent = exact_topk(pre, plan.k)
-        row, place = (value > 0).nonzero(as_tuple=True)
-        return Active(*(t.cpu().numpy() for t in (latent[row, place], row, value[row, place])))
-    row, latent = (pre > shard.threshold).nonzero(as_tuple=True)
-    return Active(*(t.cpu().numpy() for t in (latent, row, pre[row, latent])))
+        place = true_places(value > 0)
+        row = torch.div(place, value.shape[1], rounding_mode="floor")
+        latent, value = latent.flatten()[place], value.flatten()[place]
+    else:
+        place = true_places(pre > shard.threshold)
+        row = torch.div(place, pre.shape[1], rounding_mode="floor")
+        latent, value = place - row * pre.shape[1], pre.flatten()[place]
+    return Active(latent.cpu().numpy(), row.cpu().numpy(), value.cpu().numpy())
 
 
-def product(shard: Shard, x: Tensor, plan: Plan) -> Tensor:
-    """Pre-activations [rows, latents of the shard].
+def product(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None) -> Tensor:
+    """Pre-activations [rows, latents of the shard], in `room` [tile rows, latents of the shard] if it is given.
 
     Each tile is one matrix product of its own.  Tiles lie at multiples of `tile_rows` and `tile_latents` of the whole
     store and the whole dictionary, so a pre-activation has the same bits whatever the blocks and shards.
     """
     centred = x - shard.offset
-    pre = x.new_empty(len(x), shard.hi - shard.lo)
+    pre = x.new_empty(len(x), shard.hi - shard.lo) if room is None else room[: len(x)]
     for lo in range(0, shard.hi - shard.lo, plan.tile_latents):
         part = slice(lo, lo + plan.tile_latents)
         torch.addmm(shard.bias[part], centred, shard.weight[part].T, out=pre[:, part])

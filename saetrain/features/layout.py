@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
@@ -34,6 +36,8 @@ from saetrain.describing.slots import (
     Arrays,
     Slots,
 )
+
+WRITES = 8  # arrays written at once
 
 
 class Column(NamedTuple):
@@ -86,17 +90,22 @@ def chunk_key(name: str, number: int, axes: int) -> str:
 
 
 def put_chunk(job: FolderJob, arrays: Arrays, number: int, chunk: int) -> int:
-    """Write one chunk of each array, whole chunks also at the end; returns the bytes."""
-    nbytes = 0
-    for name, array in arrays.items():
+    """Write one chunk of each array, whole chunks also at the end; returns the bytes.
+
+    A write ends when the disk has it, so several are under way at once.
+    """
+
+    def put(name: str, array: NDArray[Any]) -> int:
         whole = array
         if len(array) < chunk:
             whole = np.zeros((chunk, *array.shape[1:]), array.dtype)
             whole[: len(array)] = array
         data = np.ascontiguousarray(whole).reshape(-1).view(np.uint8)
         job.objects.put(chunk_key(name, number, array.ndim), data.data)
-        nbytes += len(data)
-    return nbytes
+        return len(data)
+
+    with ThreadPoolExecutor(WRITES) as pool:
+        return sum(pool.map(put, arrays, arrays.values()))
 
 
 def has_chunk(job: FolderJob, found: Mapping[str, Column], number: int) -> bool:

@@ -142,12 +142,11 @@ def _chunk(latents: int, granule: int) -> int:
 
 def steps(plan: Plan, *, device: str, most: int) -> list[Step]:
     """The steps of a run, in order; see the room's own docstring."""
-    found = [
-        Step("survey", survey.survey, 1, survey.is_there),
-        Step("encode", encode.encode_on(device), plan.blocks * plan.shards, encode.is_there),
-    ]
+    found = [Step("encode", encode.encode_on(device), plan.blocks * plan.shards, encode.is_there)]
     if plan.selects:
         found.append(Step("select", encode.select, plan.blocks, encode.is_there))
+    # After the product, so that not all workers but one wait for its single task before they have begun.
+    found.append(Step("survey", survey.survey, 1, survey.is_there))
     if plan.keep_codes:
         found.append(Step("keep", keep_by_row, plan.blocks, rows_are_there))
     found.append(Step("draw", pairs.draw, plan.blocks, pairs.is_drawn))

@@ -1,4 +1,4 @@
-"""The first step: one look at the small columns of the store, which later tasks share.
+"""One look at the small columns of the store, which later tasks share.
 
 It writes ``work/documents.bin``, the first row of each document and the number of rows, int64; and
 ``work/pool.bin``, the rows of smallest priority, smallest first, int64: an exactly uniform sample without
@@ -14,6 +14,7 @@ import numpy as np
 from actshuffle import open_dataset, priorities
 from actshuffle.jobs import FolderJob, FolderTask
 from saetrain.errors import DataError
+from saetrain.features import codes
 from saetrain.features.blueprint import Plan
 
 PIECE = 1 << 20  # rows looked at together
@@ -49,7 +50,8 @@ def survey(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
 
 
 def is_there(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
-    return job.objects.size(DOCUMENTS) is not None and job.objects.size(POOL) is not None
+    found = all(job.objects.size(key) is not None for key in (DOCUMENTS, POOL))
+    return found and all(codes.are_there(job, block) for block in range(Plan.of(job).blocks))
 
 
 def documents(job: FolderJob) -> I64:
