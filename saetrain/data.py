@@ -26,6 +26,7 @@ from saetrain.config import Config
 from saetrain.errors import DataError
 from saetrain.model import Norm, norm_from
 
+GRADIENTS = "grad_"  # with the name of an array of activations: the gradient of the loss with respect to it
 DOCUMENT_NAMES = ("document", "documents", "document_id", "document_ids", "doc", "doc_id", "doc_ids")
 HEAVY_SHARE = 0.05  # of the squared norm: from here on heavy rows are named
 SAMPLE_ROWS = 65_536  # for statistics where the store has none
@@ -95,7 +96,8 @@ class Store:
         self._watch = watch(self.data, filter(None, (self.field, self.document_field)))
 
     def _only_field(self) -> str:
-        axes = {n: len(f.row_shape) for n, f in self.data.fields.items() if f.dtype.kind == "f" or f.bfloat16}
+        real = {n: f for n, f in self.data.fields.items() if f.dtype.kind == "f" or f.bfloat16}
+        axes = {n: len(f.row_shape) for n, f in real.items() if not n.startswith(GRADIENTS)}
         found = [n for n, count in axes.items() if count == 1] or [n for n, count in axes.items() if count > 1]
         if len(found) != 1:
             raise DataError(

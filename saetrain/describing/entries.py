@@ -52,6 +52,7 @@ class Entries:
     document: NDArray[np.int32]  # [n], number of the document
     token: NDArray[np.uint32] | None  # [n], less the lowest token
     word: NDArray[np.uint64]  # [n], priority of the row
+    effect: NDArray[np.float32] | None = None  # [n], on the loss, where the store has gradients
 
     @property
     def latents(self) -> int:
@@ -88,7 +89,8 @@ class Entries:
 
 def key(latent: NDArray[Any], row: NDArray[Any]) -> I64:
     """A latent, counted from the first, and a row as one number, in the order of both."""
-    return (latent << ROW_BITS) + row
+    found: I64 = (latent << ROW_BITS) + row
+    return found
 
 
 def mixed(latents: NDArray[Any]) -> NDArray[np.uint64]:

@@ -71,6 +71,39 @@ def densities(n: int, of: NDArray[Any], run: NDArray[Any], document: NDArray[Any
     return {"stat/documents": found, "stat/density": density, "stat/density_low": low, "stat/density_high": high}
 
 
+def effects(entries: Entries, context: Context) -> Arrays:
+    """The mean effect on the loss and its interval; nothing where the store has no gradients."""
+    if entries.effect is None:
+        return {}
+    new = new_document(entries)
+    begins = np.flatnonzero(new)
+    sums = np.bincount(np.cumsum(new) - 1, entries.effect, minlength=len(begins))
+    return mean_effects(entries.latents, entries.latent[begins], sums, entries.document[begins], context)
+
+
+def mean_effects(n: int, of: NDArray[Any], sums: NDArray[Any], document: NDArray[Any], context: Context) -> Arrays:
+    """From the summed effects of latents `of` in documents, in the order of both."""
+    sizes = np.diff(context.documents).astype(np.float64)
+    total, squares = np.bincount(of, sums, minlength=n), np.bincount(of, sums * sums, minlength=n)
+    cross = np.bincount(of, sums * sizes[document], minlength=n)
+    mean = total / context.rows
+    half = clustered_half(mean, squares, cross, float((sizes * sizes).sum()), context.rows, len(sizes))
+    return {"loss/effect": mean, "loss/low": mean - half, "loss/high": mean + half}
+
+
+def clustered_half(
+    mean: NDArray[Any], squares: NDArray[Any], cross: NDArray[Any], everywhere: float, rows: float, clusters: int
+) -> NDArray[Any]:
+    """Half the width of the 95% interval of means = sum e_d / sum n_d, with documents d as clusters.
+
+    The variance is D / (D - 1) sum (e_d - mean n_d)^2 / rows^2, as in `clustered_interval`.  `squares` is sum e_d^2,
+    `cross` is sum e_d n_d, `everywhere` sum n_d^2.  NaN where there are fewer than two documents.
+    """
+    spread = np.maximum(squares - 2 * mean * cross + mean * mean * everywhere, 0)
+    half: NDArray[Any] = Z * np.sqrt(spread * clusters / (clusters - 1 if clusters > 1 else np.nan)) / rows
+    return half
+
+
 def clustered_interval(
     p: NDArray[Any], squares: NDArray[Any], cross: NDArray[Any], everywhere: Any, rows: Any, clusters: Any
 ) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -61,18 +61,24 @@ def describe_streamed(look: Look, context: Context, counts: Any, out: Arrays) ->
 def _first_look(look: Look, context: Context) -> tuple[Arrays, NDArray[np.int64]]:
     found: Arrays | None = None
     upper, positions = np.zeros(UPPER, np.int64), np.zeros((1, POSITION_BINS), np.int64)
-    documents, runs = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    documents, runs, sums = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
     for entries in look():
         found = statistics.moments(entries, found)
         upper = upper + np.bincount(entries.value.view(np.uint32) >> 16, minlength=UPPER)
         positions = positions + statistics.positions(entries, context)
-        here, count = np.unique(entries.document, return_counts=True)
-        if len(documents) and documents[-1] == here[0]:
+        here, which, count = np.unique(entries.document, return_inverse=True, return_counts=True)
+        if goes_on := bool(len(documents) and documents[-1] == here[0]):
             runs[-1] += count[0]
-            here, count = here[1:], count[1:]
-        documents, runs = np.append(documents, here), np.append(runs, count)
+        documents, runs = np.append(documents, here[goes_on:]), np.append(runs, count[goes_on:])
+        if entries.effect is not None:  # added one after the other, as if there had been no cut
+            carried = sums[-1:] if goes_on else np.zeros(1)
+            added = np.bincount(np.append(0, which), np.append(carried, entries.effect))
+            sums = np.append(sums[: len(sums) - goes_on], added)
     assert found is not None  # it has entries
-    found |= statistics.densities(1, np.zeros(len(runs), np.int64), runs, documents, context)
+    of = np.zeros(len(runs), np.int64)
+    found |= statistics.densities(1, of, runs, documents, context)
+    if len(sums):
+        found |= statistics.mean_effects(1, of, sums, documents, context)
     return found | {"shape/position": positions}, upper
 
 

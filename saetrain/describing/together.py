@@ -72,7 +72,7 @@ class Lines(NamedTuple):
 
     latent: NDArray[np.int32]  # [lines, width]; `Sample.latents` for none
     first: I64  # [rows], first line of each row
-    count: I64  # [rows]
+    held: I64  # [rows], lines of each row
 
 
 def _lines(sample: Sample) -> Lines:
@@ -93,7 +93,7 @@ def _fill(sample: Sample, active: I64, lines: Lines, lo: int, row: I64, latent: 
     size = (int(latent[-1]) - lowest + 1) * across
     of, line = np.arange(len(row)), lines.first[row]  # entry of each line, and its number
     if len(lines.latent) > sample.rows:
-        held = lines.count[row]
+        held = lines.held[row]
         of = np.repeat(of, held)
         line = line[of] + np.arange(len(of)) - np.repeat(np.cumsum(held) - held, held)
     keys: NDArray[Any] = lines.latent[line]  # becomes the number of each pair

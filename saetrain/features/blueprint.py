@@ -32,6 +32,7 @@ class Plan:
     store: str
     identity: str  # of the store
     field: str
+    gradient: str | None  # array of the loss's gradients with respect to it, if the store has one
     token: str | None
     document: str | None
     rows: int
@@ -74,7 +75,7 @@ class Plan:
 
     @property
     def columns(self) -> dict[str, Column]:
-        return columns(self.kinds, self.rows)
+        return columns(self.kinds, self.rows, self.gradient is not None)
 
     # --- rows
 
@@ -85,6 +86,11 @@ class Plan:
     def block(self, number: int) -> tuple[int, int]:
         start = number * self.block_rows
         return start, min(start + self.block_rows, self.rows)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row that an encode task reads, as float32."""
+        return 4 * self.d_in * (1 if self.gradient is None else 2)
 
     # --- latents
 

@@ -3,10 +3,11 @@
 ::
 
     offsets   <u8 [granules + 1]     entries before each granule; the last is their number n
-    crc       <u4 [granules]         CRC-32 of the granule's counts, rows and values
+    crc       <u4 [granules]         CRC-32 of the granule's counts, values, rows and effects
     counts    <u4 [latents]          entries of each latent
     values    <f4 [n]                activations
     rows      <u2 [n]                row in the block
+    effects   <f4 [n]                activation times <decoder row, gradient>, where the store has gradients
 
 A range of latents is four range reads.  Every read compares what it got with the checksum, so that damage is found
 before it is counted, and is named: the object, the block, the latents.
@@ -35,20 +36,30 @@ class Run:
     counts: NDArray[np.uint32]  # [latents]
     rows: NDArray[np.uint16]  # [n], row in the block
     values: NDArray[np.float32]  # [n]
+    effects: NDArray[np.float32] | None  # [n]
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        """The arrays of one number an entry, in the order of an object."""
+        return [array for array in (self.values, self.rows, self.effects) if array is not None]
 
     def part(self, lo: int, hi: int) -> Run:
         """Latents [lo, hi) of mine."""
         if (lo, hi) == (0, len(self.counts)):
             return self
         inside = slice(int(self.counts[:lo].sum()), int(self.counts[:hi].sum()))
-        return Run(self.counts[lo:hi], self.rows[inside], self.values[inside])
+        effects = None if self.effects is None else self.effects[inside]
+        return Run(self.counts[lo:hi], self.rows[inside], self.values[inside], effects)
 
 
-def grouped(latent: NDArray[Any], row: NDArray[Any], value: NDArray[Any], latents: int) -> Run:
+def grouped(
+    latent: NDArray[Any], row: NDArray[Any], value: NDArray[Any], effect: NDArray[Any] | None, latents: int
+) -> Run:
     """A run from entries in any order of latents; entries of one latent keep their order."""
     order = by_latent(latent, latents)
     counts = np.bincount(latent, minlength=latents).astype("<u4")
-    return Run(counts, row[order].astype("<u2"), value[order].astype("<f4"))
+    effects = None if effect is None else effect[order].astype("<f4")
+    return Run(counts, row[order].astype("<u2"), value[order].astype("<f4"), effects)
 
 
 def by_latent(latent: NDArray[Any], latents: int) -> NDArray[np.int64]:
@@ -66,7 +77,7 @@ def put(job: FolderJob, key: str, run: Run, granule: int) -> int:
     edges = _edges(len(run.counts), granule)
     offsets = np.concatenate([[0], np.cumsum(run.counts, dtype=np.uint64)])[edges].astype("<u8")
     crc = np.array(_checksums(run, edges, offsets), "<u4")
-    parts = (offsets, crc, run.counts, run.values, run.rows)
+    parts = (offsets, crc, run.counts, *run.arrays)
     with job.objects.writer(key, sum(part.nbytes for part in parts)) as out:
         for part in parts:
             if part.nbytes:
@@ -96,7 +107,8 @@ def read(job: FolderJob, key: str, latents: int, granule: int, lo: int, hi: int,
     at += latents * 4
     values = _some(job, key, "<f4", at + skip * 4, n)
     rows = _some(job, key, "<u2", at + total * 4 + skip * 2, n)
-    run = Run(counts, rows, values)
+    has_effects = Plan.of(job).gradient is not None
+    run = Run(counts, rows, values, _some(job, key, "<f4", at + total * 6 + skip * 4, n) if has_effects else None)
     found = _checksums(run, edges[a : b + 1] - lo, offsets - offsets[0])
     for number, (due, got) in enumerate(zip(crc.tolist(), found, strict=True)):
         if due != got:
@@ -123,8 +135,9 @@ def _checksums(run: Run, edges: NDArray[Any], offsets: NDArray[Any]) -> list[int
     found = []
     for a, b, start, stop in zip(edges[:-1], edges[1:], offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
         crc = zlib.crc32(run.counts[a:b].data)
-        crc = zlib.crc32(run.values[start:stop].data, crc)
-        found.append(zlib.crc32(run.rows[start:stop].data, crc))
+        for array in run.arrays:
+            crc = zlib.crc32(array[start:stop].data, crc)
+        found.append(crc)
     return found
 
 

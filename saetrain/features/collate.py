@@ -62,6 +62,7 @@ def describe(entries: Entries, context: Context, out: Arrays) -> None:
     found = statistics.moments(entries)
     maximum = found["stat/max"]
     found |= statistics.documents(entries, context)
+    found |= statistics.effects(entries, context)
     found |= statistics.shape(entries, context, maximum)
     found |= statistics.tokens(entries, context, maximum)
     ordered = statistics.order_statistics(entries, context.slots.intervals)

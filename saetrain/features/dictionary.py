@@ -97,7 +97,7 @@ class Dictionary:
 
 @dataclass(frozen=True)
 class Shard:
-    """The encoder of latents [lo, hi) on a device, float32."""
+    """Latents [lo, hi) of a dictionary on a device, float32."""
 
     lo: int
     hi: int
@@ -105,17 +105,21 @@ class Shard:
     bias: Tensor
     threshold: Tensor
     offset: Tensor
+    decoder: Tensor | None  # where effects on the loss are asked for
 
 
 @lru_cache(maxsize=1)  # a worker keeps the shard of its last task: tasks come shard by shard
-def shard_of(path: str, digest: str, lo: int, hi: int, device: str) -> Shard:
+def shard_of(path: str, digest: str, lo: int, hi: int, device: str, decoder: bool) -> Shard:
     found = Dictionary(path)
     if found.digest != digest:
         raise CheckpointError(f"{path} changed since this run began: start again with another OUT")
     weight = torch.empty(hi - lo, found.d_in, device=device)
     bias, threshold = torch.empty(hi - lo, device=device), torch.empty(hi - lo, device=device)
+    rows = torch.empty_like(weight) if decoder else None
     for at in range(lo, hi, BLOCK):  # a part at a time, so that no second copy of all is held
         end = min(at + BLOCK, hi)
         part, here = found.rows(at, end), slice(at - lo, end - lo)
         weight[here], bias[here], threshold[here] = part["W_enc"], part["b_enc"], part["threshold"]
-    return Shard(lo, hi, weight, bias, threshold, found.offset().to(device, torch.float32))
+        if rows is not None:
+            rows[here] = part["W_dec"]
+    return Shard(lo, hi, weight, bias, threshold, found.offset().to(device, torch.float32), rows)

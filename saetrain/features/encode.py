@@ -20,7 +20,7 @@ from torch import Tensor
 
 from actshuffle import Dataset, open_dataset
 from actshuffle.jobs import FolderJob, FolderTask
-from saetrain.compute.kernels import exact_topk, true_places
+from saetrain.compute.kernels import Codes, exact_topk, true_places
 from saetrain.data import check_finite
 from saetrain.features import codes
 from saetrain.features.blueprint import Plan
@@ -32,33 +32,36 @@ def encode(job: FolderJob, task: FolderTask, *, device: str) -> tuple[dict[str, 
     plan = Plan.of(job)
     number, block = plan.encode_task(task)
     key, lo, hi = (plan.candidate_objects if plan.selects else plan.code_objects)(block)[number]
-    shard = shard_of(plan.dictionary, plan.sae, lo, hi, device)
+    shard = shard_of(plan.dictionary, plan.sae, lo, hi, device, plan.gradient is not None)
     data = open_dataset(plan.store, incomplete=True)
     start, stop = plan.block(block)
     parts, room = [], torch.empty(plan.tile_rows, hi - lo, device=device)  # touched once, not anew for each tile
     for at in range(start, stop, plan.tile_rows):
         end = min(at + plan.tile_rows, stop)
-        x = rows_of(data, plan, at, end)
-        found = active(shard, x.to(device), plan, room)
-        parts.append((found.latent, found.row + (at - start), found.value))
-    latent, row, value = (np.concatenate(p) for p in zip(*parts, strict=True))
-    run = codes.grouped(latent, row, value, hi - lo)
+        x, gradient = rows_of(data, plan, plan.field, at, end).to(device), None
+        if plan.gradient is not None:
+            gradient = rows_of(data, plan, plan.gradient, at, end).to(device)
+        found = active(shard, x, plan, room, gradient)
+        parts.append(found._replace(row=found.row + (at - start)))
+    latent, row, value = (np.concatenate(p) for p in list(zip(*parts, strict=True))[:3])
+    effect = None if plan.gradient is None else np.concatenate([part.effect for part in parts])
+    run = codes.grouped(latent, row, value, effect, hi - lo)
     nbytes = codes.put(job, key, run, plan.granule)
-    return {"entries": len(value), "key": key}, nbytes + (stop - start) * plan.d_in * 4
+    return {"entries": len(value), "key": key}, nbytes + (stop - start) * plan.row_bytes
 
 
 def is_there(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
     return job.objects.size(receipt["key"]) is not None
 
 
-def rows_of(data: Dataset, plan: Plan, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) as float32 [rows, d_in]; refuses NaNs and infinities."""
-    found = data.read(plan.field, start, stop).reshape(stop - start, -1)
-    if data.fields[plan.field].bfloat16:
+def rows_of(data: Dataset, plan: Plan, field: str, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of an array as float32 [rows, d_in]; refuses NaNs and infinities."""
+    found = data.read(field, start, stop).reshape(stop - start, -1)
+    if data.fields[field].bfloat16:
         rows = torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
     else:
         rows = torch.from_numpy(found)
-    check_finite(rows, plan.store, plan.field, start)
+    check_finite(rows, plan.store, field, start)
     return rows.float()
 
 
@@ -68,10 +71,14 @@ class Active(NamedTuple):
     latent: np.ndarray[Any, Any]  # of the shard
     row: np.ndarray[Any, Any]  # of the tile
     value: np.ndarray[Any, Any]
+    effect: np.ndarray[Any, Any] | None  # value times <decoder row, gradient>
 
 
-def active(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None) -> Active:
-    """The entries of a tile of rows [rows, d_in] that are active, or candidates; `room` is as `product` takes it."""
+def active(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None, gradient: Tensor | None = None) -> Active:
+    """The entries of a tile of rows [rows, d_in] that are active, or candidates.
+
+    `room` is as `product` takes it; `gradient` [rows, d_in] is that of the loss with respect to the rows.
+    """
     pre = product(shard, x, plan, room)
     if plan.k:
         value, latent = exact_topk(pre, plan.k)
@@ -82,7 +89,12 @@ def active(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None) -> A
         place = true_places(pre > shard.threshold)
         row = torch.div(place, pre.shape[1], rounding_mode="floor")
         latent, value = place - row * pre.shape[1], pre.flatten()[place]
-    return Active(latent.cpu().numpy(), row.cpu().numpy(), value.cpu().numpy())
+    effect = None
+    if gradient is not None:
+        assert shard.decoder is not None
+        dots = Codes(latent, value, row, len(x), shard.hi - shard.lo).dots(gradient, shard.decoder)
+        effect = (value * dots).cpu().numpy()
+    return Active(latent.cpu().numpy(), row.cpu().numpy(), value.cpu().numpy(), effect)
 
 
 def product(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None) -> Tensor:
@@ -108,9 +120,11 @@ def select(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
         runs.append(run)
     counts = np.concatenate([run.counts for run in runs])
     rows, values = (np.concatenate([getattr(run, name) for run in runs]) for name in ("rows", "values"))
+    effects = None if plan.gradient is None else np.concatenate([run.effects for run in runs])
     kept = best(rows, values, plan.k)
     latent = np.repeat(np.arange(plan.latents), counts)[kept]
-    run = codes.Run(np.bincount(latent, minlength=plan.latents).astype("<u4"), rows[kept], values[kept])
+    held = np.bincount(latent, minlength=plan.latents).astype("<u4")
+    run = codes.Run(held, rows[kept], values[kept], None if effects is None else effects[kept])
     ((key, _, _),) = plan.code_objects(block)
     return {"entries": int(kept.sum()), "key": key}, codes.put(job, key, run, plan.granule)
 

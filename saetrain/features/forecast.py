@@ -22,8 +22,9 @@ from saetrain.features.encode import active, rows_of
 from saetrain.features.gathering import BYTES
 
 PILOT_TILES = 8
-CODE_BYTES = 6  # an active entry on disk
+CODE_BYTES = 6  # an active entry on disk, and 4 of its effect on the loss
 BLOCK_ENTRY = 56  # bytes of memory an entry of a block takes while it is grouped
+EFFECT = 12  # and its effect on the loss
 TILE_ELEMENT = 8  # and a pre-activation
 
 
@@ -62,8 +63,9 @@ class Forecast:
 def encode_memory(plan: Plan, shards: int, active_share: float) -> int:
     """Bytes of one encode task: the shard's encoder, a tile of pre-activations, and the entries of a block."""
     widest = -(-plan.latents // shards)
-    tile = plan.tile_rows * (widest * TILE_ELEMENT + plan.d_in * 12)
-    return int(4 * widest * plan.d_in + tile + BLOCK_ENTRY * plan.block_rows * active_share * widest)
+    tile = plan.tile_rows * widest * TILE_ELEMENT + plan.tile_rows * 3 * plan.row_bytes
+    entry = BLOCK_ENTRY if plan.gradient is None else BLOCK_ENTRY + EFFECT
+    return int(widest * plan.row_bytes + tile + entry * plan.block_rows * active_share * widest)
 
 
 def most_entries(plan: Plan, memory: int) -> int:
@@ -97,11 +99,11 @@ def active_entries(plan: Plan) -> tuple[float, str]:
         return float(rates.sum()) * plan.rows, "firing rates of training"
     data, tiles = open_dataset(plan.store, incomplete=True), -(-plan.rows // plan.tile_rows)
     chosen = np.unique(np.linspace(0, tiles - 1, PILOT_TILES).astype(int)).tolist()
-    shard = shard_of(plan.dictionary, plan.sae, 0, min(plan.latents, 16 * plan.tile_latents), "cpu")
+    shard = shard_of(plan.dictionary, plan.sae, 0, min(plan.latents, 16 * plan.tile_latents), "cpu", False)
     found = seen = 0
     for tile in chosen:
         start = tile * plan.tile_rows
-        rows = rows_of(data, plan, start, min(start + plan.tile_rows, plan.rows))
+        rows = rows_of(data, plan, plan.field, start, min(start + plan.tile_rows, plan.rows))
         found, seen = found + len(active(shard, rows, plan).row), seen + len(rows)
     return found / seen * plan.rows * plan.latents / (shard.hi - shard.lo), f"a pilot of {seen:,} rows"
 
@@ -109,7 +111,7 @@ def active_entries(plan: Plan) -> tuple[float, str]:
 def forecast(plan: Plan, memory: int) -> Forecast:
     entries, how = active_entries(plan)
     share = entries / plan.rows / plan.latents
-    codes = entries * CODE_BYTES + plan.blocks * plan.latents * 4
+    codes = entries * (CODE_BYTES if plan.gradient is None else CODE_BYTES + 4) + plan.blocks * plan.latents * 4
     kept = entries * 16 if plan.keep_codes else 0
     return Forecast(
         tasks=1
@@ -119,7 +121,7 @@ def forecast(plan: Plan, memory: int) -> Forecast:
         operations=2.0 * plan.rows * plan.latents * plan.d_in,
         entries=entries,
         entries_from=how,
-        read_bytes=plan.rows * plan.d_in * 4 * plan.shards,
+        read_bytes=plan.rows * plan.row_bytes * plan.shards,
         codes_bytes=codes * (2 if plan.selects else 1) + kept,
         result_bytes=result_bytes(plan, plan.chunk * plan.chunks),
         encode_memory=encode_memory(plan, plan.shards, share),

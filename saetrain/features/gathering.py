@@ -95,6 +95,7 @@ def _join(
     row, value = np.empty(n, np.int64), np.empty(n, np.float32)
     document, word = np.empty(n, np.int32), np.empty(n, np.uint64)
     token = np.empty(n, np.uint32) if plan.token is not None else None
+    effect = np.empty(n, np.float32) if plan.gradient is not None else None
     fill = np.cumsum(counts) - counts
     while runs:
         block, run = runs.pop(0)
@@ -106,10 +107,12 @@ def _join(
         value[to] = run.values
         word[to] = priorities(plan.seed, start, stop)[run.rows]
         document[to] = documents_of(context.documents, start, stop)[run.rows]
+        if effect is not None:
+            effect[to] = run.effects
         if token is not None:
             tokens = data.read(str(plan.token), start, stop).astype(np.int64) - context.token_low
             token[to] = tokens.astype(np.uint32)[run.rows]
-    return Entries(lo, counts, row, value, document, token, word)
+    return Entries(lo, counts, row, value, document, token, word, effect)
 
 
 def documents_of(starts: I64, first: int, last: int) -> NDArray[np.int32]:

@@ -49,12 +49,12 @@ class Column(NamedTuple):
     about: str
 
 
-def columns(slots: Slots, rows: int) -> dict[str, Column]:
+def columns(slots: Slots, rows: int, gradients: bool = False) -> dict[str, Column]:
     """All arrays that `collate` writes, by "group/name"."""
     n = "<u4" if rows < 2**32 else "<u8"
     nan = float("nan")
     per_slot = (slots.total,)
-    return {
+    found = {
         "stat/count": Column((), "<i8", 0, "rows on which the latent is active"),
         "stat/sum": Column((), "<f8", 0, "sum of its activations"),
         "stat/sum2": Column((), "<f8", 0, "sum of their squares"),
@@ -77,6 +77,13 @@ def columns(slots: Slots, rows: int) -> dict[str, Column]:
         "example/value": Column(per_slot, "<f4", 0, "activation on that row; 0 for quiet rows"),
         "context/offset": Column((*per_slot, CONTEXT), "|i1", NO_OFFSET, "rows from the example; 127 for none"),
         "context/value": Column((*per_slot, CONTEXT), "<f4", 0, "activation at that offset"),
+    }
+    if not gradients:
+        return found
+    return found | {
+        "loss/effect": Column((), "<f8", 0, "mean over rows of activation times <decoder row, gradient of the loss>"),
+        "loss/low": Column((), "<f8", nan, "lower end of its 95% interval, documents as clusters"),
+        "loss/high": Column((), "<f8", nan, "upper end of that interval"),
     }
 
 

@@ -14,7 +14,7 @@ from actshuffle.executors import Executor
 from actshuffle.jobs import FolderJob, Outcome, Step, read_done, run_in_folder
 from actshuffle.progress import Progress
 from saetrain.config import Config
-from saetrain.data import DOCUMENT_NAMES, Store
+from saetrain.data import DOCUMENT_NAMES, GRADIENTS, Store
 from saetrain.describing.slots import QUANTILES, Slots
 from saetrain.errors import ConfigError, DataError
 from saetrain.features import contrast, encode, layout, pairs, product, survey
@@ -84,6 +84,7 @@ def plan_features(
         store=str(store) if "://" in str(store) else str(Path(store).absolute()),
         identity=data.data.identity,
         field=data.field,
+        gradient=_gradient(data),
         token=_column(data.data, TOKEN_NAMES),
         document=_column(data.data, DOCUMENT_NAMES),
         rows=rows,
@@ -134,6 +135,12 @@ def _column(data: Dataset, names: tuple[str, ...]) -> str | None:
     return None
 
 
+def _gradient(data: Store) -> str | None:
+    """The array that `actshuffle collect --gradients` writes beside the one that is read."""
+    name = GRADIENTS + data.field
+    return name if name in data.data.fields and data.data.fields[name].row_shape == data.row_shape else None
+
+
 def _chunk(latents: int, granule: int) -> int:
     """Latents of a chunk: some sixteen chunks, each of 256 to 16,384 latents."""
     wanted = min(max(-(-latents // 16), 256), 16_384)
@@ -180,7 +187,7 @@ def publish(job: FolderJob) -> dict[str, Any]:
         "quantiles": list(QUANTILES),
         **{name: getattr(plan, name) for name in ("store", "identity", "dictionary", "sae", "seed", "window")},
         **{name: getattr(plan, name) for name in ("chunk", "keep_codes", "pair_rows")},
-        **{name: getattr(plan, name) for name in ("before", "after", "field", "token", "document")},
+        **{name: getattr(plan, name) for name in ("before", "after", "field", "gradient", "token", "document")},
     }
     columns = plan.columns | pairs.COLUMNS | contrast.COLUMNS | product.columns(plan)
     for key, data in layout.metadata(columns, plan.latents, plan.chunk, {"features": facts}):

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saetrain.describing.statistics import clustered_half
 from saetrain.errors import DataError
 from saetrain.probing.attribution import Shard, active, gradient, loss
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.corpus import Corpus, Scale, measure_scale
 from saetrain.sae import SAE
-from saetrain.training.metrics import Z95
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,6 @@ def loss_effects(
     if documents < 2:
         raise DataError(f"{documents} usable documents in the text: an interval needs two or more")
     mean = top / tokens
-    spread = square - 2 * mean * cross + mean.square() * tokens_square
-    half = Z95 * (spread.clamp_min(0) * documents / (documents - 1)).sqrt() / tokens
-    return Effects(mean, half, documents, math.floor(tokens))
+    sums = (mean.numpy(), square.numpy(), cross.numpy())
+    half = clustered_half(*sums, tokens_square, tokens, documents)
+    return Effects(mean, torch.from_numpy(half), documents, math.floor(tokens))

@@ -26,7 +26,7 @@ from saetrain.errors import DataError
 from saetrain.features.keeping import by_feature, by_row
 from saetrain.reading.card import card
 from saetrain.reading.norms import median_norm_of
-from saetrain.reading.records import Codes, Companion, Example, Histogram, Interval, Neighbour, Token
+from saetrain.reading.records import Codes, Companion, Example, Histogram, Interval, Neighbour, Token, marked
 from saetrain.reading.weights import Logits, Promoter, logits_of, promoters_of
 
 POSITIONS = ("position", "positions", "pos")
@@ -89,6 +89,12 @@ class Feature:
     @property
     def is_dead(self) -> bool:
         return self.count == 0
+
+    @property
+    def loss_effect(self) -> Interval | None:
+        """Its mean effect on the loss, in nats a row, to first order; None where the store had no gradients."""
+        found = (self.array(f"loss/{name}").item() for name in ("effect", "low", "high"))
+        return Interval(*found) if self.features.has("loss") else None
 
     # --- shapes
 
@@ -162,17 +168,17 @@ class Feature:
         if kind == "hard":
             nothing = np.full(0, NO_OFFSET, np.int8), np.zeros(0, np.float32)
             rows = self.array("hard/row").tolist()
-            return [self.features.example(kind, row, 0.0, *nothing) for row in rows if row != NO_ROW]
+            return marked(self.features.example(kind, row, 0.0, *nothing) for row in rows if row != NO_ROW)
         if kind not in kinds:
             raise RequestError(f"no examples of kind {kind!r}; there are {', '.join([*kinds, 'hard'])}")
         first, end = kinds[kind]
         rows, values = (self.array(f"example/{name}")[first:end] for name in ("row", "value"))
         offsets, around = (self.array(f"context/{name}")[first:end] for name in ("offset", "value"))
-        return [
+        return marked(
             self.features.example(kind, int(row), float(value), offset, activation)
             for row, value, offset, activation in zip(rows, values, offsets, around, strict=True)
             if row != NO_ROW
-        ]
+        )
 
     def __repr__(self) -> str:
         if self.is_dead:
@@ -182,6 +188,8 @@ class Feature:
             f"latent {self.index:,}: active on {self.count:,} of {self.features.rows:,} rows "
             f"({value:.3g}, 95% {low:.3g} to {high:.3g}) in {self.documents:,} documents, max {self.max:.4g}"
         ]
+        if (effect := self.loss_effect) is not None:
+            lines.append(f"  loss {effect.value:+.3g} nats a row (95% {effect.low:+.3g} to {effect.high:+.3g})")
         return "\n".join([*lines, *(f"  {example}" for example in self.top(5))])
 
     def _repr_html_(self) -> str:

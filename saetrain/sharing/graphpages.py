@@ -9,8 +9,6 @@ from typing import Any
 
 from saetrain.sharing.sheet import Sheet, short
 
-AROUND = 8  # tokens on either side that make two examples the same
-
 
 def page(sheet: Sheet, scan: str) -> dict[str, Any]:
     """The content of the file of a live latent."""
@@ -18,7 +16,7 @@ def page(sheet: Sheet, scan: str) -> dict[str, Any]:
     _, counts = sheet.bars
     groups = [("Top Activations", "top")]
     groups += [(f"Subsample Interval {i}", kind) for i, (kind, _, _) in enumerate(sheet.intervals)]
-    seen: set[tuple[str, ...]] = set()
+    seen: set[tuple[int, ...]] = set()
     return {
         "index": found.index,
         "transcoder_id": scan,
@@ -36,10 +34,9 @@ def page(sheet: Sheet, scan: str) -> dict[str, Any]:
     }
 
 
-def _example(shown: Any, seen: set[tuple[str, ...]]) -> dict[str, Any]:
-    window = tuple(shown.tokens[max(shown.at - AROUND, 0) : shown.at + AROUND])
-    repeated = window in seen
-    seen.add(window)
+def _example(shown: Any, seen: set[tuple[int, ...]]) -> dict[str, Any]:
+    repeated = bool(shown.around) and shown.around in seen
+    seen.add(shown.around)
     return {
         "tokens": shown.tokens,
         "tokens_acts_list": shown.values,

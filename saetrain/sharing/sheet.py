@@ -35,6 +35,7 @@ class Shown(NamedTuple):
     at: int
     value: float
     document: int | None
+    around: tuple[int, ...]  # tokens by which examples are the same
 
 
 @dataclass
@@ -87,7 +88,9 @@ class Sheet:
             first, last = np.searchsorted(rows, [low, low + len(values)])
             values[rows[first:last] - low] = active[first:last]
         tokens = list(example.text) if example.text else [str(token) for token in example.tokens]
-        return Shown(example.row, tokens, shorts(values), example.at, short(example.value), example.document)
+        return Shown(
+            example.row, tokens, shorts(values), example.at, short(example.value), example.document, example.around
+        )
 
     @property
     def intervals(self) -> list[tuple[str, float, float]]:

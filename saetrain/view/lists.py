@@ -32,12 +32,14 @@ class Quantity(NamedTuple):
     array: str
     log: bool
     per_unit: int  # bins in a unit, of log10 if `log`
+    size: bool = False  # its size counts, not its sign
 
 
 QUANTITIES = {
     "density": Quantity("Density (share of rows)", "stat/density", True, 4),
     "max": Quantity("Largest activation", "stat/max", True, 8),
     "documents": Quantity("Documents in which it is active", "stat/documents", True, 4),
+    "effect": Quantity("Size of its mean effect on the loss (nats a row)", "loss/effect", True, 4, size=True),
     "cosine": Quantity("Cosine to the nearest decoder row", "near/cosine", False, 25),
 }
 ORDERS = ("index", *QUANTITIES)
@@ -64,7 +66,8 @@ class Lists:
             raise ConfigError(f"no quantity {name!r} here; there are {', '.join(n for n in QUANTITIES if self.has(n))}")
         if name not in self._values:
             found = self.features.array(QUANTITIES[name].array)
-            self._values[name] = (found if found.ndim == 1 else found[:, 0]).astype(np.float64)
+            found = (found if found.ndim == 1 else found[:, 0]).astype(np.float64)
+            self._values[name] = np.abs(found) if QUANTITIES[name].size else found
         return self._values[name]
 
     def overview(self) -> dict[str, Any]:

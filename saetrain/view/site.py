@@ -117,7 +117,7 @@ class Site:
 
     def _read(self, latent: int) -> dict[str, Any]:
         f = self.features[latent]
-        density, histogram = f.density, f.histogram
+        density, histogram, effect = f.density, f.histogram, f.loss_effect
         numbers = ("count", "documents", "mean", "std", "min", "max")
         return {
             "id": latent,
@@ -125,6 +125,7 @@ class Site:
             "rows": self.features.rows,
             **{name: _number(getattr(f, name)) for name in numbers},
             "density": {name: _number(value) for name, value in density._asdict().items()},
+            "loss": effect and {name: _number(value) for name, value in effect._asdict().items()},
             "histogram": {"edges": _list(histogram.edges), "counts": _list(histogram.counts)},
             "quantiles": [[share, _number(value)] for share, value in f.quantiles.items()],
             "positions": _list(f.by_position),
@@ -223,6 +224,7 @@ def _example(example: Example) -> dict[str, Any]:
         "position": example.position,
         "tokens": list(pieces),
         "at": example.at,
+        "repeated": example.is_repeated,
         "acts": [round(float(a), 4) for a in example.activations],
     }
 

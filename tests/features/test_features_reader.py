@@ -16,7 +16,7 @@ from saetrain.describing.slots import Slots
 from saetrain.features import layout
 
 LATENTS, CHUNK, SHOWN = 1_000_000, 16_384, 777_777
-ARRAYS = layout.columns(Slots(), 10**9)
+ARRAYS = layout.columns(Slots(), 10**9, True)
 
 
 def publish(job: FolderJob) -> dict[str, object]:

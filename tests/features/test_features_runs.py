@@ -363,11 +363,11 @@ def test_memory_settles_the_shards(whole, acts):
     assert needs[2] == 5
 
 
-@pytest.mark.parametrize("most", [20_000, 60_000])
-def test_collating_stays_within_its_memory(tmp_path, monkeypatch, most):
+@pytest.mark.parametrize(("most", "gradient"), [(20_000, False), (60_000, True)])
+def test_collating_stays_within_its_memory(tmp_path, monkeypatch, most, gradient):
     """The peak of what numpy allocates, beside the arrays of the chunk, is at most `BYTES` an entry."""
     rows = 6000
-    acts = store(tmp_path / "acts.zarr", rows)
+    acts = store(tmp_path / "acts.zarr", rows, gradient=gradient)
     where = dictionary(tmp_path / "d", "standard")
     monkeypatch.setattr(pipeline, "most_entries", lambda plan, memory: most)
     peaks = []

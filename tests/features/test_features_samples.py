@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
+import saetrain
 from actshuffle import priorities
 from saetrain.describing import together
 from saetrain.describing.entries import Context, Entries
 from saetrain.describing.samples import choose, smallest
 from saetrain.describing.slots import Slots
+from saetrain.describing.sorting import ordered
 from saetrain.describing.together import Sample
+from support.features import TINY, dictionary
+from support.finished import finish
+from support.stores import group
 
 SEEDS, ROWS, LATENTS = 1000, 60, 3
 SLOTS = Slots(top=2, intervals=2, each=3, random=4, quiet=5)
@@ -135,10 +140,10 @@ def test_smallest_is_a_full_sort(m):
     priority[groups == 3] >>= np.uint64(50)  # a group whose priorities all lie below any bound
     priority[groups == 5] |= np.uint64(0xFF << 56)  # and one whose priorities lie above it
     found = smallest(groups, priority, 50, m)
-    for group in range(50):
-        inside = np.flatnonzero(groups == group)
+    for number in range(50):
+        inside = np.flatnonzero(groups == number)
         due = inside[np.argsort(priority[inside], kind="stable")][:m].tolist()
-        assert found[group].tolist() == due + [-1] * (m - len(due))
+        assert found[number].tolist() == due + [-1] * (m - len(due))
 
 
 # --- Latents that are active together -----------------------------------------------------------
@@ -158,3 +163,51 @@ def test_pairs_are_the_same_by_tables_and_by_sorting(monkeypatch):
         for lo, hi in [(0, 30), (11, 19)]:
             found = together.together(sample, lo, hi)
             assert all(np.array_equal(found[n], due[n][lo:hi], equal_nan=n != "together/id") for n in due), (most, lo)
+
+
+# --- Orders -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (1000, 2**63), (2**40, 7, 2**30), (2**62, 2**62), (1, 1)])
+def test_packed_words_give_the_stable_order_of_columns(sizes):
+    rng = np.random.default_rng(len(sizes))
+    for n in (0, 1, 2, 500):
+        columns = [rng.integers(0, size, n).astype(np.uint64) for size in sizes]
+        assert np.array_equal(ordered(*columns), np.lexsort(columns[::-1])), sizes
+    far = np.array([5, 4], np.uint64) + np.uint64(2**63)  # differ in bits that are cut off
+    assert ordered(np.array([2**20, 2**20]), far).tolist() == [1, 0]
+
+
+# --- Examples with the same surroundings --------------------------------------------------------
+
+
+def test_repeated_examples_have_the_tokens_of_an_earlier_one(tmp_path):
+    """Documents of 40 rows, of which every second one is the same text with other activations."""
+    rng, rows = np.random.default_rng(2), 400
+    document = np.arange(rows) // 40
+    token = np.where(document % 2, np.arange(rows) % 40, rng.integers(100, 999, rows))
+    x = (rng.normal(0, 1, (1000, 12))[token] + rng.normal(0, 0.2, (rows, 12))).astype("<f4")
+    group(tmp_path / "acts.zarr", {"x": x, "token": token.astype("<i4"), "document": document.astype("<i4")})
+    finish(tmp_path / "acts.zarr", rows, ["x", "token", "document"])
+    saetrain.build_features(
+        dictionary(tmp_path / "d", "topk"), tmp_path / "acts.zarr", tmp_path / "out", fsync=False, **TINY
+    )
+    features, seen = saetrain.open_features(tmp_path / "out"), [0, 0]
+    for latent in range(40):
+        for kind in features.kinds:
+            found = features[latent].examples(kind)
+            for i, example in enumerate(found):
+                lo, hi = document[example.row] * 40, document[example.row] * 40 + 40
+
+                def around(row: int, lo: int = lo, hi: int = hi) -> list[int]:
+                    return token[max(row - 8, lo) : min(row + 8, hi)].tolist()
+
+                same = [
+                    row
+                    for row in (other.row for other in found[:i])
+                    if document[row] % 2 and document[example.row] % 2 and row % 40 == example.row % 40
+                ]
+                assert example.is_repeated == bool(same)
+                assert list(example.around) == around(example.row)
+                seen[example.is_repeated] += 1
+    assert min(seen) > 20

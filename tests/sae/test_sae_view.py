@@ -35,7 +35,7 @@ from support.features import LATENTS, TINY, dictionary, store
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("view")
-    store(folder / "acts.zarr")
+    store(folder / "acts.zarr", gradient=True)
     dictionary(folder / "dictionary", "topk")
     saetrain.build_features(folder / "dictionary", folder / "acts.zarr", folder / "out", fsync=False, **TINY)
     return folder / "out"
@@ -75,6 +75,7 @@ def test_a_latent_is_what_the_reader_gives(server: Server, site: Site) -> None:
     assert status == 200
     assert found["count"] == f.count > 0
     assert found["density"] == {"value": f.density.value, "low": f.density.low, "high": f.density.high}
+    assert found["loss"] == dict(zip(("value", "low", "high"), f.loss_effect, strict=True))
     assert found["histogram"]["counts"] == f.histogram.counts.tolist()
     assert [e["row"] for e in found["examples"]] == [e.row for e in f.top(8)]
     assert [t["id"] for t in found["tokens"]] == [t.id for t in f.top_tokens]
@@ -82,8 +83,8 @@ def test_a_latent_is_what_the_reader_gives(server: Server, site: Site) -> None:
     assert kinds == [*site.features.kinds, "hard"], "rows on which a near latent is active, and this one is not"
     for kind in kinds:
         told = ask(server, "GET", f"/api/examples/4/{kind.replace(' ', '%20')}")[1]["examples"]
-        assert [(e["row"], e["at"], len(e["tokens"])) for e in told] == [
-            (e.row, e.at, len(e.tokens)) for e in f.examples(kind)
+        assert [(e["row"], e["at"], len(e["tokens"]), e["repeated"]) for e in told] == [
+            (e.row, e.at, len(e.tokens), e.is_repeated) for e in f.examples(kind)
         ]
     assert ask(server, "GET", "/api/feature/3")[1]["dead"] is True
 

@@ -18,7 +18,9 @@ WIDTH, LATENTS, K = 12, 40, 5
 TINY: dict[str, Any] = {"tile_rows": 16, "tile_latents": 8, "granule": 4, "chunk": 16, "slots": Slots(4, 3, 2, 3, 3)}
 
 
-def store(path: Path, rows: int = 300, *, token: bool = True, document: bool = True, seed: int = 3) -> Path:
+def store(
+    path: Path, rows: int = 300, *, token: bool = True, document: bool = True, gradient: bool = False, seed: int = 3
+) -> Path:
     """Documents of 1 to 60 rows with Zipf-like tokens; the activations depend on the token, so that latents do."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 61, rows)
@@ -28,6 +30,8 @@ def store(path: Path, rows: int = 300, *, token: bool = True, document: bool = T
     centres = rng.normal(0, 2, (51, WIDTH))
     x = (centres[tokens] + rng.normal(0, 0.7, (rows, WIDTH))).astype("<f4")
     arrays = {"x": x} | ({"token": tokens} if token else {}) | ({"document": documents} if document else {})
+    if gradient:
+        arrays["grad_x"] = rng.normal(0, 0.1, (rows, WIDTH)).astype("<f4")
     group(path, arrays)
     finish(path, rows, list(arrays))
     return path

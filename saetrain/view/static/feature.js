@@ -26,6 +26,7 @@ function summary(f) {
     ` of rows: ${whole(f.count)} in ${whole(f.documents)} documents · largest activation `,
     h("b", {}, short(f.max)),
     ` · mean ${short(f.mean)}, standard deviation ${short(f.std)}`,
+    f.loss && ` · effect on the loss ${short(f.loss.value)}${f.loss.low === null ? "" : ` (95%: ${short(f.loss.low)} to ${short(f.loss.high)})`} nats a row`,
   );
 }
 

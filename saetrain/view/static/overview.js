@@ -4,8 +4,8 @@ import { get } from "/static/api.js";
 import { bars } from "/static/charts.js";
 import { featureLink, h, link, percent, section, short, tile, visible, whole } from "/static/dom.js";
 
-export const FILTERS = ["density", "max", "documents", "cosine"];
-const NAMES = { index: "number", density: "density", max: "largest activation", documents: "documents", cosine: "nearest cosine" };
+export const FILTERS = ["density", "max", "documents", "effect", "cosine"];
+const NAMES = { index: "number", density: "density", max: "largest activation", documents: "documents", effect: "size of the effect on the loss", cosine: "nearest cosine" };
 
 export function listQuery(query) {
   const kept = [...FILTERS, "order", "falling", "labelled", "dead"].filter((name) => query.has(name));

@@ -50,7 +50,7 @@ export function example(found, most) {
     {},
     h("span.value", { title: "activation" }, short(found.value)),
     h("div", {}, found.tokens.length ? line : h("p.text.empty", {}, "no text: the store is not at hand, or has no tokens")),
-    h("span.where", {}, where ? h("span.name", { title: where }, where.split("/").pop()) : null, h("span", {}, `row ${whole(found.row)}`, longer ? toggle : null)),
+    h("span.where", {}, where ? h("span.name", { title: where }, where.split("/").pop()) : null, h("span", {}, `${found.repeated ? "repeated · " : ""}row ${whole(found.row)}`, longer ? toggle : null)),
   );
 }
 
