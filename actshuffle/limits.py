@@ -9,6 +9,7 @@ STORE_BYTES = 2 * STORE_REQUESTS * STORE_PIECE  # bytes in flight, and the clien
 STORE_PART = 8 << 20  # bytes of one part of an upload in parts
 STORE_WHOLE = 64 << 20  # objects up to this size go to a store in one request
 STORE_NAMES = 1000  # names in one answer to a listing, and in one request that deletes many objects
+FAN = 32  # arrays that one task adds up
 RECEIPTS_AT_ONCE = 32  # receipts that are requested from an object store at the same time
 
 WINDOW = 4  # tasks per worker thread that are in the scheduler at once

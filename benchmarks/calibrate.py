@@ -157,7 +157,10 @@ def _one(crew: Executor, source: Path, target: Path, case: Case, mode: str) -> t
     walls = []
     for name, begin, end in timed.stages:
         if name.startswith("level"):
-            walls.append(max(t.stop for t in timed.traces if begin <= t.stop <= end and t.task.kind != "index") - begin)
+            walls.append(
+                max(t.stop for t in timed.traces if begin <= t.stop <= end and t.task.kind not in ("pack", "index"))
+                - begin
+            )
     return result.plan, {"seconds": seconds, "walls": walls}
 
 

@@ -9,4 +9,5 @@ UNFILTERED = ".unfiltered"  # beside a store: rows that are collected, before so
 RUN_KEY = f"{OUR_GROUP}/run.json"
 MARKER_KEY = f"{OUR_GROUP}/zarr.json"
 RECEIPTS = f"{OUR_GROUP}/receipts"
+PACKS = f"{OUR_GROUP}/packs"  # what many receipts hold together
 DIGESTS = f"{OUR_GROUP}/digests"

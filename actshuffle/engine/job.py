@@ -12,7 +12,7 @@ from typing import Any
 
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.marker import is_list
-from actshuffle.arrays.names import RECEIPTS
+from actshuffle.arrays.names import PACKS, RECEIPTS
 from actshuffle.ordering.keys import Keys
 from actshuffle.planning.tree import LATER, Plan, Task
 from actshuffle.seals import seal
@@ -127,6 +127,14 @@ class Job:
         """All arrays of the output."""
         return self.fields if self.source_row is None else (*self.fields, self.source_row)
 
+    def output_objects(self, field: Field, leaves: range) -> range:
+        """Numbers of the output objects of a field that some leaves, one after the other, hold."""
+        if not leaves:
+            return range(0)
+        start, _ = self.plan.bucket_ranks(self.plan.levels - 1, leaves[0])
+        _, stop = self.plan.bucket_ranks(self.plan.levels - 1, leaves[-1])
+        return range(start // field.object_rows, -(-stop // field.object_rows))
+
     @property
     def at_destination(self) -> Objects:
         return open_objects(self.destination, fsync=self.fsync)
@@ -144,13 +152,15 @@ class Job:
         """The objects and the key of a task's receipt, which lies beside the task's data."""
         if task.kind == "leaf":
             return self.at_destination, f"{RECEIPTS}/{task.number}.json"
-        folder = "receipts" if task.kind == "split" else "index"
+        if task.kind == "pack" and task.level == self.plan.levels:
+            return self.at_destination, f"{PACKS}/{task.number}.json"
+        folder = {"split": "receipts", "pack": "packs", "index": "index"}[task.kind]
         return self.at_scratch, f"level{task.level}/{folder}/{task.number}.json"
 
     def accepts(self, task: Task, body: dict[str, Any]) -> bool:
         """True if a receipt's content holds every value that its readers need, and no impossible one."""
         plan = self.plan
-        if task.kind == "index":
+        if task.kind in ("pack", "index"):
             return True
         if task.kind == "split":
             block = plan.block(task.level, task.number)

@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from actshuffle.arrays.field import Field
 from actshuffle.arrays.output import Output
 from actshuffle.arraytypes import U8, U64
 from actshuffle.engine.columns import Columns
-from actshuffle.engine.conservation import check_conserved
 from actshuffle.engine.gather import Gather
 from actshuffle.engine.job import Job
 from actshuffle.engine.spill import Spill
+from actshuffle.engine.totals import check_conserved
 from actshuffle.jobs.receipts import Payload
 from actshuffle.ordering.digest import RowHash, add_up, to_hex
 from actshuffle.ordering.partition import key_order
@@ -41,7 +40,7 @@ def leaf(job: Job, task: Task) -> tuple[Payload, int]:
 
     found, digests = _write(job, task.number, first, columns.source_row[order], read, memory)
     found[0] = _keys_digest(job, columns.hi, columns.source_row)
-    check_conserved(job, plan.levels, task.number, expected, found, [])
+    check_conserved(job, plan.levels, task.number, expected, found)
     return {"rows": rows, "digests": digests}, rows * plan.row_bytes
 
 
@@ -97,7 +96,7 @@ def _write(
         for number, field in enumerate(job.outputs):
             width = field.row_bytes
             row_hash = RowHash(job.keys.seed, 1 + number, width)
-            for at in leaf_objects(job, field, leaf):
+            for at in job.output_objects(field, range(leaf, leaf + 1)):
                 a = at * field.object_rows - first
                 b = min(a + field.object_rows, rows)
                 whole = buffers[writing.turn][: field.object_rows * width].reshape(-1, width)
@@ -112,9 +111,3 @@ def _write(
                     found[1 + number] += digest
                     digests[field.name].append(to_hex(digest))
     return found, digests
-
-
-def leaf_objects(job: Job, field: Field, leaf: int) -> range:
-    """Numbers of the output objects of a field that a leaf holds."""
-    start, stop = job.plan.bucket_ranks(job.plan.levels - 1, leaf)
-    return range(start // field.object_rows, -(-stop // field.object_rows))

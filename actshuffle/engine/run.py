@@ -16,33 +16,30 @@ Array metadata is published last, so no reader takes a half-done destination for
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from actshuffle.arrays.marker import is_finished
-from actshuffle.arrays.names import DIGESTS, OUR_GROUP, RECEIPTS, RUN_KEY
+from actshuffle.arrays.names import DIGESTS, OUR_GROUP, PACKS, RECEIPTS, RUN_KEY
 from actshuffle.arrays.small import group_metadata, put_array
-from actshuffle.arraytypes import U64
 from actshuffle.engine import manifest, tasks
 from actshuffle.engine.gather import check_whole
 from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
 from actshuffle.engine.scratch import claim_memory, clear_scratch
+from actshuffle.engine.totals import output_digests
 from actshuffle.errors import ConservationError, FormatError, RequestError
-from actshuffle.executors import Executor, Serial, executor_for
+from actshuffle.executors import Executor, executor_for
 from actshuffle.executors.choice import as_executor
 from actshuffle.jobs.locks import Locks
-from actshuffle.jobs.receipts import read_receipts
 from actshuffle.jobs.running import Course, Stage, run
-from actshuffle.ordering import bounds
-from actshuffle.ordering.digest import from_hex, to_hex
+from actshuffle.ordering.digest import to_hex
 from actshuffle.planning.planner import Levels
 from actshuffle.planning.tree import Plan
 from actshuffle.progress import Progress, Silent
@@ -274,46 +271,19 @@ def _claim(job: Job) -> None:
 
 
 def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
-    plan = job.plan
     if not job.kind.ranked or job.kind.gathers or manifest.read_bounds(job) is not None:
         return
-    first, stop = job.key_rows or (0, plan.rows)
-    step = bounds.range_rows(stop - first)
-    starts = range(first, stop, step)
-    # The keys of one task are computed faster here than on a worker.
-    where: Executor = executor if len(starts) > 1 else Serial()
-
-    def ask(query: bounds.Query) -> Iterator[NDArray[Any]]:
-        calls = ((job, start, min(start + step, stop), query) for start in starts)
-        for part in where.map(tasks.count, calls):
-            progress.advance(0, True)
-            yield part
-
-    progress.begin("boundaries", len(starts), 0)
-    ranks = np.arange(1, plan.leaves, dtype=np.int64) * plan.leaf_rows
-    manifest.write_bounds(job, bounds.find(job.keys, ranks, ask))
-    progress.end()
+    manifest.write_bounds(job, tasks.find_boundaries(job, executor, progress))
+    job.at_scratch.delete_prefix(tasks.COUNTS)
 
 
 def publish(job: Job) -> None:
     """Write digests, metadata and, last of all, the marker.  Every step can be repeated."""
-    plan, objects = job.plan, job.at_destination
-    digests: dict[str, list[U64]] = {f.name: [] for f in job.fields}
-    keys = np.zeros(2, np.uint64)
-    leaves = plan.tasks(plan.levels)
-    for task, receipt in zip(leaves, read_receipts(job, plan.tasks(plan.levels)), strict=True):
-        if receipt is None:
-            raise FormatError(
-                f"the receipt of leaf {task.number} vanished from {job.destination.url}; run again to redo it"
-            )
-        for name, texts in receipt["digests"].items():
-            digests[name] += [from_hex(text) for text in texts]
-        if job.kind.gathers:
-            keys += from_hex(receipt["keys"])
+    objects = job.at_destination
+    digests, keys = output_digests(job)
     sums: dict[str, str] = {}
     files: dict[str, bytes] = {}
-    for name, found in digests.items():
-        table = np.array(found, np.uint64).reshape(-1, 2)
+    for name, table in digests.items():
         files |= put_array(objects, f"{DIGESTS}/{name}", table)
         sums[name] = to_hex(table.sum(axis=0, dtype=np.uint64))
     if job.kind.gathers:
@@ -345,5 +315,6 @@ def _clear(job: Job, progress: Progress) -> None:
     with tasks.clearing(progress):
         clear_scratch(job)
         objects.delete_prefix(RECEIPTS)
+        objects.delete_prefix(PACKS)
         objects.settle([OUR_GROUP])
         objects.delete(RUN_KEY)

@@ -27,7 +27,6 @@ by the kernel) and once on its way in (read as whole pages, then scattered into 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -40,6 +39,7 @@ from actshuffle.engine.columns import Columns
 from actshuffle.engine.job import Job
 from actshuffle.engine.scratch import memory_objects
 from actshuffle.errors import FormatError
+from actshuffle.jobs.records import marked, unmarked
 from actshuffle.limits import PAGE, STORE_BYTES
 from actshuffle.storage.buffers import Behind, behind
 from actshuffle.storage.directio import Extent, Read, two_readers
@@ -48,7 +48,6 @@ from actshuffle.storage.objects import Objects
 
 PIECE = 16 << 20  # bytes read before they are handed on and processed while the next are read
 Ready = Callable[[int, int], None]  # called with (a, b) when rows [a, b) have been read
-CHECK_BYTES = 16  # size of a table's checksum: one row of two words
 
 
 class Spill:
@@ -102,17 +101,13 @@ class Spill:
         data = self.objects.get(key)
         if data is None:
             raise self._damaged(key, "it is missing")
-        if data[-CHECK_BYTES:] != self._check(key, data[:-CHECK_BYTES]):
+        body = unmarked(f"{self.job.identity} {key}", data)
+        if body is None:
             raise self._damaged(key, "its checksum does not match its bytes")
         try:
-            return np.frombuffer(data[:-CHECK_BYTES], "<u8").reshape(shape)
+            return np.frombuffer(body, "<u8").reshape(shape)
         except ValueError as err:
             raise self._damaged(key, str(err)) from err
-
-    def _check(self, key: str, data: bytes) -> bytes:
-        """Checksum of a table, which covers its key and its job too."""
-        name = f"{self.job.identity} {key} ".encode()
-        return hashlib.sha256(name + data).digest()[:CHECK_BYTES]
 
     def _damaged(self, key: str, what: str) -> FormatError:
         """Delete a table that cannot be right, so that the next run rebuilds it."""
@@ -130,8 +125,8 @@ class Spill:
 
     def put_tables(self, bucket: int, runs: U64, sums: U64) -> None:
         for name, table in (("runs", runs), ("sums", sums)):
-            key, data = f"{self.prefix}/{name}/c.{bucket}.0.0", table.astype("<u8").tobytes()
-            self.objects.put(key, data + self._check(key, data))
+            key = f"{self.prefix}/{name}/c.{bucket}.0.0"
+            self.objects.put(key, marked(f"{self.job.identity} {key}", table.astype("<u8").tobytes()))
 
     def read(self, bucket: int, start: int, columns: Columns, ready: Ready | None = None) -> None:
         """Read rows ``[start, start + m)`` of a bucket, in run order, into columns of m rows.

@@ -2,9 +2,9 @@
 
 ::
 
-    count    keys of a row range            -> counts for the boundaries (returned, nothing stored)
+    count    keys of a row range            -> counts for the boundaries, added up by further tasks (jobs/sums.py)
     split    one block of rows              -> one spill object, grouped by bucket, and a receipt
-    index    receipts of a bucket's blocks  -> the place of each child's runs, and their digests
+    index    receipts of a bucket's blocks  -> the place of each child's runs, and their digests (totals.py)
     leaf     all runs of one leaf           -> its objects in the output, and a receipt
 
 Each task checks its input against the record of the step before (rows per bucket, conservation digests),
@@ -23,18 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.arraytypes import U64
-from actshuffle.engine import gather, manifest
+from actshuffle.engine import gather, manifest, totals
 from actshuffle.engine.columns import Columns
-from actshuffle.engine.conservation import blame, check_conserved, unpack
 from actshuffle.engine.job import Job
-from actshuffle.engine.leaves import leaf, leaf_objects
+from actshuffle.engine.leaves import leaf
 from actshuffle.engine.spill import Spill
 from actshuffle.errors import FormatError
 from actshuffle.executors import Executor
-from actshuffle.jobs.receipts import Payload, read_receipt, read_receipts
+from actshuffle.jobs.receipts import Payload, read_receipt
 from actshuffle.jobs.running import Done, Stage, once, sweep
+from actshuffle.jobs.sums import Sums
 from actshuffle.ordering import bounds
-from actshuffle.ordering.digest import add_to_groups, add_up, to_hex
+from actshuffle.ordering.digest import add_to_groups, to_hex
 from actshuffle.ordering.partition import bucket_of, group
 from actshuffle.planning.tree import Task
 from actshuffle.progress import Progress
@@ -46,7 +46,7 @@ LOOK_ROWS = 1 << 13
 
 def run_task(job: Job, task: Task) -> Done:
     """Do one task, unless its receipt shows that it is done."""
-    work = {"split": split, "index": index, "leaf": leaf}[task.kind]
+    work = {"split": split, "pack": totals.pack, "index": totals.index, "leaf": leaf}[task.kind]
     raw = all(f.source_key for f in job.fields) and all(f.raw_output for f in job.outputs)
     with nullcontext() if raw else lean_heap():
         return once(job, task, work, is_done)
@@ -58,12 +58,14 @@ def is_done(job: Job, task: Task) -> bool:
         return False
     if task.kind == "split":
         return Spill(job, task.level).has_block(task.number)
+    if task.kind == "pack":
+        return totals.has_pack(job, task)
     if task.kind == "index":
         spill = Spill(job, task.level)
-        return all(spill.has_tables(child) for child in job.plan.children(task.level - 1, task.number))
+        return all(spill.has_tables(child) for child in job.plan.indexed(task.level, task.number)[1])
     objects = job.at_destination
     for field in job.outputs:
-        for number in leaf_objects(job, field, task.number):
+        for number in job.output_objects(field, range(task.number, task.number + 1)):
             size = objects.size(field.object_key.format(number))
             if size is None or (field.raw_output and size != field.object_rows * field.row_bytes):
                 return False
@@ -71,7 +73,7 @@ def is_done(job: Job, task: Task) -> bool:
 
 
 def stages(job: Job) -> list[Stage]:
-    """The stages of a job: one per level.  Index tasks close a split level."""
+    """The stages of a job: one per level.  Packs and tables of receipts close a level."""
     plan, found = job.plan, []
     nbytes = plan.rows * plan.row_bytes
     for level in range(1, plan.levels):
@@ -83,7 +85,7 @@ def stages(job: Job) -> list[Stage]:
                 nbytes,
                 run_task,
                 is_done,
-                closing=partial(_index_tasks, job, level),
+                closing=(partial(_closing, job, "pack", level), partial(_closing, job, "index", level)),
                 before=partial(_before_split, job, level),
                 after=partial(_delete_spill, job, level - 1),
             )
@@ -91,13 +93,17 @@ def stages(job: Job) -> list[Stage]:
     last = plan.levels
     name = f"level {last} of {last}" if job.kind.ranked else (job.known.stage or str(job.kind))
     tasks, count = partial(plan.tasks, last), plan.task_count(last)
-    found.append(Stage(name, tasks, count, nbytes, run_task, is_done, before=partial(_before_leaves, job)))
+    closing = (partial(_closing, job, "pack", last),)
+    found.append(Stage(name, tasks, count, nbytes, run_task, is_done, closing, before=partial(_before_leaves, job)))
     return found
 
 
-def _index_tasks(job: Job, level: int) -> Iterator[Task]:
-    """The tasks that close a split level: one per parent bucket."""
-    return (Task("index", level, parent) for parent in range(job.plan.buckets(level - 1)))
+def _closing(job: Job, kind: str, level: int) -> Iterator[Task]:
+    """The tasks of a kind that close a level."""
+    plan = job.plan
+    numbers = plan.packs_of if kind == "pack" else plan.index_tasks
+    parents = plan.buckets(level - 1) if level < plan.levels else 1
+    return (Task(kind, level, number) for parent in range(parents) for number in numbers(level, parent))
 
 
 def _before_split(job: Job, level: int, executor: Executor, progress: Progress) -> None:
@@ -139,9 +145,59 @@ def clearing(progress: Progress) -> Iterator[None]:
     progress.end()
 
 
-def count(job: Job, start: int, stop: int, query: bounds.Query) -> NDArray[Any]:
-    """Answer one query of the search for bucket boundaries, for one row range."""
-    return bounds.answer(job.keys, start, stop, query)
+def find_boundaries(job: Job, executor: Executor, progress: Progress) -> U64:
+    """The keys at the boundaries between leaves; counts of many row ranges are added up by tasks, in scratch."""
+    plan = job.plan
+    first, stop = job.key_rows or (0, plan.rows)
+    ranges = -(-(stop - first) // bounds.range_rows(stop - first))
+
+    def ask(query: bounds.Query) -> Iterator[NDArray[Any]]:
+        if ranges <= 1:  # computed faster here than on a worker
+            yield bounds.answer(job.keys, first, stop, query)
+            return
+        sums = _sums(job, query.bits, ranges)
+        done = sums.total() if query.more else None
+        if done is None:
+            sums.write("query", np.array([query.more, *query.marked.view(np.int64)]))
+            for found in executor.map(count, ((job, query.bits, number, ranges) for number in range(ranges))):
+                progress.advance(0, True)
+                if found is not None:
+                    yield found
+            done = sums.add_up(executor) if query.more else None
+        if done is not None:
+            yield done
+
+    progress.begin("boundaries", ranges, 0)
+    ranks = np.arange(1, plan.leaves, dtype=np.int64) * plan.leaf_rows
+    found = bounds.find(job.keys, ranks, ask)
+    progress.end()
+    return found
+
+
+def count(job: Job, bits: int, number: int, ranges: int) -> NDArray[Any] | None:
+    """Answer one query of the search for boundaries, for one row range: keys are returned, counts go to scratch."""
+    first, stop = job.key_rows or (0, job.plan.rows)
+    step = bounds.range_rows(stop - first)
+    start = first + number * step
+    sums = _sums(job, bits, ranges)
+    asked = sums.read("query")
+    if asked is None:
+        raise FormatError(f"{sums.folder}/query in {job.scratch} is gone or damaged; run again")
+    query = bounds.Query(bits, asked[1:].view(np.uint64), int(asked[0]))
+    if query.more and sums.read(f"0/{number}") is not None:
+        return None
+    found = bounds.answer(job.keys, start, min(start + step, stop), query)
+    if not query.more:
+        return found
+    sums.write(f"0/{number}", found)
+    return None
+
+
+COUNTS = "counts"  # the folder of the search for boundaries in scratch
+
+
+def _sums(job: Job, bits: int, ranges: int) -> Sums:
+    return Sums(job.scratch, f"{COUNTS}/{bits}", job.identity, ranges)
 
 
 def split(job: Job, task: Task) -> tuple[Payload, int]:
@@ -179,38 +235,3 @@ def split(job: Job, task: Task) -> tuple[Payload, int]:
     Spill(job, level).write_block(task.number, columns, order, cuts, memory.take((staging_bytes,)))
     packed = ["".join(to_hex(s) for s in per_child) for per_child in sums]
     return {"rows": np.diff(cuts).tolist(), "sums": packed}, rows * plan.row_bytes
-
-
-def index(job: Job, task: Task) -> tuple[Payload, int]:
-    """Gather the receipts of a parent bucket's blocks into one table per child; check that the totals agree."""
-    plan, level, parent = job.plan, task.level, task.number
-    children = plan.children(level - 1, parent)
-    blocks = [Task("split", level, block) for block in plan.blocks_of(level, parent)]
-    rows = np.zeros((len(blocks), len(children)), np.uint64)
-    sums = np.zeros((len(children), 1 + len(job.fields), 2), np.uint64)
-    found = zip(blocks, read_receipts(job, blocks), strict=True)
-    for number, (block, receipt) in enumerate(found):
-        if receipt is None:
-            raise FormatError(f"the receipt of block {block.number} of level {level} vanished; run again to redo it")
-        rows[number] = receipt["rows"]
-        for field, text in enumerate(receipt["sums"]):
-            sums[:, field] += unpack(text)
-    for at, child in enumerate(children):
-        start, stop = plan.bucket_ranks(level, child)
-        if int(rows[:, at].sum()) != stop - start:
-            blame(
-                job,
-                level,
-                parent,
-                blocks,
-                f"bucket {child} of level {level} got {int(rows[:, at].sum()):,} rows, the plan says {stop - start:,}",
-            )
-    if level > 1:
-        expected = Spill(job, level - 1).sums(parent)
-        check_conserved(job, level, parent, expected, add_up(sums), blocks)
-    spill = Spill(job, level)
-    begins = np.zeros(len(blocks), np.uint64)  # byte offset of the child's run in each block
-    for at, child in enumerate(children):
-        spill.put_tables(child, np.stack([begins, rows[:, at]], axis=1), sums[at])
-        begins += rows[:, at] * np.uint64(plan.model.spill_row_bytes)
-    return {"blocks": len(blocks)}, 0

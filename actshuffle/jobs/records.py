@@ -3,10 +3,14 @@
 ::
 
     {"sha256": "...", "body": {"format": 1, "job": "...", ...}}
+
+Tables of numbers are bytes instead, followed by a checksum of their name and the bytes, so that one of another place
+or of another job is not taken for them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -33,6 +37,24 @@ def unsealed(data: bytes | None) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return body
+
+
+CHECK_BYTES = 16  # size of a table's checksum
+
+
+def marked(name: str, data: bytes) -> bytes:
+    """The bytes of a table, followed by their checksum; ``name`` says which table of which job it is."""
+    return data + _mark(name, data)
+
+
+def unmarked(name: str, data: bytes) -> bytes | None:
+    """The bytes of a table, or None if its checksum does not match."""
+    body = data[:-CHECK_BYTES]
+    return body if data[-CHECK_BYTES:] == _mark(name, body) else None
+
+
+def _mark(name: str, data: bytes) -> bytes:
+    return hashlib.sha256(f"{name} ".encode() + data).digest()[:CHECK_BYTES]
 
 
 def format_of(data: bytes) -> Any:

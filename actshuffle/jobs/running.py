@@ -4,7 +4,7 @@
 
     claim      write the job down where its results will be
     ready      provide the data that tasks of every stage need
-    stage 1    run tasks, in any order, on any executor; then closing tasks, which add up their receipts
+    stage 1    run tasks, in any order, on any executor; then closing tasks, which add up their receipts in rounds
     stage 2    ...
     publish    write the objects that readers look for, the completion marker last
     clear      delete the objects that only an unfinished job needs
@@ -60,7 +60,7 @@ class Stage:
     count, nbytes : the number of tasks, and of the bytes that they move together.
     run : does one task, `once`, on a worker; a module-level function, so that it can be sent there.
     is_done : returns True if a task's receipt and the objects it names exist.
-    closing : makes the tasks that run when the others are done and add up their receipts.
+    closing : makes the tasks that run when the others are done and add up their receipts, round after round.
     before, after : steps of the driver around the stage.
     """
 
@@ -70,7 +70,7 @@ class Stage:
     nbytes: int
     run: Callable[[Any, Any], Done]
     is_done: Callable[[Any, Any], bool]
-    closing: Callable[[], Iterator[Any]] = lambda: iter(())
+    closing: tuple[Callable[[], Iterator[Any]], ...] = ()
     before: Callable[[Executor, Progress], None] = lambda executor, progress: None
     after: Callable[[Progress], None] = lambda progress: None
 
@@ -149,7 +149,7 @@ def run(course: Course[Any], executor: Executor, progress: Progress) -> Outcome:
             sent.update(done.requests)
             progress.advance(done.nbytes, done.fresh)
             course.locks.look()
-        for done in executor.map(stage.run, ((course.job, task) for task in stage.closing())):
+        for done in _close(course, stage, executor):
             sent.update(done.requests)
         progress.end()
         stage.after(progress)
@@ -178,9 +178,11 @@ def run_part(course: Course[Any], part: tuple[int, int], executor: Executor, pro
     course.locks.check()
     if course.is_finished():  # another part was the last
         return True
-    if not is_complete(course.job, stage):
+    if not all(receipts.each(course.job, stage.is_done, iter(tasks))):
         return course.is_finished()
     try:
+        for _ in _close(course, stage, executor):
+            pass
         course.publish(progress)
     except FormatError:  # a receipt is gone: another part publishes, or has published
         if not course.is_finished():
@@ -190,6 +192,13 @@ def run_part(course: Course[Any], part: tuple[int, int], executor: Executor, pro
     return True
 
 
+def _close(course: Course[Any], stage: Stage, executor: Executor) -> Iterator[Done]:
+    for round_of_tasks in stage.closing:
+        for done in executor.map(stage.run, ((course.job, task) for task in round_of_tasks())):
+            course.locks.look()
+            yield done
+
+
 def first_unfinished(job: Job, stages: list[Stage]) -> int:
     """The index of the stage to resume at: after the last one whose results are all there."""
     return next((number for number in range(len(stages), 0, -1) if is_complete(job, stages[number - 1])), 0)
@@ -197,8 +206,9 @@ def first_unfinished(job: Job, stages: list[Stage]) -> int:
 
 def is_complete(job: Job, stage: Stage) -> bool:
     """True if all results of a stage exist."""
-    # Closing receipts come last, so the first look usually shows that a stage is unfinished.
-    return all(receipts.each(job, stage.is_done, chain(stage.closing(), stage.tasks())))
+    # The last receipts to come are looked at first, so that one look usually shows that a stage is unfinished.
+    closing = chain.from_iterable(round_of_tasks() for round_of_tasks in reversed(stage.closing))
+    return all(receipts.each(job, stage.is_done, chain(closing, stage.tasks())))
 
 
 def sweep(

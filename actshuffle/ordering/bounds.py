@@ -34,7 +34,7 @@ _COLLECT_EACH = 16  # or no more than this per boundary; each boundary has at le
 _MOST_COUNTS = 1 << 21  # counts in one answer: 16 MB, and as much again while they are added up
 _SLICE = 1 << 18  # keys computed at a time
 COUNT_ROWS = 1 << 27  # rows of one count task: at least two seconds of work
-COUNT_TASKS = 1024  # beyond this many, tasks grow instead: every answer goes through the driver
+COUNT_TASKS = 4096  # beyond this many, tasks grow instead: the scheduler hands them out one by one, in every pass
 
 
 class Query(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from actshuffle.planning import cost, simulate
+from actshuffle.planning import cost, simulate, stages
 from actshuffle.planning.cost import Cluster
 from actshuffle.planning.tree import Plan
 from actshuffle.units import counted, format_bytes, format_seconds
@@ -16,7 +16,7 @@ def forecast(plan: Plan, cluster: Cluster, *, simulated: bool = False, seed: int
 
     Seconds are the lower bounds by arithmetic, or, if ``simulated``, those of one simulated run.
     """
-    found = list(cost.stages(plan, cluster))
+    found = list(stages.stages(plan, cluster))
     rows: list[dict[str, Any]] = []
     for stage in found:
         least, limit = cost.least_seconds(stage, cluster)
@@ -57,7 +57,7 @@ def forecast(plan: Plan, cluster: Cluster, *, simulated: bool = False, seed: int
         "failures": sum(row.get("failures", 0) for row in rows),
         "lost_tasks": sum(row.get("lost_tasks", 0) for row in rows),
         "stages": rows,
-        "concerns": cost.concerns(plan, cluster),
+        "concerns": stages.concerns(plan, cluster),
     }
 
 

@@ -1,6 +1,6 @@
 """A run on many hosts, played out: a discrete-event simulation of a plan's real tasks on a `Cluster`.
 
-Every stage of `cost.stages` begins when the one before has ended.  Its tasks queue in order; the scheduler
+Every stage of `stages.stages` begins when the one before has ended.  Its tasks queue in order; the scheduler
 hands them out one by one to free workers, and runs ahead of demand by the executor's window.  A task reads,
 computes and writes::
 
@@ -20,13 +20,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from actshuffle.limits import LEAST_WINDOW, WINDOW
-from actshuffle.planning.cost import Cluster, Stage, least_seconds, stages
+from actshuffle.planning.cost import Cluster, Stage, least_seconds
+from actshuffle.planning.stages import stages
 from actshuffle.planning.tree import Plan
 
 GRAIN = 8  # fewest turns of each worker in a stage, if the stage has enough tasks
@@ -57,7 +58,30 @@ class Played:
 def simulate(plan: Plan, cluster: Cluster, *, seed: int = 0, grain: int = GRAIN) -> list[Played]:
     """Play all stages of a run; ``grain`` 0 follows every task on its own."""
     rng = np.random.default_rng(seed)
-    return [_Playing(stage, cluster, rng, grain).play() for stage in stages(plan, cluster)]
+    return [_played(stage, cluster, rng, grain) for stage in stages(plan, cluster)]
+
+
+def _played(stage: Stage, cluster: Cluster, rng: Any, grain: int) -> Played:
+    """Play a stage, one pass after the other."""
+    if stage.passes == 1:
+        return _Playing(stage, cluster, rng, grain).play()
+    shared = ("tasks", "read", "written", "gets", "puts", "cpu")
+    part = {name: getattr(stage, name) / stage.passes for name in shared}
+    one = replace(stage, **part | {"tasks": stage.tasks // stage.passes, "driver": 0.0, "passes": 1})
+    played = [_Playing(one, cluster, rng, grain).play() for _ in range(stage.passes)]
+    least, limit = least_seconds(stage, cluster)
+    return Played(
+        stage.name,
+        sum(p.tasks for p in played),
+        sum(p.seconds for p in played) + stage.driver,
+        least,
+        limit,
+        sum(p.tail for p in played),
+        sum(p.failures for p in played),
+        sum(p.lost for p in played),
+        sum(p.read for p in played),
+        sum(p.written for p in played),
+    )
 
 
 class _Channel:

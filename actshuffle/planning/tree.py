@@ -29,7 +29,7 @@ from actshuffle.units import counted, format_bytes
 
 
 class Task(NamedTuple):
-    """One unit of work: ``kind`` is "count", "split", "index" or "leaf"; ``level`` counts from 1."""
+    """One unit of work: ``kind`` is "split", "pack", "index" or "leaf"; ``level`` counts from 1."""
 
     kind: str
     level: int
@@ -43,6 +43,9 @@ class Block(NamedTuple):
     start: int
     stop: int
 
+
+PACK = 1024  # receipts that one task reads
+TABLE_BYTES = 16 << 20  # bytes of the tables that one task makes of packs, if one bucket's are not more
 
 # Fields of a plan that were added after runs of this format were first written, and the values that stand for
 # their absence: a half-done run without them is the same run, and resumes.
@@ -132,6 +135,43 @@ class Plan:
         """The row-moving tasks of a level, in order."""
         kind, count = ("split", self.blocks(level)) if level < self.levels else ("leaf", self.leaves)
         return (Task(kind, level, i) for i in range(count))
+
+    def packs_per_parent(self, level: int) -> int:
+        """Packs of the receipts of a full parent bucket's tasks; 0 if they are so few that they need no packs.
+
+        The last level's leaves have all rows as their parent.
+        """
+        count = self.blocks_per_parent(level) if level < self.levels else self.leaves
+        return -(-count // PACK) if count > PACK else 0
+
+    def packs_of(self, level: int, parent: int) -> range:
+        """The packs of one parent bucket."""
+        per = self.packs_per_parent(level)
+        count = len(self.blocks_of(level, parent)) if level < self.levels else self.leaves
+        return range(parent * per, parent * per + (-(-count // PACK) if per else 0))
+
+    def packed(self, level: int, pack: int) -> range:
+        """The tasks of a level, blocks or leaves, whose receipts a pack holds."""
+        parent, at = divmod(pack, self.packs_per_parent(level))
+        members = self.blocks_of(level, parent) if level < self.levels else range(self.leaves)
+        return members[at * PACK : (at + 1) * PACK]
+
+    def index_tasks(self, level: int, parent: int) -> range:
+        """The tasks that make the tables of a parent bucket's children: several if its receipts are in packs."""
+        fan_out, some = len(self.children(level - 1, 0)), self._children_each(level)
+        per = -(-fan_out // some)
+        return range(parent * per, parent * per + -(-len(self.children(level - 1, parent)) // some))
+
+    def indexed(self, level: int, number: int) -> tuple[int, range]:
+        """The parent bucket of an index task, and the children whose tables it makes."""
+        some = self._children_each(level)
+        parent, at = divmod(number, -(-len(self.children(level - 1, 0)) // some))
+        return parent, self.children(level - 1, parent)[at * some : (at + 1) * some]
+
+    def _children_each(self, level: int) -> int:
+        if not self.packs_per_parent(level):
+            return len(self.children(level - 1, 0))
+        return max(1, TABLE_BYTES // (16 * self.blocks_per_parent(level)))
 
     def task_count(self, level: int) -> int:
         return self.blocks(level) if level < self.levels else self.leaves

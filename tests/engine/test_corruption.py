@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import actshuffle
-from actshuffle.engine import leaves, tasks
+from actshuffle.engine import leaves, totals
 from actshuffle.engine import run as runs
 from actshuffle.engine.scratch import scratch_place
 from actshuffle.errors import ActshuffleError, ConservationError, FormatError
@@ -162,7 +162,7 @@ def test_harm_to_a_half_done_run(how, states):
 
 def test_control_sums_that_are_not_compared(states, monkeypatch):
     """An engine that does not check that rows arrived writes damaged ones, and the campaign detects them."""
-    for module in (tasks, leaves):
+    for module in (totals, leaves):
         monkeypatch.setattr(module, "check_conserved", lambda *args: None)
     with pytest.raises(AssertionError, match="NOT the shuffle"):
         campaign(states, "flip", range(40))

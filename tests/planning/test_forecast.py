@@ -12,11 +12,11 @@ from click.testing import CliRunner
 from actshuffle.cli.app import main
 from actshuffle.errors import RequestError
 from actshuffle.ordering import bounds
-from actshuffle.planning import cost, simulate
+from actshuffle.planning import cost, simulate, stages, tree
 from actshuffle.planning.cost import Cluster, Stage
 from actshuffle.planning.forecast import forecast, text
 from actshuffle.planning.memory import MemoryModel
-from actshuffle.planning.planner import make_plan
+from actshuffle.planning.planner import REMOTE_RUN_BYTES, make_plan
 
 FREE = {"latency": 0.0, "overhead": 0.0, "dispatch": 0.0, "jitter": 0.0}
 
@@ -97,11 +97,11 @@ def test_stages_by_hand():
     """10^6 rows of 1,000 bytes in blocks of 10^8 bytes: 10 splits, 10 leaves."""
     plan = make_plan(10**6, 1000, block_bytes=10**8, run_bytes=10**7, chunk_rows=10_000)
     assert (plan.levels, plan.blocks(1), plan.leaves) == (2, 10, 10)
-    found = {s.name: s for s in cost.stages(plan, Cluster(hosts=2))}
+    found = {s.name: s for s in stages.stages(plan, Cluster(hosts=2))}
     assert list(found) == ["boundaries", "level 1", "index 1", "level 2", "publish"]
     split, index, leaf = found["level 1"], found["index 1"], found["level 2"]
     assert split.read == 10**9
-    assert split.written == 1016 * 10**6 + 10 * 10 * cost.RECEIPT
+    assert split.written == 1016 * 10**6 + 10 * 10 * stages.RECEIPT
     assert split.puts == 10 * (1 + 1)  # 101.6 MB in one piece, and a receipt
     assert index.gets == 10 + 1
     assert index.puts == 2 * 10 + 1
@@ -109,11 +109,48 @@ def test_stages_by_hand():
     assert leaf.gets == 100 * 3 + 10 + 3 * 10
     assert leaf.puts == 100 + 2 * 10
     assert leaf.written == 1008 * 10**6
-    on_disk = {s.name: s for s in cost.stages(plan, Cluster(hosts=2, disk=1e9))}
+    on_disk = {s.name: s for s in stages.stages(plan, Cluster(hosts=2, disk=1e9))}
     assert sum(s.gets + s.puts for s in on_disk.values()) == 0
-    mixed = {s.name: s for s in cost.stages(plan, Cluster(hosts=2, disk=1e9, requests=100.0))}
+    mixed = {s.name: s for s in stages.stages(plan, Cluster(hosts=2, disk=1e9, requests=100.0))}
     assert mixed["level 1"].read_from == mixed["level 2"].write_to == "store"
     assert mixed["level 1"].write_to == mixed["level 2"].read_from == "disk"
+
+
+def test_stages_of_many_receipts_by_hand(monkeypatch):
+    """The same with 4 receipts a pack: 10 blocks are 3 packs, and an index task makes the tables of 3 of 10 buckets."""
+    monkeypatch.setattr(tree, "PACK", 4)
+    monkeypatch.setattr(tree, "TABLE_BYTES", 3 * 16 * 10)
+    monkeypatch.setattr(bounds, "COUNT_ROWS", 10**5)
+    plan = make_plan(10**6, 1000, block_bytes=10**8, run_bytes=10**7, chunk_rows=10_000)
+    found = {s.name: s for s in stages.stages(plan, Cluster(hosts=2))}
+    assert list(found) == ["boundaries", "level 1", "pack 1", "index 1", "level 2", "publish"]
+    pack, index, publish, search = (found[name] for name in ("pack 1", "index 1", "publish", "boundaries"))
+    assert (pack.tasks, pack.gets, pack.puts, pack.written) == (3, 10 + 3, 2 * 3, 16 * 100)
+    # Each of the 4 tasks looks for its receipt, and reads two parts of each pack.
+    assert (index.tasks, index.gets, index.puts, index.read) == (4, 4 * (1 + 2 * 3), 2 * 10 + 4, 16 * 100)
+    assert (publish.tasks, publish.gets, publish.puts) == (3, 10 + 3, 2 * 3)
+    # One pass of counts by 16 bits, one that returns keys: 10 ranges in each.
+    assert (search.tasks, search.passes, search.written) == (20, 2, 10 * 8 * 2**16)
+    assert stages.concerns(plan, Cluster()) == []
+
+
+def test_passes_wait_for_each_other():
+    """Three passes of 3 tasks on 2 workers take 2 rounds each; without the wait, 9 tasks would take 5."""
+    stage = Stage("", 9, cpu=9.0, driver=0.5, passes=3)
+    cluster = Cluster(hosts=1, workers_per_host=2, **FREE)
+    found = simulate._played(stage, cluster, np.random.default_rng(0), 0)
+    assert (found.tasks, found.seconds) == (9, pytest.approx(6.5))
+    assert found.least <= found.seconds
+    assert play(dataclasses.replace(stage, passes=1), hosts=1, workers_per_host=2).seconds == pytest.approx(5.5)
+
+
+def test_little_of_10_pb_waits_for_one_task_or_the_driver():
+    model = MemoryModel(8192, remote=True, output_copies=2)
+    plan = make_plan(1220 * 10**9, 8192, memory=16 * 10**9, run_bytes=REMOTE_RUN_BYTES, model=model)
+    cluster = Cluster(hosts=200, workers_per_host=16, network=3e9, requests=350_000.0, stream=4e8)
+    played = simulate.simulate(plan, cluster, grain=1)
+    serial = sum(p.seconds for p in played if not p.name.startswith("level"))
+    assert serial < 0.02 * sum(p.seconds for p in played)
 
 
 def test_dollars_by_hand():
@@ -147,7 +184,7 @@ def test_every_task_once_and_every_byte(settings, grain):
     plan = small_plan()
     cluster = Cluster(hosts=10, workers_per_host=8, **settings)
     for stage, played in zip(
-        cost.stages(plan, cluster), simulate.simulate(plan, cluster, seed=1, grain=grain), strict=True
+        stages.stages(plan, cluster), simulate.simulate(plan, cluster, seed=1, grain=grain), strict=True
     ):
         assert played.read == pytest.approx(stage.read)
         assert played.written == pytest.approx(stage.written)
@@ -160,7 +197,7 @@ def test_every_task_once_and_every_byte(settings, grain):
 def test_task_rows_are_those_of_the_plan(size, levels):
     plan = small_plan(size, levels=levels, memory=None, block_bytes=max(size, 10**9) if levels == 1 else 10**9)
     for level in range(1, plan.levels + 1):
-        rows = cost.task_rows(plan, level)
+        rows = stages.task_rows(plan, level)
         assert rows.sum() == plan.rows
         if level < plan.levels:
             blocks = (plan.block(level, i) for i in range(plan.blocks(level)))
@@ -203,9 +240,9 @@ def test_check_sees_a_lost_task(monkeypatch):
 )
 def test_more_of_anything_takes_no_longer(better, value):
     plan, cluster = small_plan(), Cluster(hosts=10, workers_per_host=8, requests=2e4)
-    base = sum(cost.least_seconds(s, cluster)[0] for s in cost.stages(plan, cluster))
+    base = sum(cost.least_seconds(s, cluster)[0] for s in stages.stages(plan, cluster))
     richer = dataclasses.replace(cluster, **{better: value})
-    assert sum(cost.least_seconds(s, richer)[0] for s in cost.stages(plan, richer)) <= base
+    assert sum(cost.least_seconds(s, richer)[0] for s in stages.stages(plan, richer)) <= base
 
 
 def test_scratch_in_a_store_needs_requests_that_disks_do_not():
@@ -220,9 +257,9 @@ def test_scratch_in_a_store_needs_requests_that_disks_do_not():
 
 
 def test_concerns_are_raised_where_tables_outgrow_a_task():
-    huge = make_plan(12 * 10**11, 8192, memory=10**9)
-    assert any("index 1" in c for c in cost.concerns(huge, Cluster(hosts=200)))
-    assert cost.concerns(small_plan(10**11), Cluster(hosts=200)) == []
+    huge = make_plan(12 * 10**12, 8192, memory=10**9)
+    assert any("index 1" in c for c in stages.concerns(huge, Cluster(hosts=200)))
+    assert stages.concerns(small_plan(10**11), Cluster(hosts=200)) == []
 
 
 def test_answers_stay_small_at_any_size():

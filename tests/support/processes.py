@@ -21,7 +21,10 @@ from typing import Any
 from actshuffle.engine import tasks
 from actshuffle.errors import ActshuffleError, ClusterError
 from actshuffle.executors import Dask
+from actshuffle.jobs import sums
 from actshuffle.jobs.running import Done
+from actshuffle.ordering import bounds
+from actshuffle.planning import tree
 from actshuffle.testing import Faults, differences, leftovers, matching
 from support.stores import group, values
 
@@ -242,6 +245,14 @@ def first_of_all(flag: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def as_a_large_run() -> None:
+    """Add up counts and receipts a few at a time, as a run does that has very many of them."""
+    sums.FAN, tree.PACK, tree.TABLE_BYTES, bounds.COUNT_ROWS = FEW
+
+
+FEW = (3, 2, 1, 11)
 
 
 # --- Broken engines, for controls --------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from actshuffle.engine import tasks
+from actshuffle.engine import tasks, totals
 from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
@@ -30,5 +30,6 @@ def run(src: Path, dst: Path, executor: Any = None, **request: Any) -> Result:
 
 def force(job: Job, task: Task) -> None:
     """Do the work of a task, whatever its receipt says: it writes all its bytes again."""
-    body, _ = {"split": tasks.split, "index": tasks.index, "leaf": tasks.leaf}[task.kind](job, task)
+    work = {"split": tasks.split, "pack": totals.pack, "index": totals.index, "leaf": tasks.leaf}[task.kind]
+    body, _ = work(job, task)
     write_receipt(job, task, body)
