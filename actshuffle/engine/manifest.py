@@ -10,6 +10,9 @@
     scratch/bounds, bounds.json         keys at the boundaries between leaves, and their checksum
     scratch/level1/receipts/7.json      block 7 is split: rows and digests of its runs
     scratch/level1/index/0.json         the blocks of bucket 0 are complete and add up
+    scratch/level1/packs/7.bin, .json   receipts of many blocks in one object, where they are very many (totals.py)
+    dst/_actshuffle/packs/7.bin, .json  the same of leaves
+    scratch/counts/16/...               counts for the boundaries, until these are found (jobs/sums.py)
 
 `actshuffle.jobs.receipts` says when a receipt is valid.
 """
