@@ -98,7 +98,7 @@ class Meter:
 class Display:
     """A `Progress` that writes to a terminal or a log.
 
-    ``workers`` returns the number of tasks in flight; ``before`` is called with a stage's bytes ahead of its
+    ``workers`` returns the number of tasks in flight; ``before`` is called with the bytes of a stage ahead of its
     first task.  ``live`` follows the stream if not given; without a stream nothing is shown.
     """
 
@@ -107,7 +107,7 @@ class Display:
         stream: TextIO | None,
         *,
         workers: Callable[[], int] = lambda: 1,
-        before: Callable[[int], object] = lambda nbytes: None,
+        before: Callable[..., object] = lambda *work: None,
         live: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

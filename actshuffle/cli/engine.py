@@ -43,7 +43,7 @@ def run(executor: Any, display: Any, src: str, dst: str, **options: Any) -> Answ
 
     def planned(job: Job) -> None:
         display.line("plan", _plan_line(job))
-        display.before(job.plan.rows * job.plan.row_bytes)
+        display.before(job.plan.rows * job.plan.row_bytes, job.kind.gathers and not job.plan.staged)
 
     result = running.shuffle(src, dst, executor=executor, progress=display, planned=planned, **options)
     document = {

@@ -31,7 +31,8 @@ SMALL = 256_000_000  # bytes that move sooner than a cluster of our own starts
 class _Crew(Executor):
     """The executor that was asked for, opened when the first work comes.
 
-    A bad request is thus refused at once, and a small one waits for no cluster.
+    A bad request is thus refused at once, and a small one waits for no cluster.  Nor does work that threads share
+    as well as processes, unless a number of workers was given: rows that are taken from the page cache.
     """
 
     def __init__(self, workers: int | None, display: Display) -> None:
@@ -40,12 +41,18 @@ class _Crew(Executor):
         self.workers = max(1, cores() if workers is None else workers)
         self._alone = workers == 0 or (workers is None and self.workers == 1)
         self._small = SMALL if workers is None else -1
+        self._threads = workers is None and self.workers > 1
         self._display = display
         self._stack = ExitStack()
         self._inner: Executor | None = None
 
-    def ready(self, nbytes: int) -> Executor:
-        """Open the executor for this many bytes of work, if it is not open."""
+    def ready(self, nbytes: int, shared: bool = False) -> Executor:
+        """Open the executor for this many bytes of work, which threads share well or not, if it is not open."""
+        if self._inner is None and shared and self._threads:
+            from actshuffle.executors import Threads
+
+            self._inner = Threads(self.workers)
+            self._display.line("workers", f"{self.workers} threads of this process")
         if self._inner is None:
             from actshuffle.executors import executor_for
 

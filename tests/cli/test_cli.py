@@ -809,3 +809,22 @@ def test_on_a_terminal_no_line_wraps(columns, src, dst):
     assert all(len(part) <= columns for part in drawn if not part.startswith("plan"))
     assert "\x1b[32m" in text.decode() or columns < 60
     assert any(part.startswith("level 2 of 2") and "100%" in part for part in drawn)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        (["--gather"], "2 threads of this process"),
+        (["--gather", "--workers", "0"], None),
+        (["--no-gather", "--memory", "1GB"], None),
+    ],
+)
+def test_rows_from_the_page_cache_are_taken_by_threads(options, where, tmp_path, monkeypatch):
+    """Unless a number of workers is given, or the run makes levels; the bytes are those of the oracle."""
+    monkeypatch.setattr("actshuffle.machine.cores", lambda: 2)
+    src, dst = tmp_path / "src.zarr", tmp_path / "dst.zarr"
+    group(src, {"x": values(20_000, (100,))})
+    shown = call("run", src, dst, "--seed", "5", "--chunk-rows", "512", *options).stderr
+    assert ("threads" in shown) == (where is not None)
+    assert where is None or where in shown
+    assert_is_oracle(src, dst, 5)

@@ -31,14 +31,14 @@ from actshuffle.errors import (
     ResumeMismatchError,
     StorageError,
 )
-from actshuffle.executors import Executor, Serial, local_cluster
+from actshuffle.executors import Executor, Serial, Threads, local_cluster
 from actshuffle.ordering import lookup
 from actshuffle.ordering.keys import Keys
 from actshuffle.storage import mapping
 from actshuffle.storage.buffers import kept
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place
-from actshuffle.testing import Faults, Killed, drawn
+from actshuffle.testing import Faults, Killed, drawn, matching
 from support.executors import Elsewhere, Stops, Watched
 from support.oracle import assert_is_oracle
 from support.stores import SOURCES, array, evict, group, values
@@ -96,6 +96,18 @@ def test_the_output_is_that_of_any_other_run(src: Path, tmp_path: Path, block_ro
     assert whole == ({"middle", "narrow", *["wide"] * (block_rows == 5000)} if way == "read" else set())
     kept.cache_clear()
     assert not Path(jobs[0].scratch.url).exists()
+
+
+def test_threads_take_rows_side_by_side(src: Path, tmp_path: Path, way: str) -> None:
+    """As the command does where no number of workers is given; a thread's error stops the run, and it resumes."""
+    dst, settings = tmp_path / "d.zarr", {"gather": True, "block_bytes": 64 * 2444, **SHAPE}
+    with Faults(matching("put _actshuffle/receipts/9.json", "error")), pytest.raises(StorageError):
+        shuffle(src, dst, executor=Threads(3), **settings)
+    assert not list(dst.glob("zarr.json"))
+    again = shuffle(src, dst, executor=Threads(3), **settings)
+    assert again.resumed >= 1
+    assert_is_oracle(src, dst, 3)
+    assert not list(tmp_path.glob("d.zarr.scratch-*"))
 
 
 @pytest.mark.parametrize("kind", SOURCES)
