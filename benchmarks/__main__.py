@@ -44,8 +44,19 @@ TINY: dict[str, dict[str, Any]] = {
         "rounds": 1,
         "workers": [0, 1],
         "row_bytes": [512],
-        "levels": [1, 2, 3],
+        "levels": [0, 1, 2, 3],
         "memory": 28 << 20,
+        "chunk": 1 << 18,
+        "whole": [1 << 20],
+        "whole_rounds": 1,
+    },
+    "strategies": {
+        "limit": None,
+        "factors": [],
+        "sizes": [1 << 20],
+        "row_bytes": 512,
+        "memory": 64 << 20,
+        "rounds": 1,
         "chunk": 1 << 18,
     },
     "growth": {
@@ -156,17 +167,37 @@ def floor(**options: Any) -> None:
 @click.option("--sizes", type=SIZES, default="2GB", help="Data sizes.")
 @click.option("--row-bytes", type=SIZES, default="64B,512B,2KiB,8KiB", help="Row widths.")
 @click.option("--workers", type=INTS, default=f"0,1,{cores()}", help="Dask workers; 0 is serial.")
-@click.option("--levels", type=INTS, default="1,2,3", help="Passes over the data; 1 gathers rows.")
+@click.option("--levels", type=INTS, default="0,1,2,3", help="Passes over the data; 1 gathers rows; 0 is the default.")
 @click.option("--modes", type=MODES, default="cached,disk", help="Where the data is.")
 @click.option("--rounds", type=COUNT, default=5, help="Times that everything is measured.")
 @click.option("--memory", type=SIZE, default="256MiB", help="Most memory that one worker uses.")
 @click.option("--chunk", type=SIZE, default="32MiB", help="Size of the source's chunk files.")
+@click.option("--whole", type=SIZES, default="100MB,500MB,2GB,8GB", help="Data sizes of the default command.")
+@click.option("--whole-rounds", type=COUNT, default=3, help="Times that it is run at each size.")
+@click.option("--whole-only", is_flag=True, help="Measure the default command, and nothing else.")
+@click.option("--python", type=(str, click.Path(exists=True)), multiple=True, help="TOOL INTERPRETER: as in peers.")
 @_common
 def shuffle(**options: Any) -> None:
-    """Measure the engine as a fraction of the copier, and where its time goes."""
+    """Measure the default command beside other tools, and the engine as a fraction of the copier."""
     from benchmarks import shuffle as module
 
     _start("shuffle", module.run, options)
+
+
+@main.command()
+@click.option("--limit", type=SIZE, help="Memory of a cgroup for each run, page cache and all.")
+@click.option("--factors", type=_List(float), default="1.5,3", help="Data sizes, in multiples of memory.")
+@click.option("--sizes", type=SIZES, default=None, help="Data sizes, instead of --factors.")
+@click.option("--row-bytes", type=SIZE, default="8KiB", help="Row width.")
+@click.option("--memory", type=SIZE, help="Most memory that one worker uses.  [default: chosen]")
+@click.option("--rounds", type=COUNT, default=3, help="Times that each way is run.")
+@click.option("--chunk", type=SIZE, default="32MiB", help="Size of the source's chunk files.")
+@_common
+def strategies(**options: Any) -> None:
+    """Compare the way that the planner chooses with all ways that can be forced, at more data than memory."""
+    from benchmarks import strategies as module
+
+    _start("strategies", module.run, options)
 
 
 @main.command()

@@ -182,7 +182,8 @@ def loader(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 def _case(row: dict[str, Any]) -> str:
     crew = f"{row['workers']} worker{'s' * (row['workers'] != 1)}" if row["workers"] else "serial"
-    return f"{row['row_bytes']} B rows, {crew}, {row['levels']} level{'s' * (row['levels'] > 1)}"
+    levels = f"{row['levels']} level{'s' * (row['levels'] > 1)}" if row["levels"] else "default"
+    return f"{row['row_bytes']} B rows, {crew}, {levels}"
 
 
 def _panels(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -204,10 +205,10 @@ def fractions(folder: Path, rows: list[dict[str, Any]]) -> str:
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 0.8 + 0.34 * longest), squeeze=False)
     for axis, (title, ours) in zip(axes[0], panels, strict=True):
         for i, row in enumerate(ours):
-            colour = (GREY, BLUE, ORANGE, GREEN)[(row["levels"] - 1) % 4]
+            colour = (RED, GREY, BLUE, ORANGE, GREEN)[min(row["levels"], 4)]
             _bars(axis, [i], [row["of_copy"]], 0.7, colour)
             axis.plot(
-                [1 / row["levels"]] * 2,
+                [1 / max(1, row["levels"])] * 2,
                 [i - 0.45, i + 0.45],
                 color=RED,
                 linewidth=1.6,
@@ -232,6 +233,7 @@ def phases(folder: Path, rows: list[dict[str, Any]]) -> str:
     """The workers' time by phase, one stacked bar per case."""
     import matplotlib.pyplot as plt
 
+    rows = [r for r in rows if r["phases"]]
     if not rows:
         return ""
     panels = _panels(rows)

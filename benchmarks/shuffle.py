@@ -1,7 +1,8 @@
-"""`shuffle`: the engine beside the copier: levels, row widths, workers, sizes; where the time goes.
+"""`shuffle`: the default command beside other tools; the engine beside the copier; where its time goes.
 
-A round is, for every source, a copy, each shuffle of it, and a copy again; a shuffle is compared with
-the mean of the two copies around it, and the ratios of several rounds give a median and a range.
+The command is run as a whole process (whole.py).  For the engine, a round is, for every source, a copy, each shuffle
+of it, and a copy again; a shuffle is compared with the mean of the two copies around it, and the ratios of several
+rounds give a median and a range.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 import actshuffle
 from actshuffle.engine.job import Job
 from actshuffle.errors import InfeasibleError
-from actshuffle.executors import Executor, Serial, local_cluster
+from actshuffle.executors import Executor, Serial, Threads, local_cluster
+from actshuffle.machine import cores
 from actshuffle.units import format_bytes
 from benchmarks import plots
 from benchmarks.copier import Copier
@@ -24,13 +26,19 @@ from benchmarks.floor import Floor, durable, prepare
 from benchmarks.phases import OUTSIDE, PHASES, Timed, breakdown, published, summarise
 from benchmarks.results import Bench, need_space, ranged, rate, spread, table
 from benchmarks.sources import make_source, rows_of
+from benchmarks.whole import measure, settings, space, steps
+from benchmarks.whole import page as whole_page
+from benchmarks.whole import summary as whole_summary
 
 SEED = 1
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shuffle to measure; ``workers`` 0 is the serial executor, in this process."""
+    """One shuffle to measure; ``workers`` 0 is the serial executor, in this process.
+
+    ``levels`` 0 is the way that the planner chooses, on threads as in `actshuffle run`.
+    """
 
     mode: str
     size: int
@@ -44,10 +52,8 @@ class Case:
 
     def __str__(self) -> str:
         crew = f"{self.workers} workers" if self.workers else "serial"
-        return (
-            f"{self.mode}, {format_bytes(self.size)}, rows of {self.row_bytes} B, {crew}, "
-            f"{self.levels} level{'s' * (self.levels > 1)}"
-        )
+        levels = f"{self.levels} level{'s' * (self.levels > 1)}" if self.levels else "default"
+        return f"{self.mode}, {format_bytes(self.size)}, rows of {self.row_bytes} B, {crew}, {levels}"
 
 
 def run(
@@ -61,7 +67,20 @@ def run(
     rounds: int,
     memory: int,
     chunk: int,
+    whole: list[int],
+    whole_rounds: int,
+    whole_only: bool = False,
+    python: tuple[tuple[str, str], ...] = (),
 ) -> None:
+    need_space(bench.work, space(whole))
+    interpreters = settings(python)
+    bench.plan(steps(whole, whole_rounds))
+    runs = measure(bench, whole, whole_rounds, cores(), chunk, interpreters)
+    bench.step = 0
+    first = [*whole_page(commands := whole_summary(runs)), ""] if whole else []
+    if whole_only:
+        bench.publish({"whole": runs, "commands": commands}, first)
+        return
     # Source, spill with keys and source rows, and output take about as much each.
     need_space(bench.work, int(max(sizes) * (len(row_bytes) + 3.5)))
     bench.plan(rounds * len(sizes) * len(row_bytes) * len(workers) * len(modes) * (len(levels) + 2))
@@ -76,7 +95,7 @@ def run(
                 floor.warm_up()
             # One run without measurement touches buffers, loads code and fills the allocator's pools.
             for crew in crews.values():
-                _shuffle(crew, next(iter(sources.values())), bench.work / "out", memory, max(levels), True)
+                _shuffle(crew, next(iter(sources.values())), bench.work / "out", memory, max(1, *levels), True)
             for number in range(rounds):
                 for mode in modes:
                     for count, crew in crews.items():
@@ -88,7 +107,8 @@ def run(
                 shutil.rmtree(path)
     rows = summary(found)
     images = plots.draw(bench, lambda folder: [plots.fractions(folder, rows), plots.phases(folder, rows)])
-    bench.publish({"rounds": found, "summary": rows}, page(rows, memory), images)
+    figures = {"whole": runs, "commands": commands, "rounds": found, "summary": rows}
+    bench.publish(figures, [*first, *page(rows, memory)], images)
 
 
 def _group(
@@ -120,18 +140,18 @@ def _group(
 def _shuffle(crew: Executor, source: Path, target: Path, memory: int, levels: int, fsync: bool) -> dict[str, Any]:
     """Measure one shuffle, from the call to the completion marker; workers are running already."""
     timed, jobs = Timed(crew), list[Job]()
+    way = {"levels": levels, "gather": levels == 1, "memory": memory} if levels else {}
+    alone = Threads(crew.workers) if crew.workers > 1 else Serial()
     start = time.monotonic()
     result = actshuffle.shuffle(
         source,
         target,
         seed=SEED,
-        levels=levels,
-        memory=memory,
-        executor=timed,
+        executor=timed if levels else alone,
         fsync=fsync,
-        gather=levels == 1,
         progress=timed,
         planned=jobs.append,
+        **way,
     )
     stop = time.monotonic()
     shutil.rmtree(target)
@@ -141,12 +161,13 @@ def _shuffle(crew: Executor, source: Path, target: Path, memory: int, levels: in
         "published": published(timed) - start,
         "bytes": result.nbytes,
         "rows": rows_of(source),
+        "way": str(jobs[0].kind),
         "tasks": len(timed.traces),
         "leaves": plan.leaves,
         "block_bytes": plan.block_bytes,
         "leaf_bytes": plan.leaf_rows * plan.row_bytes,
         "task_cpu": sum(t.cpu for t in timed.traces),
-        "phases": breakdown(timed, start, stop),
+        "phases": breakdown(timed, start, stop) if levels else None,
     }
 
 
@@ -174,11 +195,11 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "copy_rate": spread([one["bytes"] / s / 1e9 for one in ours for s in one["copies"]]),
                 "of_copy": spread([one["of_copy"] for one in ours]),
                 "of_copy_published": spread([one["of_copy_published"] for one in ours]),
-                "of_floor": spread([one["of_copy"] * case.levels for one in ours]),
-                "cpu_per_gb": spread([one["task_cpu"] / one["bytes"] * 1e9 for one in ours]),
+                "of_floor": spread([one["of_copy"] * max(1, case.levels) for one in ours]),
+                "cpu_per_gb": spread([one["task_cpu"] / one["bytes"] * 1e9 for one in ours]) if case.levels else None,
                 "leaves": ours[0]["leaves"],
                 "leaf_bytes": ours[0]["leaf_bytes"],
-                "phases": summarise([one["phases"] for one in ours]),
+                "phases": summarise([one["phases"] for one in ours]) if case.levels else None,
             }
         )
     return rows
@@ -187,6 +208,8 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
     names = (*PHASES, *OUTSIDE)
     return [
+        "## The engine, beside a copy",
+        "",
         f"At most {format_bytes(memory)} a worker; median (range) over interleaved rounds. *of copy*: "
         "the rate of the shuffle over that of a copy by our own copier with as many processes: 0.50 is half "
         "as fast as copying. *published*: the same up to the moment when the result is complete and only the "
@@ -194,7 +217,8 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
         "*of floor*: *of copy* against one copy per level, which no shuffle "
         "that reads and writes everything at each level can beat. *of widest*: the "
         "rate over that of the widest rows in the same round. *1 level* is `--gather`: no spill, rows "
-        "come from the page cache, into which the source is read first if it is not there. Workers are "
+        "come from the page cache, into which the source is read first if it is not there. *default*: the way that "
+        "the planner chooses, on threads of one process, with the memory that it takes by itself. Workers are "
         "running when the clock starts. *leaves* is the number of pieces sorted in memory.",
         "",
         *table(
@@ -219,7 +243,7 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
                     format_bytes(r["size"]),
                     f"{r['row_bytes']} B",
                     r["workers"] or "serial",
-                    r["levels"],
+                    r["levels"] or "default",
                     r["leaves"],
                     ranged(r["rate"]),
                     ranged(r["copy_rate"]),
@@ -227,7 +251,7 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
                     ranged(r["of_copy_published"]),
                     ranged(r["of_floor"]),
                     ranged(r["of_widest"]),
-                    ranged(r["cpu_per_gb"]),
+                    ranged(r["cpu_per_gb"]) if r["levels"] else "",
                 )
                 for r in rows
             ),
@@ -252,6 +276,7 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
                     *(f"{100 * r['phases'][n]:.0f}" for n in (*names, "behind")),
                 )
                 for r in rows
+                if r["levels"]
             ),
         ),
     ]

@@ -14,7 +14,7 @@ import pytest
 from actshuffle.executors import Serial
 from actshuffle.ordering.digest import RowHash
 from actshuffle.planning.planner import make_plan
-from benchmarks import cache, calibrate, costs, growth, measure, shuffle, sources
+from benchmarks import cache, calibrate, costs, growth, measure, shuffle, sources, strategies
 from benchmarks.__main__ import main
 from benchmarks.peers import PEERS, Work, driver, formats
 from benchmarks.phases import OUTSIDE, PHASES
@@ -22,8 +22,8 @@ from benchmarks.results import command_line, spread, table
 from benchmarks.sae.peers import RATES
 
 
-def miniature(tmp_path, *words):
-    """Run a command and check that all its files exist; returns its figures."""
+def miniature(tmp_path, *words, drawn=True):
+    """Run a command and check that all its files exist, plots if it is ``drawn``; returns its figures."""
     out = tmp_path / "results"
     main([*words, "--tiny", "--out", str(out), "--work", str(tmp_path / "work")], standalone_mode=False)
     document = json.loads((out / "results.json").read_text())
@@ -32,7 +32,7 @@ def miniature(tmp_path, *words):
     assert "figures mean nothing" in page
     images = {p.name for p in out.glob("*.png")}
     assert images == ({n for n in images if f"]({n})" in page} if find_spec("matplotlib") else set())
-    assert bool(images) == bool(find_spec("matplotlib"))
+    assert bool(images) == (drawn and bool(find_spec("matplotlib")))
     assert not list((tmp_path / "work").glob("*/*")), "data is left behind"
     return document["figures"]
 
@@ -50,8 +50,18 @@ def test_floor(tmp_path):
 def test_shuffle(tmp_path):
     found = miniature(tmp_path, "shuffle")
     ran = {(r["workers"], r["levels"]) for r in found["summary"]}
-    assert ran == set(product((0, 1), (1, 2, 3)))
+    assert ran == set(product((0, 1), (0, 1, 2, 3)))
+    commands = {r["tool"]: r for r in found["commands"]}
+    assert list(commands) == ["command", "copy", "numpy", "duckdb"]
+    assert commands["command"]["verdict"] == commands["numpy"]["verdict"] == "pass"
+    assert commands["copy"]["verdict"] == "FAIL", "its rows are in order"
+    assert commands["numpy"]["of_numpy"]["median"] == 1
+    assert commands["command"]["of_numpy"]["median"] > 0
+    assert commands["duckdb"]["outcome"] in ("done", "not installed")
     for one in found["rounds"]:
+        assert (one["phases"] is None) == (one["levels"] == 0)
+        if one["phases"] is None:
+            continue
         spent = one["phases"]
         workers = max(1, one["workers"])
         assert sum(spent[p] for p in (*PHASES, *OUTSIDE)) == pytest.approx(one["seconds"] * workers, rel=0.01)
@@ -62,6 +72,28 @@ def test_shuffle(tmp_path):
         assert spent["write"] > 0
         assert spent["clearing"] > 0
         assert 0 < one["published"] < one["seconds"]
+
+
+def test_strategies(tmp_path):
+    rows = {r["way"]: r for r in miniature(tmp_path, "strategies", drawn=False)["summary"]}
+    assert {"chosen", "gather", "2 levels", "3 levels"} < set(rows)
+    assert all(r["outcome"] == "done" and r["of_fastest"] > 0 for r in rows.values()), rows
+    assert [rows[way]["plan"]["levels"] for way in ("gather", "2 levels", "3 levels")] == [1, 2, 3]
+
+
+def test_a_chosen_way_that_is_not_the_fastest_is_told():
+    def one(way, seconds, size=1):
+        return {"way": way, "size": size, "outcome": "done", "message": "", "seconds": seconds, "plan": {"levels": 2}}
+
+    good = [one("chosen", 10.5), one("gather", 12), one("2 levels", 10)]
+    assert strategies.holds(strategies.summary(good))
+    assert "is within" in next(strategies.page(strategies.summary(good), 1, False))
+    for worse in (one("chosen", 11.5), one("chosen", 9) | {"outcome": "failed"}):
+        rows = strategies.summary([worse, *good[1:]])
+        assert not strategies.holds(rows)
+        assert "is NOT within" in next(strategies.page(rows, 1, False))
+    elsewhere = [*good, one("chosen", 20, 2), one("2 levels", 10, 2)]
+    assert not strategies.holds(strategies.summary(elsewhere)), "at all sizes"
 
 
 def test_loader(tmp_path):
@@ -163,7 +195,7 @@ def test_peers(tmp_path):
 
 @pytest.mark.parametrize("name", ["ray", "huggingface", "duckdb", "polars", "spark", "mosaicml", "annbatch"])
 def test_peer_where_installed(tmp_path, name):
-    if "message" in driver._versions(name, None):
+    if "message" in driver.versions_of(name, None):
         pytest.skip("not installed")
     (row,) = miniature(tmp_path, "peers", "--only", name)["summary"]
     assert row["outcome"] in ("done", "out of time"), row

@@ -57,7 +57,7 @@ WORKERS = click.option(
     "--workers",
     metavar="N",
     type=COUNT,
-    help="Number of worker processes; 0 works in this process.  [default: one per core; 0 below 256MB; threads to gather]",
+    help="Number of worker processes; 0 works in this process.  [default: one per core; 0 below 256MB, and to gather]",
 )
 INSECURE = "actshuffle.insecure"  # in a context's meta
 

@@ -78,6 +78,10 @@ PEERS: dict[str, Peer] = {
         True,
         "order of 128-bit keys",
     ),
+    "command": Peer(
+        "actshuffle run SRC DST", "", "", ("actshuffle", "zarr"), True, "order of 128-bit keys"
+    ),  # no other option, and start-up included
+    "copy": Peer("a copy, as the rows are", "arrays", "copied", ("actshuffle", "zarr"), False, "no shuffle"),
     "numpy": Peer("numpy, all in memory", "arrays", "in_memory", ("numpy", "zarr"), True, "a permutation"),
     "k-jobs": Peer("K jobs that each read everything", "arrays", "k_jobs", ("numpy", "zarr"), True, "a permutation"),
     "zarr": Peer("zarr fancy indexing", "arrays", "fancy_indexing", ("numpy", "zarr"), True, "a permutation"),

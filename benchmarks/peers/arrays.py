@@ -40,6 +40,21 @@ def ours_gathered(work: Work) -> None:
     ours(work, gather=True)
 
 
+def copied(work: Work) -> None:
+    """The same files, row by row as they were: our own copier, which the shuffle is measured against."""
+    import shutil
+
+    from benchmarks.copier import Copier
+    from benchmarks.copier import Work as Copying
+    from benchmarks.sources import chunk_keys
+
+    source, target = Path(work.source), Path(work.target)
+    keys = tuple(chunk_keys(source))
+    with Copier(work.workers) as copier:
+        copier.seconds(Copying("copy", source, target, keys, (source / keys[0]).stat().st_size, True, 2))
+    shutil.copyfile(source / "zarr.json", target / "zarr.json")
+
+
 def in_memory(work: Work) -> None:
     rows = np.asarray(zarr.open_array(work.source, mode="r")[:])
     np.random.default_rng(work.seed).shuffle(rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,8 +60,8 @@ def run(
     limit = most_memory or int(MOST * machine_memory())
     found: list[dict[str, Any]] = []
     bench.plan(rounds * len(names))
-    installed = {name: _versions(name, interpreters.get(name)) for name in names}
-    sources = _Sources(bench.work, zarr_source)
+    installed = {name: versions_of(name, interpreters.get(name)) for name in names}
+    sources = Sources(bench.work, zarr_source)
     for number in range(rounds):
         for name in names:
             one = {"peer": name, "round": number, "versions": installed[name].get("versions")}
@@ -70,9 +71,9 @@ def run(
             elif any(f["outcome"] != "done" for f in previous):
                 one |= {"outcome": previous[0]["outcome"], "message": "not tried again"}
             else:
-                one |= _one(name, interpreters.get(name), work, sources, seconds, limit)
+                one |= measured(name, interpreters.get(name), work, sources, seconds, limit)
             found.append(one)
-            bench.did(f"{PEERS[name].title}: {_told(one)}")
+            bench.did(f"{PEERS[name].title}: {told(one)}")
     for earlier in add:
         found = _earlier(earlier, bench.settings) + found
     rows = summary(found)
@@ -90,7 +91,7 @@ def _earlier(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-class _Sources:
+class Sources:
     """The rows in one format at a time, rebuilt when a peer needs another one."""
 
     def __init__(self, folder: Path, zarr_source: Path) -> None:
@@ -118,7 +119,19 @@ def _command(interpreter: str | None, action: str, name: str, given: str) -> lis
     return measure.python("-m", "benchmarks.peers", action, name, given, interpreter=interpreter)
 
 
-def _versions(name: str, interpreter: str | None) -> dict[str, Any]:
+def _work(interpreter: str | None, name: str, given: dict[str, Any]) -> list[str]:
+    if name == "command":
+        words = ("-m", "actshuffle", "run", given["source"], given["target"], "--seed", str(given["seed"]), "--quiet")
+        return measure.python(*words)
+    return _command(interpreter, "run", name, json.dumps(given))
+
+
+def remove(folders: Iterable[Path]) -> None:
+    for path in folders:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def versions_of(name: str, interpreter: str | None) -> dict[str, Any]:
     """The versions of a peer's packages, or a message that names the missing one."""
     if name == "spark" and shutil.which("java") is None:
         return {"message": "no Java runtime"}
@@ -131,8 +144,8 @@ def _versions(name: str, interpreter: str | None) -> dict[str, Any]:
     return {"versions": json.loads(asked.stdout.strip().splitlines()[-1])}
 
 
-def _one(
-    name: str, interpreter: str | None, work: Work, sources: _Sources, seconds: float, limit: int
+def measured(
+    name: str, interpreter: str | None, work: Work, sources: Sources, seconds: float, limit: int
 ) -> dict[str, Any]:
     target = Path(work.target)
     try:
@@ -142,17 +155,16 @@ def _one(
     given = asdict(work) | {"source": str(source)}
     prepare("disk", [source])
     try:
-        measured = measure.run(_command(interpreter, "run", name, json.dumps(given)), seconds=seconds, memory=limit)
-        result = measured.as_dict()
-        if measured.outcome == "done":
+        process = measure.run(_work(interpreter, name, given), seconds=seconds, memory=limit)
+        result = process.as_dict()
+        if process.outcome == "done":
             started = time.monotonic()
             cache.settle([target])
             result["settle"] = time.monotonic() - started
             result["seconds"] += result["settle"]
             result["mixing"] = _mixing(name, interpreter, target, work)
     finally:
-        for path in (target, *target.parent.glob(f"{target.name}.*"), *target.parent.glob("dask-*")):
-            shutil.rmtree(path, ignore_errors=True)
+        remove((target, *target.parent.glob(f"{target.name}.*"), *target.parent.glob("dask-*")))
     return result
 
 
@@ -183,7 +195,7 @@ def _mixing(name: str, interpreter: str | None, target: Path, work: Work) -> dic
     }
 
 
-def _told(one: dict[str, Any]) -> str:
+def told(one: dict[str, Any]) -> str:
     if one["outcome"] != "done":
         return f"{one['outcome']} ({one['message']})" if one["message"] else one["outcome"]
     return f"{format_seconds(one['seconds'])}, {format_bytes(one['memory'])}, mixing {one['mixing']['verdict']}"
@@ -218,7 +230,7 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def page(rows: list[dict[str, Any]], work: Work, seconds: float, limit: int) -> list[str]:
     base = next((r["seconds"]["median"] for r in rows if r["peer"] == "actshuffle" and "seconds" in r), None)
-    told = "their own default" if work.memory is None else format_bytes(work.memory)
+    limit_told = "their own default" if work.memory is None else format_bytes(work.memory)
     lines = []
     for r in rows:
         made_of = ", ".join(f"{k} {v}" for k, v in (r["versions"] or {}).items())
@@ -233,7 +245,7 @@ def page(rows: list[dict[str, Any]], work: Work, seconds: float, limit: int) -> 
     failures = [f"- {r['title']}: {r['outcome']}. {r['message']}" for r in rows if "seconds" not in r]
     return [
         f"{work.rows:,} rows of {work.row_bytes} B, {format_bytes(work.nbytes)}; {work.workers} processes or "
-        f"threads; memory, for peers with such a setting: {told}. Limits: {format_seconds(seconds)}, "
+        f"threads; memory, for peers with such a setting: {limit_told}. Limits: {format_seconds(seconds)}, "
         f"{format_bytes(limit)}. Seconds are from the start of the process until its output is on disk; "
         "sources are cold, and converting them to a peer's format is not counted. Memory is the peak over "
         "all processes, mapped files not included. *measured* shows mixing statistics of the rows' order in "
