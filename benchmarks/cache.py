@@ -21,7 +21,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def evict(folders: Iterable[Path]) -> None:
-    """Evict the files below some folders from the page cache."""
+    """Evict files, and those below some folders, from the page cache."""
     for path in _files(folders):
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -93,5 +93,7 @@ def cached_share(folders: Iterable[Path]) -> float:
 
 def _files(folders: Iterable[Path]) -> Iterator[Path]:
     for folder in folders:
+        if folder.is_file():
+            yield folder
         for place, _, names in os.walk(folder):
             yield from (Path(place, name) for name in sorted(names))

@@ -31,6 +31,7 @@ from actshuffle.units import several, switches
 
 Pieces = Callable[[Sequence[int | None]], tuple[str, ...]]  # from token ids to their text; "?" for None
 # Usual names of these arrays; the first one present is used.
+KEPT_TEXTS = 1 << 16  # of tokens and of pairs of them, some 15 MB
 NAMES = {
     "token": ("token", "tokens", "token_id", "token_ids", "input_ids"),
     "document": DOCUMENT,
@@ -235,13 +236,17 @@ def decoder(store: Dataset, *, running: bool = False) -> Pieces | None:
 
 
 class _Decoder:
-    """Decodes tokens one by one."""
+    """Decodes tokens one by one.
+
+    A page shows hundreds at once, most of them again and again: texts are kept, and those of a fast tokenizer come from
+    the library below transformers, which takes a tenth of the time to give the same.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def _text(self, *tokens: int) -> str:
-        return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+        fast = getattr(tokenizer, "backend_tokenizer", None)
+        decode: Any = tokenizer.decode if fast is None else fast.decode
+        plain = {"clean_up_tokenization_spaces": False} if fast is None else {"skip_special_tokens": False}
+        self._text = lru_cache(maxsize=KEPT_TEXTS)(lambda *tokens: str(decode(list(tokens), **plain)))
 
     def each(self, tokens: Sequence[int | None]) -> tuple[str, ...]:
         return tuple("?" if t is None else self._text(t) for t in tokens)

@@ -48,21 +48,27 @@ def run(bench: Bench, *, latents: int, described: int, rows: int, width: int, k:
     bench.plan(asked)
     many, size = copied(few, bench.work / "many", latents)
     dice = np.random.default_rng(1)
+    cache.evict([Path(many.path)])  # once: a feature's own chunks are in no cache until it is asked for
     alive = np.flatnonzero(few.array("stat/count") > 0)
     found: dict[str, list[float]] = {state: [] for state in STATES}
+    processor: dict[str, list[float]] = {state: [] for state in STATES}
     for _ in range(asked):
         feature = int(dice.choice(alive) + described * dice.integers(latents // described))
-        for state, seconds in look(many, store, feature, bench.work / "labels.json").items():
+        for state, (seconds, busy) in look(many, store, feature, bench.work / "labels.json").items():
             found[state].append(1000 * seconds)
+            processor[state].append(1000 * busy)
         told = ", ".join(f"{state} {found[state][-1]:.1f} ms" for state in STATES)
         bench.did(f"feature {feature:,}: {told}")
     images = plots.draw(bench, lambda folder: [_draw(folder, found)])
-    summary = {state: spread(values) | {"worst": max(values), "ms": values} for state, values in found.items()}
+    summary = {
+        state: spread(values) | {"worst": max(values), "ms": values, "processor_ms": spread(processor[state])}
+        for state, values in found.items()
+    }
     bench.publish({"summary": summary, "latents": len(many), "bytes": size}, page(summary, len(many), size), images)
 
 
-def look(many: Features, store: Path, feature: int, labels: Path) -> dict[str, float]:
-    """Seconds for one feature in each state; a server of its own has not shown it before."""
+def look(many: Features, store: Path, feature: int, labels: Path) -> dict[str, tuple[float, float]]:
+    """Seconds, and processor seconds, for one feature in each state; a server of its own has not shown it before."""
     seconds = {}
     for state in STATES[:2]:
         features = Features(many.path, many.facts, str(store), None)
@@ -70,7 +76,7 @@ def look(many: Features, store: Path, feature: int, labels: Path) -> dict[str, f
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         ask(server, "/api/facts")
         if state == "cold":
-            cache.evict([Path(many.path), store])
+            cache.evict([store, *Path(many.path).glob("*/zarr.json"), *Path(many.path).glob("*/*/zarr.json")])
         seconds[state] = ask(server, f"/api/feature/{feature}")
         if state == "warm":
             seconds["again"] = ask(server, f"/api/feature/{feature}")
@@ -79,17 +85,18 @@ def look(many: Features, store: Path, feature: int, labels: Path) -> dict[str, f
     return seconds
 
 
-def ask(server: Server, path: str) -> float:
+def ask(server: Server, path: str) -> tuple[float, float]:
+    """Seconds until the answer is there, and processor seconds of asking and answering."""
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
-    began = time.perf_counter()
+    began, before = time.perf_counter(), time.process_time()
     connection.request("GET", path)
     answer = connection.getresponse()
     json.loads(answer.read())
-    seconds = time.perf_counter() - began
+    found = time.perf_counter() - began, time.process_time() - before
     connection.close()
     if answer.status != 200:
         raise RuntimeError(f"{path}: {answer.status}")
-    return seconds
+    return found
 
 
 def copied(few: Features, out: Path, latents: int) -> tuple[Features, int]:

@@ -160,18 +160,19 @@ class Feature:
 
     def top(self, count: int | None = None) -> list[Example]:
         """The rows of largest activation, one of each window, the largest first."""
-        return self.examples("top")[:count]
+        return self.examples("top", count)
 
-    def examples(self, kind: str) -> list[Example]:
-        """The examples of a kind; `Features.kinds` lists these."""
+    def examples(self, kind: str, count: int | None = None) -> list[Example]:
+        """The examples of a kind, or the first ones; `Features.kinds` lists the kinds."""
         kinds = self.features.kinds
         if kind == "hard":
             nothing = np.full(0, NO_OFFSET, np.int8), np.zeros(0, np.float32)
-            rows = self.array("hard/row").tolist()
+            rows = self.array("hard/row")[:count].tolist()
             return marked(self.features.example(kind, row, 0.0, *nothing) for row in rows if row != NO_ROW)
         if kind not in kinds:
             raise RequestError(f"no examples of kind {kind!r}; there are {', '.join([*kinds, 'hard'])}")
         first, end = kinds[kind]
+        end = end if count is None else min(first + count, end)
         rows, values = (self.array(f"example/{name}")[first:end] for name in ("row", "value"))
         offsets, around = (self.array(f"context/{name}")[first:end] for name in ("offset", "value"))
         return marked(

@@ -37,6 +37,10 @@ class Live:
             "most_tokens": MOST_TOKENS,
         }
 
+    def length(self, feature: int) -> float:
+        """The norm of a decoder row: how far one unit of activation moves a row of the layer."""
+        return float(self.sae.W_dec[feature].double().norm())
+
     def text(self, text: str) -> dict[str, Any]:
         """The tokens of a text, the features that are most active on each, and those most active on the whole.
 

@@ -16,6 +16,7 @@ from saetrain.products.reading import Interactions
 from saetrain.reading.latents import Features
 
 ORDERS = ("number", "kept", "energy", "sum")
+TOKENS = 4  # by which a latent is named
 PAGE = 100  # lines of one part of a list
 BARS = 20  # of the histogram of kept shares
 
@@ -102,8 +103,11 @@ class Pairs:
     def _latent(self, half: str, number: int) -> dict[str, Any]:
         """A latent with the tokens on which it is most often active, where a result describes it."""
         features = self.named[half]
-        tokens = features[number].top_tokens[:4] if features is not None else []
-        return {"id": number, "tokens": [t.text if t.text is not None else str(t.id) for t in tokens]}
+        if features is None:
+            return {"id": number, "tokens": []}
+        ids = features[number].array("token/id")[:TOKENS]
+        ids = ids[ids >= 0].tolist()
+        return {"id": number, "tokens": list(features.text(ids) or map(str, ids))}
 
     def _half(self, half: str) -> str:
         if half not in self.halves:

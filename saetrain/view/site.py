@@ -29,6 +29,8 @@ FIRST = 8  # examples that come with a latent; the page asks for the others
 PAGE = 100  # latents of one part of a list
 COMPARED = 4
 ENDS = ("top", "bottom")
+FEW = 4  # tokens by which a line names a latent
+GROUPS = ("stat", "shape", "token", "example", "context", "near", "together", "logit", "hard", "loss")
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Site:
     def facts(self) -> dict[str, Any]:
         """What the page must know before it shows anything."""
         facts = self.features.facts
+        for group in GROUPS:  # opened now, and not with the first feature
+            self.features.has(group)
         return {
             "name": Path(self.features.path).name,
             "latents": len(self.features),
@@ -100,7 +104,7 @@ class Site:
     def line(self, latent: int) -> dict[str, Any]:
         """One line of a list."""
         feature = self.features[latent]
-        tokens = [t.text if t.text is not None else str(t.id) for t in feature.top_tokens[:4]]
+        tokens = [t.text if t.text is not None else str(t.id) for t in feature.top_tokens[:FEW]]
         return {
             "id": latent,
             "label": self.labels.get(latent),
@@ -109,11 +113,19 @@ class Site:
             "tokens": tokens,
         }
 
+    def brief(self, latent: int) -> dict[str, Any]:
+        """Another latent, as a page about one names it: one read."""
+        ids = self.features[latent].array("token/id")[:FEW]
+        ids = ids[ids >= 0].tolist()
+        texts = self.features.text(ids) or tuple(map(str, ids))
+        return {"id": latent, "label": self.labels.get(latent), "tokens": list(texts)}
+
     def feature(self, latent: int) -> dict[str, Any]:
         """One latent: all but the examples beyond the first few."""
         if not 0 <= latent < len(self.features):
             raise ConfigError(f"no feature {latent:,}: there are 0 to {len(self.features) - 1:,}")
-        return {**self._shown(latent), "label": self.labels.get(latent)}
+        told = {"label": self.labels.get(latent), "length": self.live and self.live.length(latent)}
+        return {**self._shown(latent), **told}
 
     def _read(self, latent: int) -> dict[str, Any]:
         f = self.features[latent]
@@ -194,7 +206,7 @@ class Site:
         found = f.neighbours
         if found is None:
             return None
-        return [self.line(n.latent) | {"cosine": _number(n.cosine)} for n in found]
+        return [self.brief(n.latent) | {"cosine": _number(n.cosine)} for n in found]
 
     def _logits(self, f: Feature) -> dict[str, Any] | None:
         found = f.logits
@@ -207,7 +219,7 @@ class Site:
         if not self.features.has("together"):
             return None
         return [
-            self.line(c.latent)
+            self.brief(c.latent)
             | {"count": c.times, "expected": _number(c.expected), "share": [_number(v) for v in c.share]}
             for c in f.together
         ]

@@ -233,6 +233,9 @@ def test_a_pasted_text_and_steering(opened: Opened) -> None:
     page.wait_for_selector(".paste button.token[aria-pressed=true]")
     assert page.locator(".near li").count() > 0
     page = opened.go("/steer?feature=5&prompt=red&value=0.9&tokens=6")
+    most, length = (opened.server.site.feature(5)[name] for name in ("max", "length"))
+    opened.until("document.querySelector('output').textContent.includes('0.9 of the norm')")
+    assert f"{0.9 * 4.0 / length / most:.3g} of its largest" in page.inner_text("output")
     page.get_by_role("button", name="Write").click()
     page.get_by_text("Edited rows moved by").wait_for()
     assert page.locator(".written").nth(1).inner_text() != ""

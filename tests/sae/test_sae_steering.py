@@ -329,6 +329,10 @@ def test_the_command_writes_texts_table_and_picture(
     assert [row["activation"] for row in told["strengths"]] == pytest.approx(
         [share * described[feature].max for share in (0.2, 0.5) for feature in (7, 9)]
     )
+    assert main([*map(str, arguments), "--features", str(tmp_path / "features"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["median_norm"] == described.median_norm
+    assert [row["of_norm"] for row in told["strengths"]] == pytest.approx([0.2, 0.2, 0.5, 0.5])
     assert main([*map(str, arguments), "--median-norm", "9"]) == 0
     shown = capsys.readouterr().out
     assert "coherence" in shown

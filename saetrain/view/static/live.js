@@ -72,10 +72,22 @@ export async function steer(main, { facts, query, go, tell }) {
   const option = (value, chosen) => h("option", { value, selected: value === chosen }, value);
   const prompt = h("textarea", { id: "prompt", rows: 3, "aria-label": "Prompt" }, query.get("prompt") ?? (facts.model.chat ? "What are you?" : "I think"));
   const strength = h("input", { id: "strength", type: "range", min: 0, max: 1, step: 0.05, value: query.get("value") ?? 0.45 });
-  const told = h("output", { for: "strength" }, strength.value);
-  strength.addEventListener("input", () => { told.textContent = strength.value; });
+  const told = h("output", { for: "strength" });
   const unit = h("select", { id: "unit" }, ["norm", "max"].map((one) => option(one, query.get("unit") ?? "norm")));
-  unit.addEventListener("change", () => { strength.max = unit.value === "norm" ? 1 : 4; });
+  const turned = [];
+  // The strength in all units, for the first feature that is turned.
+  const tellStrength = () => {
+    const [value, f, norm] = [Number(strength.value), turned[0], facts.model.median_norm];
+    const known = f && f.max && f.length && norm;
+    const activation = known && (unit.value === "norm" ? (value * norm) / f.length : value * f.max);
+    told.textContent = known ? `${short(value)}: activation ${short(activation)}, ${short((activation * f.length) / norm)} of the norm, ${short(activation / f.max)} of its largest` : short(value);
+  };
+  const bound = () => { strength.max = unit.value === "norm" ? 1 : 4; };
+  bound();
+  strength.value = query.get("value") ?? 0.45;
+  strength.addEventListener("input", tellStrength);
+  unit.addEventListener("change", () => { bound(); tellStrength(); });
+  tellStrength();
   const method = h("select", { id: "method" }, ["clamp", "add", "ablate"].map((one) => option(one, query.get("method") ?? "clamp")));
   const chosen = field("features", "Features", { value: ids.join(","), inputmode: "numeric", placeholder: "603 or 603,88" });
   const seed = field("seed", "Seed", { type: "number", min: 0, value: query.get("seed") ?? 0 });
@@ -84,7 +96,15 @@ export async function steer(main, { facts, query, go, tell }) {
   const button = h("button", { type: "submit" }, "Write");
   const [plain, steered, cost] = [h("p.written"), h("p.written"), h("p.note")];
   const about = h("p.note");
-  for (const id of ids) get(`feature/${id}`).then((f) => about.append(featureLink(f.id, f.label), ` largest ${short(f.max)}  `)).catch((error) => tell(error.message));
+  for (const id of ids) {
+    get(`feature/${id}`)
+      .then((f) => {
+        about.append(featureLink(f.id, f.label), " ", f.tokens.slice(0, 4).map((t) => visible(t.text ?? String(t.id))).join(" "), `, largest activation ${short(f.max)}  `);
+        turned.push(f);
+        tellStrength();
+      })
+      .catch((error) => tell(error.message));
+  }
   const value = (label) => label.querySelector("input").value;
   const form = h(
     "form.card.steering",
@@ -114,7 +134,7 @@ export async function steer(main, { facts, query, go, tell }) {
     },
     h("label", { for: "prompt" }, "Prompt"),
     prompt,
-    h("div.fields", {}, chosen, h("label", { for: "method" }, "Method", method), h("label", { for: "strength" }, "Strength", strength, told), h("label", { for: "unit" }, "In shares of", unit), seed, warmth, tokens),
+    h("div.fields", {}, chosen, h("label", { for: "method" }, "Method", method), h("label.double", { for: "strength" }, "Strength", strength, told), h("label", { for: "unit" }, "In shares of", unit), seed, warmth, tokens),
     h("div.bar", {}, h("span.note.grow", {}, `norm: the layer's median, ${short(facts.model.median_norm)}; max: the feature's largest activation. From 0.3 to 0.6 of the norm is a good beginning; more destroys the text.`), button),
   );
   main.append(h("h1", {}, "Steering"), about, form, h("div.two", {}, section("Plain", plain), section("Steered", steered)), cost);
