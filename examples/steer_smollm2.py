@@ -107,7 +107,8 @@ def main() -> None:
     heading("5  A feature, chosen by the rule")
     latents = saetrain.open_features(features)
     candidates = choose(latents, model)
-    print(f"{len(candidates)} features pass the rule. The first three, with the share of activation on their words:")
+    print(f"{len(candidates)} features pass the rule. The first three, and the share of activation on")
+    print("their words:")
     for candidate in candidates[:3]:
         print(wrapped(f"{candidate.feature:>6}  {candidate.share:4.0%}  {', '.join(candidate.words)}", 14))
     chosen = candidates[0]
@@ -306,12 +307,18 @@ def command(program: str, *arguments: str, quiet: bool = False) -> None:
 
 
 def broken(*arguments: str) -> str:
-    """A command over several lines, as a shell takes it."""
-    lines = [""]
+    """A command over several lines, as a shell takes it; an option stays with its value."""
+    parts: list[str] = []
     for word in map(shlex.quote, arguments):
-        if len(lines[-1]) + len(word) > WIDTH - 6:
+        if parts and parts[-1].startswith("--") and " " not in parts[-1] and not word.startswith("--"):
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    lines = [""]
+    for part in parts:
+        if len(lines[-1]) + len(part) > WIDTH - 6:
             lines.append("")
-        lines[-1] += f"{word} "
+        lines[-1] += f"{part} "
     return " \\\n    ".join(line.strip() for line in lines)
 
 

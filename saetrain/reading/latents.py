@@ -304,12 +304,12 @@ class Features:
         data = self.store
         if data is not None and (field := self.facts["document"]) is not None:
             around = data.read(field, low, high)
+            document = int(around[row - low])
             other = np.flatnonzero(around != around[row - low])
             low, high = (
                 low + int(max(other[other < row - low], default=-1)) + 1,
                 low + int(min(other[other > row - low], default=high - low)),
             )
-            document = int(data.read(field, row, row + 1)[0])
             name = document_name(data.attributes, document)
         if data is not None and (field := self.facts["token"]) is not None:
             tokens = tuple(int(token) for token in data.read(field, low, high))

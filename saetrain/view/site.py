@@ -29,7 +29,7 @@ FIRST = 8  # examples that come with a latent; the page asks for the others
 PAGE = 100  # latents of one part of a list
 COMPARED = 4
 ENDS = ("top", "bottom")
-FEW = 4  # tokens by which a line names a latent
+FEW, OTHERS = 4, 12  # tokens by which a line names a latent; neighbours and companions that a page shows
 GROUPS = ("stat", "shape", "token", "example", "context", "near", "together", "logit", "hard", "loss")
 
 
@@ -206,7 +206,7 @@ class Site:
         found = f.neighbours
         if found is None:
             return None
-        return [self.brief(n.latent) | {"cosine": _number(n.cosine)} for n in found]
+        return [self.brief(n.latent) | {"cosine": _number(n.cosine)} for n in found[:OTHERS]]
 
     def _logits(self, f: Feature) -> dict[str, Any] | None:
         found = f.logits
@@ -221,7 +221,7 @@ class Site:
         return [
             self.brief(c.latent)
             | {"count": c.times, "expected": _number(c.expected), "share": [_number(v) for v in c.share]}
-            for c in f.together
+            for c in f.together[:OTHERS]
         ]
 
 

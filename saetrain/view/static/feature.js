@@ -99,7 +99,6 @@ function logitTable(title, tokens) {
 }
 
 const CHIPS = 3;
-const OTHERS = 12;
 
 function other(n, ...values) {
   return h("li", {}, featureLink(n.id, n.label), h("span.tokens", {}, n.tokens.slice(0, CHIPS).map((t) => h("code.chip", {}, visible(t)))), values);
@@ -110,7 +109,7 @@ function together(f) {
   return h(
     "ul.near",
     {},
-    f.together.slice(0, OTHERS).map((n) => {
+    f.together.map((n) => {
       const [share, low, high] = n.share;
       const range = low === null ? "" : `95%: ${percent(low)} to ${percent(high)}`;
       return other(n, h("span.right", { title: range }, percent(share)), h("span.right.times", {}, `${short(n.count / n.expected, 2)}×`));
@@ -119,7 +118,7 @@ function together(f) {
 }
 
 function nearest(f) {
-  return h("ul.near", {}, f.neighbours.slice(0, OTHERS).map((n) => other(n, h("span", {}, short(n.cosine)))));
+  return h("ul.near", {}, f.neighbours.map((n) => other(n, h("span", {}, short(n.cosine)))));
 }
 
 // Below the examples: other features.
