@@ -260,8 +260,9 @@ def tell(found: dict[str, Any], words: list[str]) -> None:
         print(f"{name_of(point):8}{first:24}{ranged(point['coherence']):24}{ranged(point['concept'])}")
     best = max((at for at in shares if at is not None), key=lambda at: shares[at].value)
     more = difference(shares[best], shares[None])
-    print(f"\nAt {best:g}, its words are in {more.value:+.0%} of the texts (95 %: {more.low:+.0%} to {more.high:+.0%})")
-    print("against plain, by Newcombe's interval for a difference.")
+    points = (f"{100 * value:+.0f}" for value in more)
+    print("\nAt {:g}, {} points more of the texts have its words than plain (95 %: {} to {},".format(best, *points))
+    print("by Newcombe's interval for a difference).")
     print("The first text of each, from one seed:\n")
     for point in found["points"]:
         text = next(sample["text"] for sample in found["samples"] if sample["strength"] == point["strength"])

@@ -339,9 +339,7 @@ def open_features(
     ``store`` says where the store of activations is, if it has moved: examples take their tokens from there.  Without
     it everything but tokens and text is there all the same.
 
-    Raises
-    ------
-    DataError : there is no result, or its run has not finished.
+    Raises `DataError` where there is no result, or its run has not finished.
     """
     done = read_done(path)
     if done is None or done["name"] != "features":
