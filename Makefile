@@ -6,8 +6,8 @@ JOBS ?= 2
 TESTS := $(wildcard tests/test_*.py tests/*/test_*.py)
 # The longest come first, so that no single one is left running at the end.
 LONGEST := $(wildcard $(addprefix tests/, engine/test_failures.py engine/test_memory.py engine/test_engine.py \
-	sae/test_sae_store.py test_benchmarks.py sae/test_sae_checkpoint.py sae/test_sae_ranks.py building/test_collect.py \
-	engine/test_types.py sae/test_sae_cli.py jobs/test_folder.py cli/test_cli.py arrays/test_hostile.py \
+	sae/test_sae_store.py test_benchmarks.py test_pages_training.py sae/test_sae_checkpoint.py sae/test_sae_ranks.py \
+	building/test_collect.py engine/test_types.py sae/test_sae_cli.py jobs/test_folder.py cli/test_cli.py arrays/test_hostile.py \
 	sae/test_sae_train.py products/test_interactions.py features/test_features_runs.py \
 	arrays/test_codecs.py checking/test_verify.py building/test_append.py loading/test_loader.py engine/test_gather.py \
 	storage/test_s3.py engine/test_simulator.py engine/test_corruption.py engine/test_hosts.py))

@@ -37,6 +37,7 @@ from actshuffle.engine.totals import output_digests
 from actshuffle.errors import ConservationError, FormatError, RequestError
 from actshuffle.executors import Executor, executor_for
 from actshuffle.executors.choice import as_executor
+from actshuffle.html import page
 from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.running import Course, Stage, run
 from actshuffle.ordering.digest import to_hex
@@ -85,6 +86,12 @@ class Result:
         if self.requests:
             text += f"; {counted(sum(self.requests.values()), 'request')} to object stores"
         return text + (f"; {self.resumed} of {counted(self.tasks, 'task')} were done before" if self.resumed else "")
+
+    def _repr_html_(self) -> str:
+        facts = {"store": self.destination, "rows": f"{self.plan.rows:,}", "bytes": format_bytes(self.nbytes)}
+        facts |= {"seed": str(self.seed), "levels": str(self.plan.levels), "workers": str(self.workers)}
+        facts["time"] = "already finished" if self.already_finished else format_seconds(self.seconds)
+        return page("Shuffled", facts)
 
 
 def shuffle(

@@ -1,7 +1,7 @@
 """Trace rows: from an output row to its token in its document, and back.
 
 >>> for origin in came_from("shuffled.zarr", [0, 1]): print(origin)         # doctest: +SKIP
-row 0: row 81,234 of activations.zarr, document 12 (zipfile.py), position 88, token 2005: self ._ [[seek]] ( 0
+row 0: row 81,234 of activations.zarr, document 12 (zipfile.py), position 88, token 2005: "self._[[seek]](0"
 >>> where_is("shuffled.zarr", [81_234])                                     # doctest: +SKIP
 array([0])
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from actshuffle.errors import ActshuffleError, FormatError, RequestError
 from actshuffle.extras import need
+from actshuffle.html import page
 from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.documents import DOCUMENT
 from actshuffle.loading.ranks import Ranks, key_of
@@ -72,10 +73,31 @@ class Origin:
         if self.position is not None:
             parts.append(f"position {self.position:,}")
         if self.token is not None:
-            shown = [str(t) for t in self.tokens] if self.text is None else list(self.text)
-            around = [f"[[{x}]]" if i == self.at else x for i, x in enumerate(shown)]
-            parts.append(f"token {self.token}: {' '.join(around)}")
+            parts.append(f"token {self.token}: {''.join(self._around())}")
         return ", ".join(parts)
+
+    def _around(self, left: str = "[[", right: str = "]]") -> tuple[str, str, str]:
+        """What stands before, at and after the row, on one line: text between quotes, or ids where there is none."""
+        if self.text is None:
+            shown = [f"{t} " for t in self.tokens]
+            shown[self.at] = f"{left}{self.tokens[self.at]}{right} "
+            return "".join(shown[: self.at]), shown[self.at], "".join(shown[self.at + 1 :]).rstrip()
+        shown = [one_line(piece) for piece in self.text]
+        before, after = "".join(shown[: self.at]), "".join(shown[self.at + 1 :])
+        return f'"{before}', f"{left}{shown[self.at]}{right}", f'{after}"'
+
+    def _repr_html_(self) -> str:
+        facts = {"row": f"{self.row:,}", "source": self.source, "row in source": f"{self.row_in_source:,}"}
+        names = ("document", "document_name", "position", "token")
+        facts |= {n.replace("_", " "): str(v) for n in names if (v := getattr(self, n)) is not None}
+        if self.token is not None:
+            facts["text" if self.text is not None else "tokens"] = "".join(self._around())
+        return page("Origin", facts)
+
+
+def one_line(text: str) -> str:
+    """Text without what breaks a line or moves a cursor: such characters as Python writes them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def came_from(

@@ -141,9 +141,11 @@ def _resume(
 def _report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     """Draw and compare RUNS: report.png and report.html.
 
+    The folder of a sweep stands for its runs.
+
     \b
     Example:
-      saetrain report run sweep/*
+      saetrain report run sweep
     """
     from saetrain.training.report import report  # imports matplotlib
 

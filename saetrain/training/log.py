@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+LOG = "metrics.jsonl"
+
 
 class Log:
     """Appends one line of metrics at a time."""
 
     def __init__(self, run: Path, step: int) -> None:
         """Continue after `step`: lines of later steps are dropped, since those steps are about to be repeated."""
-        self.path = run / "metrics.jsonl"
+        self.path = run / LOG
         kept = [line for line in read_log(run) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         part = self.path.with_name(".metrics.part")
@@ -35,7 +37,7 @@ class Log:
 
 def read_log(run: Path) -> list[dict[str, Any]]:
     """The lines of a run.  Lines that a crash cut short are skipped."""
-    path = run / "metrics.jsonl"
+    path = run / LOG
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from saetrain.errors import SaetrainError
-from saetrain.training.log import read_log
+from saetrain.training.log import LOG, read_log
 from saetrain.training.metrics import EDGES
 from saetrain.training.outcome import read_evaluation
 
@@ -99,7 +99,13 @@ SCORES = {  # of evaluation.json: path, heading
 
 
 def report(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Write report.html and report.png to the folder `out`; returns their paths."""
+    """Write report.html and report.png to the folder `out`; returns their paths.
+
+    A sweep's folder stands for its runs, and files, which a shell's `sweep/*` gives too, for nothing.
+    """
+    runs = [member for run in runs if not run.is_file() for member in _members(run)]
+    if not runs:
+        raise SaetrainError("none of these is the folder of a run or a sweep")
     logs = {}
     for run in runs:
         logs[_name(run, runs)] = read_log(run)
@@ -114,6 +120,13 @@ def report(runs: Sequence[Path], out: Path) -> list[Path]:
     page.write_text(_page(logs, configs, colours, _svg(figure), _scores(measured, logs)))
     figure.savefig(image, dpi=110)
     return [page, image]
+
+
+def _members(run: Path) -> list[Path]:
+    """The runs of a sweep, by the folder of the sweep; a run itself."""
+    if (run / LOG).exists():
+        return [run]
+    return sorted(found.parent for found in run.glob(f"*/{LOG}")) or [run]
 
 
 def panels_of(logs: dict[str, list[dict[str, Any]]]) -> list[Panel]:

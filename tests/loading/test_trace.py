@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from actshuffle.building.joining import concat
 from actshuffle.errors import FormatError, IncompleteStoreError, RequestError
 from actshuffle.loading.dataset import open_dataset, write_view
 from actshuffle.loading.ranks import Ranks, key_of
-from actshuffle.loading.trace import came_from, where_is
+from actshuffle.loading.trace import Origin, came_from, where_is
 from actshuffle.ordering.keys import Keys
 from support.runs import run
 from support.stores import group, values
@@ -151,3 +152,10 @@ def test_provenance_that_contradicts_the_keys_is_an_error(stores: tuple[Path, Pa
     chunk.write_bytes(data.tobytes())
     with pytest.raises(FormatError, match="source_row is damaged"):
         where_is(stores[1], [row])
+
+
+def test_text_is_one_line_with_the_token_marked() -> None:
+    text = Origin(3, 9, "a.zarr", 9, token=7, tokens=(5, 7, 6), at=1, text=("for", " x\n", "\x1b[2J in"))
+    assert str(text) == 'row 3: row 9 of a.zarr, token 7: "for[[ x\\n]]\\x1b[2J in"'
+    assert str(replace(text, text=None)) == "row 3: row 9 of a.zarr, token 7: 5 [[7]] 6"
+    assert "for[[ x\\n]]" in text._repr_html_()
