@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,17 @@ def test_of_several_ranks_one_prints(store: Path, tmp_path: Path) -> None:
     )
     assert refused.returncode == 2
     assert json.loads(refused.stdout)["error"] == "bad-source"
+
+
+def test_a_report_takes_the_folder_of_a_sweep(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = tmp_path / "sweep"
+    for name in ("k8", "k16"):
+        shutil.copytree(run, sweep / name)
+    (sweep / "report.html").write_text("of before")
+    said(capsys, "report", sweep)
+    assert all(name in (sweep / "report.html").read_text() for name in ("k8", "k16"))
+    said(capsys, "report", *sorted(sweep.iterdir()), "--out", tmp_path / "again")  # as a shell's sweep/* gives them
+    assert "k16" in (tmp_path / "again/report.html").read_text()
 
 
 def test_other_commands_print_their_facts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
