@@ -176,6 +176,12 @@ class _Surroundings:
         tokens = self._values("token", near, part)
         if document is not None:
             same = [found == document for found in self._values("document", near, part)]
+            if position is not None and position >= 0:  # rows between them may have been left out of the source
+                places = self._values("position", near, part)
+                same = [
+                    a and (p is None or p < 0 or p - position == i - at)
+                    for i, (a, p) in enumerate(zip(same, places, strict=True))
+                ]
             at = sum(same[:at])
             tokens = [token for token, inside in zip(tokens, same, strict=True) if inside]
         known = tokens[at] is not None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
-from saetrain.data import Batch, Source, check_finite, norm_of, sample, stream
+from saetrain.data import Batch, Cursor, Source, check_finite, norm_of, sample, stream
 from saetrain.errors import ConfigError, DataError, DivergedError, SaetrainError
 from saetrain.model import Model
 from saetrain.training import checkpoint, metrics
@@ -81,12 +81,14 @@ def fit(
             f"{heldout.name} is {heldout.d_in} wide and cannot evaluate a model of {source.name}, {source.d_in} wide"
         )
 
+    cursor = source.batches(source.rows - config.holdout, config, mesh)  # refuses a store before a folder is made
     with locked(runs, mesh):
-        return _trained(source, runs, mesh, heldout, say, tick, extend)
+        return _trained(source, cursor, runs, mesh, heldout, say, tick, extend)
 
 
 def _trained(
     source: Source,
+    cursor: Cursor,
     runs: Mapping[Path, Config],
     mesh: Mesh,
     heldout: Source | None,
@@ -97,7 +99,6 @@ def _trained(
     """`fit` on folders that are ours, with settings that leave no choice open."""
     config = next(iter(runs.values()))
     members, at, state = _begin(source, runs, mesh, say, heldout, extend)
-    cursor = source.batches(source.rows - config.holdout, config, mesh)
     if state is not None:
         cursor.load_state_dict(state)
     batches = stream(source, cursor, mesh)
