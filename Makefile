@@ -46,6 +46,8 @@ fast: $(VENV)/test.done
 test: $(VENV)/test.done       ## the test suite
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync --keep-going $(ALONE) $(ROOMS) fast
 
+# A thread each: those of torch in two processes wait for each other.
+$(TESTS) $(ROOMS) fast: export OMP_NUM_THREADS = 1
 $(TESTS): FILES = $@
 $(ROOMS): FILES = $(filter $(wildcard $@/test_*.py),$(REST))
 $(TESTS) $(ROOMS): $(VENV)/test.done
