@@ -7,11 +7,11 @@ TESTS := $(wildcard tests/test_*.py tests/*/test_*.py)
 # Files with a process of their own: clusters, forks and memory peaks of one do not touch the next.  The longest come
 # first, so that no single one is left running at the end.
 ALONE := $(wildcard $(addprefix tests/, storage/test_s3.py engine/test_failures.py engine/test_memory.py \
-	engine/test_engine.py test_benchmarks.py test_pages_training.py test_pages.py test_week.py sae/test_sae_store.py sae/test_sae_train.py sae/test_sae_ranks.py \
-	sae/test_sae_cli.py sae/test_sae_page.py products/test_interactions.py building/test_collect.py \
-	engine/test_types.py engine/test_tier.py sae/test_sae_checkpoint.py engine/test_gather.py engine/test_hosts.py \
-	features/test_features_runs.py features/test_features_product.py jobs/test_folder.py jobs/test_locks.py \
-	checking/test_stats.py test_machine.py test_half_done.py))
+	engine/test_engine.py test_benchmarks.py test_pages_training.py test_pages.py test_week.py sae/test_sae_store.py \
+	sae/test_sae_train.py sae/test_sae_ranks.py sae/test_sae_cli.py sae/test_sae_page.py sae/test_sae_checkpoint.py \
+	products/test_interactions.py building/test_collect.py engine/test_types.py engine/test_tier.py \
+	engine/test_gather.py engine/test_hosts.py features/test_features_runs.py features/test_features_product.py \
+	jobs/test_folder.py jobs/test_locks.py checking/test_stats.py test_machine.py test_half_done.py))
 # Stores of tests lie in memory where it has room: most tests make and remove thousands of small files, for which a disk
 # takes several times as long.  Tests of disks, their page cache and memory stay on a disk; IN_MEMORY= keeps all there.
 IN_MEMORY ?= $(shell test "$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 && echo /dev/shm)
