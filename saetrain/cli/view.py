@@ -116,7 +116,17 @@ def _live(features: Features, options: dict[str, Any]) -> Live | None:
     if not folder.exists():
         raise ConfigError(f"the dictionary {folder} is gone, and --model needs it")
     sae, model = open_both(folder, options)
-    return Live(sae, model, features.median_norm)
+    prefix, drop_norm = _filtered(features)
+    return Live(sae, model, features.median_norm, prefix=prefix, drop_norm=drop_norm)
+
+
+def _filtered(features: Features) -> tuple[list[int], float]:
+    """The prefix of the windows that were described, and the multiple of the norm beyond which rows were dropped."""
+    recorded = features.store.attributes.get("row_filter") if features.store is not None else None
+    if not isinstance(recorded, dict):
+        return [], 0.0
+    prefix, heavy = (recorded.get(name) or {} for name in ("prefix", "drop_norm"))
+    return [int(prefix["id"])] if "id" in prefix else [], float(heavy.get("multiple", 0.0))
 
 
 COMMANDS = (_view,)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,19 @@ EACH = 6  # features told of each token
 class Live:
     """A dictionary inside its model.  One request at a time computes; the others wait."""
 
-    def __init__(self, sae: SAE, model: LanguageModel, median_norm: float | None) -> None:
-        self.sae, self.model, self.median_norm = sae, model, median_norm
+    def __init__(
+        self,
+        sae: SAE,
+        model: LanguageModel,
+        median_norm: float | None,
+        *,
+        prefix: Sequence[int] = (),
+        drop_norm: float = 0.0,
+    ) -> None:
+        """Texts are read behind the tokens ``prefix``, and rows beyond ``drop_norm`` times the median norm (0: none)
+        are left out, as those were that the dictionary learned from."""
+        self.sae, self.model, self.median_norm, self.prefix = sae, model, median_norm, [*prefix]
+        self.limit = drop_norm * median_norm if drop_norm and median_norm else math.inf
         self._lock = threading.Lock()
 
     def facts(self) -> dict[str, Any]:
@@ -44,9 +56,10 @@ class Live:
     def text(self, text: str) -> dict[str, Any]:
         """The tokens of a text, the features that are most active on each, and those most active on the whole.
 
-        The text is read behind the special tokens that the tokenizer puts before a text, and these are not told of.
+        The text is read behind the prefix and the special tokens that the tokenizer puts before a text, and these are
+        not told of.  ``heavy`` are the places of rows that are left out.
         """
-        before = self.model.special_tokens()[0]
+        before = self.prefix + self.model.special_tokens()[0]
         tokens = self.model.tokens_of(text)
         if not tokens:
             raise ConfigError("the text has no tokens")
@@ -55,6 +68,8 @@ class Live:
         with self._lock, torch.no_grad():
             x = self.model.hidden(torch.tensor([before + tokens]))[0, len(before) :]
             acts = self.sae.encode(x.to(self.sae.W_dec.dtype))
+            heavy = x.float().norm(dim=1) > self.limit
+            acts[heavy] = 0
             value, latent = acts.topk(min(EACH, acts.shape[1]), dim=1)
             best, at = acts.max(0)
             whole = best.topk(min(4 * EACH, len(best))).indices
@@ -66,7 +81,7 @@ class Live:
             if best[i] > 0
         ]
         pieces = [self.model.text_of([token]) for token in tokens]
-        return {"tokens": pieces, "features": held, "whole": over}
+        return {"tokens": pieces, "features": held, "whole": over, "heavy": heavy.nonzero()[:, 0].tolist()}
 
     def steer(self, asked: dict[str, Any], largest: dict[int, float]) -> Iterator[dict[str, Any]]:
         """Pieces of the plain and of the steered text, as they are written in turn; the last one tells the cost.
@@ -83,7 +98,8 @@ class Live:
             raise ConfigError(f"this is no request to steer: {type(error).__name__}: {error}") from error
         if not 1 <= tokens <= MOST_TOKENS:
             raise ConfigError(f"1 to {MOST_TOKENS} tokens can be written, not {tokens}")
-        steering = Steering(self.sae, turns, first=max(1, len(self.model.special_tokens()[0])))
+        first = max(1, len(self.model.special_tokens()[0]))
+        steering = Steering(self.sae, turns, first=first, limit=self.limit)
         texts = {
             "plain": stream(self.model, generate(self.model, prompt, tokens=tokens, sampler=sampler)),
             "steered": stream(self.model, generate(self.model, prompt, edit=steering, tokens=tokens, sampler=sampler)),

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+import actshuffle
 import saetrain
 from saetrain.cli import main
+from saetrain.cli.view import _live
 from saetrain.errors import ConfigError, DataError
 from saetrain.probing.generation import Sampler, generate, prompt_tokens, stream
 from saetrain.probing.turning import Steering, Turn
@@ -27,8 +29,8 @@ from saetrain.view.live import Live
 from saetrain.view.pairs import Pairs
 from saetrain.view.server import TOKEN_HEADER, Server
 from saetrain.view.site import Site
+from support.causal import WORDS, saved, tiny
 from support.causal import dictionary as random_dictionary
-from support.causal import tiny
 from support.features import LATENTS, TINY, dictionary, store
 
 
@@ -346,6 +348,32 @@ def test_features_of_a_text_equal_the_dictionary_on_its_hidden_states(live: Live
     for bad in ("", "red " * 2000):
         with pytest.raises(ConfigError, match="tokens"):
             live.text(bad)
+
+
+def test_a_text_is_read_as_the_store_was_collected(tmp_path: Path) -> None:
+    """Behind the prefix, and without rows beyond the multiple of the median norm."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(WORDS * 3))
+    model = saved(tmp_path / "model")
+    actshuffle.collect(str(model), [text], tmp_path / "acts.zarr", layers=[2], prefix="<s>", drop_norm=1.4)
+    random_dictionary().save(tmp_path / "sae")
+    saetrain.build_features(tmp_path / "sae", tmp_path / "acts.zarr", tmp_path / "out", field="layer_2", fsync=False)
+    features = saetrain.open_features(tmp_path / "out")
+    named = {"model": str(model), "layer": 2, "tokenizer": None, "model_dtype": "float32", "device": "cpu"}
+    live = _live(features, named)
+    assert live is not None
+    assert live.prefix == [1]
+    assert live.limit == 1.4 * (features.median_norm or 0)
+    asked = "w3 w9 w17 w30 w41 w5 w22 w8"
+    found = live.text(asked)
+    x = live.model.hidden(torch.tensor([[1, *live.model.tokens_of(asked)]]))[0, 1:]
+    heavy = (x.norm(dim=1) > live.limit).nonzero()[:, 0].tolist()
+    assert found["heavy"] == heavy
+    assert 0 < len(heavy) < 8
+    acts = live.sae.encode(x)
+    for at, held in enumerate(found["features"]):
+        due = [] if at in heavy else [int(i) for i in acts[at].topk(6).indices if acts[at, i] > 0]
+        assert [i for i, _ in held] == due
 
 
 def test_steered_text_is_that_of_the_steering_itself(live: Live) -> None:

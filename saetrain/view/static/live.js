@@ -52,7 +52,7 @@ export async function text(main, { facts, query, go }) {
       draw();
     };
     shown.replaceChildren(
-      h("p.note", {}, feature ? ["Marked: ", featureLink(feature.id), ". Choose a token to see its features."] : "No feature is active."),
+      h("p.note", {}, feature ? ["Marked: ", featureLink(feature.id), ". Choose a token to see its features."] : "No feature is active.", found.heavy.length ? ` Left out as heavy rows (attention sinks): ${found.heavy.map((i) => visible(found.tokens[i])).join(" ")}.` : ""),
       chooser(found.tokens, feature && feature.acts, most, pick, token),
     );
     const list = token === null ? found.whole.map((one) => [one.id, one.value]) : found.features[token];
