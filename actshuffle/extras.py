@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from actshuffle.errors import RequestError
@@ -18,3 +20,18 @@ def need(module: str, extra: str) -> Any:
             f"this needs {package}, which is not installed ({err}): in a checkout of actshuffle, "
             f"pip install '.[{extra}]'"
         ) from err
+
+
+@contextmanager
+def quietly(transformers: Any) -> Iterator[None]:
+    """Without progress bars and advice of transformers on the terminal, which belongs to our own display."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

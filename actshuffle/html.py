@@ -6,6 +6,7 @@ dark pages.  All text is escaped, since names and paths come from stores that ot
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
@@ -42,8 +43,6 @@ def page(
 
 def image(png: bytes, alt: str) -> str:
     """Render a PNG as an inline image."""
-    from base64 import b64encode
-
     data = b64encode(png).decode()
     return f'<img alt="{escape(alt)}" style="max-width:100%" src="data:image/png;base64,{data}">'
 

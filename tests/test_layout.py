@@ -92,11 +92,8 @@ NEVER = {
 }
 
 FACES = {"__init__", "executors", "jobs", "testing"}  # their `__init__` gives the public names of the room
-LONGER = {
-    "ordering.mixing": "the statistics of one report",
-    "checking.verifier": "full and quick checks, which share nothing with the engine",
-}
-SAETRAIN_SEES = {"errors", "executors", "jobs", "progress"}  # of actshuffle, beside its public names
+LONGER = {"ordering.mixing": "the statistics of one report"}
+SAETRAIN_SEES = {"errors", "executors", "extras", "jobs", "progress"}  # of actshuffle, beside its public names
 
 
 # --- Layers -------------------------------------------------------------------------------------

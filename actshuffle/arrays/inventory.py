@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import zarr
 
 from actshuffle.arrays import virtual
 from actshuffle.arrays.guard import stored_bytes
-from actshuffle.arrays.metadata import object_grid
+from actshuffle.arrays.metadata import ZarrArray, object_grid
 from actshuffle.errors import MissingChunkError, RequestError, SourceError
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import Objects, open_objects
@@ -29,9 +28,7 @@ INDEX_BYTES = 64 << 20  # most bytes of the index of a shard
 _EMPTY = (1 << 64) - 1  # a shard index's mark for an absent inner chunk
 
 
-def take_inventory(
-    place: Place, arrays: dict[str, zarr.Array[Any]], *, fill_missing: bool = False
-) -> tuple[str, set[str]]:
+def take_inventory(place: Place, arrays: dict[str, ZarrArray], *, fill_missing: bool = False) -> tuple[str, set[str]]:
     """Check every object; return the source's identity and the arrays that have missing chunks.
 
     The identity is a digest of the metadata and of the keys and sizes of all objects.  Without
@@ -66,20 +63,23 @@ class Found(NamedTuple):
     absent: bool = False
 
 
-def look(place: Place, array: zarr.Array[Any], *, fill_missing: bool = False) -> Iterator[Found]:
+def look(place: Place, array: ZarrArray, *, fill_missing: bool = False) -> Iterator[Found]:
     """Every object that an array's metadata promises, checked as far as that is possible without reading its data."""
     objects = open_objects(place)
     sizes = dict(objects.sizes(array.path))
     shard, known = _shard_codec(array), stored_bytes(array)
     full = math.prod(object_grid(array)) * array.dtype.itemsize
     # No codec makes more bytes than this; a larger file is a trap.
-    most = 2 * full + 64 * math.prod(_inner_chunks(array)) + (1 << 20)
-    if fill_missing and math.prod(_counts(array)) > FILLED:
+    inner = math.prod(s // c for s, c in zip(object_grid(array), array.chunks, strict=True))
+    most = 2 * full + 64 * inner + (1 << 20)
+    counts = [-(-n // c) for n, c in zip(array.shape, object_grid(array), strict=True)]  # objects along each axis
+    if fill_missing and math.prod(counts) > FILLED:
         raise SourceError(
-            f"{array.path or 'the array'} of {place} has {math.prod(_counts(array)):,} chunks, of which "
+            f"{array.path or 'the array'} of {place} has {math.prod(counts):,} chunks, of which "
             f"{len(sizes):,} may be there; no more than {FILLED:,} are filled"
         )
-    for where, key in _expected_keys(array):
+    for where in _places(counts):
+        key = (f"{array.path}/" if array.path else "") + array.metadata.encode_chunk_key(where)
         size, here = sizes.get(key), f"{key} of {place.url}"
         problem, absent = "", False
         if size is None:
@@ -92,24 +92,9 @@ def look(place: Place, array: zarr.Array[Any], *, fill_missing: bool = False) ->
         elif size > most:
             problem = f"chunk {here} has {size:,} bytes, too many for {full:,} bytes of rows"
         elif shard is not None and size > 0:
-            problem, absent = _shard_problem(objects, here, array, shard, where, key, size, fill_missing)
+            fault, absent = _shard_fault(objects, array, shard, where, key, size, fill_missing)
+            problem = fault and f"shard {here} {fault}"
         yield Found(key, size, problem, absent)
-
-
-def _counts(array: zarr.Array[Any]) -> list[int]:
-    """Stored objects along each axis."""
-    return [-(-n // c) for n, c in zip(array.shape, object_grid(array), strict=True)]
-
-
-def _inner_chunks(array: zarr.Array[Any]) -> list[int]:
-    """Inner chunks of a shard along each axis; ones without shards."""
-    return [s // c for s, c in zip(object_grid(array), array.chunks, strict=True)]
-
-
-def _expected_keys(array: zarr.Array[Any]) -> Iterator[tuple[tuple[int, ...], str]]:
-    for where in _places(_counts(array)):
-        key = array.metadata.encode_chunk_key(where)
-        yield where, f"{array.path}/{key}" if array.path else key
 
 
 def _places(counts: list[int]) -> Iterator[tuple[int, ...]]:
@@ -122,7 +107,7 @@ def _places(counts: list[int]) -> Iterator[tuple[int, ...]]:
             yield first, *rest
 
 
-def _shard_codec(array: zarr.Array[Any]) -> dict[str, Any] | None:
+def _shard_codec(array: ZarrArray) -> dict[str, Any] | None:
     """The sharding codec's settings when its index has the usual form, at the end with a crc32c."""
     if not array.shards:
         return None
@@ -137,37 +122,30 @@ def _plain(value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else str(value)
 
 
-def _shard_problem(
-    objects: Objects,
-    here: str,
-    array: zarr.Array[Any],
-    settings: dict[str, Any],
-    where: tuple[int, ...],
-    key: str,
-    size: int,
-    fill_missing: bool,
+def _shard_fault(
+    objects: Objects, array: ZarrArray, settings: dict[str, Any], at: tuple[int, ...], key: str, size: int, fill: bool
 ) -> tuple[str, bool]:
     """The fault that a shard's index shows, if any, and whether inner chunks are absent."""
     inner = settings["chunk_shape"]
     per = [s // c for s, c in zip(object_grid(array), inner, strict=True)]
     length = 16 * math.prod(per) + 4
     if length > INDEX_BYTES:
-        return f"shard {here} has {math.prod(per):,} inner chunks, more than are read", False
+        return f"has {math.prod(per):,} inner chunks, more than are read", False
     if size < length:
-        return (f"shard {here} has {size:,} bytes, less than its index of {length:,}: truncated", False)
+        return f"has {size:,} bytes, less than its index of {length:,}: truncated", False
     raw = bytearray(length)
     objects.read([Extent(key, size - length, [memoryview(raw)])])
     table = np.frombuffer(raw[:-4], "<u8").reshape(*per, 2)
     # An edge shard need not hold the chunks that lie wholly outside the array.
     inside = np.ones(per, bool)
-    for axis, (n, c, i, s) in enumerate(zip(per, inner, where, object_grid(array), strict=True)):
+    for axis, (n, c, i, s) in enumerate(zip(per, inner, at, object_grid(array), strict=True)):
         keep = i * s + np.arange(n) * c < array.shape[axis]
         inside &= keep.reshape([-1 if a == axis else 1 for a in range(len(per))])
     absent = (table[..., 0] == _EMPTY) & inside
-    if absent.any() and not fill_missing:
+    if absent.any() and not fill:
         first = tuple(int(x) for x in np.argwhere(absent)[0])
-        return f"shard {here} lacks inner chunk {first} ({int(absent.sum()):,} in all)", True
+        return f"lacks inner chunk {first} ({int(absent.sum()):,} in all)", True
     present = table[inside & ~absent]
     room = np.uint64(size - length)  # compared one by one: their sum may wrap round
     beyond = (present[:, 0] > room) | (present[:, 1] > room - np.minimum(present[:, 0], room))
-    return (f"shard {here} is truncated: its index points past its end" if beyond.any() else ""), False
+    return ("is truncated: its index points past its end" if beyond.any() else ""), False

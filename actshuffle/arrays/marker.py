@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from actshuffle._version import __version__
-from actshuffle.arrays.names import FORMAT, MARKER_KEY, RUN_KEY, UNFILTERED
+from actshuffle.arrays.names import FORMAT, MARKER_KEY, RUN_KEY, SOURCE_ROW, UNFILTERED
 from actshuffle.arrays.small import group_metadata
 from actshuffle.errors import FormatError
 from actshuffle.seals import checksum, seal
@@ -60,18 +61,11 @@ def _fault_beside_copies(objects: Objects, data: bytes, check: str) -> str:
 
 # The entries of a marker, by its kind: a shuffled store, a row range of another store, or a finished store with its
 # rows in the order in which they were made (collect, import).
-_MARKERS: dict[str, dict[str, type]] = {
-    "shuffle": {
-        "rows": int,
-        "seed": int,
-        "fields": dict,
-        "source_row": bool,
-        "levels": int,
-        "source_identity": str,
-        "fill_missing": bool,
-    },
-    "view": {"rows": int, "fields": dict, "source_row": bool, "of": str, "start": int, "stop": int},
-    "collection": {"rows": int, "fields": dict},
+_ROWS: dict[str, type] = {"rows": int, "fields": dict}
+_MARKERS = {
+    "shuffle": {**_ROWS, "seed": int, "source_row": bool, "levels": int, "source_identity": str, "fill_missing": bool},
+    "view": {**_ROWS, "source_row": bool, "of": str, "start": int, "stop": int},
+    "collection": _ROWS,
 }
 
 
@@ -100,12 +94,16 @@ def read_marker(objects: Objects) -> dict[str, Any] | None:
     return found
 
 
+def array_names(marker: dict[str, Any]) -> list[str]:
+    """The arrays of a finished store, that of source rows last."""
+    return [*marker["fields"], *([SOURCE_ROW] if marker.get("source_row") else [])]
+
+
 def is_finished(objects: Objects) -> bool:
     """True if there is a valid completion marker.  A torn one counts as absent; the resumed run writes it again."""
-    try:
+    with suppress(FormatError):
         return read_marker(objects) is not None
-    except FormatError:
-        return False
+    return False
 
 
 def is_begun(place: Place) -> bool:

@@ -12,6 +12,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -130,7 +131,8 @@ def _listed(objects: Objects) -> set[str]:
 
 def _check_array(place: Place, name: str, array: ZarrArray) -> None:
     where = f"array {name!r} of {place}"
-    if name == OUR_GROUP or not _is_plain(name) or array.path.rsplit("/", 1)[-1] not in (name, ""):
+    plain = name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")  # part of a key anywhere
+    if name == OUR_GROUP or not plain or array.path.rsplit("/", 1)[-1] not in (name, ""):
         raise SourceError(f"{where}: its name cannot be that of an array in the output")
     if not isinstance(array.metadata.attributes, dict):
         raise SourceError(f"{where} has attributes that are no JSON object")
@@ -146,11 +148,6 @@ def _check_array(place: Place, name: str, array: ZarrArray) -> None:
     coding_of(array, where)
 
 
-def _is_plain(name: str) -> bool:
-    """True if a name can be part of a key on any store."""
-    return name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")
-
-
 def source_field(name: str, array: ZarrArray) -> Field:
     """A source array as the engine sees it."""
     row_shape = tuple(array.shape[1:])
@@ -160,16 +157,14 @@ def source_field(name: str, array: ZarrArray) -> Field:
     template = (f"{_literal(array.path)}/" if array.path else "") + key.replace(str(_MARK), "{}")
     row_bytes = array.dtype.itemsize * math.prod(row_shape)
     # Enough chunks at a time to keep the decoders of zarr busy, and no more, for the sake of memory.
-    chunks = max(1, READ_BYTES // max(1, array.chunks[0] * row_bytes))
+    read_rows = array.chunks[0] * max(1, READ_BYTES // max(1, array.chunks[0] * row_bytes))
     return Field(
         name=name,
         source=array.path,
         row_bytes=row_bytes,
         row_shape=row_shape,
         source_chunk_rows=grid[0],
-        read_rows=grid[0]
-        if raw
-        else (min(chunks * array.chunks[0], grid[0]) if array.shards else chunks * array.chunks[0]),
+        read_rows=grid[0] if raw else min(read_rows, grid[0]) if array.shards else read_rows,
         source_key=template if raw else "",
         object_key=template,
     )
@@ -258,15 +253,13 @@ def output_field(
     )
     text = wait(memory.get(f"{field.name}/zarr.json", cpu.buffer_prototype))
     assert text is not None
-    return Field(
-        **{
-            **vars(field),
-            "metadata": text.to_bytes().decode(),
-            "chunk_rows": chunk_rows,
-            "object_rows": object_rows,
-            "raw_output": coding.raw and object_rows == chunk_rows,
-            "object_key": f"{_literal(field.name)}/c.{{}}" + ".0" * len(field.row_shape),
-        }
+    return replace(
+        field,
+        metadata=text.to_bytes().decode(),
+        chunk_rows=chunk_rows,
+        object_rows=object_rows,
+        raw_output=coding.raw and object_rows == chunk_rows,
+        object_key=f"{_literal(field.name)}/c.{{}}" + ".0" * len(field.row_shape),
     )
 
 

@@ -15,23 +15,16 @@ from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place
 
 
-class Output:
-    """Writes whole output objects of a store, each with one writer."""
-
-    def __init__(self, place: Place, *, fsync: bool = True) -> None:
-        self.place, self.fsync = place, fsync
-        self.objects: Objects = open_objects(place, fsync=fsync)
-
-    def write(self, field: Field, number: int, rows: U8, count: int) -> None:
-        """Write object ``number`` from ``rows``, the buffer of a whole object with ``count`` rows in use."""
-        if field.raw_output:
-            rows[count:] = 0  # beyond the end of the array; every chunk file has full size
-            self.objects.put(field.object_key.format(number), rows.data.cast("B"))
-            return
-        array = coded_array(self.place, field, self.fsync)
-        start = number * field.object_rows
-        typed = rows[:count].reshape(-1).view(array.dtype.newbyteorder("<"))
-        array[start : start + count] = typed.reshape(count, *field.row_shape)
+def write_object(place: Place, field: Field, number: int, rows: U8, count: int, *, fsync: bool) -> None:
+    """Write object ``number`` of an array from ``rows``, the buffer of a whole object with ``count`` rows in use."""
+    if field.raw_output:
+        rows[count:] = 0  # beyond the end of the array; every chunk file has full size
+        open_objects(place, fsync=fsync).put(field.object_key.format(number), rows.data.cast("B"))
+        return
+    array = coded_array(place, field, fsync)
+    start = number * field.object_rows
+    typed = rows[:count].reshape(-1).view(array.dtype.newbyteorder("<"))
+    array[start : start + count] = typed.reshape(count, *field.row_shape)
 
 
 @lru_cache(maxsize=16)

@@ -12,11 +12,12 @@ It has no ``zarr.json`` at its top, so that other programs do not take it for a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from actshuffle.arrays.readers import Reader, known
+from actshuffle.arrays.small import group_metadata
 from actshuffle.errors import FormatError
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
@@ -34,10 +35,10 @@ def describe(place: Place) -> dict[str, Any] | None:
 
 def write(
     place: Place,
-    reader_name: str,
-    settings: Mapping[str, Any],
-    arrays: Mapping[str, str],
-    attributes: Mapping[str, Any],
+    reader: str,
+    settings: dict[str, Any],
+    arrays: dict[str, str],
+    attributes: dict[str, Any],
     **facts: Any,
 ) -> None:
     """Write a virtual source: array metadata (texts of ``zarr.json`` by name) first, description last.
@@ -50,11 +51,10 @@ def write(
     objects = open_objects(place)
     for gone in set(array_names(place)) - set(arrays):  # another process may be writing the same
         objects.delete_prefix(f"{ARRAYS}/{gone}")
-    group = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
     for name, text in arrays.items():
         objects.put(f"{ARRAYS}/{name}/zarr.json", text.encode())
-    objects.put(f"{ARRAYS}/zarr.json", json.dumps(group, indent=2).encode())
-    body = {"format": FORMAT, "reader": reader_name, "settings": dict(settings), **facts}
+    objects.put(f"{ARRAYS}/zarr.json", group_metadata(attributes))
+    body = {"format": FORMAT, "reader": reader, "settings": settings, **facts}
     objects.put(KEY, json.dumps(body, indent=2, sort_keys=True).encode())
 
 

@@ -16,8 +16,6 @@ Several processes share the work with ``part``: each does its blocks, and the la
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -32,9 +30,9 @@ from actshuffle.building.models import DTYPES
 from actshuffle.building.rowfilter import DROP_NORM, Passed, Rules
 from actshuffle.building.textsource import write_source
 from actshuffle.engine.job import Job
-from actshuffle.engine.prepare import look_at, prepare, remove
+from actshuffle.engine.prepare import look_at, remove
 from actshuffle.engine.request import Request
-from actshuffle.engine.run import Shuffle, execute
+from actshuffle.engine.run import Shuffle, execute, prepared
 from actshuffle.errors import (
     ActshuffleError,
     DestinationExistsError,
@@ -43,14 +41,14 @@ from actshuffle.errors import (
     RequestError,
     ResumeMismatchError,
 )
-from actshuffle.executors import Executor, Serial
-from actshuffle.executors.choice import as_executor
+from actshuffle.executors import Executor
 from actshuffle.foreign.finding import text_files
 from actshuffle.foreign.textfiles import kind_of
 from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.running import run_part
-from actshuffle.loading.dataset import open_dataset
-from actshuffle.progress import Progress, Silent
+from actshuffle.jobs.work import Work
+from actshuffle.loading.dataset import open_place
+from actshuffle.progress import Progress
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
@@ -79,14 +77,10 @@ class Collected:
         size = f"{counted(self.rows, 'token')} of {counted(self.documents, 'document')}"
         if not self.seconds:
             return f"{self.destination}: already finished, {size}"
-        rate = f", {self.rows / self.seconds:,.0f} rows/s" if self.complete else ""
-        state = "" if self.complete else "; this part is done, others are not"
+        rate = f", {self.rows / self.seconds:,.0f} rows/s" if self.complete else "; this part is done, others are not"
+        text = f"{self.destination}: {size}, {format_bytes(self.nbytes)}, {format_seconds(self.seconds)}{rate}"
         told = dropped_text(self.dropped)
-        dropped = f"\n  rows dropped: {told}" if told else ""
-        return (
-            f"{self.destination}: {size}, {format_bytes(self.nbytes)}, {format_seconds(self.seconds)}{rate}{state}"
-            f"{dropped}"
-        )
+        return text + (f"\n  rows dropped: {told}" if told else "")
 
 
 def collect(
@@ -147,16 +141,12 @@ def collect(
 
     Other parameters are as in `actshuffle.shuffle`.
     """
-    switches(gradients=gradients, overwrite=overwrite, fsync=fsync)
+    switches(gradients=gradients)
+    work = Work.of(executor, progress, overwrite=overwrite, fsync=fsync)
     limits = {"context": context, "tokens_per_document": tokens_per_document, "rows": rows}
     for name, value in {**limits, "batch_tokens": batch_tokens}.items():
         if value is not None or name not in limits:
             whole(name, value, 1)
-    started, crew, shown = (
-        time.perf_counter(),
-        as_executor(Serial() if executor is None else executor),
-        progress or Silent(),
-    )
     if not layers and not hooks:
         raise RequestError("give at least one layer or module")
     if gradients and not layers:
@@ -196,9 +186,9 @@ def collect(
     named["gradients"] = gradients
     named["prefix"] = "" if prefix is None else str(prefix)
     asked |= {name: value for name, value in named.items() if value}  # version 0.1.0 had none of these
-    with Locks() as locks:
+    with work.locks:
         # Parts share the store; what --overwrite deletes is nobody else's.
-        locks.take(place, shared=seal(asked) if part is not None and not overwrite else "")
+        work.locks.take(place, shared=seal(asked) if part is not None and not overwrite else "")
         marker = None if overwrite else read_marker(open_objects(place))
         settings = (virtual.describe(source) or {}).get("settings", {})
         earlier = {k: v for k, v in asked.items() if k != "drop_norm"}  # nor did it drop rows by their norms
@@ -213,30 +203,23 @@ def collect(
             raise DestinationExistsError(f"{place} is finished with other arguments; --overwrite replaces it")
         if marker is not None and not collected:
             return _collected(place, marker, 0.0)
-        request = Request.of(
-            seed=0,
-            source_row=False,
-            memory=memory,
-            block_bytes=BLOCK_BYTES if block_bytes is None else block_bytes,
-            chunk_rows=chunk_rows,
-            codec=codec,
-            scratch=scratch,
-            tasks_wanted=max(3 * crew.workers, part[1]) if part else None,
-        )
+        most = BLOCK_BYTES if block_bytes is None else block_bytes
+        tasks = max(3 * work.crew.workers, part[1]) if part else None
+        request = Request.among(locals(), seed=0, source_row=False, block_bytes=most, tasks_wanted=tasks)
         if not collected:
             if settings.get("asked") != asked or overwrite:
                 _refuse_other(place, settings.get("asked"), asked, overwrite)
-                settings = write_source(source, files, asked, identity, shown)
+                settings = write_source(source, files, asked, identity, work.progress)
             target = unfiltered if filters else place
-            job = prepare(source, target, request, crew, locks=locks, overwrite=overwrite, fsync=fsync)
+            job = prepared(source, target, request, work)
             if filters:
                 _make_way(job, place, overwrite)
+            course, plan, crew = Shuffle(job, work.locks), job.plan, work.crew
             if part is None:
-                execute(job, crew, shown, locks)
-            elif not run_part(Shuffle(job, locks), part, crew, shown) and not is_finished(open_objects(place)):
-                seconds, plan = time.perf_counter() - started, job.plan
-                nbytes, documents = plan.rows * plan.row_bytes, settings["documents"]
-                return Collected(str(place), plan.rows, documents, nbytes, seconds, False, settings.get("dropped", {}))
+                execute(job, crew, work.progress, work.locks)
+            elif not run_part(course, part, crew, work.progress) and not is_finished(open_objects(place)):
+                size, dropped = (settings["documents"], plan.rows * plan.row_bytes), settings.get("dropped", {})
+                return Collected(str(place), plan.rows, *size, work.seconds, complete=False, dropped=dropped)
             open_objects(source).delete_prefix("")
         if filters:
             with Locks() as alone:
@@ -246,15 +229,15 @@ def collect(
                     if part is None:
                         raise
                     # Two parts were the last at the same time, and the other one copies.
-                    found = _collected(unfiltered, all_rows or job.known.marker, time.perf_counter() - started)
+                    found = _collected(unfiltered, all_rows or job.known.marker, work.seconds)
                     return replace(found, destination=str(place), complete=False)
-                _drop_far(unfiltered, place, asked, request, crew, shown, locks, fsync)
-        return _collected(place, read_marker(open_objects(place)) or {}, time.perf_counter() - started)
+                _drop_far(unfiltered, place, asked, request, replace(work, overwrite=False))
+        return _collected(place, read_marker(open_objects(place)) or {}, work.seconds)
 
 
 def _collected(place: Place, marker: Mapping[str, Any], seconds: float) -> Collected:
     """The outcome that a finished store tells."""
-    made = open_dataset(place.url, storage_options=json.loads(place.options))
+    made = open_place(place)
     dropped = made.attributes.get("dropped_rows", {})
     return Collected(made.path, made.rows, marker["documents"], made.nbytes, seconds, dropped=dropped)
 
@@ -275,20 +258,10 @@ def _make_way(job: Job, place: Place, overwrite: bool) -> None:
         remove(objects)
 
 
-def _drop_far(
-    unfiltered: Place,
-    place: Place,
-    asked: Mapping[str, Any],
-    request: Request,
-    crew: Executor,
-    progress: Progress,
-    locks: Locks,
-    fsync: bool,
-) -> None:
+def _drop_far(unfiltered: Place, place: Place, asked: Mapping[str, Any], request: Request, work: Work) -> None:
     """Copy the rows whose norms are near the median, and remove the others."""
-    options = json.loads(place.options)
     try:
-        store = open_dataset(unfiltered.url, storage_options=options)
+        store = open_place(unfiltered)
         names = sorted([*(f"layer_{n}" for n in asked["layers"]), *asked["hooks"]])
         rules = Rules(drop_norm=asked["drop_norm"], arrays=tuple(names))
         marker = {k: v for k, v in (store.marker or {}).items() if k in ("source", "collected", "documents")}
@@ -299,7 +272,7 @@ def _drop_far(
             changed = {"row_filter": before["row_filter"] | {"drop_norm": told}}
             return before | changed | {"dropped_rows": before["dropped_rows"] | dropped}
 
-        copy_passed(store, place, rules, attributes, marker, request, crew, progress, locks, False, fsync)
+        copy_passed(store, place, rules, attributes, marker, request, work)
     except ActshuffleError:
         if not is_finished(open_objects(place)):  # else another part was faster
             raise
@@ -313,11 +286,9 @@ def _refuse_other(place: Place, was: dict[str, Any] | None, now: dict[str, Any],
     unfiltered = read_marker(open_objects(place.beside(UNFILTERED)))
     if was is None and unfiltered is None:
         return  # what is there is another run's, which `prepare` refuses
-    told = [
-        "the text changed" if k == "text" else f"{k} was {was.get(k)!r}, now {now.get(k)!r}"
-        for k in (sorted(now | was) if was is not None else ())
-        if was is not None and was.get(k) != now.get(k)
-    ]
+    before = now if was is None else was
+    changed = [k for k in sorted(now | before) if before.get(k) != now.get(k)]
+    told = ["the text changed" if k == "text" else f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed]
     raise ResumeMismatchError(
         f"{place} is half done with other arguments{': ' * bool(told)}{'; '.join(told)}. Give the same to resume, or "
         "--overwrite to start again"

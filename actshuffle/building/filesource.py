@@ -22,7 +22,7 @@ from actshuffle.storage.place import Place, local_path
 
 @dataclass(frozen=True)
 class Mapped:
-    """What became of one column: the array, and how its rows come from the column's items.
+    """The array of one column, and how its rows come from the column's items.
 
     ``rule``: "rows" (an item is a row), "tokens" (an item is a sequence of rows), "repeated" (an item
     is given to all rows of its sequence), "document" and "position" (made up, there is no column).
@@ -80,16 +80,8 @@ def write_files(
     }
     if (virtual.describe(source) or {}).get("settings") != settings:
         open_objects(source).delete_prefix("")
-    virtual.write(
-        source,
-        "files",
-        settings,
-        texts,
-        attributes,
-        kind="copy",
-        stage="import",
-        marker={"kind": "collection", "source": str(files[0].parent.absolute())},
-    )
+    marker = {"kind": "collection", "source": str(files[0].parent.absolute())}
+    virtual.write(source, "files", settings, texts, attributes, kind="copy", stage="import", marker=marker)
     return rows
 
 

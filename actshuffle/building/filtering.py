@@ -11,7 +11,6 @@ The rows that pass are chosen first (rowfilter.py), which settles their number; 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,16 +31,15 @@ from actshuffle.engine.prepare import check_places, look_at
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError, SourceError
-from actshuffle.executors import Executor, Serial
-from actshuffle.executors.choice import as_executor
-from actshuffle.jobs.locks import Locks
+from actshuffle.executors import Executor
+from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.loading.views import combined
-from actshuffle.progress import Progress, Silent
+from actshuffle.progress import Progress
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
-from actshuffle.units import counted, dropped_text, format_bytes, format_seconds, switches
+from actshuffle.units import counted, dropped_text, format_bytes, format_seconds
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,10 @@ class Filtered:
     def __str__(self) -> str:
         if not self.seconds:
             return f"{self.destination}: already finished, {counted(self.rows, 'row')}"
-        told = dropped_text(self.dropped) or "none"
         lines = [
             f"{self.destination}: {counted(self.rows, 'row')}, {format_bytes(self.nbytes)}, "
             f"{format_seconds(self.seconds)}",
-            f"  rows dropped: {told}",
+            f"  rows dropped: {dropped_text(self.dropped) or 'none'}",
         ]
         for name, middle in self.medians.items():
             lines.append(f"  {name}: median norm {middle:.4g}, {counted(self.beyond[name], 'row')} beyond")
@@ -118,33 +115,19 @@ def filter_rows(
     RequestError, SourceError : the request or the source was refused, or no row is left; nothing was written.
     DestinationInUseError : another process is writing ``dst``.
     """
-    switches(overwrite=overwrite, fsync=fsync)
-    started, crew, shown = (
-        time.perf_counter(),
-        as_executor(Serial() if executor is None else executor),
-        progress or Silent(),
-    )
+    work = Work.of(executor, progress, overwrite=overwrite, fsync=fsync)
     rules = Rules.of(skip_first, drop_tokens, drop_norm)
     if rules == Rules():
         raise RequestError("no filter is given: drop rows with --skip-first, --drop-tokens or --drop-norm")
-    request = Request.of(
-        seed=0,
-        source_row=False,
-        memory=memory,
-        block_bytes=block_bytes,
-        chunk_rows=chunk_rows,
-        codec=codec,
-        scratch=scratch,
-    )
+    request = Request.among(locals(), seed=0, source_row=False)
     target = as_place(dst, storage_options)
     store = open_finished_or_plain(src, storage_options=storage_options)
     rules = rules.fitted(store, position, token, arrays)
-    with Locks() as locks:
-        about = _attributes(store, rules)
-        fresh = copy_passed(store, target, rules, about, {}, request, crew, shown, locks, overwrite, fsync)
+    with work.locks:
+        fresh = copy_passed(store, target, rules, _attributes(store, rules), {}, request, work)
     made = open_dataset(dst, storage_options=storage_options)
     facts = {name: made.attributes["filtered"][-1][name] for name in ("dropped", "medians", "beyond")}
-    return Filtered(made.path, made.rows, made.nbytes, time.perf_counter() - started if fresh else 0.0, **facts)
+    return Filtered(made.path, made.rows, made.nbytes, work.seconds if fresh else 0.0, **facts)
 
 
 def _attributes(store: Dataset, rules: Rules) -> Callable[[Passed], dict[str, Any]]:
@@ -169,11 +152,7 @@ def copy_passed(
     attributes: Callable[[Passed], dict[str, Any]],
     marker: Mapping[str, Any],
     request: Request,
-    crew: Executor,
-    progress: Progress,
-    locks: Locks,
-    overwrite: bool,
-    fsync: bool,
+    work: Work,
 ) -> bool:
     """Copy the rows of ``store`` that pass to ``target``, with other attributes, and more entries in its marker.
 
@@ -181,8 +160,8 @@ def copy_passed(
     """
     names = sorted(store.fields)
     check_places(store.root, target, request.scratch)
-    locks.take(target)
-    recorded, found = look_at(target, overwrite)
+    work.locks.take(target)
+    recorded, found = look_at(target, work.overwrite)
     identity, _ = take_inventory(store.root, source_arrays(store.root, names))
     asked = {"of": identity, "start": store.start, "rows": store.rows, "rules": asdict(rules), "names": names}
     filtered = seal(asked)
@@ -199,12 +178,14 @@ def copy_passed(
         open_objects(folder).delete_prefix("")
         return False
     try:
-        if before != filtered or overwrite:
-            passed = choose(folder, store, rules, identity, crew, progress, locks, fsync)
+        if before != filtered or work.overwrite:
+            passed = choose(folder, store, rules, identity, work)
             if not passed.rows:
                 raise SourceError(f"no row of {store.path} is left: {dropped_text(passed.dropped)}")
-            _write_chosen(chosen, folder, store, rules, passed, filtered, attributes(passed), marker)
-        copy_through(chosen, target, request, crew, progress, locks, overwrite=overwrite, fsync=fsync)
+            told = {"source": public_url(store.root.url), "filtered": filtered, **marker}
+            rows = chosen_rows(folder, store, rules)
+            _write_chosen(chosen, store, passed.rows, rows, attributes(passed), told)
+        copy_through(chosen, target, request, work)
     except (RequestError, SourceError):
         if open_objects(target).size(RUN_KEY) is None:  # else the same filter again resumes
             for place in (chosen, folder):
@@ -215,32 +196,18 @@ def copy_passed(
 
 
 def _write_chosen(
-    chosen: Place,
-    folder: Place,
-    store: Dataset,
-    rules: Rules,
-    passed: Passed,
-    filtered: str,
-    attributes: dict[str, Any],
-    marker: Mapping[str, Any],
+    chosen: Place, store: Dataset, count: int, rows: Iterable[bytes], attributes: dict[str, Any], marker: dict[str, Any]
 ) -> None:
-    """Write the virtual source of the rows that pass."""
+    """Write the virtual source of the ``count`` rows that pass, whose numbers are ``rows``."""
     objects = open_objects(chosen)
     objects.delete_prefix("")
-    shown = present(chosen, [store], sorted(store.fields), rows=passed.rows)
-    with objects.writer(ROWS_KEY, 8 * passed.rows) as out:
-        for data in chosen_rows(folder, store, rules):
+    shown = present(chosen, [store], sorted(store.fields), rows=count)
+    with objects.writer(ROWS_KEY, 8 * count) as out:
+        for data in rows:
             out.write(memoryview(data))
-    virtual.write(
-        chosen,
-        "filtered",
-        {**shown.settings, "filtered": filtered},
-        shown.arrays,
-        attributes,
-        kind="copy",
-        stage="filter",
-        marker={"kind": "collection", "source": public_url(store.root.url), "filtered": filtered, **marker},
-    )
+    settings = {**shown.settings, "filtered": marker["filtered"]}
+    facts: dict[str, Any] = {"kind": "copy", "stage": "filter", "marker": {"kind": "collection", **marker}}
+    virtual.write(chosen, "filtered", settings, shown.arrays, attributes, **facts)
 
 
 @reader("filtered")

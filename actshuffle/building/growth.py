@@ -17,11 +17,9 @@ names of the two.
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +29,25 @@ from actshuffle.arrays import readers, virtual
 from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.names import SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
-from actshuffle.building.joining import (
-    Concat,
-    begun_as_stored,
-    check_alike,
-    layout_of,
-    leaving_nothing,
-    sources_of,
-    write_concat,
-)
+from actshuffle.building import joining
 from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
-from actshuffle.engine.run import Result, copy_through
+from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError
-from actshuffle.executors import Executor, Serial
-from actshuffle.executors.choice import as_executor
-from actshuffle.jobs.locks import Locks
-from actshuffle.loading.dataset import Dataset, open_dataset
+from actshuffle.executors import Executor
+from actshuffle.jobs.work import Work
+from actshuffle.loading.dataset import Dataset, open_dataset, open_place
 from actshuffle.loading.documents import shifts_of
 from actshuffle.loading.ranks import Ranks, first_where
-from actshuffle.loading.views import followed, identity_of
+from actshuffle.loading.views import identity_of
 from actshuffle.ordering.digest import from_hex, to_hex
-from actshuffle.progress import Progress, Silent
+from actshuffle.progress import Progress
 from actshuffle.storage.exchange import exchange
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import counted, format_bytes, format_seconds, switches
+
+Parts = list[dict[str, Any]]  # the sources of a store, as its marker records them
 
 
 @dataclass(frozen=True)
@@ -111,12 +102,8 @@ def append(
     DestinationInUseError : another process is writing the destination.
     SourceError : ``new`` has other arrays than ``dst``.
     """
-    switches(again=again, renumber=renumber, overwrite=overwrite, fsync=fsync)
-    started, crew, shown = (
-        time.perf_counter(),
-        as_executor(Serial() if executor is None else executor),
-        progress or Silent(),
-    )
+    switches(again=again, renumber=renumber)
+    work = Work.of(executor, progress, overwrite=overwrite, fsync=fsync)
     place = as_place(dst, storage_options)
     grown = place.beside(".grown")
     target = grown if out is None else as_place(out, storage_options)
@@ -128,60 +115,45 @@ def append(
     check_places(fresh.root, target, None)
     if out is not None:
         check_places(place, target, None)
-    with Locks() as locks:
-        locks.take(place if out is None else target)
+    with work.locks:
+        work.locks.take(place if out is None else target)
         store = whole(open_dataset(dst, storage_options=storage_options))
         assert store.marker is not None
-        asked = Request.of(
-            seed=store.marker["seed"],
-            memory=memory,
-            fields=sorted(store.marker["fields"]),
-            chunk_rows=chunk_rows,
-            scratch=scratch,
-            key_bits=store.marker.get("key_bits"),
-            **request,
-        )
-        check_alike([store, fresh], asked.fields)
-        has = _sources(parts_of(store))
-        added = _sources(sources_of(fresh.root, asked.fields or (), fresh.start, fresh.rows)[0])
+        before = {"seed": store.marker["seed"], "key_bits": store.marker.get("key_bits")}
+        asked = Request.among(locals(), fields=sorted(store.marker["fields"]), **before, **request)
+        joining.check_alike([store, fresh], asked.fields)
+        has = _sources(parts_of(store.marker))
+        added = _sources(joining.sources_of(fresh.root, asked.fields or (), fresh.start, fresh.rows)[0])
         if done := _done_before(place, target, has, added, asked, again=again, overwrite=overwrite):
             return Appended(done.path, done.rows, fresh.rows, done.nbytes, 0.0, done_before=True)
         if not again and (there := {part["source"] for part in has} & {part["source"] for part in added}):
             raise RequestError(_there_already(store, min(there), has, added))
         if out is not None or overwrite or _parts_at(target) != [*has, *added]:  # else only the exchange is left to do
-            copy = partial(copy_through, executor=crew, progress=shown, locks=locks, fsync=fsync)
             shift = shifts_of([store, fresh], asked.fields or ())[1] if renumber else {}
-            if not overwrite and begun_as_stored(target.beside(".new"), fresh):
+            if not overwrite and joining.begun_as_stored(target.beside(".new"), fresh):
                 shift = {}  # an earlier version has begun it
             helpers = target.beside(".new"), _sorted_at(target, asked), target.beside(".merge")
-            with leaving_nothing(target, *helpers):
-                ordered = _sort_new(store, fresh, target, asked, locks, copy, shift)
-                _merge(store, ordered, target, asked, partial(copy, overwrite=overwrite), bool(shift))
+            with joining.leaving_nothing(target, *helpers):
+                ordered = _sort_new(store, fresh, target, asked, work, shift)
+                _merge(store, ordered, target, asked, work, bool(shift))
             for leftover in helpers[:2]:
                 open_objects(leftover).delete_prefix("")
         if out is None:
             exchange(target, place)
             open_objects(target).delete_prefix("")
         grown_store = open_dataset(dst if out is None else out, storage_options=storage_options)
-    return Appended(grown_store.path, grown_store.rows, fresh.rows, grown_store.nbytes, time.perf_counter() - started)
+    return Appended(grown_store.path, grown_store.rows, fresh.rows, grown_store.nbytes, work.seconds)
 
 
 def _done_before(
-    place: Place,
-    target: Place,
-    has: list[dict[str, Any]],
-    added: list[dict[str, Any]],
-    asked: Request,
-    *,
-    again: bool,
-    overwrite: bool,
+    place: Place, target: Place, has: Parts, added: Parts, asked: Request, *, again: bool, overwrite: bool
 ) -> Dataset | None:
     """The store to which an earlier run has added these rows, or None.  Refuses a target with anything else."""
     if target != place.beside(".grown"):
         there = _parts_at(target)
         if overwrite or read_marker(open_objects(target)) is None:
             return None
-        store = open_dataset(target.url, storage_options=json.loads(target.options))
+        store = open_place(target)
         if there != [*has, *added] or _laid_out_otherwise(store, asked):
             raise DestinationExistsError(
                 f"{target} is finished with other rows or other chunks; choose another path, or --overwrite replaces it"
@@ -191,7 +163,7 @@ def _done_before(
     starts = range(1, len(has) - len(added) + 1) if not again else ()
     if not last_step and not any(has[start : start + len(added)] == added for start in starts):
         return None
-    store = open_dataset(place.url, storage_options=json.loads(place.options))
+    store = open_place(place)
     if changed := _laid_out_otherwise(store, asked):
         raise RequestError(
             f"{place} holds these rows already, with other {changed}; give --again to add them once more"
@@ -203,11 +175,11 @@ def _done_before(
 
 def _laid_out_otherwise(store: Dataset, asked: Request) -> str:
     """The names of the settings that were given and that a finished store does not have: "chunk_rows", or none."""
-    layout = layout_of(store)
+    layout = joining.layout_of(store)
     return " and ".join(name for name in sorted(layout) if name in asked.given and getattr(asked, name) != layout[name])
 
 
-def _there_already(store: Dataset, source: str, has: list[dict[str, Any]], added: list[dict[str, Any]]) -> str:
+def _there_already(store: Dataset, source: str, has: Parts, added: Parts) -> str:
     changed = [part for part in added if part["source"] == source and part not in has]
     since = ", and has changed since (or other rows of it were taken)" if changed else ""
     return f"{source} is in {store.path} already{since}; give --again to add it once more"
@@ -226,46 +198,36 @@ def whole(store: Dataset) -> Dataset:
     return store
 
 
-def parts_of(store: Dataset) -> list[dict[str, Any]]:
+def parts_of(marker: dict[str, Any]) -> Parts:
     """The sources that a shuffled store's rows came from, in the order of their numbers, with their identities."""
-    assert store.marker is not None
-    return _parts(store.marker)
-
-
-def _parts(marker: dict[str, Any]) -> list[dict[str, Any]]:
     alone = {"source": marker["source"], "rows": marker["rows"], "identity": marker["source_identity"]}
     return list(marker.get("parts", [alone]))
 
 
-def _sources(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _sources(parts: Parts) -> Parts:
     """The identity of a source, without the numbers of its documents, which depend on the sources before it."""
     return [{name: part[name] for name in ("source", "rows", "identity")} for part in parts]
 
 
 def _sort_new(
-    store: Dataset,
-    fresh: Dataset,
-    target: Place,
-    asked: Request,
-    locks: Locks,
-    copy: Callable[..., Result],
-    shift: dict[str, int],
+    store: Dataset, fresh: Dataset, target: Place, asked: Request, work: Work, shift: dict[str, int]
 ) -> Dataset:
     """The new rows in the order of their keys, as a store."""
     first, stop = store.rows, store.rows + fresh.rows
     base, place = target.beside(".new"), _sorted_at(target, asked)
     if place != target.beside(".new-sorted"):
-        locks.take(place)  # others may have a destination of this name elsewhere
+        work.locks.take(place)  # others may have a destination of this name elsewhere
     facts: dict[str, Any] = {"key_rows": (first, stop), "marker": {"first_row": first}}
-    write_concat(base, [fresh], asked.fields, first_row=first, shifts=[shift] if shift else None, **facts)
+    joining.write_concat(base, [fresh], asked.fields, first_row=first, shifts=[shift] if shift else None, **facts)
     found, marker = virtual.inventory(base, asked.fields or ()), read_marker(open_objects(place))
-    if marker is None or found is None or not _is_sorted(marker, asked.seed, first, found[0]):
+    there = marker and (marker["seed"], marker.get("first_row"), marker["source_identity"])
+    if found is None or there != (asked.seed, first, found[0]):  # else an earlier run has sorted these same rows
         wanted = asked.changed(chunk_rows=None)
         try:
-            copy(base, place, wanted, overwrite=marker is not None, keep=True)
+            copy_through(base, place, wanted, replace(work, overwrite=marker is not None), keep=True)
         except ResumeMismatchError:  # an append of something else left this behind
-            copy(base, place, wanted, overwrite=True, keep=True)
-    return open_dataset(place.url, storage_options=json.loads(place.options))
+            copy_through(base, place, wanted, replace(work, overwrite=True), keep=True)
+    return open_place(place)
 
 
 def _sorted_at(target: Place, asked: Request) -> Place:
@@ -276,34 +238,19 @@ def _sorted_at(target: Place, asked: Request) -> Place:
     return Place(str(Path(asked.scratch).absolute() / place.url.rsplit("/", 1)[-1]))
 
 
-def _is_sorted(marker: dict[str, Any], seed: int | None, first_row: int, identity: str) -> bool:
-    """True if an earlier run sorted these same rows, and left this marker."""
-    there = marker["seed"], marker.get("first_row"), marker["source_identity"]
-    return there == (seed, first_row, identity)
-
-
-def _merge(
-    store: Dataset, ordered: Dataset, target: Place, asked: Request, copy: Callable[..., Result], renumbered: bool
-) -> None:
+def _merge(store: Dataset, ordered: Dataset, target: Place, asked: Request, work: Work, renumbered: bool) -> None:
     """Write the old store and the new rows, both in the order of their keys, as one to ``target``."""
     assert store.marker is not None
     assert ordered.marker is not None
-    parts = [*parts_of(store), *parts_of(ordered)]
+    parts = [*parts_of(store.marker), *parts_of(ordered.marker)]
     grown = {"source": parts[0]["source"], "grown": store.rows, "parts": parts, "source_identity": identity_of(parts)}
     both = [store.marker["fields"], ordered.marker["fields"]]
     sums = {k: to_hex(from_hex(both[0][k]["sum"]) + from_hex(both[1][k]["sum"])) for k in both[0]}
     source = target.beside(".merge")
-    write_concat(
-        source,
-        [store, ordered],
-        asked.fields,
-        reader="merge",
-        shifts=[{}, {}] if renumbered else None,  # to list the documents of both; numbers have moved already
-        kind="merge",
-        sums=sums,
-        marker=grown,
-    )
-    copy(source, target, asked.filled(**layout_of(store)))
+    shifts: list[dict[str, int]] | None = [{}, {}] if renumbered else None  # lists documents, already moved
+    facts: dict[str, Any] = {"kind": "merge", "sums": sums, "marker": grown}
+    joining.write_concat(source, [store, ordered], asked.fields, reader="merge", shifts=shifts, **facts)
+    copy_through(source, target, asked.filled(**joining.layout_of(store)), work)
 
 
 @readers.reader("merge")
@@ -311,13 +258,8 @@ class Merge:
     """Reads sorted stores as one sorted store, range by range; inside a range, rows come input by input."""
 
     def __init__(self, place: Place, settings: dict[str, Any]) -> None:
-        self._rows = Concat(place, settings)
-        self._inputs: list[Ranks] = []
-        for entry in settings["parts"]:
-            found = followed(place, entry["store"])
-            data = open_dataset(found.url, storage_options=json.loads(found.options))
-            start, stop = int(entry["start"]), int(entry["stop"])
-            self._inputs.append(Ranks(replace(data, start=data.start + start, rows=stop - start)))
+        self._rows = joining.Concat(place, settings)
+        self._inputs = [Ranks(joining.part_of(place, entry)) for entry in settings["parts"]]
         self._cut = lru_cache(maxsize=64)(self._found)
 
     def numbers(self, start: int, stop: int) -> U64:
@@ -343,7 +285,7 @@ class Merge:
         return count, rank - count
 
 
-def _parts_at(place: Place) -> list[dict[str, Any]]:
+def _parts_at(place: Place) -> Parts:
     """The sources of a finished shuffle's rows; empty if there is none at the place."""
     marker = read_marker(open_objects(place))
-    return [] if marker is None or marker["kind"] != "shuffle" else _sources(_parts(marker))
+    return [] if marker is None or marker["kind"] != "shuffle" else _sources(parts_of(marker))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,14 +24,13 @@ from actshuffle.building.filesource import Mapped, write_files
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import RequestError, SourceError
-from actshuffle.executors import Executor, Serial
-from actshuffle.executors.choice import as_executor
+from actshuffle.executors import Executor
 from actshuffle.foreign.finding import find_files, is_store
 from actshuffle.foreign.folders import sets_of
 from actshuffle.foreign.formats import FORMATS
 from actshuffle.foreign.table import FileColumn, Table, joined
-from actshuffle.jobs.locks import Locks
-from actshuffle.progress import Progress, Silent
+from actshuffle.jobs.work import Work
+from actshuffle.progress import Progress
 from actshuffle.seals import checksum
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
@@ -107,8 +105,8 @@ def import_store(
     Other parameters are as in `actshuffle.shuffle`.
     """
     given = {"flatten": flatten, "together": together}
-    switches(overwrite=overwrite, fsync=fsync, **{name: value for name, value in given.items() if value is not None})
-    started, crew = time.perf_counter(), as_executor(Serial() if executor is None else executor)
+    switches(**{name: value for name, value in given.items() if value is not None})
+    work = Work.of(executor, progress, overwrite=overwrite, fsync=fsync)
     listed = [paths] if isinstance(paths, str | Path) else several("paths", paths, of="paths")
     kind, files, others = find_files([Path(p) for p in listed], format, split)
     options = {"dtype": dtype, "row_shape": None if row_shape is None else list(row_shape)}
@@ -118,34 +116,27 @@ def import_store(
     table = FORMATS[kind].reader(options)
     found = _columns(table, files, together)
     left_out = table.left_out(files)
-    chosen = _chosen(found, left_out, files, None if columns is None else list(columns), names or {})
+    if not found:
+        of = f" ({', '.join(f'{name}: {what}' for name, what in left_out.items())})" if left_out else ""
+        raise SourceError(f"no columns of numbers in {files[0]}{' and the others' * (len(files) > 1)}{of}")
+    chosen = _chosen(found, left_out, None if columns is None else list(columns), names or {})
     mapping, sequence = _mapped(chosen, kind, names or {}, flatten)
     place = as_place(dst, storage_options)
     source = _description(place)
-    asked = Request.of(
-        seed=0,
-        source_row=False,
-        memory=memory,
-        chunk_rows=chunk_rows,
-        chunks_per_shard=chunks_per_shard,
-        codec=codec,
-        scratch=scratch,
-        **request,
-    )
+    asked = Request.among(locals(), seed=0, source_row=False, **request)
     told = {"format": kind, "files": len(files), "mapping": {m.array: m.column or m.rule for m in mapping}}
     decoded = table.decoded_bytes(chosen)
     described = {**(attributes or {}), "imported": told}
-    with Locks() as locks:
-        locks.take(place)
+    with work.locks:
+        work.locks.take(place)
         rows = write_files(source, kind, options, files, found, mapping, sequence, decoded, described)
-        shown = progress or Silent()
         try:
-            made = copy_through(source, place, asked, crew, shown, locks, overwrite=overwrite, fsync=fsync)
+            made = copy_through(source, place, asked, work)
         except RequestError:
             open_objects(source).delete_prefix("")
             raise
-    seconds, held = time.perf_counter() - started, (f"{name} ({what})" for name, what in left_out.items())
-    return Imported(str(place), rows, made.nbytes, seconds, tuple(mapping), (*held, *_named(others)))
+    held = (f"{name} ({what})" for name, what in left_out.items())
+    return Imported(str(place), rows, made.nbytes, work.seconds, tuple(mapping), (*held, *_named(others)))
 
 
 def _description(place: Place) -> Place:
@@ -193,16 +184,9 @@ def _family(file: Path, together: bool | None) -> str:
 
 
 def _chosen(
-    found: Mapping[str, FileColumn],
-    left_out: Mapping[str, str],
-    files: Sequence[Path],
-    columns: Iterable[str] | None,
-    names: Iterable[str],
+    found: Mapping[str, FileColumn], left_out: Mapping[str, str], columns: Iterable[str] | None, names: Iterable[str]
 ) -> list[FileColumn]:
     """The columns that are wanted; only these are judged."""
-    if not found:
-        held = f" ({', '.join(f'{name}: {what}' for name, what in left_out.items())})" if left_out else ""
-        raise SourceError(f"no columns of numbers in {files[0]}{' and the others' * (len(files) > 1)}{held}")
     wanted = list(found) if columns is None else list(columns)
     if not wanted:
         raise RequestError(f"no columns are chosen; there are {', '.join(map(repr, found))}")
@@ -240,12 +224,10 @@ def _mapped(
         listed = ", ".join(f"{k}: {v:,}" for k, v in lengths.items())
         raise SourceError(f"mixed widths: sequences of unequal length ({listed}); choose some with --columns")
     tokens = next(iter(lengths.values()))
-    mapping = [
-        Mapped(
-            names.get(c.name, c.name), c.name, "tokens" if c.shape else "repeated", c.dtype, c.shape[1:], len(c.parts)
-        )
-        for c in chosen
-    ]
+    mapping = []
+    for c in chosen:
+        rule = "tokens" if c.shape else "repeated"
+        mapping.append(Mapped(names.get(c.name, c.name), c.name, rule, c.dtype, c.shape[1:], len(c.parts)))
     taken = {m.array for m in mapping}
     for rule, width in (("document", "<u8"), ("position", "<u4")):
         if rule not in taken:

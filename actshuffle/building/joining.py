@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import DestinationExistsError, FormatError, RequestError, SourceError
 from actshuffle.jobs.locks import Locks
-from actshuffle.loading.dataset import Dataset, open_dataset
+from actshuffle.loading.dataset import Dataset, open_dataset, open_place
 from actshuffle.loading.documents import joint_attributes, move, shifts_of
 from actshuffle.loading.views import combined, followed, identity_of, reference
 from actshuffle.storage.objects import open_objects
@@ -74,7 +74,6 @@ def concat(
 class Presented:
     """A virtual source as it appears: array metadata, attributes, and the settings of its reader."""
 
-    rows: int
     arrays: dict[str, str]
     attributes: dict[str, Any]
     settings: dict[str, Any]
@@ -93,8 +92,7 @@ def present(
 
     ``shifts`` are those of the document numbers of each, by array; with them, the attributes list all documents.
     """
-    found = [_arrays(store, names) for store in stores]
-    _check_alike(stores, found)
+    found = check_alike(stores, names)
     count = sum(store.rows for store in stores) if rows is None else rows
     parts = [
         {
@@ -107,7 +105,6 @@ def present(
         for s, arrays, shift in zip(stores, found, shifts or [{}] * len(stores), strict=True)
     ]
     return Presented(
-        count,
         {k: _metadata(k, [arrays[k] for arrays in found], count) for k in found[0]},
         stores[0].attributes if shifts is None else joint_attributes(stores, shifts),
         {"first_row": first_row, "parts": parts},
@@ -123,13 +120,12 @@ def write_concat(
     first_row: int = 0,
     shifts: Sequence[Mapping[str, int]] | None = None,
     **facts: Any,
-) -> Presented:
+) -> None:
     """Write the stores as one virtual source, and number its rows from ``first_row``."""
     shown = present(place, stores, names, first_row=first_row, shifts=shifts)
     if any(shifts or ()):
         reader = "renumbered"  # unknown to versions that would read the numbers as they are stored
     virtual.write(place, reader, shown.settings, shown.arrays, shown.attributes, **facts)
-    return shown
 
 
 def begun_as_stored(place: Place, store: Dataset) -> bool:
@@ -237,6 +233,12 @@ def sources_of(place: Place, names: Sequence[str], offset: int, rows: int) -> tu
     return [{"source": url, "rows": rows, "identity": identity}], behind
 
 
+def part_of(place: Place, entry: Mapping[str, Any]) -> Dataset:
+    """The rows that a virtual source takes from one store, by an entry of its settings."""
+    data, start, stop = open_place(followed(place, entry["store"])), int(entry["start"]), int(entry["stop"])
+    return replace(data, start=data.start + start, rows=stop - start)
+
+
 def layout_of(store: Dataset) -> dict[str, Any]:
     """Chunks, shards and codec of a store's widest array, as a request names them."""
     name = max(store.fields, key=lambda k: store.fields[k].row_bytes)
@@ -250,17 +252,9 @@ def layout_of(store: Dataset) -> dict[str, Any]:
     }
 
 
-def check_alike(stores: Sequence[Dataset], names: Sequence[str] | None) -> None:
-    """Refuse stores that cannot be joined, before anything is read of their rows or written."""
-    _check_alike(stores, [_arrays(store, names) for store in stores])
-
-
-def _arrays(store: Dataset, names: Sequence[str] | None) -> dict[str, ZarrArray]:
-    return source_arrays(store.root, sorted(store.fields) if names is None else names)
-
-
-def _check_alike(stores: Sequence[Dataset], found: Sequence[dict[str, ZarrArray]]) -> None:
-    """Refuse parts whose arrays differ in names, types or row shapes."""
+def check_alike(stores: Sequence[Dataset], names: Sequence[str] | None) -> list[dict[str, ZarrArray]]:
+    """The arrays of each store; refuses stores whose arrays differ in names, types or row shapes."""
+    found = [source_arrays(store.root, sorted(store.fields) if names is None else names) for store in stores]
     first, known = found[0], stores[0].fields
     for store, arrays in zip(stores[1:], found[1:], strict=True):
         if set(arrays) != set(first):
@@ -275,6 +269,7 @@ def _check_alike(stores: Sequence[Dataset], found: Sequence[dict[str, ZarrArray]
                     f"array {name!r} has rows of shape {theirs.row_shape}, {theirs.dtype_name}, in "
                     f"{store.path}, and of {ours.row_shape}, {ours.dtype_name}, in {stores[0].path}"
                 )
+    return found
 
 
 def _metadata(name: str, arrays: Sequence[ZarrArray], rows: int) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from actshuffle.arraytypes import U8
 from actshuffle.building.gradients import LOGITS, check_causal, gradients
 from actshuffle.errors import ActshuffleError, RequestError, SourceError
 from actshuffle.executors.cluster import worker_name
-from actshuffle.extras import need
+from actshuffle.extras import need, quietly
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
 PROBES = ((3, 5), (2, 7))  # windows and tokens of trial passes: unequal, so that no axis is taken for another
@@ -46,7 +46,8 @@ class Model:
         self._runs = self.model.get_encoder() if self._encoder else self.model
         positions = getattr(self._config, "max_position_embeddings", None)  # -1: any number
         self._longest = int(positions) if positions is not None and positions > 0 else 1 << 20
-        self._cached = "use_cache" in inspect.signature(self._runs.forward).parameters
+        cached = "use_cache" in inspect.signature(self._runs.forward).parameters
+        self._options = {"use_cache": False} if cached else {}
         self._layers: dict[str, int] = {f"layer_{n}": n for n in settings["layers"]}
         self._hooks = {name: self._module(name) for name in settings["hooks"]}
         self._dtype = getattr(torch, settings["dtype"])
@@ -82,8 +83,7 @@ class Model:
         if self._causal is None:
             return {}
         inputs = self._torch.from_numpy(np.ascontiguousarray(tokens)).to(self.device)
-        cache = {"use_cache": False} if self._cached else {}
-        found = gradients(self._causal, inputs, list(self._layers.values()), **cache)
+        found = gradients(self._causal, inputs, list(self._layers.values()), **self._options)
         for n, value in found.items():
             if value is None:
                 raise RequestError(f"no gradient of the loss reaches layer {n} of {self.name}")
@@ -106,12 +106,10 @@ class Model:
         """All outputs of what was asked for in one pass, by name; and the hidden states."""
         held: dict[str, list[Any]] = {name: [] for name in self._hooks}
         hooks = [_keep(module, held[name]) for name, module in self._hooks.items()]
-        cache = {"use_cache": False} if self._cached else {}
-        try:
-            output = self._runs(input_ids=inputs, output_hidden_states=bool(self._layers), **cache)
-        finally:
+        with ExitStack() as stack:
             for hook in hooks:
-                hook.remove()
+                stack.callback(hook.remove)
+            output = self._runs(input_ids=inputs, output_hidden_states=bool(self._layers), **self._options)
         states = getattr(output, "hidden_states", None) or () if self._layers else ()
         return held | {name: [states[n]] for name, n in self._layers.items() if 0 <= n < len(states)}, states
 
@@ -120,26 +118,20 @@ class Model:
         held: dict[str, list[Any]] = {name: [] for name in (*self._hooks, *self._layers)}
         wanted = {n: name for name, n in self._layers.items()}
         hooks = [_keep(module, held[name]) for name, module in self._hooks.items()]
-        last = max(wanted)
+
+        def keep_input(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            held[wanted[0]].append(_first(args or tuple(kwargs.values())))
+
         if 0 in wanted:
-            hooks.append(
-                self._blocks[0].register_forward_pre_hook(
-                    lambda _, args, kwargs: held[wanted[0]].append(_first(args or tuple(kwargs.values()))),
-                    with_kwargs=True,
-                )
-            )
+            hooks.append(self._blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True))
         for n in sorted(set(wanted) - {0}):
             hooks.append(_keep(self._blocks[n - 1], held[wanted[n]]))
         if not self._hooks:
-            stop_at = self._blocks[max(last - 1, 0)]
-            hooks.append(stop_at.register_forward_hook(_leave))
-        try:
-            self._runs(input_ids=inputs, **({"use_cache": False} if self._cached else {}))
-        except _EnoughError:
-            pass
-        finally:
+            hooks.append(self._blocks[max(*wanted, 1) - 1].register_forward_hook(_leave))
+        with ExitStack() as stack, suppress(_EnoughError):
             for hook in hooks:
-                hook.remove()
+                stack.callback(hook.remove)
+            self._runs(input_ids=inputs, **self._options)
         return held
 
     def _early_exit(self, probe: Sequence[int]) -> Any:
@@ -256,12 +248,9 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 def load_model(name: str, dtype: str) -> Any:
     """The model without its head, in evaluation; safe weights only, no code from its repository."""
-    transformers, torch = need("transformers", "collect"), need("torch", "collect")
-    with quietly(transformers):
-        try:
-            return transformers.AutoModel.from_pretrained(name, dtype=getattr(torch, dtype))
-        except Exception as err:  # of many kinds, most of them about the name
-            raise SourceError(f"cannot load the model {name}: {str(err).splitlines()[0]}") from err
+    torch = need("torch", "collect")
+    with _loading(f"cannot load the model {name}") as transformers:
+        return transformers.AutoModel.from_pretrained(name, dtype=getattr(torch, dtype))
 
 
 def load_causal(name: str, dtype: str) -> Any:
@@ -269,48 +258,36 @@ def load_causal(name: str, dtype: str) -> Any:
 
     Raises `RequestError` for an encoder-decoder, and for a model whose files hold no head.
     """
-    transformers, torch = need("transformers", "collect"), need("torch", "collect")
-    needs = "--gradients needs a causal language model"
-    with quietly(transformers):
-        try:
-            if transformers.AutoConfig.from_pretrained(name).is_encoder_decoder:
-                raise RequestError(f"{needs}, and {name} is an encoder-decoder")
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=getattr(torch, dtype), output_loading_info=True
-            )
-        except ActshuffleError:
-            raise
-        except Exception as err:  # of many kinds, most of them about the name
-            raise SourceError(f"{needs}; cannot load {name} as one: {str(err).splitlines()[0]}") from err
+    torch, needs = need("torch", "collect"), "--gradients needs a causal language model"
+    with _loading(f"{needs}; cannot load {name} as one") as transformers:
+        if transformers.AutoConfig.from_pretrained(name).is_encoder_decoder:
+            raise RequestError(f"{needs}, and {name} is an encoder-decoder")
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), output_loading_info=True
+        )
     if missing := sorted(loading["missing_keys"]):
         raise RequestError(f"{needs}, with its head; the files of {name} have no {missing[0]}")
     return model.requires_grad_(False)
 
 
 def load_tokenizer(name: str) -> Any:
-    transformers = need("transformers", "collect")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():  # no name on any hub
         raise SourceError(f"cannot load the model {name}: there is no such folder")
-    with quietly(transformers):
-        try:
-            return transformers.AutoTokenizer.from_pretrained(name)
-        except Exception as err:
-            raise SourceError(f"cannot load the tokenizer {name}: {str(err).splitlines()[0]}") from err
+    with _loading(f"cannot load the tokenizer {name}") as transformers:
+        return transformers.AutoTokenizer.from_pretrained(name)
 
 
 @contextmanager
-def quietly(transformers: Any) -> Iterator[None]:
-    """Without progress bars and advice on the terminal, which belongs to our own display."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
+def _loading(fault: str) -> Iterator[Any]:
+    """transformers, whose errors, of many kinds and most of them about the name, become ours with their first line."""
+    transformers = need("transformers", "collect")
     try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
+        with quietly(transformers):
+            yield transformers
+    except ActshuffleError:
+        raise
+    except Exception as err:
+        raise SourceError(f"{fault}: {str(err).splitlines()[0]}") from err
 
 
 def _device(name: str) -> str:

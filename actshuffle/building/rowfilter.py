@@ -26,15 +26,13 @@ from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import F64
 from actshuffle.bfloat16 import widened
 from actshuffle.errors import RequestError, SourceError
-from actshuffle.executors import Executor
 from actshuffle.jobs import Step, read_done
 from actshuffle.jobs.folder import FolderJob, FolderTask, run_held
-from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.receipts import Payload
+from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import Dataset
-from actshuffle.loading.fieldinfo import FieldInfo
+from actshuffle.loading.fieldinfo import is_float
 from actshuffle.loading.trace import NAMES
-from actshuffle.progress import Progress
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place
 from actshuffle.units import several, whole
@@ -83,7 +81,7 @@ class Rules:
                     f"{store.path} has no array {name!r} of whole numbers with {what}, which "
                     f"--{option.replace('_', '-')} needs; it has {sorted(store.fields)}: name one with --{kind}"
                 )
-        vectors = [n for n, info in store.fields.items() if is_vector(info)]
+        vectors = [n for n, info in store.fields.items() if info.row_shape and is_float(info)]
         usual = [name for name in vectors if not name.startswith("grad_")]
         chosen = sorted(set(usual if arrays is None else several("arrays", arrays, of="names")))
         if odd := [name for name in chosen if name not in vectors]:
@@ -100,11 +98,6 @@ class Rules:
         return cls(**values)
 
 
-def is_vector(info: FieldInfo) -> bool:
-    """True for an array whose rows are vectors of floats, or larger."""
-    return bool(info.row_shape) and (info.bfloat16 or info.dtype.kind == "f")
-
-
 @dataclass(frozen=True)
 class Passed:
     """The rows that pass: how many, how many each rule dropped, and by array the median norm and the rows beyond it."""
@@ -115,16 +108,7 @@ class Passed:
     beyond: dict[str, int]
 
 
-def choose(
-    folder: Place,
-    store: Dataset,
-    rules: Rules,
-    identity: str,
-    crew: Executor,
-    progress: Progress,
-    locks: Locks,
-    fsync: bool,
-) -> Passed:
+def choose(folder: Place, store: Dataset, rules: Rules, identity: str, work: Work) -> Passed:
     """Run the job in ``folder``, which the caller holds.
 
     Its ``rows/N`` then hold the numbers of the rows that pass, as little-endian uint64.
@@ -142,8 +126,8 @@ def choose(
     steps = [Step("choosing", _choose, count)]
     if rules.arrays:
         steps = [Step("norms", _norms, count), Step("medians", _medians, len(rules.arrays)), *steps]
-    job = FolderJob("row filter", json.loads(json.dumps(settings)), folder, tuple(steps), fsync)
-    run_held(job, _added_up, crew, progress, locks, overwrite=True)
+    job = FolderJob("row filter", json.loads(json.dumps(settings)), folder, tuple(steps), work.fsync)
+    run_held(job, _added_up, replace(work, overwrite=True))
     done = read_done(folder)
     assert done is not None
     return Passed(**done["found"])
@@ -271,19 +255,14 @@ def _choose(job: FolderJob, task: FolderTask) -> tuple[Payload, int]:
 
 def _added_up(job: FolderJob) -> Payload:
     """The facts that a `Passed` is made of."""
-    rules, rows = job.settings["rules"], 0
-    dropped, beyond = dict.fromkeys(OPTIONS, 0), dict.fromkeys(rules["arrays"], 0)
-    for found in job.results("choosing"):
-        rows += found["rows"]
-        for total, more in ((dropped, found["dropped"]), (beyond, found["beyond"])):
-            for name in total:
-                total[name] += more[name]
-    medians = [found["median"] for found in job.results("medians")] if rules["arrays"] else []
+    arrays = job.settings["rules"]["arrays"]
+    chosen = list(job.results("choosing"))
+    medians = [found["median"] for found in job.results("medians")] if arrays else []
     return {
-        "rows": rows,
-        "dropped": dropped,
-        "medians": dict(zip(rules["arrays"], medians, strict=True)),
-        "beyond": beyond,
+        "rows": sum(found["rows"] for found in chosen),
+        "dropped": {option: sum(found["dropped"][option] for found in chosen) for option in OPTIONS},
+        "medians": dict(zip(arrays, medians, strict=True)),
+        "beyond": {name: sum(found["beyond"][name] for found in chosen) for name in arrays},
     }
 
 

@@ -11,10 +11,8 @@ Cost: about 25 ns for each row of the source, and the usual cost of a run for m 
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +23,21 @@ from actshuffle.arrays import readers, virtual
 from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.names import RUN_KEY, SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
-from actshuffle.building.joining import Concat, present
+from actshuffle.building.joining import Concat, part_of, present
 from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, copy_through
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.executors import Executor, Serial
-from actshuffle.executors.choice import as_executor
-from actshuffle.jobs.locks import Locks
+from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import Dataset, open_dataset
-from actshuffle.loading.views import followed
 from actshuffle.ordering import bounds
 from actshuffle.ordering.keys import Keys
-from actshuffle.progress import Progress, Silent
+from actshuffle.progress import Progress
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
-from actshuffle.units import counted, switches, whole
+from actshuffle.units import counted, whole
 
 ROWS_KEY = "_actshuffle/rows"  # the chosen rows, ascending, as little-endian uint64
 REMOTE_GAP_BYTES = 1 << 20
@@ -72,9 +68,8 @@ def sample(
     The sample equals the first ``rows`` rows of ``shuffle(src, seed=seed)`` byte for byte.  Other arguments are as in
     `actshuffle.shuffle`.  A stopped sample resumes when it is called again.
     """
-    switches(overwrite=overwrite, fsync=fsync)
-    crew, shown = as_executor(Serial() if executor is None else executor), progress or Silent()
-    wanted = Request.of(seed=seed, memory=memory, fields=fields, chunk_rows=chunk_rows, scratch=scratch, **request)
+    work = Work.of(executor, progress, overwrite=overwrite, fsync=fsync)
+    wanted = Request.among(locals(), **request)
     source, target = as_place(src, storage_options), as_place(dst, storage_options)
     check_places(source, target, wanted.scratch)
     store = open_dataset(src, incomplete=True, storage_options=storage_options)
@@ -86,41 +81,29 @@ def sample(
             f"{store.path} has an array named {SOURCE_ROW!r} already (is it shuffled?), the name of the sample's "
             f"provenance: leave it out with --fields {others}"
         )
-    with Locks() as locks:
-        locks.take(target)
-        return _sample(store, rows, source, target, wanted, crew, shown, locks, overwrite=overwrite, fsync=fsync)
+    with work.locks:
+        work.locks.take(target)
+        return _sample(store, rows, source, target, wanted, work)
 
 
-def _sample(
-    store: Dataset,
-    rows: int,
-    source: Place,
-    target: Place,
-    wanted: Request,
-    crew: Executor,
-    shown: Progress,
-    locks: Locks,
-    *,
-    overwrite: bool,
-    fsync: bool,
-) -> Result:
+def _sample(store: Dataset, rows: int, source: Place, target: Place, wanted: Request, work: Work) -> Result:
     seed = wanted.seed
-    marker = None if overwrite else read_marker(open_objects(target))
+    marker = None if work.overwrite else read_marker(open_objects(target))
     if marker is not None and seed is None:  # finished: the same again has the same seed
         seed = marker.get("seed")
     names = tuple(sorted(store.fields if wanted.fields is None else set(wanted.fields)))
     chosen = target.beside(".chosen")
     asked = {"rows": rows, "of": store.rows, "source": public_url(source.url), "names": list(names)}
     before = (virtual.describe(chosen) or {}).get("settings", {})
-    if before.get("asked") == asked and seed in (None, before["seed"]) and not overwrite:
+    if before.get("asked") == asked and seed in (None, before["seed"]) and not work.overwrite:
         seed = int(before["seed"])  # the same again, which resumes
     else:
         seed = secrets.randbits(63) if seed is None else seed
         keys = Keys(seed, *wanted.key_bits)
-        _choose(chosen, store, keys, names, rows, {"asked": asked, "seed": seed}, crew, shown)
+        _choose(chosen, store, keys, names, rows, {"asked": asked, "seed": seed}, work)
     wanted = wanted.changed(seed=seed, fields=names)
     try:
-        return copy_through(chosen, target, wanted, crew, shown, locks, overwrite=overwrite, fsync=fsync)
+        return copy_through(chosen, target, wanted, work)
     except (RequestError, SourceError):
         if open_objects(target).size(RUN_KEY) is None:  # else the same sample again resumes
             open_objects(chosen).delete_prefix("")
@@ -128,14 +111,7 @@ def _sample(
 
 
 def _choose(
-    place: Place,
-    store: Dataset,
-    keys: Keys,
-    names: tuple[str, ...],
-    count: int,
-    settings: dict[str, Any],
-    crew: Executor,
-    progress: Progress,
+    place: Place, store: Dataset, keys: Keys, names: tuple[str, ...], count: int, settings: dict[str, Any], work: Work
 ) -> None:
     """Write a virtual source of the rows with the smallest keys, in source order."""
     objects = open_objects(place)
@@ -143,28 +119,23 @@ def _choose(
     shown = present(place, [store], names, rows=count)
     step = bounds.COUNT_ROWS
     ranges = [(a, min(a + step, store.rows)) for a in range(0, store.rows, step)]
-    where: Executor = crew if len(ranges) > 1 else Serial()
+    where: Executor = work.crew if len(ranges) > 1 else Serial()
 
     def ask(query: bounds.Query) -> Iterator[NDArray[Any]]:
         for part in where.map(bounds.answer, ((keys, a, b, query) for a, b in ranges)):
-            progress.advance(0, True)
+            work.progress.advance(0, True)
             yield part
 
-    progress.begin("choosing rows", len(ranges), 0)
+    work.progress.begin("choosing rows", len(ranges), 0)
     last = bounds.find(keys, np.array([count - 1]), ask)[0]
     with objects.writer(ROWS_KEY, 8 * count) as out:
         for rows in _not_above(keys, store.rows, last):
             out.write(memoryview(rows.astype("<u8").tobytes()))
-    progress.end()
-    virtual.write(
-        place,
-        "chosen",
-        {**shown.settings, **settings},
-        shown.arrays,
-        shown.attributes,
-        key_rows=(0, store.rows),
-        marker={"population": store.rows, "source": settings["asked"]["source"]},
-    )
+    work.progress.end()
+    settings = {**shown.settings, **settings}
+    marker = {"population": store.rows, "source": settings["asked"]["source"]}
+    facts: dict[str, Any] = {"key_rows": (0, store.rows), "marker": marker}
+    virtual.write(place, "chosen", settings, shown.arrays, shown.attributes, **facts)
 
 
 def _not_above(keys: Keys, rows: int, last: U64) -> Iterator[U64]:
@@ -229,10 +200,7 @@ class PartOfShuffle(Chosen):
     def __init__(self, place: Place, settings: dict[str, Any]) -> None:
         super().__init__(place, settings)
         (entry,) = settings["parts"]
-        found = followed(place, entry["store"])
-        data = open_dataset(found.url, storage_options=json.loads(found.options))
-        first, stop = int(entry["start"]), int(entry["stop"])
-        self._shuffled = replace(data, start=data.start + first, rows=stop - first)
+        self._shuffled = part_of(place, entry)
 
     def numbers(self, start: int, stop: int) -> U64:
         rows, pieces, at = self.chosen(start, stop).astype(np.int64), list[U64](), 0

@@ -31,13 +31,12 @@ from actshuffle.building.sampling import ROWS_KEY
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError
-from actshuffle.executors import Executor, Serial
-from actshuffle.executors.choice import as_executor
-from actshuffle.jobs.locks import Locks
+from actshuffle.executors import Executor
+from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain, write_view
 from actshuffle.loading.documents import DOCUMENT
 from actshuffle.ordering.lots import RULE, Share, edges, in_share, lots, shares
-from actshuffle.progress import Progress, Silent
+from actshuffle.progress import Progress
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
@@ -71,10 +70,11 @@ def split(
     `shuffle`; that of a shuffled store is shuffled, and needs ``copy``.
     """
     switches(copy=copy, ordered=ordered)
+    work = Work.of(executor, progress)
     if by is not None:
-        return _split_by(
-            path, parts, by, whole("seed", seed), folder, copy, ordered, executor, progress, storage_options
-        )
+        if ordered and by in BY:
+            raise RequestError("--ordered is for ranges of rows; a split by a rule takes stores of any order")
+        return _split_by(path, parts, by, whole("seed", seed), folder, copy, work, storage_options)
     if seed:
         raise RequestError("a seed belongs to a split by a rule: give --by document or --by row too")
     store = open_dataset(path, storage_options=storage_options)
@@ -83,16 +83,15 @@ def split(
             f"{store.path} is not shuffled, so a range of its rows is no random sample: shuffle it "
             "first, or accept its order with --ordered"
         )
-    crew, shown = as_executor(Serial() if executor is None else executor), progress or Silent()
     cuts = {name: (_under(folder, name), *share) for name, share in shares(store.rows, parts).items()}
-    with Locks() as locks:
+    with work.locks:
         for target, _, _ in sorted(cuts.values(), reverse=True):  # a.b before a, which would count as its holder
-            locks.take(as_place(target, storage_options))
+            work.locks.take(as_place(target, storage_options))
         there = {name for name, cut in cuts.items() if _there(store, *cut, copy, storage_options)}
         return {
             name: open_dataset(cut[0], storage_options=storage_options)
             if name in there
-            else _part(store, *cut, copy, crew, shown, locks, storage_options)
+            else _part(store, *cut, copy, work, storage_options)
             for name, cut in cuts.items()
         }
 
@@ -122,16 +121,8 @@ def head(
     storage_options: dict[str, Any] | None = None,
 ) -> Dataset:
     """The first rows of a store: of a shuffled one, a uniform sample without replacement."""
-    made = split(
-        path,
-        {str(out): rows},
-        copy=copy,
-        ordered=ordered,
-        executor=executor,
-        progress=progress,
-        storage_options=storage_options,
-    )
-    return made[str(out)]
+    options: dict[str, Any] = {"executor": executor, "progress": progress, "storage_options": storage_options}
+    return split(path, {str(out): rows}, copy=copy, ordered=ordered, **options)[str(out)]
 
 
 def _under(folder: str | Path | None, name: str) -> str:
@@ -160,15 +151,7 @@ def _there(
 
 
 def _part(
-    store: Dataset,
-    target: str,
-    start: int,
-    stop: int,
-    copy: bool,
-    crew: Executor,
-    progress: Progress,
-    locks: Locks,
-    storage_options: dict[str, Any] | None,
+    store: Dataset, target: str, start: int, stop: int, copy: bool, work: Work, storage_options: dict[str, Any] | None
 ) -> Dataset:
     if not copy:
         return write_view(target, store, start, stop, storage_options=storage_options)
@@ -192,7 +175,7 @@ def _part(
             facts["kind"], asked = "merge", asked.changed(source_row=True)
     reader = "merge" if facts["kind"] == "merge" else "concat"
     write_concat(source, [ranged], names, reader=reader, **facts)
-    copy_through(source, place, asked.changed(fields=names, **layout_of(store)), crew, progress, locks)
+    copy_through(source, place, asked.changed(fields=names, **layout_of(store)), work)
     return open_dataset(target, storage_options=storage_options)
 
 
@@ -206,15 +189,11 @@ def _split_by(
     seed: int,
     folder: str | Path | None,
     copy: bool,
-    ordered: bool,
-    executor: Executor | None,
-    progress: Progress | None,
+    work: Work,
     storage_options: dict[str, Any] | None,
 ) -> dict[str, Dataset]:
     if by not in BY:
         raise RequestError(f"a split is by {' or '.join(map(repr, BY))}, got {by!r}")
-    if ordered:
-        raise RequestError("--ordered is for ranges of rows; a split by a rule takes stores of any order")
     cuts = edges(parts)
     store = open_finished_or_plain(path, storage_options=storage_options)
     if store.shuffled and not copy:
@@ -233,15 +212,14 @@ def _split_by(
     rule = {"rule": RULE, "by": by, "array": column, "seed": seed}
     facts = {name: {**rule, "from": start, "to": stop} for name, (start, stop) in cuts.items()}
     places = {name: as_place(_under(folder, name), storage_options) for name in cuts}
-    crew, shown = as_executor(Serial() if executor is None else executor), progress or Silent()
     names = sorted(store.fields)
     identity, _ = take_inventory(store.root, source_arrays(store.root, names))
     made = {
         name: seal([identity, store.start, store.rows, names, copy, facts[name], store.attributes]) for name in cuts
     }
-    with Locks() as locks:
+    with work.locks:
         for place in sorted(places.values(), key=lambda place: place.url, reverse=True):
-            locks.take(place)
+            work.locks.take(place)
         todo = [name for name in cuts if not _made_before(places[name], made[name])]
         counts = _counted(store, column, seed, {name: cuts[name] for name in todo})
         if empty := [name for name in todo if not counts[name]]:
@@ -250,12 +228,12 @@ def _split_by(
             )
         for name in todo:
             source = places[name].beside(".part") if copy else places[name]
-            _name_rows(source, store, column, facts[name], earlier, counts[name], made[name], copy)
+            _name_rows(source, store, facts[name], earlier, counts[name], made[name], copy)
             if copy:
                 merges, layout = store.shuffled, layout_of(store)
                 own = (store.root_marker or {}) if merges else {}
                 request = Request.of(seed=own.get("seed", 0), key_bits=own.get("key_bits"), source_row=merges, **layout)
-                copy_through(source, places[name], request, crew, shown, locks)
+                copy_through(source, places[name], request, work)
     return {
         name: open_dataset(place.url, incomplete=not copy, storage_options=storage_options)
         for name, place in places.items()
@@ -312,21 +290,14 @@ def _counted(store: Dataset, column: str | None, seed: int, cuts: Mapping[str, t
 
 
 def _name_rows(
-    place: Place,
-    store: Dataset,
-    column: str | None,
-    facts: dict[str, Any],
-    earlier: list[Any],
-    count: int,
-    made: str,
-    copy: bool,
+    place: Place, store: Dataset, facts: dict[str, Any], earlier: list[Any], count: int, made: str, copy: bool
 ) -> None:
     """Write a virtual source of the rows of one part, in the order of the store."""
     objects, marker = open_objects(place), store.root_marker or {}
     names = sorted(set(store.fields) - ({SOURCE_ROW} if store.shuffled else set()))
     shown = present(place, [store], names, rows=count)
     with objects.writer(ROWS_KEY, 8 * count) as out:
-        for start, words in _lots(store, column, facts["seed"]):
+        for start, words in _lots(store, facts["array"], facts["seed"]):
             rows = np.flatnonzero(in_share(words, facts["from"], facts["to"])) + start
             out.write(memoryview(rows.astype("<u8").tobytes()))
     told: dict[str, Any] = {}
@@ -335,12 +306,7 @@ def _name_rows(
     if store.shuffled:
         told |= {name: marker[name] for name in ("source", "source_identity", "parts") if name in marker}
         told |= {"population": marker.get("population", marker["rows"]), "kind": "shuffle"}
-    virtual.write(
-        place,
-        "part of a shuffle" if store.shuffled else "filtered",
-        {**shown.settings, "filtered": made},
-        shown.arrays,
-        {**store.attributes, "split": [*earlier, facts]},
-        **({"kind": "merge" if store.shuffled else "copy", "stage": "split"} if copy else {}),
-        marker=told,
-    )
+    reader = "part of a shuffle" if store.shuffled else "filtered"
+    settings, attributes = {**shown.settings, "filtered": made}, {**store.attributes, "split": [*earlier, facts]}
+    copied = {"kind": "merge" if store.shuffled else "copy", "stage": "split"} if copy else {}
+    virtual.write(place, reader, settings, shown.arrays, attributes, **copied, marker=told)

@@ -52,15 +52,8 @@ def write_source(
     drop_tokens = asked.get("drop_tokens", [])
     if drop_tokens and not 0 <= drop_tokens[0] <= drop_tokens[-1] < len(tokenizer):
         raise RequestError(f"tokens to drop are ids from 0 to {len(tokenizer) - 1:,}, got {drop_tokens}")
-    frame = Frame(
-        context - around,
-        tuple(lead),
-        tuple(before),
-        tuple(after),
-        asked["special"] == "keep",
-        asked.get("skip_first", 0),
-        tuple(drop_tokens),
-    )
+    keep, skip_first = asked["special"] == "keep", asked.get("skip_first", 0)
+    frame = Frame(context - around, tuple(lead), tuple(before), tuple(after), keep, skip_first, tuple(drop_tokens))
     widths = model.widths(run["probe"], context)
     objects = open_objects(source)
     there = virtual.describe(source)
@@ -96,16 +89,9 @@ def write_source(
         "dropped": cut.dropped | {"drop_norm": 0},
         "model": model.identity,
     }
-    virtual.write(
-        source,
-        READER,
-        settings,
-        arrays,
-        _attributes(asked, model, tokenizer, context, frame, listing, cut),
-        kind="copy",
-        stage="collect",
-        marker={"kind": "collection", "source": asked["model"], "collected": identity, "documents": cut.documents},
-    )
+    attributes = _attributes(asked, model, tokenizer, frame, listing, cut)
+    marker = {"kind": "collection", "source": asked["model"], "collected": identity, "documents": cut.documents}
+    virtual.write(source, READER, settings, arrays, attributes, kind="copy", stage="collect", marker=marker)
     return settings
 
 
@@ -126,13 +112,7 @@ def _tokenized(
 
 
 def _attributes(
-    asked: Mapping[str, Any],
-    model: Model,
-    tokenizer: Any,
-    context: int,
-    frame: Frame,
-    listing: list[dict[str, Any]],
-    cut: Cut,
+    asked: Mapping[str, Any], model: Model, tokenizer: Any, frame: Frame, listing: list[dict[str, Any]], cut: Cut
 ) -> dict[str, Any]:
     """The attributes of the store: enough to make it again, and to read it."""
     names = [str(tokenizer.decode([i])) for i in (*frame.before, *frame.after)]
@@ -161,7 +141,7 @@ def _attributes(
         },
         "arrays": layers | grads | {name: f"output of {name}" for name in asked["hooks"]},
         "dtype": asked["dtype"],
-        "windows": f"{counted(context, 'token')} at most, {special}; windows of a document follow each other "
+        "windows": f"{counted(frame.context, 'token')} at most, {special}; windows of a document follow each other "
         "without overlap; each runs alone or with others of its length, so there is no padding",
         "special_tokens": {
             "rows": "kept, with position -1" if asked["special"] == "keep" else "dropped",

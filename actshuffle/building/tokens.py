@@ -86,6 +86,11 @@ class Frame:
     drop_tokens: tuple[int, ...]
 
     @property
+    def context(self) -> int:
+        """The most tokens that a window reads."""
+        return len(self.lead) + len(self.before) + self.content + len(self.after)
+
+    @property
     def drops(self) -> bool:
         """True if text may lose rows, so that rows and tokens must be told apart."""
         return bool(self.skip_first or self.drop_tokens)
@@ -200,7 +205,7 @@ def prefix_token(tokenizer: Any, prefix: str) -> int:
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text."""
+    """The tokens that the tokenizer puts before and after a text."""
     bare = tokenizer("one", add_special_tokens=False)["input_ids"]
     full = tokenizer("one")["input_ids"]
     for at in range(len(full) - len(bare) + 1):

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actshuffle.arrays.marker import read_marker
-from actshuffle.arrays.metadata import (
-    ZarrArray,
-    is_bfloat16,
-    is_group,
-    object_grid,
-    open_node,
-    source_arrays,
-    source_field,
-)
-from actshuffle.arrays.names import RUN_KEY, SOURCE_ROW
+from actshuffle.arrays import metadata
+from actshuffle.arrays.marker import array_names, read_marker
+from actshuffle.arrays.names import RUN_KEY
+from actshuffle.bfloat16 import widened
 from actshuffle.errors import IncompleteStoreError, RequestError
 from actshuffle.loading.dataset import is_ours, open_dataset, open_finished_or_plain
 from actshuffle.storage.objects import open_objects
@@ -36,28 +30,25 @@ def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dic
     place = as_place(path, storage_options)
     objects = open_objects(place)
     marker = read_marker(objects)
-    half_done = marker is None and objects.size(RUN_KEY) is not None
-    if half_done:
+    if marker is None and objects.size(RUN_KEY) is not None:
         raise IncompleteStoreError(f"{path} is half done: see `actshuffle status {path}`")
-    node = open_node(place)
-    view = None
-    if marker is not None and marker["kind"] == "view":
-        view = open_dataset(path, storage_options=storage_options)
-    arrays = source_arrays(
-        place if view is None else view.root, _names(marker) if is_group(node) and marker is not None else None
-    )
+    node = metadata.open_node(place)
+    is_view = marker is not None and marker["kind"] == "view"
+    view = open_dataset(path, storage_options=storage_options) if is_view else None
+    names = array_names(marker) if metadata.is_group(node) and marker is not None else None
+    arrays = metadata.source_arrays(place if view is None else view.root, names)
     rows = next(iter(arrays.values())).shape[0] if view is None else view.rows
     described = {
         name: {
             "shape": [rows, *a.shape[1:]],
-            "dtype": _dtype_name(a),
+            "dtype": "bfloat16" if metadata.is_bfloat16(a) else str(a.dtype),
             "chunks": list(a.chunks),
             "shards": list(a.shards) if a.shards else None,
             "zarr_format": a.metadata.zarr_format,
             "codecs": _codecs(a),
             "bytes": a.nbytes // max(1, a.shape[0]) * rows,
             "objects": _count(a) if view is None else 0,
-            "raw": bool(source_field(name, a).source_key),
+            "raw": bool(metadata.source_field(name, a).source_key),
         }
         for name, a in arrays.items()
     }
@@ -83,10 +74,8 @@ def info_text(found: dict[str, Any]) -> str:
         )
     widths = [max(len(row[i]) for row in table) for i in range(6)]
     lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    if found["unmarked"]:
-        made_by = "no completion marker: half written, or damaged since"
-    else:
-        made_by = _made_by(found["shuffled"])
+    unmarked = "no completion marker: half written, or damaged since"
+    made_by = unmarked if found["unmarked"] else _made_by(found["shuffled"])
     splits = found["attributes"].get("split")
     for split in splits if isinstance(splits, list) else ():
         if isinstance(split, dict) and {"by", "seed", "from", "to"} <= split.keys():
@@ -124,24 +113,13 @@ def _source(part: dict[str, Any]) -> str:
     return f"{part['source']}: {counted(part['rows'], 'row')}{numbers}"
 
 
-def _names(marker: dict[str, Any]) -> list[str]:
-    return [*marker["fields"], *([SOURCE_ROW] if marker.get("source_row") else [])]
-
-
-def _dtype_name(array: ZarrArray) -> str:
-    return "bfloat16" if is_bfloat16(array) else str(array.dtype)
-
-
-def _codecs(array: ZarrArray) -> list[str]:
+def _codecs(array: metadata.ZarrArray) -> list[str]:
     names = [type(c).__name__.removesuffix("Codec").lower() for c in (*array.filters, *array.compressors)]
     return names or ["none"]
 
 
-def _count(array: ZarrArray) -> int:
-    total = 1
-    for n, c in zip(array.shape, object_grid(array), strict=True):
-        total *= -(-n // c)
-    return total
+def _count(array: metadata.ZarrArray) -> int:
+    return math.prod(-(-n // c) for n, c in zip(array.shape, metadata.object_grid(array), strict=True))
 
 
 def first_rows(path: str | Path, rows: int, storage_options: dict[str, Any] | None = None) -> dict[str, list[str]]:
@@ -155,7 +133,7 @@ def first_rows(path: str | Path, rows: int, storage_options: dict[str, Any] | No
     for name, info in store.fields.items():
         values = store.read(name, 0, count)
         if info.bfloat16:
-            values = (values.astype(np.uint32) << 16).view(np.float32)
+            values = widened(values)
         with np.printoptions(edgeitems=3, threshold=6, precision=4, linewidth=100):
             shown[name] = [str(value) for value in values]
     return shown

@@ -7,6 +7,7 @@ equal or where the neighbour is not known.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -55,26 +56,24 @@ def descents(keys: U64, rows: U64, n: int, before: U64 | None) -> NDArray[np.int
     return np.union1d(bad, np.flatnonzero(rows >= np.uint64(n)))
 
 
+def _made_once(make: Callable[[Keys, int], U64]) -> Callable[[Keys, int], U64]:
+    """Keep the last result of ``make``; several threads wait for one result instead of making one each."""
+    kept, lock = lru_cache(maxsize=1)(make), threading.Lock()
+
+    def made(keys: Keys, rows: int) -> U64:
+        with lock:
+            return kept(keys, rows)
+
+    return made
+
+
+@_made_once
 def order_of(keys: Keys, rows: int) -> U64:
     """The order of all rows, uint64, made once in this process; 40 bytes a row."""
-    with _lock:
-        return _order(keys, rows)
-
-
-def _table(keys: Keys, rows: int) -> U64:
-    """First key words of all rows, from the definition: numpy's own generator, from its start."""
-    with _lock:
-        return _words(keys, rows)
-
-
-_lock = threading.Lock()  # so that several threads wait for one table instead of making one each
-
-
-@lru_cache(maxsize=1)
-def _order(keys: Keys, rows: int) -> U64:
     return keys.order(rows).astype(np.uint64)
 
 
-@lru_cache(maxsize=1)
-def _words(keys: Keys, rows: int) -> U64:
+@_made_once
+def _table(keys: Keys, rows: int) -> U64:
+    """First key words of all rows, from the definition: numpy's own generator, from its start."""
     return keys.hi(0, rows)

@@ -93,14 +93,6 @@ class IntPart:
 Part = FloatPart | IntPart
 
 
-def is_float(info: FieldInfo) -> bool:
-    return info.bfloat16 or info.dtype.kind == "f"
-
-
-def is_integer(info: FieldInfo) -> bool:
-    return not info.bfloat16 and info.dtype.kind in "iub"
-
-
 class FloatSums:
     """Takes rows of a field, a block at a time."""
 
@@ -234,17 +226,8 @@ class FloatSums:
             mean = self._sum / self._count
             m2 = np.maximum(self._sum2 - self._sum * mean, 0)
             bins, counts = _histogram(norms)
-            return replace(
-                self._bad,
-                count=self._count,
-                mean=self._centre + mean,
-                m2=m2,
-                bins=bins,
-                counts=counts,
-                squares=float(norms.sum()),
-                least=float(norms.min()),
-                most=float(norms.max()),
-            )
+            found = replace(self._bad, count=self._count, mean=self._centre + mean, m2=m2, bins=bins, counts=counts)
+            return replace(found, squares=float(norms.sum()), least=float(norms.min()), most=float(norms.max()))
 
 
 def _column_sums(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""What `actshuffle.quality` found, and how it shows itself."""
+"""The report of `actshuffle.quality`: values, text, and a page for notebooks."""
 
 from __future__ import annotations
 

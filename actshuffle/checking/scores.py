@@ -1,4 +1,4 @@
-"""What a training step gets to see: how well the batches of a store, a loader or any pipeline are mixed.
+"""The view of a training step: how well the batches of a store, a loader or any pipeline are mixed.
 
 A batch of a uniform shuffle is a uniform sample without replacement.  So for batches spread over the
 epoch: how many documents does a batch hold (*coverage*), how evenly (*entropy*, in bits), and how often
@@ -24,6 +24,7 @@ from actshuffle.arrays.names import SOURCE_ROW
 from actshuffle.arraytypes import I64
 from actshuffle.checking.qualityreport import Measure, QualityReport
 from actshuffle.errors import RequestError
+from actshuffle.loading.columns import widest
 from actshuffle.loading.dataset import Dataset, open_finished_or_plain
 from actshuffle.loading.loader import Loader
 from actshuffle.ordering.mixing import report
@@ -62,10 +63,7 @@ def quality(
     RequestError : there is nothing to tell rows apart by, or less than two batches.
     """
     if isinstance(source, str | Path | Dataset):
-        if isinstance(source, Dataset):
-            dataset = source
-        else:
-            dataset = open_finished_or_plain(source, incomplete=incomplete, storage_options=storage_options)
+        dataset = open_finished_or_plain(source, incomplete=incomplete, storage_options=storage_options)
         source = Loader(dataset, batch_size, buffer_rows=None if dataset.shuffled else 0)
         what = dataset.path
     elif isinstance(source, Loader):
@@ -98,26 +96,13 @@ def _of_loader(
     else:
         groups, grouping = origin // BLOCK, f"blocks of {BLOCK} source rows"
     batch = loader.batch_size
-    starts = _spread(loader.rows, batch)
-    scored = np.stack([groups[loader.order.rows_at(epoch, a, a + batch)] for a in starts])
+    scored = [groups[loader.order.rows_at(epoch, a, a + batch)] for a in _spread(loader.rows, batch)]
     mixing = None
     if not (provenance == "row number" and dataset.shuffled):
         order = origin[loader.order.rows_at(epoch, 0, loader.rows)]
-        chunk = max(dataset.fields.values(), key=lambda f: f.row_bytes).object_rows
+        chunk = widest([dataset]).object_rows
         mixing = report(order, src_chunk_rows=chunk, dst_chunk_rows=batch, alpha=alpha)
-    return QualityReport(
-        what,
-        loader.rows,
-        batch,
-        len(starts),
-        grouping,
-        int(groups.max()) + 1,
-        _measures(scored, np.bincount(groups), seed),
-        mixing,
-        provenance,
-        alpha,
-        notes,
-    )
+    return _report(what, scored, groups, grouping, seed, mixing=mixing, provenance=provenance, alpha=alpha, notes=notes)
 
 
 def _of_batches(
@@ -146,22 +131,27 @@ def _of_batches(
         groups, grouping = _compact(whole[documents]), f"{documents!r}"
     else:
         groups, grouping = origin // BLOCK, f"blocks of {BLOCK} source rows"
-    scored = np.stack([groups[a : a + size] for a in starts])
+    scored = [groups[a : a + size] for a in starts]
     mixing = None
     if provenance != "row number":
         mixing = report(origin, src_chunk_rows=min(rows, 1 << 15), dst_chunk_rows=size, alpha=alpha)
+    notes = ("the population is what passed by",)
+    return _report(
+        "batches", scored, groups, grouping, seed, mixing=mixing, provenance=provenance, alpha=alpha, notes=notes
+    )
+
+
+def _report(what: str, scored: list[I64], groups: I64, grouping: str, seed: int, **found: Any) -> QualityReport:
+    """The report of some batches, given by the group of each row, beside the groups of all rows."""
     return QualityReport(
-        "batches",
-        rows,
-        size,
-        len(starts),
-        grouping,
-        int(groups.max()) + 1,
-        _measures(scored, np.bincount(groups), seed),
-        mixing,
-        provenance,
-        alpha,
-        ("the population is what passed by",),
+        what=what,
+        rows=len(groups),
+        batch_size=len(scored[0]),
+        batches=len(scored),
+        grouping=grouping,
+        documents=int(groups.max()) + 1,
+        measures=_measures(np.stack(scored), np.bincount(groups), seed),
+        **found,
     )
 
 
@@ -172,11 +162,8 @@ def _origin(dataset: Dataset, documents: str, positions: str) -> tuple[I64, str,
     """The place of every stored row in the source's order, by what the store knows."""
     names = [n for n in (SOURCE_ROW, documents, positions) if n in dataset.fields]
     if SOURCE_ROW not in names and {documents, positions} - set(names):
-        return (
-            np.arange(dataset.rows),
-            "row number",
-            () if dataset.shuffled else ("the store is in the order in which it was made",),
-        )
+        notes = () if dataset.shuffled else ("the store is in the order in which it was made",)
+        return np.arange(dataset.rows), "row number", notes
     known = {n: _integers(dataset, n) for n in (names[:1] if SOURCE_ROW in names else names)}
     return *_ranked(known, documents, positions), ()
 
@@ -204,8 +191,7 @@ def _integers(dataset: Dataset, name: str) -> NDArray[Any]:
 
 def _compact(values: NDArray[Any]) -> I64:
     """Documents numbered 0, 1, ..."""
-    found: I64 = np.unique(values, return_inverse=True)[1].astype(np.int64)
-    return found
+    return np.unique(values, return_inverse=True)[1].astype(np.int64)
 
 
 def _spread(rows: int, batch: int) -> list[int]:
@@ -220,7 +206,7 @@ def _spread(rows: int, batch: int) -> list[int]:
     return [whole * i // count * batch for i in range(count)]
 
 
-# --- What a batch holds -------------------------------------------------------------------------
+# --- The content of a batch ----------------------------------------------------------------------
 
 _NAMES = (
     ("documents", ("too few", "too many")),
@@ -234,11 +220,9 @@ def _measures(scored: I64, sizes: I64, seed: int) -> tuple[Measure, ...]:
     rng, rows = np.random.default_rng(seed), int(sizes.sum())
     edges = np.cumsum(sizes)
     found = _averages(scored)
+    samples = (rng.choice(rows, scored.size, replace=False) for _ in range(SIMULATED))
     simulated = np.array(
-        [
-            _averages(np.searchsorted(edges, _sample(rng, rows, scored.size), side="right").reshape(scored.shape))
-            for _ in range(SIMULATED)
-        ]
+        [_averages(np.searchsorted(edges, rows_of, side="right").reshape(scored.shape)) for rows_of in samples]
     )
     measures = []
     for (name, words), value, others in zip(_NAMES, found, simulated.T, strict=True):
@@ -261,11 +245,6 @@ def _averages(groups: I64) -> tuple[float, float, float]:
     counts = np.diff(np.append(starts, groups.size))
     entropy = math.log2(size) - float((counts * np.log2(counts)).sum()) / groups.size
     return len(starts) / batches, entropy, neighbours
-
-
-def _sample(rng: np.random.Generator, rows: int, size: int) -> I64:
-    found: I64 = rng.choice(rows, size, replace=False)
-    return found
 
 
 def _two_sided(t: float) -> float:

@@ -1,4 +1,4 @@
-"""What the numbers of a store are like: one parallel pass over its rows, kept beside them for the trainer.
+"""The statistics of a store: one parallel pass over its rows, kept beside them for the trainer.
 
 ::
 
@@ -16,11 +16,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import reduce
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,25 +28,16 @@ from numpy.typing import NDArray
 
 from actshuffle.arrays.names import OUR_GROUP
 from actshuffle.arrays.small import get_array, group_metadata, put_array
-from actshuffle.checking.moments import (
-    FloatPart,
-    FloatSums,
-    IntPart,
-    IntSums,
-    Part,
-    distinct,
-    is_float,
-    is_integer,
-    merge,
-)
+from actshuffle.checking.moments import FloatSums, IntPart, IntSums, Part, distinct, merge
 from actshuffle.checking.statsreport import FORMAT, Stats
 from actshuffle.checking.statstypes import NUMBERS, FloatStats, IntStats
 from actshuffle.errors import FormatError, RequestError, StorageError
 from actshuffle.executors import Executor, Threads
 from actshuffle.executors.choice import as_executor
-from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.running import sweep
+from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
+from actshuffle.loading.fieldinfo import FieldInfo, is_float, is_integer
 from actshuffle.loading.prefetch import in_order
 from actshuffle.progress import Progress, Silent
 from actshuffle.seals import checksum
@@ -88,52 +77,40 @@ def stats(
     DestinationInUseError : another process writes to the store; ``write=False`` computes beside it.
     """
     switches(write=write, incomplete=incomplete)
-    dataset = path
-    if not isinstance(dataset, Dataset):
-        dataset = open_finished_or_plain(dataset, incomplete=incomplete, storage_options=storage_options)
-    with Locks() as locks:
+    dataset = open_finished_or_plain(path, incomplete=incomplete, storage_options=storage_options)
+    work = Work(as_executor(executor, Threads), progress or Silent())
+    with work.locks:
         writes = write and fields is None and dataset.marker is not None
         if writes:
-            locks.take(dataset.place)
-        return _stats(dataset, fields, executor, progress or Silent(), locks, write=writes)
+            work.locks.take(dataset.place)
+        return _stats(dataset, fields, work, write=writes)
 
 
-def _stats(
-    dataset: Dataset,
-    fields: Iterable[str] | None,
-    executor: Executor | None,
-    progress: Progress,
-    locks: Locks,
-    *,
-    write: bool,
-) -> Stats:
-    started = time.perf_counter()
-    workers: Executor = as_executor(Threads() if executor is None else executor)
+def _stats(dataset: Dataset, fields: Iterable[str] | None, work: Work, *, write: bool) -> Stats:
     names = list(dataset.fields) if fields is None else [fields] if isinstance(fields, str) else list(fields)
-    unknown = [name for name in names if name not in dataset.fields]
-    if unknown:
+    if unknown := [name for name in names if name not in dataset.fields]:
         raise RequestError(f"no array named {unknown[0]!r} in {dataset.path}; it has {sorted(dataset.fields)}")
     chosen = {name: dataset.fields[name] for name in names}
     counted = tuple(n for n, f in chosen.items() if is_float(f) or is_integer(f))
     row_bytes = sum(chosen[n].row_bytes for n in counted)
-    calls = [(dataset, counted, a, b) for a, b in _ranges(dataset, row_bytes, workers.workers)]
+    calls = [(dataset, counted, a, b) for a, b in _ranges(dataset, row_bytes, work.crew.workers)]
     size, total = lambda part: row_bytes * min(dataset.rows - part[0], calls[0][3]), dataset.rows * row_bytes
-    parts = dict(sweep("stats", sums, calls, workers, progress, size, total))
-    # In the order of rows, so that the result does not depend on who was first.
-    columns = zip(*(parts[start] for start in sorted(parts)), strict=True)
-    merged = {name: reduce(merge, column) for name, column in zip(counted, columns, strict=False)}
+    parts = dict(sweep("stats", sums, calls, work.crew, work.progress, size, total))
+    merged = [_sums(chosen[name]).part() for name in counted]
+    for start in sorted(parts):  # in the order of rows, so that the result does not depend on who was first
+        merged = list(map(merge, merged, parts[start]))
     result = Stats(
         path=dataset.path,
         rows=dataset.rows,
         identity=dataset.identity,
-        fields={name: _finish(dataset, name, merged.get(name)) for name in counted},
+        fields={name: _finish(chosen[name], part) for name, part in zip(counted, merged, strict=True)},
         skipped={n: f.dtype_name for n, f in chosen.items() if n not in counted},
         nbytes=dataset.rows * row_bytes,
-        seconds=time.perf_counter() - started,
+        seconds=work.seconds,
         written=write,
     )
     if write:
-        locks.check()
+        work.locks.check()
         try:
             _write(open_objects(dataset.place), result)
         except StorageError as err:  # where we may only read: what was found is no less true
@@ -148,7 +125,7 @@ def sums(dataset: Dataset, names: tuple[str, ...], start: int, stop: int) -> tup
     with ThreadPoolExecutor(1, "actshuffle-read") as reader:
         for name in names:
             info = dataset.fields[name]
-            summed = FloatSums(info) if is_float(info) else IntSums(info)
+            summed = _sums(info)
             step = max(1, min(READ_BYTES // info.row_bytes, stop - start))
             # Each its own, as an arena of so little would not be in huge pages, which a disk fills faster.
             memory = [pages(step * info.row_bytes) for _ in range(2)]
@@ -167,6 +144,10 @@ def sums(dataset: Dataset, names: tuple[str, ...], start: int, stop: int) -> tup
     return start, found
 
 
+def _sums(info: FieldInfo) -> FloatSums | IntSums:
+    return FloatSums(info) if is_float(info) else IntSums(info)
+
+
 def _ranges(dataset: Dataset, row_bytes: int, workers: int) -> list[tuple[int, int]]:
     """Row ranges of whole objects of the widest field: enough for all workers, and not too many."""
     if not dataset.rows or not row_bytes:
@@ -177,17 +158,13 @@ def _ranges(dataset: Dataset, row_bytes: int, workers: int) -> list[tuple[int, i
     return [(a, min(a + step, dataset.rows)) for a in range(0, dataset.rows, step)]
 
 
-def _finish(dataset: Dataset, name: str, part: Part | None) -> FloatStats | IntStats:
-    info = dataset.fields[name]
-    if isinstance(part, IntPart) or (part is None and is_integer(info)):
-        part = part if isinstance(part, IntPart) else IntPart(0)
+def _finish(info: FieldInfo, part: Part) -> FloatStats | IntStats:
+    if isinstance(part, IntPart):
         number, exact = distinct(part)
         if part.least is not None and part.most is not None:
             number = min(number, part.most - part.least + 1)
-        values = part.count * math.prod(info.row_shape)
-        number = min(number, values)
+        number = min(number, part.count * math.prod(info.row_shape))
         return IntStats(info.dtype_name, part.count, part.least, part.most, number, exact)
-    part = part if isinstance(part, FloatPart) else FloatSums(info).part()
     n, blank = part.count, np.full(math.prod(info.row_shape), math.nan)
     return FloatStats(
         dtype=info.dtype_name,
@@ -223,7 +200,7 @@ def _write(objects: Objects, found: Stats) -> None:
 
 
 def read_stats(path: str | Path | Dataset, *, storage_options: dict[str, Any] | None = None) -> Stats:
-    """What `stats` wrote beside a store's rows.
+    """The statistics that `stats` wrote beside a store's rows.
 
     Raises
     ------

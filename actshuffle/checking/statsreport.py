@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from actshuffle._version import __version__
-from actshuffle.arraytypes import F64
 from actshuffle.checking.moments import bin_edges
 from actshuffle.checking.statstypes import HEAVY, FloatStats, IntStats
 from actshuffle.errors import RequestError
@@ -52,13 +51,29 @@ class Stats:
         }
 
     def __str__(self) -> str:
-        return text(self)
+        floats, ints, notes = tables(self)
+        rate = f"{format_bytes(self.nbytes / self.seconds)}/s" if self.seconds else "-"
+        lines = [
+            f"{self.path}: {counted(self.rows, 'row')}, {format_bytes(self.nbytes)} in "
+            f"{format_seconds(self.seconds)} ({rate})" + (", kept in the store" if self.written else "")
+        ]
+        for header, rows in ((FLOAT_HEADER, floats), (INT_HEADER, ints)):
+            if rows:
+                lines += ["", *_columns([header, *rows])]
+        return "\n".join([*lines, "", *notes] if notes else lines)
 
     def __repr__(self) -> str:
         return f"<Stats of {self.path}: {counted(self.rows, 'row')}, {', '.join(self.fields)}>"
 
     def _repr_html_(self) -> str:
-        return html(self)
+        """The tables, and the picture where matplotlib is there."""
+        floats, ints, notes = tables(self)
+        facts: dict[str, object] = {"store": self.path, "rows": f"{self.rows:,}"}
+        facts |= {f"note {i}": note for i, note in enumerate(notes, 1)}
+        shown = floats and find_spec("matplotlib") is not None
+        picture = image(png(self), f"statistics of {self.path}") if shown else ""
+        whole = page("Statistics", facts, FLOAT_HEADER, floats, extra=picture)
+        return whole + (page("", {}, INT_HEADER, ints) if ints else "")
 
     def png(self, path: str | Path | None = None) -> bytes:
         """A picture of the floating fields, also written to ``path``.  Needs matplotlib."""
@@ -122,38 +137,6 @@ def _notes(of: FloatStats) -> list[str]:
     return notes
 
 
-def text(found: Stats) -> str:
-    """For the terminal."""
-    floats, ints, notes = tables(found)
-    lines = [_headline(found)]
-    for header, rows in ((FLOAT_HEADER, floats), (INT_HEADER, ints)):
-        if rows:
-            lines += ["", *_columns([header, *rows])]
-    if notes:
-        lines += ["", *notes]
-    return "\n".join(lines)
-
-
-def html(found: Stats) -> str:
-    """For notebooks: the tables, and the picture where matplotlib is there."""
-    floats, ints, notes = tables(found)
-    facts: dict[str, object] = {"store": found.path, "rows": f"{found.rows:,}"}
-    picture = ""
-    if floats and find_spec("matplotlib") is not None:
-        picture = image(png(found), f"statistics of {found.path}")
-    facts |= {f"note {i}": note for i, note in enumerate(notes, 1)}
-    whole = page("Statistics", facts, FLOAT_HEADER, floats, extra=picture)
-    return whole + (page("", {}, INT_HEADER, ints) if ints else "")
-
-
-def _headline(found: Stats) -> str:
-    rate = f"{format_bytes(found.nbytes / found.seconds)}/s" if found.seconds else "-"
-    return (
-        f"{found.path}: {counted(found.rows, 'row')}, {format_bytes(found.nbytes)} in "
-        f"{format_seconds(found.seconds)} ({rate})" + (", kept in the store" if found.written else "")
-    )
-
-
 def _columns(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
@@ -167,6 +150,7 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 # --- The picture --------------------------------------------------------------------------------
 
 INK, SOFT, ACCENT, WARN = "#1f2933", "#9aa5b1", "#2563a8", "#c2410c"
+NOTE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}  # words at a point
 
 
 def png(found: Stats) -> bytes:
@@ -208,7 +192,8 @@ def _norm_panel(axis: Any, field: str, of: FloatStats) -> None:
     middle = np.clip(np.sqrt((low + high) / 2), of.norm_min, of.norm_max)
     a, b = of.norm_quantile(0.001), of.norm_quantile(0.999)
     a, b = (a, b) if b > a else (a * 0.98 - 1e-9, a * 1.02 + 1e-9)
-    edges = np.linspace(a, b, _bins(middle, a, b) + 1)
+    inside = np.count_nonzero((middle >= a) & (middle <= b))  # bins of the histogram of the norms
+    edges = np.linspace(a, b, int(np.clip(inside // 2, 8, 60)) + 1)
     # Rows are spread evenly over the bin they were counted in, or the bins here would beat with those.
     ends = np.clip(np.sqrt(np.stack([low, high], axis=1)), of.norm_min, of.norm_max).reshape(-1)
     counted = np.concatenate([[0], np.cumsum(of.norms[:, 1])]) / of.count
@@ -219,51 +204,28 @@ def _norm_panel(axis: Any, field: str, of: FloatStats) -> None:
     median = of.norm_quantile(0.5)
     axis.axvline(median, color=INK, linewidth=1)
     right = median < (a + b) / 2
+    beside: dict[str, Any] = {"xytext": (4 if right else -4, -2), "va": "top", "ha": "left" if right else "right"}
     axis.annotate(
-        f"median {median:.4g}",
-        (median, 1.0),
-        xycoords=("data", "axes fraction"),
-        fontsize=8,
-        color=INK,
-        xytext=(4 if right else -4, -2),
-        textcoords="offset points",
-        va="top",
-        ha="left" if right else "right",
+        f"median {median:.4g}", (median, 1.0), xycoords=("data", "axes fraction"), color=INK, **beside, **NOTE
     )
     axis.set_title(f"{field} ({of.dtype}): norms of rows", loc="left", fontsize=9, color=INK)
     axis.set_xlabel("norm (0.1 to 99.9 %, the rest in the outer bins)", fontsize=8, color=INK)
     axis.set_ylabel("share of rows", fontsize=8, color=INK)
 
 
-def _bins(middle: F64, a: float, b: float) -> int:
-    """As many bins as the histogram of the norms can fill, 60 at most."""
-    inside = np.count_nonzero((middle >= a) & (middle <= b))
-    return int(np.clip(inside // 2, 8, 60))
-
-
 def _dimension_panel(axis: Any, of: FloatStats) -> None:
     """Mean and one sd either side, by dimension; outliers named."""
     mean, sd = of.mean.reshape(-1), np.sqrt(of.variance.reshape(-1))
     place = np.arange(len(mean))
-    if len(mean) > 1:
-        axis.fill_between(place, mean - sd, mean + sd, color=ACCENT, alpha=0.3, linewidth=0, step="mid")
-        axis.plot(place, mean, color=ACCENT, linewidth=0.8)
-    else:
-        axis.errorbar(place, mean, sd, color=ACCENT, fmt="o")
+    axis.fill_between(place, mean - sd, mean + sd, color=ACCENT, alpha=0.3, linewidth=0, step="mid")
+    axis.plot(place, mean, color=ACCENT, linewidth=0.8)
     span = float(np.ptp(np.concatenate([mean - sd, mean + sd]))) or 1.0
     for at in list(of.outliers)[:4]:
         up = mean[at] >= 0
         axis.plot(at, mean[at], ".", color=WARN, markersize=5)
-        axis.annotate(
-            str(at),
-            (at, mean[at] + (sd[at] if up else -sd[at])),
-            xytext=(0, 3 if up else -3),
-            textcoords="offset points",
-            fontsize=8,
-            color=WARN,
-            ha="center",
-            va="bottom" if up else "top",
-        )
+        end = mean[at] + (sd[at] if up else -sd[at])
+        beside: dict[str, Any] = {"xytext": (0, 3 if up else -3), "va": "bottom" if up else "top", "ha": "center"}
+        axis.annotate(str(at), (at, end), color=WARN, **beside, **NOTE)
     if of.outliers:  # linear where most dimensions are, logarithmic beyond
         axis.set_yscale("symlog", linthresh=4 * float(np.median(of.rms)), linscale=2)
         axis.margins(y=0.15)

@@ -1,4 +1,4 @@
-"""What is known of one field of a store: see `actshuffle.stats`."""
+"""The statistics of one field of a store: see `actshuffle.stats`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `verify` is given: which store has the rows to check, and which stores it cannot check, with what can.
+"""The subject of `verify`: the store that has the rows to check, or a refusal that names another check.
 
 =============  ===========================================================================================
 whole shuffle  checked against its source

@@ -32,6 +32,7 @@ DROP_TOKENS = click.option("--drop-tokens", metavar="ID,ID", type=NUMBERS, help=
 RENUMBER = click.option(
     "--renumber/--no-renumber", default=True, help="Number documents on from store to store.  [default: yes]"
 )
+FLOATS = click.Choice(list(DTYPES))
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace a store that is there.")
 
 
@@ -252,14 +253,9 @@ def import_(
 @click.option("--layers", metavar="N,N", type=NUMBERS, help="Hidden states to take; 0 is the embedding.")
 @click.option("--hooks", metavar="A,B", type=LIST, help="Modules whose outputs to take.")
 @click.option("--gradients", is_flag=True, help="Also write the gradient of the loss with respect to each layer.")
+@click.option("--dtype", type=FLOATS, default="float32", help="Data type of the store.  [default: float32]")
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Data type of the store.  [default: float32]"
-)
-@click.option(
-    "--model-dtype",
-    type=click.Choice(list(DTYPES)),
-    default="float32",
-    help="Data type in which the model computes.  [default: float32]",
+    "--model-dtype", type=FLOATS, default="float32", help="Data type in which the model computes.  [default: float32]"
 )
 @click.option("--context", type=POSITIVE, help="Tokens per window.  [default: 128, or as many as the model takes]")
 @click.option(

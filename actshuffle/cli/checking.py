@@ -65,15 +65,7 @@ def info(path: str, storage_options: dict[str, Any] | None) -> Answer:
 @click.option("--write/--no-write", default=True, help="Keep the statistics in a finished store.  [default: yes]")
 @INCOMPLETE
 @work(here=True)
-def stats(
-    executor: Any,
-    display: Any,
-    store: str,
-    png: Path | None,
-    only_read: bool,
-    storage_options: dict[str, Any] | None,
-    **options: Any,
-) -> Answer:
+def stats(executor: Any, display: Any, store: str, png: Path | None, only_read: bool, **options: Any) -> Answer:
     """Compute mean, variance, norms, outliers, NaNs and Infs of each array, in one pass.
 
     Works on threads of this process unless --workers or --scheduler is given.
@@ -86,10 +78,9 @@ def stats(
     if png is not None and not png.absolute().parent.is_dir():
         raise RequestError(f"there is no folder {png.parent} for the picture")
     if only_read:
-        found = statspass.read_stats(store, storage_options=storage_options)
+        found = statspass.read_stats(store, storage_options=options["storage_options"])
     else:
-        options |= {"executor": executor, "progress": display, "storage_options": storage_options}
-        found = statspass.stats(store, **options)
+        found = statspass.stats(store, executor=executor, progress=display, **options)
     return Answer(found.as_dict(), str(found), wraps=False, then=lambda: png and found.png(png))
 
 
@@ -110,15 +101,7 @@ def stats(
 @click.option("--alpha", type=FRACTION, default=0.01, show_default=True, help="Chance that a uniform shuffle fails.")
 @INCOMPLETE
 @look
-def quality(
-    store: str,
-    batch_size: int,
-    buffer_rows: int | None,
-    seed: int,
-    incomplete: bool,
-    storage_options: dict[str, Any] | None,
-    **options: Any,
-) -> Answer:
+def quality(store: str, batch_size: int, buffer_rows: int | None, seed: int, **options: Any) -> Answer:
     """Compare how well the batches of a store are mixed with a uniform shuffle.
 
     The exit code is 0 if nothing tells them apart, else 1.
@@ -128,7 +111,8 @@ def quality(
       actshuffle quality shuffled.zarr
       actshuffle quality activations.zarr --buffer-rows 1000000
     """
-    dataset = open_finished_or_plain(store, incomplete=incomplete, storage_options=storage_options)
+    opening = {name: options.pop(name) for name in ("incomplete", "storage_options")}
+    dataset = open_finished_or_plain(store, **opening)
     rows = 0 if buffer_rows is None and not dataset.shuffled else buffer_rows
     loader = Loader(dataset, batch_size, buffer_rows=rows, seed=seed)
     if buffer_rows:

@@ -1,4 +1,4 @@
-"""What every command needs of its process: signals that stop it in order, pure JSON on stdout, lines that wrap.
+"""The process of every command: signals that stop it in order, pure JSON on stdout, lines that wrap.
 
 It imports nothing of the other rooms, since --help and --version use it too.
 """

@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TextIO
 
 import click
@@ -229,11 +230,10 @@ class Display:
         return f"{title:<{TITLE}}{done}{rest}{numbers}"
 
     def _columns(self) -> int:
-        try:
+        with suppress(OSError, ValueError):
             assert self.stream is not None
             return max(20, os.get_terminal_size(self.stream.fileno()).columns - 3)  # room for ^C
-        except (OSError, ValueError):
-            return 77
+        return 77
 
     def _write_live(self, text: str, end: str) -> None:
         if self.live:
@@ -246,13 +246,10 @@ class Display:
             self._put(f"{stamp}  {self._stage if title is None else title:<{TITLE}}{text}\n")
 
     def _put(self, text: str) -> None:
-        if self.stream is None:
-            return
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except (OSError, ValueError):
-            pass  # nobody looks any more, and the run continues
+        if self.stream is not None:
+            with suppress(OSError, ValueError):  # nobody looks any more, and the run continues
+                self.stream.write(text)
+                self.stream.flush()
 
 
 class LogLines(logging.Handler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import click
@@ -10,6 +11,7 @@ import click
 from actshuffle.cli.values import COUNT, JSON, PATH, POSITIVE, RATE, REAL, REAL_ABOVE_0, STRAGGLERS, TEXT, Parsed
 from actshuffle.engine.request import KNOBS
 from actshuffle.errors import RequestError
+from actshuffle.planning.cost import Cluster
 from actshuffle.units import parse_count
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -62,10 +64,6 @@ WORKERS = click.option(
 INSECURE = "actshuffle.insecure"  # in a context's meta
 
 
-def _remember_insecure(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    ctx.meta[INSECURE] = value
-
-
 SCHEDULER = _options(
     click.option(
         "--scheduler", metavar="ADDRESS", type=TEXT, help="Run on the Dask cluster at this address: tls://host:8786."
@@ -74,7 +72,7 @@ SCHEDULER = _options(
         "--insecure",
         is_flag=True,
         expose_value=False,
-        callback=_remember_insecure,
+        callback=lambda ctx, _, value: ctx.meta.update({INSECURE: value}),
         help="Allow a --scheduler on another machine without TLS.",
     ),
 )
@@ -92,7 +90,18 @@ LOOK = _options(STORAGE, AS_JSON, DEBUG)  # of commands that look at something
 WORK = _options(WORKERS, SCHEDULER, STORAGE, AS_JSON, QUIET, DEBUG)  # of those with work to share
 
 
-# The hosts of a forecast; their names are those of `forecast_cluster`.
+def _price(per: str, field: str, units: float, help: str) -> Callable[[F], F]:
+    """The option of a price for so many units; the library takes that of one."""
+    flag = f"--price-per-{per}"
+    return click.option(flag, field, type=REAL, default=0.0, callback=lambda _, __, value: value / units, help=help)
+
+
+def _seconds(flag: str, unit: int, default: float, help: str) -> Callable[[F], F]:
+    """The option of a time in units of so many seconds; the library takes seconds."""
+    return click.option(flag, type=REAL, default=default, callback=lambda _, __, value: unit * value, help=help)
+
+
+# The hosts of a forecast; the names of their options are those of the fields of `Cluster`.
 CLUSTER = _options(
     click.option("--hosts", type=POSITIVE, help="Forecast the run on this many hosts; see docs/scaling.md."),
     click.option("--workers-per-host", type=POSITIVE, default=16, help="Worker processes per host.  [default: 16]"),
@@ -100,7 +109,7 @@ CLUSTER = _options(
     click.option(
         "--disk", type=RATE, help="Rate of a host's disks, if they hold the scratch.  [default: the store holds it]"
     ),
-    click.option("--store-rate", type=RATE, help="Total rate of the object store.  [default: unlimited]"),
+    click.option("--store-rate", "store", type=RATE, help="Total rate of the object store.  [default: unlimited]"),
     click.option(
         "--requests",
         type=REAL_ABOVE_0,
@@ -108,10 +117,10 @@ CLUSTER = _options(
     ),
     click.option("--latency", type=REAL, default=0.03, help="Seconds per request.  [default: 0.03]"),
     click.option("--stream", type=RATE, help="Highest rate of one worker.  [default: that of its host]"),
-    click.option("--price-per-put", type=REAL, default=0.0, help="Dollars per 1,000 PUTs."),
-    click.option("--price-per-get", type=REAL, default=0.0, help="Dollars per 1,000 GETs."),
-    click.option("--price-per-host", type=REAL, default=0.0, help="Dollars per host and hour."),
-    click.option("--price-per-gb", type=REAL, default=0.0, help="Dollars per GB of scratch and month."),
+    _price("put", "put_price", 1000, "Dollars per 1,000 PUTs."),
+    _price("get", "get_price", 1000, "Dollars per 1,000 GETs."),
+    _price("host", "host_price", 3600, "Dollars per host and hour."),
+    _price("gb", "scratch_price", 1e9 * 30 * 86400, "Dollars per GB of scratch and month."),
     click.option("--simulate", is_flag=True, help="Simulate the run task by task, instead of by arithmetic."),
     click.option(
         "--stragglers",
@@ -120,32 +129,14 @@ CLUSTER = _options(
         default="0:1",
         help="Share of slow tasks: 0.01:4 means that 1% of the tasks take 4 times as long.",
     ),
-    click.option("--mtbf", type=REAL, default=0.0, help="Hours between failures of a host.  [default: none fails]"),
-    click.option("--repair", type=REAL, default=10.0, help="Minutes until a failed host is back.  [default: 10]"),
+    _seconds("--mtbf", 3600, 0.0, "Hours between failures of a host.  [default: none fails]"),
+    _seconds("--repair", 60, 10.0, "Minutes until a failed host is back.  [default: 10]"),
     click.option("--simulation-seed", type=COUNT, default=0, help="Seed of the simulation.  [default: 0]"),
 )
 
 
-def forecast_cluster(given: dict[str, Any]) -> Any:
+def forecast_cluster(given: dict[str, Any]) -> Cluster | None:
     """Take the options of `CLUSTER` out of what a command was given: the cluster, None without hosts."""
-    from actshuffle.planning.cost import Cluster
-
-    names = ("network", "disk", "requests", "latency", "stream", "workers_per_host", "hosts")
-    plain = {name: given.pop(name) for name in names}
-    store, (share, times) = given.pop("store_rate"), given.pop("stragglers")
-    hours, minutes = given.pop("mtbf"), given.pop("repair")
-    prices = [given.pop(f"price_per_{what}") for what in ("put", "get", "host", "gb")]
-    if plain["hosts"] is None:
-        return None
-    return Cluster(
-        **plain,
-        store=store,
-        straggling=share,
-        slowness=times,
-        mtbf=3600 * hours,
-        repair=60 * minutes,
-        put_price=prices[0] / 1000,
-        get_price=prices[1] / 1000,
-        host_price=prices[2] / 3600,
-        scratch_price=prices[3] / (1e9 * 30 * 86400),
-    )
+    found = {field.name: given.pop(field.name) for field in fields(Cluster) if field.name in given}
+    found["straggling"], found["slowness"] = given.pop("stragglers")
+    return None if found["hosts"] is None else Cluster(**found)

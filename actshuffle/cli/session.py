@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
+from actshuffle import machine
 from actshuffle.cli.console import print_json, wrapped
 from actshuffle.cli.display import Display, LogLines
 from actshuffle.cli.options import INSECURE, LOOK, WORK
-from actshuffle.executors import Executor
+from actshuffle.executors import Executor, Serial, connected, executor_for
 from actshuffle.units import counted
 
 T = TypeVar("T")
@@ -36,9 +37,7 @@ class _Crew(Executor):
     """
 
     def __init__(self, workers: int | None, display: Display) -> None:
-        from actshuffle.machine import cores
-
-        self.workers = max(1, cores() if workers is None else workers)
+        self.workers = max(1, machine.cores() if workers is None else workers)
         self._alone = workers == 0 or (workers is None and self.workers == 1)
         self._small = SMALL if workers is None else -1
         self._threads = workers is None and self.workers > 1
@@ -54,8 +53,6 @@ class _Crew(Executor):
             self._inner = Threads(self.workers)
             self._display.line("workers", f"{self.workers} threads of this process")
         if self._inner is None:
-            from actshuffle.executors import executor_for
-
             alone = self._alone or nbytes <= self._small
             if not alone:
                 self._display.hint("cluster", f"starting {counted(self.workers, 'worker')} ...")
@@ -71,8 +68,6 @@ class _Crew(Executor):
 
     def task_memory(self) -> int:
         """A worker's share of the machine, as its cluster will see it."""
-        from actshuffle.executors import Serial
-
         return Serial().task_memory() // self.workers
 
     def close(self) -> None:
@@ -119,8 +114,6 @@ def at_work(
             stack.callback(display.close)
             if scheduler is not None:
                 display.hint("cluster", f"connecting to {scheduler} ...")
-                from actshuffle.executors.cluster import connected
-
                 executor = stack.enter_context(connected(scheduler, insecure=ctx.meta.get(INSECURE, False)))
                 display.line("cluster", _cluster_text(executor))
             else:
@@ -178,16 +171,8 @@ def work(*, here: bool = False) -> Callable[[Callable[..., Answer]], Callable[..
         @WORK
         @click.pass_context
         @wraps(command)
-        def run(
-            ctx: click.Context,
-            /,
-            *,
-            workers: int | None,
-            scheduler: str | None,
-            as_json: bool,
-            quiet: bool,
-            **options: Any,
-        ) -> None:
+        def run(ctx: click.Context, /, *, as_json: bool, quiet: bool, **options: Any) -> None:
+            workers, scheduler = options.pop("workers"), options.pop("scheduler")
             alone = here and workers is None and scheduler is None
             with at_work(ctx, 0 if alone else workers, scheduler, quiet) as (executor, display):
                 answer = command(None if alone else executor, display, **options)

@@ -50,26 +50,27 @@ def count(least: int) -> Parsed:
     return Parsed("count", parse)
 
 
-def real(*, zero: bool) -> Parsed:
-    """The type of finite numbers above 0, and of 0 itself if ``zero``."""
+def number(domain: str, allows: Callable[[float], bool], name: str = "float") -> Parsed:
+    """The type of the numbers that ``allows`` accepts: those of a domain."""
 
     def parse(text: str) -> float:
         with suppress(ValueError):
-            value = float(text)
-            if 0 < value < math.inf or (zero and value == 0):
+            if allows(value := float(text)):
                 return value
-        raise RequestError(f"must be a finite number{' of at least' if zero else ' above'} 0, got {text!r}")
+        raise RequestError(f"must be {domain}, got {text!r}")
 
-    return Parsed("float", parse)
+    return Parsed(name, parse)
 
 
-def _fraction(text: str) -> float:
-    """A number between 0 and 1, both left out."""
-    with suppress(ValueError):
-        value = float(text)
-        if 0 < value < 1:
-            return value
-    raise RequestError(f"must be a number between 0 and 1, got {text!r}")
+def integers(each: str, wanted: str) -> Parsed:
+    """The type of whole numbers with commas between them, each of which matches a pattern."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        if not re.fullmatch(f"{each}(,{each})*", text):
+            raise RequestError(f"write {wanted}; got {text!r}")
+        return tuple(map(int, text.split(",")))
+
+    return Parsed("numbers", parse)
 
 
 def _text(text: str) -> str:
@@ -93,10 +94,6 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError('must be a JSON object like {"anon": true}')
     return value
-
-
-def _rate(text: str) -> int:
-    return _size(text.strip().removesuffix("/s"))
 
 
 def _stragglers(text: str) -> tuple[float, float]:
@@ -132,18 +129,6 @@ def _renamed(text: str) -> tuple[str, str]:
     return column, name
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
-        raise RequestError(f"write whole numbers from 0, like 3,5; got {text!r}")
-    return tuple(map(int, text.split(",")))
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d{0,18}(,[1-9]\d{0,18})*", text):
-        raise RequestError(f"write a shape as whole numbers from 1, like 4096, or 12,64; got {text!r}")
-    return tuple(map(int, text.split(",")))
-
-
 def _list(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if not all(names):
@@ -158,20 +143,15 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _multiple(text: str) -> float:
-    with suppress(ValueError):
-        value = float(text)
-        if value == 0 or 1 < value < math.inf:
-            return value
-    raise RequestError(f"must be 0, for none, or a finite number above 1, got {text!r}")
-
-
-SIZE, RATE = Parsed("size", _size), Parsed("rate", _rate)
+SIZE, RATE = Parsed("size", _size), Parsed("rate", lambda text: _size(text.strip().removesuffix("/s")))
 COUNT, POSITIVE = count(0), count(1)
-REAL, REAL_ABOVE_0 = real(zero=True), real(zero=False)
+REAL = number("a finite number of at least 0", lambda value: 0 <= value < math.inf)
+REAL_ABOVE_0 = number("a finite number above 0", lambda value: 0 < value < math.inf)
+MULTIPLE = number("0, for none, or a finite number above 1", lambda value: value == 0 or 1 < value < math.inf)
+FRACTION = number("a number between 0 and 1", lambda value: 0 < value < 1, "fraction")
 TEXT, PATH = Parsed("text", _text), FilePath()
 SHARE, RENAMED, PART = Parsed("NAME=SHARE", _share), Parsed("COLUMN=ARRAY", _renamed), Parsed("I/N", _part)
-NUMBERS, SHAPE, LIST = Parsed("numbers", _numbers), Parsed("numbers", _shape), Parsed("names", _list)
-MULTIPLE = Parsed("float", _multiple)
-FRACTION = Parsed("fraction", _fraction)
+NUMBERS = integers(r"\d{1,9}", "whole numbers from 0, like 3,5")
+SHAPE = integers(r"[1-9]\d{0,18}", "a shape as whole numbers from 1, like 4096, or 12,64")
+LIST = Parsed("names", _list)
 JSON, STRAGGLERS = Parsed("JSON", _json_object), Parsed("stragglers", _stragglers)

@@ -149,7 +149,6 @@ class Job:
         return self.at_scratch.is_local and self.at_destination.is_local
 
     def receipt(self, task: Task) -> tuple[Objects, str]:
-        """The objects and the key of a task's receipt, which lies beside the task's data."""
         if task.kind == "leaf":
             return self.at_destination, f"{RECEIPTS}/{task.number}.json"
         if task.kind == "pack" and task.level == self.plan.levels:
@@ -158,7 +157,6 @@ class Job:
         return self.at_scratch, f"level{task.level}/{folder}/{task.number}.json"
 
     def accepts(self, task: Task, body: dict[str, Any]) -> bool:
-        """True if a receipt's content holds every value that its readers need, and no impossible one."""
         plan = self.plan
         if task.kind in ("pack", "index"):
             return True

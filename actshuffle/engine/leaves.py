@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
-from actshuffle.arrays.output import Output
+from actshuffle.arrays.output import write_object
 from actshuffle.arraytypes import U8, U64
 from actshuffle.engine.columns import Columns
 from actshuffle.engine.gather import Gather
@@ -47,8 +48,8 @@ def leaf(job: Job, task: Task) -> tuple[Payload, int]:
 def _gathered(job: Job, task: Task) -> tuple[Payload, int]:
     """Do one leaf of a gather.
 
-    Rows go straight from the source into the buffer that is written, so there is nothing to compare: `run.publish`
-    checks by the digests of the keys that every row is there once.
+    Rows go straight from the source into the buffer that is written, so there is nothing to compare:
+    `run.Shuffle.publish` checks by the digests of the keys that every row is there once.
     """
     first, stop = job.plan.bucket_ranks(job.plan.levels - 1, task.number)
     rows, gather = stop - first, Gather(job)
@@ -90,7 +91,7 @@ def _write(
     rows, out_bytes = len(source_row), _out_bytes(job)
     buffers = [memory.take((out_bytes,)), memory.take((out_bytes,))]
     found = np.zeros((1 + len(job.fields), 2), np.uint64)
-    output = Output(job.destination, fsync=job.fsync)
+    write = partial(write_object, job.destination, fsync=job.fsync)
     digests: dict[str, list[str]] = {field.name: [] for field in job.fields}
     with behind() as writing:
         for number, field in enumerate(job.outputs):
@@ -105,7 +106,7 @@ def _write(
                     used[:] = source_row[a:b].view(np.uint8).reshape(-1, 8)
                 else:
                     read(number, a, b, used)
-                writing.submit(output.write, field, at, whole, b - a)
+                writing.submit(write, field, at, whole, b - a)
                 if field is not job.source_row:  # the digest is computed while they are written
                     digest = row_hash.total(used, source_row[a:b])
                     found[1 + number] += digest

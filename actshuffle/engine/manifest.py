@@ -20,6 +20,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -102,17 +103,13 @@ def write_bounds(job: Job, bounds: U64) -> None:
 def read_bounds(job: Job) -> U64 | None:
     """The boundaries, or None if they are absent, damaged or another job's."""
     objects = job.at_scratch
-    data = objects.get("bounds.json")
-    body = unsealed(data)
-    if body is None or body.get("job") != job.identity:
-        return None
-    try:
-        bounds = get_array(objects, "bounds")
-    except FormatError:
-        return None
-    if bounds is None or checksum(bounds.tobytes()) != body.get("bounds"):
-        return None
-    return bounds
+    body = unsealed(objects.get("bounds.json"))
+    if body is not None and body.get("job") == job.identity:
+        with suppress(FormatError):
+            bounds = get_array(objects, "bounds")
+            if bounds is not None and checksum(bounds.tobytes()) == body.get("bounds"):
+                return bounds
+    return None
 
 
 @lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ from typing import Any
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import take_inventory
-from actshuffle.arrays.marker import altered_files, is_finished, read_marker
+from actshuffle.arrays.marker import altered_files, array_names, is_finished, read_marker
 from actshuffle.arrays.metadata import ZarrArray, is_group, open_node, output_field, source_arrays, source_field
 from actshuffle.arrays.names import MARKER_KEY, OUR_GROUP, SOURCE_ROW
 from actshuffle.engine import manifest
@@ -110,7 +110,7 @@ def remove(objects: Objects) -> None:
 _METADATA = ("zarr.json", ".zgroup", ".zarray", ".zattrs")
 
 
-# What changed in a job, by the names of its fields: all but those that do not decide what it does.
+# The difference between two jobs in words, by the field that differs: all fields that decide the work.
 _SAID = {
     "source": "SRC is another path",
     "destination": "DST was another path",
@@ -284,7 +284,7 @@ def _changed(job: Job, request: Request, marker: dict[str, Any]) -> Iterator[str
         yield f"missing_chunks was {'refuse' if job.fill_missing else 'fill'}"
     now = {f.name: json.loads(f.metadata) for f in job.outputs}
     was = {name: _written(job, name) for name in now}
-    had = {*marker["fields"], *([SOURCE_ROW] if marker.get("source_row") else [])}
+    had = set(array_names(marker))
     if set(now) != had:
         yield f"arrays were {', '.join(sorted(had))}, now {', '.join(sorted(now))}"
     # Without these the chunks follow from the machine's memory, which need not be the same again.

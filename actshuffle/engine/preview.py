@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,14 @@ def ways(
     if (src is None) == (rows is None or row_bytes is None):
         raise RequestError("give a source, or both rows and row bytes")
     crew = whole("workers", workers or 0) or 1
+    most = int(SHARE * machine_memory() / crew)  # of memory for a worker
     switches(remote=remote)
     if src is None:
         if request.gather:
             raise RequestError("rows are gathered from a store: give one")
         request = request.filled(tasks_wanted=tasks_for(crew))
         if request.memory is None and request.block_bytes is None:
-            request = request.changed(memory=default_memory(crew))
+            request = request.changed(memory=min(PREFERRED_MEMORY, most))
         assert rows is not None
         assert row_bytes is not None
         width = parse_bytes(row_bytes)
@@ -81,7 +82,7 @@ def ways(
         return [], plan_rows(parse_count(rows), model, request)
     place = as_place(src, options.get("storage_options"))
     arrays = source_arrays(place, request.fields)
-    outlook = Outlook(place, arrays, crew, True, remote, lambda: int(SHARE * machine_memory() / crew))
+    outlook = Outlook(place, arrays, crew, True, remote, lambda: most)
     found = outlook.candidates(request)
     made = outlook.plan(request.changed(**cheapest(found).asks) if found else request)
     if request.gather:
@@ -91,7 +92,7 @@ def ways(
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known of a source and of those who work on it before a plan is made.
+    """The facts about a source and its workers that are known before a plan is made.
 
     ``remote`` means that spill and output are in an object store; ``most`` asks for the memory that a worker has.
     """
@@ -139,10 +140,11 @@ class Outlook:
         """All ways to the output that a request allows; none where it allows one only."""
         if not (wanted := choices(request, self.workers)) or virtual.open_reader(self.src) is not None:
             return []
-        return [one for one in candidates(self._site(request), partial(self._try, request)) if one.name in wanted]
 
-    def _try(self, request: Request, **asks: Any) -> Plan:
-        return self._plan(self.settle(request.changed(**asks)))
+        def planned(**asks: Any) -> Plan:
+            return self._plan(self.settle(request.changed(**asks)))
+
+        return [one for one in candidates(self._site(request), planned) if one.name in wanted]
 
     def _site(self, request: Request) -> Site:
         remote = is_remote(self.src)
@@ -229,11 +231,6 @@ def plan_rows(rows: int, model: MemoryModel, request: Request, **source: int) ->
 def tasks_for(workers: int) -> int | None:
     """A number of tasks that keeps all workers busy to the end; None for one worker, which any number keeps busy."""
     return 3 * workers if workers > 1 else None
-
-
-def default_memory(workers: int) -> int:
-    """A moderate share of this machine's memory for each worker, in bytes."""
-    return min(PREFERRED_MEMORY, int(SHARE * machine_memory() / workers))
 
 
 def check_gather(src: Place, request: Request) -> None:

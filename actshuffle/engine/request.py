@@ -162,9 +162,9 @@ class Request:
         return cls(**values, given=frozenset(values))
 
     @classmethod
-    def among(cls, arguments: Mapping[str, Any]) -> Request:
-        """The request in the arguments of a function: those that have the name of a knob."""
-        return cls.of(**{knob.argument: arguments.get(knob.argument) for knob in KNOBS.values()})
+    def among(cls, arguments: Mapping[str, Any], **others: Any) -> Request:
+        """The request in the arguments of a function that have the name of a knob; ``others`` come before them."""
+        return cls.of(**{knob.argument: arguments.get(knob.argument) for knob in KNOBS.values()} | others)
 
     @classmethod
     def recorded(cls, document: Any) -> Request:

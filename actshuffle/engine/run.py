@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from actshuffle.executors.choice import as_executor
 from actshuffle.html import page
 from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.running import Course, Stage, run
+from actshuffle.jobs.work import Work
 from actshuffle.ordering.digest import to_hex
 from actshuffle.planning.planner import Levels
 from actshuffle.planning.tree import Plan
@@ -172,23 +173,16 @@ def shuffle(
         crew = stack.enter_context(executor_for(workers, client)) if executor is None else as_executor(executor)
         if (request.spill_memory or request.gather) and not crew.one_machine:
             raise RequestError(f"{_NOT_SHARED}: leave it out with a scheduler")
-        locks = stack.enter_context(Locks())
-        job = prepare(
-            as_place(src, storage_options),
-            as_place(dst, storage_options),
-            request,
-            crew,
-            locks=locks,
-            overwrite=overwrite,
-            fsync=fsync,
-        )
+        work = Work(crew, progress or Silent(), overwrite, fsync)
+        stack.enter_context(work.locks)
+        job = prepared(as_place(src, storage_options), as_place(dst, storage_options), request, work)
         if (job.plan.uses_memory or job.kind.gathers) and not crew.one_machine:  # half done
             raise RequestError(
                 f"{_NOT_SHARED}: {dst} is half done with it; resume it without a scheduler, or --overwrite starts again"
             )
         if planned is not None:
             planned(job)
-        return execute(job, crew, progress or Silent(), locks)
+        return execute(job, crew, work.progress, work.locks)
 
 
 _NOT_SHARED = "spill memory and gathering use the memory of this machine, which workers on other machines cannot read"
@@ -211,10 +205,37 @@ class Shuffle(Course[Job]):
             manifest.write_run(self.job)
 
     def ready(self, executor: Executor, progress: Progress) -> None:
-        _find_boundaries(self.job, executor, progress)
+        job = self.job
+        if not job.kind.ranked or job.kind.gathers or manifest.read_bounds(job) is not None:
+            return
+        manifest.write_bounds(job, tasks.find_boundaries(job, executor, progress))
+        job.at_scratch.delete_prefix(tasks.COUNTS)
 
     def publish(self, progress: Progress) -> None:
-        publish(self.job)
+        """Write digests, metadata and, last of all, the marker.  Every step can be repeated."""
+        job, objects = self.job, self.job.at_destination
+        digests, keys = output_digests(job)
+        sums: dict[str, str] = {}
+        files: dict[str, bytes] = {}
+        for name, table in digests.items():
+            files |= put_array(objects, f"{DIGESTS}/{name}", table)
+            sums[name] = to_hex(table.sum(axis=0, dtype=np.uint64))
+        if job.kind.gathers:
+            check_whole(job, keys, sums)
+        promised = sums if job.known.sums is None else job.known.sums
+        if promised != sums:
+            wrong = ", ".join(sorted(name for name in sums if promised.get(name) != sums[name]))
+            raise ConservationError(
+                f"rows of {wrong} are not those that {job.source.url} had when they were written: an input "
+                "has been damaged since; verify it. Nothing was published"
+            )
+        metadata = {f"{DIGESTS}/zarr.json": group_metadata({})}
+        metadata |= {f"{f.name}/zarr.json": f.metadata.encode() for f in job.outputs}
+        metadata["zarr.json"] = group_metadata(json.loads(job.attributes))
+        for key, data in metadata.items():
+            objects.put(key, data)
+        objects.settle([""])
+        manifest.write_marker(job, sums, files | metadata)
 
     def clear(self, progress: Progress) -> None:
         if self.job.at_destination.size(RUN_KEY) is not None:  # nothing is written to a store that is finished
@@ -241,22 +262,16 @@ def execute(job: Job, executor: Executor, progress: Progress, locks: Locks | Non
     )
 
 
-def copy_through(
-    source: Place,
-    target: Place,
-    request: Request,
-    executor: Executor,
-    progress: Progress,
-    locks: Locks,
-    *,
-    overwrite: bool = False,
-    fsync: bool = True,
-    keep: bool = False,
-) -> Result:
+def prepared(source: Place, target: Place, request: Request, work: Work) -> Job:
+    """The job of a request for some work; see `prepare`."""
+    return prepare(source, target, request, work.crew, locks=work.locks, overwrite=work.overwrite, fsync=work.fsync)
+
+
+def copy_through(source: Place, target: Place, request: Request, work: Work, *, keep: bool = False) -> Result:
     """Make ``target`` of the virtual source that was written for that, and remove the source unless ``keep``."""
     requests.taken()
-    job = prepare(source, target, request, executor, locks=locks, overwrite=overwrite, fsync=fsync)
-    result = execute(job, executor, progress, locks)
+    job = prepared(source, target, request, work)
+    result = execute(job, work.crew, work.progress, work.locks)
     if not keep:
         open_objects(source).delete_prefix("")
     return result
@@ -264,10 +279,9 @@ def copy_through(
 
 def _claim(job: Job) -> None:
     scratch = job.at_scratch
-    try:
+    body = None
+    with suppress(FormatError):
         body = manifest.read_run(scratch, "run.json")
-    except FormatError:
-        body = None
     if body is None or body["job"] != job.identity:
         clear_scratch(job)  # left by an earlier run to this destination that no longer exists
     scratch.settle([""])
@@ -275,40 +289,6 @@ def _claim(job: Job) -> None:
     job.at_destination.settle([""])
     manifest.write_run(job)
     job.at_destination.settle([OUR_GROUP])
-
-
-def _find_boundaries(job: Job, executor: Executor, progress: Progress) -> None:
-    if not job.kind.ranked or job.kind.gathers or manifest.read_bounds(job) is not None:
-        return
-    manifest.write_bounds(job, tasks.find_boundaries(job, executor, progress))
-    job.at_scratch.delete_prefix(tasks.COUNTS)
-
-
-def publish(job: Job) -> None:
-    """Write digests, metadata and, last of all, the marker.  Every step can be repeated."""
-    objects = job.at_destination
-    digests, keys = output_digests(job)
-    sums: dict[str, str] = {}
-    files: dict[str, bytes] = {}
-    for name, table in digests.items():
-        files |= put_array(objects, f"{DIGESTS}/{name}", table)
-        sums[name] = to_hex(table.sum(axis=0, dtype=np.uint64))
-    if job.kind.gathers:
-        check_whole(job, keys, sums)
-    promised = sums if job.known.sums is None else job.known.sums
-    if promised != sums:
-        wrong = ", ".join(sorted(name for name in sums if promised.get(name) != sums[name]))
-        raise ConservationError(
-            f"rows of {wrong} are not those that {job.source.url} had when they were written: an input "
-            "has been damaged since; verify it. Nothing was published"
-        )
-    metadata = {f"{DIGESTS}/zarr.json": group_metadata({})}
-    metadata |= {f"{f.name}/zarr.json": f.metadata.encode() for f in job.outputs}
-    metadata["zarr.json"] = group_metadata(json.loads(job.attributes))
-    for key, data in metadata.items():
-        objects.put(key, data)
-    objects.settle([""])
-    manifest.write_marker(job, sums, files | metadata)
 
 
 def _clear(job: Job, progress: Progress) -> None:

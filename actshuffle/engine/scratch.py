@@ -66,7 +66,7 @@ def memory_beside(scratch: Place) -> Place:
 
 
 def memory_objects(job: Job) -> Objects | None:
-    """What lies in the machine's memory, all workers together: spill, or rows to gather; None if nothing does."""
+    """The objects in the machine's memory, all workers together: spill, or rows to gather; None if nothing does."""
     return open_objects(memory_place(job), fsync=False) if job.plan.uses_memory else None
 
 

@@ -135,10 +135,11 @@ class Spill:
         """
         runs = self.runs(bucket)
         stop = start + len(columns.hi)
-        parent = _parent(self.job, self.level, bucket)
-        first_block = parent * self.job.plan.blocks_per_parent(self.level)
+        plan = self.job.plan
+        parent = bucket * plan.widths[self.level] // plan.widths[self.level - 1]
+        first_block = parent * plan.blocks_per_parent(self.level)
         ends = np.cumsum(runs[:, 1].astype(np.int64))
-        step = STORE_BYTES if self.job.plan.model.remote else PIECE
+        step = STORE_BYTES if plan.model.remote else PIECE
         at = there = 0  # rows requested, rows read
         extents: tuple[list[Extent], list[Extent]] = ([], [])  # on disk, in memory
         with two_readers(self.objects.read, len(columns.hi) * self.row_bytes) as read:
@@ -185,11 +186,6 @@ class Spill:
             ("sums", "uint64", (buckets, fields + 1, 2)),
         ):
             self.objects.put(f"{self.prefix}/{name}/zarr.json", _one_row_per_chunk(dtype, shape))
-
-
-def _parent(job: Job, level: int, bucket: int) -> int:
-    plan = job.plan
-    return bucket * plan.widths[level] // plan.widths[level - 1]
 
 
 def _extents(key: str, offset: int, rows: int, a: int, b: int, parts: list[U8], at: int) -> Iterator[Extent]:

@@ -38,9 +38,8 @@ def status(dst: str | Path, storage_options: dict[str, Any] | None = None) -> di
     stages = tasks.stages(job)
     first = first_unfinished(job, stages)
     for level, stage in enumerate(stages, 1):
-        total = stage.count
-        done = total if level <= first else sum(stage.is_done(job, task) for task in stage.tasks())
-        levels.append({"level": level, "tasks": total, "done": done})
+        done = stage.count if level <= first else sum(stage.is_done(job, task) for task in stage.tasks())
+        levels.append({"level": level, "tasks": stage.count, "done": done})
     state = {"path": public_url(place.url), "state": "half done", "levels": levels}
     return {**state, "request": body["request"], "scratch": public_url(job.scratch.url)}
 

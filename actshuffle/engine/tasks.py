@@ -115,11 +115,8 @@ def _before_leaves(job: Job, executor: Executor, progress: Progress) -> None:
     if job.kind.gathers:
         staged, plain = gather.stage_calls(job), gather.warm_calls(job)
         looks = sweep(gather.KEYS, gather.look, gather.look_calls(job), executor, progress)
-        sums = list[tuple[int, U64, int]]()
-        if staged:
-            decoded = sweep(gather.DECODING, gather.stage, staged, executor, progress, itemgetter(2), job.plan.staged)
-            sums.extend(decoded)
-        gather.write_runs(job, looks, sums)
+        decoded = sweep(gather.DECODING, gather.stage, staged, executor, progress, itemgetter(2), job.plan.staged)
+        gather.write_runs(job, looks, list(decoded) if staged else [])
         nbytes = job.plan.rows * job.plan.row_bytes - job.plan.staged
         if plain:
             for _ in sweep(gather.READING, gather.warm, plain, executor, progress, int, nbytes):

@@ -1,4 +1,4 @@
-"""What every executor does: map a function over the argument tuples of many calls, results in any order."""
+"""The base of all executors: map a function over the argument tuples of many calls, results in any order."""
 
 from __future__ import annotations
 

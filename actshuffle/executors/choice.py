@@ -11,14 +11,8 @@ from actshuffle.executors.base import Executor
 from actshuffle.executors.cluster import Dask, local_cluster
 from actshuffle.executors.local import Serial
 
-MEMBERS = (
-    "map",
-    "workers",
-    "one_machine",
-    "tasks_per_worker",
-    "task_memory",
-    "close",
-)  # what a run asks of an executor
+# The members that a run uses.
+MEMBERS = ("map", "workers", "one_machine", "tasks_per_worker", "task_memory", "close")
 # Executors of a user's own cluster, by the library of its client.
 CLIENTS: dict[str, Callable[[Any], Executor]] = {"distributed": Dask}
 
@@ -43,8 +37,10 @@ def _on(client: Any) -> Executor:
     raise RequestError(f"client must be one of {', '.join(CLIENTS)}, got {type(client).__name__}")
 
 
-def as_executor(executor: Any) -> Executor:
-    """An executor that a user gave, or a `RequestError` if it is none."""
+def as_executor(executor: Any, default: Callable[[], Executor] = Serial) -> Executor:
+    """The executor that a user gave, or the default for None; a `RequestError` if it is no executor."""
+    if executor is None:
+        return default()
     # A class of the user's own need not derive from ours, if it has what ours has.
     if not isinstance(executor, Executor) and not all(hasattr(executor, name) for name in MEMBERS):
         hint = ": a client goes to client=" if type(executor).__module__.split(".")[0] in CLIENTS else ""

@@ -9,7 +9,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from importlib.util import find_spec
 from ipaddress import ip_address
 from itertools import islice
@@ -53,7 +53,7 @@ class Dask(Executor):
     @property
     def workers(self) -> int:  # type: ignore[override]
         """Number of workers, now or when the cluster last answered."""
-        with self._asking(suppress=True):
+        with self._asking(quiet=True):
             self._seen = max(1, len(self.client.scheduler_info(n_workers=-1)["workers"]))
         return self._seen
 
@@ -123,18 +123,15 @@ class Dask(Executor):
             raise _went_away(err) from err
         finally:
             if running and self.client.status == "running":
-                with self._asking(suppress=True):
+                with self._asking(quiet=True):
                     self.client.cancel(list(running))
 
     def _threads(self) -> int:
         deadline = time.monotonic() + 60
-        while True:
-            threads = sum(self.client.nthreads().values())
-            if threads or time.monotonic() > deadline:
-                break
+        while not (threads := sum(self.client.nthreads().values())):
+            if time.monotonic() > deadline:
+                raise ClusterError("the Dask cluster has no workers (waited 60 s)")
             time.sleep(0.2)
-        if not threads:
-            raise ClusterError("the Dask cluster has no workers (waited 60 s)")
         return int(threads)
 
     def task_memory(self) -> int:
@@ -147,18 +144,18 @@ class Dask(Executor):
 
     def close(self) -> None:
         if self.client.status == "running":
-            with self._asking(suppress=True):
+            with self._asking(quiet=True):
                 self.client.run(buffers.release)
 
     @contextmanager
-    def _asking(self, *, suppress: bool = False) -> Iterator[None]:
+    def _asking(self, *, quiet: bool = False) -> Iterator[None]:
         """Ask the scheduler, which may be dead."""
         try:
             yield
         except Exception as err:
             if not self._is_gone(err):
                 raise
-            if not suppress:
+            if not quiet:
                 raise _went_away(err) from err
 
     def _is_gone(self, err: Exception) -> bool:
@@ -233,11 +230,9 @@ def check_private(address: str) -> None:
     if parse_address(address)[0] in ("tls", "wss", "inproc"):
         return
     host = get_address_host(address)
-    try:
+    with suppress(ValueError):  # a name, which may be that of any machine
         if host == "localhost" or ip_address(host).is_loopback:
             return
-    except ValueError:  # a name, which may be that of any machine
-        pass
     raise RequestError(
         f"the Dask scheduler at {address} is on another machine and without TLS: whoever is on the way "
         "can read the data and run code on the workers. Give a tls:// address (certificates are "
@@ -249,7 +244,6 @@ def worker_name() -> str | None:
     """The name of the Dask worker that runs this call; None outside of one."""
     from distributed import get_worker
 
-    try:
+    with suppress(ValueError):
         return str(get_worker().name)
-    except ValueError:
-        return None
+    return None

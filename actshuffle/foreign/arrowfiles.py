@@ -70,7 +70,7 @@ class ArrowFiles(Table):
         length = found.list_length(name) if len(layout.item_shape) == 1 else None
         if length is not None:
             return (length,)
-        first = _next(Stream(file, 0, None, found.batches(name, 0, 1)), name).slice(0, 1)
+        first = _held(Stream(file, 0, None, found.batches(name, 0, 1)), name).slice(0, 1)
         return numbers_of(first, layout, f"{name!r} in {file}").shape[1:]
 
     def left_out(self, files: Sequence[Path]) -> dict[str, str]:
@@ -90,10 +90,9 @@ class ArrowFiles(Table):
         items = max(1, _VALUES * np.dtype(layout.dtype).itemsize // out.shape[1])
         stream, done = self._at(found, part.file, name, start, items), 0
         while done < len(out):
-            held = stream.held if stream.held is not None and len(stream.held) else _next(stream, name)
-            rows = row_bytes_of(
-                numbers_of(held.slice(0, min(items, len(out) - done)), layout, f"{name!r} in {part.file}")
-            )
+            held = _held(stream, name)
+            some = held.slice(0, min(items, len(out) - done))
+            rows = row_bytes_of(numbers_of(some, layout, f"{name!r} in {part.file}"))
             if rows.shape[1] != out.shape[1]:
                 raise SourceError(
                     f"mixed widths: items {stream.at:,} on of {name!r} in {part.file} have {rows.shape[1]:,} bytes, "
@@ -112,13 +111,16 @@ class ArrowFiles(Table):
         if stream is None or stream.file != file or not first <= stream.at <= start:
             stream = Stream(file, first, None, found.batches(name, group, items))
         while stream.at < start:
-            held = stream.held if stream.held is not None and len(stream.held) else _next(stream, name)
+            held = _held(stream, name)
             skipped = min(len(held), start - stream.at)
             stream = stream._replace(at=stream.at + skipped, held=held.slice(skipped))
         return stream
 
 
-def _next(stream: Stream, name: str) -> Any:
+def _held(stream: Stream, name: str) -> Any:
+    """The items that come first: those at hand, or the next ones with any."""
+    if stream.held is not None and len(stream.held):
+        return stream.held
     with _reading(stream.file):
         for values in stream.rest:
             if len(values):

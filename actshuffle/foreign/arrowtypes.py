@@ -1,4 +1,4 @@
-"""What a column of Arrow holds, by its type alone, and its values as numpy's.
+"""The content of an Arrow column by its type alone, and its values as numpy's.
 
 A column is an array of numbers if its items are numbers, or lists of one length, nested or not.  An *extension type*
 gives its storage a meaning, so its storage is not its value.  These are known, and a column of any other is not read::

@@ -28,21 +28,8 @@ from actshuffle.errors import RequestError, SourceError
 from actshuffle.extras import need
 from actshuffle.foreign.table import FileColumn, FilePart, Table, unreadable
 
-_SAFETENSORS = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": "bfloat16",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "|i1",
-    "U64": "<u8",
-    "U32": "<u4",
-    "U16": "<u2",
-    "U8": "|u1",
-    "BOOL": "|b1",
-}
+_SAFETENSORS = {"BF16": "bfloat16", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "|b1", "I8": "|i1", "U8": "|u1"}
+_SAFETENSORS |= {"I16": "<i2", "I32": "<i4", "I64": "<i8", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
 _TORCH = {"bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"}
 _TORCH |= {"float16", "bfloat16", "float32", "float64", "complex64", "complex128"}
 _MAGIC = {  # what files of other formats begin with

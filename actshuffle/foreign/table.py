@@ -87,12 +87,10 @@ def unreadable(name: str, file: Path, fault: str) -> FileColumn:
 def joined(found: Sequence[FileColumn]) -> FileColumn:
     """Join columns of one name, file after file; the result has a fault where they differ in type or width."""
     first, fault = found[0], next((c.fault for c in found if c.fault), "")
-    for other in found if not fault else []:
-        if (other.dtype, other.shape) != (first.dtype, first.shape):
-            fault = (
-                f"mixed widths: {first.name!r} has items of shape {first.shape}, "
-                f"{dtype_name(first.dtype)}, in {first.parts[0].file}, and of {other.shape}, "
-                f"{dtype_name(other.dtype)}, in {other.parts[0].file}"
-            )
-            break
+    other = next((c for c in found if (c.dtype, c.shape) != (first.dtype, first.shape)), None)
+    if other is not None and not fault:
+        fault = (
+            f"mixed widths: {first.name!r} has items of shape {first.shape}, {dtype_name(first.dtype)}, in "
+            f"{first.parts[0].file}, and of {other.shape}, {dtype_name(other.dtype)}, in {other.parts[0].file}"
+        )
     return replace(first, parts=tuple(p for c in found for p in c.parts), fault=fault)

@@ -34,6 +34,7 @@ from typing import IO, Any, NamedTuple
 from actshuffle.errors import SourceError
 from actshuffle.foreign.texttables import column_texts, csv_texts, unpacked_zstd
 
+Reader = Callable[[Path, IO[str], str], Iterator[str]]  # from a file, its text and the name of a field to documents
 _PACKED: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -177,12 +178,7 @@ def _json(file: Path, text: IO[str], field: str) -> Iterator[str]:
         yield from _lines(file, text, field, number + 1)
 
 
-_FORMATS: dict[str, Callable[[Path, IO[str], str], Iterator[str]]] = {
-    "text": _whole,
-    "lines": _lines,
-    "array": _array,
-    "json": _json,
-}
+_FORMATS: dict[str, Reader] = {"text": _whole, "lines": _lines, "array": _array, "json": _json}
 
 
 def _elements(file: Path, text: IO[str]) -> Iterator[Any]:

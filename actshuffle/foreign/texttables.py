@@ -16,7 +16,7 @@ _CSV_BYTES = 64 << 20  # read at a time; a record must fit in
 
 
 def unpacked_zstd(file: Path) -> IO[bytes]:
-    """What is in a zstd file, all frames of it."""
+    """The contents of a zstd file, of all its frames."""
     stream: IO[bytes] = need("pyarrow", "collect").input_stream(str(file), compression="zstd")
     return stream
 

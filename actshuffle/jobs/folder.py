@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.receipts import Payload, read_receipt, read_receipts
 from actshuffle.jobs.records import sealed, unsealed
 from actshuffle.jobs.running import Course, Done, Outcome, Stage, once, run
+from actshuffle.jobs.work import Work
 from actshuffle.progress import Progress, Silent
 from actshuffle.seals import seal
 from actshuffle.storage.objects import Objects, open_objects
@@ -121,10 +122,14 @@ class FolderJob:
     def results(self, name: str) -> Iterator[Payload]:
         """The receipts of a step, in order; for later steps and for ``publish``."""
         step = next(step for step in self.steps if step.name == name)
-        for number, found in enumerate(read_receipts(self, (FolderTask(name, n) for n in range(step.tasks)))):
+        for number, found in enumerate(read_receipts(self, _tasks(step))):
             if found is None:
                 raise RequestError(f"the receipt of {name} {number} vanished from {self.place}; run again to redo it")
             yield found
+
+
+def _tasks(step: Step) -> Iterator[FolderTask]:
+    return (FolderTask(step.name, number) for number in range(step.tasks))
 
 
 def run_task(job: FolderJob, task: FolderTask) -> Done:
@@ -149,13 +154,7 @@ class FolderCourse(Course[FolderJob]):
         self._publish = publish
 
     def stages(self) -> list[Stage]:
-        return [self._stage(step) for step in self.job.steps]
-
-    def _stage(self, step: Step) -> Stage:
-        def tasks() -> Iterator[FolderTask]:
-            return (FolderTask(step.name, number) for number in range(step.tasks))
-
-        return Stage(step.name, tasks, step.tasks, 0, run_task, is_done)
+        return [Stage(step.name, partial(_tasks, step), step.tasks, 0, run_task, is_done) for step in self.job.steps]
 
     def is_finished(self) -> bool:
         return read_done(self.job.place) is not None
@@ -220,23 +219,16 @@ def run_in_folder(
     """
     place = as_place(folder, storage_options)
     job = FolderJob(name, json.loads(json.dumps(dict(settings))), place, tuple(steps), fsync)
-    with Locks() as locks:
-        return run_held(job, publish, executor or Serial(), progress or Silent(), locks, overwrite=overwrite)
+    work = Work(executor or Serial(), progress or Silent(), overwrite)
+    with work.locks:
+        return run_held(job, publish, work)
 
 
-def run_held(
-    job: FolderJob,
-    publish: Callable[[FolderJob], Payload],
-    executor: Executor,
-    progress: Progress,
-    locks: Locks,
-    *,
-    overwrite: bool,
-) -> Outcome:
+def run_held(job: FolderJob, publish: Callable[[FolderJob], Payload], work: Work) -> Outcome:
     """`run_in_folder` for a caller that holds the folder, or a place that it lies beside."""
-    locks.take(job.place)
-    _make_way(job, overwrite=overwrite)
-    return run(FolderCourse(job, locks, publish), executor, progress)
+    work.locks.take(job.place)
+    _make_way(job, overwrite=work.overwrite)
+    return run(FolderCourse(job, work.locks, publish), work.crew, work.progress)
 
 
 def _make_way(job: FolderJob, *, overwrite: bool) -> None:

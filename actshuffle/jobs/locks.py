@@ -126,28 +126,25 @@ def _locked(place: Place, path: Path, home: Path, me: dict[str, Any]) -> int | N
     """The descriptor of the lock's file, locked; None where the file system has no locks."""
     while True:
         fd, found = _opened(path, home)
-        try:
-            _hold(fd, me)
-            if _is_there(fd, found):
-                if me["shared"] and (others := [h for h in _holders(fd) if h["shared"] != me["shared"]]):
-                    _withdraw(fd, me)
-                    raise _in_use(place, others)
+        with ExitStack() as stack:
+            stack.callback(os.close, fd)
+            try:
+                _hold(fd, me)
+                there = _is_there(fd, found)  # else its holder has removed it since it was opened
+            except BlockingIOError as err:
+                raise _in_use(place, _holders(fd)) from err
+            except OSError as err:
+                if err.errno not in _NO_LOCKS:
+                    raise
+                if found == path:
+                    path.unlink(missing_ok=True)
+                return None
+            if there and me["shared"] and (others := [h for h in _holders(fd) if h["shared"] != me["shared"]]):
+                _withdraw(fd, me)
+                raise _in_use(place, others)
+            if there:
+                stack.pop_all()
                 return fd
-        except BlockingIOError as err:
-            holders = _holders(fd)
-            os.close(fd)
-            raise _in_use(place, holders) from err
-        except DestinationInUseError:
-            os.close(fd)
-            raise
-        except OSError as err:
-            os.close(fd)
-            if err.errno not in _NO_LOCKS:
-                raise
-            if found == path:
-                path.unlink(missing_ok=True)
-            return None
-        os.close(fd)  # its holder has removed it since it was opened
 
 
 def _hold(fd: int, me: dict[str, Any]) -> None:
@@ -186,10 +183,9 @@ def _opened(path: Path, home: Path) -> tuple[int, Path]:
 
 
 def _is_there(fd: int, path: Path) -> bool:
-    try:
+    with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), path.lstat()) and os.fstat(fd).st_nlink > 0
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def _holders(fd: int) -> list[dict[str, Any]]:
@@ -273,10 +269,9 @@ def _me(shared: str) -> dict[str, Any]:
 
 def _born(process: int) -> int | None:
     """When a process started, in ticks since the machine did; None if there is none."""
-    try:
+    with suppress(OSError, ValueError, IndexError):
         return int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
+    return None
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
@@ -296,11 +291,10 @@ def _line(holder: dict[str, Any]) -> bytes:
 
 def _read(data: bytes | None) -> dict[str, Any] | None:
     kinds = {"id": str, "shared": str, "host": str, "process": int, "born": int | None, "since": str}
-    try:
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         found = json.loads(data or b"")
         return found if all(isinstance(found[name], kind) for name, kind in kinds.items()) else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+    return None
 
 
 def _told(holders: list[dict[str, Any]]) -> str:

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from typing import Any
 
 from actshuffle.arrays.names import FORMAT
 from actshuffle.seals import checksum
+
+_DAMAGED = (ValueError, KeyError, TypeError, RecursionError)  # errors of reading what is no record
 
 
 def sealed(body: dict[str, Any]) -> bytes:
@@ -26,17 +29,12 @@ def sealed(body: dict[str, Any]) -> bytes:
 
 def unsealed(data: bytes | None) -> dict[str, Any] | None:
     """The content of a record, or None if it is absent, torn or altered."""
-    if data is None:
-        return None
-    try:
-        document = json.loads(data)
+    with suppress(*_DAMAGED):
+        document = json.loads(data or b"")
         body: dict[str, Any] = document["body"]
-        text = json.dumps(body, sort_keys=True)
-        if checksum(text) != document["sha256"] or body["format"] != FORMAT:
-            return None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return body
+        if checksum(json.dumps(body, sort_keys=True)) == document["sha256"] and body["format"] == FORMAT:
+            return body
+    return None
 
 
 CHECK_BYTES = 16  # size of a table's checksum
@@ -59,7 +57,6 @@ def _mark(name: str, data: bytes) -> bytes:
 
 def format_of(data: bytes) -> Any:
     """The format that a record claims, if that much can be read."""
-    try:
+    with suppress(*_DAMAGED):
         return json.loads(data)["body"]["format"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+    return None

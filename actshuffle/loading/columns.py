@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,7 @@ class Layout:
 
     def offsets(self, rows: int) -> list[int]:
         """Where each column begins, and the end."""
-        found = [0]
-        for column in self.columns:
-            found.append(found[-1] + -(-rows * column.info.row_bytes // 64) * 64)
-        return found
+        return [0, *accumulate(-(-rows * column.info.row_bytes // 64) * 64 for column in self.columns)]
 
     def spans(self, rows: int, a: int, b: int) -> Iterator[tuple[Column, int, int]]:
         """The bytes of rows ``[a, b)`` of each column in a block of ``rows``."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
-from actshuffle.arrays.marker import is_begun, read_marker
+from actshuffle.arrays.marker import array_names, is_begun, read_marker
 from actshuffle.arrays.metadata import open_node, source_arrays
 from actshuffle.arrays.names import FORMAT, MARKER_KEY, OUR_GROUP, SOURCE_ROW
 from actshuffle.arrays.small import group_metadata
@@ -113,8 +113,7 @@ class Dataset:
         """
         info = self._info(name)
         rows = stop - start
-        if not 0 <= start <= stop <= self.rows:
-            raise RequestError(f"rows {start:,} to {stop:,} of {self.rows:,} in {self.path}")
+        self._check_range(start, stop)
         if out is None:
             out = np.empty((rows, *info.row_shape), info.dtype)
         flat = self._flat(info, rows, out)
@@ -133,8 +132,7 @@ class Dataset:
         ``once``: nobody will read these rows again soon; rows outside the page cache bypass it.
         """
         for start, stop in ranges:
-            if not 0 <= start <= stop <= self.rows:
-                raise RequestError(f"rows {start:,} to {stop:,} of {self.rows:,} in {self.path}")
+            self._check_range(start, stop)
         flat = self._flat(self._info(name), sum(b - a for a, b in ranges), out)
         return self._reading(name, ranges, flat, once=once)
 
@@ -159,6 +157,10 @@ class Dataset:
         if name not in self.fields:
             raise RequestError(f"no array named {name!r} in {self.path}; it has {sorted(self.fields)}")
         return self.fields[name]
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.rows:
+            raise RequestError(f"rows {start:,} to {stop:,} of {self.rows:,} in {self.path}")
 
     def _flat(self, info: FieldInfo, rows: int, out: NDArray[Any]) -> U8:
         need = rows * info.row_bytes
@@ -197,10 +199,8 @@ class Dataset:
     __repr__ = __str__
 
     def _forms(self) -> list[tuple[str, str]]:
-        return [
-            (name, f"({', '.join(map(str, (self.rows, *f.row_shape)))}) {f.dtype_name}")
-            for name, f in self.fields.items()
-        ]
+        shapes = {name: ", ".join(map(str, (self.rows, *f.row_shape))) for name, f in self.fields.items()}
+        return [(name, f"({shape}) {self.fields[name].dtype_name}") for name, shape in shapes.items()]
 
     def _repr_html_(self) -> str:
         facts = {
@@ -230,10 +230,17 @@ def open_dataset(
     return _open(as_place(path, storage_options), incomplete, ())
 
 
+def open_place(place: Place) -> Dataset:
+    """`open_dataset` for code that has a place, with the options of its store."""
+    return _open(place, False, ())
+
+
 def open_finished_or_plain(
-    path: str | Path, *, incomplete: bool = False, storage_options: dict[str, Any] | None = None
+    path: str | Path | Dataset, *, incomplete: bool = False, storage_options: dict[str, Any] | None = None
 ) -> Dataset:
     """Open any store to look at: a finished one, or one that actshuffle did not write, which needs no marker."""
+    if isinstance(path, Dataset):
+        return path
     place = as_place(path, storage_options)
     return _open(place, incomplete or not is_ours(open_objects(place)), ())
 
@@ -251,18 +258,16 @@ def _open(place: Place, incomplete: bool, views: tuple[str, ...]) -> Dataset:
     objects = open_objects(place)
     marker = read_marker(objects)
     if marker is None and not incomplete:
-        half_done = is_begun(place)
-        if not half_done:
-            open_node(place)  # says so if there is nothing at all
-        why = ", so it may be half written"
-        if half_done:
+        if is_begun(place):
             why = ": what writes it has not finished; the same command again goes on"
-        elif not is_ours(objects):
-            why = ": it was not made by actshuffle, whose `run` would shuffle it"
+        else:
+            open_node(place)  # says so if there is nothing at all
+            others = ": it was not made by actshuffle, whose `run` would shuffle it"
+            why = ", so it may be half written" if is_ours(objects) else others
         raise IncompleteStoreError(f"{public_url(place.url)} has no completion marker{why}")
     if marker is not None and marker["kind"] == "view":
         return _open_view(place, marker, views)
-    names = None if marker is None else _names(marker)
+    names = None if marker is None else array_names(marker)
     try:
         arrays = source_arrays(place, names)
     except RequestError as err:
@@ -290,7 +295,7 @@ def _open_view(place: Place, marker: dict[str, Any], views: tuple[str, ...]) -> 
     if place.url in views or len(views) >= _DEPTH:
         raise FormatError(f"views lead in a circle, or are more than {_DEPTH} deep: {where}")
     parent = _open(followed(place, marker["of"]), False, (*views, place.url))
-    if fault := fault_of(where, marker, names := _names(marker), parent):
+    if fault := fault_of(where, marker, names := array_names(marker), parent):
         raise FormatError(fault)
     return replace(
         parent,
@@ -319,8 +324,7 @@ def write_view(
         parent = open_dataset(parent, storage_options=storage_options)
     if parent.marker is None:
         raise IncompleteStoreError(f"{parent.path} has no completion marker; views are of finished stores")
-    if not 0 <= start <= stop <= parent.rows:
-        raise RequestError(f"rows {start:,} to {stop:,} of {parent.rows:,} in {parent.path}")
+    parent._check_range(start, stop)
     objects = open_objects(place := as_place(path, storage_options))
     if objects.size("zarr.json") is not None or next(iter(objects.list("")), None) is not None:
         raise DestinationExistsError(f"{place.url} exists already")
@@ -343,7 +347,3 @@ def write_view(
     body["sha256"] = seal(body, 64)
     objects.put(MARKER_KEY, group_metadata({"actshuffle": body}))
     return _open(place, False, ())
-
-
-def _names(marker: dict[str, Any]) -> list[str]:
-    return [*marker["fields"], *([SOURCE_ROW] if marker.get("source_row") else [])]

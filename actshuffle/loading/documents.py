@@ -59,9 +59,8 @@ def shifts_of(stores: Sequence[Dataset], names: Sequence[str]) -> list[dict[str,
 
 def _end(store: Dataset, name: str) -> int:
     """One more than the largest document number of a store."""
-    largest = -1
-    for start in range(0, store.rows, STEP_ROWS):
-        largest = max(largest, int(store.read(name, start, min(start + STEP_ROWS, store.rows)).max()))
+    starts = range(0, store.rows, STEP_ROWS)
+    largest = max((int(store.read(name, a, min(a + STEP_ROWS, store.rows)).max()) for a in starts), default=-1)
     primary = next(n for n in DOCUMENT if n in store.fields)
     listed = _entries(store.attributes, 0) if name == primary else []
     ends = [int(entry["first"]) + int(entry["count"]) for entry in listed]
@@ -89,7 +88,7 @@ def joint_attributes(stores: Sequence[Dataset], shifts: Sequence[Mapping[str, in
 
 
 def _entries(attributes: Mapping[str, Any], shift: int) -> list[dict[str, Any]]:
-    """What a store's attributes list, as files and the documents in them."""
+    """The documents that a store's attributes list, as files and the documents in them."""
     listed = attributes.get(LISTED)
     if not isinstance(listed, list):
         return []

@@ -179,5 +179,4 @@ def _permutation(seed: int, key: tuple[int, ...], n: int) -> I64:
 
 
 def _words(seed: int, key: tuple[int, ...], n: int) -> U64:
-    words: U64 = np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(n)
-    return words
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(n)

@@ -1,4 +1,4 @@
-"""One array of a store, as a reader sees it."""
+"""The arrays of a store, as a reader sees them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ class FieldInfo:
     @property
     def dtype_name(self) -> str:
         return "bfloat16" if self.bfloat16 else str(self.dtype)
+
+
+def is_float(info: FieldInfo) -> bool:
+    return info.bfloat16 or info.dtype.kind == "f"
+
+
+def is_integer(info: FieldInfo) -> bool:
+    """True for whole numbers, and for True and False."""
+    return not info.bfloat16 and info.dtype.kind in "iub"
 
 
 def field_info(name: str, array: ZarrArray) -> FieldInfo:

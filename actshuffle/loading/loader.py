@@ -47,12 +47,13 @@ if TYPE_CHECKING:
     from actshuffle.loading.torchface import TorchDataset
 
 Batch = dict[str, Any]  # arrays or tensors by name
-# What one thread reads at a time; or one batch, if that is more.  What comes from the page cache is copied to
+# Bytes that one thread reads at a time; or one batch, if that is more.  Rows in the page cache are copied to
 # memory, and a few blocks of 8 MiB stay in the processor's cache, where that is a fifth quicker than into larger
 # ones.  From a disk, with threads in one file, they are a fifth slower, and of what must be decoded they cut pieces.
 CACHED_BLOCK_BYTES, BLOCK_BYTES = 8 << 20, 64 << 20
 LOOKS = 8  # at the page cache, when a pass begins
 STATE_FORMAT = 1
+LEAST = {"batch_size": 1, "world_size": 1, "rank": 0, "seed": 0, "epochs": 1, "threads": 1, "buffer_rows": 0}
 SCORED_ROWS = 1 << 20
 _FOREVER = 1 << 62
 
@@ -101,17 +102,10 @@ class Loader:
         incomplete: bool = False,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("world_size", world_size, 1),
-            ("rank", rank, 0),
-            ("seed", seed, 0),
-            ("epochs", epochs, 1),
-            ("threads", threads, 1),
-            ("buffer_rows", buffer_rows, 0),
-        ):
-            optional = name in ("epochs", "threads", "buffer_rows") and value is None
-            if not optional and (type(value) is not int or value < least):
+        given = locals()
+        for name, least in LEAST.items():
+            value, optional = given[name], name in ("epochs", "threads", "buffer_rows")
+            if not (optional and value is None) and (type(value) is not int or value < least):
                 raise RequestError(f"{name} must be a whole number of at least {least}, got {value!r}")
         switches(drop_last=drop_last, pin=pin, as_torch=as_torch, incomplete=incomplete)
         if rank >= world_size:
@@ -135,7 +129,9 @@ class Loader:
         self.prefetch_bytes = parse_bytes(prefetch_bytes)
         self.rows = first.rows
         buffer_rows = min(buffer_rows or 0, self.rows)
-        self.order = Order(self.rows, self._unit(buffered=buffer_rows > 0), seed, buffer_rows)
+        pieces = max(f.piece_rows for d in self.datasets.values() for f in d.fields.values())
+        unit = unit_rows(self.rows, widest(self.datasets.values()).object_rows, pieces, buffered=buffer_rows > 0)
+        self.order = Order(self.rows, unit, seed, buffer_rows)
         self.wait_seconds, self.rows_seen = 0.0, 0
         self._cursor = 0, 0  # epoch and row of the next step
         self._skip, self._stride = (0, 1)  # steps to leave out, now and between: DataLoader workers share
@@ -148,11 +144,6 @@ class Loader:
 
             torchface.check_types(self.layout)
             self._pinned = pin and torchface.can_pin()
-
-    def _unit(self, *, buffered: bool) -> int:
-        info = widest(self.datasets.values())
-        pieces = (f.piece_rows for d in self.datasets.values() for f in d.fields.values())
-        return unit_rows(self.rows, info.object_rows, max(pieces), buffered=buffered)
 
     def _block_bytes(self) -> int:
         """Small if what is read is in the page cache now, by a look at a few rows."""
@@ -279,14 +270,8 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, after the last batch it handed out: small, plain values."""
         epoch, row = self._cursor
-        return {
-            "format": STATE_FORMAT,
-            "epoch": epoch,
-            "row": row,
-            "skip": self._skip,
-            "stride": self._stride,
-            **self._identity(),
-        }
+        cursor = {"epoch": epoch, "row": row, "skip": self._skip, "stride": self._stride}
+        return {"format": STATE_FORMAT, **cursor, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another loader of the same stores was; bitwise, on any number of ranks."""

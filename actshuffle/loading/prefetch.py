@@ -140,11 +140,8 @@ class Buffering:
 
     def plan(self, block: BatchBlock) -> tuple[BatchBlock, list[_Window]]:
         """Called in order, as blocks are handed out to threads."""
-        found = []
-        for step, (a, b) in zip(block.steps, block.parts, strict=True):
-            for number in self._numbers(a, b):
-                found.append(self.window(step.epoch, number))
-        return block, found
+        parts = zip(block.steps, block.parts, strict=True)
+        return block, [self.window(step.epoch, number) for step, part in parts for number in self._numbers(*part)]
 
     def fill(self, planned: tuple[BatchBlock, list[_Window]]) -> tuple[BatchBlock, Loan]:
         block, windows = planned

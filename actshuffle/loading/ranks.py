@@ -29,6 +29,7 @@ from actshuffle.ordering import bounds
 from actshuffle.ordering.keys import Keys
 
 WINDOW = 64  # rows of one look
+_SLICE = 1 << 18  # keys made at a time
 _PATIENCE = 8  # looks before it turns to bisection
 
 
@@ -115,19 +116,14 @@ class Ranks:
         return count
 
     def _counted(self, key: Key) -> int:
-        smaller = 0
-        for part in _slices(self.first, self.first + self.population):
-            rows = np.arange(part.start, part.stop, dtype=np.uint64)
-            smaller += self._smaller(self.keys.hi(part.start, part.stop), rows, key)
+        smaller, end = 0, self.first + self.population
+        for start in range(self.first, end, _SLICE):
+            stop = min(start + _SLICE, end)
+            smaller += self._smaller(self.keys.hi(start, stop), np.arange(start, stop, dtype=np.uint64), key)
         return min(max(smaller - self._offset, 0), self.data.rows)
 
     def _ask(self, query: bounds.Query) -> Iterator[NDArray[Any]]:
         yield bounds.answer(self.keys, self.first, self.first + self.population, query)
-
-
-def _slices(start: int, stop: int, step: int = 1 << 18) -> Iterator[range]:
-    for at in range(start, stop, step):
-        yield range(at, min(at + step, stop))
 
 
 def first_where(low: int, high: int, holds: Callable[[int], bool]) -> int:

@@ -15,7 +15,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from actshuffle.errors import RequestError
 from actshuffle.loading.columns import Layout
-from actshuffle.loading.fieldinfo import FieldInfo
 from actshuffle.loading.passes import Board, PassName
 from actshuffle.loading.prefetch import Loan
 
@@ -49,7 +48,7 @@ def batch_of(layout: Layout, loan: Loan, rows: int, a: int, b: int) -> dict[str,
     for column, start, stop in layout.spans(rows, a, b):
         info = column.info
         if pinned:  # slices of one tensor, so that torch knows what block a copy reads
-            dtype = _torch_type(info)
+            dtype = torch.bfloat16 if info.bfloat16 else torch.from_numpy(np.empty(0, info.dtype)).dtype
             tensor = loan.owner[start:stop].view(dtype).view(b - a, *info.row_shape)
         else:
             plain = np.dtype(np.int16) if info.bfloat16 else info.dtype
@@ -57,10 +56,6 @@ def batch_of(layout: Layout, loan: Loan, rows: int, a: int, b: int) -> dict[str,
             tensor = tensor.view(torch.bfloat16) if info.bfloat16 else tensor
         found[column.name] = tensor
     return found
-
-
-def _torch_type(info: FieldInfo) -> torch.dtype:
-    return torch.bfloat16 if info.bfloat16 else torch.from_numpy(np.empty(0, info.dtype)).dtype
 
 
 class Batches(Protocol):

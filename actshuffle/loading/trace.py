@@ -150,7 +150,7 @@ def _place(ranks: Ranks, row: int) -> int:
 
 
 class _Surroundings:
-    """What is known about source rows: from the source, where it can be read, else from the output."""
+    """The facts about source rows: from the source, where it can be read, else from the output."""
 
     def __init__(self, data: Dataset, ranks: Ranks, source: str | Path | None) -> None:
         self.data, self.ranks = data, ranks
@@ -235,7 +235,7 @@ class _Surroundings:
 
 
 def document_name(attributes: Mapping[str, Any], document: int | None) -> str | None:
-    """What a store's attributes call a document: ``documents`` lists names, or files and their counts."""
+    """The name of a document by a store's attributes: ``documents`` lists names, or files and their counts."""
     listed = attributes.get("documents")
     if not isinstance(listed, list) or document is None or document < 0:
         return None

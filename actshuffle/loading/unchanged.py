@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from actshuffle.arrays.names import MARKER_KEY
@@ -24,7 +25,7 @@ Stamp = dict[str, tuple[str | int, ...] | None]  # by key; None: not there
 
 
 def stamp(dataset: Dataset, names: Iterable[str]) -> Stamp:
-    """What some arrays of a store are known by."""
+    """The stamp of some arrays of a store."""
     names, objects, folder = list(names), open_objects(dataset.root), local_path(dataset.root)
     found: Stamp = {}
     tops = [f"{path}/" if (path := dataset._stored[name].source) else "" for name in names]
@@ -47,11 +48,10 @@ def _written(objects: Objects, key: str) -> tuple[int, ...] | None:
 
 
 def _written_here(path: Path) -> tuple[int, ...] | None:
-    try:
+    with suppress(OSError):
         found = path.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
+        return found.st_size, found.st_mtime_ns
+    return None
 
 
 class Watch:

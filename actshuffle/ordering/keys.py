@@ -141,8 +141,7 @@ def _philox(keys: tuple[tuple[np.uint64, np.uint64], ...], index: U64) -> U64:
         hi1, lo1 = _mulhilo(_M1, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
     lane = (index & np.uint64(3)).astype(np.uint8)
-    picked: U64 = np.choose(lane, (c0, c1, c2, c3))
-    return picked
+    return np.choose(lane, (c0, c1, c2, c3))
 
 
 def _mulhilo(m: np.uint64, x: U64) -> tuple[U64, U64]:

@@ -79,18 +79,11 @@ class Cluster:
     scratch_price: float = 0.0
 
     def __post_init__(self) -> None:
-        positive = {
-            "hosts": self.hosts,
-            "workers per host": self.workers_per_host,
-            "network": self.network,
-            "disk": self.disk,
-            "store rate": self.store,
-            "requests": self.requests,
-            "stream": self.stream,
-        }
-        for name, value in positive.items():
+        for name in ("hosts", "workers_per_host", "network", "disk", "store", "requests", "stream"):
+            value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise RequestError(f"{name} must be positive, got {value}")
+                told = "store rate" if name == "store" else name.replace("_", " ")
+                raise RequestError(f"{told} must be positive, got {value}")
         if not 0 <= self.straggling <= 1 or not 1 <= self.slowness < math.inf:
             raise RequestError(
                 "stragglers are a share of the tasks (0 to 1) and times as long (1 or more), got "
@@ -111,11 +104,7 @@ class Cluster:
     @property
     def ends(self) -> str:
         """The place of source and destination: "disk" or "store"."""
-        return "disk" if self.disk is not None and self.remote_rates == (None, None) else "store"
-
-    @property
-    def remote_rates(self) -> tuple[float | None, float | None]:
-        return self.store, self.requests
+        return "disk" if self.disk is not None and self.store is None and self.requests is None else "store"
 
     def channel_rate(self, channel: str) -> float:
         """Bytes per second of one host: of its "disk", or of its network "in" or "out"."""
@@ -178,9 +167,7 @@ def least_seconds(stage: Stage, c: Cluster) -> tuple[float, str]:
     """The lower bound of a stage in seconds, and the name of the resource that sets it."""
     found = limits(stage, c)
     name = max(found, key=lambda key: found[key])
-    if stage.driver > found[name]:
-        return found[name] + stage.driver, "driver"
-    return found[name] + stage.driver, name
+    return found[name] + stage.driver, "driver" if stage.driver > found[name] else name
 
 
 def dollars(plan: Plan, found: list[Stage], c: Cluster, seconds: float) -> dict[str, float]:

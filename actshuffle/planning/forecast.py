@@ -75,8 +75,7 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
         f"forecast     {format_seconds(told['seconds'])} {how}, {format_bytes(told['bytes_per_second'])}/s end to end"
     )
     yield f"             {counted(told['hosts'], 'host')}, {counted(told['workers'], 'worker')}; {where}"
-    head = f"  {'stage':<12}{'tasks':>11}{'time':>14}{'moved':>10}{'requests':>10}  limited by"
-    yield head
+    yield f"  {'stage':<12}{'tasks':>11}{'time':>14}{'moved':>10}{'requests':>10}  limited by"
     for row in told["stages"]:
         moved = row["read_bytes"] + row["written_bytes"]
         share = row["least_seconds"] / row["seconds"] if row["seconds"] else 1.0

@@ -170,7 +170,9 @@ def _fit(
         if rows <= chunk_rows:
             chunk_rows = max(rows, 1)
         elif block_bytes is not None:
-            chunk_rows = _dividing(block_bytes // row_bytes, target) or chunk_rows
+            # The largest divisor of a block within a factor two under the target, if there is one.
+            block_rows = block_bytes // row_bytes
+            chunk_rows = next((d for d in range(target, target // 2, -1) if d and block_rows % d == 0), chunk_rows)
         while chunk_rows > 1 and most(chunk_rows * (per_shard or 1)) < chunk_rows * (per_shard or 1):
             chunk_rows //= 2  # the keys of narrow rows take more memory than the rows
     if chunk_rows < 1 or (per_shard is not None and per_shard < 1):
@@ -218,14 +220,8 @@ def _round_down(most_rows: int, object_rows: int) -> int:
     return objects * object_rows
 
 
-def _dividing(rows: int, target: int) -> int | None:
-    """The largest divisor of ``rows`` within a factor two under ``target``, or None."""
-    return next((d for d in range(target, target // 2, -1) if d and rows % d == 0), None)
-
-
 def _reach(leaf_rows: int, fan_out: int, levels: int) -> int:
-    reach: int = leaf_rows * max(fan_out, 1) ** (levels - 1)
-    return reach
+    return int(leaf_rows * max(fan_out, 1) ** (levels - 1))
 
 
 def _levels_needed(rows: int, most_rows: int, leaf_rows: int, fan_out: int, row_bytes: int, run: int) -> int:

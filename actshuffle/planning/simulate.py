@@ -103,9 +103,6 @@ class _Channel:
             self.given += (now - self.at) * self.rate / len(self.users)
         self.at = now
 
-    def next_end(self) -> float:
-        return self.at + max(0.0, self.users[0][0] - self.given) * len(self.users) / self.rate
-
 
 class _Turn:
     """The tasks ``[first, first + count)`` of a stage, which one worker does together."""
@@ -140,8 +137,9 @@ class _Playing:
         self.before = (before / max(before[-1], 1)).tolist()  # share of the work before each task
 
     def play(self) -> Played:
-        least, limit = least_seconds(self.stage, self.c)
-        if self.stage.tasks:
+        stage = self.stage
+        least, limit = least_seconds(stage, self.c)
+        if stage.tasks:
             for worker in range(self.c.workers):
                 self.idle.append(worker % self.c.hosts)
             if self.c.mtbf:
@@ -154,18 +152,8 @@ class _Playing:
             if not (self.times_done == 1).all():
                 raise AssertionError("a task was lost or done twice")
         tail = 0.0 if self.idle_since is None else self.now - self.idle_since
-        return Played(
-            self.stage.name,
-            self.stage.tasks,
-            self.now + self.stage.driver,
-            least,
-            limit,
-            tail,
-            self.failures,
-            self.lost,
-            self.work * self.stage.read,
-            self.work * self.stage.written,
-        )
+        seconds, read, written = self.now + stage.driver, self.work * stage.read, self.work * stage.written
+        return Played(stage.name, stage.tasks, seconds, least, limit, tail, self.failures, self.lost, read, written)
 
     def _later(self, time: float, what: str, about: Any) -> None:
         self.number += 1
@@ -257,7 +245,9 @@ class _Playing:
         """Predict the next event of a channel anew; earlier predictions are void once its users change."""
         channel.version += 1
         if channel.users:
-            self._later(channel.next_end(), "channel", (channel, channel.version))
+            wanted = max(0.0, channel.users[0][0] - channel.given)
+            end = channel.at + wanted * len(channel.users) / channel.rate
+            self._later(end, "channel", (channel, channel.version))
 
     def _channel(self, about: tuple[_Channel, int]) -> None:
         channel, version = about

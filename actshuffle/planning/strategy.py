@@ -43,7 +43,7 @@ Name = Literal["gather", "memory", "spill", "levels"]
 
 @dataclass(frozen=True)
 class Site:
-    """What the planner sees of the machine and the source.
+    """The machine and the source as the planner sees them.
 
     Attributes
     ----------
@@ -111,62 +111,45 @@ def cheapest(found: list[Candidate]) -> Candidate:
 
 
 def _gather(site: Site, plan: Planner) -> Candidate:
-    if reason := _apart(site):
-        return Candidate("gather", reason, {})
-    if site.staged:
-        return Candidate("gather", "rows must be decoded or fetched first", {})
-    made = plan(gather=True, spill_memory=None)
+    made = _one_pass(site, plan, decoded=False)
     size = made.rows * made.row_bytes
-    if short := _short(site, made, size):
-        return Candidate("gather", short, {})
     missing = size * (1 - site.cached)
     seconds = max(missing / DISK_RATE, missing * FILL_CPU / site.workers) + _taking(site, made)
     there = "lies" if missing < size / 100 else "fits"
-    return Candidate(
-        "gather",
-        f"the source {there} in the page cache ({format_bytes(size)} of {format_bytes(site.free)} free)",
-        {"gather": True},
-        made,
-        seconds,
-        int(missing) + made.output_bytes,
-    )
+    reason = f"the source {there} in the page cache ({format_bytes(size)} of {format_bytes(site.free)} free)"
+    return Candidate("gather", reason, {"gather": True}, made, seconds, int(missing) + made.output_bytes)
 
 
 def _memory(site: Site, plan: Planner) -> Candidate:
-    if reason := _apart(site):
-        return Candidate("memory", reason, {})
-    if not site.staged:
-        return Candidate("memory", "rows need no decoding", {})
-    made = plan(gather=True, spill_memory=None)
+    made = _one_pass(site, plan, decoded=True)
     staged, size = made.rows * site.staged, made.rows * made.row_bytes
-    if short := _short(site, made, size):
-        return Candidate("memory", short, {})
     if staged > site.shared:
-        return Candidate("memory", f"{format_bytes(staged)} of rows, {format_bytes(site.shared)} free in tmpfs", {})
+        raise InfeasibleError(f"{format_bytes(staged)} of rows, {format_bytes(site.shared)} free in tmpfs")
     missing = size if site.remote else size * (1 - site.cached)
     cpu = made.rows * site.coded * DECODE_CPU + staged * FILL_CPU
     seconds = max(missing / _rate(site.remote), cpu / site.workers) + _taking(site, made)
-    return Candidate(
-        "memory",
-        f"decoded once into memory ({format_bytes(staged)} of {format_bytes(site.free)} free)",
-        {"gather": True},
-        made,
-        seconds,
-        int(missing) + made.output_bytes,
-    )
+    reason = f"decoded once into memory ({format_bytes(staged)} of {format_bytes(site.free)} free)"
+    return Candidate("memory", reason, {"gather": True}, made, seconds, int(missing) + made.output_bytes)
 
 
-def _apart(site: Site) -> str:
-    """Why workers cannot share memory and a source, if they cannot."""
-    return "" if site.one_machine else "workers may run on other machines"
+def _one_pass(site: Site, plan: Planner, *, decoded: bool) -> Plan:
+    """The plan of one pass over rows that lie in memory beside the workers: in plain files, or ``decoded``."""
+    _refuse_apart(site)
+    if bool(site.staged) != decoded:
+        raise InfeasibleError("rows need no decoding" if decoded else "rows must be decoded or fetched first")
+    made = plan(gather=True, spill_memory=None)
+    need, room = made.rows * made.row_bytes + site.workers * made.memory, int(USABLE * site.free)
+    if need > room:
+        raise InfeasibleError(
+            f"the source and the workers need {format_bytes(need)}, and {format_bytes(room)} of memory are free"
+        )
+    return made
 
 
-def _short(site: Site, made: Plan, size: int) -> str:
-    """Why the source does not fit into memory, if it does not."""
-    need, room = size + site.workers * made.memory, int(USABLE * site.free)
-    if need <= room:
-        return ""
-    return f"the source and the workers need {format_bytes(need)}, and {format_bytes(room)} of memory are free"
+def _refuse_apart(site: Site) -> None:
+    """Refuse what workers do in the memory of one machine, if they may be on several."""
+    if not site.one_machine:
+        raise InfeasibleError("workers may run on other machines")
 
 
 def _taking(site: Site, made: Plan) -> float:
@@ -181,17 +164,16 @@ def _taking(site: Site, made: Plan) -> float:
 
 
 def _spill(site: Site, plan: Planner) -> Candidate:
-    if not site.one_machine:
-        return Candidate("spill", "workers may run on other machines", {})
+    _refuse_apart(site)
     made = plan(spill_memory=None, gather=None)
     if made.levels == 1:
-        return Candidate("spill", "one level has no spill", {})
+        raise InfeasibleError("one level has no spill")
     room = int(min(site.shared, USABLE * site.free - site.workers * made.memory))
     most = made.rows * made.model.spill_row_bytes * min(2, made.levels - 1)
     budget = min(room, most)
     made = plan(spill_memory=max(budget, 0), gather=None)
     if not made.kept_bytes:
-        return Candidate("spill", f"{format_bytes(max(room, 0))} of memory are free, not enough for a block", {})
+        raise InfeasibleError(f"{format_bytes(max(room, 0))} of memory are free, not enough for a block")
     seconds, nbytes = _passes(site, made)
     reason = f"{format_bytes(made.kept_bytes)} of spill stay in memory, {format_bytes(made.scratch_bytes)} do not"
     return Candidate("spill", reason, {"spill_memory": budget}, made, seconds, nbytes)
@@ -201,7 +183,8 @@ def _levels(site: Site, plan: Planner) -> Candidate:
     """As few levels as memory allows or, where that leaves workers idle and takes longer, two."""
     made = plan(spill_memory=None, gather=None)
     seconds, nbytes = _passes(site, made)
-    found = Candidate("levels", _level_text(made), {}, made, seconds, nbytes)
+    reason = "one task holds all rows" if made.levels == 1 else f"{made.levels} levels, with all spill in scratch"
+    found = Candidate("levels", reason, {}, made, seconds, nbytes)
     if made.levels > 1 or site.workers == 1:
         return found
     try:
@@ -213,20 +196,14 @@ def _levels(site: Site, plan: Planner) -> Candidate:
     return min(found, Candidate("levels", reason, {"levels": 2}, two, seconds, nbytes), key=lambda one: one.seconds)
 
 
-def _level_text(made: Plan) -> str:
-    return "one task holds all rows" if made.levels == 1 else f"{made.levels} levels, with all spill in scratch"
-
-
 def _passes(site: Site, made: Plan) -> tuple[float, int]:
     """Seconds and bytes of all levels; spill in memory is written to tmpfs, and read from there."""
     seconds, moved, kept_before = 0.0, 0.0, 0
     for level in range(1, made.levels + 1):
         read, written = made.level_bytes(level)
-        kept = (
-            min(written, made.kept(level) * made.block_rows[level - 1] * made.model.spill_row_bytes)
-            if (level < made.levels)
-            else 0
-        )
+        kept = 0
+        if level < made.levels:
+            kept = min(written, made.kept(level) * made.block_rows[level - 1] * made.model.spill_row_bytes)
         cpu = made.rows * KEY_ROW + kept * FILL_CPU + read * (SPLIT_CPU if level < made.levels else LEAF_CPU)
         if level == 1:
             cpu += made.rows * site.coded * DECODE_CPU

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from random import randrange
 from typing import NamedTuple
@@ -126,10 +126,9 @@ def has_cached(fd: int, offset: int) -> bool:
 
     If it does not, the system may begin to read that page.
     """
-    try:
+    with suppress(OSError):  # the read itself will report it
         return _peek(fd, offset)
-    except OSError:  # the read itself will report it
-        return False
+    return False
 
 
 def _peek(fd: int, offset: int) -> bool:

@@ -16,7 +16,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from actshuffle.storage.directio import DIRECT_BYTES, Extent, OpenFile, has_cach
 from actshuffle.storage.mapping import MappedFiles, reserve
 from actshuffle.units import format_bytes
 
+_ABSENT = (FileNotFoundError, NotADirectoryError)
 _PARTIAL = ".actshuffle-partial"
 DELETIONS = 8  # deletions at the same time
 OPEN_AHEAD = 4  # files that are open in advance for one prepared read; a process may have few open files
@@ -75,13 +76,11 @@ class LocalObjects:
             raise SourceError(f"{link} is a link out of {self.root}, and is not followed")
 
     def get(self, key: str) -> bytes | None:
-        with typed(self.root, key):
-            try:
-                fd = _open_file(self._path(key))
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                return None
+        with typed(self.root, key), suppress(*_ABSENT, IsADirectoryError):
+            fd = _open_file(self._path(key))
             with os.fdopen(fd, "rb") as file:
                 return file.read()
+        return None
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         with self.writer(key, len(data)) as out:
@@ -166,10 +165,9 @@ class LocalObjects:
         return found
 
     def _ahead(self, key: str) -> OpenFile | None:
-        try:
+        with suppress(OSError, ActshuffleError):  # the read itself will report it
             return OpenFile(self._open(key))
-        except (OSError, ActshuffleError):  # the read itself will report it
-            return None
+        return None
 
     def _read(self, key: str, extents: Iterable[Extent], file: OpenFile | None) -> None:
         with typed(self.root, key):
@@ -186,11 +184,9 @@ class LocalObjects:
         return file is not None and has_cached(file.fd, offset)
 
     def size(self, key: str) -> int | None:
-        with typed(self.root, key):
-            try:
-                return self._path(key).stat().st_size
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+        with typed(self.root, key), suppress(*_ABSENT):
+            return self._path(key).stat().st_size
+        return None
 
     def list(self, prefix: str) -> Iterator[str]:
         top = self._path(prefix)
@@ -208,11 +204,9 @@ class LocalObjects:
 
     def names(self, prefix: str) -> Sequence[str]:
         """The names of the files and folders directly inside a folder, sorted."""
-        with typed(self.root, prefix):
-            try:
-                return sorted(p.name for p in self._path(prefix).iterdir())
-            except (FileNotFoundError, NotADirectoryError):
-                return []
+        with typed(self.root, prefix), suppress(*_ABSENT):
+            return sorted(p.name for p in self._path(prefix).iterdir())
+        return []
 
     def delete(self, key: str) -> None:
         with typed(self.root, key):

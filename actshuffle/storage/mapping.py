@@ -19,6 +19,7 @@ import errno
 import mmap
 import os
 import weakref
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,6 @@ def _libc() -> Any:
 
 
 def _most_mappings() -> int:
-    try:
+    with suppress(OSError, ValueError):
         return int(Path("/proc/sys/vm/max_map_count").read_text())
-    except (OSError, ValueError):
-        return 1 << 16
+    return 1 << 16

@@ -54,19 +54,8 @@ KINDS = ("error", "full", "lost", "slow", "stale", "kill", "late", "torn", "powe
 DEADLY = ("kill", "late", "torn", "power")
 HONEST = tuple(k for k in KINDS if k != "silent")  # after these a run ends in the exact output
 # The methods of `Objects` that are numbered, `put` and `writer` aside, and their names in the log.
-NUMBERED = {
-    "get": "get",
-    "size": "size",
-    "read": "read",
-    "read_rows": "read",
-    "mapped": "read",
-    "list": "list",
-    "sizes": "list",
-    "names": "names",
-    "delete": "delete",
-    "delete_prefix": "delete_prefix",
-    "settle": "settle",
-}
+NUMBERED = {name: name for name in ("get", "size", "read", "list", "names", "delete", "delete_prefix", "settle")}
+NUMBERED |= {"read_rows": "read", "mapped": "read", "sizes": "list"}
 
 
 class Killed(BaseException):
@@ -174,7 +163,7 @@ class Faults:
         if kind == "power":
             for url, objects, changed, before in reversed(self._undo):
                 if self.dice.random() < 0.5:
-                    _restore(objects, changed, before)
+                    objects.delete(changed) if before is None else objects.put(changed, before)
                     self._before.pop((url, changed), None)
             for objects_in_memory in self._in_memory.values():
                 objects_in_memory.delete_prefix("")
@@ -197,13 +186,6 @@ class Faults:
         self._undo = [u for u in self._undo if u[0] != url or not any(u[2].startswith(p) for p in prefixes)]
 
 
-def _restore(objects: Objects, key: str, before: bytes | None) -> None:
-    if before is None:
-        objects.delete(key)
-    else:
-        objects.put(key, before)
-
-
 class _Faulty:
     """`Objects` whose operations go through `Faults`; calls that are not numbered pass through."""
 
@@ -219,7 +201,12 @@ class _Faulty:
     def _do(self, method: str, call: Callable[..., Any], first: Any, *args: Any) -> Any:
         """Number a call, and make it, fail, or both.  ``first`` is its key, prefix, prefixes or extents."""
         faults, url = self._faults, self._url
-        key = first if isinstance(first, str) else ",".join(first) if method in ("settle", "mapped") else _key_of(first)
+        if isinstance(first, str):
+            key = first
+        elif method in ("settle", "mapped"):
+            key = ",".join(first)
+        else:
+            key = first[0].key if first else ""
         kind = faults.next(NUMBERED[method], url, key)
         if kind in ("error", "full"):
             raise _refused("error", url, key)
@@ -292,10 +279,6 @@ class _Faulty:
             path = self._inner.root / f"{key}.{self._faults.dice.getrandbits(64):016x}.actshuffle-partial"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"\xa5" * (size // 2))
-
-
-def _key_of(extents: Sequence[Extent]) -> str:
-    return extents[0].key if extents else ""
 
 
 class _Pause(View):

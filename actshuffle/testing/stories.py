@@ -160,42 +160,39 @@ def choose_plan(choice: Choice, store: StoreSpec) -> dict[str, Any]:
 
 def stores() -> Any:
     """Hypothesis strategy of `StoreSpec`."""
-    from hypothesis import strategies as st
-
-    @st.composite
-    def store(draw: Callable[[Any], Any]) -> StoreSpec:
-        return choose_store(_Drawn(draw))
-
-    return store()
+    return _strategy(choose_store)
 
 
 def plans(store: StoreSpec) -> Any:
     """Hypothesis strategy of the arguments of a run over ``store``."""
+    return _strategy(lambda choice: choose_plan(choice, store))
+
+
+def _strategy(choose: Callable[[Choice], Any]) -> Any:
+    """The strategy of ``choose`` under decisions by hypothesis, which can simplify them."""
     from hypothesis import strategies as st
 
     @st.composite
-    def plan(draw: Callable[[Any], Any]) -> dict[str, Any]:
-        return choose_plan(_Drawn(draw), store)
+    def chosen(draw: Callable[[Any], Any]) -> Any:
+        return choose(_Drawn(draw))
 
-    return plan()
+    return chosen()
 
 
 class _Drawn:
-    """Decisions by hypothesis, which can simplify them."""
+    """Decisions by hypothesis."""
 
     def __init__(self, draw: Callable[[Any], Any]) -> None:
-        self._draw = draw
+        from hypothesis import strategies
+
+        self._draw, self._strategies = draw, strategies
 
     def among(self, options: Sequence[T]) -> T:
-        from hypothesis import strategies as st
-
-        found: T = self._draw(st.sampled_from(options))
+        found: T = self._draw(self._strategies.sampled_from(options))
         return found
 
     def between(self, low: int, high: int) -> int:
-        from hypothesis import strategies as st
-
-        return int(self._draw(st.integers(low, high)))
+        return int(self._draw(self._strategies.integers(low, high)))
 
 
 # --- The simulator --------------------------------------------------------------------------------

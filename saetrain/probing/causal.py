@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from actshuffle.extras import quietly
 from saetrain.errors import ConfigError, DataError
 
 Edit = Callable[[Tensor, int], Tensor]  # x [windows, tokens, d] and the position of its first token -> the new x
@@ -77,7 +78,7 @@ class LanguageModel:
             ) from error
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        with _quietly(transformers):
+        with quietly(transformers):
             try:
                 how = {"attn_implementation": attention} if attention else {}
                 model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **how)
@@ -221,18 +222,3 @@ def _before(edit: Edit, start: int) -> Callable[..., Any]:
         return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"], start)}
 
     return hook
-
-
-@contextmanager
-def _quietly(transformers: Any) -> Iterator[None]:
-    """Without progress bars and advice on the terminal."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()

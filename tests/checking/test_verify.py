@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 import actshuffle
-from actshuffle.checking import verifier
+from actshuffle.checking import fullcheck, pair
 from actshuffle.errors import IncompleteStoreError, RequestError, SourceError
 from actshuffle.executors import Serial, Threads
 from actshuffle.ordering.keys import order
@@ -673,14 +673,14 @@ def test_report_is_the_same_however_the_work_is_divided(damage, codec, src, stor
     broken = store(codec)
     if damage:
         damage(broken)
-    monkeypatch.setattr(verifier, "SLICE_BYTES", 200)  # a few rows
+    monkeypatch.setattr(pair, "SLICE_BYTES", 200)  # a few rows
     for task, shown in ((1000, 1000), (1 << 30, 4)):
-        monkeypatch.setattr(verifier, "TASK_BYTES", task)
-        monkeypatch.setattr(verifier, "SHOWN", shown)
-        monkeypatch.setattr(verifier, "PARTS", 0.001)  # a family is one task
+        monkeypatch.setattr(fullcheck, "TASK_BYTES", task)
+        monkeypatch.setattr(fullcheck, "SHOWN", shown)
+        monkeypatch.setattr(fullcheck, "PARTS", 0.001)  # a family is one task
         whole = actshuffle.verify(src, broken, executor=Serial())
         assert whole.ok == (damage is None)
-        monkeypatch.setattr(verifier, "PARTS", 4)
+        monkeypatch.setattr(fullcheck, "PARTS", 4)
         report = actshuffle.verify(src, broken, executor=Threads(3))
         assert report.problems == whole.problems
         assert (report.rows, report.checked, report.nbytes) == (whole.rows, whole.checked, whole.nbytes)
