@@ -1,4 +1,4 @@
-"""What the tasks of a level left behind: tables made of their receipts, and proof that it adds up.
+"""The totals of a level: tables made of their receipts, and proof that it adds up.
 
 ::
 
@@ -187,9 +187,8 @@ def _leaf_digests(job: Job, leaves: range) -> U64:
     """The digest of the keys of some leaves, then those of the objects of each field; uint64 ``(1 + objects, 2)``."""
     keys = np.zeros((1, 2), np.uint64)
     found: dict[str, list[str]] = {f.name: [] for f in job.fields}
-    for number, receipt in zip(
-        leaves, read_receipts(job, (Task("leaf", job.plan.levels, leaf) for leaf in leaves)), strict=True
-    ):
+    receipts = read_receipts(job, (Task("leaf", job.plan.levels, leaf) for leaf in leaves))
+    for number, receipt in zip(leaves, receipts, strict=True):
         if receipt is None:
             raise FormatError(f"the receipt of leaf {number} vanished from {job.destination.url}; run again to redo it")
         for name, texts in receipt["digests"].items():
@@ -207,14 +206,8 @@ def check_conserved(job: Job, level: int, bucket: int, expected: U64, found: U64
     wrong = np.flatnonzero((expected != found).any(axis=1))
     if len(wrong):
         names = ["keys", *(f.name for f in job.fields)]
-        blame(
-            job,
-            level,
-            bucket,
-            blocks,
-            f"rows of {', '.join(names[i] for i in wrong)} in bucket {bucket} "
-            f"read by level {level} are not the rows that went into it",
-        )
+        rows = f"rows of {', '.join(names[i] for i in wrong)} in bucket {bucket} read by level {level}"
+        blame(job, level, bucket, blocks, f"{rows} are not the rows that went into it")
 
 
 def blame(job: Job, level: int, parent: int, blocks: Sequence[int], what: str) -> None:
