@@ -86,7 +86,7 @@ def settings(place: Place) -> Settings:
 
 def _s3(place: Place, options: _Options) -> Settings:
     made = _bucket("S3Store", place)
-    config, client, retry = made.config, made.client, made.retry
+    config, client = made.config, made.client
     env = os.environ.get
     secure = options.first("use_ssl", "client_kwargs.use_ssl")
     endpoint = options.first("client_kwargs.endpoint_url", "endpoint_url")
@@ -131,11 +131,10 @@ def _s3(place: Place, options: _Options) -> Settings:
     for name, ours in {**extra, "BucketKeyEnabled": "sse_bucket_key_enabled"}.items():
         if (value := options.take("s3_additional_kwargs", name)) is not None:
             config[ours] = value
-    _verify(options, client, options.take("client_kwargs", "verify"), env("AWS_CA_BUNDLE"))
+    _verify(options, made, options.take("client_kwargs", "verify"), env("AWS_CA_BUNDLE"))
     _patience(
         options,
-        client,
-        retry,
+        made,
         connect=options.take("config_kwargs", "connect_timeout"),
         read=options.take("config_kwargs", "read_timeout"),
         attempts=options.take("config_kwargs", "retries", "max_attempts"),
@@ -168,8 +167,8 @@ def _gs(place: Place, options: _Options) -> Settings:
     access = options.take("access")
     if access not in (None, "full_control", "read_write", "read_only"):
         raise options.refuse("access", "must be full_control, read_write or read_only")
-    _verify(options, made.client, options.take("session_kwargs", "verify"), None)
-    _patience(options, made.client, made.retry, read=options.take("requests_timeout"))
+    _verify(options, made, options.take("session_kwargs", "verify"), None)
+    _patience(options, made, read=options.take("requests_timeout"))
     return made
 
 
@@ -207,21 +206,12 @@ def _az(place: Place, options: _Options) -> Settings:
     if config.get("endpoint", "").startswith("http://"):
         made.client["allow_http"] = True
     made.config = config
-    _patience(
-        options, made.client, made.retry, connect=options.take("connection_timeout"), read=options.take("read_timeout")
-    )
+    _patience(options, made, connect=options.take("connection_timeout"), read=options.take("read_timeout"))
     return made
 
 
-_SCHEMES: Mapping[str, Callable[[Place, _Options], Settings]] = {
-    "s3": _s3,
-    "s3a": _s3,
-    "gs": _gs,
-    "gcs": _gs,
-    "az": _az,
-    "abfs": _az,
-    "abfss": _az,
-}
+_SCHEMES: dict[str, Callable[[Place, _Options], Settings]] = {"s3": _s3, "s3a": _s3, "gs": _gs, "gcs": _gs}
+_SCHEMES |= {"az": _az, "abfs": _az, "abfss": _az}
 SCHEMES = frozenset(_SCHEMES)
 
 
@@ -232,13 +222,13 @@ def _bucket(kind: str, place: Place) -> Settings:
     return Settings(kind, parts.netloc, place.url.split("://", 1)[1].partition("/")[2].strip("/"))
 
 
-def _verify(options: _Options, client: dict[str, Any], verify: Any, bundle: str | None) -> None:
+def _verify(options: _Options, made: Settings, verify: Any, bundle: str | None) -> None:
     """Which certificates are trusted: all, those of the system, or those in a file as well."""
     if verify is False:
-        client["allow_invalid_certificates"] = True
+        made.client["allow_invalid_certificates"] = True
     elif path := verify if isinstance(verify, str) else bundle:
         try:
-            client["root_certificate"] = Path(path).read_text()
+            made.client["root_certificate"] = Path(path).read_text()
         except OSError as err:
             raise options.refuse(
                 "verify", f"names a file of certificates that cannot be read ({err.strerror})"
@@ -246,27 +236,20 @@ def _verify(options: _Options, client: dict[str, Any], verify: Any, bundle: str 
 
 
 def _patience(
-    options: _Options,
-    client: dict[str, Any],
-    retry: dict[str, Any],
-    *,
-    connect: Any = None,
-    read: Any = None,
-    attempts: Any = None,
-    total: Any = None,
+    options: _Options, made: Settings, *, connect: Any = None, read: Any = None, attempts: Any = None, total: Any = None
 ) -> None:
     """Timeouts in seconds, and the number of repetitions."""
     for name, given, usual in (("connect_timeout", connect, CONNECT), ("read_timeout", read, READ)):
         value = usual if given is None else given
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise options.refuse(name, f"must be a number of seconds, got {value!r}")
-        client[name] = f"{max(1, round(value * 1000))}ms"
-    client["timeout"] = f"{WHOLE}s"
+        made.client[name] = f"{max(1, round(value * 1000))}ms"
+    made.client["timeout"] = f"{WHOLE}s"
     if total is not None:
         attempts = total - 1
     if attempts is not None:
-        retry["max_retries"] = attempts
-        retry["retry_timeout"] = timedelta(minutes=3)
+        made.retry["max_retries"] = attempts
+        made.retry["retry_timeout"] = timedelta(minutes=3)
 
 
 def secrets_in(given: Any, name: str = "") -> list[str]:
