@@ -285,6 +285,33 @@ def test_python_on_pages_is_python(page):
             ast.parse(code)
 
 
+# --- Messages -------------------------------------------------------------------------------------
+
+
+@cache
+def messages() -> str:
+    """The texts of the code, with those that are written in pieces as one."""
+    code = [path.read_text() for package in ("actshuffle", "saetrain") for path in (ROOT / package).rglob("*.py")]
+    return re.sub(r'"\s*\n\s*f?"', "", "\n".join(code))
+
+
+def message_faults(text: str) -> list[str]:
+    """Messages in the first column of a table that no code prints."""
+    table = text.partition("| the message says |")[2].partition("\n\n")[0]
+    found = re.findall(r"^\| `([^`]+)`", table, re.M)
+    return [message for message in found if message not in messages()] if found else ["no table of messages"]
+
+
+def test_messages_of_the_guide_are_those_of_the_code():
+    assert message_faults((ROOT / "docs/guide.md").read_text()) == []
+
+
+def test_control_messages_that_no_code_prints():
+    text = "| the message says | why |\n|---|---|\n| `join the sources` | |\n| `never said by anyone` | |\n"
+    assert message_faults(text) == ["never said by anyone"]
+    assert message_faults("# Guide") == ["no table of messages"]
+
+
 # --- The API page ---------------------------------------------------------------------------------
 
 

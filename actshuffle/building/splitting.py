@@ -224,7 +224,7 @@ def _split_by(
         counts = _counted(store, column, seed, {name: cuts[name] for name in todo})
         if empty := [name for name in todo if not counts[name]]:
             raise RequestError(
-                f"no {by} of {store.path} falls into {empty[0]}; give it a larger share, or another --seed"
+                f"no {by} of {store.path} falls into {empty[0]}: leave that part out, or give it a larger share"
             )
         for name in todo:
             source = places[name].beside(".part") if copy else places[name]

@@ -36,6 +36,7 @@ OTHERS = {
 # Commands and programs of ours that are not run, by the page and their beginning, and why.
 NOT_RUN = {
     ("docs/training.md", "saetrain fit shuffled.zarr --nproc"): "starts processes; tests/sae/test_sae_ranks.py does so",
+    ("docs/guide.md", "saetrain view"): "serves until Ctrl-C; tests/sae/test_sae_view.py does so",
     ("docs/view.md", "saetrain view"): "serves until Ctrl-C; tests/sae/test_sae_view.py does so",
     ("docs/scaling.md", "actshuffle plan --row-bytes 8KiB --hosts 200"): "simulates for up to half a minute",
     ("docs/scaling.md", "actshuffle plan acts.zarr --workers 2"): "shows the free memory of a machine",

@@ -35,6 +35,7 @@ GIVEN = {
     "docs/scaling.md": [],
     "docs/reliability.md": [],
     "docs/architecture.md": [],
+    "docs/guide.md": ["smollm2", "tuesday"],
 }
 
 
@@ -203,7 +204,7 @@ def _features(run_name: str, field: str) -> Callable[[Stage, Path], None]:
 RECIPES: dict[str, Callable[[Stage, Path], None]] = {
     "corpus": _texts,
     "heldout": lambda stage, path: _texts(stage, path, slice(1, 5)),
-    "tuesday": lambda stage, path: _texts(stage, path, slice(5, 8)),
+    "tuesday": lambda stage, path: _texts(stage, path, slice(4, 8)),
     "a.jsonl": _jsonl,
     "gpt2": _model("gpt2", 6),
     "smollm2": _model("llama", 21),
