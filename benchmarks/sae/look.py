@@ -5,7 +5,7 @@ others, so every byte is on the disk; neighbours and companions get numbers from
 asked for over HTTP on loopback, from a server that has answered what the page asks before, in three states:
 
     cold     the result and the store are out of the page cache, and the server has shown no feature yet
-    warm     the files are in the page cache, and the server has not shown this feature
+    warm     the files are in the page cache, and the server has shown another feature, but not this one
     again    the server has shown it
 """
 
@@ -77,6 +77,8 @@ def look(many: Features, store: Path, feature: int, labels: Path) -> dict[str, t
         ask(server, "/api/facts")
         if state == "cold":
             cache.evict([store, *Path(many.path).glob("*/zarr.json"), *Path(many.path).glob("*/*/zarr.json")])
+        else:
+            ask(server, f"/api/feature/{feature - 1 if feature else 1}")
         seconds[state] = ask(server, f"/api/feature/{feature}")
         if state == "warm":
             seconds["again"] = ask(server, f"/api/feature/{feature}")
@@ -158,5 +160,5 @@ def page(summary: dict[str, Any], latents: int, size: int) -> Iterator[str]:
         ([state, *(f"{found[name]:.1f} ms" for name in ("median", "low", "high"))] for state, found in summary.items()),
     )
     yield ""
-    yield "Cold: files out of the page cache, and a server that has shown no feature; warm: files in the page cache;"
-    yield "again: a feature that the server has shown."
+    yield "Cold: files out of the page cache, and a server that has shown no feature; warm: files in the page cache, and a"
+    yield "server that has shown another feature; again: a feature that the server has shown."
