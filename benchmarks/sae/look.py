@@ -160,5 +160,5 @@ def page(summary: dict[str, Any], latents: int, size: int) -> Iterator[str]:
         ([state, *(f"{found[name]:.1f} ms" for name in ("median", "low", "high"))] for state, found in summary.items()),
     )
     yield ""
-    yield "Cold: files out of the page cache, and a server that has shown no feature; warm: files in the page cache, and"
-    yield "a server that has shown another feature; again: a feature that the server has shown."
+    yield "Cold: files out of the page cache, and a server that has shown no feature; warm: files in the page cache,"
+    yield "and a server that has shown another feature; again: a feature that the server has shown."
