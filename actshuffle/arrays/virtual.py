@@ -85,6 +85,18 @@ def inventory(place: Place, names: Sequence[str]) -> tuple[str, dict[str, Any]] 
     return identity, {**body, "marker": marker, "behind": list(found.places)}
 
 
+def is_whole(place: Place, rows: int) -> bool:
+    """True if a virtual source stands for a plain one: all its rows, numbered from 0, to be shuffled."""
+    data = open_objects(place).get(KEY)
+    if data is None or rows == 0:
+        return False
+    body = _parsed(data)
+    if body.get("kind", "shuffle") != "shuffle" or body.get("key_rows") is not None:
+        return False
+    found = _reader(place, data)  # whose numbers ascend
+    return int(found.numbers(0, 1)[0]) == 0 and int(found.numbers(rows - 1, rows)[0]) == rows - 1
+
+
 @lru_cache(maxsize=8)
 def _reader(place: Place, data: bytes) -> Reader:
     body = _parsed(data)

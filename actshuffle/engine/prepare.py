@@ -136,11 +136,13 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Requ
     gappy: set[str] = set()
     fields = [source_field(name, array) for name, array in arrays.items()]
     if request.gather:
-        check_gather(src, request)
+        check_gather(src, request, next(iter(arrays.values())).shape[0])
     if not request.fill_missing and (found := virtual.inventory(src, list(arrays))) is not None:
         identity, beyond = found
     else:
         identity, gappy = take_inventory(src, arrays, fill_missing=request.fill_missing)
+    if request.gather and beyond:  # rows that lie in other stores or files are brought into memory first
+        gappy = set(arrays)
     # A missing chunk has no file to read: zarr reads that array, and makes up the fill values.
     fields = [dataclasses.replace(f, source_key="") if f.name in gappy else f for f in fields]
     if request.source_row and SOURCE_ROW in arrays:

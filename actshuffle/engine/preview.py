@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from actshuffle.planning.memory import MemoryModel
 from actshuffle.planning.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan
 from actshuffle.planning.strategy import Candidate, Site, candidates, cheapest
 from actshuffle.planning.tree import Plan
+from actshuffle.storage.directio import is_in_memory
 from actshuffle.storage.objects import open_objects
-from actshuffle.storage.place import Place, as_place
+from actshuffle.storage.place import Place, as_place, local_path
 from actshuffle.units import format_bytes, parse_bytes, parse_count, switches, whole
 
 PREFERRED_MEMORY = 2 << 30  # a worker takes more only if that saves a level
@@ -106,7 +107,8 @@ class Outlook:
 
     @cached_property
     def fields(self) -> list[Field]:
-        return [source_field(name, array) for name, array in self.arrays.items()]
+        found = [source_field(name, array) for name, array in self.arrays.items()]
+        return found if virtual.open_reader(self.src) is None else [replace(f, source_key="") for f in found]
 
     def settle(self, request: Request) -> Request:
         """The request with tasks for all workers, and with a moderate share of a worker's memory, or with all of it
@@ -125,7 +127,7 @@ class Outlook:
     def plan(self, request: Request) -> Plan:
         """The plan of a request; a gather is checked first."""
         if request.gather:
-            check_gather(self.src, request)
+            check_gather(self.src, request, self._rows)
         return self._plan(self.settle(request))
 
     def _plan(self, request: Request) -> Plan:
@@ -138,7 +140,9 @@ class Outlook:
 
     def candidates(self, request: Request) -> list[Candidate]:
         """All ways to the output that a request allows; none where it allows one only."""
-        if not (wanted := choices(request, self.workers)) or virtual.open_reader(self.src) is not None:
+        if not (wanted := choices(request, self.workers)):
+            return []
+        if virtual.open_reader(self.src) is not None and not virtual.is_whole(self.src, self._rows):
             return []
 
         def planned(**asks: Any) -> Plan:
@@ -146,8 +150,12 @@ class Outlook:
 
         return [one for one in candidates(self._site(request), planned) if one.name in wanted]
 
+    @property
+    def _rows(self) -> int:
+        return int(next(iter(self.arrays.values())).shape[0])
+
     def _site(self, request: Request) -> Site:
-        remote = is_remote(self.src)
+        remote, path = is_remote(self.src), local_path(self.src)
         # Which arrays have gaps, and must be read through zarr, is not known before the inventory.
         coded = sum(f.row_bytes for f in self.fields if not f.source_key or request.fill_missing)
         return Site(
@@ -155,12 +163,13 @@ class Outlook:
             one_machine=self.one_machine,
             free=free_memory(),
             shared=free_shared(),
-            cached=0.0 if remote else _cached(self.src, next(iter(self.arrays.values())).shape[0], self.fields),
+            cached=0.0 if remote else _cached(self.src, self._rows, self.fields),
             fields=len(self.fields),
             staged=sum(f.row_bytes for f in self.fields) if remote else coded,
             coded=coded,
             remote=remote,
             remote_output=self.remote,
+            resident=path is not None and is_in_memory(path.stat().st_dev),
         )
 
 
@@ -233,13 +242,13 @@ def tasks_for(workers: int) -> int | None:
     return 3 * workers if workers > 1 else None
 
 
-def check_gather(src: Place, request: Request) -> None:
+def check_gather(src: Place, request: Request, rows: int) -> None:
     """Refuse sources whose rows have no numbers of their own, and arguments that make no sense in one pass."""
     if request.levels not in ("auto", 1) or request.spill_memory:
         raise RequestError("gathering is one level without spill: leave --levels and --spill-memory out")
-    if virtual.open_reader(src) is not None:
+    if virtual.open_reader(src) is not None and not virtual.is_whole(src, rows):
         raise RequestError(
-            f"rows of {src} lie in other stores or files, and cannot be gathered one by one: leave --gather out"
+            f"rows of {src} are some of another store's, and cannot be gathered by their numbers: leave --gather out"
         )
 
 

@@ -55,6 +55,7 @@ class Site:
     fields : arrays of the source.
     staged : bytes of a row that must be decoded or fetched before rows can be taken; the rest lies in plain files here.
     coded : bytes of a row that come out of a codec.
+    resident : the source lies in a file system in memory, so that it needs no free memory to be there.
     remote, remote_output : the source, or spill and output, are in an object store.
     """
 
@@ -68,6 +69,7 @@ class Site:
     coded: int
     remote: bool = False
     remote_output: bool = False
+    resident: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def _gather(site: Site, plan: Planner) -> Candidate:
     seconds = max(missing / DISK_RATE, missing * FILL_CPU / site.workers) + _taking(site, made)
     there = "lies" if missing < size / 100 else "fits"
     reason = f"the source {there} in the page cache ({format_bytes(size)} of {format_bytes(site.free)} free)"
+    if site.resident:
+        reason = "the source lies in memory already"
     return Candidate("gather", reason, {"gather": True}, made, seconds, int(missing) + made.output_bytes)
 
 
@@ -138,7 +142,8 @@ def _one_pass(site: Site, plan: Planner, *, decoded: bool) -> Plan:
     if bool(site.staged) != decoded:
         raise InfeasibleError("rows need no decoding" if decoded else "rows must be decoded or fetched first")
     made = plan(gather=True, spill_memory=None)
-    need, room = made.rows * made.row_bytes + site.workers * made.memory, int(USABLE * site.free)
+    size = 0 if site.resident and not decoded else made.rows * made.row_bytes
+    need, room = size + site.workers * made.memory, int(USABLE * site.free)
     if need > room:
         raise InfeasibleError(
             f"the source and the workers need {format_bytes(need)}, and {format_bytes(room)} of memory are free"

@@ -14,7 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from random import randrange
 from typing import NamedTuple
 
@@ -127,7 +128,19 @@ def has_cached(fd: int, offset: int) -> bool:
     If it does not, the system may begin to read that page.
     """
     with suppress(OSError):  # the read itself will report it
-        return _peek(fd, offset)
+        return is_in_memory(os.fstat(fd).st_dev) or _peek(fd, offset)
+    return False
+
+
+@lru_cache(maxsize=64)
+def is_in_memory(device: int) -> bool:
+    """True if a device is a file system in memory, whose files no cache holds but which are there."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            mount, _, kind = line.partition(" - ")
+            if mount.split()[2] == number:
+                return kind.split()[0] in ("tmpfs", "ramfs")
     return False
 
 

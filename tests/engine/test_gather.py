@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 from collections import Counter
@@ -16,6 +17,7 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from actshuffle import concat, plan, shuffle, verify
+from actshuffle.arrays import virtual
 from actshuffle.arrays.metadata import source_arrays, source_field
 from actshuffle.arrays.source import Source
 from actshuffle.engine import gather, prepare, scratch, tasks
@@ -439,7 +441,7 @@ def test_refusals_come_before_anything_is_written(src: Path, tmp_path: Path, mon
     for source, settings, message in [
         (src, {"levels": 2}, "is one level without spill"),
         (src, {"spill_memory": "1MB"}, "is one level without spill"),
-        (_virtual(tmp_path), {}, "lie in other stores or files"),
+        (_virtual(tmp_path, kind="copy"), {}, "are some of another store's"),
     ]:
         with pytest.raises(RequestError, match=message):
             shuffle(source, dst, gather=True, **SHAPE, **settings)
@@ -549,8 +551,32 @@ def test_rows_from_an_object_store_are_a_request_each() -> None:
     assert bytes(out) == b"".join(data[a : a + 10].tobytes() for a in (0, 990, 500))
 
 
-def _virtual(folder: Path) -> Path:
+def _virtual(folder: Path, **facts: Any) -> Path:
     array(folder / "bare.zarr", values(50, (12,)))
-    array(folder / "bare2.zarr", values(50, (12,)))
+    array(folder / "bare2.zarr", values(50, (12,))[::-1])
     concat([folder / "bare.zarr", folder / "bare2.zarr"], folder / "both.zarr")
+    text = json.loads((described := folder / "both.zarr/_actshuffle/virtual.json").read_text())
+    described.write_text(json.dumps(text | facts))
     return folder / "both.zarr"
+
+
+@pytest.mark.parametrize("settings", [{"gather": True}, {"levels": 2, "gather": False}])
+def test_rows_of_several_stores_are_brought_into_memory(settings: Any, tmp_path: Path) -> None:
+    src, jobs = _virtual(tmp_path), list[Job]()
+    small = {"seed": 3, "fsync": False, "chunk_rows": 4, "block_bytes": "1KB", "run_bytes": 1}
+    run = small | {"planned": jobs.append} | settings
+    with pytest.raises(KeyboardInterrupt):
+        shuffle(src, tmp_path / "d.zarr", executor=Stops(1), **run)
+    shuffle(src, tmp_path / "d.zarr", **run)
+    assert [job.plan.staged for job in jobs] == [4800 if settings.get("gather") else 0] * 2
+    (found,) = (np.asarray(a[:]) for name, a in zarr.open_group(tmp_path / "d.zarr").arrays() if name != "source_row")
+    whole = np.concatenate([np.asarray(zarr.open_array(tmp_path / name)[:]) for name in ("bare.zarr", "bare2.zarr")])
+    assert found.tobytes() == whole[Keys(3).order(100)].tobytes()
+    assert verify(src, tmp_path / "d.zarr").ok
+
+
+@pytest.mark.parametrize("facts", [{"kind": "copy"}, {"kind": "merge"}, {"key_rows": [0, 100]}])
+def test_virtual_rows_of_other_kinds_are_not_gathered(facts: Any, tmp_path: Path) -> None:
+    src = as_place(_virtual(tmp_path, **facts))
+    assert not virtual.is_whole(src, 100)
+    assert virtual.is_whole(as_place(_virtual(tmp_path / "plain")), 100)

@@ -52,7 +52,8 @@ def see(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets what the planner sees: free memory, free tmpfs, a source in the page cache, and tasks that cost nothing by
     themselves."""
 
-    def set_to(free: int = PLENTY, shared: int = PLENTY) -> None:
+    def set_to(free: int = PLENTY, shared: int = PLENTY, resident: bool = False) -> None:
+        monkeypatch.setattr(preview, "is_in_memory", lambda device: resident)
         monkeypatch.setattr(preview, "free_memory", lambda: free)
         monkeypatch.setattr(preview, "free_shared", lambda: shared)
         monkeypatch.setattr(preview, "_cached", lambda src, rows, fields: 1.0)
@@ -73,6 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "must be decoded": ("packed", {}, {"memory": "50MB"}, "memory"),
     "must be decoded, in one task": ("packed", {}, {}, "levels 1"),
     "fits no memory": ("plain", {"free": 28_000_000}, {"memory": "22MB"}, "spill"),
+    "lies in memory": ("plain", {"free": 50_000_000, "resident": True}, {"memory": "40MB"}, "gather"),
     "fits no memory, and no tmpfs": ("plain", {"free": 20_000_000}, {"memory": "24MB"}, "levels 2"),
     "tmpfs is small": ("packed", {"shared": 100_000}, {"memory": "50MB"}, "levels 2"),
     "levels are given": ("plain", {}, {"levels": 2}, "levels 2"),

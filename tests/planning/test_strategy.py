@@ -84,6 +84,16 @@ def test_the_page_cache_must_hold_the_source_beside_the_workers() -> None:
     assert "need 12 GB" in short.reason
 
 
+def test_a_source_in_memory_needs_no_room_there() -> None:
+    """It would not fit into what is free, and has no need to."""
+    site = replace(SITE, free=5 * GB, shared=0)
+    assert chosen(site, 8 * GB).name == "levels"
+    best = chosen(replace(site, resident=True), 8 * GB)
+    assert (best.name, best.reason) == ("gather", "the source lies in memory already")
+    assert chosen(replace(site, resident=True, free=4 * GB), 8 * GB).name == "levels", "the workers need room"
+    assert chosen(replace(site, resident=True, staged=8192, coded=8192), 8 * GB).name == "levels"
+
+
 def test_one_task_leaves_no_workers_idle_on_a_cluster() -> None:
     """Data that one task could hold, and rows that no machine's memory holds for all."""
     site = replace(SITE, one_machine=False, workers=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -213,3 +214,17 @@ def test_an_error_of_either_thread_is_told(bad: int) -> None:
     extents = [Extent(str(i), 0, [memoryview(bytes(1))]) for i in range(2)]
     with pytest.raises(OSError, match="broken"), two_readers(read, reading.TWO_FROM) as both:
         both(extents)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory")
+def test_files_in_memory_count_as_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the system does not tell: it refuses to read them only if they are cached."""
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EOPNOTSUPP, "")
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    with tempfile.TemporaryFile(dir="/dev/shm") as found, Path("/proc/self/maps").open("rb") as other:
+        assert reading.has_cached(found.fileno(), 0)
+        assert not reading.has_cached(other.fileno(), 0)
+        assert not reading.is_in_memory(os.fstat(other.fileno()).st_dev)
