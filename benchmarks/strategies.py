@@ -58,7 +58,8 @@ def run(
                     if process.outcome == "done":
                         one["plan"] = json.loads(process.stdout)["plan"]
                     found.append(one)
-                    told = f"{process.seconds:.1f} s" if process.outcome == "done" else process.message
+                    failed = process.message or process.outcome
+                    told = f"{process.seconds:.1f} s" if process.outcome == "done" else failed
                     bench.did(f"{format_bytes(size)}, {name}: {told}")
                     for path in (target, *target.parent.glob(f"{target.name}.*")):
                         shutil.rmtree(path, ignore_errors=True)
