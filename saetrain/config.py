@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, get_type_hints
 
 from saetrain.errors import ConfigError
-from saetrain.settings import Settings
+from saetrain.settings import Settings, split_names
 from saetrain.variants.table import VARIANTS
 
 
@@ -41,7 +41,8 @@ def resolve(config: Config, d_in: int, rows: int) -> Config:
     if one_pass < 1:
         raise ConfigError(f"{rows:,} rows less {holdout:,} held out do not fill one batch of {batch:,}")
     steps = c.steps or max(one_pass, min(2000, 20 * one_pass))
-    d_sae = c.d_sae or 16 * d_in
+    width = d_in // max(len(split_names(c.field)), 1)  # of one of the arrays that go in
+    d_sae = c.d_sae or 16 * width
     widths = variant.nested_widths(c.widths, d_sae)
     if variant.takes_k and c.k > d_sae:
         raise ConfigError(f"k {c.k} is more than d_sae {d_sae}")
@@ -57,7 +58,7 @@ def resolve(config: Config, d_in: int, rows: int) -> Config:
         steps=steps,
         sparsity=c.sparsity if c.sparsity >= 0 else variant.default_sparsity(d_in),
         sparsity_warmup=c.sparsity_warmup if c.sparsity_warmup >= 0 else variant.default_sparsity_warmup,
-        aux_k=c.aux_k or max(d_in // 2, 1),
+        aux_k=c.aux_k or max(width // 2, 1),
         dead_tokens=c.dead_tokens or max(min(10_000_000, steps * batch // 10), 20 * batch),
         threshold_rate=c.threshold_rate or min(max(0.01, 20 / steps), 1.0),
         lr=c.lr or min(2e-4 * (2**14 / d_sae) ** 0.5 * hurry, 0.016),

@@ -65,21 +65,26 @@ def _refuse_content(folder: Path) -> None:
         raise ExchangeError(f"{folder} exists and is not empty")
 
 
-def _shapes(folded: Folded) -> tuple[int, int, torch.dtype]:
-    """Latents, width, and data type."""
+def _shapes(folded: Folded) -> tuple[int, int, int, torch.dtype]:
+    """Latents, widths of input and output, and data type."""
     found = folded.checkpoint
-    return found.config.d_sae, int(found.state["d_in"]), found.files[0].specs["W_enc"].dtype
+    widths = (len(norm.mean) for norm in folded.norms)
+    return found.config.d_sae, *widths, found.files[0].specs["W_enc"].dtype  # type: ignore[return-value]
 
 
 def _export_sparsify(folded: Folded, to: Path) -> dict[str, Any]:
     """Write the tensors; returns the content of cfg.json."""
-    config, (n, d, dtype) = folded.checkpoint.config, _shapes(folded)
+    config, (n, d, out, dtype) = folded.checkpoint.config, _shapes(folded)
+    _refuse_several(folded, "sparsify")
+    if d != out:
+        raise ExchangeError(f"sparsify's transcoders have one width, and this one has {d:,} and {out:,}")
     if not folded.variant.sparsify:
         holds = ", ".join(name for name, variant in VARIANTS.items() if variant.sparsify)
         raise ExchangeError(f"sparsify holds {holds} models only, and this is {config.arch}; SAELens holds it")
     names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec"}
     rows, one = Spec(dtype, (n, d)), Spec(dtype, (n,))
-    specs = {"b_dec": Spec(dtype, (d,)), "encoder.weight": rows, "encoder.bias": one, "W_dec": rows}
+    specs = {"b_dec": Spec(dtype, (d,)), **_skip(folded, dtype)}
+    specs |= {"encoder.weight": rows, "encoder.bias": one, "W_dec": rows}
     write(to / "sae.safetensors", specs, _tensors(folded, names, dtype), {"format": "pt"})
     return {
         "activation": folded.variant.activation,
@@ -88,22 +93,47 @@ def _export_sparsify(folded: Folded, to: Path) -> dict[str, Any]:
         "num_latents": n,
         "k": config.k,
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": config.skip,
+        "transcode": folded.transcodes,
         "d_in": d,
     }
 
 
 def _export_saelens(folded: Folded, to: Path) -> dict[str, Any]:
     """Write the tensors; returns the content of cfg.json."""
-    config, variant, (n, d, dtype) = folded.checkpoint.config, folded.variant, _shapes(folded)
+    config, variant, (n, d, out, dtype) = folded.checkpoint.config, folded.variant, _shapes(folded)
+    _refuse_several(folded, "SAELens")
+    if folded.transcodes:
+        variant = VARIANTS[variant.activation]  # SAELens has transcoders of two activations only
+        if not variant.transcoder:
+            raise ExchangeError(f"SAELens has no {variant.name} transcoder; sparsify has, and `SAE.save` writes ours")
     names = [*variant.saelens_vectors, "W_dec", "W_enc"]
-    rows, one = Spec(dtype, (n, d)), Spec(dtype, (n,))
-    specs = {"b_dec": Spec(dtype, (d,))} | {name: rows if name == "W_dec" else one for name in names}
+    rows, one = Spec(dtype, (n, out)), Spec(dtype, (n,))
+    specs = {"b_dec": Spec(dtype, (out,)), **_skip(folded, dtype)}
+    specs |= {name: rows if name == "W_dec" else one for name in names}
     specs["W_enc"] = Spec(dtype, (d, n))
     blocks = _tensors(folded, {name: name for name in names}, dtype, variant.to_saelens)
     write(to / "sae_weights.safetensors", specs, blocks, {"format": "pt"})
-    return saelens_settings(variant, d, n, dtype, config.arch, config.k)
+    cfg = saelens_settings(variant, d, n, dtype, config.arch, config.k)
+    if not folded.transcodes:
+        return cfg
+    more = {"architecture": ("skip_" if config.skip else "") + "transcoder", "d_out": out}
+    if variant.transcoder != "transcoder":
+        more["architecture"] = f"jumprelu_{more['architecture']}"
+    hooks = {"hook_name_out": config.output, "hook_layer_out": 0, "hook_head_index_out": None}
+    return cfg | more | hooks | {"apply_b_dec_to_input": False}
+
+
+def _refuse_several(folded: Folded, tool: str) -> None:
+    if any(norm.widths for norm in folded.norms):
+        raise ExchangeError(
+            f"{tool} has no format for crosscoders, of several arrays; saetrain.load(run).save(folder) writes ours"
+        )
+
+
+def _skip(folded: Folded, dtype: torch.dtype) -> dict[str, Spec]:
+    skip = folded.skip()
+    return {} if skip is None else {"W_skip": Spec(dtype, tuple(skip.shape))}
 
 
 def _tensors(
@@ -111,12 +141,14 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """b_dec and the others in order; W_enc in SAELens' layout if it goes under its own name."""
     yield "b_dec", folded.b_dec().to(dtype)
+    if (skip := folded.skip()) is not None:
+        yield "W_skip", skip.to(dtype)
     for theirs, ours in names.items():
         if theirs != "W_enc":
             for part in folded.blocks():
                 yield theirs, arranged(part)[ours].to(dtype)
             continue
-        n, d, _ = _shapes(folded)
+        n, d, _, _ = _shapes(folded)
         width = max(STRIPE_BYTES // (n * dtype.itemsize), 1)
         for at in range(0, d, width):
             stripe = torch.cat([arranged(part)["W_enc"][:, at : at + width] for part in folded.blocks()])
@@ -129,6 +161,8 @@ def _tensors(
 def bring(folder: Path, run: Path) -> None:
     """Make a run, with one checkpoint at step 0, of another tool's autoencoder."""
     found = read_foreign(folder)
+    if found.arrays or found.transcodes:
+        raise ExchangeError(f"{folder} holds a transcoder or crosscoder; runs are made of autoencoders of one array")
     _refuse_content(run)
     n, d = found.W_dec.shape
     config = Config(arch=found.activation, d_sae=n, k=max(found.k, 1), widths=(n,))

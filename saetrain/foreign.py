@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saetrain.config import Config
 from saetrain.errors import CheckpointError, ExchangeError
-from saetrain.sae import SAE
+from saetrain.sae import OWN_FILE, OWN_FORMAT, SAE
 from saetrain.tensors import TensorFile
-from saetrain.variants.table import SAELENS
+from saetrain.variants.table import SAELENS, VARIANTS
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ SPARSIFY_KEYS: Mapping[str, Accepted] = {
 
 def read_foreign(folder: Path) -> SAE:
     """An autoencoder that SAELens or sparsify wrote.  Refuses one that `SAE` would not compute identically."""
-    readers = {"sae_weights.safetensors": _saelens, "sae.safetensors": _sparsify}
+    readers = {"sae_weights.safetensors": _saelens, "sae.safetensors": _sparsify, OWN_FILE: _own}
     try:
         cfg = json.loads((folder / "cfg.json").read_text())
         if not isinstance(cfg, dict):
@@ -116,7 +117,35 @@ def read_foreign(folder: Path) -> SAE:
             return readers[there[0]](folder, cfg, TensorFile(folder / there[0]))
     except (OSError, ValueError, CheckpointError) as error:
         raise ExchangeError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
-    raise ExchangeError(f"{folder} holds {'both' if there else 'neither'} {' and '.join(readers)}; one is read")
+    raise ExchangeError(f"{folder} holds {' and '.join(there) or 'none'} of {', '.join(readers)}; one is read")
+
+
+def _own(folder: Path, cfg: dict[str, Any], file: TensorFile) -> SAE:
+    """What `SAE.save` writes of transcoders and crosscoders."""
+    if cfg.get("saetrain") != OWN_FORMAT:
+        raise ExchangeError(f"{folder / 'cfg.json'} has the format {cfg.get('saetrain')!r}; this version reads 1")
+    names = {"saetrain", "activation", "k", "subtract_b_dec", "arrays", "config"}
+    if set(cfg) != names or cfg["activation"] not in VARIANTS or not isinstance(cfg["arrays"], dict):
+        raise ExchangeError(f"{folder / 'cfg.json'} must hold {', '.join(sorted(names))}, got {', '.join(sorted(cfg))}")
+    sides = [[(str(name), int(width)) for name, width in cfg["arrays"].get(s, ())] for s in ("inputs", "outputs")]
+    sizes = {name: sum(width for _, width in side) or None for name, side in zip(("d_in", "d_out"), sides, strict=True)}
+    shapes = {"W_enc": ("d_sae", "d_in"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
+    extra = {"threshold": ("d_sae",), "W_skip": ("d_out", "d_in")}
+    held = _tensors(file, shapes, sizes, optional=extra)
+    arrays = dict(zip(("inputs", "outputs"), sides, strict=True))
+    return SAE(
+        cfg["activation"],
+        held["W_enc"],
+        held["b_enc"],
+        held["W_dec"],
+        held["b_dec"],
+        bool(cfg["subtract_b_dec"]),
+        int(cfg["k"]),
+        held.get("threshold"),
+        Config.from_json(cfg["config"]) if cfg["config"] else None,
+        held.get("W_skip"),
+        {**arrays, "scales": [float(scale) for scale in cfg["arrays"].get("scales", [1.0])]},
+    )
 
 
 def _saelens(folder: Path, cfg: dict[str, Any], file: TensorFile) -> SAE:

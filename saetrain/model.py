@@ -7,6 +7,11 @@ are kept with one row for each latent, so that an active latent is one contiguou
     pre = W_enc (x - [b_dec]) + b_enc          [b_dec] where the variant has `pre_bias`
     x^  = sum over active i  f_i W_dec[i]  + b_dec
 
+A transcoder rebuilds other arrays than its input: y in place of x in the second line, d_out numbers wide, normalised
+by their own statistics.  It subtracts no b_dec, which is of the output, and may add W_skip x.  Several arrays, as in a
+crosscoder, lie side by side in x, in y, and in the rows of both matrices; each has its own scale, and the norm of a
+decoder row is then the sum of its norms in the arrays.  An autoencoder is the case of one array, y = x.
+
 A variant is a subclass in a file of `variants/` and a row in `variants.table`.  It says which latents are active,
 how its parameters start, what its loss and gradients are, and how it is written down when finished.
 """
@@ -18,66 +23,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from itertools import repeat
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saetrain.compute.kernels import Codes, Encoder, choose_tile
+from saetrain.compute.kernels import Codes, Encoder, choose_tile, row_dots
 from saetrain.compute.mesh import Mesh
-from saetrain.errors import ConfigError
+from saetrain.norms import Norm
 from saetrain.settings import Settings
+from saetrain.tile import Part, Shape, Tile
 
 INIT_BLOCK = 1024  # latents whose initial rows come from one random stream
-WHOLE = ("b_dec",)  # parameters that every rank holds whole; all others have one row for each latent
-
-
-class Norm(NamedTuple):
-    """x = (raw - mean) * scale."""
-
-    mean: Tensor  # [d_in]
-    scale: float
-
-    def __call__(self, raw: Tensor) -> Tensor:
-        return (raw.to(self.mean.dtype) - self.mean).mul_(self.scale)
-
-
-def norm_from(mean: NDArray[Any], variance: float) -> Norm:
-    """From the mean row and the variance summed over columns: normalised rows have mean squared norm d_in."""
-    if not np.isfinite(variance) or variance <= 1e-12 * float(mean @ mean):
-        raise ConfigError(f"the rows do not vary: total variance {variance:g}, squared mean {mean @ mean:g}")
-    return Norm(torch.from_numpy(np.asarray(mean, np.float64)), (len(mean) / variance) ** 0.5)
-
-
-class Part:
-    """The part of a step that one rank computes alone, added up over tiles of its tokens."""
-
-    def __init__(self) -> None:
-        self.grads: dict[str, Tensor] = {}
-        self.residuals: list[Tensor] = []  # [tokens, d_in] of each tile: x^ - x
-        self.fired: dict[str, Tensor] = {}  # "fired" [latents]: tokens on which each latent fired
-        self.whole: dict[str, Tensor] = {}  # loss terms summed over my tokens; all ranks of the replica hold them
-        self.mine: dict[str, Tensor] = {}  # loss terms summed over my tokens and my latents
-
-    def add(self, to: dict[str, Tensor], name: str, value: Tensor) -> None:
-        """Add `value`, which the caller gives away, to one of the above."""
-        to[name] = to[name].add_(value) if name in to else value
-
-    def product(self, name: str, left: Tensor, right: Tensor) -> None:
-        """Add left^T right to a gradient, without a second matrix of its size."""
-        self.grads[name] = self.grads[name].addmm_(left.T, right) if name in self.grads else left.T @ right
-
-
-class Tile(NamedTuple):
-    """Tokens whose gradients are computed at once."""
-
-    x: Tensor  # [tokens, d_in]: normalised
-    encoder: Encoder  # of all my latents
-    codes: Codes | None  # their active latents in training, where the variant chooses them for the whole batch
-    tokens: int  # of the batch, over all replicas
-    ramp: float  # factor of the sparsity term
+WHOLE = ("b_dec", "W_skip")  # parameters that every rank holds whole; all others have one row for each latent
 
 
 class Model(ABC):
@@ -96,11 +56,15 @@ class Model(ABC):
     has_thresholds: ClassVar[bool] = False  # `fold` gives them
     saelens: ClassVar[str]  # SAELens' name of the architecture
     saelens_vectors: ClassVar[tuple[str, ...]] = ("b_enc",)  # its tensors that have one number for each latent
+    transcoder: ClassVar[str] = ""  # and of a transcoder that computes so, if it has any
     sparsify: ClassVar[bool] = False  # sparsify can hold it
 
     @abstractmethod
-    def initialise(self, sample: Tensor) -> None:
-        """Fill the parameters, given normalised rows [rows, d_in].  They do not depend on the number of ranks."""
+    def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
+        """Fill the parameters, given normalised rows [rows, d_in], and [rows, d_out] of a transcoder.
+
+        They do not depend on the number of ranks.
+        """
 
     @abstractmethod
     def add_tile(self, tile: Tile, part: Part) -> None:
@@ -113,9 +77,20 @@ class Model(ABC):
         """
         return None
 
-    def tile_tokens(self, tokens: int) -> int:
+    matrices: ClassVar[tuple[int, int]] = (1, 1)  # [tokens, latents] that `add_tile` has at once: numbers, booleans
+
+    @classmethod
+    def tile_tokens(cls, config: Settings, shape: Shape) -> int:
         """Tokens of a tile of the step."""
-        return self.tile or tokens
+        return min(shape.tile, shape.tokens)
+
+    @classmethod
+    def tile_bytes(cls, config: Settings, shape: Shape) -> int:
+        """Bytes beside parameters, gradients, moments and rows that a step needs at most (`saetrain.memory`)."""
+        numbers, booleans = cls.matrices
+        tokens = cls.tile_tokens(config, shape)
+        whole = tokens * shape.latents * (numbers * shape.element + booleans)
+        return whole + tokens * (2 * shape.d_out + cls.pre_bias * shape.d_in) * shape.element
 
     def thresholds(self) -> Tensor | float | None:
         """The number that a pre-activation must exceed at inference, for all latents or [latents]; None for none."""
@@ -175,16 +150,22 @@ class Model(ABC):
 
     # --- the same for all variants
 
-    def __init__(self, config: Settings, norm: Norm, mesh: Mesh) -> None:
-        """`config` as `resolve` returns it.  `initialise` or `checkpoint.load` fills the parameters."""
+    def __init__(self, config: Settings, norm: Norm, mesh: Mesh, out: Norm | None = None) -> None:
+        """`config` as `resolve` returns it; `out` is the norm of a transcoder's output.
+
+        `initialise` or `checkpoint.load` fills the parameters.
+        """
         self.config, self.mesh = config, mesh
         compute = config.compute
         if compute == "auto":
             compute = "bfloat16" if mesh.device.type == "cuda" else "float32"
         self.dtype = torch.float64 if compute == "float64" else torch.float32
         self.compute: torch.dtype = getattr(torch, compute)
-        self.norm = Norm(norm.mean.to(mesh.device, self.dtype), norm.scale)
-        self.d_in = len(norm.mean)
+        self.norm = norm.to(mesh.device, self.dtype)
+        self.transcodes = out is not None
+        self.out_norm = out.to(mesh.device, self.dtype) if out is not None else self.norm
+        self.d_in, self.d_out = len(self.norm.mean), len(self.out_norm.mean)
+        self.parts = list(self.out_norm.parts)
         self.lo, self.hi = mesh.share(config.d_sae, "d_sae")
         self.tile = config.tile
         n, device = self.hi - self.lo, mesh.device
@@ -193,8 +174,9 @@ class Model(ABC):
         self.params = {
             "W_enc": make((n, self.d_in)),
             "b_enc": make(n),
-            "W_dec": make((n, self.d_in)),
-            "b_dec": make(self.d_in),
+            "W_dec": make((n, self.d_out)),
+            "b_dec": make(self.d_out),
+            **({"W_skip": make((self.d_out, self.d_in))} if config.skip else {}),
             **{name: make(n) + first for name, first in self.extra.items()},
         }
         self.state = {  # not trained
@@ -209,12 +191,60 @@ class Model(ABC):
         """Latents of this rank."""
         return self.hi - self.lo
 
-    def draw(self, *, uniform: bool) -> Tensor:
-        """Random rows [latents, d_in] of my latents, U(-1, 1) or N(0, 1); each depends on (seed, latent) alone."""
+    def draw(self, *, uniform: bool) -> tuple[Tensor, Tensor]:
+        """Random rows of my latents, U(-1, 1) or N(0, 1); each depends on (seed, latent) alone.
+
+        [latents, d_in] for the encoder and [latents, d_out] for the decoder: the same unless this is a transcoder.
+        """
+        enc = self._draw(self.d_in, (), uniform)
+        return enc, self._draw(self.d_out, (1,), uniform) if self.transcodes else enc
+
+    def _draw(self, width: int, key: tuple[int, ...], uniform: bool) -> Tensor:
         blocks = range(self.lo // INIT_BLOCK, -(-self.hi // INIT_BLOCK))
-        rows = np.concatenate([_random_rows(self.config.seed, block, self.d_in, uniform) for block in blocks])
+        rows = np.concatenate([_random_rows((self.config.seed, (b, *key)), width, uniform) for b in blocks])
         mine = rows[self.lo % INIT_BLOCK :][: self.latents]
         return torch.from_numpy(mine).to(self.mesh.device, self.dtype)
+
+    def set_unit_rows(self) -> None:
+        """Random rows: those of the decoder of norm 1, and the encoder's the same, or as long where they are others."""
+        enc, dec = self.draw(uniform=False)
+        self.params["W_dec"].copy_(dec / self.row_norms(dec)[:, None])
+        self.params["W_enc"].copy_(enc / enc.norm(dim=1, keepdim=True) if self.transcodes else self.params["W_dec"])
+
+    def scale_encoder(self, codes: Codes, sample: Tensor, target: Tensor | None) -> None:
+        """Multiply the encoder by the number with which `codes`, of the first rows of `sample`, rebuild these best.
+
+        Random decoder rows of a transcoder rebuild nothing: there each latent that is active on the sample begins with
+        the mean of `target`, weighted by its values.
+        """
+        p, rows = self.params, (sample if target is None else target)[: codes.bags]
+        if target is not None:
+            found = codes.scatter(rows, codes.bag, codes.value)
+            norms = self.row_norms(found)
+            p["W_dec"].copy_(torch.where((norms > 1e-9)[:, None], found / norms[:, None], p["W_dec"]))
+        out = self.mesh.sum(codes.decode(p["W_dec"]), "tp", "reconstructions")
+        p["W_enc"] *= float((out * rows).sum() / out.square().sum().clamp_min(1e-12))
+
+    # --- the norm of decoder rows: the sum of their norms in the arrays
+
+    def row_norms(self, rows: Tensor | None = None) -> Tensor:
+        """[latents], of the decoder's rows or of others as wide."""
+        parts = torch.split(self.params["W_dec"] if rows is None else rows, self.parts, 1)
+        return torch.stack([part.norm(dim=1) for part in parts]).sum(0).clamp_min(1e-12)
+
+    def add_row_gradient(self, grad: Tensor, weight: Tensor) -> None:
+        """Add the gradient of sum_i weight_i |W_dec[i]| to that of W_dec."""
+        both = zip(*(torch.split(t, self.parts, 1) for t in (grad, self.params["W_dec"])), strict=True)
+        for part, rows in both:
+            part.addcmul_(rows, (weight / rows.norm(dim=1).clamp_min(1e-12))[:, None])
+
+    def project(self, grad: Tensor) -> None:
+        """Take from the gradient of W_dec the component that would change the norms of rows."""
+        both = [*zip(*(torch.split(t, self.parts, 1) for t in (grad, self.params["W_dec"])), strict=True)]
+        norms = [rows.norm(dim=1).clamp_min(1e-12) for _, rows in both]
+        along = torch.stack([row_dots(*pair) / norm for pair, norm in zip(both, norms, strict=True)]).mean(0)
+        for (part, rows), norm in zip(both, norms, strict=True):
+            part.addcmul_(rows, (along / norm)[:, None], value=-1)
 
     def measure_tile(self, tokens: int) -> None:
         """Settle the tile size of the encoder product; all ranks use the same."""
@@ -224,16 +254,19 @@ class Model(ABC):
             found = torch.tensor([tile], device=self.mesh.device)
             self.tile = int(self.mesh.gather(found, "world")[0])
 
-    def gradients(self, x: Tensor, ramp: float) -> Part:
-        """Loss and gradients on this replica's normalised tokens [tokens, d_in]; `ramp` scales the sparsity term.
+    def gradients(self, x: Tensor, y: Tensor, ramp: float) -> Part:
+        """Loss and gradients on this replica's normalised tokens; `ramp` scales the sparsity term.
+
+        x [tokens, d_in] goes in, and y [tokens, d_out], which may be x, is rebuilt.
 
         Tokens go through the whole step a tile at a time, so that nothing of the size [tokens, latents] exists.
         """
-        encoder, each, part = self.encoder(), self.tile_tokens(len(x)), Part()
+        shape = Shape(len(x), self.tile or len(x), self.latents, self.d_in, self.d_out, x.element_size(), self.mesh.tp)
+        encoder, each, part = self.encoder(), self.tile_tokens(self.config, shape), Part()
         codes = self.choose(encoder, self.centred(x))
         chosen = codes.split(each) if codes is not None else repeat(None)
-        for rows, own in zip(torch.split(x, each), chosen, strict=False):
-            self.add_tile(Tile(rows, encoder, own, len(x) * self.mesh.dp, ramp), part)
+        for rows, target, own in zip(torch.split(x, each), torch.split(y, each), chosen, strict=False):
+            self.add_tile(Tile(rows, target, encoder, own, len(x) * self.mesh.dp, ramp), part)
         return part
 
     def encoder(self, which: Tensor | None = None) -> Encoder:
@@ -245,20 +278,44 @@ class Model(ABC):
 
     def centred(self, x: Tensor) -> Tensor:
         """The input of the encoder product."""
-        return x - self.params["b_dec"] if self.pre_bias else x
+        return x - self.params["b_dec"] if self.subtracts else x
+
+    @property
+    def subtracts(self) -> bool:
+        """True if b_dec is taken from the input."""
+        return self.pre_bias and not self.transcodes
+
+    def completed(self, out: Tensor, x: Tensor) -> Tensor:
+        """Add to [.., tokens, d_out] what does not come from latents; `out` is overwritten."""
+        out += self.params["b_dec"]
+        if "W_skip" in self.params:
+            out += x @ self.params["W_skip"].T
+        return out
+
+    def add_shared(self, part: Part, tile: Tile, up: Tensor, pre: Tensor) -> None:
+        """Add the gradients of b_dec and W_skip.
+
+        `up` [tokens, d_out] is that of y^, `pre` [latents] the sum over tokens of that of pre-activations.
+        """
+        b_dec = up.sum(0)
+        if self.subtracts:
+            b_dec -= self.mesh.sum(pre @ self.params["W_enc"], "tp")
+        part.add(part.grads, "b_dec", b_dec)
+        if "W_skip" in self.params:
+            part.product("W_skip", up, tile.x)
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x^ [tokens, d_in] of normalised tokens and their numbers of active latents [tokens], over all my replica."""
-        return self.decoded(self.codes(x))
+        """y^ [tokens, d_out] of normalised tokens and their numbers of active latents [tokens], over all my replica."""
+        return self.decoded(self.codes(x), x)
 
-    def decoded(self, codes: Codes) -> tuple[Tensor, Tensor]:
+    def decoded(self, codes: Codes, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same from `codes` of these tokens."""
         out = self.mesh.sum(codes.decode(self.params["W_dec"]), "tp", "reconstructions")
-        return out + self.params["b_dec"], self.mesh.sum(codes.offsets.diff(), "tp")
+        return self.completed(out, x), self.mesh.sum(codes.offsets.diff(), "tp")
 
 
-def _random_rows(seed: int, block: int, d_in: int, uniform: bool) -> NDArray[Any]:
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(block,))))
+def _random_rows(seed: tuple[int, tuple[int, ...]], width: int, uniform: bool) -> NDArray[Any]:
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed[0], spawn_key=seed[1])))
     if uniform:
-        return rng.uniform(-1, 1, (INIT_BLOCK, d_in)).astype(np.float32)
-    return rng.standard_normal((INIT_BLOCK, d_in), np.float32)
+        return rng.uniform(-1, 1, (INIT_BLOCK, width)).astype(np.float32)
+    return rng.standard_normal((INIT_BLOCK, width), np.float32)

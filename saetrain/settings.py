@@ -18,6 +18,11 @@ Arch = str  # a name in `variants.table.VARIANTS`
 Compute = Literal["auto", "float32", "bfloat16", "float64"]
 
 
+def split_names(text: str) -> list[str]:
+    """The arrays in a text A,B."""
+    return text.split(",") if text else []
+
+
 @dataclass(frozen=True)
 class Domain:
     """The values that a setting may have; `words` describes them in a refusal."""
@@ -85,7 +90,7 @@ class Settings:
     # --- data
     field: str = ""
     """Array of the store to train on; empty chooses the only floating-point array of two axes, or of more, whose rows
-    are then flattened"""
+    are then flattened.  Several, as A,B, make a crosscoder: shared latents with a decoder for each array"""
     document_field: str = ""
     """Array of document ids, for the document entropy of batches; empty chooses `document` or a similar name, if
     the store has one"""
@@ -115,11 +120,22 @@ class Settings:
     """Steps between checkpoints; 0 chooses a tenth of the run, and at most 1,000"""
     keep: int = 2
     """Checkpoints to keep"""
+    # --- transcoders
+    output: str = ""
+    """Arrays to rebuild from those of --field, as A or A,B: a transcoder; empty rebuilds the same arrays"""
+    skip: bool = False
+    """Whether a linear map of the input is added to the output (true) of a transcoder"""
 
     def __post_init__(self) -> None:
         for name, domain in DOMAINS.items():
             if not domain.holds(value := getattr(self, name)):
                 raise ConfigError(f"{name} must be {domain.words}, got {value!r}")
+        for name in ("field", "output"):
+            names = split_names(getattr(self, name))
+            if "" in names or len(set(names)) < len(names):
+                raise ConfigError(f"{name} must name different arrays, as A or A,B, got {getattr(self, name)!r}")
+        if self.skip and (not self.output or self.output == self.field):
+            raise ConfigError("skip adds a map from the input to the output: it needs an output that is not the input")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -180,6 +196,8 @@ DOMAINS = {  # of every setting but `arch`, which has a table elsewhere
     "clip": _NOT_NEGATIVE,
     "seed": _COUNT_OR_NONE,
     "field": _TEXT,
+    "output": _TEXT,
+    "skip": Domain("true or false", lambda value: type(value) is bool),
     "document_field": _TEXT,
     "holdout": _COUNT_OR_NONE,
     "incomplete": Domain("true or false", lambda value: type(value) is bool),

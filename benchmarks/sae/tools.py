@@ -20,7 +20,7 @@ import actshuffle
 import saetrain
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
-from saetrain.model import norm_from
+from saetrain.norms import norm_from
 from saetrain.training import checkpoint
 from saetrain.training.losses import step
 from saetrain.training.optim import Optimizer, ramps

@@ -40,6 +40,12 @@ def _training() -> Sequence[click.Command]:
     return training.COMMANDS
 
 
+def _planning() -> Sequence[click.Command]:
+    from saetrain.cli import planning
+
+    return planning.COMMANDS
+
+
 def _features() -> Sequence[click.Command]:
     from saetrain.cli import features
 
@@ -86,6 +92,7 @@ def _view() -> Sequence[click.Command]:
 # imported when one of its commands is looked up, so that --version and --help do not wait for torch.
 COMMANDS: dict[str, tuple[Callable[[], Sequence[click.Command]], str]] = {
     "fit": (_training, "Train one autoencoder on STORE, a finished actshuffle store."),
+    "plan": (_planning, "Say how much memory `fit` with the same options takes on each rank."),
     "resume": (_training, "Go on with RUN, which was stopped, with its own settings and store."),
     "sweep": (_training, "Train several autoencoders over one read of STORE."),
     "report": (_training, "Draw and compare RUNS: report.png and report.html."),

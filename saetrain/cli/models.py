@@ -52,6 +52,9 @@ FILES = click.option("--text", type=PATH, multiple=True, required=True, help="Fi
 def open_both(run: Path, options: dict[str, Any], attention: str | None = None) -> tuple[SAE, LanguageModel]:
     """The dictionary and the model that options name; the dictionary goes to the model's device."""
     sae = load(run)
+    if sae.arrays:
+        wide = f"from {', '.join(sae.inputs)} to {', '.join(sae.outputs)}"
+        raise ConfigError(f"{run} goes {wide}; a running model is edited with autoencoders of one array only")
     layer = options["layer"] if options["layer"] is not None else layer_of(run)
     model = LanguageModel.load(
         options["model"],

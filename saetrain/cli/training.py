@@ -30,7 +30,7 @@ SWEPT = ("arch", "d_sae", "k", "lr", "sparsity", "aux_coef")  # settings in whic
 # --- Options
 
 
-def _settings(*, lists: bool) -> Callable[[F], F]:
+def settings_options(*, lists: bool) -> Callable[[F], F]:
     """An option for each setting, as text; with `lists`, some take several values."""
     options = []
     for field in fields(Config):
@@ -62,7 +62,7 @@ TRAIN = all_of(
 
 @click.command("fit")
 @TRAIN
-@_settings(lists=False)
+@settings_options(lists=False)
 @LOOK
 @click.pass_context
 def _fit(ctx: click.Context, /, store: str, out: Path | None, config: Path | None, report: bool, **more: Any) -> None:
@@ -76,14 +76,14 @@ def _fit(ctx: click.Context, /, store: str, out: Path | None, config: Path | Non
       saetrain fit shuffled.zarr
       saetrain fit shuffled.zarr --arch batchtopk --k 32 --d-sae 16384 --out run
     """
-    given = {name: parse_field(name, text) for name, text in _given(more).items()}
-    runs = {_out(store, out): Config(**{**_base(config), **given})}
+    given = {name: parse_field(name, text) for name, text in given_settings(more).items()}
+    runs = {_out(store, out): Config(**{**base_settings(config), **given})}
     _train(ctx, store, runs, lambda found: found[0], reported=report, **more)
 
 
 @click.command("sweep")
 @TRAIN
-@_settings(lists=True)
+@settings_options(lists=True)
 @LOOK
 @click.pass_context
 def _sweep(ctx: click.Context, /, store: str, out: Path | None, config: Path | None, report: bool, **more: Any) -> None:
@@ -96,7 +96,7 @@ def _sweep(ctx: click.Context, /, store: str, out: Path | None, config: Path | N
     Example:
       saetrain sweep shuffled.zarr --k 16,32,64 --lr 1e-3,2e-3 --out sweep
     """
-    runs = _combinations(_out(store, out), _base(config), _given(more))
+    runs = _combinations(_out(store, out), base_settings(config), given_settings(more))
     _train(ctx, store, runs, lambda found: {"runs": found}, reported=report, **more)
 
 
@@ -165,7 +165,7 @@ def _out(store: str, out: Path | None) -> Path:
     return out or beside(Path(store))
 
 
-def _base(file: Path | None) -> dict[str, Any]:
+def base_settings(file: Path | None) -> dict[str, Any]:
     """The settings of a JSON file: of a run's config.json, or an object that has nothing else."""
     if file is None:
         return {}
@@ -177,7 +177,7 @@ def _base(file: Path | None) -> dict[str, Any]:
         raise ConfigError(f"--config {file} holds no settings: {type(error).__name__}: {error}") from error
 
 
-def _given(options: dict[str, Any]) -> dict[str, str]:
+def given_settings(options: dict[str, Any]) -> dict[str, str]:
     """The texts of the settings that were given, taken out of the options of a command."""
     taken = {field.name: options.pop(field.name) for field in fields(Config)}
     return {name: text for name, text in taken.items() if text is not None}

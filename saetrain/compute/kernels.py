@@ -138,6 +138,14 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([(u * v).sum(1) for u, v in zip(torch.split(a, ROWS), torch.split(b, ROWS), strict=True)])
 
 
+def unmasked(mask: Tensor, buffer: Tensor) -> Tensor:
+    """[columns]: entries of a mask [rows, columns] that are false.  `buffer`, of its shape, is overwritten.
+
+    A sum of the mask itself would make a copy of it in int64.
+    """
+    return buffer.fill_(1).masked_fill_(mask, 0).sum(0).long()
+
+
 def sum_of_squares(x: Tensor) -> Tensor:
     """One pass, without temporaries."""
     flat = x.reshape(-1)
@@ -243,13 +251,18 @@ class Encoder:
         return Codes(latent, value, bag, x.shape[0], self.weight.shape[0])
 
 
+def tile_sizes(tokens: int, latents: int, cuda: bool) -> list[int]:
+    """The tile sizes to choose from."""
+    sizes = [size for size in (128, 256, 512, 1024, 2048, 4096, 8192) if size < tokens] + [tokens]
+    limit = 2**28 if cuda else 2**25  # elements of pre-activations at once
+    return [size for size in sizes if size * latents <= limit] or sizes[:1]
+
+
 def choose_tile(weight: Tensor, bias: Tensor, compute: torch.dtype, k: int, tokens: int) -> int:
     """The fastest of a few tile sizes for this shape on this machine; each is timed three times."""
     best = (float("inf"), 1)
-    sizes = [size for size in (128, 256, 512, 1024, 2048, 4096, 8192) if size < tokens] + [tokens]
-    limit = 2**28 if weight.is_cuda else 2**25  # elements of pre-activations at once
     x = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=bias.dtype)
-    for size in [s for s in sizes if s * weight.shape[0] <= limit] or sizes[:1]:
+    for size in tile_sizes(tokens, weight.shape[0], weight.is_cuda):
         encoder = Encoder(weight, bias, compute, size)
         encoder.topk(x, k)  # warm-up
         for _ in range(3):

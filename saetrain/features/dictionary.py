@@ -65,8 +65,19 @@ class Dictionary:
         return len(self._foreign.b_enc) if self._foreign else self._folded.checkpoint.config.d_sae
 
     @property
+    def field(self) -> str:
+        """The arrays on which a run was trained, where its settings name several or those of a transcoder."""
+        config = self.checkpoint.config if self.checkpoint is not None else None
+        return config.field if config is not None and self._folded.arrays else ""
+
+    @property
     def d_in(self) -> int:
         return self._foreign.W_enc.shape[1] if self._foreign else int(self._folded.checkpoint.state["d_in"])
+
+    @property
+    def d_out(self) -> int:
+        """The width of what is rebuilt."""
+        return self._foreign.d_out if self._foreign else len(self._folded.norms[1].mean)
 
     def firing_rates(self) -> Tensor | None:
         """Share of tokens on which each latent was last seen active in training, float64 [latents], where known."""
@@ -77,12 +88,13 @@ class Dictionary:
     def offset(self) -> Tensor:
         """What is subtracted from raw rows before the encoder, [d_in]."""
         if self._foreign is not None:
-            return self._foreign.b_dec if self._foreign.subtract_b_dec else torch.zeros_like(self._foreign.b_dec)
+            found = self._foreign
+            return found.b_dec if found.subtract_b_dec else found.b_dec.new_zeros(found.d_in)
         b_dec = self._folded.b_dec()
-        return b_dec if self._folded.variant.pre_bias else torch.zeros_like(b_dec)
+        return b_dec if self._folded.subtracts else b_dec.new_zeros(self.d_in)
 
     def rows(self, lo: int, hi: int) -> dict[str, Tensor]:
-        """W_enc, W_dec [latents, d_in], b_enc and threshold [latents] of latents [lo, hi).
+        """W_enc [latents, d_in], W_dec, b_enc and threshold [latents] of latents [lo, hi).
 
         The same bits whatever the range; a variant without thresholds has zeros.
         """

@@ -21,7 +21,7 @@ from torch import Tensor
 from actshuffle import Dataset, open_dataset
 from actshuffle.jobs import FolderJob, FolderTask
 from saetrain.compute.kernels import Codes, exact_topk, true_places
-from saetrain.data import check_finite
+from saetrain.data import check_finite, read_columns
 from saetrain.features import codes
 from saetrain.features.blueprint import Plan
 from saetrain.features.dictionary import Shard, shard_of
@@ -55,12 +55,8 @@ def is_there(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
 
 
 def rows_of(data: Dataset, plan: Plan, field: str, start: int, stop: int) -> Tensor:
-    """Rows [start, stop) of an array as float32 [rows, d_in]; refuses NaNs and infinities."""
-    found = data.read(field, start, stop).reshape(stop - start, -1)
-    if data.fields[field].bfloat16:
-        rows = torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
-    else:
-        rows = torch.from_numpy(found)
+    """Rows [start, stop) of the arrays in `field` as float32 [rows, d_in]; refuses NaNs and infinities."""
+    rows = read_columns(data, field, start, stop, flat=True)
     check_finite(rows, plan.store, field, start)
     return rows.float()
 

@@ -58,7 +58,7 @@ def plan_features(
 ) -> Plan:
     """The plan of a run; refuses what does not fit together before anything is written."""
     found = Dictionary(str(dictionary))
-    data = _opened(store, field, incomplete)
+    data = _opened(store, field or found.field, incomplete)
     if data.d_in != found.d_in:
         raise DataError(
             f"rows of {data.field!r} in {store} have {data.d_in:,} numbers, and the dictionary {dictionary} takes "
@@ -84,7 +84,7 @@ def plan_features(
         store=str(store) if "://" in str(store) else str(Path(store).absolute()),
         identity=data.data.identity,
         field=data.field,
-        gradient=_gradient(data),
+        gradient=None if found.field else _gradient(data),  # of the input, which a transcoder does not rebuild
         token=_column(data.data, TOKEN_NAMES),
         document=_column(data.data, DOCUMENT_NAMES),
         rows=rows,
@@ -106,7 +106,7 @@ def plan_features(
         pair_rows=0,
         keep_codes=keep_codes,
         near=NEAR,
-        lens=None if model is None else open_lens(model, found.d_in),
+        lens=None if model is None else open_lens(model, found.d_out),
     )
     active = max(active_entries(plan)[0] / rows, 1.0)  # latents of a row
     plan = replace(plan, pair_rows=min(rows, PAIR_ROWS, int(PAIR_ENTRIES / active), int(PAIRS / active**2) + 1))

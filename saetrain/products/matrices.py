@@ -86,7 +86,7 @@ def open_side(path: str | Path, part: str = "decoder", unit: bool = False) -> Si
     found.verify()
     found.check_names()
     digest = hashlib.sha256("".join(found.state["shards"].values()).encode()).hexdigest()
-    rows, width = found.config.d_sae, int(found.state["d_in"])
+    rows, width = found.config.d_sae, len(Folded(found).norms[part == "decoder"].mean)
     return Side(str(found.folder.absolute()), part, unit, rows, width, digest, False)
 
 

@@ -29,13 +29,20 @@ from torch import Tensor
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
 from saetrain.errors import CheckpointError
-from saetrain.model import WHOLE, Model, Norm
+from saetrain.model import WHOLE, Model
+from saetrain.norms import Norm, spread
 from saetrain.tensors import Spec, TensorFile, sha256, write
 from saetrain.training.optim import Optimizer
 from saetrain.variants.table import VARIANTS
 
 FORMAT = 1
-WHOLE_TENSORS = {*WHOLE, "mean", "window", "threshold"}  # the same on every rank; all others are split by latent
+WHOLE_TENSORS = {
+    *WHOLE,
+    "mean",
+    "mean_out",
+    "window",
+    "threshold",
+}  # the same on every rank; all others are split by latent
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -68,7 +75,8 @@ def save(run: Path, model: Model, optimizer: Optimizer, step: int, cursor: dict[
                 "step": step,
                 "config": model.config.to_json(),
                 "d_in": model.d_in,
-                "scale": model.norm.scale,
+                **_facts(model.norm, "scale"),
+                **(_facts(model.out_norm, "scale_out") if model.transcodes else {}),
                 "tile": model.tile,
                 "cursor": cursor,
                 "shards": {n: bytes(d.tolist()).hex() for n, d in zip(names, digests, strict=True)},
@@ -93,7 +101,14 @@ def _remove(folder: Path) -> None:
 def _held(model: Model, optimizer: Optimizer, whole: bool) -> dict[str, Tensor]:
     """The tensors this rank writes: its rows of those that are split, and on the first rank (`whole`) the others."""
     found = {**model.params, **optimizer.moments(), **model.state, "mean": model.norm.mean}
+    if model.transcodes:
+        found["mean_out"] = model.out_norm.mean
     return {n: t for n, t in found.items() if whole or _is_split(n)}
+
+
+def _facts(norm: Norm, name: str) -> dict[str, Any]:
+    """The scale of one array, or scales and widths of several, as state.json has them."""
+    return {name: norm.scales, f"{name}_widths": list(norm.widths)} if norm.widths else {name: norm.scale}
 
 
 def _is_split(name: str) -> bool:
@@ -146,14 +161,24 @@ class Checkpoint:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def norms(self) -> tuple[Norm, Norm | None]:
+        """The norm of the input, and of the output of a transcoder."""
+        out = self._norm("mean_out", "scale_out") if "scale_out" in self.state else None
+        return self._norm("mean", "scale"), out
+
+    def _norm(self, mean: str, scale: str) -> Norm:
+        found, widths = self.state[scale], tuple(self.state.get(f"{scale}_widths", ()))
+        return Norm(self.read(mean), spread(found, widths) if widths else found, widths)
+
     def has(self, name: str) -> bool:
         return name in self.files[0].specs
 
     def check_names(self) -> None:
         """Refuse tensors that are not of this variant: they may change what the others compute."""
         split = {"W_enc", "b_enc", "W_dec", *VARIANTS[self.config.arch].extra}
-        params = split | set(WHOLE)
-        known = params | {f"adam_{m}.{name}" for m in "mv" for name in params} | WHOLE_TENSORS | {"quiet", "fired"}
+        params = split | {"b_dec"} | ({"W_skip"} if self.config.skip else set())
+        known = params | {f"adam_{m}.{name}" for m in "mv" for name in params}
+        known |= (WHOLE_TENSORS - set(WHOLE)) | {"quiet", "fired"}
         for file in self.files:
             if unknown := sorted(set(file.specs) - known):
                 raise CheckpointError(f"{file.path} holds {', '.join(unknown)}, which {self.config.arch} has not")
@@ -220,7 +245,8 @@ def load(checkpoint: Checkpoint, mesh: Mesh) -> Loaded:
     lo, hi = mesh.share(config.d_sae, "d_sae")
     each = config.d_sae // len(checkpoint.files)
     checkpoint.verify({0} | set(range(lo // each, -(-hi // each))))
-    model = VARIANTS[config.arch](config, Norm(checkpoint.read("mean"), state["scale"]), mesh)
+    norm, out = checkpoint.norms()
+    model = VARIANTS[config.arch](config, norm, mesh, out)
     model.tile = state["tile"]
     for name, tensor in (model.params | model.state).items():
         tensor.copy_(checkpoint.read(name, lo, hi))

@@ -53,7 +53,7 @@ class Clock:
         if not self.steps:
             return {}
         rate = self.steps * self.config.batch_size / self.seconds
-        flops = rate * metrics.flops_per_token(model.config, model.d_in, active) / model.mesh.world
+        flops = rate * metrics.flops_per_token(model.config, model.d_in, active, model.d_out) / model.mesh.world
         share = flops / self._peak(model.compute, again=again)
         tokens = self.steps * self.config.batch_size / self.mesh.dp
         return {

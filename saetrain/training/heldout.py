@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from saetrain.compute.mesh import Mesh
-from saetrain.data import Source, check_finite
+from saetrain.data import Source, check_finite, target_of
 from saetrain.model import Model
+from saetrain.settings import split_names
 from saetrain.training import metrics
 
 EVAL_ROWS = 2048  # rows per evaluation batch
@@ -34,32 +36,38 @@ class Heldout:
         Also the FVU by decile of the norm, since a few long rows may rule the sums, and how often latents fired.
         """
         mesh, source = self.mesh, self.source
+        target, norm = target_of(source) or source.field, model.out_norm
         if self.stop == self.start:
             return {}
-        total, norms = torch.zeros(source.d_in, device=mesh.device, dtype=torch.float64), []
-        for number, part in enumerate(self._parts(source.field)):
-            check_finite(part, source.name, source.field, self.start + number * EVAL_ROWS)
-            total += model.norm(part).double().sum(0)
+        total, norms = torch.zeros(model.d_out, device=mesh.device, dtype=torch.float64), []
+        for number, part in enumerate(self._parts(target)):
+            check_finite(part, source.name, target, self.start + number * EVAL_ROWS)
+            total += norm(part).double().sum(0)
             norms.append(part.double().norm(dim=1))
         everyone = mesh.gather(torch.cat(norms), "dp").view(-1)
         mean = mesh.sum(total, "dp") / ((self.stop - self.start) * mesh.dp)
         tenths = metrics.tenths(everyone)
         places = tenths.view(mesh.dp, -1)[mesh.dp_index]
         mine = [places[at : at + EVAL_ROWS] for at in range(0, len(places), EVAL_ROWS)]
-        sums = torch.zeros(metrics.TENTHS, source.d_in, device=mesh.device, dtype=torch.float64)
-        for part, tenth in zip(self._parts(source.field), mine, strict=True):
-            sums.index_add_(0, tenth, model.norm(part).double())
+        sums = torch.zeros(metrics.TENTHS, model.d_out, device=mesh.device, dtype=torch.float64)
+        for part, tenth in zip(self._parts(target), mine, strict=True):
+            sums.index_add_(0, tenth, norm(part).double())
         means = mesh.sum(sums, "dp") / tenths.bincount(minlength=metrics.TENTHS).clamp_min(1)[:, None]
         errors, spreads, active, own = [], [], [], []
+        by_array = torch.zeros(2, len(model.parts), device=mesh.device, dtype=torch.float64)
         fired = torch.zeros(model.latents, dtype=torch.int64, device=mesh.device)
-        for part, tenth in zip(self._parts(source.field), mine, strict=True):
+        wanted = self._parts(target) if model.transcodes else repeat(None)
+        for part, other, tenth in zip(self._parts(source.field), wanted, mine, strict=False):
             x = model.norm(part)
-            own.append((x.double() - means[tenth]).square().sum(1))
+            y = x if other is None else norm(other)
+            own.append((y.double() - means[tenth]).square().sum(1))
             codes = model.codes(x)
             fired += codes.count()
-            out, count = model.decoded(codes)
-            errors.append((out - x).double().square().sum(1))
-            spreads.append((x.double() - mean).square().sum(1))
+            out, count = model.decoded(codes, x)
+            both = [(out - y).double().square(), (y.double() - mean).square()]
+            errors.append(both[0].sum(1))
+            spreads.append(both[1].sum(1))
+            by_array += torch.stack([torch.stack([a.sum() for a in torch.split(b, model.parts, 1)]) for b in both])
             active.append(count)
         top, bottom = (mesh.gather(torch.cat(v), "dp").view(-1) for v in (errors, spreads))
         around = mesh.gather(torch.cat(own), "dp").view(-1)
@@ -77,6 +85,13 @@ class Heldout:
             "eval_l0_low": l0.low,
             "eval_l0_high": l0.high,
             "eval_rows": len(top),
+            **_by_array(target, mesh.sum(by_array, "dp")),
             **metrics.heldout_summary(model, mesh.sum(fired, "dp"), len(top)),
             **metrics.by_norm(top, around, everyone, tenths),
         }
+
+
+def _by_array(target: str, sums: Tensor) -> dict[str, float]:
+    """The FVU of each array, where several are rebuilt, from sums [2, arrays] of squared errors and spreads."""
+    names = split_names(target)
+    return {f"eval_fvu.{n}": float(sums[0, i] / sums[1, i]) for i, n in enumerate(names)} if len(names) > 1 else {}

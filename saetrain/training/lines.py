@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saetrain.config import Config
-from saetrain.data import HEAVY_SHARE, Source
+from saetrain.data import HEAVY_SHARE, Source, target_of
 
 
 def opening(source: Source, runs: Mapping[Path, Config], at: int) -> str:
@@ -15,9 +15,10 @@ def opening(source: Source, runs: Mapping[Path, Config], at: int) -> str:
     config = next(iter(runs.values()))
     what = f"{config.arch} of {config.d_sae:,} latents" if len(runs) == 1 else f"{len(runs)} autoencoders"
     left = f"{config.steps - at:,} steps" if not at else f"{config.steps - at:,} of {config.steps:,} steps"
+    to = f" to {target}" if (target := target_of(source)) else ""
     return (
-        f"training {what} on {source.rows - config.holdout:,} rows of {source.name} ({source.field}, {source.d_in:,} "
-        f"wide): {left} of {config.batch_size:,} rows"
+        f"training {what} on {source.rows - config.holdout:,} rows of {source.name} ({source.field}{to}, "
+        f"{source.d_in:,} wide): {left} of {config.batch_size:,} rows"
     )
 
 

@@ -2,7 +2,8 @@
 
 No autograd: the gradients of a two-layer model fit on a page, and written out they show which are sparse, which
 sums cross ranks, and how much each costs.  Tests compare them with autograd on the plain dense formulas.
-B is the number of tokens over all replicas; e = x^ - x; sums run over tokens and latents.
+B is the number of tokens over all replicas; e = x^ - x; sums run over tokens and latents.  For a transcoder, read y for
+x in e, and d_out for d; for several arrays, |W_dec[i]| is the sum of the row's norms in the arrays.
 
 topk, batchtopk   |e|^2 / (d B)  +  aux_coef * s * |e^ - (x - x^)|^2 / (d B)
     e^ rebuilds the residual (held constant) from the aux_k largest of the dead latents; s = min(dead / aux_k, 1).
@@ -20,7 +21,7 @@ gated             |e|^2 / B  +  lambda sum_i relu(gate_i) / B  +  |e_gate|^2 / B
 The gradients, with up = d loss / d x^ and g = d loss / d pre:
 
     W_dec[i] = sum_b f_bi up_b      W_enc[i] = sum_b g_bi (x_b - [b_dec])      b_enc[i] = sum_b g_bi
-    b_dec    = sum_b up_b - [W_enc^T b_enc's gradient]
+    b_dec    = sum_b up_b - [W_enc^T b_enc's gradient]      W_skip = sum_b up_b x_b^T
 """
 
 from __future__ import annotations
@@ -38,21 +39,24 @@ class Step:
     """The result of one batch, over all ranks: `losses` are means over its tokens."""
 
     grads: dict[str, Tensor]  # of my share of the parameters
-    residual: Tensor  # [tokens, d_in]: x^ - x, of this replica's tokens
+    residual: Tensor  # [tokens, d_out]: y^ - y, of this replica's tokens
     fired: Tensor  # [latents]: tokens of the batch on which each of my latents fired
     losses: dict[str, float]
     active: float  # active latents per token
 
 
-def step(model: Model, x: Tensor, ramp: float = 1.0) -> Step:
+def step(model: Model, x: Tensor, ramp: float = 1.0, y: Tensor | None = None) -> Step:
     """Loss and gradients on this replica's normalised tokens [tokens, d_in]; `ramp` scales the sparsity term.
+
+    `y` [tokens, d_out] is what a transcoder rebuilds.
 
     Also updates the firing statistics and the threshold, but not the parameters.
     """
-    part = model.gradients(x, ramp)
+    part = model.gradients(x, x if y is None else y, ramp)
     mesh, tokens, state = model.mesh, len(x) * model.mesh.dp, model.state
     fired = mesh.sum(part.fired["fired"], "dp", "gradients")
-    grads = {name: mesh.sum(g, "dp", "gradients") for name, g in part.grads.items()}
+    # Each leaves `part` for its sum: both at once would be twice the gradients.
+    grads = {name: mesh.sum(part.grads.pop(name), "dp", "gradients") for name in list(part.grads)}
     residual = part.residuals[0] if len(part.residuals) == 1 else torch.cat(part.residuals)
 
     mine = mesh.sum(torch.stack([*part.mine.values(), part.fired["fired"].sum().to(x.dtype)]), "tp")

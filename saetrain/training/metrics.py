@@ -15,7 +15,8 @@ eval_dense, eval_density   as dense and density, on held-out rows
 gradient norm        norm of each parameter's gradient over all ranks, before clipping
 update norm          norm of Adam's step for each parameter over all ranks, before decoder rows are scaled to norm 1
 decoder cosine       largest cosine of a decoder row with any other, over a sample of rows: mean and 95th percentile
-encoder cosine       mean cosine between a latent's encoder and decoder rows
+encoder cosine       mean cosine between a latent's encoder and decoder rows; a transcoder has none
+fvu of an array      the fvu over the columns of one of several arrays that are rebuilt
 document entropy     -sum p log2 p over the documents of a batch, divided by log2 of its rows: 1 if all differ
 tokens/s             tokens of the interval divided by its seconds, without evaluations and checkpoints; the members
                      of a sweep share the seconds
@@ -33,6 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saetrain.compute.kernels import ROWS, row_dots
 from saetrain.compute.mesh import Mesh
 from saetrain.model import Model
 from saetrain.settings import Settings
@@ -102,7 +104,10 @@ def by_norm(errors: Tensor, spreads: Tensor, norms: Tensor, tenth: Tensor) -> di
 
 
 def batch_fvu(x: Tensor, residual: Tensor, mesh: Mesh) -> float:
-    sums = torch.cat([x.double().sum(0), x.double().square().sum()[None], residual.double().square().sum()[None]])
+    sums = torch.zeros(x.shape[1] + 2, device=x.device, dtype=torch.float64)
+    for rows, missed in zip(torch.split(x, ROWS), torch.split(residual, ROWS), strict=True):  # no copy in float64
+        wide = rows.double()
+        sums += torch.cat([wide.sum(0), wide.square().sum()[None], missed.double().square().sum()[None]])
     sums = mesh.sum(sums, "dp")
     return fvu(float(sums[-1]), sums[:-2], float(sums[-2]), len(x) * mesh.dp)
 
@@ -147,25 +152,28 @@ def heldout_summary(model: Model, fired: Tensor, rows: int) -> dict[str, float |
 def cosines(model: Model, sample: int = COSINE_SAMPLE) -> dict[str, float]:
     """Decoder and encoder cosines; ranks exchange `sample` decoder rows, never the whole dictionary."""
     mesh, w = model.mesh, model.params["W_dec"]
-    unit = w / w.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    norm = w.norm(dim=1).clamp_min(1e-12)
     each = min(sample // mesh.tp or 1, len(w))
     mine = torch.linspace(0, len(w) - 1, each, device=w.device).long()
-    rows = mesh.gather(unit[mine], "tp").reshape(-1, w.shape[1])
+    rows = mesh.gather(w[mine] / norm[mine, None], "tp").reshape(-1, w.shape[1])
     best = torch.full((len(rows),), -1.0, device=w.device, dtype=w.dtype)
-    for start in range(0, len(unit), 4096):
-        product = rows @ unit[start : start + 4096].T
+    for start in range(0, len(w), 4096):
+        product = rows @ w[start : start + 4096].T / norm[start : start + 4096]
         own = (mine >= start) & (mine < start + 4096)  # a row does not count as its own neighbour
         at = own.nonzero().view(-1)
         product[at + mesh.tp_index * each, mine[at] - start] = -1.0
         best = torch.maximum(best, product.amax(1))
     best = mesh.max(best, "tp")
-    enc = model.params["W_enc"]
-    both = torch.nn.functional.cosine_similarity(enc, w, dim=1).sum()[None]
+    found = {}
+    if not model.transcodes:  # encoder and decoder rows of a transcoder are of different spaces
+        enc = model.params["W_enc"]
+        both = row_dots(enc, w) / (enc.norm(dim=1).clamp_min(1e-12) * norm)
+        found["encoder_cosine"] = float(mesh.sum(both.sum()[None], "tp")) / model.config.d_sae
     return {
+        **found,
         "decoder_cosine_mean": float(best.mean()),
         "decoder_cosine_p95": float(best.quantile(0.95)),
-        "encoder_cosine": float(mesh.sum(both, "tp")) / model.config.d_sae,
-        "decoder_norm": float(mesh.sum(w.norm(dim=1).sum()[None], "tp")) / model.config.d_sae,
+        "decoder_norm": float(mesh.sum(model.row_norms().sum()[None], "tp")) / model.config.d_sae,
     }
 
 
@@ -190,15 +198,17 @@ def document_entropy(documents: Tensor) -> float:
     return float(-(p * p.log2()).sum()) / math.log2(len(documents)) + 0.0
 
 
-def flops_per_token(config: Settings, d_in: int, active: float) -> float:
+def flops_per_token(config: Settings, d_in: int, active: float, d_out: int = 0) -> float:
     """Floating-point operations of one training step per token, over all ranks.
 
     The encoder product is dense: 2 d n.  Decoding, the gradient of the values, and the two weight gradients touch
-    active latents only: 8 d active.  A variant that computes densely multiplies all latents instead: 8 d n.
+    active latents only: 8 d active.  A variant that computes densely multiplies all latents instead: 8 d n.  Three of
+    these four are as wide as the output, `d_out` in a transcoder, and its skip map adds two products.
     """
-    n = config.d_sae
+    n, out = config.d_sae, d_out or d_in
     dense = VARIANTS[config.arch].computes_densely(active, n)
-    return 2.0 * d_in * n + 8.0 * d_in * (n if dense else active)
+    skip = 4.0 * d_in * out if config.skip else 0.0
+    return 2.0 * d_in * n + (2.0 * d_in + 6.0 * out) * (n if dense else active) + skip
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:

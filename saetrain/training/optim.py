@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saetrain.compute.kernels import row_dots, sum_of_squares
+from saetrain.compute.kernels import sum_of_squares
 from saetrain.model import WHOLE, Model
 from saetrain.settings import Settings
 
@@ -41,8 +41,7 @@ class Optimizer:
         """
         model, params = self.model, self.model.params
         if model.unit_rows:
-            rows = params["W_dec"]
-            grads["W_dec"].addcmul_(row_dots(grads["W_dec"], rows)[:, None], rows, value=-1)
+            model.project(grads["W_dec"])
         norms = group_norms(model, grads)
         total = sum(n * n for n in norms.values()) ** 0.5
         clip = model.config.clip
@@ -53,7 +52,7 @@ class Optimizer:
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
         if model.unit_rows:
-            params["W_dec"] /= params["W_dec"].norm(dim=1, keepdim=True).clamp_min(1e-12)
+            params["W_dec"] /= model.row_norms()[:, None]
         return norms | {"all": total}
 
     def update_norms(self) -> dict[str, float]:

@@ -132,7 +132,9 @@ def _members(run: Path) -> list[Path]:
 def panels_of(logs: dict[str, list[dict[str, Any]]]) -> list[Panel]:
     """The panels for which at least one run has numbers, from the lines of each run's log."""
     found = []
-    for key, (title, log) in CURVES.items():
+    arrays = {key: key.partition(".")[2] for lines in logs.values() for x in lines for key in x if "eval_fvu." in key}
+    of_arrays = {key: (f"FVU of {name}, held-out rows", True) for key, name in arrays.items()}
+    for key, (title, log) in {**CURVES, **of_arrays}.items():
         curves = {
             run: [(float(x["step"]), float(x[key])) for x in lines if _finite(x.get(key))]
             for run, lines in logs.items()

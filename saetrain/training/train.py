@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
-from saetrain.data import Batch, Cursor, Source, check_finite, norm_of, sample, stream
+from saetrain.data import Batch, Cursor, Source, check_finite, norms_of, sample, stream, target_of
 from saetrain.errors import ConfigError, DataError, DivergedError, SaetrainError
 from saetrain.model import Model
 from saetrain.training import checkpoint, metrics
@@ -76,9 +76,10 @@ def fit(
     if config.batch_size % mesh.world:
         raise ConfigError(f"batch_size {config.batch_size} is not a multiple of the number of ranks, {mesh.world}")
 
-    if heldout is not None and heldout.d_in != source.d_in:
+    if heldout is not None and _widths(heldout) != _widths(source):
         raise DataError(
-            f"{heldout.name} is {heldout.d_in} wide and cannot evaluate a model of {source.name}, {source.d_in} wide"
+            f"{heldout.name} is {_widths(heldout)} wide and cannot evaluate a model of {source.name}, "
+            f"{_widths(source)} wide"
         )
 
     cursor = source.batches(source.rows - config.holdout, config, mesh)  # refuses a store before a folder is made
@@ -114,6 +115,7 @@ def _trained(
         while at < config.steps:
             batch = next(batches)
             x = members[0].model.norm(batch.rows)
+            y = x if batch.targets is None else members[0].model.out_norm(batch.targets)
             at += 1
             done, due = at == config.steps, at % config.eval_every == 0
             number = int(mesh.max(torch.tensor([asked[-1] if asked else 0], device=mesh.device), "world"))
@@ -121,7 +123,7 @@ def _trained(
             lines: list[tuple[Member, dict[str, Any]]] = []
             for m in list(members):
                 lr, ramp = ramps(m.model.config, at - 1)
-                out = step(m.model, x, ramp)
+                out = step(m.model, x, ramp, y)
                 if not math.isfinite(out.losses["loss"]):
                     ends[m.run] = _explain(out, batch, source, config, mesh, at)
                     members.remove(m)
@@ -129,7 +131,8 @@ def _trained(
                     continue
                 norms = m.optimizer.apply(out.grads, lr)
                 if at % config.log_every == 0 or done or due or stop:
-                    lines.append((m, _line(m, out, x, batch, lr, norms, at)))
+                    lines.append((m, _line(m, out, y, batch, lr, norms, at)))
+                del out  # or its gradients would lie beside those of the next step
             if not members:
                 raise DivergedError("; ".join(ends[run] for run in runs))
             saves = at % config.checkpoint_every == 0 or done or stop
@@ -165,6 +168,11 @@ def _trained(
         ends[m.run] = diverged(last[m.run]) if at == config.steps else ""
     more = {"stopped": at < config.steps, "signal": number}
     return {run: line | more | {"diverged": ends[run]} for run, line in last.items()}
+
+
+def _widths(source: Source) -> tuple[int, int]:
+    """Of what goes in and of what is rebuilt."""
+    return source.d_in, int(getattr(source, "d_out", source.d_in))  # a source need not have it
 
 
 def _leave(m: Member, config: Config, reason: str, mesh: Mesh, of: int, say: Callable[[str], None]) -> None:
@@ -207,10 +215,11 @@ def _begin(
     if loaded is None:
         if any(checkpoint.published(run) for run in runs):
             raise SaetrainError("there is no step for which all runs have a checkpoint: remove the runs to start again")
-        norm, members = norm_of(source), []
+        (norm, out), members, target = norms_of(source), [], target_of(source)
         for run, config in runs.items():
-            model = VARIANTS[config.arch](config, norm, mesh)
-            model.initialise(sample(source, model.norm, INIT_ROWS, mesh))
+            model = VARIANTS[config.arch](config, norm, mesh, out)
+            wanted = sample(source, model.out_norm, INIT_ROWS, mesh, target) if target else None
+            model.initialise(sample(source, model.norm, INIT_ROWS, mesh), wanted)
             model.measure_tile(config.batch_size // mesh.dp)
             members.append(Member(run, model, Optimizer(model), None))
         at, state = 0, None
@@ -239,6 +248,7 @@ def _begin(
             shape = getattr(source, "row_shape", ())  # a source need not have it
             if len(shape) > 1:
                 about["row_shape"] = list(shape)
+            about |= {"input": source.field, "output": target_of(source) or source.field, "d_out": m.model.d_out}
             written = {"config": runs[m.run].to_json(), "about": about}
             checkpoint.write_json(m.run / "config.json", written)
             m.log = Log(m.run, at)
@@ -252,14 +262,14 @@ def _same(one: Config, other: Config, names: Any, context: str) -> None:
         raise ConfigError(f"{context}: {'; '.join(different)}")
 
 
-def _line(m: Member, out: Step, x: Tensor, batch: Batch, lr: float, norms: dict[str, float], at: int) -> dict[str, Any]:
+def _line(m: Member, out: Step, y: Tensor, batch: Batch, lr: float, norms: dict[str, float], at: int) -> dict[str, Any]:
     model, mesh = m.model, m.model.mesh
     line: dict[str, Any] = {
         "step": at,
         "tokens": at * model.config.batch_size,
         **out.losses,
         "l0": out.active,
-        "fvu": metrics.batch_fvu(x, out.residual, mesh),
+        "fvu": metrics.batch_fvu(y, out.residual, mesh),
         "lr": lr,
         **metrics.latent_summary(model),
         **metrics.threshold_summary(model),
@@ -279,6 +289,8 @@ def _explain(out: Step, batch: Batch, source: Source, config: Config, mesh: Mesh
     fault: DataError | None = None
     try:
         check_finite(batch.rows, name, source.field, first)
+        if batch.targets is not None:
+            check_finite(batch.targets, name, target_of(source), first)
     except DataError as error:
         fault = error
     if mesh.any(fault is not None):

@@ -23,9 +23,9 @@ class BatchTopK(TopKFamily):
     has_thresholds = True
     saelens_vectors = ("b_enc", "threshold")
 
-    def initialise(self, sample: Tensor) -> None:
+    def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
         """The threshold begins at that of a few rows: without one, the first step would list all positive values."""
-        super().initialise(sample)
+        super().initialise(sample, target)
         rows = sample[:START_ROWS]
         total = self.config.k * len(rows) * self.mesh.dp  # every replica has the same rows
         _, cut = batch_topk(self.encoder(), self.centred(rows), total, self.mesh, 0.0)

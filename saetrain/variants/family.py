@@ -14,10 +14,13 @@ from torch import Tensor
 
 from saetrain.compute.kernels import Codes, Encoder, sum_of_squares
 from saetrain.compute.selection import topk
-from saetrain.model import INIT_BLOCK, Model, Part, Tile
+from saetrain.model import INIT_BLOCK, Model
+from saetrain.settings import Settings
+from saetrain.tile import Part, Shape, Tile
 
 TILE_ELEMENTS = 2**28  # numbers beside the parameters that a tile of the step may have
-ENTRY = 14  # numbers that an active latent of a token takes, with its places in both orders
+ENTRY = 18  # numbers that an active latent of a token takes, with its places in both orders
+OFFER = 2  # numbers that a rank's offer for the place of an active latent takes
 
 
 class TopKFamily(Model):
@@ -32,23 +35,35 @@ class TopKFamily(Model):
         """The same codes with (segment, token) pairs as bags, one segment for each nested dictionary."""
         return codes
 
-    def initialise(self, sample: Tensor) -> None:
-        """Unit decoder rows; the encoder is such a multiple of them that k latents of each token rebuild `sample` best.
+    def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
+        """Unit rows; the encoder is such a multiple of them that k latents of each token rebuild `sample` best.
 
         (Gao et al., appendix A.1.)
         """
-        p, w = self.params, self.draw(uniform=False)
-        p["W_dec"].copy_(w / w.norm(dim=1, keepdim=True))
-        p["W_enc"].copy_(p["W_dec"])
-        rows = sample[:INIT_BLOCK]
-        out = topk(self.encoder(), rows, self.config.k, self.mesh).decode(p["W_dec"])
-        out = self.mesh.sum(out, "tp", "reconstructions")
-        p["W_enc"] *= float((out * rows).sum() / out.square().sum().clamp_min(1e-12))
+        self.set_unit_rows()
+        self.scale_encoder(topk(self.encoder(), sample[:INIT_BLOCK], self.config.k, self.mesh), sample, target)
 
-    def tile_tokens(self, tokens: int) -> int:
-        c = self.config
-        rows, entries = 3 * len(c.widths) + 4, c.k + (c.aux_k if c.aux_coef else 0)
-        return min(max(TILE_ELEMENTS // (rows * self.d_in + ENTRY * entries), 1), tokens)
+    @classmethod
+    def tile_tokens(cls, config: Settings, shape: Shape) -> int:
+        return min(max(TILE_ELEMENTS // cls._numbers(config, shape), 1), shape.tokens)
+
+    @classmethod
+    def tile_bytes(cls, config: Settings, shape: Shape) -> int:
+        tokens = cls.tile_tokens(config, shape)
+        found = tokens * cls._numbers(config, shape) * 4
+        if tokens < shape.tokens:  # a gradient is made before it is added
+            found += shape.latents * max(shape.d_in, shape.d_out) * shape.element
+        return found
+
+    @classmethod
+    def _numbers(cls, config: Settings, shape: Shape) -> int:
+        """Numbers that a token of a tile has at most, in float32 or of that size."""
+        groups, ranks, aux_k = len(config.widths), shape.ranks, config.aux_k if config.aux_coef else 0
+        wide = (5 if groups == 1 else 4 * groups) * shape.d_out + shape.d_in
+        entries = ENTRY * (config.k + aux_k) // ranks
+        if ranks > 1:  # a message; and before it all ranks' offers, sorted
+            entries = max(entries + shape.d_out, (OFFER * ranks + 3) * aux_k)
+        return wide * shape.element // 4 + entries
 
     def add_tile(self, tile: Tile, part: Part) -> None:
         c, mesh, p, x = self.config, self.mesh, self.params, tile.x
@@ -59,19 +74,18 @@ class TopKFamily(Model):
         codes = self.segmented(codes)
 
         # In place where possible: on the CPU a fresh page costs more than the sums made in it.
-        errors = mesh.sum(codes.decode(p["W_dec"]), "tp", "reconstructions").view(groups, *x.shape)
+        errors = mesh.sum(codes.decode(p["W_dec"]), "tp", "reconstructions").view(groups, *tile.y.shape)
         if groups > 1:
             errors = errors.cumsum(0)
-        errors += p["b_dec"]
-        errors -= x
-        part.add(part.whole, "reconstruction", sum_of_squares(errors) / (groups * self.d_in))
-        up = errors * (2 / (groups * self.d_in * tile.tokens))
+        self.completed(errors, x).sub_(tile.y)
+        part.add(part.whole, "reconstruction", sum_of_squares(errors) / (groups * self.d_out))
+        up = errors * (2 / (groups * self.d_out * tile.tokens))
         if groups > 1:  # segment s receives the sum over the nested dictionaries that hold it
             up = up.flip(0).cumsum(0).flip(0)
-        residual, b_dec = errors[-1], up[0].sum(0)
+        residual, whole_up = errors[-1].clone() if groups > 1 else errors[0], up[0]
         part.residuals.append(residual)
 
-        up = up.view(-1, self.d_in)
+        up = up.view(-1, self.d_out)
         auxiliary = self._auxiliary(xc, residual, tile.tokens) if c.aux_coef else None
         if auxiliary is not None:
             aux_codes, aux_up, loss = auxiliary
@@ -82,7 +96,7 @@ class TopKFamily(Model):
         b_enc = codes.sum_by_latent(g)
         part.add(part.grads, "W_enc", codes.scatter(xc, codes.bag % len(x), g))
         part.add(part.grads, "W_dec", codes.scatter(up, codes.bag, codes.value))
-        part.add(part.grads, "b_dec", b_dec - mesh.sum(b_enc @ p["W_enc"], "tp"))
+        self.add_shared(part, tile, whole_up, b_enc)
         part.add(part.grads, "b_enc", b_enc)
 
     def _auxiliary(self, xc: Tensor, residual: Tensor, tokens: int) -> tuple[Codes, Tensor, Tensor] | None:
@@ -97,5 +111,5 @@ class TopKFamily(Model):
         codes = Codes(latent, found.value, found.bag, found.bags, self.latents)
         rebuilt = mesh.sum(codes.decode(self.params["W_dec"]), "tp", "reconstructions")
         error = rebuilt + residual  # residual is x^ - x, so the target is its negative
-        weight = c.aux_coef * min(total / c.aux_k, 1.0) / self.d_in
+        weight = c.aux_coef * min(total / c.aux_k, 1.0) / self.d_out
         return codes, error * (2 * weight / tokens), sum_of_squares(error) * weight

@@ -20,8 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saetrain.compute.kernels import Codes, sum_of_squares
-from saetrain.model import INIT_BLOCK, Model, Part, Tile
+from saetrain.compute.kernels import Codes, sum_of_squares, unmasked
+from saetrain.model import INIT_BLOCK, Model
+from saetrain.tile import Part, Tile
 from saetrain.variants.relu import ReLU
 
 
@@ -32,6 +33,7 @@ class Gated(Model):
     unit_rows = True
     extra: ClassVar[Mapping[str, float]] = {"r_mag": 0.0, "b_mag": 0.0}
     has_thresholds = True
+    matrices = (3, 2)
     saelens_vectors = ("b_gate", "b_mag", "r_mag")
 
     @classmethod
@@ -43,15 +45,10 @@ class Gated(Model):
     def computes_densely(cls, active: float, d_sae: int) -> bool:
         return True
 
-    def initialise(self, sample: Tensor) -> None:
-        """Unit decoder rows, and such a multiple of them as encoder that both halves rebuild `sample` best."""
-        p, w = self.params, self.draw(uniform=False)
-        p["W_dec"].copy_(w / w.norm(dim=1, keepdim=True))
-        p["W_enc"].copy_(p["W_dec"])
-        rows = sample[:INIT_BLOCK]
-        out = self.codes(rows).decode(p["W_dec"])
-        out = self.mesh.sum(out, "tp", "reconstructions")
-        p["W_enc"] *= float((out * rows).sum() / out.square().sum().clamp_min(1e-12))
+    def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
+        """Unit rows, and such a multiple of them as encoder that both halves rebuild `sample` best."""
+        self.set_unit_rows()
+        self.scale_encoder(self.codes(sample[:INIT_BLOCK]), sample, target)
 
     def thresholds(self) -> Tensor:
         p = self.params
@@ -71,31 +68,31 @@ class Gated(Model):
         # Three matrices [tokens, latents] in all: each is overwritten once it has served.
         gate = tile.encoder.product(xc)
         acts = (gate - p["b_enc"]).mul_(factor).add_(p["b_mag"])
-        passed = gate > 0
-        active = (acts > 0).logical_and_(passed)
-        acts.mul_(active)
+        shut = gate <= 0
+        off = (acts <= 0).logical_or_(shut)
+        acts.masked_fill_(off, 0)
         gate.relu_()
         outs = self.mesh.sum(torch.stack([acts @ p["W_dec"], gate @ p["W_dec"]]), "tp", "reconstructions")
-        residual, by_gate = outs.add_(p["b_dec"]).sub_(tile.x)
+        residual, by_gate = self.completed(outs, tile.x).sub_(tile.y)
         up, gate_up = residual * (2 / tile.tokens), by_gate * (2 / tile.tokens)
         part.product("W_dec", acts, up)
 
-        g = torch.mm(up, p["W_dec"].T, out=acts).mul_(active)
+        g = torch.mm(up, p["W_dec"].T, out=acts).masked_fill_(off, 0)
         b_mag = g.sum(0)
         # Where g is not 0, relu(gate) is gate, which is the product and b_enc.
         part.add(part.grads, "r_mag", ((g * gate).sum(0) - p["b_enc"] * b_mag) * factor)
         part.add(part.grads, "b_mag", b_mag)
         part.add(part.mine, "sparsity", gate.sum() * (lam * tile.tokens))
-        gate_g = torch.mm(gate_up, p["W_dec"].T, out=gate).add_(lam).mul_(passed)
+        gate_g = torch.mm(gate_up, p["W_dec"].T, out=gate).add_(lam).masked_fill_(shut, 0)
         part.add(part.grads, "b_enc", gate_g.sum(0))
-        g = gate_g.addcmul_(g, factor)
-        part.product("W_enc", g, xc)
-        part.add(part.grads, "b_dec", up.sum(0) - self.mesh.sum(g.sum(0) @ p["W_enc"], "tp"))
+        gate_g.addcmul_(g, factor)
+        part.product("W_enc", gate_g, xc)
+        self.add_shared(part, tile, up, gate_g.sum(0))
 
-        part.add(part.fired, "fired", active.sum(0))
+        part.add(part.fired, "fired", unmasked(off, acts))
         part.add(part.whole, "reconstruction", sum_of_squares(residual))
         part.add(part.whole, "gate", sum_of_squares(by_gate))
-        part.residuals.append(residual)
+        part.residuals.append(residual.clone())  # or both would stay
 
     @classmethod
     def fold(cls, part: dict[str, Tensor], running: float, scale: float) -> dict[str, Tensor]:

@@ -12,14 +12,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saetrain.compute.kernels import sum_of_squares
-from saetrain.model import Model, Part, Tile
+from saetrain.compute.kernels import sum_of_squares, unmasked
+from saetrain.model import Model
+from saetrain.tile import Part, Tile
 
 
 class JumpReLU(Model):
     name = activation = saelens = "jumprelu"
+    transcoder = "jumprelu_transcoder"
     extra: ClassVar[Mapping[str, float]] = {"log_threshold": 0.1}
     has_thresholds = True
+    matrices = (3, 3)
     saelens_vectors = ("b_enc", "threshold")
     most_hurry = 5.0  # trained at a higher rate, thresholds rise until hardly a latent is active
     default_sparsity_warmup = 1.0
@@ -33,14 +36,15 @@ class JumpReLU(Model):
     def computes_densely(cls, active: float, d_sae: int) -> bool:
         return True
 
-    def initialise(self, sample: Tensor) -> None:
+    def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
         """Decoder rows U(-1/sqrt(d), 1/sqrt(d)), encoder d/n times them; each latent fires on 10,000 / n of `sample`.
 
         b_enc sees to that, with at most half of the rows.  (Anthropic, January 2025.)
         """
         c, p = self.config, self.params
-        p["W_dec"].copy_(self.draw(uniform=True) / self.d_in**0.5)
-        p["W_enc"].copy_(p["W_dec"] * (self.d_in / c.d_sae))
+        enc, dec = self.draw(uniform=True)
+        p["W_dec"].copy_(dec / self.d_out**0.5)
+        p["W_enc"].copy_(enc * (self.d_in**0.5 / c.d_sae))
         rate = min(10_000 / c.d_sae, 0.5)
         below = len(sample) - max(round(rate * len(sample)), 1)  # rows on which none fires
         for start in range(0, self.latents, 1024):  # bounds memory
@@ -55,14 +59,15 @@ class JumpReLU(Model):
 
     def add_tile(self, tile: Tile, part: Part) -> None:
         c, p, x = self.config, self.params, tile.x
-        threshold, norms = self.thresholds(), p["W_dec"].norm(dim=1).clamp_min(1e-12)
+        threshold, norms = self.thresholds(), self.row_norms()
         lam, lam_p = c.sparsity * tile.ramp / tile.tokens, c.preact_coef / tile.tokens
 
-        # Three matrices [tokens, latents] in all: each is overwritten once it has served.
+        # Three matrices [tokens, latents] in all: each is overwritten once it has served.  Masks and no products with
+        # booleans, since these would copy a boolean in the other's type.
         pre = tile.encoder.product(x)
-        active = pre > threshold
-        acts = pre * active
-        residual = self.mesh.sum(acts @ p["W_dec"], "tp", "reconstructions").add_(p["b_dec"]).sub_(x)
+        off = pre <= threshold
+        acts = pre.masked_fill(off, 0)
+        residual = self.completed(self.mesh.sum(acts @ p["W_dec"], "tp", "reconstructions"), x).sub_(tile.y)
         up = residual * (2 / tile.tokens)
         part.product("W_dec", acts, up)
 
@@ -73,22 +78,22 @@ class JumpReLU(Model):
         g = torch.mm(up, p["W_dec"].T, out=acts).addcmul_(slope, norms)
 
         short = torch.sub(threshold, pre, out=slope)
-        near = (short < c.bandwidth / 2).logical_and_(short > -c.bandwidth / 2)
-        log_threshold = torch.mul(g, near, out=pre).sum(0) * (-threshold / c.bandwidth)
-        del near
-        below = short > 0
+        far = (short >= c.bandwidth / 2).logical_or_(short <= -c.bandwidth / 2)
+        log_threshold = pre.copy_(g).masked_fill_(far, 0).sum(0) * (-threshold / c.bandwidth)
+        reached = torch.le(short, 0, out=far)
         missing = short.relu_().sum(0)
         part.add(part.mine, "preact", (missing @ norms) * (lam_p * tile.tokens))
         by_norm += lam_p * missing
-        log_threshold += lam_p * norms * threshold * below.sum(0)
-        g.mul_(active).sub_(torch.mul(below, lam_p * norms, out=pre))
+        log_threshold += lam_p * norms * threshold * unmasked(reached, short)
+        g.masked_fill_(off, 0).sub_(pre.copy_((lam_p * norms).expand_as(pre)).masked_fill_(reached, 0))
 
         part.product("W_enc", g, x)
-        part.add(part.grads, "b_enc", g.sum(0))
-        part.add(part.grads, "b_dec", up.sum(0))
+        b_enc = g.sum(0)
+        self.add_shared(part, tile, up, b_enc)
+        part.add(part.grads, "b_enc", b_enc)
         part.add(part.grads, "log_threshold", log_threshold)
-        part.grads["W_dec"].addcmul_(p["W_dec"], (by_norm / norms)[:, None])
-        part.add(part.fired, "fired", active.sum(0))
+        self.add_row_gradient(part.grads["W_dec"], by_norm)
+        part.add(part.fired, "fired", unmasked(off, pre))
         part.add(part.whole, "reconstruction", sum_of_squares(residual))
         part.residuals.append(residual)
 

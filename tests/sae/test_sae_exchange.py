@@ -303,7 +303,7 @@ def test_a_negative_threshold_lets_no_negative_activation_through(tmp_path: Path
 def test_two_files_of_weights_are_refused(tmp_path: Path) -> None:
     foreign(tmp_path, "sparsify", {})
     foreign(tmp_path, "saelens", TOPK["saelens"])
-    with pytest.raises(ExchangeError, match="holds both"):
+    with pytest.raises(ExchangeError, match=r"holds sae_weights\.safetensors and sae\.safetensors of"):
         saetrain.load(tmp_path)
     (tmp_path / "cfg.json").write_text("[]")
     with pytest.raises(ExchangeError, match="holds list"):

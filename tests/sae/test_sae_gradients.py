@@ -10,9 +10,10 @@ import torch
 from saetrain.compute import kernels
 from saetrain.compute.kernels import Codes, Encoder, exact_topk
 from saetrain.compute.mesh import Mesh
+from saetrain.tile import Shape
 from saetrain.training.losses import step
 from saetrain.variants.table import VARIANTS
-from support.sae import ARCHS, Planted, one_rank, reference, small_model
+from support.sae import ARCHS, Planted, one_rank, reference, small, small_model
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,8 @@ def test_gradients_equal_autograd(arch: str, dead: bool, mesh: Mesh) -> None:
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if VARIANTS[arch].takes_k])
 def test_gradients_over_several_tiles(arch: str, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense variants have tiles of 16 of the 32 tokens in all these tests."""
-    monkeypatch.setattr("saetrain.variants.family.TILE_ELEMENTS", 5_000)
-    found = small_model(arch, mesh, Planted.make(512, 16, 24).rows).tile_tokens(32)
+    monkeypatch.setattr("saetrain.variants.family.TILE_ELEMENTS", 5_500)
+    found = VARIANTS[arch].tile_tokens(small(arch), Shape(32, 16, 64, 16, 16, 8))
     assert 4 <= found < 32
     assert 32 % found  # the last tile is shorter
     compare(arch, mesh, dead=True)

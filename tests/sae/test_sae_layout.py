@@ -20,11 +20,12 @@ OURS = rules.trees(saetrain)
 # A module imports from lower rows and from its own room only.
 LAYERS = [
     "errors describing",
-    "settings compute tensors",
+    "settings compute tensors norms",
+    "tile",
     "model",
     "variants",
     "config",
-    "data",
+    "data memory",
     "training",
     "sae",
     "foreign",

@@ -49,7 +49,7 @@ def test_a_few_long_rows_do_not_hide_the_others() -> None:
         model = small_model("topk", mesh, rows)
         seen, codes = [], model.codes
         model.codes = lambda x: (seen.append(x), codes(x))[1]  # type: ignore[method-assign, func-returns-value]
-        model.decoded = lambda codes: (  # type: ignore[method-assign]
+        model.decoded = lambda codes, x: (  # type: ignore[method-assign]
             seen[-1] * (seen[-1].norm(dim=1) > 10)[:, None],
             torch.ones(len(seen[-1])),
         )
@@ -257,7 +257,7 @@ def test_schedule() -> None:
 
 
 def test_normalisation_makes_the_mean_squared_norm_d() -> None:
-    from saetrain.model import norm_from
+    from saetrain.norms import norm_from
 
     rows = torch.randn(1000, 8, dtype=torch.float64) * 3 + 50
     norm = norm_from(rows.mean(0).numpy(), float(rows.var(0, unbiased=False).sum()))

@@ -18,7 +18,8 @@ from torch import Tensor
 from benchmarks.sae.planted import Planted, matched
 from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, resolve
-from saetrain.model import Model, Norm
+from saetrain.model import Model
+from saetrain.norms import Norm
 from saetrain.variants.table import VARIANTS
 
 __all__ = ["Planted", "matched"]  # and what is defined here
@@ -112,15 +113,26 @@ def chosen(pre: Tensor, k: int, whole_batch: bool) -> Tensor:
 
 
 def reference(
-    p: dict[str, Tensor], c: Config, x: Tensor, dead: Tensor | None = None, ramp: float = 1.0
+    p: dict[str, Tensor],
+    c: Config,
+    x: Tensor,
+    dead: Tensor | None = None,
+    ramp: float = 1.0,
+    y: Tensor | None = None,
+    parts: list[int] | None = None,
 ) -> dict[str, Tensor]:
-    """Loss terms of a whole model on a whole batch; differentiable."""
-    d, tokens = x.shape[1], len(x)
-    centred = c.is_sparse or c.arch == "gated"
+    """Loss terms of a whole model on a whole batch; differentiable.
+
+    `y` is what a transcoder rebuilds, `parts` are the widths of several arrays that are rebuilt.
+    """
+    centred = (c.is_sparse or c.arch == "gated") and y is None
+    y = x if y is None else y
+    d, tokens = y.shape[1], len(x)
+    wanted = y - x @ p["W_skip"].T if c.skip else y  # of the latents alone
     pre = (x - p["b_dec"] if centred else x) @ p["W_enc"].T + p["b_enc"]
     if c.is_sparse:
         acts = pre * chosen(pre.detach(), c.k, c.arch != "topk")
-        errors = [acts[:, :w] @ p["W_dec"][:w] + p["b_dec"] - x for w in c.widths]
+        errors = [acts[:, :w] @ p["W_dec"][:w] + p["b_dec"] - wanted for w in c.widths]
         terms = {"reconstruction": sum(e.square().sum() for e in errors) / (len(errors) * d * tokens)}
         if dead is not None and dead.any():
             k = min(c.aux_k, int(dead.sum()))
@@ -132,14 +144,14 @@ def reference(
         return terms  # type: ignore[return-value]
     lam = c.sparsity * ramp
     if c.arch == "gated":  # as in the paper: the indicator has no gradient, and the second decoder is held constant
-        z = (x - p["b_dec"]) @ p["W_enc"].T
+        z = (x - p["b_dec"] if centred else x) @ p["W_enc"].T
         acts = (z + p["b_enc"] > 0) * (z * p["r_mag"].exp() + p["b_mag"]).relu()
-        error = acts @ p["W_dec"] + p["b_dec"] - x
+        error = acts @ p["W_dec"] + p["b_dec"] - wanted
         gate = (z + p["b_enc"]).relu()
-        by_gate = gate @ p["W_dec"].detach() + p["b_dec"].detach() - x
+        by_gate = gate @ p["W_dec"].detach() + p["b_dec"].detach() - wanted.detach()
         terms = {"reconstruction": error.square().sum(), "gate": by_gate.square().sum(), "sparsity": lam * gate.sum()}
         return {name: term / tokens for name, term in terms.items()}
-    norms = p["W_dec"].norm(dim=1)
+    norms = sum(rows.norm(dim=1) for rows in torch.split(p["W_dec"], parts or [d], 1))
     if c.arch == "relu":
         acts = pre.relu()
         sparsity = lam * (acts * norms).sum()
@@ -149,7 +161,7 @@ def reference(
         sparsity = lam * torch.tanh(c.tanh_scale * acts * norms).sum()
         short = (p["log_threshold"].exp() - pre).relu()
         extra = {"preact": c.preact_coef * (short * norms).sum() / tokens}
-    error = acts @ p["W_dec"] + p["b_dec"] - x
+    error = acts @ p["W_dec"] + p["b_dec"] - wanted
     return {"reconstruction": error.square().sum() / tokens, "sparsity": sparsity / tokens, **extra}
 
 

@@ -1,0 +1,75 @@
+"""The memory that a step of training takes on each rank, by arithmetic, before anything is allocated.
+
+::
+
+    parameters    W_enc, W_dec, one number a latent for each bias; b_dec and W_skip are whole on every rank
+    moments       twice that: Adam's two
+    gradients     as large as the parameters
+    rows          a batch as it is read, normalised, and the errors of its rows
+    step          what a tile of tokens needs (`Model.tile_bytes`), or the optimiser's blocks of rows, if these are more
+
+All but `rows` and the smallest terms are in proportion to the latents of a rank, n / T.  Counted are tensors, as torch
+allocates them: not the interpreter, the libraries (0.3 GB), the loader's buffers, or what an allocator keeps.  Tests
+hold the sum against torch's own count of allocated bytes, for every variant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from saetrain.compute.kernels import ROWS, tile_sizes
+from saetrain.config import Config
+from saetrain.errors import ConfigError
+from saetrain.tile import Shape
+from saetrain.variants.table import VARIANTS
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each rank; `tile` is the tokens of a tile of the step."""
+
+    tile: int
+    parameters: int
+    moments: int
+    gradients: int
+    rows: int
+    step: int
+
+    @property
+    def peak(self) -> int:
+        return self.parameters + self.moments + self.gradients + self.rows + self.step
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "peak": self.peak}
+
+
+def predict(config: Config, d_in: int, d_out: int = 0, *, tp: int = 1, dp: int = 1, raw: int = 4) -> Memory:
+    """The memory of a step of settings that leave no choice open, on `dp` replicas of `tp` ranks each.
+
+    `d_out` is the width of a transcoder's output, `raw` the bytes of a number in the store.  Where `tile` is to be
+    measured, the largest that may be chosen counts.
+    """
+    variant, out = VARIANTS[config.arch], d_out or d_in
+    if config.d_sae % tp:
+        raise ConfigError(f"d_sae {config.d_sae:,} is not a multiple of {tp}, the ranks that share the parameters")
+    cuda = config.device.startswith("cuda")
+    compute = config.compute if config.compute != "auto" else "bfloat16" if cuda else "float32"
+    e = 8 if compute == "float64" else 4
+    tokens, n = config.batch_size // dp, config.d_sae // tp
+    tile = config.tile or max(tile_sizes(tokens, n, cuda))
+    shape = Shape(tokens, tile, n, d_in, out, e, tp)
+
+    whole = out + (d_in * out if config.skip else 0)
+    parameters = e * (n * (d_in + out + 1 + len(variant.extra)) + whole) + 16 * n  # with the counts of firing
+    gradients = e * (n * (d_in + out + 1 + len(variant.extra)) + whole)
+    used = variant.tile_tokens(config, shape)
+    both = d_in + d_out  # columns that are read
+    rows = tokens * (both * (raw + e) + out * e)
+    step = max(variant.tile_bytes(config, shape), tokens * out * e)  # errors of tiles are put together after the last
+    if compute == "bfloat16":
+        step += 2 * n * d_in  # the encoder in the type of the product
+    if dp > 1:
+        step = max(step, e * n * max(d_in, out) * (7 * dp + 2) // (2 * dp))  # of a sum over replicas
+    blocks = 3 * e * min(ROWS, n) * max(d_in, out)
+    return Memory(used, parameters, 2 * gradients, gradients, rows, max(step, blocks))

@@ -1,0 +1,148 @@
+"""The memory that `saetrain plan` predicts, against torch's count of allocated bytes, and its growth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import actshuffle
+from saetrain import memory
+from saetrain.cli import main
+from saetrain.compute.mesh import Mesh
+from saetrain.config import Config, resolve
+from saetrain.memory import predict
+from saetrain.norms import Norm
+from saetrain.training.losses import step
+from saetrain.training.optim import Optimizer
+from saetrain.variants.table import VARIANTS
+from support.sae import ARCHS, one_rank, run_ranks
+
+D, WIDE = 128, 96  # of the input, and of a transcoder's output
+SETTINGS: dict[str, Any] = {"d_sae": 4096, "k": 16, "steps": 100, "batch_size": 2048, "tile": 256, "holdout": 16}
+
+
+def config(arch: str, **more: Any) -> Config:
+    """Latents are dead from the first step, so that the plan's worst case happens."""
+    settings = SETTINGS | {"dead_tokens": 10**9, "device": "cpu", "compute": "float32"} | more
+    return resolve(Config(arch=arch, **settings), D, 10**6)
+
+
+def measured(found: Config, mesh: Mesh) -> int:
+    """The most bytes of tensors at once in two steps, model and all, by torch's own count."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)  # ranks that share the parameters share the rows
+    mine = found.batch_size // mesh.dp
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        work(found, mesh, torch.randn(mine, D), torch.randn(mine, WIDE) if found.output else None)
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    sizes = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    rows = 4 * mine * (D + (WIDE if found.output else 0))  # made before the count began
+    return int(sizes.max()) + rows
+
+
+def work(found: Config, mesh: Mesh, raw: torch.Tensor, other: torch.Tensor | None) -> None:
+    norm, out = (Norm(torch.zeros(width, dtype=torch.float64), 1.0) for width in (D, WIDE))
+    model = VARIANTS[found.arch](found, norm, mesh, None if other is None else out)
+    model.initialise(model.norm(raw[:64]), None if other is None else model.out_norm(other[:64]))
+    optimizer = Optimizer(model)
+    for _ in range(2):
+        model.state["quiet"][: model.latents // 4] = 10**10
+        y = None if other is None else model.out_norm(other)
+        optimizer.apply(step(model, model.norm(raw), 1.0, y).grads, 1e-3)
+        optimizer.update_norms()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_plan_is_within_a_tenth_of_the_peak(arch: str) -> None:
+    with one_rank() as mesh:
+        peak = measured(config(arch), mesh)
+    assert predict(config(arch), D).peak == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("arch", ["topk", "jumprelu"])
+def test_of_transcoders_too(arch: str, skip: bool) -> None:
+    found = config(arch, field="a", output="b", skip=skip)
+    with one_rank() as mesh:
+        peak = measured(found, mesh)
+    assert predict(found, D, WIDE).peak == pytest.approx(peak, rel=0.1)
+
+
+def test_tiles_of_the_topk_family_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = predict(config("topk"), D)
+    monkeypatch.setattr("saetrain.variants.family.TILE_ELEMENTS", 1_000_000)
+    tiled = predict(config("topk"), D)
+    assert tiled.tile < 1000
+    assert tiled.peak < whole.peak
+    with one_rank() as mesh:
+        peak = measured(config("topk"), mesh)
+    assert tiled.peak == pytest.approx(peak, rel=0.1)
+
+
+def session(rank: int, folder: Path, tp: int) -> None:
+    mesh = Mesh.start("cpu", tp)
+    peaks = {arch: measured(config(arch, d_sae=8192), mesh) for arch in ("topk", "jumprelu")}
+    (folder / f"{rank}.json").write_text(json.dumps(peaks))
+    mesh.close()
+
+
+@pytest.mark.parametrize(("world", "tp"), [(2, 2), (4, 4), (2, 1)])
+def test_of_each_rank(world: int, tp: int, tmp_path: Path) -> None:
+    run_ranks(world, session, tmp_path, tp)
+    for file in tmp_path.glob("*.json"):
+        for arch, peak in json.loads(file.read_text()).items():
+            found = predict(config(arch, d_sae=8192), D, tp=tp, dp=world // tp)
+            assert found.peak == pytest.approx(peak, rel=0.1), arch
+
+
+def test_it_is_linear_in_the_latents_of_a_rank() -> None:
+    """Not counted are the rows of a batch, b_dec, and the tile of the topk family, of which the codes alone fall."""
+    for arch in ARCHS:
+        one, two, four = (predict(config(arch, d_sae=65_536), D, tp=tp) for tp in (1, 2, 4))
+        counted = ("parameters", "moments", "gradients") + (() if VARIANTS[arch].takes_k else ("step",))
+        sums = [sum(getattr(m, name) for name in counted) for m in (one, two, four)]
+        assert sums[1] == pytest.approx(sums[0] / 2, rel=0.01)
+        assert sums[2] == pytest.approx(sums[0] / 4, rel=0.01)
+        assert sums[0] > 0.85 * one.peak
+
+
+def test_a_large_batch_needs_no_matrix_of_its_tokens_and_latents() -> None:
+    """The step at d = 4,096, n = 131,072, batch 32,768, where ReLU took 90 GB and JumpReLU 163 GB in all."""
+    for arch in ("relu", "jumprelu", "gated"):
+        large = {"d_sae": 131_072, "batch_size": 32_768, "tile": 1024, "compute": "float32", "device": "cpu"}
+        found = predict(resolve(Config(arch=arch, **large), 4096, 10**8), 4096)
+        assert found.step < 3e9 < 4 * 131_072 * 32_768
+        assert found.peak < 25e9
+
+
+def test_control_a_matrix_of_batch_by_latents_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = config("jumprelu", tile=2048)  # one tile
+    with one_rank() as mesh:
+        peak = measured(whole, mesh)
+    assert predict(whole, D).peak == pytest.approx(peak, rel=0.1)
+    assert predict(config("jumprelu"), D).peak < 0.4 * peak
+    monkeypatch.setattr(memory.VARIANTS["jumprelu"], "matrices", (1, 1))
+    assert predict(whole, D).peak != pytest.approx(peak, rel=0.1)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    zarr.create_array(tmp_path / "rows", data=np.random.default_rng(0).random((2000, 16), np.float32), chunks=(500, 16))
+    actshuffle.shuffle(tmp_path / "rows", tmp_path / "s.zarr", seed=1, memory="64MB")
+    flags = ["--d-sae", "64", "--batch-size", "64", "--device", "cpu", "--tile", "32", "--arch", "jumprelu"]
+    assert main(["plan", str(tmp_path / "s.zarr"), *flags, "--nproc", "4", "--tensor-parallel", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    found = predict(Config.from_json(told["config"]), 16, tp=2, dp=2)
+    assert told["rank"] == found.to_json()
+    assert main(["plan", str(tmp_path / "s.zarr"), *flags]) == 0
+    text = capsys.readouterr().out
+    assert "a tile of 32 tokens in the step" in text
+    assert "at most" in text
+    for bad in (["--nproc", "3"], ["--nproc", "0"], ["--nproc", "4", "--tensor-parallel", "3"]):
+        assert main(["plan", str(tmp_path / "s.zarr"), *flags, *bad]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"rows", "s.zarr"}
