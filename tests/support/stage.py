@@ -27,7 +27,7 @@ GIVEN = {
     "README.md": ["gpt2"],
     "docs/datasets.md": ["gpt2", "smollm2", "a.jsonl", "files", "monday.zarr", "tuesday.zarr", "wednesday.zarr"],
     "docs/loading.md": ["shuffled.zarr"],
-    "docs/training.md": ["shuffled.zarr", "smollm2", "heldout"],
+    "docs/training.md": ["shuffled.zarr", "several.zarr", "smollm2", "heldout"],
     "docs/features.md": ["activations.zarr", "shuffled.zarr"],
     "docs/interactions.md": ["layer12.sae", "layer16.sae", "layer12.features", "layer16.features"],
     "docs/view.md": ["activations.zarr", "run"],
@@ -50,7 +50,7 @@ def _stream() -> Iterator[dict[str, np.ndarray[Any, Any]]]:
 NAMES: dict[str, dict[str, Any]] = {
     "README.md": {"n": 500},
     "docs/loading.md": {"step": lambda rows: None, "my_dataloader": _stream()},
-    "docs/training.md": {"rows": np.zeros((2, 5, 16), np.float32)},
+    "docs/training.md": {n: np.zeros((2, 5, 16), np.float32) for n in ("rows", "a", "b")},
 }
 
 
@@ -177,6 +177,20 @@ def _shuffled(stage: Stage, path: Path) -> None:
     actshuffle.shuffle(stage("activations.zarr"), path, seed=0)
 
 
+def _several(stage: Stage, path: Path) -> None:
+    """Two layers, and an input with its output."""
+    import zarr
+
+    import actshuffle
+
+    dice, source = np.random.default_rng(2), stage.folder / "several.rows"
+    group, features = zarr.create_group(source), dice.random((6000, 12), np.float32) ** 8
+    for name in ("mlp_in", "mlp_out", "layer_6", "layer_12"):
+        rows = features @ dice.standard_normal((12, 16), np.float32)
+        group.create_array(name, data=rows, chunks=(2000, 16))
+    actshuffle.shuffle(source, path, seed=0)
+
+
 def _run(**options: Any) -> Callable[[Stage, Path], None]:
     def make(stage: Stage, path: Path) -> None:
         import actshuffle
@@ -215,6 +229,7 @@ RECIPES: dict[str, Callable[[Stage, Path], None]] = {
     "tuesday.zarr": _collected("heldout", model="gpt2", layers=[3, 5]),
     "wednesday.zarr": _collected("tuesday", model="gpt2", layers=[3, 5]),
     "shuffled.zarr": _shuffled,
+    "several.zarr": _several,
     "run": _run(d_sae=1024, k=256),
     "run12": _run(),
     "run20": _run(layer=20),
