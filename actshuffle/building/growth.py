@@ -243,7 +243,7 @@ def _merge(store: Dataset, ordered: Dataset, target: Place, asked: Request, work
     assert store.marker is not None
     assert ordered.marker is not None
     parts = [*parts_of(store.marker), *parts_of(ordered.marker)]
-    grown = {"source": parts[0]["source"], "grown": store.rows, "parts": parts, "source_identity": identity_of(parts)}
+    grown = {"source": parts[0]["source"], "parts": parts, "source_identity": identity_of(parts)}
     both = [store.marker["fields"], ordered.marker["fields"]]
     sums = {k: to_hex(from_hex(both[0][k]["sum"]) + from_hex(both[1][k]["sum"])) for k in both[0]}
     source = target.beside(".merge")

@@ -100,11 +100,13 @@ def note_on_ranges(parts: Mapping[str, Dataset]) -> str:
     """A sentence if these are ranges of a grown store, where rows move from part to part; else an empty text."""
     for part in parts.values():
         marker = part.root_marker or {}
-        if "grown" in marker and "split" not in marker:
+        sources = marker.get("parts", [])
+        # A grown store names its first source, the shuffle of a concatenation names the concatenation.
+        if len(sources) > 1 and marker["source"] == sources[0]["source"] and "split" not in marker:
             return (
-                f"an append has made {marker['rows']:,} rows of {counted(marker['grown'], 'row')}, so ranges of the "
-                "store hold other rows than before it: rows that an earlier split held out can be in a training part "
-                "now. Parts --by document or --by row keep their rows"
+                f"an append has made {counted(marker['rows'], 'row')} of {len(sources)} sources, so ranges of the "
+                "store hold other rows than before it: rows that an earlier split held out can be in a training part now. "
+                "Parts --by document or --by row keep their rows"
             )
     return ""
 

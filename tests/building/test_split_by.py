@@ -159,7 +159,11 @@ def test_ranges_of_a_grown_store_leak_and_it_is_said(home: Path, tmp_path: Path)
     held_out = set(before["val"].read("source_row", 0, before["val"].rows))
     assert held_out & set(after["train"].read("source_row", 0, after["train"].rows))
     said = CliRunner().invoke(main, ["split", str(home / "grown"), f"{tmp_path}/x=0.5"])
-    assert "note: an append has made 1,800 rows of 900 rows" in said.output
+    assert "note: an append has made 1,800 rows of 2 sources" in said.output
+    concat([home / "monday", home / "tuesday"], tmp_path / "both")
+    shuffle(tmp_path / "both", tmp_path / "shuffled", seed=3, fsync=False)
+    assert len(open_dataset(tmp_path / "shuffled").marker["parts"]) == 2
+    assert "note" not in CliRunner().invoke(main, ["split", str(tmp_path / "shuffled"), f"{tmp_path}/z=0.5"]).output
     quiet = CliRunner().invoke(main, ["split", str(home / "s"), f"{tmp_path}/y=0.5"])
     assert "note" not in quiet.output
 
