@@ -105,8 +105,8 @@ def note_on_ranges(parts: Mapping[str, Dataset]) -> str:
         if len(sources) > 1 and marker["source"] == sources[0]["source"] and "split" not in marker:
             return (
                 f"an append has made {counted(marker['rows'], 'row')} of {len(sources)} sources, so ranges of the "
-                "store hold other rows than before it: rows that an earlier split held out can be in a training part now. "
-                "Parts --by document or --by row keep their rows"
+                "store hold other rows than before it: rows that an earlier split held out can be in a training part "
+                "now. Parts --by document or --by row keep their rows"
             )
     return ""
 
