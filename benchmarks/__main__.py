@@ -111,6 +111,28 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "sae-order": {"store": None, "d_sae": 64, "k": 4, "batch": 128, "buffer": 512, "dead": 2},
     "features": {"rows": 2000, "width": 16, "latents": [64], "k": 4, "workers": 0, "rounds": 1},
+    "features-peers": {"rows": 2000, "width": 16, "latents": 256, "k": 4, "workers": 0, "some": 128, "dashboard": None},
+    "features-growth": {
+        "rows": [1000, 4000],
+        "latents": [256],
+        "latent_rows": 1000,
+        "width": 16,
+        "k": 4,
+        "memory": 64 << 20,
+        "workers": 0,
+        "large": 2048,
+        "large_rows": 600,
+        "large_width": 16,
+        "large_memory": 64 << 20,
+    },
+    "features-forecast": {
+        "width": 16,
+        "k": 4,
+        "calibrate": ["1000x256", "2000x512"],
+        "held": ["2000x256"],
+        "large": "1000000000x34000000",
+        "large_width": 4096,
+    },
     "view": {"latents": 512, "described": 256, "rows": 2000, "width": 16, "k": 4, "asked": 2},
     "sae-ranks": {"width": 16, "d_sae": 2048, "small": 64, "ranks": [1, 2]},
 }
@@ -385,6 +407,64 @@ def features(**options: Any) -> None:
     from benchmarks.sae import describe as module
 
     _start("features", module.run, options)
+
+
+@main.command(name="features-peers")
+@click.option("--rows", type=COUNT, default=300_000, help="Rows of the store.")
+@click.option("--width", type=COUNT, default=384, help="Width of the activations.")
+@click.option("--latents", type=COUNT, default=16_384, help="Size of the dictionary.")
+@click.option("--k", type=COUNT, default=32, help="Active latents of a token.")
+@click.option("--workers", type=int, default=cores(), help="Worker processes, of one thread each.")
+@click.option("--some", type=COUNT, default=256, help="Features that peers describe.")
+@click.option("--dashboard", default=None, help="Python of an environment with sae-dashboard.")
+@_common
+def features_peers(**options: Any) -> None:
+    """Time `saetrain features` beside a plain loop over columns and SAEDashboard."""
+    from benchmarks.sae import beside as module
+
+    _start("features-peers", module.run, options)
+
+
+@main.command(name="features-growth")
+@click.option("--rows", type=INTS, default="300000,1200000,4800000", help="Rows of the stores.")
+@click.option(
+    "--latents", type=INTS, default="1024,16384,262144", help="Sizes of the dictionary, on the first of them."
+)
+@click.option("--latent-rows", type=COUNT, default=1_100_000, help="Rows as latents grow.")
+@click.option("--width", type=COUNT, default=16, help="Width of the activations.")
+@click.option("--k", type=COUNT, default=32, help="Active latents of a token.")
+@click.option("--memory", type=SIZE, default="192MiB", help="Memory of a task.")
+@click.option("--workers", type=int, default=cores(), help="Worker processes, of one thread each.")
+@click.option("--large", type=int, default=1 << 20, help="Latents of the large run; 0 leaves it out.")
+@click.option("--large-rows", type=COUNT, default=4096, help="Its rows.")
+@click.option("--large-width", type=COUNT, default=384, help="Their width.")
+@click.option("--large-memory", type=SIZE, default="1GiB", help="Its memory of a task.")
+@_common
+def features_growth(**options: Any) -> None:
+    """Measure the memory of `saetrain features` as tokens and latents grow, and a run of a million latents."""
+    from benchmarks.sae import growing as module
+
+    _start("features-growth", module.run, options)
+
+
+@main.command(name="features-forecast")
+@click.option("--width", type=COUNT, default=384, help="Width of the activations.")
+@click.option("--k", type=COUNT, default=32, help="Active latents of a token.")
+@click.option(
+    "--calibrate",
+    type=_List(str),
+    default="16384x2048,65536x2048,32768x8192,8192x16384",
+    help="Runs that give the unit costs, as ROWSxLATENTS.",
+)
+@click.option("--held", type=_List(str), default="131072x3072,49152x12288,16384x32768", help="Runs that are predicted.")
+@click.option("--large", default="1000000000x34000000", help="A run that is planned alone.")
+@click.option("--large-width", type=COUNT, default=4096, help="Its width.")
+@_common
+def features_forecast(**options: Any) -> None:
+    """Compare predicted and measured times of `saetrain features`, and plan a dictionary too large to run here."""
+    from benchmarks.sae import forecasting as module
+
+    _start("features-forecast", module.run, options)
 
 
 @main.command()

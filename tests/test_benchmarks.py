@@ -230,6 +230,29 @@ def test_features(tmp_path):
     assert min(row["product"]) > 0
 
 
+def test_features_peers(tmp_path):
+    ours, loop, dashboard = miniature(tmp_path, "features-peers")["summary"]
+    assert ours["of_product"] > 0
+    assert loop["same"] > 0.99
+    assert loop["apart"] < 1e-4
+    assert "not installed" in dashboard["why"]
+
+
+def test_features_growth(tmp_path):
+    figures = miniature(tmp_path, "features-growth")
+    *grown, large = figures["summary"]
+    assert [(one["rows"], one["latents"]) for one in grown] == [(1000, 256), (4000, 256), (1000, 256)]
+    assert all(figures["idle"] < one["largest"] for one in [*grown, large])
+    assert large["latents"] == 2048
+
+
+def test_features_forecast(tmp_path):
+    found = miniature(tmp_path, "features-forecast")
+    (one,) = found["held_out"]
+    assert set(one["predicted"]) == set(one["measured"])
+    assert sum(found["large"].values()) > 1e6
+
+
 def test_view(tmp_path):
     summary = miniature(tmp_path, "view")["summary"]
     assert list(summary) == ["cold", "warm", "again"]

@@ -13,6 +13,7 @@ from actshuffle import parse_bytes
 from actshuffle.executors import connected, executor_for
 from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
 from saetrain.errors import ConfigError
+from saetrain.features.cost import read_units, seconds
 from saetrain.features.forecast import check, forecast
 from saetrain.features.pipeline import MEMORY, build_features, plan_features
 
@@ -42,7 +43,9 @@ class _Lines:
 @click.option("--device", default="auto", help="Where the encoder product runs: auto, cpu, cuda.  [default: auto]")
 @click.option("--workers", type=int, default=0, help="Worker processes; 0 works in this one.  [default: 0]")
 @click.option("--scheduler", metavar="ADDRESS", help="Work on the Dask cluster at this address.")
+@click.option("--near", type=int, default=16, help="Neighbours of each latent; 0 looks for none.  [default: 16]")
 @click.option("--keep-codes", is_flag=True, help="Keep all activations, by latent and by row.")
+@click.option("--costs", type=PATH, help="With --plan: unit costs of this machine, to say how long it takes.")
 @click.option("--plan", "planned", is_flag=True, help="Show what the run will take, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Delete what another run left in OUT.")
 @LOOK
@@ -53,6 +56,7 @@ def _features(
     memory: str | None,
     workers: int,
     scheduler: str | None,
+    costs: Path | None,
     planned: bool,
     as_json: bool,
     **settings: Any,
@@ -68,8 +72,10 @@ def _features(
     """
     size = MEMORY if memory is None else parse_bytes(memory)
     if planned:
-        _show(run, store, out, size, as_json, settings)
+        _show(run, store, out, size, costs, workers, as_json, settings)
         return
+    if costs is not None:
+        raise ConfigError("--costs goes with --plan")
     if scheduler is not None and workers:
         raise ConfigError("give --workers or --scheduler, not both")
     with ExitStack() as stack:
@@ -84,17 +90,32 @@ def _features(
         click.echo(f"{out}: {text}", file=sys.stdout)
 
 
-def _show(run: Path, store: Path, out: Path, memory: int, as_json: bool, settings: dict[str, Any]) -> None:
+def _show(
+    run: Path,
+    store: Path,
+    out: Path,
+    memory: int,
+    costs: Path | None,
+    workers: int,
+    as_json: bool,
+    settings: dict[str, Any],
+) -> None:
     for name in ("device", "overwrite"):
         settings.pop(name)
     plan = plan_features(run, store, memory=memory, **settings)
     found = forecast(plan, memory)
-    print_json(found.as_dict() | {"shards": plan.shards, "blocks": plan.blocks, "chunks": plan.chunks}, as_json)
+    told = found.as_dict() | {"shards": plan.shards, "blocks": plan.blocks, "chunks": plan.chunks}
+    if costs is not None:
+        told["seconds"] = seconds(plan, found.entries, read_units(costs), max(workers, 1))
+    print_json(told, as_json)
     if not as_json:
         click.echo(
             f"{plan.latents:,} latents in {plan.shards} shards and {plan.chunks} chunks, {plan.rows:,} rows of "
             f"{plan.d_in:,} in {plan.blocks} blocks\n{found}"
         )
+        if costs is not None:
+            steps = ", ".join(f"{step} {s:,.1f}" for step, s in told["seconds"].items())
+            click.echo(f"{'time':18}  about {sum(told['seconds'].values()):,.1f} s ({steps})")
     check(found, plan, out, memory)
 
 

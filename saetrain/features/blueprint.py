@@ -53,7 +53,7 @@ class Plan:
     pool: int  # rows among which quiet ones are looked for
     pair_rows: int  # rows of the sample for latents that are active together
     keep_codes: bool
-    near: int  # neighbours of each latent
+    near: int  # neighbours of each latent; 0 looks for none, and so for no hard examples
     lens: Lens | None  # where logits come from
 
     @classmethod

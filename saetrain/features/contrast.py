@@ -31,6 +31,10 @@ COLUMNS = {
 }
 
 
+def columns(plan: Plan) -> dict[str, Column]:
+    return COLUMNS if plan.near else {}
+
+
 def contrast(
     job: FolderJob, task: FolderTask, *, most: int, context: Callable[[FolderJob], Context]
 ) -> tuple[dict[str, Any], int]:

@@ -22,6 +22,7 @@ from actshuffle import Dataset, open_dataset
 from actshuffle.jobs import FolderJob, FolderTask
 from saetrain.compute.kernels import Codes, exact_topk, true_places
 from saetrain.data import check_finite, read_columns
+from saetrain.describing.sorting import ordered, ranks
 from saetrain.features import codes
 from saetrain.features.blueprint import Plan
 from saetrain.features.dictionary import Shard, shard_of
@@ -108,31 +109,27 @@ def product(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None) -> 
 
 
 def select(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
-    """Of all shards' candidates of a block, the k largest of each row."""
+    """Of all shards' candidates of a block, the k largest of each row; shards join one after the other."""
     plan, block = Plan.of(job), task.number
-    runs = []
+    held: list[np.ndarray[Any, Any]] = []  # latents, which ascend, and the arrays of a run
     for key, lo, hi in plan.candidate_objects(block):
         run = codes.read(job, key, hi - lo, plan.granule, 0, hi - lo, block=block, first=lo)
-        runs.append(run)
-    counts = np.concatenate([run.counts for run in runs])
-    rows, values = (np.concatenate([getattr(run, name) for run in runs]) for name in ("rows", "values"))
-    effects = None if plan.gradient is None else np.concatenate([run.effects for run in runs])
-    kept = best(rows, values, plan.k)
-    latent = np.repeat(np.arange(plan.latents), counts)[kept]
-    held = np.bincount(latent, minlength=plan.latents).astype("<u4")
-    run = codes.Run(held, rows[kept], values[kept], None if effects is None else effects[kept])
+        more = [np.repeat(np.arange(lo, hi, dtype=np.int32), run.counts), *run.arrays]
+        held = [np.concatenate(both) for both in zip(held, more, strict=True)] if held else more
+        kept = best(held[2], held[1], plan.k)
+        held = [array[kept] for array in held]
+    latent, values, rows, *effects = held
+    counts = np.bincount(latent, minlength=plan.latents).astype("<u4")
+    run = codes.Run(counts, rows, values, effects[0] if effects else None)
     ((key, _, _),) = plan.code_objects(block)
-    return {"entries": int(kept.sum()), "key": key}, codes.put(job, key, run, plan.granule)
+    return {"entries": len(latent), "key": key}, codes.put(job, key, run, plan.granule)
 
 
 def best(rows: np.ndarray[Any, Any], values: np.ndarray[Any, Any], k: int) -> np.ndarray[Any, Any]:
     """Mask of the k largest positive values of each row; of equal ones the first come first."""
-    key = (rows.astype(np.uint64) << np.uint64(32)) | (np.uint64(0x7FFFFFFF) - values.view(np.uint32))
-    order = np.argsort(key, kind="stable")
-    sorted_rows = rows[order]
-    starts = np.searchsorted(sorted_rows, sorted_rows, side="left")
+    order = ordered(rows, np.uint32(0x7FFFFFFF) - values.view(np.uint32))
     kept = np.zeros(len(rows), bool)
-    kept[order[np.arange(len(rows)) - starts < k]] = True
+    kept[order[ranks(rows[order]) < k]] = True
     return kept
 
 

@@ -85,7 +85,7 @@ def most_entries(plan: Plan, memory: int) -> int:
 def result_bytes(plan: Plan, latents: int) -> int:
     row = sum(
         int(np.prod(c.shape, dtype=int)) * np.dtype(c.dtype).itemsize
-        for c in (plan.columns | pairs.COLUMNS | contrast.COLUMNS | product.columns(plan)).values()
+        for c in (plan.columns | pairs.COLUMNS | contrast.columns(plan) | product.columns(plan)).values()
     )
     return row * latents
 
@@ -117,7 +117,7 @@ def forecast(plan: Plan, memory: int) -> Forecast:
         tasks=1
         + product.tasks(plan)
         + plan.blocks * (plan.shards + plan.selects + plan.keep_codes + 1)
-        + 3 * plan.chunks,
+        + (3 if plan.near else 2) * plan.chunks,
         operations=2.0 * plan.rows * plan.latents * plan.d_in,
         entries=entries,
         entries_from=how,

@@ -55,6 +55,7 @@ def plan_features(
     keep_codes: bool = False,
     memory: int = MEMORY,
     model: str | Path | None = None,
+    near: int = NEAR,
 ) -> Plan:
     """The plan of a run; refuses what does not fit together before anything is written."""
     found = Dictionary(str(dictionary))
@@ -71,6 +72,8 @@ def plan_features(
     if unit % tile_latents or unit % granule:
         raise ConfigError(f"tiles of {tile_latents} latents and granules of {granule} do not fit into each other")
     most = -(-latents // unit)
+    if near < 0:
+        raise ConfigError(f"--near must be 0 or more neighbours, got {near}")
     if not 0 <= shards <= most:
         raise ConfigError(f"--shards must be 1 to {most}: {latents:,} latents are cut at multiples of {unit:,}")
     block = block_rows or BLOCK_ROWS
@@ -105,7 +108,7 @@ def plan_features(
         pool=min(POOL, rows),
         pair_rows=0,
         keep_codes=keep_codes,
-        near=NEAR,
+        near=near,
         lens=None if model is None else open_lens(model, found.d_out),
     )
     active = max(active_entries(plan)[0] / rows, 1.0)  # latents of a row
@@ -160,7 +163,8 @@ def steps(plan: Plan, *, device: str, most: int) -> list[Step]:
     found.append(Step("collate", collate_in(most), plan.chunks, is_collated))
     found.append(Step("pairs", pairs.pairs, plan.chunks, pairs.are_there))
     found += product.steps(plan)
-    found.append(Step("contrast", contrast.contrast_in(most, context_of), plan.chunks, contrast.is_there))
+    if plan.near:
+        found.append(Step("contrast", contrast.contrast_in(most, context_of), plan.chunks, contrast.is_there))
     return found
 
 
@@ -189,7 +193,7 @@ def publish(job: FolderJob) -> dict[str, Any]:
         **{name: getattr(plan, name) for name in ("chunk", "keep_codes", "pair_rows")},
         **{name: getattr(plan, name) for name in ("before", "after", "field", "gradient", "token", "document")},
     }
-    columns = plan.columns | pairs.COLUMNS | contrast.COLUMNS | product.columns(plan)
+    columns = plan.columns | pairs.COLUMNS | contrast.columns(plan) | product.columns(plan)
     for key, data in layout.metadata(columns, plan.latents, plan.chunk, {"features": facts}):
         job.objects.put(key, data)
     for key, data in product.metadata(plan):

@@ -35,10 +35,16 @@ NAN = float("nan")
 
 def columns(plan: Plan) -> dict[str, Column]:
     """The arrays of one row a latent."""
-    found = {
-        "near/id": Column((plan.near,), "<i8", -1, "latents of largest decoder cosine, without itself; -1 for none"),
-        "near/cosine": Column((plan.near,), "<f4", NAN, "these cosines, largest first"),
-    }
+    found = (
+        {}
+        if not plan.near
+        else {
+            "near/id": Column(
+                (plan.near,), "<i8", -1, "latents of largest decoder cosine, without itself; -1 for none"
+            ),
+            "near/cosine": Column((plan.near,), "<f4", NAN, "these cosines, largest first"),
+        }
+    )
     if plan.lens is None:
         return found
     return found | {
@@ -60,6 +66,8 @@ def token_columns() -> dict[str, Column]:
 
 
 def steps(plan: Plan) -> list[Step]:
+    if not plan.near and plan.lens is None:
+        return []
     found = [Step("product", product, plan.chunks, _is_described)]
     if plan.lens is not None:
         ranges = -(-plan.lens.vocabulary // TOKEN_CHUNK)
@@ -102,7 +110,8 @@ def product(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
     plan = Plan.of(job)
     lo, hi = plan.chunk_range(task.number)
     dictionary, arrays = Dictionary(plan.dictionary), layout.empty(columns(plan), hi - lo)
-    _near(dictionary, lo, hi, arrays)
+    if plan.near:
+        _near(dictionary, lo, hi, arrays)
     keys, nbytes = [], 0
     if plan.lens is not None:
         tokens = _logits(dictionary, plan.lens, lo, hi, scratch.get_gram(job, "unembed"), arrays)

@@ -165,12 +165,12 @@ class Feature:
     def examples(self, kind: str, count: int | None = None) -> list[Example]:
         """The examples of a kind, or the first ones; `Features.kinds` lists the kinds."""
         kinds = self.features.kinds
-        if kind == "hard":
+        if kind == "hard" and self.features.has("hard"):
             nothing = np.full(0, NO_OFFSET, np.int8), np.zeros(0, np.float32)
             rows = self.array("hard/row")[:count].tolist()
             return marked(self.features.example(kind, row, 0.0, *nothing) for row in rows if row != NO_ROW)
         if kind not in kinds:
-            raise RequestError(f"no examples of kind {kind!r}; there are {', '.join([*kinds, 'hard'])}")
+            raise RequestError(f"no examples of kind {kind!r}; there are {', '.join(kinds)}, and hard with neighbours")
         first, end = kinds[kind]
         end = end if count is None else min(first + count, end)
         rows, values = (self.array(f"example/{name}")[first:end] for name in ("row", "value"))

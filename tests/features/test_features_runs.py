@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -159,6 +161,43 @@ def test_killed_at_some_operations_then_resumed(tmp_path, whole, acts):
     for trial in range(10):
         number, kind = dice.randrange(total), dice.choice(["kill", "late", "torn"])
         killed_at(where, acts, tmp_path / f"out{trial}", due, number, kind)
+
+
+CAMPAIGN = """
+import os, random, shutil, signal, sys, time
+from saetrain.describing.slots import Slots
+from saetrain.features.pipeline import build_features
+
+where, acts, out, kills, seed = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
+settings = {"tile_rows": 16, "tile_latents": 8, "granule": 4, "chunk": 16, "slots": Slots(4, 3, 2, 3, 3)}
+dice, hit, longest = random.Random(seed), 0, 1.0
+for trial in range(kills):
+    began = time.monotonic()
+    child = os.fork()
+    if not child:
+        build_features(where, acts, out, shards=5, block_rows=112, fsync=False, **settings)
+        os._exit(0)
+    time.sleep(dice.random() * longest)
+    os.kill(child, signal.SIGKILL)
+    killed = os.waitpid(child, 0)[1] == signal.SIGKILL
+    hit += killed
+    if not killed:  # it was through: begin anew
+        longest = min(longest, time.monotonic() - began)
+        shutil.rmtree(out)
+build_features(where, acts, out, shards=5, block_rows=112, fsync=False, **settings)
+print(hit)
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hundred_processes_are_killed_at_random(tmp_path, whole, acts, kind):
+    """SIGKILL at random moments; the next process goes on where the last one died, and locks die with it."""
+    where, due = whole[kind]
+    words = [sys.executable, "-c", CAMPAIGN, where, acts, tmp_path / "out", "100", "1"]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 30
+    assert content(tmp_path / "out") == content(due)
 
 
 @pytest.mark.soak
