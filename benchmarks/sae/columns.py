@@ -2,9 +2,9 @@
 
     python columns.py loop|dashboard ROWS.npy TOKENS.npy DOCUMENTS.npy DICTIONARY FEATURES OUT.npz
 
-`DICTIONARY` is a SAELens folder of a TopK autoencoder.  OUT holds the seconds that are spent once and on these features,
-and the largest activations of the first FEATURES features.  Nothing of actshuffle is imported, so that this runs under
-another Python.
+`DICTIONARY` is a SAELens folder of a TopK autoencoder.  OUT holds the seconds that are spent once and on these
+features, and the largest activations of the first FEATURES features.  Nothing of actshuffle is imported, so that this
+runs under another Python.
 """
 
 from __future__ import annotations
