@@ -195,7 +195,8 @@ def test_a_hundred_processes_are_killed_at_random(tmp_path, whole, acts, kind):
     """SIGKILL at random moments; the next process goes on where the last one died, and locks die with it."""
     where, due = whole[kind]
     words = [sys.executable, "-c", CAMPAIGN, where, acts, tmp_path / "out", "100", "1"]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 30
     assert content(tmp_path / "out") == content(due)
 
