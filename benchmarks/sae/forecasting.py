@@ -1,7 +1,7 @@
 """`features-forecast`: the cost model of `saetrain features`, its unit costs measured here, against sizes held out.
 
 Small runs in this process, on one thread, give the seconds of each step; least squares on relative errors gives the
-unit costs of saetrain/features/cost.py.  Other sizes are predicted before they are run.  The same costs then plan a
+unit costs of saetrain/features/forecast.py.  Other sizes are predicted before they are run.  The same costs then plan a
 dictionary that is too large for this machine.
 """
 
@@ -24,8 +24,7 @@ from benchmarks import plots
 from benchmarks.results import Bench, table
 from benchmarks.sae.describe import make_dictionary, make_store
 from saetrain.features.blueprint import Plan
-from saetrain.features.cost import QUANTITIES, quantities, seconds
-from saetrain.features.forecast import forecast
+from saetrain.features.forecast import QUANTITIES, forecast, quantities, seconds
 from saetrain.features.pipeline import build_features, plan_features
 
 Size = tuple[int, int]  # rows and latents

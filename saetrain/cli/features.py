@@ -13,8 +13,7 @@ from actshuffle import parse_bytes
 from actshuffle.executors import connected, executor_for
 from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
 from saetrain.errors import ConfigError
-from saetrain.features.cost import read_units, seconds
-from saetrain.features.forecast import check, forecast
+from saetrain.features.forecast import check, forecast, read_units, seconds
 from saetrain.features.pipeline import MEMORY, build_features, plan_features
 
 

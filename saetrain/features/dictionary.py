@@ -79,6 +79,11 @@ class Dictionary:
         """The width of what is rebuilt."""
         return self._foreign.d_out if self._foreign else len(self._folded.norms[1].mean)
 
+    @property
+    def transcodes(self) -> bool:
+        """True if other arrays than those that go in are rebuilt."""
+        return self._foreign.transcodes if self._foreign else self._folded.transcodes
+
     def firing_rates(self) -> Tensor | None:
         """Share of tokens on which each latent was last seen active in training, float64 [latents], where known."""
         if self.checkpoint is None or not int(window := self.checkpoint.read("window")):

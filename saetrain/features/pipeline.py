@@ -87,7 +87,7 @@ def plan_features(
         store=str(store) if "://" in str(store) else str(Path(store).absolute()),
         identity=data.data.identity,
         field=data.field,
-        gradient=None if found.field else _gradient(data),  # of the input, which a transcoder does not rebuild
+        gradient=None if found.field or found.transcodes else _gradient(data),  # of what is rebuilt
         token=_column(data.data, TOKEN_NAMES),
         document=_column(data.data, DOCUMENT_NAMES),
         rows=rows,

@@ -15,7 +15,7 @@ from actshuffle.errors import RequestError
 from benchmarks.sae.forecasting import fit
 from saetrain.cli import main
 from saetrain.errors import ConfigError, DataError
-from saetrain.features.cost import QUANTITIES, quantities, read_units, seconds
+from saetrain.features.forecast import QUANTITIES, quantities, read_units, seconds
 from saetrain.features.pipeline import plan_features
 from support.features import TINY, content, dictionary, store
 
