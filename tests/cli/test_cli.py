@@ -607,6 +607,26 @@ def test_ctrl_c_stops_a_local_cluster_without_a_storm(tmp_path, dst):
     assert_is_oracle(src, dst)
 
 
+def test_ctrl_c_waits_for_the_threads_tasks_in_flight_alone(tmp_path, dst):
+    """Of 40 leaves that take 2 seconds each, on 2 threads."""
+    src = tmp_path / "more.zarr"
+    array(src, values(2000, (8,), "<f2"), chunks=(500, 8))
+    slow = SLOW.replace("tasks.split", "tasks.leaf").replace("PAUSE", "task.number > 3 and time.sleep(2)")
+    slow = slow.replace("main(", "from actshuffle import machine; machine.cores = lambda: 2; main(")
+    args = ["run", src, dst, "--seed", "5", "--gather", "--block-bytes", "800", "--chunk-rows", "50"]
+    process = start(sys.executable, "-c", slow, *args)
+    said = wait_for(process, "level 1 of 1    begins: 40 tasks")
+    until(lambda: len(list(dst.glob("_actshuffle/receipts/[0-3].json"))) == 4)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=25)
+    assert process.returncode == 1
+    assert "2 threads of this process" in said
+    assert err.endswith("stopped; what is finished is kept: run the same command again to resume\n")
+    again = call(*args)
+    assert re.search(r"; ([4-9]|1\d) of 40 tasks were done before$", again.stdout.rstrip())
+    assert_is_oracle(src, dst)
+
+
 def test_a_second_ctrl_c_does_not_wait(src, dst):
     stubborn = SLOW.replace("PAUSE", "\n    try: time.sleep(60)\n    finally: time.sleep(60)")
     process = start(sys.executable, "-c", stubborn, "run", src, dst, *SIZE, *ALONE)
