@@ -28,6 +28,7 @@ from actshuffle.arrays.guard import COPIES, View, coding_of
 from actshuffle.arrays.names import OUR_GROUP
 from actshuffle.bfloat16 import BFloat16
 from actshuffle.errors import ActshuffleError, RequestError, SourceError
+from actshuffle.limits import STORE_BYTES
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, local_path
 from actshuffle.storage.remote import wait
@@ -207,9 +208,9 @@ def is_bfloat16(array: ZarrArray) -> bool:
 
 
 def source_buffer(arrays: Sequence[ZarrArray], *, remote: bool = False) -> int:
-    """Bytes held while rows are decoded through zarr (encoded, decoded, converted) or fetched."""
-    fields = [source_field("", a) for a in arrays if remote or not is_raw(a)]
-    return max((3 * f.read_rows * f.row_bytes for f in fields), default=0)
+    """Bytes held while zarr decodes rows (encoded, decoded, converted), or while they are on their way from a store."""
+    fields = [source_field("", a) for a in arrays if not is_raw(a)]
+    return max((3 * f.read_rows * f.row_bytes for f in fields), default=STORE_BYTES if remote else 0)
 
 
 def output_field(

@@ -17,6 +17,7 @@ from actshuffle.arrays.field import Field
 from actshuffle.arrays.guard import View
 from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import ActshuffleError, SourceError
+from actshuffle.limits import STORE_PIECE, STORE_REQUESTS
 from actshuffle.storage.buffers import arena, padded
 from actshuffle.storage.directio import two_readers
 from actshuffle.storage.objects import open_objects
@@ -57,15 +58,17 @@ class Source:
             yield a - start, b - start
 
     def _raw_parts(self, field: Field, start: int, out: U8) -> Iterator[tuple[int, int]]:
-        """Read two objects at a time, straight from their files."""
+        """Read two objects at a time straight from their files, or from a store as many as it sends at once."""
         if not len(out):
             return
         extents = field.extents(start, start + len(out), out.data.cast("B"), once=True)
-        first = 0
+        first, at_once = 0, 2
+        if not self.objects.is_local:
+            at_once = max(2, STORE_REQUESTS * STORE_PIECE // (field.source_chunk_rows * field.row_bytes))
         with two_readers(self.objects.read, out.nbytes) as read:
-            while two := [*islice(extents, 2)]:
-                read(two)
-                stop = first + sum(e.views[0].nbytes for e in two) // field.row_bytes
+            while some := [*islice(extents, at_once)]:
+                read(some)
+                stop = first + sum(e.views[0].nbytes for e in some) // field.row_bytes
                 yield first, stop
                 first = stop
 

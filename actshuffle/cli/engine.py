@@ -16,7 +16,7 @@ from actshuffle.engine.job import Job
 from actshuffle.engine.request import KNOBS
 from actshuffle.errors import RequestError
 from actshuffle.planning.forecast import forecast, text
-from actshuffle.planning.report import plan_report, plan_text, way_report, way_text
+from actshuffle.planning.report import plan_report, plan_text, request_text, way_report, way_text
 from actshuffle.planning.strategy import cheapest
 from actshuffle.units import format_bytes
 
@@ -76,6 +76,7 @@ def _plan_line(job: Job) -> str:
 
 @click.command()
 @click.argument("src", type=PATH, required=False)
+@click.argument("dst", type=PATH, required=False)
 @click.option("--rows", type=COUNT, help="Number of rows, if there is no SRC yet: 100e9.")
 @click.option("--row-bytes", type=SIZE, help="Bytes per row, if there is no SRC yet.")
 @knobs(name for name in KNOBS if name in inspect.signature(preview.plan).parameters)
@@ -85,12 +86,15 @@ def _plan_line(job: Job) -> str:
 def plan(simulate: bool, simulation_seed: int, **options: Any) -> Answer:
     """Show the plan of a run: levels, tasks, memory, disk.  Writes nothing.
 
+    The plan is made for the destination DST; without one, for a destination beside SRC.
+
     Where no option names one, also show the ways to the output, their time, and the one that a run would take now.
     With --hosts, also show its time on that many hosts, its bottleneck, and its cost.
 
     \b
     Examples:
       actshuffle plan acts.zarr --memory 8GB
+      actshuffle plan acts.zarr s3://bucket/shuffled
       actshuffle plan --rows 100e9 --row-bytes 1KB --memory 100GB --run-bytes 1GB
       actshuffle plan --rows 122e9 --row-bytes 8KiB --memory 16GB --hosts 200
     """
@@ -106,6 +110,9 @@ def plan(simulate: bool, simulation_seed: int, **options: Any) -> Answer:
             options["spill_memory"] = 0  # this machine's memory is not theirs
     ways, made = preview.ways(**options)
     found, told = plan_report(made), plan_text(made)
+    found["requests"] = preview.requests_of(made, **options)
+    if found["requests"]:
+        told += "\n" + request_text(found["requests"])
     if ways:
         found["candidates"] = way_report(ways)
         told += "\n\n" + way_text(ways)

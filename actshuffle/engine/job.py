@@ -106,6 +106,8 @@ class Job:
             document[place] = public_url(document[place]["url"])
         if not self.plan.staged:  # records of version 0.1.0 do not have it
             del document["plan"]["staged"]
+        if not self.plan.model.block_copies:
+            del document["plan"]["model"]["block_copies"]
         return document
 
     @cached_property

@@ -66,7 +66,7 @@ def prepare(
             recorded_scratch(dst, recorded)
     else:
         seed = secrets.randbits(63) if marker is None else marker.get("seed", 0)
-        outlook = Outlook(src, arrays, crew.workers, crew.one_machine, is_remote(dst), crew.task_memory)
+        outlook = Outlook(src, dst, arrays, crew.workers, crew.one_machine, crew.task_memory)
         settled = outlook.choose(request.filled(seed=seed))
     job = make_job(src, dst, arrays, settled, fsync=fsync)
     for part in job.known.behind:
@@ -155,7 +155,7 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Requ
         kind = Kind.GATHER
     elif kind is not Kind.SHUFFLE:  # leaves alone, as many as memory asks for; they need no runs
         asked = request.changed(run_bytes=1)
-    plan = plan_for(arrays, fields, asked, remote=is_remote(dst), remote_source=is_remote(src))
+    plan = plan_for(arrays, fields, asked, src, dst)
     if kind.gathers:
         staged = sum(f.row_bytes for f in fields if is_remote(src) or not f.source_key)
         plan = dataclasses.replace(plan, staged=plan.rows * staged)

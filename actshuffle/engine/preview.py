@@ -20,6 +20,7 @@ from actshuffle.executors.base import SHARE
 from actshuffle.machine import free_memory, machine_memory
 from actshuffle.planning.memory import MemoryModel
 from actshuffle.planning.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan
+from actshuffle.planning.requests import requests
 from actshuffle.planning.strategy import Candidate, Site, candidates, cheapest
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.directio import is_in_memory
@@ -33,6 +34,7 @@ LOOKS = 64  # samples of the page cache
 
 def plan(
     src: str | Path | None = None,
+    dst: str | Path | None = None,
     *,
     rows: str | float | None = None,
     row_bytes: str | int | None = None,
@@ -47,21 +49,27 @@ def plan(
     spill_memory: str | int | None = None,
     gather: bool | None = None,
     workers: int | None = None,
-    remote: bool = False,
+    remote: bool | None = None,
     storage_options: dict[str, Any] | None = None,
 ) -> Plan:
     """The plan that `actshuffle.shuffle` would follow now, for a store or for a number of rows and bytes per row.
 
     For a store it is the plan of the cheapest way (`actshuffle.planning.strategy`), unless an argument names one.
     Give ``src``, or ``rows`` and ``row_bytes``.  Without ``memory`` or ``block_bytes`` the plan is made for this
-    machine.  ``remote`` means that scratch and output are in an object store.  Raises `InfeasibleError`, with the
-    arithmetic, where no plan is possible.
+    machine.  It is made for a ``dst``; without one, for scratch and output in an object store if ``src`` is a URL or
+    ``remote`` says so.  Nothing is looked for at ``dst``.  Raises `InfeasibleError`, with the arithmetic, where no plan
+    is possible.
     """
     return ways(**locals())[1]
 
 
 def ways(
-    src: str | Path | None, *, workers: int | None = None, remote: bool = False, **options: Any
+    src: str | Path | None,
+    dst: str | Path | None = None,
+    *,
+    workers: int | None = None,
+    remote: bool | None = None,
+    **options: Any,
 ) -> tuple[list[Candidate], Plan]:
     """The ways among which the planner chooses, none where an argument names one, and the plan of `plan`."""
     rows, row_bytes, request = options.get("rows"), options.get("row_bytes"), Request.among(options)
@@ -69,7 +77,8 @@ def ways(
         raise RequestError("give a source, or both rows and row bytes")
     crew = whole("workers", workers or 0) or 1
     most = int(SHARE * machine_memory() / crew)  # of memory for a worker
-    switches(remote=remote)
+    switches(remote=bool(remote) if remote is None else remote)
+    home = _home(src, dst, remote, options.get("storage_options"))
     if src is None:
         if request.gather:
             raise RequestError("rows are gathered from a store: give one")
@@ -79,11 +88,12 @@ def ways(
         assert rows is not None
         assert row_bytes is not None
         width = parse_bytes(row_bytes)
-        model = MemoryModel(width, remote=True, output_copies=2) if remote else MemoryModel(width)
+        copies = copies_at(home)
+        model = MemoryModel(width, remote=is_remote(home), output_copies=copies, block_copies=copies)
         return [], plan_rows(parse_count(rows), model, request)
     place = as_place(src, options.get("storage_options"))
     arrays = source_arrays(place, request.fields)
-    outlook = Outlook(place, arrays, crew, True, remote, lambda: most)
+    outlook = Outlook(place, home, arrays, crew, True, lambda: most)
     found = outlook.candidates(request)
     made = outlook.plan(request.changed(**cheapest(found).asks) if found else request)
     if request.gather:
@@ -93,16 +103,16 @@ def ways(
 
 @dataclass(frozen=True)
 class Outlook:
-    """The facts about a source and its workers that are known before a plan is made.
+    """The facts about a source, a destination and the workers that are known before a plan is made.
 
-    ``remote`` means that spill and output are in an object store; ``most`` asks for the memory that a worker has.
+    ``most`` asks for the memory that a worker has.
     """
 
     src: Place
+    dst: Place
     arrays: dict[str, ZarrArray]
     workers: int
     one_machine: bool
-    remote: bool
     most: Callable[[], int]
 
     @cached_property
@@ -131,7 +141,7 @@ class Outlook:
         return self._plan(self.settle(request))
 
     def _plan(self, request: Request) -> Plan:
-        return plan_for(self.arrays, self.fields, request, remote=self.remote, remote_source=is_remote(self.src))
+        return plan_for(self.arrays, self.fields, request, self.src, self.dst)
 
     def choose(self, request: Request) -> Request:
         """The settled request for the cheapest way, where the request leaves a choice."""
@@ -168,7 +178,7 @@ class Outlook:
             staged=sum(f.row_bytes for f in self.fields) if remote else coded,
             coded=coded,
             remote=remote,
-            remote_output=self.remote,
+            remote_output=is_remote(self.dst),
             resident=path is not None and is_in_memory(path.stat().st_dev),
         )
 
@@ -197,19 +207,16 @@ def _cached(src: Place, rows: int, fields: Sequence[Field]) -> float:
     return sum(objects.is_cached(key, offset) for key, offset, _ in spans) / LOOKS
 
 
-def plan_for(
-    arrays: dict[str, ZarrArray], fields: Sequence[Field], request: Request, *, remote: bool, remote_source: bool
-) -> Plan:
-    """The plan for some source arrays under a settled request.
-
-    ``remote`` means that spill and output are in an object store, ``remote_source`` that the source is.
-    """
+def plan_for(arrays: dict[str, ZarrArray], fields: Sequence[Field], request: Request, src: Place, dst: Place) -> Plan:
+    """The plan for some source arrays under a settled request."""
+    remote, copies = is_remote(dst), copies_at(dst)
     coded = not CODECS[request.codec].raw or (request.chunks_per_shard or 1) > 1
     model = MemoryModel(
         row_bytes=sum(f.row_bytes for f in fields),
-        source_buffer=source_buffer(list(arrays.values()), remote=remote_source),
+        source_buffer=source_buffer(list(arrays.values()), remote=is_remote(src) and not remote),
         remote=remote,
-        output_copies=2 if coded or remote else 0,
+        output_copies=2 if coded else copies,
+        block_copies=copies,
     )
     widest = max(fields, key=lambda f: f.row_bytes)
     widest_row = max(widest.row_bytes, 8 if request.source_row else 0)
@@ -264,5 +271,33 @@ def check_room(plan: Plan, workers: int) -> None:
         )
 
 
+_SOME_STORE, _SOME_DISK = Place("store://"), Place("/")  # stand for a destination without a name; nothing opens them
+
+
+def _home(src: str | Path | None, dst: str | Path | None, remote: bool | None, options: dict[str, Any] | None) -> Place:
+    """The destination that a plan is made for."""
+    if dst is not None:
+        return as_place(dst, options)
+    if remote is None and src is not None:
+        return as_place(src, options)  # beside it
+    return _SOME_STORE if remote else _SOME_DISK
+
+
 def is_remote(place: Place) -> bool:
-    return not open_objects(place).is_local
+    return place == _SOME_STORE or not open_objects(place).is_local
+
+
+def copies_at(place: Place) -> int:
+    """How often an object is held in memory while it is put there."""
+    return 0 if place == _SOME_STORE else open_objects(place).copies
+
+
+def requests_of(made: Plan, src: str | Path | None, dst: str | Path | None = None, **options: Any) -> dict[str, int]:
+    """About how many requests the run of a plan sends to object stores; empty if it sends none.
+
+    Takes the arguments of `plan`.
+    """
+    given, remote = options.get("storage_options"), options.get("remote")
+    output = is_remote(_home(src, dst, remote, given))
+    source = output if src is None else is_remote(as_place(src, given))
+    return requests(made, source=source, output=output) if source or output else {}

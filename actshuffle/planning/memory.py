@@ -36,15 +36,18 @@ class MemoryModel:
     ----------
     row_bytes : bytes of one row over all fields.
     source_buffer : bytes held while source chunks are decoded (0 when local chunk files are read raw).
-    remote : True if spill and output are in an object store, which moves objects as a whole.
-    output_copies : output objects in memory besides the two that are filled in turn: 0 for raw files, 2
-        through codecs or to an object store.
+    remote : True if spill and output are in an object store: bytes are then on their way to it and from it.
+    output_copies : output objects in memory besides the two that are filled in turn: 0 for raw bytes that are
+        written, or sent, from where they lie; 2 through codecs or fsspec.
+    block_copies : copies of a block that its writer holds: 0 where it leaves in parts, 2 through fsspec, which
+        takes an object as a whole.
     """
 
     row_bytes: int
     source_buffer: int = 0
     remote: bool = False
     output_copies: int = 0
+    block_copies: int = 0
 
     @property
     def spill_row_bytes(self) -> int:
@@ -86,5 +89,4 @@ class MemoryModel:
 
     @property
     def _split_row(self) -> int:
-        # A block goes to an object store in one call, which holds its bytes and the client's copy of them.
-        return self.spill_row_bytes * (3 if self.remote else 1)
+        return self.spill_row_bytes * (1 + self.block_copies)

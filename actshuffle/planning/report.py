@@ -66,6 +66,11 @@ def plan_text(made: Plan) -> str:
     return "\n".join(lines)
 
 
+def request_text(found: dict[str, int]) -> str:
+    """The requests of a run as text for people."""
+    return f"requests     about {found['get']:,} GET and {found['put']:,} PUT to object stores"
+
+
 def way_report(ways: list[Candidate]) -> list[dict[str, Any]]:
     """The ways that a planner compared, as plain values; those that are impossible have no seconds and no bytes."""
     best = cheapest(ways)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import actshuffle
+from actshuffle.engine.preview import requests_of
 from actshuffle.errors import RequestError, SourceError, StorageError, StorageFullError
 from actshuffle.storage import files
 from actshuffle.storage.buffers import arena
@@ -235,6 +236,22 @@ def test_read_of_what_is_not_there_is_typed(objects, key):
     objects.put("short", b"12345")
     with pytest.raises(StorageError, match=key):
         objects.read([Extent(key, 3, [memoryview(bytearray(3))])])
+
+
+@pytest.mark.parametrize(("levels", "block"), [(2, 1 << 14), (3, 1 << 13), (1, 1 << 17)])
+def test_requests_are_about_as_many_as_planned(tmp_path, levels, block):
+    src, dst = f"memory://{tmp_path.name}/src", f"memory://{tmp_path.name}/dst"
+    array(src, values(2000, (8,)), chunks=(100, 8))
+    asked = {"levels": levels, "block_bytes": block, "run_bytes": 1, "chunk_rows": 100}
+    made = actshuffle.plan(src, dst, **asked)
+    result = actshuffle.shuffle(src, dst, seed=5, **asked)
+    assert result.plan == made
+    expected = requests_of(made, src, dst)
+    for kind in ("get", "put"):
+        assert 0.6 < result.requests[kind] / expected[kind] < 1.5
+    assert requests_of(made, tmp_path / "src", tmp_path / "dst") == {}
+    local = requests_of(made, src, tmp_path / "dst")
+    assert (local["put"], 0 < local["get"] < expected["get"]) == (0, True)
 
 
 # --- Local disk ---------------------------------------------------------------------------------
