@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,15 @@ TINY: dict[str, dict[str, Any]] = {
         "row_bytes": [512],
         "threads": [1, 2],
         "modes": ["cached", "disk"],
+        "chunk": 1 << 18,
+        "rounds": 1,
+    },
+    "s3": {
+        "size": 1 << 20,
+        "row_bytes": [512],
+        "levels": [2],
+        "workers": 1,
+        "memory": 256 << 20,
         "chunk": 1 << 18,
         "rounds": 1,
     },
@@ -220,6 +231,26 @@ def strategies(**options: Any) -> None:
     from benchmarks import strategies as module
 
     _start("strategies", module.run, options)
+
+
+@main.command()
+@click.option("--url", required=True, help="An empty place in a bucket: s3://bucket/benchmark.")
+@click.option("--storage-options", default="{}", help="Options of the URL, as JSON.")
+@click.option("--size", type=SIZE, default="1GB", help="Data to shuffle.")
+@click.option("--row-bytes", type=SIZES, default="8KiB", help="Row widths.")
+@click.option("--levels", type=INTS, default="2", help="Passes over the data; 0 leaves the choice to the planner.")
+@click.option("--workers", type=COUNT, default=cores(), help="Dask workers.")
+@click.option("--memory", type=SIZE, default="512MiB", help="Most memory that one worker uses.")
+@click.option("--chunk", type=SIZE, default="32MiB", help="Size of the source's chunks.")
+@click.option("--rounds", type=COUNT, default=3, help="Times that everything is measured.")
+@_common
+def s3(**options: Any) -> None:
+    """Measure shuffle and verify in an object store beside a plain copy and read by obstore."""
+    from benchmarks import s3 as module
+
+    # Credentials are no part of the settings that results show.
+    run = partial(module.run, storage_options=json.loads(options.pop("storage_options")))
+    _start("s3", run, options)
 
 
 @main.command()

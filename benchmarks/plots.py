@@ -140,6 +140,23 @@ def verify(folder: Path, rows: list[dict[str, Any]]) -> str:
     return _save(folder, figure, "verify.png")
 
 
+def s3(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Rates as shares of a plain copy's and a plain read's by the same client, two bars for each case."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 0.7 * len(rows) + 1.2))
+    for number, r in enumerate(rows):
+        _bars(axis, [number - 0.2], [r["of_copy"]], 0.4, BLUE, "shuffle, of a copy" if not number else "")
+        _bars(axis, [number + 0.2], [r["verify_of_read"]], 0.4, ORANGE, "verify, of a read" if not number else "")
+    names = [f"{format_bytes(r['row_bytes'])}, {r['levels'] or 'default'} levels" for r in rows]
+    axis.axvline(1, color=INK, linewidth=0.8)
+    axis.set(xlabel="of the plain operation by obstore", yticks=range(len(rows)), yticklabels=names)
+    axis.invert_yaxis()
+    axis.legend()
+    figure.tight_layout()
+    return _save(folder, figure, "s3.png")
+
+
 def loader(folder: Path, rows: list[dict[str, Any]]) -> str:
     """Rates as shares of a plain read's: a panel for each row width and place of the data, by batch size."""
     import matplotlib.pyplot as plt

@@ -138,6 +138,22 @@ def test_scheduler(tmp_path):
     assert found["summary"]["memory_last"]["scheduler"] > 10e6
 
 
+def test_s3(tmp_path):
+    pytest.importorskip("moto")
+    pytest.importorskip("obstore")
+    from support.s3 import SECRET, serve
+
+    with serve(tmp_path) as endpoint:
+        url = endpoint.bucket("benchmark")
+        words = ("--url", f"{url}/here", "--storage-options", json.dumps(endpoint.options()))
+        (one,) = miniature(tmp_path, "s3", *words)["summary"]
+        assert endpoint.keys(url) == []
+    assert min(one[name]["low"] for name in ("of_copy", "verify_of_read", "cpu_shuffle", "cpu_copy", "cpu_verify")) > 0
+    assert one["requests"]["get"] > one["requests"]["put"] > 0
+    told = [path.read_text() for path in (tmp_path / "results").iterdir() if path.suffix in (".json", ".md")]
+    assert SECRET not in "".join(told)
+
+
 def test_calibrate(tmp_path):
     found = miniature(tmp_path, "calibrate")
     assert set(found["constants"]) == {"0", "1"}

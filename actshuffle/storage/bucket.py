@@ -62,11 +62,11 @@ class BucketObjects(RemoteObjects):
         global _used_by
         super().__init__(name)
         _used_by = os.getpid()
-        self._obstore, self._store, self._settings = need("obstore", "remote"), store, found
+        self._obstore, self.store, self._settings = need("obstore", "remote"), store, found
 
     def get(self, key: str) -> bytes | None:
         async def whole() -> bytes:
-            answer = await self._obstore.get_async(self._store, key)
+            answer = await self._obstore.get_async(self.store, key)
             return bytes(await answer.bytes_async())
 
         count("get")
@@ -75,7 +75,7 @@ class BucketObjects(RemoteObjects):
             return found
 
     async def fetch(self, key: str, start: int, stop: int) -> memoryview:
-        return memoryview(await self._obstore.get_range_async(self._store, key, start=start, end=stop))
+        return memoryview(await self._obstore.get_range_async(self.store, key, start=start, end=stop))
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         nbytes = len(data)
@@ -85,7 +85,7 @@ class BucketObjects(RemoteObjects):
 
     async def _put(self, key: str, data: Any, nbytes: int) -> None:
         await self._obstore.put_async(
-            self._store,
+            self.store,
             key,
             data,
             use_multipart=nbytes > STORE_WHOLE,
@@ -120,7 +120,7 @@ class BucketObjects(RemoteObjects):
 
     def size(self, key: str) -> int | None:
         async def head() -> int:
-            return int((await self._obstore.head_async(self._store, key))["size"])
+            return int((await self._obstore.head_async(self.store, key))["size"])
 
         count("head")
         with self.typed(key):
@@ -133,7 +133,7 @@ class BucketObjects(RemoteObjects):
 
     async def _listed(self, prefix: str) -> list[tuple[str, int]]:
         found = list[tuple[str, int]]()
-        async for some in self._obstore.list(self._store, prefix.rstrip("/") or None, chunk_size=STORE_NAMES):
+        async for some in self._obstore.list(self.store, prefix.rstrip("/") or None, chunk_size=STORE_NAMES):
             found += ((one["path"], int(one["size"])) for one in some)
         count("list", pages(len(found)))
         return found
@@ -143,7 +143,7 @@ class BucketObjects(RemoteObjects):
         folder = prefix.rstrip("/")
 
         async def inside() -> list[str]:
-            found = await self._obstore.list_with_delimiter_async(self._store, folder or None)
+            found = await self._obstore.list_with_delimiter_async(self.store, folder or None)
             paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
             count("list", pages(len(paths)))
             return sorted({path.rstrip("/").rpartition("/")[2] for path in paths if path.rstrip("/") != folder})
@@ -168,7 +168,7 @@ class BucketObjects(RemoteObjects):
         """Delete objects; False if one was gone already, after which some stores leave the rest."""
         count("delete", pages(len(keys)) if self._settings.kind == "S3Store" else len(keys))
         try:
-            await self._obstore.delete_async(self._store, keys if len(keys) > 1 else keys[0])
+            await self._obstore.delete_async(self.store, keys if len(keys) > 1 else keys[0])
         except FileNotFoundError as err:
             if _no_bucket(err):
                 raise

@@ -141,6 +141,9 @@ def _s3(place: Place, options: _Options) -> Settings:
         total=options.take("config_kwargs", "retries", "total_max_attempts"),
     )
     options.take("config_kwargs", "retries", "mode")  # all modes repeat, and wait longer each time
+    for name in ("request_checksum_calculation", "response_checksum_validation"):  # obstore adds none
+        if options.take("config_kwargs", name) not in (None, "when_required", "when_supported"):
+            raise options.refuse(f"config_kwargs.{name}", "must be when_required or when_supported")
     if (most := options.take("config_kwargs", "max_pool_connections")) is not None:
         client["pool_max_idle_per_host"] = str(most)
     if (proxies := options.take("config_kwargs", "proxies")) is not None:

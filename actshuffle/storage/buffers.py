@@ -114,6 +114,7 @@ def behind() -> Iterator[Behind]:
 _TRIM, _TRIM_MOST = -1, 64 << 20
 _MMAP, _MMAP_MOST = -3, 32 << 20
 _RETURNED_FROM = 256 << 10
+_ROOMY_MMAP, _ROOMY_TRIM = 8 << 20, 16 << 20  # twice a piece that a store sends; more would be kept by every thread
 _FIXED = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}  # variables that fix the thresholds
 
 
@@ -135,8 +136,9 @@ def lean_heap() -> Iterator[None]:
         mallopt(_TRIM, _RETURNED_FROM)
         yield
     finally:
-        mallopt(_MMAP, _MMAP_MOST)
-        mallopt(_TRIM, _TRIM_MOST)
+        roomy = roomy_heap.cache_info().currsize
+        mallopt(_MMAP, _ROOMY_MMAP if roomy else _MMAP_MOST)
+        mallopt(_TRIM, _ROOMY_TRIM if roomy else _TRIM_MOST)
 
 
 @lru_cache(maxsize=1)
@@ -148,7 +150,7 @@ def roomy_heap() -> bool:
     mapped, cleared and unmapped anew, which was a third of the processor time of a run.
     """
     mallopt = _mallopt()
-    return mallopt is not None and bool(mallopt(_MMAP, _MMAP_MOST)) and bool(mallopt(_TRIM, _TRIM_MOST))
+    return mallopt is not None and bool(mallopt(_MMAP, _ROOMY_MMAP)) and bool(mallopt(_TRIM, _ROOMY_TRIM))
 
 
 @lru_cache(maxsize=1)

@@ -146,9 +146,17 @@ def http_error(err: BaseException | None) -> str:
     return ""
 
 
+_CHUNKED = (
+    "the server wants to know the length of what it gets, which s3fs does not say over https unless it is given "
+    '{"config_kwargs": {"request_checksum_calculation": "when_required"}}; obstore says it'
+)
+
+
 def status_text(status: str, code: str, message: str) -> str:
     """A server's answer in one line; codes that only repeat the status are left out."""
     code = "" if re.fullmatch(r"\d*", code) else f" {code}"
+    if status == "411":
+        message = f"{message}: {_CHUNKED}".removeprefix(": ")
     return f"HTTP {status}{code}" + (f": {message.rstrip('.')}" if message else "")
 
 

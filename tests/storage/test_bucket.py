@@ -268,7 +268,7 @@ def test_freed_memory_is_kept_where_a_nanny_would_have_it_returned(monkeypatch):
         pass
     assert calls == []
     assert buffers.roomy_heap()
-    assert sorted(calls) == sorted([(-3, 32 << 20), (-1, 64 << 20)])
+    assert sorted(calls) == sorted([(-3, 8 << 20), (-1, 16 << 20)])
     with buffers.lean_heap():
         assert calls[2:] == [(-3, 256 << 10), (-1, 256 << 10)]
     assert calls[4:] == calls[:2]
