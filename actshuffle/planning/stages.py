@@ -17,10 +17,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from actshuffle.arraytypes import I64
-from actshuffle.limits import FAN, RECEIPTS_AT_ONCE, STORE_PIECE
+from actshuffle.limits import FAN, RECEIPTS_AT_ONCE, STORE_PIECE, uploads
 from actshuffle.ordering import bounds
 from actshuffle.planning.cost import DRIVER_RATE, OVERHEAD, Cluster, Stage
-from actshuffle.planning.planner import CHUNK_BYTES
 from actshuffle.planning.tree import PACK, Plan
 from actshuffle.units import format_bytes
 
@@ -29,7 +28,6 @@ INDEX_CPU = 2e-6  # seconds per run in the receipts that are read for tables; 0.
 TABLE_CPU = 1e-7  # seconds per run of a table that is made of packs; 0.3e-7 measured
 RECEIPT_CPU = 1e-4  # seconds per receipt of a leaf; assumed
 DIGEST_CPU = 2e-6  # seconds per output object in such a receipt
-PART = 50 << 20  # bytes of one part of a large upload, as s3fs cuts them
 RECEIPT = 72  # bytes of a split's receipt per child bucket, for one field
 
 
@@ -91,7 +89,7 @@ def _split(plan: Plan, cluster: Cluster, level: int) -> Stage:
     rows, (read, written) = task_rows(plan, level), plan.level_bytes(level)
     k, stored = _fan_out(plan, level), cluster.scratch == "store"
     source = cluster.ends if level == 1 else cluster.scratch
-    gets = read / CHUNK_BYTES if level == 1 else _range_reads(plan, level)
+    gets = read / STORE_PIECE if level == 1 else _range_reads(plan, level)
     block = plan.block_rows[level - 1] * plan.model.spill_row_bytes
     return Stage(
         f"level {level}",
@@ -99,7 +97,7 @@ def _split(plan: Plan, cluster: Cluster, level: int) -> Stage:
         read,
         written + len(rows) * RECEIPT * k,
         gets=(gets if source == "store" else 0) + 3 * len(rows) * stored,
-        puts=len(rows) * (_uploads(block) + 1) * stored,
+        puts=len(rows) * (uploads(block) + 1) * stored,
         cpu=cluster.split_cpu * read,
         rows=rows,
         read_from=source,
@@ -148,9 +146,9 @@ def _index(plan: Plan, cluster: Cluster, level: int) -> Iterator[Stage]:
 def _leaves(plan: Plan, cluster: Cluster) -> Stage:
     rows, (read, written) = task_rows(plan, plan.levels), plan.level_bytes(plan.levels)
     source = cluster.ends if plan.levels == 1 else cluster.scratch
-    gets = read / CHUNK_BYTES if plan.levels == 1 else _range_reads(plan, plan.levels)
+    gets = read / STORE_PIECE if plan.levels == 1 else _range_reads(plan, plan.levels)
     objects = -(-plan.rows // plan.object_rows)
-    puts = objects * _uploads(plan.object_rows * plan.row_bytes) + 2 * len(rows)
+    puts = objects * uploads(plan.object_rows * plan.row_bytes) + 2 * len(rows)
     return Stage(
         f"level {plan.levels}",
         len(rows),
@@ -198,11 +196,6 @@ def _range_reads(plan: Plan, level: int) -> float:
     runs = plan.blocks(level - 1) * _fan_out(plan, level - 1)
     run_bytes = plan.rows * plan.model.spill_row_bytes / max(runs, 1)
     return runs * math.ceil(run_bytes / STORE_PIECE) + plan.task_count(level)
-
-
-def _uploads(nbytes: int) -> int:
-    """Requests that upload one object: one PUT, or a start, the parts and a completion."""
-    return 1 if nbytes < 2 * PART else 2 + math.ceil(nbytes / PART)
 
 
 def concerns(plan: Plan, c: Cluster) -> list[str]:

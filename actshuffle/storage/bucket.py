@@ -18,14 +18,14 @@ import numpy as np
 
 from actshuffle.errors import RequestError, StorageError
 from actshuffle.extras import need
-from actshuffle.limits import STORE_NAMES, STORE_WHOLE
+from actshuffle.limits import STORE_NAMES, STORE_PART, STORE_WHOLE, part_bytes, uploads
 from actshuffle.storage.bucketoptions import Settings, settings
 from actshuffle.storage.files import Writer
 from actshuffle.storage.place import Place
 from actshuffle.storage.remote import RemoteObjects, event_loop, status_text, wait
-from actshuffle.storage.requests import count, pages, part_bytes, uploads
+from actshuffle.storage.requests import count, pages
 
-PARTS_AT_ONCE = 4  # parts of one object that are on their way
+UNDERWAY = 6 * STORE_PART  # bytes of the parts of one object that are on their way
 
 _used_by = 0  # the process that has used obstore, whose threads do not survive a fork
 
@@ -90,7 +90,7 @@ class BucketObjects(RemoteObjects):
             data,
             use_multipart=nbytes > STORE_WHOLE,
             chunk_size=part_bytes(nbytes),
-            max_concurrency=PARTS_AT_ONCE,
+            max_concurrency=max(1, min(4, UNDERWAY // part_bytes(nbytes))),
         )
 
     @contextmanager

@@ -14,9 +14,10 @@ from zarr.buffer import cpu
 from zarr.storage import FsspecStore
 
 from actshuffle.errors import RequestError
+from actshuffle.limits import uploads
 from actshuffle.storage.place import CLIENT, Place
 from actshuffle.storage.remote import RemoteObjects, event_loop, wait
-from actshuffle.storage.requests import count, pages, uploads
+from actshuffle.storage.requests import count, pages
 
 
 def open_fsspec(place: Place) -> FsspecObjects:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from actshuffle.limits import STORE_NAMES, STORE_PART, STORE_WHOLE
+from actshuffle.limits import STORE_NAMES
 
 _lock = threading.Lock()
 _counted: Counter[str] = Counter()
@@ -26,16 +26,6 @@ def taken() -> dict[str, int]:
     with _lock:
         found, _counted = _counted, Counter()
     return dict(found)
-
-
-def part_bytes(nbytes: int) -> int:
-    """Bytes of a part of an object of this size; stores take 10,000 parts at most."""
-    return max(STORE_PART, -(-nbytes // 9000))
-
-
-def uploads(nbytes: int) -> int:
-    """Requests that upload an object: one, or a start, the parts and an end."""
-    return 1 if nbytes <= STORE_WHOLE else 2 + -(-nbytes // part_bytes(nbytes))
 
 
 def pages(number: int) -> int:

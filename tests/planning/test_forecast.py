@@ -102,7 +102,7 @@ def test_stages_by_hand():
     split, index, leaf = found["level 1"], found["index 1"], found["level 2"]
     assert split.read == 10**9
     assert split.written == 1016 * 10**6 + 10 * 10 * stages.RECEIPT
-    assert split.puts == 10 * (1 + 1)  # 101.6 MB in one piece, and a receipt
+    assert split.puts == 10 * (2 + 13 + 1)  # 101.6 MB in 13 parts, between a start and an end, and a receipt
     assert index.gets == 10 + 1
     assert index.puts == 2 * 10 + 1
     # 100 runs of 10.16 MB in 3 pieces each, and 10 tasks that look for receipt, runs and sums

@@ -9,12 +9,13 @@ from typing import ClassVar
 import pytest
 
 from actshuffle.errors import RequestError, StorageError
+from actshuffle.limits import part_bytes, uploads
 from actshuffle.storage import bucket, buffers, credentials, objects
 from actshuffle.storage.bucketoptions import Settings, secrets_in, settings
 from actshuffle.storage.fsspecstore import FsspecObjects
 from actshuffle.storage.place import as_place
 from actshuffle.storage.remote import http_error
-from actshuffle.storage.requests import pages, part_bytes, uploads
+from actshuffle.storage.requests import pages
 
 pytest.importorskip("obstore")
 
@@ -254,6 +255,7 @@ def test_secrets_are_those_of_all_options_that_may_hold_one():
 
 def test_requests_of_uploads_and_lists():
     assert [uploads(n) for n in (0, 64 << 20, (64 << 20) + 1)] == [1, 1, 2 + 9]
+    assert (part_bytes((1 << 30) - 1), part_bytes(1 << 30)) == (8 << 20, 24 << 20)
     assert part_bytes(10 << 40) * 10_000 >= 10 << 40
     assert [pages(n) for n in (0, 1, 1000, 1001)] == [1, 1, 1, 2]
 
