@@ -158,7 +158,7 @@ def flag_faults(text: str) -> list[str]:
                 faults.append(f"no command of ours has {flag}")
             continue
         after = words[words.index(program) + 1 :]
-        if not after or not re.fullmatch(r"[a-z][a-z-]*", after[0]):
+        if not after or not re.fullmatch(r"[a-z][a-z0-9-]*", after[0]):
             known = set(FOREIGN)
         elif after[0] not in ours[program]:
             faults.append(f"{program} has no command {after[0]}")
