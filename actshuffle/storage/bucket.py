@@ -234,8 +234,8 @@ class _Parts:
 
     def __init__(self, size: int) -> None:
         self._step, self._held, self._left = part_bytes(size), bytearray(), size
-        self._queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(1)
-        self._over = False
+        self._queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue()
+        self._room, self._over = asyncio.Semaphore(1), False
 
     def write(self, part: memoryview) -> None:
         part = part.cast("B")
@@ -262,10 +262,12 @@ class _Parts:
 
     async def _put(self, part: Any) -> None:
         if not self._over:
-            await self._queue.put(part)  # `stop` makes room for one that waits
+            await self._room.acquire()
+            self._queue.put_nowait(part)
 
     async def stream(self) -> AsyncIterator[bytes]:
         while (part := await self._queue.get()) is not None:
+            self._room.release()
             if isinstance(part, BaseException):
                 raise InterruptedError(f"gave up: {type(part).__name__}")
             yield part
@@ -273,5 +275,5 @@ class _Parts:
     def stop(self) -> None:
         """Nothing more is taken: the upload is over, or has failed."""
         self._over = True
-        while not self._queue.empty():
-            self._queue.get_nowait()
+        self._queue.put_nowait(None)  # ends a `stream` that nobody reads any more
+        self._room.release()  # for the part that may be waiting
