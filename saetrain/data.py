@@ -90,7 +90,7 @@ class Store:
         try:
             self.data: Dataset = open_dataset(path, incomplete=config.incomplete)
         except ActshuffleError as error:
-            raise DataError(f"{type(error).__name__}: {error}") from error
+            raise DataError(str(error)) from error
         self.name, self.rows = str(path), self.data.rows
         self.field = config.field or self._only_field()
         self.target = "" if config.output == self.field else config.output

@@ -148,7 +148,7 @@ def collect(
         if value is not None or name not in limits:
             whole(name, value, 1)
     if not layers and not hooks:
-        raise RequestError("give at least one layer or module")
+        raise RequestError("give at least one layer or module, with --layers or --hooks")
     if gradients and not layers:
         raise RequestError("gradients are those of layers: give at least one")
     if dtype not in DTYPES or model_dtype not in DTYPES:

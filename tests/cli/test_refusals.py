@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from actshuffle import head, shuffle
-from actshuffle.cli.app import main
+from actshuffle.cli.app import COMMANDS, main
 from support.stores import act_and_token, group, values
 
 ROWS = 60
@@ -39,6 +39,31 @@ REFUSED = [
     ("append s more --out out --memory 1", "memory"),
     ("import x.npy --out out --memory 1", "memory"),
     ("collect nowhere text --layers 1 --out out --rows 0", "--rows"),
+    ("run gone out", "no such source"),
+    ("plan src --memory 1", "memory"),
+    ("plan gone", "no such source"),
+    ("status src", "src"),
+    ("info gone", "no such"),
+    ("came-from s 60", "no row 60"),
+    ("came-from src 0", "no completion marker"),
+    ("where-is s 60", "no row 60"),
+    ("where-is src 0", "no completion marker"),
+    ("stats gone", "no such source"),
+    ("quality s --batch-size 60", "two are needed"),
+    ("sample gone 5 out", "no such source"),
+    ("split s out=0.5 --by document", "--copy"),
+    ("split src out/a=0.5 --by document", "no array of document numbers"),
+    ("split src out/a=10 --by row", "fractions"),
+    ("split src out/a=0.5 s=rest --by row", "exists already"),
+    ("filter src out --skip-first 1", "window_position"),
+    ("filter gone out --drop-norm 2", "no such source"),
+    ("concat src s --out out", "arrays"),
+    ("append src more --out out", "no completion marker"),
+    ("import gone.npy --out out", "gone.npy"),
+    ("import x.npy --out s", "s is finished"),
+    ("import x.npy --out out --columns none", "none"),
+    ("collect --model gone --text text --layers 1 --out out", "gone"),
+    ("collect --model gone --text text --out out", "--layers"),
     ("verify src view2", "no completion marker"),
     ("verify s view", "is a view of"),
 ]
@@ -79,6 +104,10 @@ def test_a_refused_command_leaves_everything_as_it_was(
     assert result.exit_code == 2, result.output
     assert said in result.output
     assert [k for k in {*before, *after} if before.get(k) != after.get(k)] == []
+
+
+def test_every_command_is_refused_something() -> None:
+    assert {command.split()[0] for command, _ in REFUSED} == set(COMMANDS)
 
 
 def test_the_snapshot_sees_what_a_command_writes(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
