@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 
@@ -26,3 +28,30 @@ class Silent:
     def advance(self, nbytes: int, fresh: bool) -> None: ...
 
     def end(self) -> None: ...
+
+
+_HEARD: list[Callable[[int], None]] = []  # what listens in this process
+
+
+def done_within(tokens: int) -> None:
+    """Tell whoever listens in this process that so many tokens more of a task are done."""
+    for listener in _HEARD:
+        listener(tokens)
+
+
+@contextmanager
+def heard_by(progress: Progress, row_bytes: int) -> Iterator[None]:
+    """Pass what `done_within` tells to an observer, if it has a method ``within(nbytes, tokens)``, as ours has."""
+    within = getattr(progress, "within", None)
+    if within is None:
+        yield
+        return
+
+    def listener(tokens: int) -> None:
+        within(tokens * row_bytes, tokens)
+
+    _HEARD.append(listener)
+    try:
+        yield
+    finally:
+        _HEARD.remove(listener)

@@ -25,6 +25,7 @@ from actshuffle.arrays import readers
 from actshuffle.arraytypes import I64, U8, U64
 from actshuffle.building.models import model_of
 from actshuffle.building.tokens import COLUMNS, KEPT, READ, Pieces
+from actshuffle.progress import done_within
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
@@ -83,11 +84,12 @@ class Activations:
             tokens = self._read.get(first, end).astype(np.int64)
             rows = np.stack([tokens[a - first : b - first] for a, b in windows])
             ends = [np.tile(np.array(ids, np.int64), (len(rows), 1)) for ids in (before, after)]
+            edges = np.searchsorted(places, windows)
             for name, found in model(np.concatenate([ends[0], rows, ends[1]], axis=1)).items():
                 inner = found[:, len(before) : len(before) + rows.shape[1]]
-                for (a, b), values in zip(windows, inner, strict=True):
-                    low, high = np.searchsorted(places, [a, b])
+                for (a, _), (low, high), values in zip(windows, edges, inner, strict=True):
                     out[name][low:high] = values[places[low:high] - a]
+            done_within(int((edges[:, 1] - edges[:, 0]).sum()))
 
     def _batches(self, start: int, stop: int, places: I64, around: int) -> Iterator[I64]:
         """Token ranges of windows that run together, int64 ``(windows, 2)``: those that meet the rows.

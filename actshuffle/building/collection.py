@@ -48,11 +48,11 @@ from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.running import run_part
 from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import open_place
-from actshuffle.progress import Progress
+from actshuffle.progress import Progress, heard_by
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import counted, dropped_text, format_bytes, format_seconds, switches, whole
+from actshuffle.units import counted, dropped_text, format_bytes, format_seconds, several, switches, whole
 
 BLOCK_BYTES = 128 << 20  # the most work that a kill can cost
 
@@ -84,8 +84,8 @@ class Collected:
 
 
 def collect(
-    model: str,
-    text: Sequence[str | Path],
+    model: str | Path,
+    text: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     layers: Sequence[int] = (),
@@ -103,7 +103,7 @@ def collect(
     tokens_per_document: int | None = None,
     rows: int | None = None,
     field: str = "text",
-    tokenizer: str | None = None,
+    tokenizer: str | Path | None = None,
     device: str = "auto",
     part: tuple[int, int] | None = None,
     memory: str | int | None = None,
@@ -142,6 +142,8 @@ def collect(
     Other parameters are as in `actshuffle.shuffle`.
     """
     switches(gradients=gradients)
+    model, tokenizer = str(model), None if tokenizer is None else str(tokenizer)
+    text = [text] if isinstance(text, str | Path) else several("text", text, of="paths")
     work = Work.of(executor, progress, overwrite=overwrite, fsync=fsync)
     limits = {"context": context, "tokens_per_document": tokens_per_document, "rows": rows}
     for name, value in {**limits, "batch_tokens": batch_tokens}.items():
@@ -215,16 +217,18 @@ def collect(
             if filters:
                 _make_way(job, place, overwrite)
             course, plan, crew = Shuffle(job, work.locks), job.plan, work.crew
-            if part is None:
-                execute(job, crew, work.progress, work.locks)
-            elif not run_part(course, part, crew, work.progress) and not is_finished(open_objects(place)):
+            with heard_by(work.progress, plan.row_bytes):
+                if part is None:
+                    execute(job, crew, work.progress, work.locks)
+                alone = part is None or run_part(course, part, crew, work.progress)
+            if not alone and not is_finished(open_objects(place)):
                 size, dropped = (settings["documents"], plan.rows * plan.row_bytes), settings.get("dropped", {})
                 return Collected(str(place), plan.rows, *size, work.seconds, complete=False, dropped=dropped)
             open_objects(source).delete_prefix("")
         if filters:
-            with Locks() as alone:
+            with Locks() as held:
                 try:
-                    alone.take(unfiltered)
+                    held.take(unfiltered)
                 except DestinationInUseError:
                     if part is None:
                         raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -96,7 +97,7 @@ class _Group(_Table):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Known even if parsing fails.
-        ctx.obj = {"json": "--json" in args, "debug": "--debug" in args}
+        ctx.obj = {"json": "--json" in args, "debug": "--debug" in args, "started": time.perf_counter()}
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:

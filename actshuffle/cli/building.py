@@ -22,6 +22,7 @@ def _document(outcome: growth.Appended | collection.Collected | filtering.Filter
     return {"bytes" if name == "nbytes" else name: value for name, value in asdict(outcome).items()}
 
 
+SHUFFLED = "shuffled.zarr"  # a name for what comes next
 COPY = click.option("--copy", is_flag=True, help="Copy the rows, instead of naming them in a view.")
 ORDERED = click.option("--ordered", is_flag=True, help="Allow a store that is not shuffled.")
 OUT = click.option("--out", type=PATH, required=True, help="Store to write.")
@@ -152,7 +153,7 @@ def filter_(executor: Any, display: Any, src: str, dst: str, **options: Any) -> 
     """
     options["drop_tokens"] = options["drop_tokens"] or ()
     made = filtering.filter_rows(src, dst, executor=executor, progress=display, **options)
-    return Answer(_document(made), str(made))
+    return Answer(_document(made), str(made), next=("actshuffle", "run", dst, SHUFFLED))
 
 
 @click.command()
@@ -196,7 +197,7 @@ def append(executor: Any, display: Any, dst: str, new: str, **options: Any) -> A
       actshuffle append shuffled.zarr wednesday.zarr
     """
     made = growth.append(dst, new, executor=executor, progress=display, **options)
-    return Answer(_document(made), str(made))
+    return Answer(_document(made), str(made), next=("actshuffle", "info", options["out"] or dst))
 
 
 @click.command("import")
@@ -237,7 +238,7 @@ def import_(
       actshuffle import memmap.bin --dtype float16 --row-shape 4096 --out a.zarr
     """
     made = importers.import_store(paths, out, names=dict(names), executor=executor, progress=display, **options)
-    return Answer(made.as_dict(), str(made))
+    return Answer(made.as_dict(), str(made), next=("actshuffle", "run", out, SHUFFLED))
 
 
 @click.command()
@@ -312,4 +313,4 @@ def collect(executor: Any, display: Any, model: str, text: tuple[str, ...], out:
     """
     options |= {name: options[name] or () for name in ("layers", "hooks", "drop_tokens")}
     made = collection.collect(model, text, out, executor=executor, progress=display, **options)
-    return Answer(_document(made), str(made))
+    return Answer(_document(made), str(made), next=("actshuffle", "run", out, SHUFFLED) if made.complete else ())

@@ -28,7 +28,6 @@ import click
 from actshuffle.units import format_bytes, format_seconds
 
 TITLE = 16  # columns of a title; "verify (quick)" fits
-NUMBERS = 40  # columns after the bar
 BAR = 40  # columns of a bar at most
 REDRAW = 0.1  # seconds
 QUIET_START = 0.5  # a stage that moves no bytes and is over by then is not shown
@@ -50,16 +49,29 @@ class Meter:
         self.tasks_done, self.resumed, self.done, self.fresh = 0, 0, 0.0, 0.0
         self._marks = deque([(now, 0.0)])  # times, and fresh units by then
         self._before = rate if nbytes else None  # the last stage's rate, until this one has its own
+        self._ahead = 0.0  # units of tasks under way that count as done already
+        self.token_bytes = 0.0  # of one token, in a stage that counts tokens
         self._shown = 0.0
 
     def advance(self, nbytes: int, fresh: bool, now: float) -> None:
         self.tasks_done = min(self.tasks_done + 1, self.tasks)
-        amount = nbytes if fresh and self.nbytes else self.share
+        amount: float = nbytes if fresh and self.nbytes else self.share
+        known = min(self._ahead, amount)
+        self._ahead, amount = self._ahead - known, amount - known
         self.done = min(self.done + amount, self.units)
-        if fresh:
-            self.fresh += amount
-        else:
+        if not fresh:
             self.resumed += 1
+        self._mark(amount if fresh else 0.0, now)
+
+    def within(self, nbytes: int, tokens: int, now: float) -> None:
+        """Some bytes of a task that is not done yet, the rows of so many tokens."""
+        self.token_bytes = nbytes / tokens if tokens else self.token_bytes
+        self._ahead += nbytes
+        self.done = min(self.done + nbytes, self.units)
+        self._mark(nbytes, now)
+
+    def _mark(self, amount: float, now: float) -> None:
+        self.fresh += amount
         marks = self._marks
         if not self.fresh:
             marks[0] = now, 0.0  # fresh work starts after this at the earliest
@@ -82,7 +94,7 @@ class Meter:
     def estimate(self, now: float) -> float:
         """Units done, including the likely share of the tasks in flight."""
         rate = self.rate(now) or self._before or 0.0
-        in_flight = min(self.workers, self.tasks - self.tasks_done) * self.share
+        in_flight = max(0.0, min(self.workers, self.tasks - self.tasks_done) * self.share - self._ahead)
         guess = self.done + min(rate * (now - self._marks[-1][0]), 0.95 * in_flight)
         self._shown = max(self._shown, min(guess, self.units))
         return self._shown
@@ -147,11 +159,23 @@ class Display:
             if meter is None:
                 return
             meter.advance(nbytes, fresh, now)
-            wait = min(max(LOG_EVERY, (now - meter.started) / 20), LOG_SELDOM)
-            if not self.live and now - self._logged >= wait:
-                self._logged = now
-                parts = [f"{meter.tasks_done:,} of {meter.tasks:,} tasks", *self._numbers(meter, now)]
-                self._log(", ".join(p for p in parts if p))
+            self._log_sometimes(meter, now)
+
+    def within(self, nbytes: int, tokens: int) -> None:
+        with self._lock:
+            meter, now = self._meter, self.clock()
+            if meter is None:
+                return
+            first = not meter.token_bytes
+            meter.within(nbytes, tokens, now)
+            self._log_sometimes(meter, now, at_once=first)
+
+    def _log_sometimes(self, meter: Meter, now: float, *, at_once: bool = False) -> None:
+        wait = min(max(LOG_EVERY, (now - meter.started) / 20), LOG_SELDOM)
+        if not self.live and (at_once or now - self._logged >= wait):
+            self._logged = now
+            parts = [f"{meter.tasks_done:,} of {meter.tasks:,} tasks", *self._numbers(meter, now)]
+            self._log(", ".join(p for p in parts if p))
 
     def end(self) -> None:
         with self._lock:
@@ -160,7 +184,7 @@ class Display:
                 return
             self._meter = None
             took, mean = format_seconds(now - meter.started), meter.mean_rate(now)
-            rate = f"{format_bytes(mean)}/s" if mean and meter.nbytes else ""
+            rate = _pace(meter, mean)
             self._rate = mean if meter.nbytes else self._rate
             if self.live and (meter.nbytes or self._open):
                 amount = format_bytes(meter.nbytes) if meter.nbytes else f"{meter.tasks:,}"
@@ -212,7 +236,7 @@ class Display:
         return (
             percent,
             format_bytes(done) if meter.nbytes else "",
-            f"{format_bytes(rate)}/s" if rate and meter.nbytes else "",
+            _pace(meter, rate),
             "" if left is None else f"{clock_face(math.ceil(left))} left",
         )
 
@@ -220,7 +244,7 @@ class Display:
         """One line, never wider than the terminal: title, bar, four columns of numbers."""
         columns = self._columns()
         numbers = f"  {percent:>4}  {amount:>7}  {rate:>9}  {when:>12}"
-        width = min(BAR, columns - TITLE - NUMBERS)
+        width = min(BAR, columns - TITLE - len(numbers))
         if width < 5:
             return f"{title:<{TITLE}}{percent:>4}  {when:>12}"[:columns]
         done, rest = bar(fraction, width, fancy=self._fancy)
@@ -250,6 +274,13 @@ class Display:
             with suppress(OSError, ValueError):  # nobody looks any more, and the run continues
                 self.stream.write(text)
                 self.stream.flush()
+
+
+def _pace(meter: Meter, rate: float | None) -> str:
+    """A rate as people read it: tokens where they are counted, else bytes."""
+    if not rate or not meter.nbytes:
+        return ""
+    return f"{rate / meter.token_bytes:,.0f} tok/s" if meter.token_bytes else f"{format_bytes(rate)}/s"
 
 
 class LogLines(logging.Handler):

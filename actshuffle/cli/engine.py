@@ -60,7 +60,7 @@ def run(executor: Any, display: Any, src: str, dst: str, **options: Any) -> Answ
         "requests": result.requests,
         "plan": plan_report(result.plan),
     }
-    return Answer(document, str(result))
+    return Answer(document, str(result), next=("actshuffle", "verify", src, dst))
 
 
 def _plan_line(job: Job) -> str:

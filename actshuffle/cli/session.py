@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -22,7 +24,7 @@ from actshuffle.cli.console import print_json, wrapped
 from actshuffle.cli.display import Display, LogLines
 from actshuffle.cli.options import INSECURE, LOOK, WORK
 from actshuffle.executors import Executor, Serial, connected, executor_for
-from actshuffle.units import counted
+from actshuffle.units import counted, format_seconds
 
 T = TypeVar("T")
 QUIET_DASK = {"DASK_LOGGING__DISTRIBUTED": "critical", "PYTHONWARNINGS": "ignore"}  # for workers
@@ -148,14 +150,25 @@ class Answer(NamedTuple):
     text: str
     ok: bool = True  # if not, the exit code is 1
     wraps: bool = True  # lines may be broken where the terminal ends
+    next: tuple[str, ...] = ()  # the words of the command that usually follows
     then: Callable[[], object] = lambda: None  # called when the answer is printed
 
 
-def _give(ctx: click.Context, answer: Answer, as_json: bool, quiet: bool = False) -> None:
+def _give(
+    ctx: click.Context, answer: Answer, as_json: bool, quiet: bool = False, display: Display | None = None
+) -> None:
+    """Print an answer, and on stderr the whole time and the command that usually follows."""
     if as_json:
         print_json(answer.document)
     elif not quiet:
         click.echo(wrapped(answer.text, sys.stdout) if answer.wraps else answer.text)
+        if answer.next and display is not None:
+            took = format_seconds(time.perf_counter() - ctx.obj["started"])
+            told = f"{took}; next: {shlex.join(answer.next)}"
+            if display.live:
+                click.echo(wrapped(f"in all: {told}", sys.stderr), err=True)
+            else:
+                display.line("in all", told)
     answer.then()
     if not answer.ok:
         ctx.exit(1)
@@ -176,7 +189,7 @@ def work(*, here: bool = False) -> Callable[[Callable[..., Answer]], Callable[..
             alone = here and workers is None and scheduler is None
             with at_work(ctx, 0 if alone else workers, scheduler, quiet) as (executor, display):
                 answer = command(None if alone else executor, display, **options)
-            _give(ctx, answer, as_json, quiet)
+            _give(ctx, answer, as_json, quiet, display)
 
         return run
 

@@ -38,6 +38,7 @@ from actshuffle.building.collection import Collected, collect  # noqa: E402
 from actshuffle.building.models import Model  # noqa: E402
 from actshuffle.loading.dataset import Dataset, open_dataset  # noqa: E402
 from actshuffle.loading.trace import came_from  # noqa: E402
+from actshuffle.progress import Silent  # noqa: E402
 
 Corpus = tuple[Path, list[list[str]]]
 WORDS = [f"w{i}" for i in range(60)]
@@ -504,3 +505,24 @@ def test_the_command(models: dict[str, Path], corpus: Corpus, tmp_path: Path, mo
     for options, code in [(["--layers", "9"], "bad-request"), (["--layers", "x"], "bad-request"), ([], "bad-request")]:
         done = CliRunner().invoke(main, [*command, *options, "--out", "y.zarr"])
         assert (done.exit_code, json.loads(done.stdout)["error"]) == (2, code)
+
+
+def test_an_observer_hears_of_each_batch(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -> None:
+    class Heard(Silent):
+        rows: list[int] = []  # noqa: RUF012
+        before_the_end = 0
+
+        def within(self, nbytes: int, tokens: int) -> None:
+            self.rows.append(tokens)
+
+        def advance(self, nbytes: int, fresh: bool) -> None:
+            self.before_the_end = self.before_the_end or len(self.rows)
+
+    heard = Heard()
+    made = collect(
+        models["gpt2"], corpus[0], tmp_path / "a", layers=[1], batch_tokens=24, drop_norm=0, progress=heard
+    )  # one text, and a model, by their paths
+    assert sum(heard.rows) == made.rows
+    assert heard.before_the_end > 3
+    made = collect(models["gpt2"], [corpus[0]], tmp_path / "b", layers=[1], drop_norm=0, progress=Silent())
+    assert sum(heard.rows) == made.rows  # nothing is heard of others

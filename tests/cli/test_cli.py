@@ -152,7 +152,8 @@ def test_log_lines_are_dated_and_say_where_stages_begin_and_end(src, dst):
     assert all(re.match(LOG_LINE, line) for line in lines)
     said = [re.sub(r"  +", "  ", re.sub(LOG_LINE, "", line)) for line in lines]
     assert re.fullmatch(r"plan  2 levels, \d+ blocks, 18 KB scratch, \S+ MB per worker", said[0])
-    found = [re.match(r"(boundaries|level . of 2|clearing)  (begins|done)", line).groups() for line in said[1:]]
+    found = [re.match(r"(boundaries|level . of 2|clearing)  (begins|done)", line).groups() for line in said[1:-1]]
+    assert re.fullmatch(rf"in all  \S+ s; next: actshuffle verify {src} {dst}", said[-1])
     stages = ("boundaries", "level 1 of 2", "level 2 of 2", "clearing")
     assert found == [(stage, what) for stage in stages for what in ("begins", "done")]
 
@@ -750,6 +751,34 @@ def test_log_lines_come_every_few_seconds_at_most():
     assert 18 <= len(lines) <= 22  # 100 s
     assert re.fullmatch(LOG_LINE + r"level 1 of 2    501 of 10,000 tasks, 5%, 501 KB, 100 KB/s, 1:35 left", lines[1])
     assert lines[-1].endswith("level 1 of 2    done in 1 min 40 s, 100 KB/s")
+
+
+def test_a_task_that_tells_of_itself_has_a_rate_and_time_left_from_its_first_batch():
+    stream, clock = io.StringIO(), Clock()
+    display = Display(stream, clock=clock)
+    display.begin("collect", 2, 8000)
+    for second in range(1, 5):
+        clock.now = float(second)
+        display.within(1000, 10)
+    display.advance(4000, True)  # all of it was told
+    meter = display._meter
+    assert (meter.done, meter.fresh, meter.tasks_done) == (4000, 4000, 1)
+    assert meter.rate(4.0) == pytest.approx(1000)
+    assert meter.left(4.0) == pytest.approx(4)
+    for second in range(5, 9):
+        clock.now = float(second)
+        display.within(1010, 10)  # more than the task has, as edges of batches may be
+    display.advance(4000, True)
+    display.end()
+    lines = stream.getvalue().splitlines()
+    assert re.fullmatch(LOG_LINE + r"collect         0 of 2 tasks, 12%, 1 KB, 10 tok/s, 0:07 left", lines[1])
+    assert lines[-1].endswith("done in 8.0 s, 10 tok/s")
+
+
+def test_control_a_task_that_tells_nothing_has_no_rate_before_its_end():
+    display = Display(io.StringIO(), clock=Clock())
+    display.begin("collect", 2, 8000)
+    assert display._meter.left(3.0) is None
 
 
 def test_log_lines_become_rare_in_a_long_stage():
