@@ -855,7 +855,8 @@ def test_on_a_terminal_no_line_wraps(columns, src, dst):
     assert process.wait(30) == 0
     plain = re.sub(r"\x1b\[[0-9;]*[mK]", "", text.decode()).replace("\r\n", "\n")
     drawn = [part for line in plain.split("\n") for part in line.split("\r")]
-    assert all(len(part) <= columns for part in drawn if not part.startswith("plan"))
+    paths = [part for part in drawn if str(src) in part or str(dst) in part]  # which have no place to break
+    assert all(len(part) <= columns for part in drawn if not part.startswith("plan") and part not in paths)
     assert "\x1b[32m" in text.decode() or columns < 60
     assert any(part.startswith("level 2 of 2") and "100%" in part for part in drawn)
 
