@@ -27,6 +27,7 @@ REFUSED = [
     (f"fit s --heldout wide --out out {SMALL}", "wide"),
     (f"fit s --out run {SMALL} --seed 9", "seed"),
     (f"fit faulty --out out {SMALL}", "is nan"),
+    ("plan gone", "no such source"),
     ("resume gone", "gone"),
     ("resume acts", "acts"),
     (f"sweep acts --out out {SMALL.replace('--k 4', '--k 2,4')}", "not shuffled"),

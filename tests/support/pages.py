@@ -217,7 +217,7 @@ FIGURE = r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
 def form(text: str) -> str:
     """A text without what another run may change: figures and their units, folders, blanks."""
     text = re.sub(re.escape(str(Path.cwd())) + "/?", "", text)
-    text = re.sub(rf"{FIGURE} ?(?:[kMGT]i?)?B(/s)?\b", "SIZE", text)
+    text = re.sub(rf"{FIGURE} ?(?:[kKMGTP]i?)?B(/s)?\b", "SIZE", text)
     text = re.sub(rf"{FIGURE} ?(?:ms|s|min|h)\b(?: \d+ (?:s|min)\b)?", "TIME", text)
     text = re.sub(FIGURE, "#", text)
     return "\n".join(" ".join(line.split()) for line in text.strip().splitlines() if line.strip())
