@@ -10,6 +10,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, get_type_hints
 
+from actshuffle.units import counted
 from saetrain.errors import ConfigError
 from saetrain.settings import Settings, split_names
 from saetrain.variants.table import VARIANTS
@@ -39,7 +40,7 @@ def resolve(config: Config, d_in: int, rows: int) -> Config:
     batch = c.batch_size or min(max(power, 256), 4096, max(train_rows, 1))
     one_pass = train_rows // batch
     if one_pass < 1:
-        raise ConfigError(f"{rows:,} rows less {holdout:,} held out do not fill one batch of {batch:,}")
+        raise ConfigError(f"{counted(rows, 'row')} less {holdout:,} held out do not fill one batch of {batch:,}")
     steps = c.steps or max(one_pass, min(2000, 20 * one_pass))
     width = d_in // max(len(split_names(c.field)), 1)  # of one of the arrays that go in
     d_sae = c.d_sae or 16 * width

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from actshuffle import Dataset, Loader, open_dataset, read_stats, watch
 from actshuffle.errors import ActshuffleError, FormatError, RequestError
+from actshuffle.units import counted
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
 from saetrain.errors import DataError
@@ -122,7 +123,8 @@ class Store:
         found = [n for n, count in axes.items() if count == 1] or [n for n, count in axes.items() if count > 1]
         if len(found) != 1:
             raise DataError(
-                f"{self.name} has {len(found)} arrays that could be activations ({', '.join(found) or 'none'}); "
+                f"{self.name} has {counted(len(found), 'array')} that could be activations "
+                f"({', '.join(found) or 'none'}); "
                 "choose with --field"
             )
         return found[0]
@@ -174,7 +176,7 @@ class Store:
     def flattening(self) -> str:
         """A sentence if rows have several axes, which training flattens, else an empty text."""
         told = (
-            f"rows of {name!r} have the shape {shape}; training sees each as {math.prod(shape):,} numbers"
+            f"rows of {name!r} have the shape {shape}; training sees each as {counted(math.prod(shape), 'number')}"
             for name, shape in self.shapes.items()
             if len(shape) > 1
         )
@@ -191,7 +193,8 @@ class Store:
             rows, share = known.heavy
             if share >= HEAVY_SHARE:
                 told.append(
-                    f"warning: {rows:,} of {known.count:,} rows of {name!r} have over 10 times the median norm and "
+                    f"warning: {rows:,} of {counted(known.count, 'row')} of {name!r} have over 10 times the "
+                    f"median norm and "
                     f"hold {share:.1%} of the squared norm: the FVU describes them; see that of the median row and by "
                     "norm"
                 )
@@ -246,7 +249,7 @@ def check_finite(rows: Tensor, name: str, field: str, first: int) -> None:
         row, column = (int(v) for v in bad[0])
         raise DataError(
             f"{field!r} in {name}: row {first + row:,}, column {column} is {float(rows[row, column])} "
-            f"({len(bad):,} such numbers in these {len(rows):,} rows)"
+            f"({len(bad):,} such numbers in these {counted(len(rows), 'row')})"
         )
 
 

@@ -6,7 +6,8 @@
     ├── ConfigError          bad-request       2     the settings contradict each other or the data
     ├── DataError            bad-source        2     the store is unfinished, of the wrong width, or holds NaNs
     ├── DivergedError        diverged          1     the loss or the FVU says that training went wrong
-    ├── CheckpointError      bad-checkpoint    1     there is no checkpoint, or it is damaged
+    ├── CheckpointError      bad-checkpoint    1     a checkpoint is damaged
+    │   └── NoCheckpointError                  2     there is none
     └── ExchangeError        bad-exchange      2     another tool's file is unreadable, or cannot hold the model
 
 The codes that actshuffle has too mean the same there.
@@ -40,6 +41,10 @@ class DivergedError(SaetrainError):
 
 class CheckpointError(SaetrainError):
     code = "bad-checkpoint"
+
+
+class NoCheckpointError(CheckpointError):
+    exit_code = 2
 
 
 class ExchangeError(SaetrainError):

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actshuffle.jobs import hold
 from saetrain.config import Config
 from saetrain.errors import ExchangeError
 from saetrain.foreign import read_foreign
@@ -44,10 +45,11 @@ def export(run: Path, to: Path, format: str = "saelens") -> None:
     found = checkpoint.find(run)
     found.verify()
     found.check_names()
-    _refuse_content(to)
-    to.mkdir(parents=True, exist_ok=True)
-    cfg = (_export_sparsify if format == "sparsify" else _export_saelens)(Folded(found), to)
-    checkpoint.write_json(to / "cfg.json", cfg)
+    with hold(to):
+        _refuse_content(to)
+        to.mkdir(parents=True, exist_ok=True)
+        cfg = (_export_sparsify if format == "sparsify" else _export_saelens)(Folded(found), to)
+        checkpoint.write_json(to / "cfg.json", cfg)
 
 
 def row_shape(run: Path) -> list[int]:
@@ -163,7 +165,6 @@ def bring(folder: Path, run: Path) -> None:
     found = read_foreign(folder)
     if found.arrays or found.transcodes:
         raise ExchangeError(f"{folder} holds a transcoder or crosscoder; runs are made of autoencoders of one array")
-    _refuse_content(run)
     n, d = found.W_dec.shape
     config = Config(arch=found.activation, d_sae=n, k=max(found.k, 1), widths=(n,))
     config = replace(config, batch_size=1, steps=1)
@@ -183,6 +184,13 @@ def bring(folder: Path, run: Path) -> None:
         "fired": torch.zeros(n, dtype=torch.int64),
         **variant.unfold(found.threshold),
     }
+    with hold(run):
+        _refuse_content(run)
+        _write_run(run, config, d, held, {"imported": str(folder)})
+
+
+def _write_run(run: Path, config: Config, d: int, held: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """A run of one checkpoint."""
     target = checkpoint.step_folder(run, 0)
     target.mkdir(parents=True)
     specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in held.items()}
@@ -199,4 +207,4 @@ def bring(folder: Path, run: Path) -> None:
         "shards": {name: digest},
     }
     checkpoint.write_json(target / "state.json", state)
-    checkpoint.write_json(run / "config.json", {"config": config.to_json(), "about": {"imported": str(folder)}})
+    checkpoint.write_json(run / "config.json", {"config": config.to_json(), "about": about})

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO, overload
 
+from actshuffle.units import counted
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
 from saetrain.data import Source, Store
@@ -144,8 +145,8 @@ def resume(
     all else stays as it was chosen.  `store` names the same store where it was moved.
     """
     folder = Path(run)
-    config, about = extended(folder, steps)
-    return _one(folder, config, store or about["location"], about.get("heldout"), progress, say, extend=True)
+    config, about = extended(folder, steps, store)
+    return _one(folder, config, about["location"], about.get("heldout"), progress, say, extend=True)
 
 
 def recorded(run: Path) -> tuple[Config, dict[str, Any]]:
@@ -160,13 +161,19 @@ def recorded(run: Path) -> tuple[Config, dict[str, Any]]:
         raise ConfigError(f"{path} does not describe a run: {type(error).__name__}: {error}") from error
 
 
-def extended(run: Path, steps: int | None) -> tuple[Config, dict[str, Any]]:
-    """The same, with more steps if they are given."""
+def extended(
+    run: Path, steps: int | None, store: str | os.PathLike[str] | None = None
+) -> tuple[Config, dict[str, Any]]:
+    """The same, with more steps if they are given, and with the place to which the store was moved."""
     config, about = recorded(run)
+    if store is not None:
+        about["location"] = os.fspath(store)
+    if not about["location"]:
+        raise ConfigError(f"{run} was imported from {about.get('imported')}, and was trained on no store of ours")
     if steps is None:
         return config, about
     if steps < config.steps:
-        raise ConfigError(f"{run} has {config.steps:,} steps; steps may be more, got {steps:,}")
+        raise ConfigError(f"{run} has {counted(config.steps, 'step')}; steps may be more, got {steps:,}")
     return replace(config, steps=steps), about
 
 

@@ -165,41 +165,41 @@ def _rises(widths: Any) -> bool:
 
 
 MOST = 2**63 - 1  # integers are counted in 64 bits
-_COUNT = Domain(f"an integer from 1 to {MOST:,}", lambda value: _whole(value, 1))
-_COUNT_OR_NONE = Domain(f"an integer from 0 to {MOST:,}", lambda value: _whole(value, 0))
+POSITIVE_COUNT = Domain(f"an integer from 1 to {MOST:,}", lambda value: _whole(value, 1))
+COUNT_OR_NONE = Domain(f"an integer from 0 to {MOST:,}", lambda value: _whole(value, 0))
 _POSITIVE = Domain("a finite number above 0", lambda value: _real(value) and value > 0)
-_NOT_NEGATIVE = Domain("a finite number of 0 or more", lambda value: _real(value) and value >= 0)
+NOT_NEGATIVE = Domain("a finite number of 0 or more", lambda value: _real(value) and value >= 0)
 _SHARE = Domain("a number from 0 to 1", lambda value: _real(value) and 0 <= value <= 1)
 _DECAY = Domain("a number from 0 to below 1", lambda value: _real(value) and 0 <= value < 1)
 _TEXT = Domain("a text", lambda value: type(value) is str)
 DOMAINS = {  # of every setting but `arch`, which has a table elsewhere
-    "d_sae": _COUNT_OR_NONE,
-    "k": _COUNT,
+    "d_sae": COUNT_OR_NONE,
+    "k": POSITIVE_COUNT,
     "widths": Domain("integers that rise strictly from 1 or more", _rises),
     "sparsity": Domain("a finite number of 0 or more, or -1", lambda v: _real(v) and (v >= 0 or v == -1)),
-    "aux_coef": _NOT_NEGATIVE,
-    "aux_k": _COUNT_OR_NONE,
-    "dead_tokens": _COUNT_OR_NONE,
+    "aux_coef": NOT_NEGATIVE,
+    "aux_k": COUNT_OR_NONE,
+    "dead_tokens": COUNT_OR_NONE,
     "threshold_rate": _SHARE,
     "bandwidth": _POSITIVE,
     "tanh_scale": _POSITIVE,
-    "preact_coef": _NOT_NEGATIVE,
-    "batch_size": _COUNT_OR_NONE,
-    "steps": _COUNT_OR_NONE,
-    "lr": _NOT_NEGATIVE,
+    "preact_coef": NOT_NEGATIVE,
+    "batch_size": COUNT_OR_NONE,
+    "steps": COUNT_OR_NONE,
+    "lr": NOT_NEGATIVE,
     "lr_warmup": _SHARE,
     "lr_decay": _SHARE,
     "sparsity_warmup": Domain("a number from 0 to 1, or -1", lambda v: _real(v) and (0 <= v <= 1 or v == -1)),
     "beta1": _DECAY,
     "beta2": _DECAY,
     "eps": _POSITIVE,
-    "clip": _NOT_NEGATIVE,
-    "seed": _COUNT_OR_NONE,
+    "clip": NOT_NEGATIVE,
+    "seed": COUNT_OR_NONE,
     "field": _TEXT,
     "output": _TEXT,
     "skip": Domain("true or false", lambda value: type(value) is bool),
     "document_field": _TEXT,
-    "holdout": _COUNT_OR_NONE,
+    "holdout": COUNT_OR_NONE,
     "incomplete": Domain("true or false", lambda value: type(value) is bool),
     "buffer_rows": Domain(f"an integer from -1 to {MOST:,}", lambda value: _whole(value, -1)),
     "device": Domain(
@@ -207,10 +207,10 @@ DOMAINS = {  # of every setting but `arch`, which has a table elsewhere
         lambda value: type(value) is str and re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value) is not None,
     ),
     "compute": Domain(f"one of {', '.join(get_args(Compute))}", lambda value: value in get_args(Compute)),
-    "tensor_parallel": _COUNT_OR_NONE,
-    "tile": _COUNT_OR_NONE,
-    "log_every": _COUNT,
-    "eval_every": _COUNT_OR_NONE,
-    "checkpoint_every": _COUNT_OR_NONE,
-    "keep": _COUNT,
+    "tensor_parallel": COUNT_OR_NONE,
+    "tile": COUNT_OR_NONE,
+    "log_every": POSITIVE_COUNT,
+    "eval_every": COUNT_OR_NONE,
+    "checkpoint_every": COUNT_OR_NONE,
+    "keep": POSITIVE_COUNT,
 }

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actshuffle.units import counted
 from saetrain.errors import CheckpointError
 
 DTYPES = {
@@ -79,12 +80,12 @@ def write(
                 left = specs[name].nbytes if name else 0
             piece = as_bytes(block)
             if of != name or len(piece) > left or block.dtype != specs[name].dtype:
-                raise ValueError(f"block of {of!r}, {len(piece)} bytes, where {left} of {name!r} are due")
+                raise ValueError(f"block of {of!r}, {counted(len(piece), 'byte')}, where {left} of {name!r} are due")
             file.write(piece)
             digest.update(piece)
             written, left = written + len(piece), left - len(piece)
         if written != at:
-            raise ValueError(f"{written} bytes given, {at} announced")
+            raise ValueError(f"{counted(written, 'byte')} given, {at} announced")
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
@@ -106,7 +107,7 @@ class TensorFile:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if not 2 <= length <= min(size - 8, _MOST_HEADER):
-                    raise ValueError(f"header of {length} bytes in a file of {size}")
+                    raise ValueError(f"header of {counted(length, 'byte')} in a file of {size}")
                 header = json.loads(file.read(length))
             self.start = 8 + length
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -116,7 +117,9 @@ class TensorFile:
                 a, b = (int(v) for v in entry["data_offsets"])
                 fits = b - a == spec.nbytes and 0 <= a <= b <= size - self.start
                 if min(spec.shape, default=0) < 0 or not fits:
-                    raise ValueError(f"{name!r} at [{a}, {b}) of {size - self.start} bytes does not fit {spec}")
+                    raise ValueError(
+                        f"{name!r} at [{a}, {b}) of {counted(size - self.start, 'byte')} does not fit {spec}"
+                    )
                 self.specs[name], self.offsets[name] = spec, a
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error

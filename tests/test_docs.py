@@ -278,6 +278,50 @@ def test_names_that_exist_are_no_faults():
     assert name_faults(text) == []
 
 
+# --- The page of inputs ---------------------------------------------------------------------------
+
+
+def claims(text: str) -> list[str]:
+    """Rows of tables without their heads, items of lists, and paragraphs that are neither."""
+    found = []
+    for block in re.sub(r"^#.*$", "", text, flags=re.M).split("\n\n"):
+        lines = block.strip("\n").splitlines()
+        if lines and lines[0].startswith("|"):
+            found += lines[2:]
+        elif lines and lines[0].startswith("- "):
+            found += [" ".join(item.split()) for item in re.split(r"^- ", block, flags=re.M) if item.strip()]
+        elif lines:
+            found.append(" ".join(block.split()))
+    return found
+
+
+def untested(text: str) -> list[str]:
+    """Claims that name no test; a paragraph that only introduces what follows (it ends with a colon) makes none."""
+    test = re.compile(r"`[\w/]+\.py::test_\w+`")
+    return [claim for claim in claims(text) if not claim.endswith(":") and not test.search(claim)]
+
+
+# Sentences that say how to read the page, by their first words.
+GUIDES = ("People's files are", "The first bytes of a file", "An index beside", "A trial on a few tokens")
+
+
+def test_every_line_of_the_inputs_names_its_test():
+    faults = untested((ROOT / "docs" / "inputs.md").read_text())
+    assert [fault for fault in faults if not fault.startswith(GUIDES)] == []
+    assert all(any(fault.startswith(guide) for fault in faults) for guide in GUIDES)
+
+
+@pytest.mark.parametrize("name", ["docs/inputs.md"])
+def test_control_lines_of_the_inputs_without_a_test(name):
+    text = (ROOT / name).read_text()
+    for claim in re.findall(r"^(?:\||- ).*`(tests/\S+)`.*$", text, re.M)[::9]:
+        assert len(untested(text.replace(f"`{claim}`", "`no test`"))) > len(untested(text)), claim
+    assert untested("# A\n\nRead:\n\n| a | test |\n|---|---|\n| b | c |\n\n- d\n  e\n- f `t.py::test_f`") == [
+        "| b | c |",
+        "d e",
+    ]
+
+
 @of(WRITTEN)
 def test_python_on_pages_is_python(page):
     for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):

@@ -32,6 +32,7 @@ from support.rules import (
     module,
     name_faults,
     nodes,
+    plural_faults,
     room_faults,
     room_of,
     rows_of,
@@ -93,7 +94,7 @@ NEVER = {
 
 FACES = {"__init__", "executors", "jobs", "testing"}  # their `__init__` gives the public names of the room
 LONGER = {"ordering.mixing": "the statistics of one report"}
-SAETRAIN_SEES = {"errors", "executors", "extras", "jobs", "progress"}  # of actshuffle, beside its public names
+SAETRAIN_SEES = {"errors", "executors", "extras", "jobs", "progress", "units"}  # of actshuffle, beside its public names
 
 
 # --- Layers -------------------------------------------------------------------------------------
@@ -331,11 +332,24 @@ def test_files_of_rooms_control_of_late_imports():
     assert init_faults(module("__init__", text), HOME, FACES) == []
 
 
+# --- Messages -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", [actshuffle, saetrain])
+def test_numbers_agree_with_their_nouns(package):
+    assert plural_faults(trees(package)) == []
+
+
+def test_control_numbers_that_do_not_agree_with_their_nouns():
+    assert plural_faults(module("a", "f'{len(found):,} rows, {n} steps.'")) == ["a: {len(found)} rows", "a: {n} steps"]
+    assert plural_faults(module("a", "f'{MOST} rows, {counted(n, \"row\")} of {n:,}, {name!r} runs'")) == []
+
+
 # --- saetrain -----------------------------------------------------------------------------------
 
 
 def saetrain_faults(package: Trees) -> list[str]:
-    """The imports of saetrain beyond the public names of actshuffle, its errors, and what runs jobs."""
+    """The imports of saetrain beyond the public names of actshuffle, its errors and units, and what runs jobs."""
     public = {"", *actshuffle.__all__}
     faults = []
     for name, tree in package.items():

@@ -30,6 +30,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from actshuffle.errors import MissingChunkError, SourceError, StorageError
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import Objects
+from actshuffle.units import counted
 
 T = TypeVar("T")
 METADATA_NAMES = {"zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata"}
@@ -128,7 +129,7 @@ def check_chunk(data: bytes, packed: str, limit: int, where: str) -> None:
     if size > limit:
         raise SourceError(
             f"chunk {where} unpacks to {'more than ' * (size == limit + 1)}"
-            f"{size:,} bytes, its array has room for {limit - 1024:,}"
+            f"{counted(size, 'byte')}, its array has room for {limit - 1024:,}"
         )
 
 
@@ -259,7 +260,7 @@ class View(Store):
         if key.rsplit("/", 1)[-1] in METADATA_NAMES:
             size = self.objects.size(key)
             if size is not None and size > METADATA_BYTES:
-                raise SourceError(f"{where} has {size:,} bytes; metadata of that size is not read")
+                raise SourceError(f"{where} has {counted(size, 'byte')}; metadata of that size is not read")
             data = None if size is None else self.objects.get(key)
             if data is not None:
                 check_document(data, where)

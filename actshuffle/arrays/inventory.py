@@ -22,6 +22,7 @@ from actshuffle.errors import MissingChunkError, RequestError, SourceError
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place
+from actshuffle.units import counted
 
 FILLED = 10_000_000  # most chunks of an array with gaps
 INDEX_BYTES = 64 << 20  # most bytes of the index of a shard
@@ -75,7 +76,7 @@ def look(place: Place, array: ZarrArray, *, fill_missing: bool = False) -> Itera
     counts = [-(-n // c) for n, c in zip(array.shape, object_grid(array), strict=True)]  # objects along each axis
     if fill_missing and math.prod(counts) > FILLED:
         raise SourceError(
-            f"{array.path or 'the array'} of {place} has {math.prod(counts):,} chunks, of which "
+            f"{array.path or 'the array'} of {place} has {counted(math.prod(counts), 'chunk')}, of which "
             f"{len(sizes):,} may be there; no more than {FILLED:,} are filled"
         )
     for where in _places(counts):
@@ -88,9 +89,9 @@ def look(place: Place, array: ZarrArray, *, fill_missing: bool = False) -> Itera
         elif size == 0:
             problem = f"chunk {here} is empty"
         elif known is not None and size not in (known, -1):
-            problem = f"chunk {here} has {size:,} bytes instead of {known:,}"
+            problem = f"chunk {here} has {counted(size, 'byte')} instead of {known:,}"
         elif size > most:
-            problem = f"chunk {here} has {size:,} bytes, too many for {full:,} bytes of rows"
+            problem = f"chunk {here} has {counted(size, 'byte')}, too many for {counted(full, 'byte')} of rows"
         elif shard is not None and size > 0:
             fault, absent = _shard_fault(objects, array, shard, where, key, size, fill_missing)
             problem = fault and f"shard {here} {fault}"

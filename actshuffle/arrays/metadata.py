@@ -32,6 +32,7 @@ from actshuffle.limits import STORE_BYTES
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, local_path
 from actshuffle.storage.remote import wait
+from actshuffle.units import counted
 
 ZarrArray: TypeAlias = zarr.Array[Any]  # the name by which rooms that do not import zarr know its arrays
 
@@ -231,7 +232,7 @@ def output_field(
     coding = CODECS[codec]
     if chunk_rows * field.row_bytes > coding.most_bytes:
         raise RequestError(
-            f"a chunk of {field.name!r} has {chunk_rows * field.row_bytes:,} bytes, codec {codec} takes "
+            f"a chunk of {field.name!r} has {counted(chunk_rows * field.row_bytes, 'byte')}, codec {codec} takes "
             f"{coding.most_bytes:,} at most: give less --chunk-rows"
         )
     if dims is None:

@@ -112,7 +112,9 @@ def import_store(
     options = {"dtype": dtype, "row_shape": None if row_shape is None else list(row_shape)}
     for name in sorted(name for name, value in options.items() if value is not None):
         if name not in FORMATS[kind].told:
-            raise RequestError(f"--{name.replace('_', '-')} is for files without a header, and {kind} files have one")
+            raise RequestError(
+                f"--{name.replace('_', '-')} is for files without a header, and files of {kind} have one"
+            )
     table = FORMATS[kind].reader(options)
     found = _columns(table, files, together)
     left_out = table.left_out(files)

@@ -19,6 +19,7 @@ from actshuffle.building.gradients import LOGITS, check_causal, gradients
 from actshuffle.errors import ActshuffleError, RequestError, SourceError
 from actshuffle.executors.cluster import worker_name
 from actshuffle.extras import need, quietly
+from actshuffle.units import counted
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
 PROBES = ((3, 5), (2, 7))  # windows and tokens of trial passes: unequal, so that no axis is taken for another
@@ -99,7 +100,8 @@ class Model:
 
     def widths(self, probe: Sequence[int], length: int) -> dict[str, int]:
         """The bytes of a row of each array, found with one window of so many tokens."""
-        found = self._trial(partial(self, np.resize(np.array(probe), (1, length))), f"a window of {length:,} tokens")
+        window = np.resize(np.array(probe), (1, length))
+        found = self._trial(partial(self, window), f"a window of {counted(length, 'token')}")
         return {name: value.shape[2] for name, value in found.items()}
 
     def _plain(self, inputs: Any) -> tuple[dict[str, list[Any]], Sequence[Any]]:
@@ -199,7 +201,10 @@ class Model:
 
     def _misfit(self, name: str, value: Any, shape: tuple[int, ...]) -> str:
         found = f"{value.dtype} of shape {tuple(value.shape)}" if _shape(value) else type(value).__name__
-        return f"{name!r} gives {found} for {shape[0]} windows of {shape[1]} tokens: not one vector for each token"
+        return (
+            f"{name!r} gives {found} for {counted(shape[0], 'window')} of {counted(shape[1], 'token')}: "
+            "not one vector for each token"
+        )
 
     def _module(self, name: str) -> Any:
         modules = dict(self.model.named_modules())

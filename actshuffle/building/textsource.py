@@ -122,7 +122,7 @@ def _attributes(
     of = " of the encoder" if "part" in model.identity else ""
     layers = {
         f"layer_{n}": f"hidden_states[{n}]{of}: the residual stream "
-        + ("before the first block" if n == 0 else f"after {n} of {model.layers} blocks")
+        + ("before the first block" if n == 0 else f"after {n} of {counted(model.layers, 'block')}")
         + (", with the final norm where the model applies one" if n == model.layers else "")
         for n in asked["layers"]
     }

@@ -65,7 +65,7 @@ def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dic
 
 def info_text(found: dict[str, Any]) -> str:
     """`info` as text."""
-    lines = [f"{found['path']}: {found['rows']:,} rows, {format_bytes(found['bytes'])}"]
+    lines = [f"{found['path']}: {counted(found['rows'], 'row')}, {format_bytes(found['bytes'])}"]
     table = [("array", "shape", "dtype", "chunk", "objects", "codecs")]
     for name, a in found["arrays"].items():
         chunk = "x".join(map(str, a["chunks"])) + (f" in {'x'.join(map(str, a['shards']))}" if a["shards"] else "")
@@ -128,7 +128,8 @@ def first_rows(path: str | Path, rows: int, storage_options: dict[str, Any] | No
     count, shown = min(rows, store.rows), {}
     if count > SHOWN_ROWS:
         raise RequestError(
-            f"{count:,} rows are more than the {SHOWN_ROWS:,} that are shown at most; name a store to write them to"
+            f"{counted(count, 'row')} are more than the {SHOWN_ROWS:,} that are shown at most; name a store "
+            "to write them to"
         )
     for name, info in store.fields.items():
         values = store.read(name, 0, count)

@@ -28,6 +28,7 @@ from actshuffle.loading.columns import widest
 from actshuffle.loading.dataset import Dataset, open_finished_or_plain
 from actshuffle.loading.loader import Loader
 from actshuffle.ordering.mixing import report
+from actshuffle.units import counted
 
 SCORED_ROWS = 1 << 18  # of batches spread over the epoch
 SIMULATED = 100  # shuffles
@@ -69,7 +70,7 @@ def quality(
     elif isinstance(source, Loader):
         what = ", ".join(d.path for d in source.datasets.values())
         if source.order.buffer_rows:
-            what += f", through a buffer of {source.order.buffer_rows:,} rows"
+            what += f", through a buffer of {counted(source.order.buffer_rows, 'row')}"
     else:
         if not isinstance(source, Iterable) or isinstance(source, bytes):
             raise RequestError(f"quality takes a store, a Loader or batches, got {type(source).__name__}")
@@ -87,7 +88,9 @@ def _of_loader(
         raise RequestError(f"no array named {documents!r}; there are {known}")
     dataset = dataset or next(iter(loader.datasets.values()))
     if loader.rows > MOST_ROWS:
-        raise RequestError(f"{loader.rows:,} rows; quality holds what is known of {MOST_ROWS:,} at most: take a view")
+        raise RequestError(
+            f"{counted(loader.rows, 'row')}; quality holds what is known of {MOST_ROWS:,} at most: take a view"
+        )
     origin, provenance, notes = _origin(dataset, documents, positions)
     if grouped:
         groups, grouping = _compact(_integers(dataset, documents)), f"{documents!r}"
@@ -124,7 +127,7 @@ def _of_batches(
     if any(len(values) != rows for values in whole.values()):
         raise RequestError("batches differ in which fields they have")
     if any(s != size for s in sizes[:-1]):
-        raise RequestError(f"batches of unequal size ({min(sizes):,} to {size:,} rows) cannot be compared")
+        raise RequestError(f"batches of unequal size ({min(sizes):,} to {counted(size, 'row')}) cannot be compared")
     starts = _spread(rows, max(1, size))
     origin, provenance = _ranked(whole, documents, positions)
     if documents in whole:
@@ -199,7 +202,7 @@ def _spread(rows: int, batch: int) -> list[int]:
     whole = rows // batch
     if whole < 2:
         raise RequestError(
-            f"{rows:,} rows hold {whole} whole batch{'es' * (whole != 1)} of {batch:,}, and two are "
+            f"{counted(rows, 'row')} hold {whole} whole batch{'es' * (whole != 1)} of {batch:,}, and two are "
             "needed: give a smaller --batch-size"
         )
     count = min(whole, max(2, SCORED_ROWS // batch))

@@ -75,7 +75,7 @@ def refuse_others(given: Place, marker: dict[str, Any]) -> None:
         )
     if (population := marker.get("population", marker["rows"])) == marker["rows"]:
         return
-    rows = f"{marker['rows']:,} of {population:,} rows"
+    rows = f"{marker['rows']:,} of {counted(population, 'row')}"
     if "split" in marker:
         by = marker["split"]["by"]
         raise RequestError(

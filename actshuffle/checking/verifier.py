@@ -45,7 +45,7 @@ from actshuffle.ordering.keys import Keys
 from actshuffle.ordering.mixing import MixingAccumulator, MixingReport, as_html
 from actshuffle.progress import Progress, Silent
 from actshuffle.storage.place import as_place
-from actshuffle.units import format_bytes, format_seconds, switches
+from actshuffle.units import counted, format_bytes, format_seconds, switches
 
 T = TypeVar("T")
 STRETCH = 16  # rows of a quick check's stretch
@@ -97,7 +97,11 @@ class VerifyReport:
         }
 
     def __str__(self) -> str:
-        how = f"{self.checked:,} of {self.rows:,} rows sampled" if self.quick else f"all {self.rows:,} rows"
+        how = (
+            f"{self.checked:,} of {counted(self.rows, 'row')} sampled"
+            if self.quick
+            else f"all {counted(self.rows, 'row')}"
+        )
         took = f"{format_bytes(self.nbytes)} in {format_seconds(self.seconds)}"
         lines = []
         if self.problems:

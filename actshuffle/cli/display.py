@@ -25,7 +25,7 @@ from typing import TextIO
 
 import click
 
-from actshuffle.units import format_bytes, format_seconds
+from actshuffle.units import counted, format_bytes, format_seconds
 
 TITLE = 16  # columns of a title; "verify (quick)" fits
 BAR = 40  # columns of a bar at most
@@ -174,7 +174,7 @@ class Display:
         wait = min(max(LOG_EVERY, (now - meter.started) / 20), LOG_SELDOM)
         if not self.live and (at_once or now - self._logged >= wait):
             self._logged = now
-            parts = [f"{meter.tasks_done:,} of {meter.tasks:,} tasks", *self._numbers(meter, now)]
+            parts = [f"{meter.tasks_done:,} of {counted(meter.tasks, 'task')}", *self._numbers(meter, now)]
             self._log(", ".join(p for p in parts if p))
 
     def end(self) -> None:
@@ -189,7 +189,7 @@ class Display:
             if self.live and (meter.nbytes or self._open):
                 amount = format_bytes(meter.nbytes) if meter.nbytes else f"{meter.tasks:,}"
                 self._write_live(self._row(self._stage, 1.0, "100%", amount, rate, took), "\n")
-            again = f", {meter.resumed:,} of {meter.tasks:,} tasks were done before" if meter.resumed else ""
+            again = f", {meter.resumed:,} of {counted(meter.tasks, 'task')} were done before" if meter.resumed else ""
             self._log(f"done in {took}" + (f", {rate}" if rate else "") + again)
 
     # --- Other lines ------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from actshuffle.planning.memory import SPILL_ROW
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import format_bytes
+from actshuffle.units import counted, format_bytes
 
 
 def prepare(
@@ -279,7 +279,7 @@ def _changed(job: Job, request: Request, marker: dict[str, Any]) -> Iterator[str
     if request.levels != "auto" and not sums and request.levels != marker["levels"]:
         yield f"levels were {marker['levels']}, now {request.levels}"
     if job.plan.rows != marker["rows"]:
-        yield f"there were {marker['rows']:,} rows, now {job.plan.rows:,}"
+        yield f"there were {counted(marker['rows'], 'row')}, now {job.plan.rows:,}"
     if job.source_identity != marker.get("source_identity"):
         yield "the source is not the one that it was made from"
     if job.fill_missing != marker.get("fill_missing", False):

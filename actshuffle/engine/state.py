@@ -14,6 +14,7 @@ from actshuffle.errors import IncompleteStoreError
 from actshuffle.jobs.running import first_unfinished
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place, public_url
+from actshuffle.units import counted
 
 
 def status(dst: str | Path, storage_options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -52,7 +53,8 @@ def status_text(found: dict[str, Any]) -> str:
     for x in found["levels"]:
         share = x["done"] / x["tasks"] if x["tasks"] else 1.0
         lines.append(
-            f"  level {x['level']} of {len(found['levels'])}   {x['done']:,} of {x['tasks']:,} tasks ({share:.0%})"
+            f"  level {x['level']} of {len(found['levels'])}   {x['done']:,} of "
+            f"{counted(x['tasks'], 'task')} ({share:.0%})"
         )
     if "request" not in found:
         return "\n".join([*lines, "  all rows are collected; those that --drop-norm leaves are copied next"])

@@ -34,6 +34,7 @@ from actshuffle.planning.tree import Task
 from actshuffle.storage.buffers import arena
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import Objects
+from actshuffle.units import counted
 
 
 def pack(job: Job, task: Task) -> tuple[Payload, int]:
@@ -79,7 +80,7 @@ def index(job: Job, task: Task) -> tuple[Payload, int]:
     for at, child in enumerate(children):
         start, stop = plan.bucket_ranks(level, child)
         if (got := int(runs[at, :, 1].sum())) != stop - start:
-            what = f"bucket {child} of level {level} got {got:,} rows, the plan says {stop - start:,}"
+            what = f"bucket {child} of level {level} got {counted(got, 'row')}, the plan says {stop - start:,}"
             blame(job, level, parent, blocks, what)
     if level > 1:
         check_conserved(job, level, parent, Spill(job, level - 1).sums(parent), totals, blocks)

@@ -24,6 +24,7 @@ from actshuffle.errors import SourceError
 from actshuffle.extras import need
 from actshuffle.foreign.arrowtypes import Layout, layout_of, numbers_of
 from actshuffle.foreign.table import FileColumn, FilePart, Table
+from actshuffle.units import counted
 
 _VALUES = 1 << 16  # numbers that are decoded at a time, of one item at least
 _BUFFER = 256 << 10  # bytes of a parquet file that are read at a time
@@ -95,7 +96,8 @@ class ArrowFiles(Table):
             rows = row_bytes_of(numbers_of(some, layout, f"{name!r} in {part.file}"))
             if rows.shape[1] != out.shape[1]:
                 raise SourceError(
-                    f"mixed widths: items {stream.at:,} on of {name!r} in {part.file} have {rows.shape[1]:,} bytes, "
+                    f"mixed widths: items {stream.at:,} on of {name!r} in {part.file} have "
+                    f"{counted(rows.shape[1], 'byte')}, "
                     f"others have {out.shape[1]:,}"
                 )
             out[done : done + len(rows)] = rows

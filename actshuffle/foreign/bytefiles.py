@@ -27,6 +27,7 @@ from actshuffle.arraytypes import U8
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.extras import need
 from actshuffle.foreign.table import FileColumn, FilePart, Table, unreadable
+from actshuffle.units import counted
 
 _SAFETENSORS = {"BF16": "bfloat16", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "|b1", "I8": "|i1", "U8": "|u1"}
 _SAFETENSORS |= {"I16": "<i2", "I32": "<i4", "I64": "<i8", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
@@ -125,7 +126,7 @@ class Raw(_Bytes):
                 fault = f"{file} has a header: it is {known}, and not numbers alone"
             elif rest:
                 fault = (
-                    f"{file} has {size:,} bytes, no whole number of rows of {column.item_bytes:,} "
+                    f"{file} has {counted(size, 'byte')}, no whole number of rows of {column.item_bytes:,} "
                     f"({dtype}, shape {tuple(shape)})"
                 )
             yield replace(column, parts=(FilePart(str(file), 0, items, swap),), fault=fault)
@@ -146,7 +147,7 @@ class Safetensors(_Bytes):
                 part = FilePart(str(file), base + start, shape[0])
                 column = FileColumn(name, _SAFETENSORS[dtype], shape[1:], (part,))
                 if stop - start != column.items * column.item_bytes:
-                    fault = f"{file}: tensor {name!r} has {stop - start:,} bytes for shape {shape}"
+                    fault = f"{file}: tensor {name!r} has {counted(stop - start, 'byte')} for shape {shape}"
                     yield replace(column, fault=fault)
                 else:
                     yield _complete(file, column)
@@ -160,7 +161,7 @@ def _header(file: Path) -> tuple[int, dict[str, tuple[str, tuple[int, ...], int,
     with file.open("rb") as f:
         size = int.from_bytes(f.read(8), "little")
         if not 0 < size <= min(_HEADER_LIMIT, file.stat().st_size - 8):
-            raise SourceError(f"{file} is no safetensors file: header of {size:,} bytes")
+            raise SourceError(f"{file} is no safetensors file: header of {counted(size, 'byte')}")
         try:
             header = json.loads(f.read(size))
             header.pop("__metadata__", None)
@@ -251,4 +252,8 @@ def _named_type(name: str) -> tuple[str, int]:
 def _complete(file: Path, column: FileColumn) -> FileColumn:
     part = column.parts[0]
     have, expected = file.stat().st_size, int(part.at) + part.items * column.item_bytes
-    return replace(column, fault=f"{file} has {have:,} bytes of {expected:,}: truncated") if have < expected else column
+    return (
+        replace(column, fault=f"{file} has {counted(have, 'byte')} of {expected:,}: truncated")
+        if have < expected
+        else column
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,9 +37,11 @@ def find_files(paths: Sequence[Path], format: str | None, split: str | None) -> 
     kinds = {format or ENDINGS.get(file.suffix, "") for file in files}
     if not files or kinds == {""}:
         stores = [str(path) for path in others if is_store(path)]
+        zipped = [str(path) for path in (*files, *others) if path.is_file() and zipfile.is_zipfile(path)]
         raise SourceError(
             f"nothing to import in {', '.join(map(str, paths))}: no files ending in {', '.join(ENDINGS)}"
             + (f"; {', '.join(stores)} is a Zarr store, which run, concat and append take as it is" if stores else "")
+            + (f"; {', '.join(zipped)} is a zip file: unpack it first, and give the folder" if zipped else "")
         )
     if len(kinds) > 1:
         raise SourceError(f"files of several formats ({', '.join(sorted(k or '?' for k in kinds))}): give --format")

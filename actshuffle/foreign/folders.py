@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from actshuffle.errors import RequestError, SourceError
 from actshuffle.extras import need
+from actshuffle.units import counted
 
 STORE = ("zarr.json", ".zgroup", ".zarray")  # a folder with one of these is a Zarr store, and not of files
 SPLITS = "dataset_dict.json"
@@ -103,13 +104,14 @@ def check_counts(files: Iterable[Path], complete: bool) -> None:
         what = f"{folder / base}...{suffix}"
         if len(counts) > 1:
             raise SourceError(
-                f"{what} are said to be {' files and '.join(map(str, sorted(counts)))} files: some are left from an "
-                "earlier save; delete those, or give the files of one save by their names"
+                f"{what} are said to be {' and '.join(counted(n, 'file') for n in sorted(counts))}: "
+                "some are left from an earlier save; delete those, or give the files of one save by their names"
             )
         ((count, numbers),) = counts.items()
         if complete and numbers not in (set(range(count)), set(range(1, count + 1))):
             raise SourceError(
-                f"{what} are said to be {count} files, and {len(numbers)} of them are here; fetch the others, or give "
+                f"{what} are said to be {counted(count, 'file')}, and {len(numbers)} of them are here; "
+                "fetch the others, or give "
                 "those that are here by their names"
             )
 

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from actshuffle.errors import SourceError
 from actshuffle.extras import need
+from actshuffle.units import counted
 
 _VALUES = 1024  # that are decoded at a time
 _CSV_BYTES = 64 << 20  # read at a time; a record must fit in
@@ -84,7 +85,7 @@ def _csv(file: Path, opener: Callable[[], IO[bytes]], encoding: str, delimiter: 
 def _check(file: Path, schema: Any, column: str) -> None:
     types = need("pyarrow", "collect").types
     if (count := schema.names.count(column)) != 1:
-        has = f"{count} columns {column!r}" if count else f"no column {column!r}"
+        has = f"{counted(count, 'column')} {column!r}" if count else f"no column {column!r}"
         raise SourceError(f"{file}: {has} in {', '.join(map(repr, schema.names)) or 'nothing'}; --field names another")
     kind = schema.field(column).type
     kind = kind.value_type if types.is_dictionary(kind) else kind

@@ -5,6 +5,7 @@ of the results, resumes after a kill, refuses to mix two requests, and writes th
 """
 
 from actshuffle.jobs.folder import FolderJob, FolderTask, Step, read_done, run_in_folder
+from actshuffle.jobs.locks import hold
 from actshuffle.jobs.running import Outcome
 
-__all__ = ["FolderJob", "FolderTask", "Outcome", "Step", "read_done", "run_in_folder"]
+__all__ = ["FolderJob", "FolderTask", "Outcome", "Step", "hold", "read_done", "run_in_folder"]

@@ -35,7 +35,7 @@ from actshuffle.jobs.work import Work
 from actshuffle.progress import Progress, Silent
 from actshuffle.seals import seal
 from actshuffle.storage.objects import Objects, open_objects
-from actshuffle.storage.place import Place, as_place
+from actshuffle.storage.place import Place, as_place, local_path
 
 JOB, DONE, RECEIPTS = "job.json", "done.json", "receipts"
 
@@ -226,6 +226,8 @@ def run_in_folder(
 
 def run_held(job: FolderJob, publish: Callable[[FolderJob], Payload], work: Work) -> Outcome:
     """`run_in_folder` for a caller that holds the folder, or a place that it lies beside."""
+    if (path := local_path(job.place)) is not None and path.is_file():
+        raise DestinationExistsError(f"{path} is a file; name a folder")
     work.locks.take(job.place)
     _make_way(job, overwrite=work.overwrite)
     return run(FolderCourse(job, work.locks, publish), work.crew, work.progress)

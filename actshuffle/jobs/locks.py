@@ -32,7 +32,7 @@ from typing import Any
 from actshuffle.errors import ActshuffleError, DestinationInUseError, StorageError
 from actshuffle.storage.files import typed
 from actshuffle.storage.objects import Objects, open_objects
-from actshuffle.storage.place import Place, local_path
+from actshuffle.storage.place import Place, as_place, local_path
 
 log = logging.getLogger("actshuffle")
 SUFFIX, CLAIMS = ".actshuffle-lock", ".actshuffle-claims"
@@ -82,6 +82,20 @@ class Locks:
         """`check`, if the last one is some time ago."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self.check()
+
+
+@contextmanager
+def hold(*folders: str | Path) -> Iterator[Locks]:
+    """Keep every other writer out of folders or stores within a ``with`` block.
+
+    Raises
+    ------
+    DestinationInUseError : another process writes there; the message names it.
+    """
+    with Locks() as locks:
+        for folder in folders:
+            locks.take(as_place(folder))
+        yield locks
 
 
 def _lock(place: Place, shared: str) -> AbstractContextManager[Callable[[], None]]:

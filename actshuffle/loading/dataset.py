@@ -168,8 +168,8 @@ class Dataset:
             raise RequestError("out must be a C-contiguous, writeable array")
         if out.nbytes != need or out.dtype not in (info.dtype, np.dtype(np.uint8)):
             raise RequestError(
-                f"out has {out.nbytes:,} bytes of {out.dtype}; {counted(rows, 'row')} of {info.name!r} are "
-                f"{need:,} bytes of {info.dtype}"
+                f"out has {counted(out.nbytes, 'byte')} of {out.dtype}; {counted(rows, 'row')} of {info.name!r} are "
+                f"{counted(need, 'byte')} of {info.dtype}"
             )
         return out.reshape(-1).view(np.uint8)
 

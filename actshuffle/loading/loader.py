@@ -109,7 +109,7 @@ class Loader:
                 raise RequestError(f"{name} must be a whole number of at least {least}, got {value!r}")
         switches(drop_last=drop_last, pin=pin, as_torch=as_torch, incomplete=incomplete)
         if rank >= world_size:
-            raise RequestError(f"rank {rank} of {world_size} ranks; they count from 0")
+            raise RequestError(f"rank {rank} of {counted(world_size, 'rank')}; they count from 0")
         if pin and not as_torch:
             raise RequestError("pin is for tensors: give as_torch too")
         self.datasets: dict[str, Dataset] = open_stores(stores, incomplete=incomplete, storage_options=storage_options)

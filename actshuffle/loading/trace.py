@@ -28,7 +28,7 @@ from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.loading.documents import DOCUMENT
 from actshuffle.loading.ranks import Ranks, key_of
 from actshuffle.storage.place import Place, as_place, local_path
-from actshuffle.units import several, switches
+from actshuffle.units import counted, several, switches
 
 Pieces = Callable[[Sequence[int | None]], tuple[str, ...]]  # from token ids to their text; "?" for None
 # Usual names of these arrays; the first one present is used.
@@ -162,7 +162,7 @@ class _Surroundings:
         self._options = json.loads(data.root.options)
         self._whole = None if source is None else self._opened(as_place(source, self._options))
         if source is not None and self._whole is None:
-            raise RequestError(f"{source} cannot be read, or has fewer than {self._ends[-1]:,} rows")
+            raise RequestError(f"{source} cannot be read, or has fewer than {counted(self._ends[-1], 'row')}")
         self._parts: dict[int, Dataset | None] = {}
         self._places: dict[int, int] = {}
 

@@ -19,6 +19,7 @@ from actshuffle.errors import RequestError, SourceError
 from actshuffle.loading.dataset import Dataset
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import local_path
+from actshuffle.units import counted
 
 LOOKED_AT, LOOKED_AT_REMOTE = 1024, 8  # objects in all
 Stamp = dict[str, tuple[str | int, ...] | None]  # by key; None: not there
@@ -72,9 +73,9 @@ class Watch:
             if changed:
                 how = "is gone" if now.get(changed[0]) is None else "was written"
                 raise SourceError(
-                    f"{path} changed while it was read: {changed[0]} {how} ({len(changed):,} of the {len(before):,} "
-                    "files that were looked at are not as they were), so what was read since may mix old and new rows; "
-                    "open the store again"
+                    f"{path} changed while it was read: {changed[0]} {how} ({len(changed):,} of "
+                    f"{counted(len(before), 'file')} looked at are not as they were), so what was "
+                    "read since may mix old and new rows; open the store again"
                 )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from actshuffle.errors import FormatError
 from actshuffle.seals import seal
 from actshuffle.storage.place import Place, local_path, public_url
+from actshuffle.units import counted
 
 
 def reference(view: Place, target: Place) -> str:
@@ -78,7 +79,8 @@ def fault_of(where: str, view: Mapping[str, Any], names: Sequence[str], parent: 
     if not has_grown(view, parent.root_marker or {}):
         return f"{where} is a view of {path}, but it is not the store it was; make the view again"
     return (
-        f"{where} is rows {start:,} to {stop:,} of {path}, which an append has since made {parent.rows:,} rows, so "
+        f"{where} is rows {start:,} to {stop:,} of {path}, which an append has since made "
+        f"{counted(parent.rows, 'row')}, so "
         "others stand there now. New ranges could move rows from one part to another; parts by a rule keep theirs, "
         f"and a run on one can resume: remove {where}, and give `actshuffle split {path} {where}=SHARE ... --by "
         "document --copy` (or --by row). `append --out` leaves a store, and its views, as they are"

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from actshuffle.arraytypes import U64
 from actshuffle.errors import RequestError
 from actshuffle.ordering.keys import Stream, words_at
+from actshuffle.units import counted
 
 Share = int | float | str
 
@@ -94,7 +95,7 @@ def shares(rows: int, parts: Mapping[str, Share]) -> dict[str, tuple[int, int]]:
     wanted = {name: _rows_of(name, share, rows) for name, share in parts.items()}
     total = sum(w for w in wanted.values() if w is not None)
     if total > rows + 1e-9 * rows:
-        raise RequestError(f"{total:,.0f} rows are asked for in total, and there are {rows:,}")
+        raise RequestError(f"{counted(round(total), 'row')} are asked for in total, and there are {rows:,}")
     counts, exact = {}, 0.0
     for name, count in wanted.items():
         if isinstance(count, float):

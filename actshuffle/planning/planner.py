@@ -16,6 +16,7 @@ from typing import Literal
 
 from actshuffle.errors import InfeasibleError, RequestError
 from actshuffle.limits import MAX_FAN_OUT
+from actshuffle.planning.advice import TooSmallError, enough_memory
 from actshuffle.planning.memory import MemoryModel
 from actshuffle.planning.tree import Plan
 from actshuffle.units import counted, format_bytes, size_at_least
@@ -61,11 +62,60 @@ def make_plan(
     tasks share the ``memory`` of a worker, whose memory all messages name.
     """
     if rows < 0 or row_bytes <= 0:
-        raise RequestError(f"need rows >= 0 and row bytes > 0, got {rows} rows of {row_bytes} bytes")
+        raise RequestError(
+            f"need rows >= 0 and row bytes > 0, got {counted(rows, 'row')} of {counted(row_bytes, 'byte')}"
+        )
     if spill_memory < 0:
         raise RequestError(f"spill memory must not be negative, got {spill_memory}")
     if levels != "auto" and not 1 <= levels <= MAX_LEVELS:
         raise RequestError(f"levels must be auto or 1 to {MAX_LEVELS}, got {levels}")
+
+    def made(memory: int | None) -> Plan:
+        return _made(
+            rows,
+            row_bytes,
+            levels,
+            memory,
+            block_bytes,
+            run_bytes,
+            chunk_rows,
+            chunks_per_shard,
+            widest_row or row_bytes,
+            source_chunk_rows,
+            tasks_wanted,
+            spill_memory,
+            gather,
+            tasks_per_worker,
+            model or MemoryModel(row_bytes),
+        )
+
+    try:
+        return made(memory)
+    except TooSmallError as error:
+        enough = None if memory is None else enough_memory(made, memory)
+        raise InfeasibleError(
+            f"{error} give {'more --memory' if enough is None else f'at least --memory {enough}'}"
+        ) from None
+
+
+def _made(
+    rows: int,
+    row_bytes: int,
+    levels: Levels,
+    memory: int | None,
+    block_bytes: int | None,
+    run_bytes: int,
+    chunk_rows: int | None,
+    chunks_per_shard: int | None,
+    widest: int,
+    source_chunk_rows: int,
+    tasks_wanted: int,
+    spill_memory: int,
+    gather: bool,
+    tasks_per_worker: int,
+    model: MemoryModel,
+) -> Plan:
+    """`make_plan`, whose refusals for want of memory give no advice."""
     if memory is not None:
         memory //= tasks_per_worker  # from here on, that of a task
     if memory is None and block_bytes is None:
@@ -73,8 +123,6 @@ def make_plan(
     for name, value in (("memory", memory), ("block bytes", block_bytes), ("run bytes", run_bytes)):
         if value is not None and value <= 0:
             raise RequestError(f"{name} must be positive, got {value}")
-    model = model or MemoryModel(row_bytes)
-    widest = widest_row or row_bytes
 
     most_rows, chunk_rows, per_shard = _fit(
         rows, row_bytes, widest, memory, block_bytes, chunk_rows, chunks_per_shard, model, tasks_per_worker
@@ -196,18 +244,17 @@ def _fit(
             raise InfeasibleError(f"blocks too small: {shape}; give at least --block-bytes {object_rows * row_bytes}B")
         least = max(model.leaf_bytes(object_rows, object_rows * widest), model.split_bytes(object_rows))
         of = f"{_tasks(tasks_per_worker)} {format_bytes(least)} each" if tasks_per_worker > 1 else ""
-        decoding = f"{format_bytes(model.source_buffer)} of a task's read the source" if model.source_buffer else ""
-        why = "; ".join(part for part in (of, decoding) if part)
-        raise InfeasibleError(
-            f"memory too small for its rows: {shape}; give at least --memory {size_at_least(least * tasks_per_worker)}"
-            + (f" ({why})" if why else "")
+        decoding = (
+            f"a task keeps {format_bytes(model.source_buffer)} for reading the source" if model.source_buffer else ""
         )
+        why = "; ".join(part for part in (of, decoding) if part)
+        raise TooSmallError(f"memory too small for its rows: {shape}" + (f" ({why});" if why else ";"))
     return most_rows, chunk_rows, per_shard
 
 
 def _tasks(number: int) -> str:
     """Who needs the memory of a worker."""
-    return "one task needs" if number == 1 else f"the {number} tasks of a worker need"
+    return "one task needs" if number == 1 else f"the {counted(number, 'task')} of a worker need"
 
 
 def _round_down(most_rows: int, object_rows: int) -> int:
@@ -228,17 +275,17 @@ def _levels_needed(rows: int, most_rows: int, leaf_rows: int, fan_out: int, row_
     if rows <= max(most_rows, leaf_rows):
         return 1
     if fan_out < 2:
-        raise InfeasibleError(
+        raise TooSmallError(
             f"{format_bytes(rows * row_bytes)} do not fit in one block of "
             f"{format_bytes(most_rows * row_bytes)}, "
             f"and blocks of that size cannot be split into runs of {format_bytes(run)} (M/P < 2); "
-            "raise --memory or lower --run-bytes"
+            "lower --run-bytes, or"
         )
     levels = next((n for n in range(2, MAX_LEVELS + 1) if _reach(leaf_rows, fan_out, n) >= rows), None)
     if levels is None:
-        raise InfeasibleError(
+        raise TooSmallError(
             f"{format_bytes(rows * row_bytes)} need more than {MAX_LEVELS} levels at M/P = {fan_out}; "
-            "raise --memory or lower --run-bytes"
+            "lower --run-bytes, or"
         )
     return levels
 

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from actshuffle.errors import InfeasibleError
 from actshuffle.planning.cost import LEAF_CPU, OVERHEAD, SPLIT_CPU
 from actshuffle.planning.tree import Plan
-from actshuffle.units import format_bytes
+from actshuffle.units import counted, format_bytes
 
 TAKE_CPU = 0.3e-9  # seconds per byte of a row that is taken from mapped files and hashed, page faults included
 TAKE_ROW = 10e-9  # seconds per row and field of the same; assumed
@@ -191,7 +191,9 @@ def _levels(site: Site, plan: Planner) -> Candidate:
     """As few levels as memory allows or, where that leaves workers idle and takes longer, two."""
     made = plan(spill_memory=None, gather=None)
     seconds, nbytes = _passes(site, made)
-    reason = "one task holds all rows" if made.levels == 1 else f"{made.levels} levels, with all spill in scratch"
+    reason = (
+        "one task holds all rows" if made.levels == 1 else f"{counted(made.levels, 'level')}, with all spill in scratch"
+    )
     found = Candidate("levels", reason, {}, made, seconds, nbytes)
     if made.levels > 1 or site.workers == 1:
         return found

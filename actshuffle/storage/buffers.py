@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from actshuffle.limits import PAGE
+from actshuffle.units import counted
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -51,7 +52,7 @@ class Arena:
         nbytes = math.prod(shape) * dtype.itemsize
         start, self._at = self._at, self._at + padded(nbytes)
         if self._at > len(self._memory):
-            raise AssertionError(f"arena of {len(self._memory)} bytes asked for {self._at}")
+            raise AssertionError(f"arena of {counted(len(self._memory), 'byte')} asked for {self._at}")
         return self._memory[start : start + nbytes].view(dtype).reshape(shape)
 
 

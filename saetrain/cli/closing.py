@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 from actshuffle import read_texts
+from actshuffle.units import counted
 from saetrain.cli.models import layer_named
-from saetrain.cli.options import PATH, all_of
+from saetrain.cli.options import all_of
+from saetrain.cli.values import COUNT, PATH, TEXT
 from saetrain.errors import ConfigError
 from saetrain.opening import load
 from saetrain.probing.causal import DTYPES, LanguageModel
@@ -28,11 +30,13 @@ EVALUATE = all_of(
         metavar="TEXT",
         help="At the end, measure what --model loses on this text through the dictionary; repeatable.",
     ),
-    click.option("--model", metavar="NAME", help="Of --evaluate: the causal model that the rows came from."),
+    click.option("--model", type=TEXT, metavar="NAME", help="Of --evaluate: the causal model that the rows came from."),
     click.option("--model-dtype", type=click.Choice(DTYPES), help="Of its computation.  [default: float32]"),
-    click.option("--layer", type=click.IntRange(0), metavar="N", help="Its hidden state.  [default: that of layer_N]"),
-    click.option("--prefix", metavar="TOKEN", help="Of --evaluate: begin windows with it, as `collect` did."),
-    click.option("--windows", type=click.IntRange(0), metavar="N", help="Most windows of a document; 0 takes all."),
+    click.option("--layer", type=COUNT, metavar="N", help="Its hidden state.  [default: that of layer_N]"),
+    click.option(
+        "--prefix", type=TEXT, metavar="TOKEN", help="Of --evaluate: begin windows with it, as `collect` did."
+    ),
+    click.option("--windows", type=COUNT, metavar="N", help="Most windows of a document; 0 takes all."),
 )
 NAMES = ("evaluate", "model", "model_dtype", "layer", "prefix", "windows")
 
@@ -98,5 +102,6 @@ def _check_size(name: str, layer: int, width: int) -> None:
         raise ConfigError(f"--model {name} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
     if size != width or layer >= blocks:
         raise ConfigError(
-            f"--model {name} has {blocks} layers of {size} numbers; the rows have {width}, and are of layer {layer}"
+            f"--model {name} has {blocks} layers of {counted(size, 'number')}; the rows have {width}, and "
+            f"are of layer {layer}"
         )

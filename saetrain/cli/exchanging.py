@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from saetrain import exchange
-from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
+from saetrain.cli.options import LOOK, print_json
+from saetrain.cli.values import FOLDER, PATH
 
 
 @click.command("export")

@@ -9,9 +9,11 @@ from typing import Any
 
 import click
 
-from actshuffle import parse_bytes
 from actshuffle.executors import connected, executor_for
-from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
+from actshuffle.units import counted
+from saetrain.cli.options import LOOK, print_json
+from saetrain.cli.values import COUNT, DEVICE, FOLDER, PATH, SIZE, TEXT
+from saetrain.compute.devices import named_device
 from saetrain.errors import ConfigError
 from saetrain.features.forecast import check, forecast, read_units, seconds
 from saetrain.features.pipeline import MEMORY, build_features, plan_features
@@ -21,7 +23,7 @@ class _Lines:
     """Progress as one line a step on stderr."""
 
     def begin(self, stage: str, tasks: int, nbytes: int) -> None:
-        click.echo(f"{stage}: {tasks:,} task{'s' * (tasks != 1)}", err=True)
+        click.echo(f"{stage}: {counted(tasks, 'task')}", err=True)
 
     def advance(self, nbytes: int, fresh: bool) -> None: ...
 
@@ -32,17 +34,19 @@ class _Lines:
 @click.argument("run", type=PATH)
 @click.argument("store", type=PATH)
 @click.argument("out", type=FOLDER)
-@click.option("--field", default="", metavar="NAME", help="Array of activations, if STORE has several.")
+@click.option("--field", type=TEXT, metavar="NAME", help="Array of activations, if STORE has several.")
 @click.option("--model", type=PATH, help="Folder of the model, for the logits that latents promote.")
 @click.option("--incomplete", is_flag=True, help="Take a STORE that has no completion marker.")
-@click.option("--seed", type=int, default=0, help="Decides which rows are sampled.  [default: 0]")
-@click.option("--shards", type=int, default=0, help="Parts of the dictionary.  [default: as few as memory allows]")
-@click.option("--block-rows", type=int, default=0, help="Rows of one encoder task, at most 65536.  [default: 16384]")
-@click.option("--memory", metavar="SIZE", help="Memory of a task.  [default: 1GiB]")
-@click.option("--device", default="auto", help="Where the encoder product runs: auto, cpu, cuda.  [default: auto]")
-@click.option("--workers", type=int, default=0, help="Worker processes; 0 works in this one.  [default: 0]")
-@click.option("--scheduler", metavar="ADDRESS", help="Work on the Dask cluster at this address.")
-@click.option("--near", type=int, default=16, help="Neighbours of each latent; 0 looks for none.  [default: 16]")
+@click.option("--seed", type=COUNT, default=0, help="Decides which rows are sampled.  [default: 0]")
+@click.option("--shards", type=COUNT, default=0, help="Parts of the dictionary.  [default: as few as memory allows]")
+@click.option("--block-rows", type=COUNT, default=0, help="Rows of one encoder task, at most 65536.  [default: 16384]")
+@click.option("--memory", type=SIZE, metavar="SIZE", default=MEMORY, help="Memory of a task.  [default: 1GiB]")
+@click.option(
+    "--device", type=DEVICE, default="auto", help="Where the encoder product runs: auto, cpu, cuda.  [default: auto]"
+)
+@click.option("--workers", type=COUNT, default=0, help="Worker processes; 0 works in this one.  [default: 0]")
+@click.option("--scheduler", type=TEXT, metavar="ADDRESS", help="Work on the Dask cluster at this address.")
+@click.option("--near", type=COUNT, default=16, help="Neighbours of each latent; 0 looks for none.  [default: 16]")
 @click.option("--keep-codes", is_flag=True, help="Keep all activations, by latent and by row.")
 @click.option("--costs", type=PATH, help="With --plan: unit costs of this machine, to say how long it takes.")
 @click.option("--plan", "planned", is_flag=True, help="Show what the run will take, and write nothing.")
@@ -52,7 +56,8 @@ def _features(
     run: Path,
     store: Path,
     out: Path,
-    memory: str | None,
+    memory: int,
+    field: str | None,
     workers: int,
     scheduler: str | None,
     costs: Path | None,
@@ -69,23 +74,25 @@ def _features(
     Example:
       saetrain features run activations.zarr activations.features --workers 2
     """
-    size = MEMORY if memory is None else parse_bytes(memory)
+    settings["field"] = field or ""
     if planned:
-        _show(run, store, out, size, costs, workers, as_json, settings)
+        _show(run, store, out, memory, costs, workers, as_json, settings)
         return
     if costs is not None:
         raise ConfigError("--costs goes with --plan")
     if scheduler is not None and workers:
         raise ConfigError("give --workers or --scheduler, not both")
+    if scheduler is None:
+        named_device(settings["device"])
     with ExitStack() as stack:
         executor = stack.enter_context(executor_for(workers) if scheduler is None else connected(scheduler))
-        done = build_features(run, store, out, memory=size, executor=executor, progress=_Lines(), **settings)
+        done = build_features(run, store, out, memory=memory, executor=executor, progress=_Lines(), **settings)
     told = {"out": str(out), "tasks": done.tasks, "resumed": done.resumed, "seconds": round(done.seconds, 3)}
     print_json(told | {"already_finished": done.already_finished}, as_json)
     if not as_json:
         if settings["model"] is None:
             click.echo("no logits: --model FOLDER, the model that the rows came from, would give them", err=True)
-        text = "already finished" if done.already_finished else f"{done.tasks:,} tasks, {done.seconds:.1f} s"
+        text = "already finished" if done.already_finished else f"{counted(done.tasks, 'task')}, {done.seconds:.1f} s"
         click.echo(f"{out}: {text}", file=sys.stdout)
 
 
@@ -109,8 +116,9 @@ def _show(
     print_json(told, as_json)
     if not as_json:
         click.echo(
-            f"{plan.latents:,} latents in {plan.shards} shards and {plan.chunks} chunks, {plan.rows:,} rows of "
-            f"{plan.d_in:,} in {plan.blocks} blocks\n{found}"
+            f"{counted(plan.latents, 'latent')} in {counted(plan.shards, 'shard')} and "
+            f"{counted(plan.chunks, 'chunk')}, {counted(plan.rows, 'row')} of "
+            f"{plan.d_in:,} in {counted(plan.blocks, 'block')}\n{found}"
         )
         if costs is not None:
             steps = ", ".join(f"{step} {s:,.1f}" for step, s in told["seconds"].items())

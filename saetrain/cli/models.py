@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from saetrain.cli.options import PATH, all_of
+from saetrain.cli.options import all_of
+from saetrain.cli.values import COUNT, DEVICE, MULTIPLE, PATH, TEXT
 from saetrain.errors import CheckpointError, ConfigError
 from saetrain.opening import load
 from saetrain.probing.causal import DTYPES, LanguageModel
@@ -19,28 +20,30 @@ from saetrain.training.checkpoint import find
 
 MODEL = all_of(
     click.argument("run", type=PATH),
-    click.option("--model", required=True, metavar="NAME", help="Causal model of transformers: a name or a folder."),
+    click.option(
+        "--model", type=TEXT, required=True, metavar="NAME", help="Causal model of transformers: a name or a folder."
+    ),
     click.option(
         "--layer",
-        type=int,
+        type=COUNT,
         metavar="N",
         help="Hidden state that the dictionary rebuilds, as in `collect`.  [default: that of the run's layer_N]",
     ),
-    click.option("--tokenizer", metavar="NAME", help="Its tokenizer, if it lies elsewhere."),
+    click.option("--tokenizer", type=TEXT, metavar="NAME", help="Its tokenizer, if it lies elsewhere."),
     click.option("--model-dtype", type=click.Choice(DTYPES), default="float32", help="Of the model's computation."),
-    click.option("--device", default="auto", help="cpu, cuda or auto."),
+    click.option("--device", type=DEVICE, default="auto", help="cpu, cuda or auto."),
 )
-TEXT = all_of(
-    click.option("--field", default="text", help="Name of the text in JSON and tables."),
-    click.option("--context", type=int, metavar="N", default=0, help="Tokens of a window.  [default: 128]"),
+CORPUS = all_of(
+    click.option("--field", type=TEXT, default="text", help="Name of the text in JSON and tables."),
+    click.option("--context", type=COUNT, metavar="N", default=0, help="Tokens of a window.  [default: 128]"),
     click.option(
-        "--prefix", default="", metavar="TOKEN", help="Begin windows with bos, an id, or a token; see `collect`."
+        "--prefix", type=TEXT, metavar="TOKEN", help="Begin windows with bos, an id, or a token; see `collect`."
     ),
-    click.option("--windows", type=int, default=0, metavar="N", help="Most windows of a document; 0 takes all."),
-    click.option("--seed", type=int, default=0, help="Of the order of documents, and of other choices."),
+    click.option("--windows", type=COUNT, default=0, metavar="N", help="Most windows of a document; 0 takes all."),
+    click.option("--seed", type=COUNT, default=0, help="Of the order of documents, and of other choices."),
     click.option(
         "--drop-norm",
-        type=float,
+        type=MULTIPLE,
         metavar="X",
         default=10.0,
         help="Leave rows beyond so many times the median norm as they are; 0 leaves none.",
@@ -94,5 +97,5 @@ def _recorded_field(run: Path) -> str:
 
 
 def open_text(model: LanguageModel, options: dict[str, Any]) -> Corpus:
-    cutting = Cutting(options["context"], options["prefix"], options["windows"], options["seed"])
+    cutting = Cutting(options["context"], options["prefix"] or "", options["windows"], options["seed"])
     return Corpus.read(model, options["text"], cutting, options["field"])

@@ -10,8 +10,10 @@ import click
 import torch
 
 from actshuffle import format_bytes
-from saetrain.cli.options import LOOK, PATH, print_json
+from actshuffle.units import counted
+from saetrain.cli.options import LOOK, print_json
 from saetrain.cli.training import base_settings, given_settings, settings_options
+from saetrain.cli.values import PATH, POSITIVE, TEXT
 from saetrain.config import Config, parse_field, resolve
 from saetrain.data import Store
 from saetrain.errors import ConfigError
@@ -27,9 +29,9 @@ LINES = {
 
 
 @click.command("plan")
-@click.argument("store")
+@click.argument("store", type=TEXT)
 @click.option("--config", type=PATH, help="JSON file of settings, as a run's config.json; other options win.")
-@click.option("--nproc", metavar="N", type=int, default=1, help="Ranks over all machines.")
+@click.option("--nproc", metavar="N", type=POSITIVE, default=1, help="Ranks over all machines.")
 @settings_options(lists=False)
 @LOOK
 def _plan(store: str, config: Path | None, nproc: int, as_json: bool, **more: Any) -> None:
@@ -50,7 +52,7 @@ def _plan(store: str, config: Path | None, nproc: int, as_json: bool, **more: An
     source = Store(store, settings)
     found = resolve(settings, source.d_in, source.rows)
     tp = found.tensor_parallel or nproc
-    if nproc < 1 or nproc % tp:
+    if nproc % tp:
         raise ConfigError(f"--nproc {nproc} is not a multiple of tensor_parallel {tp}")
     if found.batch_size % nproc:
         raise ConfigError(f"batch_size {found.batch_size} is not a multiple of the number of ranks, {nproc}")
@@ -62,8 +64,10 @@ def _plan(store: str, config: Path | None, nproc: int, as_json: bool, **more: An
     if as_json:
         return
     wide = f"{source.d_in:,}" + (f" to {source.d_out:,}" if source.target else "")
-    click.echo(f"{found.arch} of {found.d_sae:,} latents, {wide} wide, {found.batch_size:,} rows a step")
-    click.echo(f"on each of {nproc} ranks, of which {tp} share the parameters:")
+    click.echo(
+        f"{found.arch} of {counted(found.d_sae, 'latent')}, {wide} wide, {counted(found.batch_size, 'row')} a step"
+    )
+    click.echo(f"on each of {counted(nproc, 'rank')}, of which {tp} share the parameters:")
     for name, text in LINES.items():
         click.echo(f"  {format_bytes(rank[name]):>10}  {text.format(tile=memory.tile)}")
     click.echo(f"  {format_bytes(memory.peak):>10}  at most")

@@ -9,8 +9,10 @@ from typing import Any
 import click
 import torch
 
-from saetrain.cli.models import FILES, MODEL, TEXT, layer_of, open_both, open_text
-from saetrain.cli.options import LOOK, PATH, print_json
+from actshuffle.units import counted
+from saetrain.cli.models import CORPUS, FILES, MODEL, layer_of, open_both, open_text
+from saetrain.cli.options import LOOK, print_json
+from saetrain.cli.values import COUNT, PATH, POSITIVE, REAL, TEXT
 from saetrain.errors import ConfigError
 from saetrain.opening import load
 from saetrain.probing.attribution import Metric, attribute, calibrate, cut, log_probability, logit
@@ -26,9 +28,9 @@ from saetrain.training.outcome import keep_evaluation
 @click.command("evaluate")
 @MODEL
 @FILES
-@TEXT
-@click.option("--within", type=float, default=0.0, metavar="X", help="Stop at this half-width of the loss recovered.")
-@click.option("--documents", type=int, default=0, metavar="N", help="Most documents to read; 0 takes all.")
+@CORPUS
+@click.option("--within", type=REAL, default=0.0, metavar="X", help="Stop at this half-width of the loss recovered.")
+@click.option("--documents", type=COUNT, default=0, metavar="N", help="Most documents to read; 0 takes all.")
 @click.option("--save", is_flag=True, help="Keep the result as RUN/evaluation.json, for `report` and `view`.")
 @LOOK
 def _evaluate(run: Path, within: float, documents: int, save: bool, as_json: bool, **options: Any) -> None:
@@ -54,19 +56,21 @@ def _evaluate(run: Path, within: float, documents: int, save: bool, as_json: boo
 
 @click.command("attribute")
 @MODEL
-@click.option("--prompt", help="Text whose next token is asked about.")
+@click.option("--prompt", type=TEXT, help="Text whose next token is asked about.")
 @click.option("--chat", is_flag=True, help="The prompt is a user's turn, in the model's chat template.")
-@click.option("--target", metavar="TOKEN", help="Token, or its id.  [default: the likeliest next one]")
-@click.option("--against", metavar="TOKEN", help="Take the logit's difference to this token's.")
+@click.option("--target", type=TEXT, metavar="TOKEN", help="Token, or its id.  [default: the likeliest next one]")
+@click.option("--against", type=TEXT, metavar="TOKEN", help="Take the logit's difference to this token's.")
 @click.option("--log-probability", is_flag=True, help="Take the target's log-probability, not its logit.")
-@click.option("--shards", type=int, default=1, metavar="N", help="Cut the dictionary into so many parts.")
-@click.option("--calibrate", "features", type=int, default=0, metavar="N", help="Ablate so many features, to compare.")
-@click.option("--most", type=int, default=20, metavar="N", help="Contributions to print.")
+@click.option("--shards", type=POSITIVE, default=1, metavar="N", help="Cut the dictionary into so many parts.")
+@click.option(
+    "--calibrate", "features", type=COUNT, default=0, metavar="N", help="Ablate so many features, to compare."
+)
+@click.option("--most", type=POSITIVE, default=20, metavar="N", help="Contributions to print.")
 @click.option(
     "--text", type=PATH, multiple=True, help="In place of --prompt: the mean effect on the loss of this text."
 )
-@TEXT
-@click.option("--documents", type=int, default=0, metavar="N", help="Most documents of the text; 0 takes all.")
+@CORPUS
+@click.option("--documents", type=COUNT, default=0, metavar="N", help="Most documents of the text; 0 takes all.")
 @LOOK
 def _attribute(run: Path, as_json: bool, **options: Any) -> None:
     """Find which features of RUN made the model say what it says, to first order.
@@ -125,7 +129,7 @@ def _scalar(model: LanguageModel, tokens: list[int], options: dict[str, Any]) ->
 
 
 def _contributions(found: dict[str, Any]) -> list[str]:
-    lines = [f"scalar {found['scalar']:.4f} of {found['target']!r}; {found['active']:,} active features"]
+    lines = [f"scalar {found['scalar']:.4f} of {found['target']!r}; {counted(found['active'], 'active feature')}"]
     for row in found["top"]:
         where = f"at {row['position']} {row['token']!r}"
         lines.append(
@@ -137,7 +141,7 @@ def _contributions(found: dict[str, Any]) -> list[str]:
         slope = line["slope"]
         lines.append(
             f"true ablation over contribution: slope {slope['value']:.3f} (95 %: {slope['low']:.3f} to "
-            f"{slope['high']:.3f}), r2 {line['r2']:.3f}, {line['pairs']} features"
+            f"{slope['high']:.3f}), r2 {line['r2']:.3f}, {counted(line['pairs'], 'feature')}"
         )
     return lines
 
@@ -145,13 +149,13 @@ def _contributions(found: dict[str, Any]) -> list[str]:
 @click.command("ablate")
 @MODEL
 @click.option(
-    "--feature", "features", type=int, multiple=True, required=True, metavar="I", help="To remove; repeatable."
+    "--feature", "features", type=COUNT, multiple=True, required=True, metavar="I", help="To remove; repeatable."
 )
 @FILES
-@TEXT
-@click.option("--sample", type=int, default=200, metavar="N", help="Windows to run with and without the features.")
-@click.option("--within", type=float, default=0.0, metavar="X", help="Run what this half-width needs, nats a token.")
-@click.option("--documents", type=int, default=0, metavar="N", help="Most documents of the text; 0 takes all.")
+@CORPUS
+@click.option("--sample", type=POSITIVE, default=200, metavar="N", help="Windows to run with and without the features.")
+@click.option("--within", type=REAL, default=0.0, metavar="X", help="Run what this half-width needs, nats a token.")
+@click.option("--documents", type=COUNT, default=0, metavar="N", help="Most documents of the text; 0 takes all.")
 @LOOK
 def _ablate(run: Path, features: tuple[int, ...], as_json: bool, **options: Any) -> None:
     """Estimate by how much the loss rises without some features of RUN.
@@ -173,21 +177,21 @@ def _ablate(run: Path, features: tuple[int, ...], as_json: bool, **options: Any)
         click.echo(
             f"loss without the features: {effect['value']:+.3e} nats a token   "
             f"(95 %: {effect['low']:.3e} to {effect['high']:.3e})\n"
-            f"{found['windows_run']:,} of {found['windows']:,} windows run to the end; the features fire in "
+            f"{found['windows_run']:,} of {counted(found['windows'], 'window')} run to the end; the features fire in "
             f"{found['windows'] - found['windows_silent']:,}"
         )
         for share, count in found["windows_needed"].items():
-            click.echo(f"a half-width of {share} times the effect needs {count:,} windows")
+            click.echo(f"a half-width of {share} times the effect needs {counted(count, 'window')}")
 
 
 @click.command("graph")
 @MODEL
 @click.argument("upper", type=PATH)
-@click.option("--upper-layer", type=int, metavar="N", help="Hidden state of UPPER.  [default: that of its layer_N]")
-@click.option("--prompt", required=True, help="Text whose next token is asked about.")
+@click.option("--upper-layer", type=COUNT, metavar="N", help="Hidden state of UPPER.  [default: that of its layer_N]")
+@click.option("--prompt", type=TEXT, required=True, help="Text whose next token is asked about.")
 @click.option("--chat", is_flag=True, help="The prompt is a user's turn, in the model's chat template.")
-@click.option("--logits", type=int, default=5, metavar="N", help="Likeliest next tokens.")
-@click.option("--nodes", type=int, default=64, metavar="N", help="Most features of each layer.")
+@click.option("--logits", type=POSITIVE, default=5, metavar="N", help="Likeliest next tokens.")
+@click.option("--nodes", type=POSITIVE, default=64, metavar="N", help="Most features of each layer.")
 @click.option("--out", type=PATH, required=True, help="File of the graph.")
 @LOOK
 def _graph(run: Path, upper: Path, out: Path, as_json: bool, **options: Any) -> None:
@@ -200,6 +204,8 @@ def _graph(run: Path, upper: Path, out: Path, as_json: bool, **options: Any) -> 
     Example:
       saetrain graph run12 run20 --model smollm2/ --prompt "The capital of France is" --out graph.json
     """
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out} must be a file in a folder that is there")
     lower, low = open_both(run, options)
     layer = options["upper_layer"] if options["upper_layer"] is not None else layer_of(upper)
     high = LanguageModel(low.model, low.tokenizer, layer, low.name)
@@ -212,7 +218,10 @@ def _graph(run: Path, upper: Path, out: Path, as_json: bool, **options: Any) -> 
     print_json(facts, as_json)
     if not as_json:
         shares = ", ".join(f"{share:.0%} of layer {layer}" for layer, share in found.kept.items())
-        click.echo(f"{out}: {len(found.nodes):,} nodes and {len(found.links):,} links; influence kept: {shares}")
+        click.echo(
+            f"{out}: {counted(len(found.nodes), 'node')} and {counted(len(found.links), 'link')}; influence "
+            f"kept: {shares}"
+        )
 
 
 COMMANDS = _evaluate, _attribute, _ablate, _graph

@@ -9,31 +9,20 @@ from typing import Any
 
 import click
 
-from actshuffle import parse_bytes
-from actshuffle.errors import RequestError
 from actshuffle.executors import connected, executor_for
-from saetrain.cli.options import LOOK, PATH, all_of, print_json
+from actshuffle.units import counted
+from saetrain.cli.options import LOOK, all_of, print_json
+from saetrain.cli.values import ABOVE_0, COUNT, DEVICE, PATH, POSITIVE, SIZE, TEXT
 from saetrain.errors import ConfigError
 from saetrain.products.job import PRODUCTS, interactions, plan_interactions
 from saetrain.products.productplan import ProductPlan
 from saetrain.products.reading import open_interactions
 
-
-class Memory(click.ParamType[Any]):
-    """A number of bytes, with a unit or without."""
-
-    name = "bytes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_bytes(value)
-        except RequestError as error:
-            self.fail(str(error), param, ctx)
-
-
 WORK = all_of(
-    click.option("--workers", metavar="N", type=click.IntRange(0), help="Worker processes.  [default: none, this one]"),
-    click.option("--scheduler", metavar="ADDRESS", help="Run on the Dask cluster at this address: tls://host:8786."),
+    click.option("--workers", metavar="N", type=COUNT, help="Worker processes.  [default: none, this one]"),
+    click.option(
+        "--scheduler", type=TEXT, metavar="ADDRESS", help="Run on the Dask cluster at this address: tls://host:8786."
+    ),
     click.option("--insecure", is_flag=True, help="Allow a --scheduler on another machine without TLS."),
 )
 
@@ -48,7 +37,7 @@ def crew(workers: int | None, scheduler: str | None, insecure: bool) -> Abstract
 @click.command("interactions")
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
-@click.argument("out", type=str)
+@click.argument("out", type=TEXT)
 @click.option(
     "--product", type=click.Choice(PRODUCTS), default=PRODUCTS[0], help="Rows of A, and rows of B, that meet."
 )
@@ -56,13 +45,15 @@ def crew(workers: int | None, scheduler: str | None, insecure: bool) -> Abstract
     "--through", type=PATH, help="A .npy or .safetensors file with a matrix [width of A, width of B] between."
 )
 @click.option("--cosine", is_flag=True, help="Divide rows by their norms first.")
-@click.option("--k", type=int, default=32, show_default=True, help="Entries to keep of each row and column.")
+@click.option("--k", type=POSITIVE, default=32, show_default=True, help="Entries to keep of each row and column.")
 @click.option("--largest-only", is_flag=True, help="Keep the largest entries, and not the smallest too.")
-@click.option("--over", "thresholds", type=float, multiple=True, help="Count entries above this size; may be repeated.")
+@click.option(
+    "--over", "thresholds", type=ABOVE_0, multiple=True, help="Count entries above this size; may be repeated."
+)
 @click.option("--drop-same", is_flag=True, help="Leave out entries of a latent with itself.")
-@click.option("--memory", type=Memory(), default="1GiB", show_default=True, help="Memory of one task.")
-@click.option("--panel", type=int, help="Rows of A and of B in a task, a multiple of 1024.  [default: what fits]")
-@click.option("--device", default="cpu", show_default=True, help="Where to multiply: cpu or cuda.")
+@click.option("--memory", type=SIZE, default="1GiB", show_default=True, help="Memory of one task.")
+@click.option("--panel", type=POSITIVE, help="Rows of A and of B in a task, a multiple of 1024.  [default: what fits]")
+@click.option("--device", type=DEVICE, default="cpu", show_default=True, help="Where to multiply: cpu or cuda.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print the costs, and do nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace what another run of this command left in OUT.")
 @WORK
@@ -100,7 +91,7 @@ def _interactions(
         done = interactions(a, b, out, **settings, overwrite=overwrite, executor=executor)
     found = open_interactions(out)
     if not as_json:
-        state = "already finished" if done.already_finished else f"{done.tasks} tasks, {done.seconds:.1f} s"
+        state = "already finished" if done.already_finished else f"{counted(done.tasks, 'task')}, {done.seconds:.1f} s"
         click.echo(f"{out}: {state}\n{found!r}")
     print_json({"out": out, "tasks": done.tasks, "resumed": done.resumed, "kept": found.kept}, as_json)
 
@@ -116,7 +107,7 @@ def _show_plan(plan: ProductPlan, workers: int | None, as_json: bool) -> None:
     (rows, columns), (down, across) = plan.shape, plan.panels
     lines = [
         ("product", f"{rows:,} x {columns:,} of width {plan.a.width:,}; {sizes.operations:.2e} operations"),
-        ("tasks", f"{sizes.tasks:,}, of which {down * across:,} on panels of {plan.panel:,} rows"),
+        ("tasks", f"{sizes.tasks:,}, of which {down * across:,} on panels of {counted(plan.panel, 'row')}"),
         ("memory", f"{sizes.memory:,} bytes a task"),
         ("read", f"{sizes.read:,} bytes"),
         ("scratch", f"{sizes.scratch:,} bytes on disk, while it runs"),

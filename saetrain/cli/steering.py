@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
-from saetrain.cli.models import MODEL, TEXT, open_both, open_text
-from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
+from actshuffle.units import counted
+from saetrain.cli.models import CORPUS, MODEL, open_both, open_text
+from saetrain.cli.options import LOOK, print_json
+from saetrain.cli.values import ABOVE_0, COUNT, FOLDER, HEAT, NUMBERS, PATH, PENALTY, POSITIVE, TEXT
 from saetrain.errors import ConfigError
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.corpus import measure_scale
@@ -23,22 +25,36 @@ from saetrain.sae import SAE
 
 @click.command("steer")
 @MODEL
-@click.option("--feature", "features", type=int, multiple=True, required=True, metavar="I", help="To turn; repeatable.")
-@click.option("--prompt", "prompts", multiple=True, required=True, help="What the model goes on from; repeatable.")
+@click.option(
+    "--feature", "features", type=COUNT, multiple=True, required=True, metavar="I", help="To turn; repeatable."
+)
+@click.option(
+    "--prompt", "prompts", type=TEXT, multiple=True, required=True, help="What the model goes on from; repeatable."
+)
 @click.option("--chat", is_flag=True, help="Prompts are a user's turns, in the model's chat template.")
 @click.option("--method", type=click.Choice(METHODS), default="clamp", help="What is done to the activation.")
-@click.option("--strengths", default="0.15,0.3,0.45,0.6", metavar="A,B", help="Of clamp and add, in units; or factors.")
+@click.option(
+    "--strengths",
+    type=NUMBERS,
+    default="0.15,0.3,0.45,0.6",
+    metavar="A,B",
+    help="Of clamp and add, in units; or factors.",
+)
 @click.option("--unit", type=click.Choice(UNITS), default="norm", help="Of strengths: the median norm, the maximum, 1.")
 @click.option("--text", type=PATH, multiple=True, help="Text on which median norm and maximum are measured.")
-@TEXT
-@click.option("--rows", type=int, default=20_000, metavar="N", help="Of that text, to measure the maximum on.")
-@click.option("--median-norm", type=float, metavar="X", help="Of the layer, in place of --text.")
+@CORPUS
+@click.option("--rows", type=POSITIVE, default=20_000, metavar="N", help="Of that text, to measure the maximum on.")
+@click.option("--median-norm", type=ABOVE_0, metavar="X", help="Of the layer, in place of --text.")
 @click.option("--features", "store", type=PATH, help="Result of `saetrain features`, in place of --text.")
-@click.option("--largest", type=float, multiple=True, metavar="X", help="Largest activation of each feature, likewise.")
-@click.option("--tokens", type=int, default=64, metavar="N", help="Most tokens of a text.")
-@click.option("--seeds", type=int, default=1, metavar="N", help="Texts of each prompt and strength, from seed 0 on.")
-@click.option("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token each time.")
-@click.option("--repetition", type=float, default=1.0, metavar="X", help="Penalty above 1 for tokens that are there.")
+@click.option(
+    "--largest", type=ABOVE_0, multiple=True, metavar="X", help="Largest activation of each feature, likewise."
+)
+@click.option("--tokens", type=POSITIVE, default=64, metavar="N", help="Most tokens of a text.")
+@click.option(
+    "--seeds", type=POSITIVE, default=1, metavar="N", help="Texts of each prompt and strength, from seed 0 on."
+)
+@click.option("--temperature", type=HEAT, default=0.0, metavar="X", help="0 takes the likeliest token each time.")
+@click.option("--repetition", type=PENALTY, default=1.0, metavar="X", help="Penalty above 1 for tokens that are there.")
 @click.option("--generated-only", is_flag=True, help="Leave the prompt as it is.")
 @click.option("--out", type=FOLDER, help="Folder for steer.json and steer.png.")
 @LOOK
@@ -89,7 +105,10 @@ def _units(sae: SAE, model: LanguageModel, options: dict[str, Any]) -> tuple[flo
     """The layer's median norm and the features' largest activations, as far as they are given or can be measured."""
     features, given = options["features"], options["largest"]
     if given and len(given) != len(features):
-        raise ConfigError(f"{len(features)} features and {len(given)} largest activations: one for each is needed")
+        raise ConfigError(
+            f"{counted(len(features), 'feature')} and {counted(len(given), 'largest activation')}: one for "
+            "each is needed"
+        )
     norm, largest = options["median_norm"], dict(zip(features, given, strict=False))
     if options["store"]:
         described = open_features(options["store"])
@@ -114,11 +133,7 @@ def _plans(
 ) -> tuple[list[tuple[float, list[Turn]]], list[dict[str, Any]]]:
     """What each strength does to each feature, and the same as a table in all units."""
     method, plans, table = options["method"], [], []
-    for text in ["0"] if method == "ablate" else options["strengths"].split(","):
-        try:
-            value = float(text)
-        except ValueError:
-            raise ConfigError(f"strengths are numbers with commas between them, got {text!r}") from None
+    for value in (0.0,) if method == "ablate" else options["strengths"]:
         turns = []
         for feature in options["features"]:
             amount = value

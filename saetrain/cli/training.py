@@ -14,8 +14,10 @@ from typing import Any
 
 import click
 
+from actshuffle.units import counted
 from saetrain.cli.closing import EVALUATE, Closing
-from saetrain.cli.options import FOLDER, LOOK, PATH, RED_ERROR, F, all_of, first_rank, print_json
+from saetrain.cli.options import LOOK, RED_ERROR, F, all_of, first_rank, print_json
+from saetrain.cli.values import FOLDER, PATH, POSITIVE, TEXT
 from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, field_help, parse_field, resolve
 from saetrain.data import Store
@@ -43,15 +45,15 @@ def settings_options(*, lists: bool) -> Callable[[F], F]:
 
 
 NPROC = click.option(
-    "--nproc", metavar="N", type=int, default=1, help="Ranks on this machine; torchrun starts them too."
+    "--nproc", metavar="N", type=POSITIVE, default=1, help="Ranks on this machine; torchrun starts them too."
 )
 REPORT = click.option("--report/--no-report", default=True, help="Draw report.html at the end.  [default: draw]")
 TRAIN = all_of(
-    click.argument("store"),
+    click.argument("store", type=TEXT),
     click.option("--out", type=FOLDER, help="Folder of the run(s).  [default: the store's name with .sae]"),
     click.option("--config", type=PATH, help="JSON file of settings, as a run's config.json; other options win."),
     NPROC,
-    click.option("--heldout", help="Store to evaluate on, in place of the tail of STORE."),
+    click.option("--heldout", type=TEXT, help="Store to evaluate on, in place of the tail of STORE."),
     EVALUATE,
     REPORT,
 )
@@ -102,8 +104,8 @@ def _sweep(ctx: click.Context, /, store: str, out: Path | None, config: Path | N
 
 @click.command("resume")
 @click.argument("run", type=FOLDER)
-@click.option("--steps", metavar="N", type=int, help="Steps in all, to go on beyond those that the run has.")
-@click.option("--store", metavar="STORE", help="The store, where it was moved.")
+@click.option("--steps", metavar="N", type=POSITIVE, help="Steps in all, to go on beyond those that the run has.")
+@click.option("--store", type=TEXT, metavar="STORE", help="The store, where it was moved.")
 @NPROC
 @REPORT
 @LOOK
@@ -120,10 +122,10 @@ def _resume(
       saetrain resume shuffled.sae
       saetrain resume shuffled.sae --steps 20000
     """
-    config, about = extended(run, steps)
+    config, about = extended(run, steps, store)
     _train(
         ctx,
-        store or about["location"],
+        about["location"],
         {run: config},
         lambda found: found[0],
         nproc=nproc,
@@ -213,8 +215,6 @@ def _train(
     **closing: Any,
 ) -> None:
     """Train on this rank, or on `nproc` of them; `document` makes the JSON from the facts of each run."""
-    if nproc < 1:
-        raise ConfigError(f"--nproc must be 1 or more, got {nproc}")
     refuse_stores(runs)
     if nproc > 1 and RENDEZVOUS not in os.environ:
         ctx.exit(launch(ctx.obj["arguments"], nproc))
@@ -251,7 +251,7 @@ def _train(
     print_json(document(facts), as_json)
     bad = [f"{run}: {reason}" for run, reason in ends.items() if reason]
     if bad and first_rank():
-        click.echo(f"{RED_ERROR} {len(bad)} of {len(ends)} runs failed: {'; '.join(bad)}", err=True)
+        click.echo(f"{RED_ERROR} {len(bad)} of {counted(len(ends), 'run')} failed: {'; '.join(bad)}", err=True)
     elif not stopped:
         say(f"done in {time.monotonic() - began:,.1f} s; in Python: saetrain.load({str(next(iter(runs)))!r})")
     ctx.exit(1 if bad else 128 + number if number else 0)

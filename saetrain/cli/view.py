@@ -5,12 +5,13 @@ from __future__ import annotations
 import webbrowser
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
+from actshuffle.units import counted
 from saetrain.cli.models import open_both
-from saetrain.cli.options import FOLDER, LOOK, PATH, print_json
+from saetrain.cli.options import LOOK, print_json
+from saetrain.cli.values import COUNT, DEVICE, FOLDER, ORIGIN, PATH, TEXT
 from saetrain.errors import ConfigError
 from saetrain.probing.causal import DTYPES
 from saetrain.products.reading import open_interactions
@@ -25,18 +26,24 @@ PORT = 8765
 
 
 @click.command("view")
-@click.argument("features", metavar="FEATURES")
-@click.option("--store", metavar="STORE", help="The store of activations, where it was moved: texts come from it.")
+@click.argument("features", type=TEXT, metavar="FEATURES")
+@click.option(
+    "--store", type=TEXT, metavar="STORE", help="The store of activations, where it was moved: texts come from it."
+)
 @click.option("--run", type=FOLDER, help="The run, for its metrics.  [default: the one that was described]")
-@click.option("--model", metavar="NAME", help="Causal model of transformers, to paste texts and to steer.")
-@click.option("--layer", type=int, metavar="N", help="Hidden state of the dictionary.  [default: that of its rows]")
-@click.option("--tokenizer", metavar="NAME", help="The model's tokenizer, if it lies elsewhere.")
+@click.option("--model", type=TEXT, metavar="NAME", help="Causal model of transformers, to paste texts and to steer.")
+@click.option("--layer", type=COUNT, metavar="N", help="Hidden state of the dictionary.  [default: that of its rows]")
+@click.option("--tokenizer", type=TEXT, metavar="NAME", help="The model's tokenizer, if it lies elsewhere.")
 @click.option("--model-dtype", type=click.Choice(DTYPES), default="float32", help="Of the model's computation.")
-@click.option("--device", default="auto", help="cpu, cuda or auto.")
+@click.option("--device", type=DEVICE, default="auto", help="cpu, cuda or auto.")
 @click.option("--labels", type=PATH, help="File of labels.  [default: FEATURES with .labels.json]")
 @click.option("--interactions", type=PATH, multiple=True, metavar="OUT", help="Product to look through; repeatable.")
-@click.option("--beside", multiple=True, metavar="FEATURES", help="Describes the other side of a product; repeatable.")
-@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="Page that may read features as JSON.")
+@click.option(
+    "--beside", type=TEXT, multiple=True, metavar="FEATURES", help="Describes the other side of a product; repeatable."
+)
+@click.option(
+    "--allow-origin", "origins", type=ORIGIN, multiple=True, metavar="URL", help="Page that may read features as JSON."
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=PORT, help=f"0 takes a free one.  [default: {PORT}]")
 @click.option("--open/--no-open", "opened", default=True, help="Open a browser.  [default: open]")
 @LOOK
@@ -68,11 +75,11 @@ def _view(
     described = [found, *map(open_features, beside)]
     products = [Pairs(open_interactions(path), described) for path in interactions]
     held = Labels(labels or _beside(features))
-    site = Site(found, held, _run(found, run), _live(found, model), products, frozenset(map(_origin, origins)))
+    site = Site(found, held, _run(found, run), _live(found, model), products, frozenset(origins))
     server = Server(site, port)
     print_json({"url": server.url, "latents": len(found)}, as_json)
     if not as_json:
-        click.echo(f"{len(found):,} features of {features} at {server.url}   (Ctrl-C ends)")
+        click.echo(f"{counted(len(found), 'feature')} of {features} at {server.url}   (Ctrl-C ends)")
     if opened:
         webbrowser.open(server.url)
     try:
@@ -81,14 +88,6 @@ def _view(
         pass
     finally:
         server.server_close()
-
-
-def _origin(text: str) -> str:
-    """An origin as browsers send it: scheme, host and port."""
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path.strip("/") or parts.query:
-        raise ConfigError(f"--allow-origin is scheme, host and port, as http://localhost:8041, not {text!r}")
-    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _beside(features: str) -> Path:

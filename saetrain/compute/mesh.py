@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from saetrain.compute.devices import named_device
 from saetrain.errors import ConfigError
 
 RENDEZVOUS = "SAETRAIN_RENDEZVOUS"  # a file through which the ranks of `--nproc` find each other
@@ -60,17 +61,8 @@ class Mesh:
     @classmethod
     def start(cls, device: str = "auto", tensor_parallel: int = 0) -> Mesh:
         """Join the other ranks: by `--nproc`'s file, by torchrun's variables, or as the only one."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        where = torch.device(device)
-        if where.type == "cuda" and where.index is None:
-            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        where = named_device(device)
         if where.type == "cuda":
-            there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            if int(where.index or 0) >= there:
-                raise ConfigError(
-                    f"device {where} is not there: torch finds {there} CUDA devices; --device cpu uses none"
-                )
             torch.cuda.set_device(where)
         else:
             _keep_freed_memory()

@@ -31,6 +31,7 @@ import numpy as np
 
 from actshuffle import format_bytes, open_dataset
 from actshuffle.errors import InfeasibleError
+from actshuffle.units import counted
 from saetrain.errors import DataError
 from saetrain.features import contrast, pairs, product
 from saetrain.features.blueprint import Plan
@@ -92,8 +93,10 @@ def most_entries(plan: Plan, memory: int) -> int:
     if most < plan.block_rows:
         need = fixed + BYTES * plan.block_rows
         raise InfeasibleError(
-            f"--memory {format_bytes(memory)} is less than {format_bytes(need)}: a chunk of {plan.chunk:,} latents "
-            f"takes {format_bytes(fixed)}, and the {plan.block_rows:,} rows of a block up to {BYTES} bytes each; "
+            f"--memory {format_bytes(memory)} is less than {format_bytes(need)}: a chunk of "
+            f"{counted(plan.chunk, 'latent')} "
+            f"takes {format_bytes(fixed)}, and the {counted(plan.block_rows, 'row')} of a block up to "
+            f"{BYTES} bytes each; "
             "give more, or smaller blocks with --block-rows"
         )
     return int(most)
@@ -122,7 +125,7 @@ def active_entries(plan: Plan) -> tuple[float, str]:
         start = tile * plan.tile_rows
         rows = rows_of(data, plan, plan.field, start, min(start + plan.tile_rows, plan.rows))
         found, seen = found + len(active(shard, rows, plan).row), seen + len(rows)
-    return found / seen * plan.rows * plan.latents / (shard.hi - shard.lo), f"a pilot of {seen:,} rows"
+    return found / seen * plan.rows * plan.latents / (shard.hi - shard.lo), f"a pilot of {counted(seen, 'row')}"
 
 
 def forecast(plan: Plan, memory: int) -> Forecast:
@@ -152,12 +155,13 @@ def check(found: Forecast, plan: Plan, out: str | Path, memory: int) -> None:
     if found.encode_memory > memory:
         raise InfeasibleError(
             f"--memory {format_bytes(memory)} is less than the {format_bytes(found.encode_memory)} of an encode task: "
-            f"{plan.latents:,} latents of {plan.d_in:,} numbers in {plan.shards} parts; give more, or more --shards"
+            f"{counted(plan.latents, 'latent')} of {counted(plan.d_in, 'number')} in "
+            f"{counted(plan.shards, 'part')}; give more, or more --shards"
         )
     if found.product_memory > memory:
         raise InfeasibleError(
             f"--memory {format_bytes(memory)} is less than the {format_bytes(found.product_memory)} of a product task: "
-            f"{plan.chunk:,} latents of {plan.d_in:,} numbers, and their tables; give more"
+            f"{counted(plan.chunk, 'latent')} of {counted(plan.d_in, 'number')}, and their tables; give more"
         )
     if "://" not in str(out):
         folder = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())

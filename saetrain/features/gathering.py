@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from actshuffle import Dataset, open_dataset, priorities
 from actshuffle.errors import ConservationError
 from actshuffle.jobs import FolderJob
+from actshuffle.units import counted
 from saetrain.describing.entries import Context, Entries
 from saetrain.features import codes
 from saetrain.features.blueprint import Plan
@@ -82,7 +83,8 @@ def portions(job: FolderJob, context: Context, lo: int, hi: int, counts: I64, mo
         yield _join(plan, data, context, lo, held, hi - lo)
     if (seen != counts).any():
         raise ConservationError(
-            f"latents {lo:,} to {hi - 1:,} have {int(counts.sum()):,} entries by their counts, and fewer in the blocks"
+            f"latents {lo:,} to {hi - 1:,} have {counted(int(counts.sum()), 'entry', 'entries')} by their "
+            "counts, and fewer in the blocks"
         )
 
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from actshuffle import Dataset
 from actshuffle.errors import ConservationError
 from actshuffle.executors import Executor
 from actshuffle.jobs import FolderJob, Outcome, Step, read_done, run_in_folder
 from actshuffle.progress import Progress
+from actshuffle.units import counted
+from saetrain.compute.devices import settled
 from saetrain.config import Config
 from saetrain.data import DOCUMENT_NAMES, GRADIENTS, Store
 from saetrain.describing.slots import QUANTILES, Slots
@@ -62,7 +62,8 @@ def plan_features(
     data = _opened(store, field or found.field, incomplete)
     if data.d_in != found.d_in:
         raise DataError(
-            f"rows of {data.field!r} in {store} have {data.d_in:,} numbers, and the dictionary {dictionary} takes "
+            f"rows of {data.field!r} in {store} have {counted(data.d_in, 'number')}, and the dictionary "
+            f"{dictionary} takes "
             f"{found.d_in:,}: choose the array it was trained on with --field, or its store"
         )
     latents, rows = found.latents, data.rows
@@ -70,16 +71,23 @@ def plan_features(
         raise DataError(f"{store} has no rows")
     unit = max(tile_latents, granule)
     if unit % tile_latents or unit % granule:
-        raise ConfigError(f"tiles of {tile_latents} latents and granules of {granule} do not fit into each other")
+        raise ConfigError(
+            f"tiles of {counted(tile_latents, 'latent')} and granules of {granule} do not fit into each other"
+        )
     most = -(-latents // unit)
     if near < 0:
         raise ConfigError(f"--near must be 0 or more neighbours, got {near}")
     if not 0 <= shards <= most:
-        raise ConfigError(f"--shards must be 1 to {most}: {latents:,} latents are cut at multiples of {unit:,}")
+        raise ConfigError(
+            f"--shards must be 1 to {most}: {counted(latents, 'latent')} are cut at multiples of {unit:,}"
+        )
     block = block_rows or BLOCK_ROWS
     block = -(-min(block, rows) // tile_rows) * tile_rows
-    if not 1 <= block <= MOST_BLOCK_ROWS:
-        raise ConfigError(f"blocks of {block:,} rows: at most {MOST_BLOCK_ROWS:,} fit, in tiles of {tile_rows:,}")
+    if block < 1 or max(block, block_rows) > MOST_BLOCK_ROWS:
+        raise ConfigError(
+            f"blocks of {counted(max(block, block_rows), 'row')}: at most {MOST_BLOCK_ROWS:,} fit, in tiles "
+            f"of {tile_rows:,}"
+        )
     checkpoint = found.checkpoint
     plan = Plan(
         dictionary=str(Path(checkpoint.folder if checkpoint else dictionary).absolute()),
@@ -176,7 +184,8 @@ def publish(job: FolderJob) -> dict[str, Any]:
     collated = sum(found["entries"] for found in chunks)
     if encoded != collated:
         raise ConservationError(
-            f"{encoded:,} active entries were encoded and {collated:,} collated in {job.place}: "
+            f"{counted(encoded, 'active entry', 'active entries')} were encoded and {collated:,} collated "
+            f"in {job.place}: "
             "start again with another OUT"
         )
     (surveyed,) = job.results("survey")
@@ -236,12 +245,12 @@ def build_features(
     actshuffle.errors.InfeasibleError : memory or disk do not suffice, with the arithmetic.
     actshuffle.errors.ConservationError : codes were damaged between their writing and their reading.
     """
+    if executor is None or device == "auto":  # the workers of another machine may have what this one lacks
+        device = settled(device)
     plan = plan_features(dictionary, store, memory=memory, **settings)
     most = most_entries(plan, memory)
     if read_done(out) is None:
         check(forecast(plan, memory), plan, out, memory)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return run_in_folder(
         NAME,
         out,

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actshuffle.units import counted
 from saetrain.compute.kernels import Codes, from_dense
 from saetrain.errors import ConfigError
 from saetrain.probing.causal import LanguageModel
@@ -138,7 +139,7 @@ def attribute(
     whole = shards[0].part
     model.check_width(whole.d_in)
     if not 0 <= first < len(tokens):
-        raise ConfigError(f"positions from {first} on, of {len(tokens)} tokens: none is left")
+        raise ConfigError(f"positions from {first} on, of {counted(len(tokens), 'token')}: none is left")
     scalar, x, g = gradient(model, torch.tensor([list(tokens)]), [metric])
     x, g = (v[0].to(whole.W_dec.dtype).index_fill(0, torch.arange(first, device=v.device), 0) for v in (x, g))
     entries = active(shards, x, g)
@@ -166,7 +167,7 @@ def gradient(model: LanguageModel, tokens: Tensor, metrics: Sequence[Metric]) ->
 def cut(sae: SAE, count: int) -> list[Shard]:
     """The dictionary as ``count`` shards of adjacent latents; tensors are views."""
     if not 1 <= count <= sae.d_sae:
-        raise ConfigError(f"{count} shards of {sae.d_sae} latents: 1 to {sae.d_sae} are possible")
+        raise ConfigError(f"{counted(count, 'shard')} of {counted(sae.d_sae, 'latent')}: 1 to {sae.d_sae} are possible")
     edges = [sae.d_sae * i // count for i in range(count + 1)]
     shards = []
     for lo, hi in pairwise(edges):
@@ -255,7 +256,7 @@ def calibrate(
     found = attribute(sae, model, tokens, metric, first=first)
     effects = found.by_feature()
     if len(effects) < 2:
-        raise ConfigError(f"{len(effects)} features are active: a line needs two or more")
+        raise ConfigError(f"{counted(len(effects), 'feature')} are active: a line needs two or more")
     dice = np.random.default_rng([seed, 3])
     chosen = dice.choice(sorted(effects), min(features, len(effects)), replace=False)
     window = torch.tensor([list(tokens)])

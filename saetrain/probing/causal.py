@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from actshuffle.extras import quietly
+from actshuffle.units import counted
+from saetrain.compute.devices import named_device
 from saetrain.errors import ConfigError, DataError
 
 Edit = Callable[[Tensor, int], Tensor]  # x [windows, tokens, d] and the position of its first token -> the new x
@@ -68,6 +70,7 @@ class LanguageModel:
         """
         if dtype not in DTYPES:
             raise ConfigError(f"types of a model are {', '.join(DTYPES)}; got {dtype!r}")
+        where = named_device(device)
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
             raise ConfigError(f"cannot load the model {name}: there is no such folder")
         try:
@@ -76,8 +79,6 @@ class LanguageModel:
             raise ConfigError(
                 "this needs transformers: in a checkout of actshuffle, pip install '.[collect]'"
             ) from error
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         with quietly(transformers):
             try:
                 how = {"attn_implementation": attention} if attention else {}
@@ -87,7 +88,7 @@ class LanguageModel:
                 why = (str(error).splitlines() or [""])[0]
                 raise ConfigError(f"cannot load the model {name} as a causal language model: {why}") from error
         model.train(False)
-        return cls(model.to(device), words, layer, name)
+        return cls(model.to(where), words, layer, name)
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +170,8 @@ class LanguageModel:
         lists = [m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
         if len(lists) != 1:
             raise ConfigError(
-                f"{self.name} has {len(lists)} lists of {count} blocks; a causal language model with one is needed"
+                f"{self.name} has {len(lists)} lists of {counted(count, 'block')}; a causal language model "
+                "with one is needed"
             )
         return lists[0]
 
@@ -187,7 +189,10 @@ class LanguageModel:
         tokens = (torch.arange(TRIAL, device=self.device) * 7919 % vocabulary)[None]
         found = self.model(input_ids=tokens, output_hidden_states=True).hidden_states
         if len(found) != count + 1:
-            raise ConfigError(f"{self.name} gives {len(found)} hidden states for {count} blocks; one more is expected")
+            raise ConfigError(
+                f"{self.name} gives {counted(len(found), 'hidden state')} for {counted(count, 'block')}; "
+                "one more is expected"
+            )
         if not torch.equal(self.hidden(tokens), found[self.layer]):
             raise ConfigError(
                 f"hidden state {self.layer} of {self.name} is not the output of a block"
@@ -198,7 +203,8 @@ class LanguageModel:
     def check_width(self, width: int) -> None:
         if width != self.width:
             raise DataError(
-                f"the dictionary takes rows of {width} numbers, and layer {self.layer} of {self.name} has {self.width}"
+                f"the dictionary takes rows of {counted(width, 'number')}, and layer {self.layer} of "
+                f"{self.name} has {self.width}"
             )
 
 

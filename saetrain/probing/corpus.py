@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from actshuffle import read_texts
+from actshuffle.units import counted
 from saetrain.errors import ConfigError, DataError
 from saetrain.probing.causal import LanguageModel
 
@@ -75,7 +76,7 @@ class Corpus:
         self.content = context - len(self.before) - len(self.after)
         if self.content < 2 or context > self.model.longest:
             raise ConfigError(
-                f"a window of {context} tokens, {len(self.before) + len(self.after)} of them prefix or "
+                f"a window of {counted(context, 'token')}, {len(self.before) + len(self.after)} of them prefix or "
                 f"special: two others are needed, and {self.model.name} takes {self.model.longest:,} at most"
             )
         if self.cutting.per_document < 0:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actshuffle.units import counted
 from saetrain.errors import ConfigError, DataError
 from saetrain.probing.causal import Edit, LanguageModel
 from saetrain.probing.corpus import Corpus, Document, Scale, measure_scale
@@ -313,7 +314,8 @@ def scores(found: Mapping[str, Any]) -> str:
         *(row(f"KL recovered, from {name}", value) for name, value in found["kl_recovered"].items()),
         row("FVU", found["fvu"]),
         row("L0", found["l0"]),
-        f"{found['tokens']:,} predictions in {found['documents']:,} of {found['documents_available']:,} documents; "
-        f"{found['heavy_rows_left']:,} heavy rows left as they are",
+        f"{counted(found['tokens'], 'prediction')} in {found['documents']:,} of "
+        f"{counted(found['documents_available'], 'document')}; "
+        f"{counted(found['heavy_rows_left'], 'heavy row')} left as they are",
     ]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actshuffle.units import counted
 from saetrain.errors import ConfigError
 from saetrain.probing.causal import Edit, LanguageModel
 
@@ -36,7 +37,7 @@ class Sampler:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < 100 or not 0 < self.repetition < 100 or self.seed < 0:
             raise ConfigError(
-                f"a temperature is 0 (the likeliest token) to 100, a repetition penalty above 0 (1: none), a seed 0 or "
+                "a temperature is 0 (the likeliest token) to 100, a repetition penalty above 0 (1: none), a seed 0 or "
                 f"more; got {self.temperature}, {self.repetition}, {self.seed}"
             )
 
@@ -96,7 +97,8 @@ def generate_many(
 def _check_length(model: LanguageModel, prompt: Sequence[int], tokens: int) -> None:
     if not prompt or tokens < 1 or len(prompt) + tokens > model.longest:
         raise ConfigError(
-            f"a prompt of {len(prompt)} tokens and {tokens} more: both must be 1 or more, and the model takes "
+            f"a prompt of {counted(len(prompt), 'token')} and {tokens} more: both must be 1 or more, and "
+            "the model takes "
             f"{model.longest:,} in all"
         )
 

@@ -146,7 +146,7 @@ def trace(
     with torch.enable_grad(), frozen(low), low.editing(leaf):
         out = high.run(window, look).logits[0, -1]
         x, y = held[low.layer], held[high.layer]
-        chances = out.detach().softmax(-1).topk(logits)
+        chances = out.detach().softmax(-1).topk(min(logits, len(out)))
         up, down = _layer(upper, y.detach()[0]), _layer(lower, x.detach()[0])
         centred = out - out.mean()
         to_logits = [_gradient(centred[token], y) for token in chances.indices]

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from actshuffle.units import counted
 from saetrain.errors import ConfigError, DataError
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.corpus import Corpus, Scale, measure_scale
@@ -161,7 +162,7 @@ def ablate(
     loud = [window for window in windows if window.largest > 0]
     if not loud:
         raise DataError(
-            f"features {list(features)} never fire on the text ({len(windows):,} windows): nothing to ablate"
+            f"features {list(features)} never fire on the text ({counted(len(windows), 'window')}): nothing to ablate"
         )
 
     def effect(window: Window) -> float:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from actshuffle.jobs import FolderJob, FolderTask, Outcome, Step, run_in_folder
+from actshuffle.units import counted
 from saetrain.errors import ConfigError
 from saetrain.products import scratch
 from saetrain.products.energy import Gram, gram
@@ -126,7 +127,8 @@ def check_room(plan: ProductPlan, out: str | Path) -> None:
     sizes, free = plan.sizes(), shutil.disk_usage(folder).free
     if (needed := sizes.scratch + sizes.store - there) > free:
         raise ConfigError(
-            f"{out} needs {sizes.scratch:,} bytes of scratch and {sizes.store:,} of results, {needed:,} more than "
+            f"{out} needs {counted(sizes.scratch, 'byte')} of scratch and {sizes.store:,} of results, "
+            f"{needed:,} more than "
             f"there are, and the disk has {free:,} free: larger panels (--memory, --panel) or a smaller --k need less"
         )
 

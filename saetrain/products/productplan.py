@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from actshuffle.units import counted
+from saetrain.compute.devices import settled
 from saetrain.errors import ConfigError
 from saetrain.products.energy import GRAM_ROWS
 from saetrain.products.matrices import Side, as_side
@@ -172,8 +174,7 @@ def make_plan(
         raise ConfigError(f"thresholds must be positive numbers, got {bad[0]}")
     if drop_same and (a.rows != b.rows or min(a.rows, b.rows) < 2):
         raise ConfigError(f"only a square product of 2 rows or more can drop its diagonal; this is {a.rows} x {b.rows}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"there is no CUDA device here for --device {device}")
+    device = settled(device)
     most = -(-max(a.rows, b.rows) // COLUMNS) * COLUMNS
     if panel is not None and (panel < 1 or panel % COLUMNS):
         raise ConfigError(f"panel must be a multiple of {COLUMNS} rows, got {panel}")
@@ -186,7 +187,8 @@ def make_plan(
         rows = max(COLUMNS, rows // 2 // COLUMNS * COLUMNS)
     if (needed := plan(rows).sizes().memory) > memory:
         raise ConfigError(
-            f"a task on panels of {plan(rows).panel} rows of width {a.width} with k {k} needs {needed:,} bytes; "
+            f"a task on panels of {counted(plan(rows).panel, 'row')} of width {a.width} with k {k} needs "
+            f"{counted(needed, 'byte')}; "
             f"memory allows {memory:,}: give --memory {needed} or more, or a smaller "
             + ("--k" if plan(rows).panel == COLUMNS else "--panel")
         )

@@ -5,17 +5,19 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from actshuffle.units import counted
+
 SHOWN = 8  # examples
 
 
 def card(feature: Any) -> str:
     """Numbers, histogram, tokens and the top examples of a `saetrain.reading.latents.Feature`."""
     if feature.is_dead:
-        return f"<div><b>latent {feature.index:,}</b>: dead on {feature.features.rows:,} rows</div>"
+        return f"<div><b>latent {feature.index:,}</b>: dead on {counted(feature.features.rows, 'row')}</div>"
     value, low, high = feature.density
     facts = (
-        f"active on {feature.count:,} rows ({value:.3g}, 95% {low:.3g} to {high:.3g}) in {feature.documents:,} "
-        f"documents; mean {feature.mean:.4g}, max {feature.max:.4g}"
+        f"active on {counted(feature.count, 'row')} ({value:.3g}, 95% {low:.3g} to {high:.3g}) in "
+        f"{counted(feature.documents, 'document')}; mean {feature.mean:.4g}, max {feature.max:.4g}"
     )
     tokens = " ".join(
         f"<code>{escape(token.text if token.text is not None else str(token.id))}</code>&nbsp;{token.times:,}"

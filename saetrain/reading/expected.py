@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from actshuffle.units import counted
 from saetrain.errors import DataError
 from saetrain.products.reading import Line
 
@@ -39,7 +40,10 @@ def expected_attribution(line: Line, a: Any, b: Any) -> Expected:
     if a.facts["identity"] != b.facts["identity"]:
         raise DataError(f"{a.path} and {b.path} describe other stores, so that their rows are not the same tokens")
     if line.number >= len(a) or line.length > len(b):
-        raise DataError(f"row {line.number} of {line.length:,} entries is none of {len(a):,} latents by {len(b):,}")
+        raise DataError(
+            f"row {line.number} of {counted(line.length, 'entry', 'entries')} is none of "
+            f"{counted(len(a), 'latent')} by {len(b):,}"
+        )
     rows, _ = a[line.number].codes()
     index, first = np.unique(np.concatenate([line.top_index, line.bottom_index]), return_index=True)
     weight = np.concatenate([line.top_value, line.bottom_value])[first]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from actshuffle import Dataset, decoder, document_name, open_dataset
 from actshuffle.errors import ActshuffleError, RequestError
 from actshuffle.jobs import read_done
+from actshuffle.units import counted
 from saetrain.describing.slots import NO_OFFSET, NO_ROW, histogram_edges
 from saetrain.errors import DataError
 from saetrain.features.keeping import by_feature, by_row
@@ -183,11 +184,11 @@ class Feature:
 
     def __repr__(self) -> str:
         if self.is_dead:
-            return f"latent {self.index:,}: dead, active on none of {self.features.rows:,} rows"
+            return f"latent {self.index:,}: dead, active on none of {counted(self.features.rows, 'row')}"
         value, low, high = self.density
         lines = [
-            f"latent {self.index:,}: active on {self.count:,} of {self.features.rows:,} rows "
-            f"({value:.3g}, 95% {low:.3g} to {high:.3g}) in {self.documents:,} documents, max {self.max:.4g}"
+            f"latent {self.index:,}: active on {self.count:,} of {counted(self.features.rows, 'row')} "
+            f"({value:.3g}, 95% {low:.3g} to {high:.3g}) in {counted(self.documents, 'document')}, max {self.max:.4g}"
         ]
         if (effect := self.loss_effect) is not None:
             lines.append(f"  loss {effect.value:+.3g} nats a row (95% {effect.low:+.3g} to {effect.high:+.3g})")
@@ -306,10 +307,8 @@ class Features:
             around = data.read(field, low, high)
             document = int(around[row - low])
             other = np.flatnonzero(around != around[row - low])
-            low, high = (
-                low + int(max(other[other < row - low], default=-1)) + 1,
-                low + int(min(other[other > row - low], default=high - low)),
-            )
+            before, after = other[other < row - low], other[other > row - low]
+            low, high = low + int(max(before, default=-1)) + 1, low + int(min(after, default=high - low))
             name = document_name(data.attributes, document)
         if data is not None and (field := self.facts["token"]) is not None:
             tokens = tuple(int(token) for token in data.read(field, low, high))
@@ -325,10 +324,8 @@ class Features:
         return Example(kind, row, value, document, name, position, tokens, text, row - low, shown)
 
     def __repr__(self) -> str:
-        return (
-            f"{self.path}: {len(self):,} latents, {self.facts['alive']:,} of them alive, "
-            f"on {self.rows:,} rows of {self._store}"
-        )
+        latents = f"{counted(len(self), 'latent')}, {self.facts['alive']:,} of them alive"
+        return f"{self.path}: {latents}, on {counted(self.rows, 'row')} of {self._store}"
 
 
 def open_features(
@@ -339,11 +336,14 @@ def open_features(
     ``store`` says where the store of activations is, if it has moved: examples take their tokens from there.  Without
     it everything but tokens and text is there all the same.
 
-    Raises `DataError` where there is no result, or its run has not finished.
+    Raises `DataError` where there is no result, its run has not finished, or ``store`` is not the one that was read.
     """
     done = read_done(path)
     if done is None or done["name"] != "features":
         raise DataError(
             f"{path} holds no finished result of `saetrain features`; if its run was stopped, the same command resumes"
         )
-    return Features(str(path), done["found"], None if store is None else str(store), storage_options)
+    found = Features(str(path), done["found"], None if store is None else str(store), storage_options)
+    if store is not None and found.store is None:
+        raise DataError(f"{path} describes the rows of {found.facts['store']}, and {store} is not that store")
+    return found

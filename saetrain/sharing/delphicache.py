@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from actshuffle.units import counted
 from saetrain.errors import ExchangeError
 from saetrain.features.keeping import by_feature
 from saetrain.sharing.naming import Names
@@ -86,4 +87,6 @@ def check(features: Any, length: int) -> None:
             f"{features.path} keeps no codes, and delphi needs them: run `saetrain features` with --keep-codes"
         )
     if not 1 <= length <= features.rows:
-        raise ExchangeError(f"sequences of {length:,} tokens, and the store has {features.rows:,} rows")
+        raise ExchangeError(
+            f"sequences of {counted(length, 'token')}, and the store has {counted(features.rows, 'row')}"
+        )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
+
+from saetrain.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,12 @@ class Names:
     hook: str = "hook_resid_post"
     dataset: str = ""
     creator: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` for a name that cannot be part of a file's path."""
+        for what, name in (("model", self.model), ("set", self.set), ("suffix", self.suffix)):
+            if re.search(r"[/\\\0]", name) or name in (".", ".."):
+                raise ConfigError(f"the name of the {what} becomes part of a path, and {name!r} cannot be one")
 
     @property
     def source(self) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
-from saetrain.errors import CheckpointError
+from saetrain.errors import CheckpointError, NoCheckpointError
 from saetrain.model import WHOLE, Model
 from saetrain.norms import Norm, spread
 from saetrain.tensors import Spec, TensorFile, sha256, write
@@ -213,7 +213,7 @@ def find(path: Path) -> Checkpoint:
     """The checkpoint at `path`, or the latest of the run at `path`."""
     folders = [path] if (path / "state.json").exists() else published(path)
     if not folders:
-        raise CheckpointError(f"no checkpoint in {path}")
+        raise NoCheckpointError(f"no checkpoint in {path}")
     return open_checkpoint(folders[0])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from actshuffle.units import counted
 from saetrain.config import Config
 from saetrain.data import HEAVY_SHARE, Source, target_of
 
@@ -13,12 +14,16 @@ from saetrain.data import HEAVY_SHARE, Source, target_of
 def opening(source: Source, runs: Mapping[Path, Config], at: int) -> str:
     """The first line for people: what is trained on what."""
     config = next(iter(runs.values()))
-    what = f"{config.arch} of {config.d_sae:,} latents" if len(runs) == 1 else f"{len(runs)} autoencoders"
-    left = f"{config.steps - at:,} steps" if not at else f"{config.steps - at:,} of {config.steps:,} steps"
+    what = f"{config.arch} of {counted(config.d_sae, 'latent')}" if len(runs) == 1 else f"{len(runs)} autoencoders"
+    left = (
+        f"{counted(config.steps - at, 'step')}"
+        if not at
+        else f"{config.steps - at:,} of {counted(config.steps, 'step')}"
+    )
     to = f" to {target}" if (target := target_of(source)) else ""
     return (
-        f"training {what} on {source.rows - config.holdout:,} rows of {source.name} ({source.field}{to}, "
-        f"{source.d_in:,} wide): {left} of {config.batch_size:,} rows"
+        f"training {what} on {counted(source.rows - config.holdout, 'row')} of {source.name} ({source.field}{to}, "
+        f"{source.d_in:,} wide): {left} of {counted(config.batch_size, 'row')}"
     )
 
 
@@ -28,7 +33,7 @@ def brief(run: Path, line: dict[str, Any], steps: int, left: float) -> str:
     if "eval_fvu" not in line:
         text += f"  dead {line['dead']:.1%}"
     else:
-        text += f"  dead {line['eval_dead']:.1%} (of {line['eval_rows']:,} held-out rows)"
+        text += f"  dead {line['eval_dead']:.1%} (of {counted(line['eval_rows'], 'held-out row')})"
         text += f"  held-out fvu {line['eval_fvu']:.4f} +- {line['eval_fvu_high'] - line['eval_fvu']:.4f}"
         if line["eval_heavy_share"] >= HEAVY_SHARE:
             text += f"  (median row {line['eval_fvu_median']:.4f}: {line['eval_heavy_rows']:,} of {line['eval_rows']:,}"

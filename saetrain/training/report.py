@@ -19,7 +19,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from saetrain.errors import SaetrainError
+from actshuffle.units import counted
+from saetrain.errors import ConfigError
 from saetrain.training.log import LOG, read_log
 from saetrain.training.metrics import EDGES
 from saetrain.training.outcome import read_evaluation
@@ -105,12 +106,12 @@ def report(runs: Sequence[Path], out: Path) -> list[Path]:
     """
     runs = [member for run in runs if not run.is_file() for member in _members(run)]
     if not runs:
-        raise SaetrainError("none of these is the folder of a run or a sweep")
+        raise ConfigError("none of these is the folder of a run or a sweep")
     logs = {}
     for run in runs:
         logs[_name(run, runs)] = read_log(run)
         if not logs[_name(run, runs)]:
-            raise SaetrainError(f"{run} has no metrics.jsonl, or an empty one")
+            raise ConfigError(f"{run} has no metrics.jsonl, or an empty one: it is no run that was trained")
     configs = {_name(run, runs): _config(run) for run in runs}
     colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(logs)}
     figure = draw(panels_of(logs), colours)
@@ -188,7 +189,7 @@ def _scores(measured: dict[str, dict[str, Any]], logs: dict[str, list[dict[str, 
         cells = "".join(f"<td>{_interval(found[group][name])}</td>" for group, name in SCORES)
         step, last = found["step"], logs[run][-1]["step"]
         when = "" if step == last else f"step {step:,} of {last:,}, "
-        what = f"{when}layer {found['layer']} of {found['model']}, {found['documents']:,} documents"
+        what = f"{when}layer {found['layer']} of {found['model']}, {counted(found['documents'], 'document')}"
         rows.append(f"<tr><th>{html.escape(run)}</th>{cells}<td>{html.escape(what)}</td></tr>")
     heads = "".join(f"<th>{heading}</th>" for heading in [*SCORES.values(), "measured on"])
     table = f"<h2>The model through the dictionary</h2><table><tr><th>run</th>{heads}</tr>{''.join(rows)}</table>"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actshuffle.errors import DestinationInUseError
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
 from saetrain.data import Batch, Cursor, Source, check_finite, norms_of, sample, stream, target_of
@@ -83,8 +84,8 @@ def fit(
         )
 
     cursor = source.batches(source.rows - config.holdout, config, mesh)  # refuses a store before a folder is made
-    with locked(runs, mesh):
-        return _trained(source, cursor, runs, mesh, heldout, say, tick, extend)
+    with locked(runs, mesh) as ours:
+        return _trained(source, cursor, runs, mesh, heldout, say, tick, extend, ours)
 
 
 def _trained(
@@ -96,6 +97,7 @@ def _trained(
     say: Callable[[str], None],
     tick: Callable[[int], None],
     extend: bool,
+    ours: Callable[[], None],
 ) -> dict[Path, dict[str, Any]]:
     """`fit` on folders that are ours, with settings that leave no choice open."""
     config = next(iter(runs.values()))
@@ -144,7 +146,7 @@ def _trained(
                         m.model.state["fired"].zero_()
                         m.model.state["window"].zero_()
                 if due or saves:
-                    _check_unchanged(read, mesh)
+                    _check_unchanged(read, ours, mesh)
                 for m, line in lines:
                     last[m.run] = line
                     if m.log is not None:
@@ -298,16 +300,17 @@ def _explain(out: Step, batch: Batch, source: Source, config: Config, mesh: Mesh
     return f"diverged: the loss is {out.losses['loss']} in step {at:,} (is lr too high?)"
 
 
-def _check_unchanged(sources: list[Source], mesh: Mesh) -> None:
-    """Refuse, on every rank, to go on with a store that was written to since it was opened."""
-    fault: DataError | None = None
-    for source in sources:
-        try:
+def _check_unchanged(sources: list[Source], ours: Callable[[], None], mesh: Mesh) -> None:
+    """Refuse, on every rank, to go on with a store that was written to since it was opened, or a run that was taken."""
+    fault: Exception | None = None
+    try:
+        ours()
+        for source in sources:
             getattr(source, "check_unchanged", lambda: None)()  # a source need not have it
-        except DataError as error:
-            fault = error
+    except (DataError, DestinationInUseError) as error:
+        fault = error
     if mesh.any(fault is not None):
-        raise fault or DataError("another rank met a store that changed while it was read")
+        raise fault or DataError("another rank met a store that changed while it was read, or another writer")
 
 
 @contextmanager

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from saetrain.errors import ConfigError, DataError
@@ -21,8 +24,10 @@ class Labels:
     """The labels of a result.  `put` replaces the file in one step, so a crash leaves the old or the new one."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file, if it is there.  Raises `DataError` for one that is not ours."""
+        """Read the file, if it is there.  Raises `DataError` for one that is not ours, or can never be."""
         self.path, self._lock = path, threading.Lock()
+        if not path.absolute().parent.is_dir():
+            raise DataError(f"labels cannot be kept in {path}: there is no such folder")
         self._held = self._read()
 
     def get(self, latent: int) -> str:
@@ -40,7 +45,7 @@ class Labels:
         text = " ".join(text.split())
         if len(text) > LONGEST:
             raise ConfigError(f"a label has at most {LONGEST} characters, and this one {len(text)}")
-        with self._lock:
+        with self._lock, _alone(self.path.absolute().parent):
             held = self._read()
             held.pop(latent, None)
             if text:
@@ -74,3 +79,15 @@ class Labels:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other page writes labels in a folder; where there are no locks, go on without one."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

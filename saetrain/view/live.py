@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from actshuffle.units import counted
 from saetrain.errors import ConfigError
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.generation import Sampler, generate, prompt_tokens, stream
@@ -64,7 +65,7 @@ class Live:
         if not tokens:
             raise ConfigError("the text has no tokens")
         if len(tokens) > LONGEST_TEXT or len(before) + len(tokens) > self.model.longest:
-            raise ConfigError(f"the text has {len(tokens):,} tokens; at most {LONGEST_TEXT} are read")
+            raise ConfigError(f"the text has {counted(len(tokens), 'token')}; at most {LONGEST_TEXT} are read")
         with self._lock, torch.no_grad():
             x = self.model.hidden(torch.tensor([before + tokens]))[0, len(before) :]
             acts = self.sae.encode(x.to(self.sae.W_dec.dtype))

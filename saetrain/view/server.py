@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from actshuffle.errors import ActshuffleError
+from actshuffle.units import counted
 from saetrain.errors import ConfigError, SaetrainError
 from saetrain.view.lists import Filter
 from saetrain.view.site import Site
@@ -125,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             size = int(self.headers.get("Content-Length", "0"))
             if not 0 < size <= MOST_BODY:
-                raise ValueError(f"{size:,} bytes, of 1 to {MOST_BODY:,}")
+                raise ValueError(f"{counted(size, 'byte')}, of 1 to {MOST_BODY:,}")
             found = json.loads(self.rfile.read(size))
             if not isinstance(found, dict):
                 raise TypeError(f"{type(found).__name__}, not an object")

@@ -387,6 +387,9 @@ def test_a_zipped_store_is_named_as_one(tmp_path: Path) -> None:
         zarr.create_array(store, shape=(4, 2), chunks=(2, 2), dtype="f4")[:] = 1
     with pytest.raises(SourceError, match=r"a Zarr store is a folder, and .*zip is a zip file: unpack it first"):
         shuffle(tmp_path / "x.zarr.zip", tmp_path / "y.zarr", seed=1)
+    for given in (tmp_path / "x.zarr.zip", tmp_path):
+        with pytest.raises(SourceError, match=r"nothing to import .*; \S+/x.zarr.zip is a zip file: unpack it first"):
+            import_store(given, tmp_path / "y.zarr")
     np.save(tmp_path / "x.npy", ACT)
     with pytest.raises(SourceError, match="is a file: import reads"):
         shuffle(tmp_path / "x.npy", tmp_path / "y.zarr", seed=1)

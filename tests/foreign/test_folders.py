@@ -173,7 +173,7 @@ def test_names_that_count_the_files(tmp_path: Path) -> None:
         np.save(folder / f"{name}.npy", values(3))
     assert len(names(folder)) == 5
     np.save(folder / "a-00000-of-00001.npy", values(3))
-    refused(lambda: names(folder), r"a\.\.\.\.npy are said to be 1 files and 2 files: some are left")
+    refused(lambda: names(folder), r"a\.\.\.\.npy are said to be 1 file and 2 files: some are left")
     refused(lambda: names(*sorted(folder.glob("a-*"))), "some are left")
     for file in folder.glob("a-*-of-00002.npy"):
         file.unlink()

@@ -105,7 +105,7 @@ def files(folder: Path) -> Section:
     exchange.bring(folder / "topk.saelens", folder / "imported")
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_file() and "tensorboard" not in name and path.name != ".lock":
+        if path.is_file() and "tensorboard" not in name:
             found[name] = f"file: {', '.join(names_in(path))}"
     return found
 

@@ -132,7 +132,7 @@ def test_a_run_that_diverges_fails_and_says_so(store: Path, tmp_path: Path, caps
         found, err = said(capsys, *arguments, code=1)
         assert found["metrics"]["eval_fvu"] > 1
         assert "diverged: the FVU on held-out rows is" in found["diverged"]
-        assert "1 of 1 runs failed" in err
+        assert "1 of 1 run failed" in err
     assert saetrain.load(tmp_path / "run").k == 4  # its checkpoint is kept
 
 
@@ -164,14 +164,14 @@ def test_one_diverging_run_does_not_end_a_sweep(
         (["fit", "absent.zarr"], 2, "bad-source", "no such source"),
         (["fit", "x.zarr", "--arch", "gate"], 2, "bad-request", "arch must be one of topk, batchtopk"),
         (["fit", "x.zarr", "--k", "many"], 2, "bad-request", "--k must be an integer, got 'many'"),
-        (["fit", "x.zarr", "--nproc", "0"], 2, "bad-request", "--nproc must be 1 or more"),
+        (["fit", "x.zarr", "--nproc", "0"], 2, "bad-request", "must be an integer from 1 to"),
         (["fit"], 2, "bad-request", "Missing argument 'STORE'"),
         (["fit", "x.zarr", "--novel", "1"], 2, "bad-request", "No such option"),
         (["sweep", "x.zarr"], 2, "bad-request", "a sweep needs a list"),
-        (["export", "absent", "out"], 1, "bad-checkpoint", "no checkpoint in absent"),
+        (["export", "absent", "out"], 2, "bad-checkpoint", "no checkpoint in absent"),
         (["export", "absent", "out", "--format", "onnx"], 2, "bad-request", "'onnx' is not one of"),
         (["import", "absent", "run"], 2, "bad-exchange", "absent cannot be read"),
-        (["report", "absent"], 1, "error", "no metrics.jsonl"),
+        (["report", "absent"], 2, "bad-request", "no metrics.jsonl"),
         (["novel"], 2, "bad-request", "No such command"),
     ],
 )

@@ -73,7 +73,7 @@ def test_the_command_finds_neighbours(runs: Path, tmp_path: Path) -> None:
     ("options", "text"),
     [
         (["--memory", "1kB"], "memory allows 1,000"),
-        (["--memory", "some"], "cannot read 'some' as a size"),
+        (["--memory", "some"], "must be a size from 1 byte"),
         (["--workers", "2", "--scheduler", "tcp://127.0.0.1:1"], "not both"),
         (["--product", "x"], "is not one of"),
         (["--through", "no.npy"], "no.npy is not a readable .npy file"),
@@ -89,5 +89,5 @@ def test_bad_options_are_one_line(
 
 
 def test_a_damaged_dictionary_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["interactions", str(tmp_path / "none"), str(runs / "topk"), str(tmp_path / "out")]) == 1
+    assert cli.main(["interactions", str(tmp_path / "none"), str(runs / "topk"), str(tmp_path / "out")]) == 2
     assert "no checkpoint in" in capsys.readouterr().err

@@ -114,6 +114,7 @@ def options(command: str) -> dict[str, click.Option]:
 def test_every_option_has_values_outside_its_domain() -> None:
     for command in ("fit", "sweep"):
         assert set(options(command)) - SWITCHES == set(OUTSIDE)
+    assert set(options("plan")) - SWITCHES < set(OUTSIDE)
     assert {f.name for f in fields(Config)} == {"arch", *DOMAINS}
 
 
@@ -125,12 +126,14 @@ def test_values_outside_are_refused_and_nothing_is_written(
     before = sorted(folder.rglob("*"))
     [flag] = options("fit")[name].opts
     for text in OUTSIDE[name]:
-        assert main(["fit", "rows.zarr", *FAST, flag, text]) == 2, text
-        told = capsys.readouterr().err
-        assert "Traceback" not in told
-        assert "unexpected" not in told
-        assert any(word in told for word in (name, flag, text)), told
-        assert sorted(folder.rglob("*")) == before
+        commands = [["fit", "rows.zarr", *FAST], *([["plan", "rows.zarr"]] if name in options("plan") else [])]
+        for command in commands:
+            assert main([*command, flag, text]) == 2, text
+            told = capsys.readouterr().err
+            assert "Traceback" not in told
+            assert "unexpected" not in told
+            assert any(word in told for word in (name, flag, text)), told
+            assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", DOMAINS)

@@ -173,10 +173,10 @@ def test_a_second_fit_on_a_run_is_refused_and_ranks_end_with_their_launcher(stor
     until(lambda: len(read_log(out)) >= 3 or process.poll() is not None)
     second = run("fit", store, "--out", out, *settings)
     assert second.returncode == 2
-    assert "is in use by process" in second.stderr
+    assert "is in use: process" in second.stderr
     process.kill()  # the launcher only
     process.wait()
-    assert until(lambda: is_free(out / ".lock")), "the ranks outlive their launcher"
+    assert until(lambda: is_free(out.with_name("run.actshuffle-lock"))), "the ranks outlive their launcher"
     lines = len(read_log(out))
     time.sleep(0.5)
     assert len(read_log(out)) == lines

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -212,3 +213,33 @@ def _is_late(node: ast.stmt, home: str) -> bool:
         return {getattr(node, "module", alias.name) for alias in node.names} <= tools
     registration = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
     return registration or (isinstance(node, ast.FunctionDef) and node.name.startswith("_"))
+
+
+# --- Messages -----------------------------------------------------------------------------------
+
+NOUNS = re.compile(
+    "(row|step|token|latent|feature|task|run|window|document|array|file|shard|rank|block|chunk|position|prompt|node|"
+    "link|epoch|tile|label|prediction|checkpoint|text|object|store|worker|column|level)s|entries"
+)
+
+
+def plural_faults(package: Trees) -> list[str]:
+    """Numbers with the plural of a noun behind them, whatever the number: `units.counted` writes "1 row".
+
+    A name in capitals is a number that is known, and so is arithmetic with one or with none.
+    """
+    faults = []
+    for name, tree in package.items():
+        texts = [node.values for node in nodes(tree) if isinstance(node, ast.JoinedStr)]
+        for value, after in ((v, a) for text in texts for v, a in pairwise(text)):
+            if (
+                not isinstance(value, ast.FormattedValue)
+                or value.conversion != -1
+                or not isinstance(after, ast.Constant)
+            ):
+                continue
+            noun = re.match(r" (\w+)\b(?!/)", str(after.value))
+            names = [node.id for node in ast.walk(value.value) if isinstance(node, ast.Name)]
+            if noun and NOUNS.fullmatch(noun[1]) and names and not any(map(str.isupper, names)):
+                faults.append(f"{name}: {{{ast.unparse(value.value)}}} {noun[1]}")
+    return faults

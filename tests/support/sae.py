@@ -21,6 +21,7 @@ from saetrain.config import Config, resolve
 from saetrain.model import Model
 from saetrain.norms import Norm
 from saetrain.variants.table import VARIANTS
+from support.stores import group
 
 __all__ = ["Planted", "matched"]  # and what is defined here
 
@@ -83,6 +84,23 @@ def small_model(arch: str, mesh: Mesh, rows: Tensor, **more: Any) -> Model:
     model = VARIANTS[arch](small(arch, **more), norm_of(rows), mesh)
     model.initialise(model.norm(rows[:256]))
     return model
+
+
+def small_results(folder: Path) -> Path:
+    """A store "rows.zarr", a "run" of four steps on it, that run as SAELens has it, and its latents "described"."""
+    from saetrain.cli import main
+
+    rows, index = Planted.make(2048, 16, 24).rows.numpy(), np.arange(2048, dtype="<i4")
+    group(folder / "rows.zarr", {"x": rows, "token": index % 50, "document": index // 64})
+    store, run, described, saelens = (str(folder / n) for n in ("rows.zarr", "run", "described", "folder"))
+    fast = ["--steps", "4", "--d-sae", "64", "--k", "4", "--batch-size", "64", "--device", "cpu", "--tile", "64"]
+    for arguments in (
+        ["fit", store, "--out", run, *fast, "--no-report", "--incomplete", "true", "--buffer-rows", "0"],
+        ["export", run, saelens],
+        ["features", run, store, described, "--incomplete"],
+    ):
+        assert main(arguments) == 0, arguments
+    return folder
 
 
 # --- the plain dense formulas, for autograd
