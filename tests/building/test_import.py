@@ -358,7 +358,8 @@ def test_options_that_files_contradict(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", ACT)
     safetensors(tmp_path / "x.safetensors", {"x": ("I32", TOKEN)})
     refused(tmp_path / "x.npy", "says that its items are float16, and --dtype says float32", dtype="float32")
-    refused(tmp_path / "x.npy", "--row-shape is for files without a header, and files of npy have one", RequestError, row_shape=[6])
+    headed = "--row-shape is for files without a header, and files of npy have one"
+    refused(tmp_path / "x.npy", headed, RequestError, row_shape=[6])
     refused(tmp_path / "x.safetensors", "--dtype is for files without a header", RequestError, dtype="int32")
     assert_same(taken(tmp_path / "x.npy", tmp_path / "x.zarr", dtype="float16")[1]["x"], ACT)
 
