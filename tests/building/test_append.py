@@ -194,7 +194,7 @@ def test_the_same_append_again_is_already_finished(tmp_path: Path) -> None:
         done = append(dst, source)
         assert (done.done_before, done.added, done.rows, done.seconds) == (True, rows, N + 7, 0.0)
     shown = CliRunner().invoke(main, ["append", str(dst), str(new), "--chunk-rows", "4", "--workers", "0"])
-    assert (shown.exit_code, shown.output) == (0, f"{dst}: already finished, 60 rows appended before, 127 in all\n")
+    assert (shown.exit_code, shown.stdout) == (0, f"{dst}: already finished, 60 rows appended before, 127 in all\n")
     assert (stamps(dst), stamps(tmp_path / "grown.zarr"), {*tmp_path.iterdir()}) == before
 
 

@@ -288,7 +288,7 @@ def test_damaged_scratch_is_named_and_made_anew(small, tmp_path):
         ({"thresholds": (0.0,)}, "thresholds must be positive numbers, got 0.0"),
         ({"panel": 1000}, "panel must be a multiple of 1024 rows, got 1000"),
         ({"drop_same": True}, r"square product .* this is 1500 x 2100"),
-        ({"memory": 1 << 20}, r"panels of 1024 rows of width 24 with k 9 needs [\d,]+ bytes; memory allows 1,048,576"),
+        ({"memory": 1 << 20}, r"panels of 1,024 rows of width 24 with k 9 needs [\d,]+ bytes; memory allows 1,048,576"),
         ({"product": "decoder"}, "product must be one of"),
     ],
 )

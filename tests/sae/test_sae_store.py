@@ -124,12 +124,14 @@ def until(condition: Callable[[], bool], patience: float = 120) -> bool:
 
 
 def is_free(lock: Path) -> bool:
-    """The kernel frees a lock when the last process that holds it has left."""
-    with lock.open() as file:
-        try:
+    """The kernel frees a lock when the last process that holds it has left; one that leaves in order removes it."""
+    try:
+        with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return True
     return True
 
 
