@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actshuffle import Dataset
-from actshuffle.errors import ConservationError
+from actshuffle import Dataset, open_dataset, watch
+from actshuffle.errors import ConservationError, SourceError
 from actshuffle.executors import Executor
 from actshuffle.jobs import FolderJob, Outcome, Step, read_done, run_in_folder
 from actshuffle.progress import Progress
@@ -28,6 +28,7 @@ from saetrain.features.keeping import keep_by_row, rows_are_there
 from saetrain.features.pairs import PAIR_ENTRIES, PAIR_ROWS, PAIRS
 from saetrain.products.lens import open_lens
 from saetrain.products.scratch import SCRATCH
+from saetrain.settings import split_names
 
 NAME = "features"
 TOKEN_NAMES = ("token", "tokens", "token_id", "token_ids", "input_ids")
@@ -244,6 +245,7 @@ def build_features(
     ConfigError : the settings do not fit together.
     actshuffle.errors.InfeasibleError : memory or disk do not suffice, with the arithmetic.
     actshuffle.errors.ConservationError : codes were damaged between their writing and their reading.
+    actshuffle.errors.SourceError : the store was written to meanwhile; the next call begins again.
     """
     if executor is None or device == "auto":  # the workers of another machine may have what this one lacks
         device = settled(device)
@@ -251,12 +253,23 @@ def build_features(
     most = most_entries(plan, memory)
     if read_done(out) is None:
         check(forecast(plan, memory), plan, out, memory)
+    read = [*split_names(plan.field), plan.gradient, plan.token, plan.document]
+    begun = watch(open_dataset(plan.store, incomplete=True), filter(None, read))
+
+    def published(job: FolderJob) -> dict[str, Any]:
+        try:
+            begun.check()
+        except SourceError:
+            job.objects.delete_prefix("receipts")  # some tasks have read the old rows
+            raise
+        return publish(job)
+
     return run_in_folder(
         NAME,
         out,
         plan.settings(),
         steps(plan, device=device, most=most),
-        publish=publish,
+        publish=published,
         executor=executor,
         progress=progress,
         overwrite=overwrite,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 import actshuffle
 import saetrain
@@ -24,6 +25,7 @@ from actshuffle.errors import (
     InfeasibleError,
     RequestError,
     ResumeMismatchError,
+    SourceError,
     StorageFullError,
 )
 from actshuffle.executors import Serial
@@ -35,6 +37,7 @@ from saetrain.features.collate import collate
 from saetrain.features.forecast import forecast
 from saetrain.features.gathering import BYTES
 from saetrain.training.train import fit
+from support.executors import Watched
 from support.features import TINY, content, dense, dictionary, store
 from support.finished import finish
 from support.sae import ARCHS, MemorySource, Planted, one_rank, small
@@ -267,6 +270,26 @@ def test_a_row_with_nan_is_named(tmp_path, whole):
     finish(tmp_path / "nan.zarr", 40, ["x"])
     with pytest.raises(DataError, match="row 33, column 4 is nan"):
         build(whole["topk"][0], tmp_path / "nan.zarr", tmp_path / "out")
+
+
+def test_a_store_that_changes_meanwhile_gives_no_result(tmp_path, whole, acts):
+    shutil.copytree(acts, changing := tmp_path / "acts.zarr")
+    rows = zarr.open_group(changing)["x"]
+    seen = []
+
+    def look(fn: Any, call: Any) -> None:
+        seen.append(call)
+        if len(seen) == 2:
+            rows[:] = -rows[:]
+
+    out = tmp_path / "out"
+    with pytest.raises(SourceError, match="changed while it was read"):
+        build(whole["topk"][0], changing, out, block_rows=100, executor=Watched(look))
+    assert not (out / "done.json").exists()
+    build(whole["topk"][0], changing, out, block_rows=100)
+    build(whole["topk"][0], changing, due := tmp_path / "due")
+    assert content(out) == content(due)
+    build(whole["topk"][0], changing, tmp_path / "same", executor=Watched(lambda fn, call: None))
 
 
 def test_a_store_of_activations_alone_works_without_text(tmp_path, whole):
