@@ -44,7 +44,7 @@ fast: $(VENV)/test.done
 	$(TEMPROOT) $(BIN)/python -m pytest --quiet $(FAST)
 
 test: $(VENV)/test.done       ## the test suite
-	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync --keep-going $(ALONE) $(ROOMS) fast
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync --keep-going $(ROOMS) $(ALONE) fast
 
 # A thread each: those of torch in two processes wait for each other.
 $(TESTS) $(ROOMS) fast: export OMP_NUM_THREADS = 1

@@ -106,7 +106,7 @@ class Job:
             document[place] = public_url(document[place]["url"])
         if not self.plan.staged:  # records of version 0.1.0 do not have it
             del document["plan"]["staged"]
-        if not self.plan.model.block_copies:
+        if self.plan.model.block_copies == 2 * self.plan.model.remote:  # as it was in all earlier versions
             del document["plan"]["model"]["block_copies"]
         return document
 

@@ -72,12 +72,13 @@ def job_from(body: dict[str, Any], options: str = "{}") -> Job:
     try:
         plan = d.pop("plan")
         tupled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.items() if k != "model"}
+        model = {"block_copies": 2 * plan["model"]["remote"], **plan["model"]}  # left out where it is as it always was
         fields = [
             None if f is None else Field(**{**f, "row_shape": tuple(f["row_shape"])})
             for f in (*d.pop("fields"), d.pop("source_row"))
         ]
         return Job(
-            plan=Plan(**tupled, model=MemoryModel(**plan["model"])),
+            plan=Plan(**tupled, model=MemoryModel(**model)),
             keys=Keys(**d.pop("keys")),
             source=Place(d.pop("source"), options),
             destination=Place(d.pop("destination"), options),

@@ -72,6 +72,7 @@ def prepare(
     for part in job.known.behind:
         check_places(Place(part, src.options), dst, request.scratch)
     if recorded is not None:
+        job = dataclasses.replace(job, plan=manifest.job_from(recorded).plan)  # another version may have cut it otherwise
         if recorded["job"] != job.identity:
             was, now = recorded.get("plan"), json.loads(json.dumps(job.to_json()))
             changed = dict.fromkeys(_SAID[k] for k in _SAID if not isinstance(was, dict) or was.get(k) != now[k])
@@ -122,7 +123,6 @@ _SAID = {
     "source_row": "--source-row was another",
     "fill_missing": "--missing-chunks was another",
     "kind": "--gather was another, or SRC is of another kind",
-    "plan": "the plan of blocks and chunks is another (--memory, --block-bytes, --chunk-rows, --levels)",
     "request": "options have other values",
     "key_rows": "SRC stands for other rows",
     "facts": "SRC stands for other rows",
