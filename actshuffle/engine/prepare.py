@@ -72,7 +72,8 @@ def prepare(
     for part in job.known.behind:
         check_places(Place(part, src.options), dst, request.scratch)
     if recorded is not None:
-        job = dataclasses.replace(job, plan=manifest.job_from(recorded).plan)  # another version may have cut it otherwise
+        # Another version may have cut the work otherwise.
+        job = dataclasses.replace(job, plan=manifest.job_from(recorded).plan)
         if recorded["job"] != job.identity:
             was, now = recorded.get("plan"), json.loads(json.dumps(job.to_json()))
             changed = dict.fromkeys(_SAID[k] for k in _SAID if not isinstance(was, dict) or was.get(k) != now[k])

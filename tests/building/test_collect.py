@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib.resources
 import json
-import os
 import random
 import signal
 import warnings
@@ -50,7 +49,6 @@ def alone(request: pytest.FixtureRequest) -> Any:
     """Use one thread, so that sums have one order and other processes keep their cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     yield
     torch.set_num_threads(before)
 
