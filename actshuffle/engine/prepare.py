@@ -72,8 +72,9 @@ def prepare(
     for part in job.known.behind:
         check_places(Place(part, src.options), dst, request.scratch)
     if recorded is not None:
-        # Another version may have cut the work otherwise.
-        job = dataclasses.replace(job, plan=manifest.job_from(recorded).plan)
+        begun = manifest.job_from(recorded).plan
+        if begun.model.block_copies >= job.plan.model.block_copies:  # else its blocks are too large for this memory
+            job = dataclasses.replace(job, plan=begun)  # another version may have cut the work otherwise
         if recorded["job"] != job.identity:
             was, now = recorded.get("plan"), json.loads(json.dumps(job.to_json()))
             changed = dict.fromkeys(_SAID[k] for k in _SAID if not isinstance(was, dict) or was.get(k) != now[k])
@@ -124,6 +125,7 @@ _SAID = {
     "source_row": "--source-row was another",
     "fill_missing": "--missing-chunks was another",
     "kind": "--gather was another, or SRC is of another kind",
+    "plan": "the client of the object store was another, which holds less in memory (storage option client)",
     "request": "options have other values",
     "key_rows": "SRC stands for other rows",
     "facts": "SRC stands for other rows",

@@ -288,7 +288,7 @@ def is_remote(place: Place) -> bool:
 
 
 def copies_at(place: Place) -> int:
-    """How often an object is held in memory while it is put there."""
+    """The copies of an object that the client of a place holds while it writes the object there."""
     return 0 if place == _SOME_STORE else open_objects(place).copies
 
 

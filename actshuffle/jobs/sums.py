@@ -64,9 +64,6 @@ class Sums:
         self._objects.delete_prefix(f"{self.folder}/0")
         return total
 
-    def remove(self) -> None:
-        self._objects.delete_prefix(self.folder)
-
     @property
     def _objects(self) -> Objects:
         return open_objects(self.place, fsync=False)

@@ -77,7 +77,7 @@ class Origin:
         return ", ".join(parts)
 
     def _around(self, left: str = "[[", right: str = "]]") -> tuple[str, str, str]:
-        """What stands before, at and after the row, on one line: text between quotes, or ids where there is none."""
+        """The tokens before, at and after the row on one line: their text in quotes, else their ids."""
         if self.text is None:
             shown = [f"{t} " for t in self.tokens]
             shown[self.at] = f"{left}{self.tokens[self.at]}{right} "

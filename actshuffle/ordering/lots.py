@@ -49,7 +49,7 @@ def in_share(words: U64, start: float, stop: float) -> NDArray[np.bool_]:
 
 
 def edges(parts: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Where the share of each part begins and ends, one after the other; ``"rest"`` ends at 1.
+    """The ends of the interval of lots that each part takes, in the order of the parts; ``"rest"`` ends at 1.
 
     >>> edges({"val": 0.1, "train": "rest"})
     {'val': (0.0, 0.1), 'train': (0.1, 1.0)}
@@ -109,7 +109,7 @@ def shares(rows: int, parts: Mapping[str, Share]) -> dict[str, tuple[int, int]]:
 
 
 def _rows_of(name: str, share: Share, rows: int) -> float | None:
-    """How many rows a share asks for, fractions included; None for the rest."""
+    """The rows that a share asks for, not rounded; None for the rest."""
     if share == "rest":
         return None
     if not isinstance(share, Real) or isinstance(share, bool) or not share >= 0:

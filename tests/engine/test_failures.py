@@ -20,8 +20,8 @@ import pytest
 import zarr
 
 import actshuffle
+from actshuffle.engine import preview, tasks
 from actshuffle.engine import scratch as tier
-from actshuffle.engine import tasks
 from actshuffle.engine.scratch import scratch_place
 from actshuffle.errors import (
     ActshuffleError,
@@ -40,6 +40,7 @@ from actshuffle.storage.place import as_place
 from actshuffle.testing import Faults, Killed, at, differences, leftovers, matching
 from actshuffle.testing import run as serial_run
 from actshuffle.testing.stories import new_process, prepared
+from support.executors import Stops
 from support.processes import (
     KEPT,
     PHASES,
@@ -640,6 +641,21 @@ def test_other_arguments_are_refused_with_the_difference(other, told_of, src, ds
     assert "--overwrite" in str(raised.value)
     assert _files(tmp_path) == before
     finish(src, dst)
+
+
+@pytest.mark.parametrize(("then", "now"), [(2, 0), (0, 2)])
+def test_a_run_keeps_its_plan_unless_the_client_holds_more_now(src, dst, monkeypatch, then, now):
+    asked = {"seed": SEED, "levels": 2, "block_bytes": 560, "run_bytes": 1, "chunk_rows": 5}
+    monkeypatch.setattr(preview, "copies_at", lambda place: then)
+    with pytest.raises(KeyboardInterrupt):
+        actshuffle.shuffle(src, dst, executor=Stops(4), **asked)
+    monkeypatch.setattr(preview, "copies_at", lambda place: now)
+    if now > then:
+        with pytest.raises(ResumeMismatchError, match="client of the object store was another"):
+            actshuffle.shuffle(src, dst, **asked)
+    else:
+        assert actshuffle.shuffle(src, dst, **asked).resumed
+        assert differences(src, dst, SEED) == []
 
 
 def test_another_source_is_refused(src, dst, tmp_path):
