@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from saetrain.probing.curves import Curves
-from saetrain.training.report import COLOURS, Panel, draw
+from saetrain.reporting.figure import COLOURS, draw
+from saetrain.reporting.panels import Panel
 
 TITLES = {
     "coherence": "log-probability under the plain model, nats",

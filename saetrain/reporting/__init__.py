@@ -1,0 +1,1 @@
+"""What runs say of themselves: one page for people, and a picture."""
