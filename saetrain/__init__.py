@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from saetrain.products.reading import Interactions, open_interactions
     from saetrain.reading.expected import expected_attribution
     from saetrain.reading.latents import open_features
-    from saetrain.runs import Run, fit, resume
+    from saetrain.runs.fitting import fit, resume
+    from saetrain.runs.trained import Run, Sweep
     from saetrain.sae import SAE
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Run",
     "Sampler",
     "Steering",
+    "Sweep",
     "Turn",
     "ablate",
     "attribute",
@@ -63,14 +65,15 @@ __all__ = [
 
 def _modules() -> tuple[ModuleType, ...]:
     """The modules that define the public names; they import torch."""
-    from saetrain import config, opening, runs, sae
+    from saetrain import config, opening, sae
     from saetrain.features import pipeline
     from saetrain.probing import attribution, causal, corpus, curves, fidelity, generation, removal, turning
     from saetrain.products import job, reading
     from saetrain.reading import expected, latents
+    from saetrain.runs import fitting, trained
 
     probing = attribution, causal, corpus, curves, fidelity, generation, removal, turning
-    return config, opening, runs, sae, pipeline, *probing, job, reading, expected, latents
+    return config, opening, fitting, trained, sae, pipeline, *probing, job, reading, expected, latents
 
 
 if not TYPE_CHECKING:  # a type checker would take any name

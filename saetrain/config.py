@@ -62,6 +62,7 @@ def resolve(config: Config, d_in: int, rows: int) -> Config:
         aux_k=c.aux_k or max(width // 2, 1),
         dead_tokens=c.dead_tokens or max(min(10_000_000, steps * batch // 10), 20 * batch),
         threshold_rate=c.threshold_rate or min(max(0.01, 20 / steps), 1.0),
+        order_seed=c.seed if c.order_seed < 0 else c.order_seed,
         lr=c.lr or min(2e-4 * (2**14 / d_sae) ** 0.5 * hurry, 0.016),
         eval_every=c.eval_every or max(steps // 10, 1),
         checkpoint_every=c.checkpoint_every or min(max(steps // 10, 1), 1000),

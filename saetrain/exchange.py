@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from actshuffle.jobs import hold
 from saetrain.config import Config
 from saetrain.errors import ExchangeError
 from saetrain.foreign import read_foreign
+from saetrain.norms import Norm
 from saetrain.sae import Folded, saelens_settings
 from saetrain.tensors import Spec, write
 from saetrain.training import checkpoint
+from saetrain.training.start import Weights
 from saetrain.variants.table import VARIANTS
 
 STRIPE_BYTES = 256 << 20
@@ -160,37 +162,71 @@ def _tensors(
 # --- import
 
 
+@dataclass(frozen=True)
+class Brought:
+    """Another tool's autoencoder as the parameters of a run on rows that are not normalised."""
+
+    config: Config
+    held: Part
+
+    @classmethod
+    def read(cls, folder: Path) -> Brought:
+        found = read_foreign(folder)
+        if found.arrays or found.transcodes:
+            raise ExchangeError(
+                f"{folder} holds a transcoder or crosscoder; runs are made of autoencoders of one array"
+            )
+        n, d = found.W_dec.shape
+        config = Config(arch=found.activation, d_sae=n, k=max(found.k, 1), widths=(n,), batch_size=1, steps=1)
+        variant = VARIANTS[config.arch]
+        b_enc: Tensor = found.b_enc
+        if found.subtract_b_dec != variant.pre_bias:  # the bias takes over from the subtraction, or gives it back
+            b_enc = b_enc + (found.W_enc @ found.b_dec) * (1 if variant.pre_bias else -1)
+        held = {
+            "W_enc": found.W_enc,
+            "b_enc": b_enc,
+            "W_dec": found.W_dec,
+            "b_dec": found.b_dec,
+            "mean": torch.zeros(d, dtype=found.W_enc.dtype),
+            "window": torch.zeros(1, dtype=torch.int64),
+            "threshold": torch.zeros(1, dtype=torch.float64),
+            "quiet": torch.zeros(n, dtype=torch.int64),
+            "fired": torch.zeros(n, dtype=torch.int64),
+            **variant.unfold(found.threshold),
+        }
+        return cls(config, held)
+
+    def weight(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.held[name] if name == "b_dec" else self.held[name][start:stop]
+
+    def threshold(self) -> float:
+        return float(self.held["threshold"])
+
+    def norms(self) -> tuple[Norm, None]:
+        return Norm(self.held["mean"], 1.0), None
+
+
+def weights_of(path: Path) -> Weights:
+    """The weights of a run or checkpoint, or of a folder that SAELens or sparsify wrote."""
+    if (path / "cfg.json").exists():
+        return Brought.read(path)
+    found = checkpoint.find(path)
+    found.verify()
+    found.check_names()
+    return found
+
+
 def bring(folder: Path, run: Path) -> None:
     """Make a run, with one checkpoint at step 0, of another tool's autoencoder."""
-    found = read_foreign(folder)
-    if found.arrays or found.transcodes:
-        raise ExchangeError(f"{folder} holds a transcoder or crosscoder; runs are made of autoencoders of one array")
-    n, d = found.W_dec.shape
-    config = Config(arch=found.activation, d_sae=n, k=max(found.k, 1), widths=(n,))
-    config = replace(config, batch_size=1, steps=1)
-    variant = VARIANTS[config.arch]
-    b_enc: Tensor = found.b_enc
-    if found.subtract_b_dec != variant.pre_bias:  # the bias takes over from the subtraction, or gives it back
-        b_enc = b_enc + (found.W_enc @ found.b_dec) * (1 if variant.pre_bias else -1)
-    held = {
-        "W_enc": found.W_enc,
-        "b_enc": b_enc,
-        "W_dec": found.W_dec,
-        "b_dec": found.b_dec,
-        "mean": torch.zeros(d, dtype=found.W_enc.dtype),
-        "window": torch.zeros(1, dtype=torch.int64),
-        "threshold": torch.zeros(1, dtype=torch.float64),
-        "quiet": torch.zeros(n, dtype=torch.int64),
-        "fired": torch.zeros(n, dtype=torch.int64),
-        **variant.unfold(found.threshold),
-    }
+    found = Brought.read(folder)
     with hold(run):
         _refuse_content(run)
-        _write_run(run, config, d, held, {"imported": str(folder)})
+        _write_run(run, found, {"imported": str(folder)})
 
 
-def _write_run(run: Path, config: Config, d: int, held: dict[str, Tensor], about: dict[str, Any]) -> None:
+def _write_run(run: Path, found: Brought, about: dict[str, Any]) -> None:
     """A run of one checkpoint."""
+    config, held = found.config, found.held
     target = checkpoint.step_folder(run, 0)
     target.mkdir(parents=True)
     specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in held.items()}
@@ -200,7 +236,7 @@ def _write_run(run: Path, config: Config, d: int, held: dict[str, Tensor], about
         "format": checkpoint.FORMAT,
         "step": 0,
         "config": config.to_json(),
-        "d_in": d,
+        "d_in": len(held["mean"]),
         "scale": 1.0,
         "tile": 0,
         "cursor": {},

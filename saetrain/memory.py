@@ -4,6 +4,7 @@
 
     parameters    W_enc, W_dec, one number a latent for each bias; b_dec and W_skip are whole on every rank
     moments       twice that: Adam's two
+    average       once more, where --ema keeps an average of the weights
     gradients     as large as the parameters
     rows          a batch as it is read, normalised, and the errors of its rows
     step          what a tile of tokens needs (`Model.tile_bytes`), or the optimiser's blocks of rows, if these are more
@@ -15,6 +16,7 @@ hold the sum against torch's own count of allocated bytes, for every variant.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,16 +34,23 @@ class Memory:
     tile: int
     parameters: int
     moments: int
+    average: int
     gradients: int
     rows: int
     step: int
 
     @property
     def peak(self) -> int:
-        return self.parameters + self.moments + self.gradients + self.rows + self.step
+        return self.parameters + self.moments + self.average + self.gradients + self.rows + self.step
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "peak": self.peak}
+
+
+def together(members: Sequence[Memory]) -> int:
+    """The peak of a sweep: each member keeps its parameters and moments, and one after the other makes a step."""
+    kept = sum(m.parameters + m.moments + m.average for m in members)
+    return kept + max(m.gradients + m.step for m in members) + max(m.rows for m in members)
 
 
 def predict(config: Config, d_in: int, d_out: int = 0, *, tp: int = 1, dp: int = 1, raw: int = 4) -> Memory:
@@ -72,4 +81,5 @@ def predict(config: Config, d_in: int, d_out: int = 0, *, tp: int = 1, dp: int =
     if dp > 1:
         step = max(step, e * n * max(d_in, out) * (7 * dp + 2) // (2 * dp))  # of a sum over replicas
     blocks = 3 * e * min(ROWS, n) * max(d_in, out)
-    return Memory(used, parameters, 2 * gradients, gradients, rows, max(step, blocks))
+    average = gradients if config.ema else 0
+    return Memory(used, parameters, 2 * gradients, average, gradients, rows, max(step, blocks))

@@ -148,6 +148,18 @@ class Model(ABC):
         """Entries of SAELens' cfg.json beyond those that every architecture has."""
         return {}
 
+    @classmethod
+    def rescale(cls, part: dict[str, Tensor], factor: float | Tensor, shift: Tensor) -> dict[str, Tensor]:
+        """The parameters in `extra` of latents whose W_enc x is now `factor` times what it was, and `shift` more.
+
+        Then b_enc is `factor` times what it was, less `shift` (`saetrain.training.start`).
+        """
+        return {}
+
+    def settle(self, sample: Tensor) -> None:
+        """Measure the threshold of the parameters that are there on normalised rows; most variants have none."""
+        self.state["threshold"].zero_()
+
     # --- the same for all variants
 
     def __init__(self, config: Settings, norm: Norm, mesh: Mesh, out: Norm | None = None) -> None:

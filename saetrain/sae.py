@@ -256,23 +256,23 @@ class Folded:
         if not self.checkpoint.config.skip:
             return None
         norm, out = self.norms
-        skip = self.checkpoint.read("W_skip")
+        skip = self.checkpoint.weight("W_skip")
         return (skip * norm.scale / _column(out.scale)).to(skip.dtype)
 
     def b_dec(self) -> Tensor:
         norm, out = self.norms
-        found, skip = out.mean + self.checkpoint.read("b_dec") / out.scale, self.skip()
+        found, skip = out.mean + self.checkpoint.weight("b_dec") / out.scale, self.skip()
         return (found if skip is None else found - skip @ norm.mean).to(out.mean.dtype)
 
     def blocks(self) -> Iterator[dict[str, Tensor]]:
         """W_enc, b_enc, W_dec and any threshold, rows one block after the other."""
-        running = float(self.checkpoint.read("threshold"))
+        running = self.checkpoint.threshold()
         for lo in range(0, self.checkpoint.config.d_sae, BLOCK):
             yield self._block(lo, running)
 
     def rows(self, lo: int, hi: int) -> dict[str, Tensor]:
         """The same of latents [lo, hi) alone; each has the same bits in any range, since whole blocks are folded."""
-        running = float(self.checkpoint.read("threshold"))
+        running = self.checkpoint.threshold()
         first = lo // BLOCK * BLOCK
         parts = [self._block(at, running) for at in range(first, hi, BLOCK)]
         return {n: torch.cat([p[n] for p in parts])[lo - first : hi - first] for n in parts[0]}
@@ -280,7 +280,7 @@ class Folded:
     def _block(self, lo: int, running: float) -> dict[str, Tensor]:
         c, variant, (norm, out) = self.checkpoint, self.variant, self.norms
         hi, scale = min(lo + BLOCK, c.config.d_sae), out.scales[0]
-        part = {n: c.read(n, lo, hi) for n in ("W_enc", "b_enc", "W_dec", *variant.extra)}
+        part = {n: c.weight(n, lo, hi) for n in ("W_enc", "b_enc", "W_dec", *variant.extra)}
         part = variant.fold(part, running, scale)
         if not variant.unit_rows:
             part = _with_unit_rows(part, list(out.parts))

@@ -86,7 +86,7 @@ class Settings:
     clip: float = 1.0
     """Largest norm of the gradient over all parameters; 0 sets no limit"""
     seed: int = 0
-    """Seed of the initial weights, and of the batch order of later epochs"""
+    """Seed of the initial weights, and of the batch order of later epochs unless --order-seed has its own"""
     # --- data
     field: str = ""
     """Array of the store to train on; empty chooses the only floating-point array of two axes, or of more, whose rows
@@ -125,6 +125,20 @@ class Settings:
     """Arrays to rebuild from those of --field, as A or A,B: a transcoder; empty rebuilds the same arrays"""
     skip: bool = False
     """Whether a linear map of the input is added to the output (true) of a transcoder"""
+    # --- trackers
+    log: str = "auto"
+    """Trackers that get the numbers of metrics.jsonl too: tensorboard, wandb, both as A,B, or none; auto is tensorboard
+    where it is installed"""
+    # --- averages and first weights
+    ema: float = 0.0
+    """Decay of a moving average of the weights, such as 0.999, which is then evaluated and exported as the model; 0
+    keeps none"""
+    init_from: str = ""
+    """Run, checkpoint, or folder of SAELens or sparsify whose weights to start from (finetuning); empty starts from
+    random ones"""
+    # --- sweeps
+    order_seed: int = -1
+    """Seed of the batch order of later epochs; -1 takes that of --seed, and in a sweep over seeds the first of them"""
 
     def __post_init__(self) -> None:
         for name, domain in DOMAINS.items():
@@ -145,7 +159,8 @@ class Settings:
         names = {f.name for f in fields(cls)}
         if unknown := set(found) - names:
             raise ConfigError(f"unknown settings {sorted(unknown)}: did a newer version write them?")
-        return cls(**{**found, "widths": tuple(found.get("widths", ()))})
+        order = {"order_seed": found["seed"]} if "seed" in found else {}  # a run of an earlier version has no other
+        return cls(**{**order, **found, "widths": tuple(found.get("widths", ()))})
 
 
 # --- Domains
@@ -157,6 +172,11 @@ def _whole(value: Any, least: int) -> bool:
 
 def _real(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def _trackers(value: Any) -> bool:
+    names = split_names(value) if type(value) is str else []
+    return value in ("auto", "none") or (0 < len(names) == len({*names} & {"tensorboard", "wandb"}))
 
 
 def _rises(widths: Any) -> bool:
@@ -201,6 +221,10 @@ DOMAINS = {  # of every setting but `arch`, which has a table elsewhere
     "document_field": _TEXT,
     "holdout": COUNT_OR_NONE,
     "incomplete": Domain("true or false", lambda value: type(value) is bool),
+    "log": Domain("tensorboard, wandb, both as A,B, auto or none", _trackers),
+    "ema": _DECAY,
+    "init_from": _TEXT,
+    "order_seed": Domain(f"an integer from -1 to {MOST:,}", lambda value: _whole(value, -1)),
     "buffer_rows": Domain(f"an integer from -1 to {MOST:,}", lambda value: _whole(value, -1)),
     "device": Domain(
         "cpu, cuda, cuda:N or auto",

@@ -94,7 +94,7 @@ NEVER = {
 
 FACES = {"__init__", "executors", "jobs", "testing"}  # their `__init__` gives the public names of the room
 LONGER = {"ordering.mixing": "the statistics of one report"}
-SAETRAIN_SEES = {"errors", "executors", "extras", "jobs", "progress", "units"}  # of actshuffle, beside its public names
+SAETRAIN_SEES = {"errors", "executors", "extras", "jobs", "machine", "progress", "units"}  # beside public names
 
 
 # --- Layers -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from saetrain.errors import CheckpointError, ConfigError
 from saetrain.opening import load
 from saetrain.probing.causal import DTYPES, LanguageModel
 from saetrain.probing.corpus import Corpus, Cutting
-from saetrain.runs import recorded
+from saetrain.runs.trained import recorded
 from saetrain.sae import SAE
 from saetrain.training.checkpoint import find
 

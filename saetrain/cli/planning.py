@@ -17,11 +17,14 @@ from saetrain.cli.values import PATH, POSITIVE, TEXT
 from saetrain.config import Config, parse_field, resolve
 from saetrain.data import Store
 from saetrain.errors import ConfigError
+from saetrain.exchange import weights_of
 from saetrain.memory import predict
+from saetrain.training.start import with_inherited
 
 LINES = {
     "parameters": "parameters, and counts of firing",
     "moments": "Adam's moments",
+    "average": "average of the parameters (--ema)",
     "gradients": "gradients",
     "rows": "rows of a batch and their errors",
     "step": "a tile of {tile:,} tokens in the step",
@@ -46,7 +49,7 @@ def _plan(store: str, config: Path | None, nproc: int, as_json: bool, **more: An
       saetrain plan shuffled.zarr --arch jumprelu --d-sae 131072 --batch-size 32768 --nproc 8
     """
     given = {name: parse_field(name, text) for name, text in given_settings(more).items()}
-    settings = Config(**{**base_settings(config), **given})
+    settings = Config(**with_inherited({**base_settings(config), **given}, weights_of))
     if settings.device == "auto":
         settings = replace(settings, device="cuda" if torch.cuda.is_available() else "cpu")
     source = Store(store, settings)
@@ -69,6 +72,8 @@ def _plan(store: str, config: Path | None, nproc: int, as_json: bool, **more: An
     )
     click.echo(f"on each of {counted(nproc, 'rank')}, of which {tp} share the parameters:")
     for name, text in LINES.items():
+        if name == "average" and not memory.average:
+            continue
         click.echo(f"  {format_bytes(rank[name]):>10}  {text.format(tile=memory.tile)}")
     click.echo(f"  {format_bytes(memory.peak):>10}  at most")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
@@ -18,15 +17,18 @@ from actshuffle.units import counted
 from saetrain.cli.closing import EVALUATE, Closing
 from saetrain.cli.options import LOOK, RED_ERROR, F, all_of, first_rank, print_json
 from saetrain.cli.values import FOLDER, PATH, POSITIVE, TEXT
+from saetrain.compute.launch import end_with_launcher, launch
 from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, field_help, parse_field, resolve
 from saetrain.data import Store
 from saetrain.errors import ConfigError
-from saetrain.runs import bar, beside, extended, reached, refuse_stores
-from saetrain.training.launch import end_with_launcher, launch
+from saetrain.exchange import weights_of
+from saetrain.runs.fitting import bar, beside, extended, reached, refuse_stores
+from saetrain.runs.sweeps import SWEPT, combinations
+from saetrain.training.start import with_inherited
 from saetrain.training.train import fit
 
-SWEPT = ("arch", "d_sae", "k", "lr", "sparsity", "aux_coef")  # settings in which the runs of one sweep may differ
+HAVE_COMMAS = ("field", "output", "widths", "log")  # settings of which one value may have commas
 
 
 # --- Options
@@ -38,7 +40,7 @@ def settings_options(*, lists: bool) -> Callable[[F], F]:
     for field in fields(Config):
         default = f"{field.default:.4g}" if isinstance(field.default, float) else field.default
         note = "" if field.default in (0, -1, "", ()) else f"  [default: {default}]"
-        metavar = "A,B" if lists and field.name in SWEPT else "X"
+        metavar = "A,B" if lists and field.name in SWEPT and field.name not in HAVE_COMMAS else "X"
         flag, text = f"--{field.name.replace('_', '-')}", f"{field_help()[field.name]}.{note}"
         options.append(click.option(flag, field.name, metavar=metavar, help=text))
     return all_of(*options)
@@ -79,7 +81,7 @@ def _fit(ctx: click.Context, /, store: str, out: Path | None, config: Path | Non
       saetrain fit shuffled.zarr --arch batchtopk --k 32 --d-sae 16384 --out run
     """
     given = {name: parse_field(name, text) for name, text in given_settings(more).items()}
-    runs = {_out(store, out): Config(**{**base_settings(config), **given})}
+    runs = {_out(store, out): Config(**with_inherited({**base_settings(config), **given}, weights_of))}
     _train(ctx, store, runs, lambda found: found[0], reported=report, **more)
 
 
@@ -91,14 +93,15 @@ def _fit(ctx: click.Context, /, store: str, out: Path | None, config: Path | Non
 def _sweep(ctx: click.Context, /, store: str, out: Path | None, config: Path | None, report: bool, **more: Any) -> None:
     """Train several autoencoders over one read of STORE.
 
-    Settings marked A,B take lists; each combination of their values is a run in a folder of its own.  If one diverges,
-    the others go on, and the exit code is 1.
+    Settings marked A,B take lists; each combination of their values is a run in a folder of its own, to the bit the
+    run that its config.json would start alone.  If one diverges, the others go on, and the exit code is 1.
 
     \b
-    Example:
+    Examples:
       saetrain sweep shuffled.zarr --k 16,32,64 --lr 1e-3,2e-3 --out sweep
+      saetrain sweep shuffled.zarr --seed 0,1,2 --d-sae 4096,16384 --out seeds
     """
-    runs = _combinations(_out(store, out), base_settings(config), given_settings(more))
+    runs = _members(_out(store, out), base_settings(config), given_settings(more))
     _train(ctx, store, runs, lambda found: {"runs": found}, reported=report, **more)
 
 
@@ -149,7 +152,7 @@ def _report(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     Example:
       saetrain report run sweep
     """
-    from saetrain.training.report import report  # imports matplotlib
+    from saetrain.reporting.report import report  # imports matplotlib
 
     written = report(runs, out or runs[0])
     print_json({"files": [str(path) for path in written]}, as_json)
@@ -185,20 +188,12 @@ def given_settings(options: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in taken.items() if text is not None}
 
 
-def _combinations(out: Path, base: dict[str, Any], given: dict[str, str]) -> dict[Path, Config]:
-    """Folder and settings of each run of a sweep: the product of the lists."""
-    lists = {n: t.split(",") for n, t in given.items() if n in SWEPT and "," in t}
-    if not lists:
-        raise ConfigError("a sweep needs a list, as in --k 16,32")
-    base = base | {n: parse_field(n, t) for n, t in given.items() if n not in lists}
-    runs: dict[Path, Config] = {}
-    for choice in itertools.product(*lists.values()):
-        picked: dict[str, Any] = {n: parse_field(n, t) for n, t in zip(lists, choice, strict=True)}
-        name = "-".join(f"{n}={t}" for n, t in zip(lists, choice, strict=True))
-        if out / name in runs:
-            raise ConfigError(f"the list of a sweep gives {name} twice")
-        runs[out / name] = Config(**{**base, **picked})
-    return runs
+def _members(out: Path, base: dict[str, Any], given: dict[str, str]) -> dict[Path, Config]:
+    """Folder and settings of each run of a sweep."""
+    split = {n: t.split(",") for n, t in given.items() if "," in t and n not in HAVE_COMMAS}
+    base = with_inherited(base | {n: parse_field(n, t) for n, t in given.items() if n not in split}, weights_of)
+    lists = {n: [(t, parse_field(n, t)) for t in parts] for n, parts in split.items()}
+    return {out / name: config for name, config in combinations(base, lists).items()}
 
 
 def _train(
@@ -232,7 +227,7 @@ def _train(
         for text in filter(None, (source.flattening(), source.warning())):
             say(text)
         other = Store(heldout, config) if heldout else None
-        lines = fit(source, runs, mesh, heldout=other, say=say, tick=tick, extend=extend)
+        lines = fit(source, runs, mesh, heldout=other, say=say, tick=tick, extend=extend, opened=weights_of)
     number = max(line.pop("signal") for line in lines.values())
     ends = {run: line.pop("diverged") for run, line in lines.items()}
     stopped = any(line["stopped"] for line in lines.values())
@@ -247,7 +242,7 @@ def _train(
             if run := measured.get(Path(found["run"])):
                 found["evaluation"] = run
         if reported:
-            _draw(sound, say)
+            _draw(list(ends), say)
     print_json(document(facts), as_json)
     bad = [f"{run}: {reason}" for run, reason in ends.items() if reason]
     if bad and first_rank():
@@ -259,10 +254,8 @@ def _train(
 
 def _draw(runs: list[Path], say: Callable[[str], None]) -> None:
     """The report of the runs, in the folder of a single one or in the one that all are in."""
-    if not runs:
-        return
     try:
-        from saetrain.training.report import report  # imports matplotlib
+        from saetrain.reporting.report import report  # imports matplotlib
     except ImportError:
         say("no report: matplotlib is not installed")
         return

@@ -7,6 +7,7 @@ import re
 
 import torch
 
+from actshuffle.machine import free_memory
 from actshuffle.units import counted
 from saetrain.errors import ConfigError
 
@@ -33,3 +34,8 @@ def settled(name: str) -> str:
     """The same name with "auto" decided; raises as `named_device` does."""
     where = named_device(name)
     return where.type if name == "auto" else name
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that are free on the device, or on this machine."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()

@@ -84,6 +84,13 @@ class Mesh:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    @property
+    def ranks_here(self) -> int:
+        """Ranks that share the memory of this rank's device."""
+        if self.device.type == "cuda":
+            return 1
+        return int(os.environ.get("LOCAL_WORLD_SIZE") or self.world)  # torchrun's; those of `--nproc` are all here
+
     # --- sums and gathers; `over` is "tp", "dp" or "world"
 
     def gather(self, x: Tensor, over: str, purpose: str = "other") -> Tensor:

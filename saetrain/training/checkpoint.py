@@ -3,7 +3,7 @@
 ::
 
     run/checkpoints/step-00000400/
-        shard-0-of-2.safetensors      latents [0, n/2): parameters, Adam's moments, firing counts
+        shard-0-of-2.safetensors      latents [0, n/2): parameters, their average, Adam's moments, firing counts
         shard-1-of-2.safetensors      latents [n/2, n)
         state.json                    settings, step, data cursor, normalisation scale, SHA-256 of the shards
 
@@ -32,6 +32,7 @@ from saetrain.errors import CheckpointError, NoCheckpointError
 from saetrain.model import WHOLE, Model
 from saetrain.norms import Norm, spread
 from saetrain.tensors import Spec, TensorFile, sha256, write
+from saetrain.training.average import PREFIX
 from saetrain.training.optim import Optimizer
 from saetrain.variants.table import VARIANTS
 
@@ -112,7 +113,7 @@ def _facts(norm: Norm, name: str) -> dict[str, Any]:
 
 
 def _is_split(name: str) -> bool:
-    return name.removeprefix("adam_m.").removeprefix("adam_v.") not in WHOLE_TENSORS
+    return name.removeprefix("adam_m.").removeprefix("adam_v.").removeprefix(PREFIX) not in WHOLE_TENSORS
 
 
 class _together:
@@ -161,6 +162,14 @@ class Checkpoint:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def weight(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of a parameter of the model as it is evaluated and exported: of the average, if one is kept."""
+        return self.read(PREFIX + name if self.has(PREFIX + name) else name, start, stop)
+
+    def threshold(self) -> float:
+        """The running mean of the batch threshold."""
+        return float(self.weight("threshold"))
+
     def norms(self) -> tuple[Norm, Norm | None]:
         """The norm of the input, and of the output of a transcoder."""
         out = self._norm("mean_out", "scale_out") if "scale_out" in self.state else None
@@ -177,8 +186,8 @@ class Checkpoint:
         """Refuse tensors that are not of this variant: they may change what the others compute."""
         split = {"W_enc", "b_enc", "W_dec", *VARIANTS[self.config.arch].extra}
         params = split | {"b_dec"} | ({"W_skip"} if self.config.skip else set())
-        known = params | {f"adam_{m}.{name}" for m in "mv" for name in params}
-        known |= (WHOLE_TENSORS - set(WHOLE)) | {"quiet", "fired"}
+        known = params | {f"{kind}{name}" for kind in ("adam_m.", "adam_v.", PREFIX) for name in params}
+        known |= (WHOLE_TENSORS - set(WHOLE)) | {"quiet", "fired", f"{PREFIX}threshold"}
         for file in self.files:
             if unknown := sorted(set(file.specs) - known):
                 raise CheckpointError(f"{file.path} holds {', '.join(unknown)}, which {self.config.arch} has not")
@@ -253,8 +262,8 @@ def load(checkpoint: Checkpoint, mesh: Mesh) -> Loaded:
     optimizer = Optimizer(model)
     moments = {
         key: checkpoint.read(key, lo, hi).to(mesh.device)
-        for name in model.params
-        for key in (f"adam_m.{name}", f"adam_v.{name}")
+        for name in (*model.params, "threshold")
+        for key in (f"adam_m.{name}", f"adam_v.{name}", PREFIX + name)
         if checkpoint.has(key)
     }
     optimizer.restore(moments, state["step"])

@@ -1,9 +1,11 @@
-"""Adam on this rank's share, learning-rate schedule, gradient clipping, and unit-norm decoder rows.
+"""Adam on this rank's share, learning-rate schedule, gradient clipping, unit-norm decoder rows, and their average.
 
 Everything here is local to a rank, except that each step sums the squared gradient norms over all ranks.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from saetrain.compute.kernels import sum_of_squares
 from saetrain.model import WHOLE, Model
 from saetrain.settings import Settings
+from saetrain.training.average import PREFIX, Average
 
 
 def ramps(config: Settings, step: int) -> tuple[float, float]:
@@ -32,6 +35,8 @@ class Optimizer:
         self.adam = torch.optim.Adam(
             list(model.params.values()), lr=c.lr, betas=(float(c.beta1), float(c.beta2)), eps=c.eps, fused=True
         )
+        self.steps = 0
+        self.average = Average(model, c.ema) if c.ema else None
 
     def apply(self, grads: dict[str, Tensor], lr: float) -> dict[str, float]:
         """Update the parameters once.  Returns each parameter's gradient norm over all ranks, before clipping.
@@ -53,6 +58,9 @@ class Optimizer:
         self.adam.zero_grad(set_to_none=True)
         if model.unit_rows:
             params["W_dec"] /= model.row_norms()[:, None]
+        self.steps += 1
+        if self.average is not None:
+            self.average.update(self.steps)
         return norms | {"all": total}
 
     def update_norms(self) -> dict[str, float]:
@@ -68,7 +76,11 @@ class Optimizer:
             steps[name] = square.sqrt() * lr
         return group_norms(self.model, steps)
 
-    # --- for checkpoints: the moments by parameter, and the number of steps made
+    def finished(self) -> AbstractContextManager[None]:
+        """Within, the model is as it is evaluated: with averaged weights if they are kept."""
+        return nullcontext() if self.average is None else self.average.instead()
+
+    # --- for checkpoints: the moments and the average by parameter, and the number of steps made
 
     def moments(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -76,9 +88,15 @@ class Optimizer:
             state = self.adam.state.get(param)
             if state:
                 found |= {f"adam_m.{name}": state["exp_avg"], f"adam_v.{name}": state["exp_avg_sq"]}
+        if self.average is not None:
+            found |= {PREFIX + name: held for name, held in self.average.held.items()}
         return found
 
     def restore(self, moments: dict[str, Tensor], steps: int) -> None:
+        """Take over what `moments` gave after so many steps."""
+        self.steps = steps
+        for name, held in self.average.held.items() if self.average is not None else ():
+            held.copy_(moments[PREFIX + name])
         for name, param in self.model.params.items():
             if f"adam_m.{name}" in moments:
                 self.adam.state[param] = {

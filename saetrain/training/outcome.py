@@ -24,8 +24,10 @@ MARKER, EVALUATION = "diverged.json", "evaluation.json"
 def diverged(line: dict[str, Any]) -> str:
     """The reason why the model of the last line of metrics is worthless, or an empty text.
 
-    A model that answers every row with the mean row has an FVU of 1.
+    A model that answers every row with the mean row has an FVU of 1.  The line itself may say why its member left.
     """
+    if "diverged" in line:
+        return str(line["diverged"])
     key = "eval_fvu" if "eval_fvu" in line else "fvu"
     value = line.get(key, 0.0)
     if math.isfinite(value) and value <= 1:

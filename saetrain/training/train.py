@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +20,19 @@ from torch import Tensor
 from actshuffle.errors import DestinationInUseError
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
-from saetrain.data import Batch, Cursor, Source, check_finite, norms_of, sample, stream, target_of
-from saetrain.errors import ConfigError, DataError, DivergedError, SaetrainError
-from saetrain.model import Model
+from saetrain.data import Batch, Cursor, Source, check_finite, stream, target_of
+from saetrain.errors import ConfigError, DataError, DivergedError
 from saetrain.training import checkpoint, metrics
 from saetrain.training.clock import Clock
 from saetrain.training.heldout import Heldout
 from saetrain.training.lines import brief, opening
 from saetrain.training.lock import locked
-from saetrain.training.log import Log, read_log
+from saetrain.training.log import read_log
 from saetrain.training.losses import Step, step
-from saetrain.training.optim import Optimizer, ramps
-from saetrain.training.outcome import diverged, mark, marked
-from saetrain.variants.table import VARIANTS
-
-INIT_ROWS = 8192
-# Settings that may change when a run resumes; with any other changed it would be a different run.
-FREE = {"device", "tensor_parallel", "log_every", "eval_every", "checkpoint_every", "keep"}
-# Settings that runs of one sweep have in common.
-SHARED = ("batch_size", "steps", "holdout", "seed", "buffer_rows", "log_every", "eval_every", "checkpoint_every")
-
-
-@dataclass
-class Member:
-    """One autoencoder in training."""
-
-    run: Path
-    model: Model
-    optimizer: Optimizer
-    log: Log | None  # on rank 0
+from saetrain.training.members import SHARED, Member, begin, leave, same
+from saetrain.training.optim import ramps
+from saetrain.training.outcome import diverged, marked
+from saetrain.training.start import Opened
 
 
 def fit(
@@ -60,12 +44,13 @@ def fit(
     say: Callable[[str], None] = lambda text: None,
     tick: Callable[[int], None] = lambda step: None,
     extend: bool = False,
+    opened: Opened = checkpoint.find,
 ) -> dict[Path, dict[str, Any]]:
     """Train one autoencoder for each (folder, settings), or resume these runs where they stopped.
 
     Returns the last line of metrics of each run.  Evaluation is on `heldout` instead of the source's own tail.
     `say` gets lines for people, `tick` the number of each step that is done.  With `extend`, `steps` may be more than
-    those of a run that is resumed.
+    those of a run that is resumed.  `opened` reads the weights that `init_from` names.
 
     On SIGTERM or SIGINT this finishes the step under way, writes a checkpoint, and returns: "stopped" is then true, and
     "signal" the number.  "diverged" gives the reason where a model is worthless; the other runs of a sweep go on.
@@ -73,7 +58,7 @@ def fit(
     runs = {run: resolve(config, source.d_in, source.rows) for run, config in runs.items()}
     config = next(iter(runs.values()))
     for other in runs.values():
-        _same(config, other, SHARED, "runs of one sweep")
+        same(config, other, SHARED, "runs of one sweep read the same batches, and differ in")
     if config.batch_size % mesh.world:
         raise ConfigError(f"batch_size {config.batch_size} is not a multiple of the number of ranks, {mesh.world}")
 
@@ -83,9 +68,10 @@ def fit(
             f"{_widths(source)} wide"
         )
 
-    cursor = source.batches(source.rows - config.holdout, config, mesh)  # refuses a store before a folder is made
+    reading = replace(config, seed=config.order_seed)  # of all members, whatever the seeds of their weights
+    cursor = source.batches(source.rows - config.holdout, reading, mesh)  # refuses a store before a folder is made
     with locked(runs, mesh) as ours:
-        return _trained(source, cursor, runs, mesh, heldout, say, tick, extend, ours)
+        return _trained(source, cursor, runs, mesh, heldout, say, tick, extend, opened, ours)
 
 
 def _trained(
@@ -97,11 +83,12 @@ def _trained(
     say: Callable[[str], None],
     tick: Callable[[int], None],
     extend: bool,
+    opened: Opened,
     ours: Callable[[], None],
 ) -> dict[Path, dict[str, Any]]:
     """`fit` on folders that are ours, with settings that leave no choice open."""
     config = next(iter(runs.values()))
-    members, at, state = _begin(source, runs, mesh, say, heldout, extend)
+    members, at, state = begin(source, runs, mesh, say, heldout, extend, opened)
     if state is not None:
         cursor.load_state_dict(state)
     batches = stream(source, cursor, mesh)
@@ -116,8 +103,7 @@ def _trained(
     with _asked_to_stop() as asked:
         while at < config.steps:
             batch = next(batches)
-            x = members[0].model.norm(batch.rows)
-            y = x if batch.targets is None else members[0].model.out_norm(batch.targets)
+            normed: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # once for all members of one precision
             at += 1
             done, due = at == config.steps, at % config.eval_every == 0
             number = int(mesh.max(torch.tensor([asked[-1] if asked else 0], device=mesh.device), "world"))
@@ -125,11 +111,15 @@ def _trained(
             lines: list[tuple[Member, dict[str, Any]]] = []
             for m in list(members):
                 lr, ramp = ramps(m.model.config, at - 1)
+                if m.model.dtype not in normed:
+                    x = m.model.norm(batch.rows)
+                    normed[m.model.dtype] = x, x if batch.targets is None else m.model.out_norm(batch.targets)
+                x, y = normed[m.model.dtype]
                 out = step(m.model, x, ramp, y)
                 if not math.isfinite(out.losses["loss"]):
                     ends[m.run] = _explain(out, batch, source, config, mesh, at)
                     members.remove(m)
-                    _leave(m, runs[m.run], ends[m.run], mesh, len(runs), say)
+                    leave(m, runs[m.run], ends[m.run], at, len(runs), say)
                     continue
                 norms = m.optimizer.apply(out.grads, lr)
                 if at % config.log_every == 0 or done or due or stop:
@@ -139,10 +129,11 @@ def _trained(
                 raise DivergedError("; ".join(ends[run] for run in runs))
             saves = at % config.checkpoint_every == 0 or done or stop
             with clock.read(at) if lines or saves else nullcontext():
-                for m, line in lines:
-                    line |= clock.rates(m.model, line["l0"], again=due or done)
+                for place, (m, line) in enumerate(lines):
+                    line |= clock.rates(m.model, line["l0"], again=(due or done) and not place)
                     if due or done:
-                        line |= test.evaluate(m.model) | metrics.cosines(m.model)
+                        with m.optimizer.finished():
+                            line |= test.evaluate(m.model) | metrics.cosines(m.model)
                         m.model.state["fired"].zero_()
                         m.model.state["window"].zero_()
                 if due or saves:
@@ -175,93 +166,6 @@ def _trained(
 def _widths(source: Source) -> tuple[int, int]:
     """Of what goes in and of what is rebuilt."""
     return source.d_in, int(getattr(source, "d_out", source.d_in))  # a source need not have it
-
-
-def _leave(m: Member, config: Config, reason: str, mesh: Mesh, of: int, say: Callable[[str], None]) -> None:
-    """Close the run of a member that diverged; in a sweep, record that the others go on without it."""
-    if m.log is not None:
-        m.log.close()
-    if of > 1:
-        if mesh.rank == 0:
-            mark(m.run, config, reason)
-        say(f"{m.run.name}: {reason}; the others go on")
-
-
-def _begin(
-    source: Source,
-    runs: Mapping[Path, Config],
-    mesh: Mesh,
-    say: Callable[[str], None],
-    heldout: Source | None,
-    extend: bool,
-) -> tuple[list[Member], int, dict[str, Any] | None]:
-    """The members at their last common checkpoint, or new ones; the step reached; and the data cursor, if any.
-
-    Members that have diverged are left out.
-    """
-    lost = {run: reason for run, config in runs.items() if (reason := marked(run, config))}
-    for run, reason in lost.items():
-        say(f"{run.name} is left out: it {reason}; remove {run} to try again")
-    if len(lost) == len(runs):
-        raise DivergedError("; ".join(lost.values()))
-    runs = {run: config for run, config in runs.items() if run not in lost}
-    for run, config in runs.items():
-        if found := checkpoint.published(run):
-            old = checkpoint.open_checkpoint(found[0])
-            if old.state["d_in"] != source.d_in:
-                raise DataError(f"{source.name} is {source.d_in} wide; {run} was trained on {old.state['d_in']}")
-            longer = extend and config.steps > old.config.steps
-            names = [f.name for f in fields(Config) if f.name not in FREE and not (longer and f.name == "steps")]
-            _same(old.config, config, names, f"{run} was started with other settings")
-    loaded = checkpoint.load_latest(list(runs), mesh, say)
-    if loaded is None:
-        if any(checkpoint.published(run) for run in runs):
-            raise SaetrainError("there is no step for which all runs have a checkpoint: remove the runs to start again")
-        (norm, out), members, target = norms_of(source), [], target_of(source)
-        for run, config in runs.items():
-            model = VARIANTS[config.arch](config, norm, mesh, out)
-            wanted = sample(source, model.out_norm, INIT_ROWS, mesh, target) if target else None
-            model.initialise(sample(source, model.norm, INIT_ROWS, mesh), wanted)
-            model.measure_tile(config.batch_size // mesh.dp)
-            members.append(Member(run, model, Optimizer(model), None))
-        at, state = 0, None
-    else:
-        both = zip(runs, loaded, strict=True)
-        members = [Member(run, x.model, x.optimizer, None) for run, x in both]
-        for m in members:
-            m.model.config = runs[m.run]  # with what may change: the steps, how often to save
-        at, state = loaded[0].state["step"], loaded[0].state["cursor"]
-        say(f"going on from step {at:,}")
-    for m in members:
-        if mesh.rank == 0:
-            m.run.mkdir(parents=True, exist_ok=True)
-            about: dict[str, Any] = {
-                "store": source.name,
-                "location": getattr(source, "location", source.name),
-                "heldout": heldout and getattr(heldout, "location", heldout.name),
-                "field": source.field,
-                "rows": source.rows,
-                "d_in": source.d_in,
-                "ranks": mesh.world,
-                "tile": m.model.tile,
-                "device": str(mesh.device),
-                "torch": torch.__version__,
-            }
-            shape = getattr(source, "row_shape", ())  # a source need not have it
-            if len(shape) > 1:
-                about["row_shape"] = list(shape)
-            about |= {"input": source.field, "output": target_of(source) or source.field, "d_out": m.model.d_out}
-            written = {"config": runs[m.run].to_json(), "about": about}
-            checkpoint.write_json(m.run / "config.json", written)
-            m.log = Log(m.run, at)
-    return members, at, state
-
-
-def _same(one: Config, other: Config, names: Any, context: str) -> None:
-    """Refuse settings that differ; `context` begins the message."""
-    pairs = [(n, getattr(one, n), getattr(other, n)) for n in names]
-    if different := [f"{n} {a!r} / {b!r}" for n, a, b in pairs if a != b]:
-        raise ConfigError(f"{context}: {'; '.join(different)}")
 
 
 def _line(m: Member, out: Step, y: Tensor, batch: Batch, lr: float, norms: dict[str, float], at: int) -> dict[str, Any]:

@@ -26,10 +26,13 @@ class BatchTopK(TopKFamily):
     def initialise(self, sample: Tensor, target: Tensor | None = None) -> None:
         """The threshold begins at that of a few rows: without one, the first step would list all positive values."""
         super().initialise(sample, target)
+        self.settle(sample)
+
+    def settle(self, sample: Tensor) -> None:
         rows = sample[:START_ROWS]
         total = self.config.k * len(rows) * self.mesh.dp  # every replica has the same rows
         _, cut = batch_topk(self.encoder(), self.centred(rows), total, self.mesh, 0.0)
-        self.state["threshold"] += cut
+        self.state["threshold"].fill_(cut)
 
     def choose(self, encoder: Encoder, xc: Tensor) -> Codes:
         c, running = self.config, self.state["threshold"]

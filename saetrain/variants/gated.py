@@ -106,6 +106,11 @@ class Gated(Model):
         }
 
     @classmethod
+    def rescale(cls, part: dict[str, Tensor], factor: float | Tensor, shift: Tensor) -> dict[str, Tensor]:
+        r_mag = part["r_mag"]
+        return {"r_mag": r_mag, "b_mag": part["b_mag"] * factor - r_mag.exp() * shift}
+
+    @classmethod
     def to_saelens(cls, part: dict[str, Tensor]) -> dict[str, Tensor]:
         """The factor is in W_enc already."""
         b_mag = part["b_enc"]

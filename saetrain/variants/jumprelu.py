@@ -102,6 +102,10 @@ class JumpReLU(Model):
         return super().fold(part, running, scale) | {"threshold": part["log_threshold"].exp() / scale}
 
     @classmethod
+    def rescale(cls, part: dict[str, Tensor], factor: float | Tensor, shift: Tensor) -> dict[str, Tensor]:
+        return {"log_threshold": part["log_threshold"] + torch.as_tensor(factor).log()}
+
+    @classmethod
     def unfold(cls, threshold: Tensor | None) -> dict[str, Tensor]:
         assert threshold is not None
         return {"log_threshold": threshold.clamp_min(torch.finfo(torch.float32).tiny).log()}

@@ -53,7 +53,7 @@ def data() -> Planted:
 
 
 def config(arch: str = "topk", **more: Any) -> Config:
-    settings = {"log_every": 1, "checkpoint_every": 7, "eval_every": 5, "compute": "float32"}
+    settings = {"log_every": 1, "checkpoint_every": 7, "eval_every": 5, "compute": "float32", "ema": 0.9}
     return small(arch, **(settings | more))
 
 

@@ -18,8 +18,11 @@ from saetrain.cli import main
 from saetrain.errors import ConfigError, DataError, ExchangeError
 from saetrain.exchange import bring, export
 from saetrain.features.pipeline import build_features
+from saetrain.norms import Norm
 from saetrain.tensors import TensorFile
 from saetrain.training import checkpoint
+from saetrain.training.start import Start
+from saetrain.variants.table import VARIANTS
 from support.sae import matched, one_rank
 
 WIDTHS = {"low": 24, "high": 20, "into": 32, "out": 32, "wide": 24}
@@ -83,6 +86,21 @@ def test_a_folded_model_computes_what_the_sharded_one_does(name: str, folder: Pa
     assert isinstance(numbers, np.ndarray)
     np.testing.assert_allclose(numbers, found.numpy(), rtol=1e-5)
     assert torch.allclose(sae.array_norms.sum(1), torch.ones(64), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_start_a_model_of_other_rows_as_the_same_function(name: str, folder: Path) -> None:
+    rows, theirs = inputs(name), checkpoint.find(folder / name)
+    other = [
+        None if norm is None else Norm(norm.mean * 1.5 + 1, norm.scale * 3, norm.widths) for norm in theirs.norms()
+    ]
+    assert other[0] is not None
+    with one_rank() as mesh:
+        model = VARIANTS[theirs.config.arch](theirs.config, other[0], mesh, other[1])
+        Start(name, theirs).fill(model, model.norm(rows))
+        found, _ = model.reconstruct(model.norm(rows))
+    norm = model.out_norm
+    torch.testing.assert_close(found / norm.scale + norm.mean, saetrain.load(folder / name)(rows), rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -14,12 +14,14 @@ import torch
 import saetrain
 from saetrain import exchange
 from saetrain.cli import main
-from saetrain.errors import CheckpointError, ExchangeError
+from saetrain.errors import CheckpointError, ConfigError, ExchangeError
 from saetrain.foreign import SAELENS_KEYS, SPARSIFY_KEYS
 from saetrain.tensors import Spec, TensorFile, write
-from saetrain.training import checkpoint
+from saetrain.training import checkpoint, start
+from saetrain.training.start import Start
 from saetrain.training.train import fit
-from support.sae import ARCHS, MemorySource, Planted, one_rank, small
+from saetrain.variants.table import VARIANTS
+from support.sae import ARCHS, MemorySource, Planted, norm_of, one_rank, small
 
 FORMATS = [("saelens", arch) for arch in ARCHS] + [("sparsify", "topk")]
 
@@ -63,6 +65,55 @@ def test_round_trip(format: str, arch: str, trained: Any, tmp_path: Path) -> Non
     again = saetrain.load(tmp_path / "run")
     torch.testing.assert_close(again(rows), expected[arch], rtol=1e-4, atol=1e-3)
     assert torch.equal(again.encode(rows) > 0, read.encode(rows) > 0)
+
+
+# --- weights to start from
+
+
+def filled(name: Path, arch: str, rows: torch.Tensor, **more: Any) -> torch.Tensor:
+    """What a model for rows of other statistics computes of raw rows, with the weights of a run or folder."""
+    norm = norm_of(rows[:50] * 0.5 + torch.arange(rows.shape[1]))
+    with one_rank() as mesh:
+        model = VARIANTS[arch](small(arch, **more), norm, mesh)
+        Start(str(name), exchange.weights_of(name)).fill(model, model.norm(rows))
+        assert not model.unit_rows or torch.allclose(model.row_norms(), torch.ones(64, dtype=torch.float64))
+        return model.reconstruct(model.norm(rows))[0] / model.norm.scale + model.norm.mean
+
+
+@pytest.mark.parametrize(("format", "arch"), [("", arch) for arch in ARCHS] + FORMATS)
+def test_weights_start_a_model_of_other_rows_as_the_same_function(
+    format: str, arch: str, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rows, expected = trained
+    name, taken = folder / arch, arch
+    if format:
+        name, taken = tmp_path / "out", VARIANTS[arch].activation
+        exchange.export(folder / arch, name, format)
+    found = filled(name, taken, rows)
+    torch.testing.assert_close(found, expected[arch].double(), rtol=1e-4, atol=1e-3)
+    monkeypatch.setattr(start, "_between", lambda old, new: (torch.ones(16), torch.zeros(16)))  # the control
+    assert not torch.allclose(filled(name, taken, rows), expected[arch].double(), rtol=1e-2, atol=1e-1)
+
+
+def test_weights_of_the_same_rows_are_taken_to_the_bit(trained: Any, tmp_path: Path) -> None:
+    folder, rows, _ = trained
+    theirs = checkpoint.find(folder / "gated")
+    with one_rank() as mesh:
+        model = VARIANTS["gated"](small("gated", compute="float32"), theirs.norms()[0], mesh)
+        Start("gated", theirs).fill(model, model.norm(rows))
+    assert all(torch.equal(tensor, theirs.read(name)) for name, tensor in model.params.items())
+
+
+def test_kin_may_start_from_kin_and_others_are_refused(trained: Any) -> None:
+    folder, rows, _ = trained
+    start_of = filled(folder / "topk", "batchtopk", rows)  # its threshold is measured
+    error = (start_of - rows).square().sum() / (rows - rows.mean(0)).square().sum()
+    assert float(error) < 1
+    for arch, more, words in (("relu", {}, "arch topk / relu"), ("topk", {"d_sae": 128}, "d_sae 64 / 128")):
+        with pytest.raises(ConfigError, match=f"the weights of .*topk do not fit this run: {words}"):
+            filled(folder / "topk", arch, rows, **more)
+    with pytest.raises(ConfigError, match="widths of the input 16 / 15"):
+        filled(folder / "topk", "topk", rows[:, :15])
 
 
 def test_stripes_and_blocks_give_the_same_file(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

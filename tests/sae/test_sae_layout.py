@@ -27,6 +27,7 @@ LAYERS = [
     "config",
     "data memory",
     "training",
+    "reporting",
     "sae",
     "foreign",
     "products",

@@ -16,7 +16,7 @@ from saetrain import memory
 from saetrain.cli import main
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
-from saetrain.memory import predict
+from saetrain.memory import predict, together
 from saetrain.norms import Norm
 from saetrain.training.losses import step
 from saetrain.training.optim import Optimizer
@@ -33,36 +33,48 @@ def config(arch: str, **more: Any) -> Config:
     return resolve(Config(arch=arch, **settings), D, 10**6)
 
 
-def measured(found: Config, mesh: Mesh) -> int:
-    """The most bytes of tensors at once in two steps, model and all, by torch's own count."""
+def measured(*members: Config, mesh: Mesh) -> int:
+    """The most bytes of tensors at once in two steps, models and all, by torch's own count."""
+    found = members[0]
     torch.set_num_threads(1)
     torch.manual_seed(0)  # ranks that share the parameters share the rows
     mine = found.batch_size // mesh.dp
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        work(found, mesh, torch.randn(mine, D), torch.randn(mine, WIDE) if found.output else None)
+        work(members, mesh, torch.randn(mine, D), torch.randn(mine, WIDE) if found.output else None)
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     sizes = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     rows = 4 * mine * (D + (WIDE if found.output else 0))  # made before the count began
     return int(sizes.max()) + rows
 
 
-def work(found: Config, mesh: Mesh, raw: torch.Tensor, other: torch.Tensor | None) -> None:
+def work(members: tuple[Config, ...], mesh: Mesh, raw: torch.Tensor, other: torch.Tensor | None) -> None:
     norm, out = (Norm(torch.zeros(width, dtype=torch.float64), 1.0) for width in (D, WIDE))
-    model = VARIANTS[found.arch](found, norm, mesh, None if other is None else out)
-    model.initialise(model.norm(raw[:64]), None if other is None else model.out_norm(other[:64]))
-    optimizer = Optimizer(model)
+    models = [VARIANTS[found.arch](found, norm, mesh, None if other is None else out) for found in members]
+    for model in models:
+        model.initialise(model.norm(raw[:64]), None if other is None else model.out_norm(other[:64]))
+    optimizers = [Optimizer(model) for model in models]
     for _ in range(2):
-        model.state["quiet"][: model.latents // 4] = 10**10
-        y = None if other is None else model.out_norm(other)
-        optimizer.apply(step(model, model.norm(raw), 1.0, y).grads, 1e-3)
-        optimizer.update_norms()
+        x, y = models[0].norm(raw), None if other is None else models[0].out_norm(other)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.state["quiet"][: model.latents // 4] = 10**10
+            optimizer.apply(step(model, x, 1.0, y).grads, 1e-3)
+            optimizer.update_norms()
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_plan_is_within_a_tenth_of_the_peak(arch: str) -> None:
     with one_rank() as mesh:
-        peak = measured(config(arch), mesh)
+        peak = measured(config(arch), mesh=mesh)
     assert predict(config(arch), D).peak == pytest.approx(peak, rel=0.1)
+
+
+def test_of_a_sweep_and_of_averages_too() -> None:
+    members = [config("topk", ema=0.99), config("topk", k=8, d_sae=2048)]
+    with one_rank() as mesh:
+        peak = measured(*members, mesh=mesh)
+    each = [predict(member, D) for member in members]
+    assert together(each) == pytest.approx(peak, rel=0.1)
+    assert each[0].average > 0.1 * peak  # it would be missed
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -70,7 +82,7 @@ def test_the_plan_is_within_a_tenth_of_the_peak(arch: str) -> None:
 def test_of_transcoders_too(arch: str, skip: bool) -> None:
     found = config(arch, field="a", output="b", skip=skip)
     with one_rank() as mesh:
-        peak = measured(found, mesh)
+        peak = measured(found, mesh=mesh)
     assert predict(found, D, WIDE).peak == pytest.approx(peak, rel=0.1)
 
 
@@ -81,13 +93,13 @@ def test_tiles_of_the_topk_family_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiled.tile < 1000
     assert tiled.peak < whole.peak
     with one_rank() as mesh:
-        peak = measured(config("topk"), mesh)
+        peak = measured(config("topk"), mesh=mesh)
     assert tiled.peak == pytest.approx(peak, rel=0.1)
 
 
 def session(rank: int, folder: Path, tp: int) -> None:
     mesh = Mesh.start("cpu", tp)
-    peaks = {arch: measured(config(arch, d_sae=8192), mesh) for arch in ("topk", "jumprelu")}
+    peaks = {arch: measured(config(arch, d_sae=8192), mesh=mesh) for arch in ("topk", "jumprelu")}
     (folder / f"{rank}.json").write_text(json.dumps(peaks))
     mesh.close()
 
@@ -124,7 +136,7 @@ def test_a_large_batch_needs_no_matrix_of_its_tokens_and_latents() -> None:
 def test_control_a_matrix_of_batch_by_latents_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = config("jumprelu", tile=2048)  # one tile
     with one_rank() as mesh:
-        peak = measured(whole, mesh)
+        peak = measured(whole, mesh=mesh)
     assert predict(whole, D).peak == pytest.approx(peak, rel=0.1)
     assert predict(config("jumprelu"), D).peak < 0.4 * peak
     monkeypatch.setattr(memory.VARIANTS["jumprelu"], "matrices", (1, 1))

@@ -78,6 +78,53 @@ def test_more_steps_follow_the_longer_schedule(store: Path, tmp_path: Path) -> N
     assert main(["fit", str(store), "--out", str(run.folder), "--steps", "20", "--no-report"]) == 2
 
 
+def test_a_run_starts_from_the_weights_of_another(store: Path, tmp_path: Path) -> None:
+    settings = {"batch_size": 64, "tile": 64, "device": "cpu", "progress": False}
+    old = saetrain.fit(store, out=tmp_path / "old", steps=8, d_sae=32, k=3, **settings)
+    new = saetrain.fit(store, out=tmp_path / "new", init_from=str(old.folder), steps=2, lr=1e-9, **settings)
+    assert (new.config.d_sae, new.config.k) == (32, 3)  # of the weights
+    torch.testing.assert_close(new.sae.W_dec, old.sae.W_dec)
+    random = saetrain.fit(store, out=tmp_path / "random", steps=2, lr=1e-9, d_sae=32, k=3, **settings)
+    assert not torch.allclose(random.sae.W_dec, old.sae.W_dec, atol=1e-2)
+    out = ["--out", str(tmp_path / "no"), "--init-from", str(old.folder)]
+    assert main(["fit", str(store), *out, "--d-sae", "64"]) == 2
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_sweep_has_a_run_for_each_combination(store: Path, tmp_path: Path) -> None:
+    settings = {**SMALL, "steps": 4, "arch": "relu", "clip": 0.0, "sparsity": 0.1}
+    told: list[str] = []
+    sweep = saetrain.fit(
+        store, out=tmp_path / "s", sweep={"lr": [1e-3, 1e300], "seed": [0, 1]}, say=told.append, **settings
+    )
+    assert list(sweep.runs) == ["lr=0.001-seed=0", "lr=0.001-seed=1", "lr=1e+300-seed=0", "lr=1e+300-seed=1"]
+    assert list(sweep.diverged) == list(sweep.runs)[2:]
+    assert sum("the others go on" in text for text in told) == 2
+    frame = sweep.metrics
+    assert list(frame.columns[:3]) == ["lr", "seed", "diverged"]
+    assert frame["eval_fvu"].notna().sum() == 2
+    assert sweep.runs["lr=0.001-seed=1"].config.order_seed == 0
+    with pytest.raises(DivergedError):
+        saetrain.fit(store, out=tmp_path / "s", sweep={"lr": [1e300], "seed": [0, 1]}, progress=False, **settings)
+
+
+@pytest.mark.parametrize(
+    ("lists", "words"),
+    [
+        ({"k": 4}, "a sweep over k needs a list of values, got 4"),
+        ({"k": []}, "needs a list of values"),
+        ({"steps": [4, 8]}, "steps has one value for all runs of a sweep"),
+        ({"colour": ["red"]}, "colour is no setting"),
+        ({}, "a sweep needs a list"),
+        ({"k": [4, 0]}, "k must be"),
+    ],
+)
+def test_sweeps_that_are_none_are_refused(lists: dict[str, Any], words: str, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        saetrain.fit(store, out=tmp_path / "s", sweep=lists, **SMALL)
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_config_of_a_run_starts_the_same_run(store: Path, tmp_path: Path) -> None:
     run = saetrain.fit(store, out=tmp_path / "run", steps=4, progress=False, **SMALL)
     command = ["fit", str(store), "--no-report", "--config", str(run.folder / "config.json"), "--out"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from saetrain.compute.selection import topk
 from saetrain.config import Config, field_help, parse_field, resolve
 from saetrain.errors import ConfigError, DataError, SaetrainError
 from saetrain.exchange import export
+from saetrain.memory import predict, together
+from saetrain.runs.sweeps import combinations, with_texts
+from saetrain.runs.trained import recorded
 from saetrain.training import checkpoint
 from saetrain.training.log import read_log
 from saetrain.training.losses import step
@@ -80,20 +84,43 @@ def test_an_untrained_dictionary_is_not_found(planted: Planted) -> None:
     assert float(matched(random, planted.dictionary).mean()) < 0.7
 
 
-def test_a_sweep_is_what_its_runs_are_alone(tmp_path: Path) -> None:
+def test_a_member_of_a_sweep_is_the_run_of_its_config_alone(tmp_path: Path) -> None:
+    """Seeds, widths and precisions differ, over several epochs, and all members read the same batches."""
     data = Planted.make(2048, 16, 24)
-    configs = {f"k{k}": small("topk", k=k, lr=lr) for k, lr in ((2, 1e-3), (4, 3e-3))}
+    base = {"batch_size": 512, "steps": 8, "holdout": 64, "k": 4, "tile": 64, "lr": 3e-3}
+    lists = {"seed": [3, 4], "d_sae": [32, 64], "compute": ["float32", "float64"]}
+    members = combinations(base, with_texts(lists))
     with one_rank() as mesh:
         together = MemorySource(data.rows, data.documents)
-        fit(together, {tmp_path / "sweep" / n: c for n, c in configs.items()}, mesh)
-        assert len(together.seen) == 20  # one read for both
-        for name, config in configs.items():
-            fit(MemorySource(data.rows, data.documents), {tmp_path / name: config}, mesh)
-            a, b = (checkpoint.find(p) for p in (tmp_path / name, tmp_path / "sweep" / name))
-            assert torch.equal(a.read("W_enc"), b.read("W_enc"))
-        with pytest.raises(ConfigError, match="batch_size 32 / 16"):
-            one, other = configs["k2"], small("topk", batch_size=16)
+        fit(together, {tmp_path / name: config for name, config in members.items()}, mesh)
+        assert len(together.seen) == 8  # one read for eight
+        name = "seed=4-d_sae=64-compute=float64"
+        mixed = contents(tmp_path / name)
+        for folder, due in (("alone", recorded(tmp_path / name)[0]), ("control", members[name])):
+            config = due if folder == "alone" else replace(due, order_seed=4)  # later epochs in another order
+            fit(MemorySource(data.rows, data.documents), {tmp_path / folder: config}, mesh)
+            same = {n: torch.equal(t, mixed[n]) for n, t in contents(tmp_path / folder).items()}
+            assert all(same.values()) == (folder == "alone"), same
+        with pytest.raises(ConfigError, match="differ in: batch_size 512 / 16"):
+            one, other = members[name], replace(members[name], batch_size=16)
             fit(together, {tmp_path / "a": one, tmp_path / "b": other}, mesh)
+
+
+def contents(folder: Path) -> dict[str, torch.Tensor]:
+    found = checkpoint.find(folder)
+    return {name: found.read(name) for name in found.files[0].specs}
+
+
+def test_runs_that_do_not_fit_into_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, config = Planted.make(2048, 16, 24), small("topk", steps=1)
+    one = together([predict(config, 16)])
+    monkeypatch.setattr("saetrain.training.members.free_bytes", lambda device: one)
+    with one_rank() as mesh:
+        source = MemorySource(data.rows, data.documents)
+        with pytest.raises(ConfigError, match=r"2 runs at once would take .* are free: choose fewer runs at once"):
+            fit(source, {tmp_path / "runs" / n: config for n in "ab"}, mesh)
+        assert not (tmp_path / "runs").exists()
+        fit(source, {tmp_path / "a": config}, mesh)  # one of them fits
 
 
 class Halved(TopK):

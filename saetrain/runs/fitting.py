@@ -1,4 +1,4 @@
-"""Training from Python: `fit` a store, `resume` a run, look at one.
+"""Training from Python: `fit` a store, with one autoencoder or a sweep of them, and `resume` a run.
 
 >>> run = saetrain.fit("shuffled.zarr", k=32)     # doctest: +SKIP
 >>> run.sae, run.metrics, run.report()            # doctest: +SKIP
@@ -7,14 +7,11 @@
 from __future__ import annotations
 
 import difflib
-import html
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO, overload
 
@@ -23,62 +20,15 @@ from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
 from saetrain.data import Source, Store
 from saetrain.errors import ConfigError, DivergedError
-from saetrain.opening import load
-from saetrain.sae import SAE
+from saetrain.exchange import weights_of
+from saetrain.runs.sweeps import combinations, with_texts
+from saetrain.runs.trained import Run, Sweep, recorded
 from saetrain.training import train
 from saetrain.training.log import read_log
+from saetrain.training.start import with_inherited
 
 ZARR = ("zarr.json", ".zgroup", ".zarray")  # files of a folder that is a Zarr store
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Run:
-    """The folder of a run, and what is in it."""
-
-    folder: Path
-
-    @cached_property
-    def sae(self) -> SAE:
-        """The autoencoder of the latest checkpoint."""
-        return load(self.folder)
-
-    @property
-    def config(self) -> Config:
-        """The settings, with every choice made."""
-        return recorded(self.folder)[0]
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; docs/training.md says what each number is."""
-        return read_log(self.folder)
-
-    @property
-    def metrics(self) -> Any:
-        """The lines as a pandas DataFrame, one row for each, with the step as index."""
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ConfigError("run.metrics is a table of pandas: pip install pandas, or use run.lines") from error
-        return pd.DataFrame(self.lines).set_index("step")
-
-    @property
-    def finished(self) -> bool:
-        """True if the last step was reached."""
-        lines = self.lines
-        return bool(lines) and int(lines[-1]["step"]) >= self.config.steps
-
-    def report(self, out: str | os.PathLike[str] | None = None) -> Path:
-        """Draw the curves: report.html, whose path is returned, and report.png, in the folder of the run or `out`."""
-        from saetrain.training.report import report  # imports matplotlib
-
-        return report([self.folder], self.folder if out is None else Path(out))[0]
-
-    def _repr_html_(self) -> str:
-        last = self.lines[-1] if self.lines else {}
-        shown = {name: last[name] for name in ("step", "eval_fvu", "eval_l0", "eval_dead") if name in last}
-        cells = "".join(f"<tr><th>{name}</th><td>{value:,.4g}</td></tr>" for name, value in shown.items())
-        return f"<table><caption>{html.escape(str(self.folder))}</caption>{cells}</table>"
 
 
 @overload
@@ -91,8 +41,24 @@ def fit(
     say: Say | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    sweep: None = None,
     **settings: Any,
 ) -> Run: ...
+
+
+@overload
+def fit(
+    source: str | os.PathLike[str],
+    runs: None = None,
+    mesh: None = None,
+    *,
+    heldout: str | os.PathLike[str] | None = None,
+    say: Say | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    sweep: Mapping[str, Sequence[Any]],
+    **settings: Any,
+) -> Sweep: ...
 
 
 @overload
@@ -110,6 +76,7 @@ def fit(
     say: Say | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
     **settings: Any,
 ) -> Any:
     """Train one autoencoder on a finished actshuffle store, or go on with a run that was stopped; returns its `Run`.
@@ -120,15 +87,24 @@ def fit(
     checkpoint and returns; the same call again goes on.  Raises `ConfigError` or `DataError` before anything is
     written, and `DivergedError` if the model is worthless.
 
+    `sweep` has a list of values for some settings, as {"lr": [1e-3, 2e-3], "seed": [0, 1]}: all combinations train over
+    one read of the store, each in a folder of its own in `out`, and the answer is their `Sweep`.  Members that diverge
+    are in `Sweep.diverged`, and the others go on; `DivergedError` is raised if none is left.
+
     With `runs` and `mesh`, it trains several runs of one source of rows, and returns the last metrics of each: see
     `saetrain.training.train.fit`.
     """
     if runs is not None or mesh is not None:
-        if runs is None or mesh is None or settings or out is not None:
+        if runs is None or mesh is None or settings or out is not None or sweep is not None:
             raise ConfigError("fit takes a store and settings, or a source, runs and a mesh")
-        return train.fit(source, runs, mesh, heldout=heldout, say=say or (lambda text: None))
+        return train.fit(source, runs, mesh, heldout=heldout, say=say or (lambda text: None), opened=weights_of)
     folder = Path(out) if out is not None else beside(Path(source))
-    return _one(folder, Config(**_known(settings)), source, heldout, progress, say, extend=False)
+    known = with_inherited(_known(settings), weights_of)
+    if sweep is not None:
+        members = combinations(known, with_texts(_known(sweep)))
+        _all({folder / name: config for name, config in members.items()}, source, heldout, progress, say)
+        return Sweep(folder)
+    return _one(folder, Config(**known), source, heldout, progress, say, extend=False)
 
 
 def resume(
@@ -149,18 +125,6 @@ def resume(
     return _one(folder, config, about["location"], about.get("heldout"), progress, say, extend=True)
 
 
-def recorded(run: Path) -> tuple[Config, dict[str, Any]]:
-    """The settings of a run, and what config.json says about it: "location" is the store, "heldout" the other one."""
-    path = run / "config.json"
-    try:
-        found = json.loads(path.read_text())
-        about = dict(found["about"])
-        about.setdefault("location", about.get("store", ""))  # runs of earlier versions
-        return Config.from_json(found["config"]), about
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} does not describe a run: {type(error).__name__}: {error}") from error
-
-
 def extended(
     run: Path, steps: int | None, store: str | os.PathLike[str] | None = None
 ) -> tuple[Config, dict[str, Any]]:
@@ -178,8 +142,9 @@ def extended(
 
 
 def reached(runs: Iterable[Path]) -> int:
-    """The step that the logs of all runs have reached."""
-    return min(int(lines[-1]["step"]) if (lines := read_log(run)) else 0 for run in runs)
+    """The step that the logs of all runs have reached, but for those that diverged."""
+    last = [(read_log(run) or [{"step": 0}])[-1] for run in runs]
+    return min((int(line["step"]) for line in last if "diverged" not in line), default=0)
 
 
 def beside(store: Path) -> Path:
@@ -218,26 +183,34 @@ def bar(steps: int, at: int, *, drawn: bool, out: TextIO | None = None) -> Itera
 def _one(
     folder: Path, config: Config, store: Any, heldout: Any, progress: bool, say: Say | None, *, extend: bool
 ) -> Run:
-    refuse_stores([folder])
+    found = _all({folder: config}, store, heldout, progress, say, extend=extend)
+    if reason := found[folder]["diverged"]:
+        raise DivergedError(f"{folder}: {reason}")
+    return Run(folder)
+
+
+def _all(
+    runs: Mapping[Path, Config], store: Any, heldout: Any, progress: bool, say: Say | None, *, extend: bool = False
+) -> dict[Path, dict[str, Any]]:
+    """Train on the ranks that are there, with a bar; returns the last line of each run."""
+    refuse_stores(runs)
+    config = next(iter(runs.values()))
     source = Store(store, config)
     other = None if heldout is None else Store(heldout, config)
     mesh = Mesh.start(config.device, config.tensor_parallel)
     try:
         total = resolve(config, source.d_in, source.rows).steps
         shown = progress and mesh.rank == 0
-        with bar(total, reached([folder]), drawn=shown) as (printed, tick):
+        with bar(total, reached(runs), drawn=shown) as (printed, tick):
             tell = say or (printed if shown else lambda text: None)
             for text in filter(None, (source.flattening(), source.warning())):
                 tell(text)
-            found = train.fit(source, {folder: config}, mesh, heldout=other, say=tell, tick=tick, extend=extend)
+            return train.fit(source, runs, mesh, heldout=other, say=tell, tick=tick, extend=extend, opened=weights_of)
     finally:
         mesh.close()
-    if reason := found[folder]["diverged"]:
-        raise DivergedError(f"{folder}: {reason}")
-    return Run(folder)
 
 
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The same, without lists where settings are tuples; refuses a name that is no setting, with the nearest one."""
     names = [field.name for field in fields(Config)]
     for name in settings:
