@@ -25,7 +25,7 @@ def draw(panels: Sequence[Panel], colours: dict[str, str]) -> Figure:
                 x, low, high = zip(*band, strict=True)
                 axis.fill_between(x, low, high, color=colours[run], alpha=0.2, lw=0)
         if number == 1:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, loc="upper right")
         axis.set_title(panel.title, fontsize=9)
         axis.set_xlabel(panel.x, fontsize=7)
         axis.tick_params(which="both", labelsize=7)

@@ -72,7 +72,7 @@ class TensorBoard:
     def __init__(self, run: Path, step: int, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self.board: Any = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
@@ -92,7 +92,7 @@ class Wandb:
         import wandb
 
         name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-        self.run = wandb.init(
+        self.run: Any = wandb.init(
             id=name, name=run.name, dir=str(run), config=dict(config), resume="allow", reinit="create_new"
         )
 

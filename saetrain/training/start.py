@@ -58,9 +58,10 @@ def with_inherited(settings: Mapping[str, Any], opened: Opened) -> dict[str, Any
     if not (name := settings.get("init_from")):
         return dict(settings)
     theirs = opened(Path(name)).config
-    alike = settings.get("arch", theirs.arch) == theirs.arch
-    names = ("arch", "d_sae", "k", "widths", "skip") if alike else ("d_sae", "skip")
-    return {**{n: getattr(theirs, n) for n in names}, **settings}
+    found = {"arch": theirs.arch, "d_sae": theirs.d_sae, "skip": theirs.skip, **settings}
+    if VARIANTS.get(found["arch"]) is VARIANTS[theirs.arch]:
+        found = {"k": theirs.k, "widths": theirs.widths, **found}
+    return found
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ def test_weights_start_a_model_of_other_rows_as_the_same_function(
         exchange.export(folder / arch, name, format)
     found = filled(name, taken, rows)
     torch.testing.assert_close(found, expected[arch].double(), rtol=1e-4, atol=1e-3)
-    monkeypatch.setattr(start, "_between", lambda old, new: (torch.ones(16), torch.zeros(16)))  # the control
+    unmoved = torch.ones(16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64)
+    monkeypatch.setattr(start, "_between", lambda old, new: unmoved)  # the control
     assert not torch.allclose(filled(name, taken, rows), expected[arch].double(), rtol=1e-2, atol=1e-1)
 
 
