@@ -26,6 +26,7 @@ from actshuffle.errors import (
 )
 from actshuffle.executors import Dask
 from support import processes
+from support.axes import halved
 from support.executors import Killed, Paused, Stops
 from support.stores import files, rows_of
 
@@ -39,6 +40,7 @@ from actshuffle.loading.dataset import Dataset, open_dataset  # noqa: E402
 from actshuffle.loading.trace import came_from  # noqa: E402
 from actshuffle.progress import Silent  # noqa: E402
 
+processes.preload("transformers.models.gpt2.modeling_gpt2", "actshuffle.building.models")
 Corpus = tuple[Path, list[list[str]]]
 WORDS = [f"w{i}" for i in range(60)]
 BLOCKS, WIDTH, CONTEXT = 3, 16, 12
@@ -138,9 +140,7 @@ def expected(
     return [np.concatenate([s[n] for s in states]) for n in range(BLOCKS + 1)], known
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(("kind", "keep", "batched"), halved(["gpt2", "bert"], [False, True], [False, True]))
 def test_every_token_is_what_transformers_gives(
     models: dict[str, Path], corpus: Corpus, tmp_path: Path, kind: str, keep: bool, batched: bool
 ) -> None:

@@ -276,16 +276,14 @@ def test_what_the_second_thread_did_not_read_stops_the_run(source, tmp_path, mon
         run(source, tmp_path / "dst", **cut("three"))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-@pytest.mark.parametrize("name", ["one", "two_wide", "three", "four"])
+@pytest.mark.parametrize(("workers", "name"), halved([1, 2, 4], ["one", "two_wide", "three", "four"]))
 def test_cut_any_way_on_a_cluster(source, reference, tmp_path, cluster, workers, name):
     result = run(source, tmp_path / "dst", cluster(workers), **cut(name))
     assert (result.workers, result.plan.levels) == (workers, CUTS[name][0])
     assert_same_bytes(tmp_path / "dst", reference)
 
 
-@pytest.mark.parametrize("how", ["receipt", "rewrite", "late"])
-@pytest.mark.parametrize("name", ["one", "two_wide", "three", "four"])
+@pytest.mark.parametrize(("how", "name"), halved(["receipt", "rewrite", "late"], ["one", "two_wide", "three", "four"]))
 def test_tasks_run_twice_serial(source, reference, tmp_path, name, how):
     twice = Twice(Serial(), how, share=0.2 if name != "one" else 1)
     run(source, tmp_path / "dst", twice, **cut(name))
@@ -293,9 +291,11 @@ def test_tasks_run_twice_serial(source, reference, tmp_path, name, how):
     assert_same_bytes(tmp_path / "dst", reference)
 
 
-@pytest.mark.parametrize("how", ["receipt", "rewrite", "late"])
-@pytest.mark.parametrize(("workers", "name"), [(1, "two"), (2, "two_wide"), (2, "three"), (4, "four")])
-def test_tasks_run_twice_at_once_on_a_cluster(source, reference, tmp_path, cluster, workers, name, how):
+@pytest.mark.parametrize(
+    ("how", "where"), halved(["receipt", "rewrite", "late"], [(1, "two"), (2, "two_wide"), (2, "three"), (4, "four")])
+)
+def test_tasks_run_twice_at_once_on_a_cluster(source, reference, tmp_path, cluster, where, how):
+    workers, name = where
     twice = Twice(cluster(workers), how)
     run(source, tmp_path / "dst", twice, **cut(name))
     assert twice.repeats > 0
@@ -338,7 +338,8 @@ def test_cut_any_way_at_random(source, reference, tmp_path, cluster):
 
 # --- Every number of rows ------------------------------------------------------------------------
 
-AROUND = sorted({0, 1, *(2**j + d for j in range(1, 18) for d in (-1, 0, 1))})
+AROUND = sorted({0, 1, *(2**j + d for j in (1, 2, 3, 4, 5, 8, 10, 16, 17) for d in (-1, 0, 1))})
+BETWEEN = sorted({2**j + d for j in range(1, 18) for d in (-1, 0, 1)} - set(AROUND))
 THIN = [0, 1, 2, 3, 31, 32, 33, 1023, 1024, 1025, 65_535, 65_536, 65_537]
 
 
@@ -349,7 +350,7 @@ def assert_shuffled(tmp_path, n, dtype, shape, executor=None, **request):
     assert_is_oracle(src, dst)
 
 
-@pytest.mark.parametrize("n", AROUND)
+@pytest.mark.parametrize("n", [*AROUND, *(pytest.param(n, marks=pytest.mark.soak) for n in BETWEEN)])
 def test_rows_any_number_in_three_levels(tmp_path, n):
     block = max(3, n // 7)
     assert_shuffled(tmp_path, n, "<u2", (), levels=3, block_bytes=2 * block, chunk_rows=max(1, n // 20))

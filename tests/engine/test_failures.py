@@ -40,6 +40,7 @@ from actshuffle.storage.place import as_place
 from actshuffle.testing import Faults, Killed, at, differences, leftovers, matching
 from actshuffle.testing import run as serial_run
 from actshuffle.testing.stories import new_process, prepared
+from support.axes import halved
 from support.executors import Stops
 from support.processes import (
     KEPT,
@@ -99,8 +100,7 @@ def stop_at(src, dst, what, kind="kill", **plan):
 # --- A process is killed, once per phase --------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", [{}, KEPT], ids=["disk", "memory"])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("phase", "kept"), halved(PHASES, [{}, KEPT]))
 def test_killed_driver_during(phase, kept, src, dst, told):
     killed = start(drive, told, src, dst, kept, (PHASES[phase], "kill"))
     assert ended(killed) == -signal.SIGKILL
@@ -108,7 +108,7 @@ def test_killed_driver_during(phase, kept, src, dst, told):
     if phase != "clearing":
         with pytest.raises(ActshuffleError):
             actshuffle.verify(src, dst)
-    if kept and list(PHASES).index(phase) % 2:  # the machine went down with it
+    if kept and list(PHASES).index(phase) % 4 in (0, 1):  # the machine went down with it
         shutil.rmtree(_in_memory(dst), ignore_errors=True)
     finish(src, dst, **kept)
 
@@ -121,7 +121,9 @@ def test_killed_worker_during(phase, kept, src, dst, told, tmp_path):
     assert_exact(src, dst)
 
 
-@pytest.mark.parametrize(("phase", "kept"), [("split", KEPT), ("index", {}), ("leaf", KEPT)])
+@pytest.mark.parametrize(
+    ("phase", "kept"), [("split", KEPT), ("leaf", {}), pytest.param("index", KEPT, marks=pytest.mark.soak)]
+)
 def test_killed_worker_of_own_cluster_during(phase, kept, src, dst, tmp_path):
     with local_cluster(2) as executor:
         executor.client.run(_die_once, TASKS[phase], tmp_path / "flag")
@@ -291,6 +293,12 @@ def _operations(src, dst, **plan):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
+    return source(tmp_path_factory.mktemp("tiny") / "src.zarr", 16)
+
+
+@pytest.fixture(scope="session")
+def less_tiny(tmp_path_factory):
+    """For the soak."""
     return source(tmp_path_factory.mktemp("tiny") / "src.zarr", 30)
 
 
@@ -339,12 +347,12 @@ def _resume(src, dst, operation, plan):
     ],
     ids=["1", "2", "3", "3-memory", "4-crc32c", "2-zstd-sharded"],
 )
-def test_failing_at_every_operation(kind, plan, tiny, dst):
-    for operation in _operations(tiny, dst, **plan):
+def test_failing_at_every_operation(kind, plan, less_tiny, dst):
+    for operation in _operations(less_tiny, dst, **plan):
         new_process()
         with Faults(at({operation.number: kind}), seed=operation.number), suppress(Killed, ActshuffleError):
-            serial_run(tiny, dst, SEED, **plan)
-        _resume(tiny, dst, operation, plan)
+            serial_run(less_tiny, dst, SEED, **plan)
+        _resume(less_tiny, dst, operation, plan)
         shutil.rmtree(dst)
 
 
@@ -379,19 +387,19 @@ def test_killed_process_at_every_tenth_operation(tiny, dst, told):
 
 
 @pytest.mark.soak
-def test_killed_process_at_every_operation(tiny, dst, told):
-    for operation in _operations(tiny, dst, **TINY):
+def test_killed_process_at_every_operation(less_tiny, dst, told):
+    for operation in _operations(less_tiny, dst, **TINY):
         fault = (f"{operation.name} {operation.key}", "kill")
-        killed = start(drive, told, tiny, dst, TINY, fault)
+        killed = start(drive, told, less_tiny, dst, TINY, fault)
         assert ended(killed) == -signal.SIGKILL, operation
-        _resume(tiny, dst, operation, TINY)
+        _resume(less_tiny, dst, operation, TINY)
         shutil.rmtree(dst)
 
 
 @pytest.mark.parametrize(("kind", "error"), [("error", StorageError), ("full", StorageFullError)])
 def test_write_fails_at_every_write(kind, error, tiny, dst):
     writes = [o for o in _operations(tiny, dst, **TINY) if o.name == "put"]
-    assert len(writes) > 40
+    assert len(writes) > 30
     for operation in writes[:: 1 if kind == "full" else 4]:
         new_process()
         with Faults(at({operation.number: kind})), pytest.raises(error) as raised:
@@ -461,7 +469,7 @@ def _kill_at_random(who, count, src, tmp_path, seed, broken=None):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize(("who", "count"), [("worker", 18), ("scheduler", 6), ("driver", 6)])
+@pytest.mark.parametrize(("who", "count"), [("worker", 8), ("scheduler", 3), ("driver", 4)])
 def test_kills_at_random(who, count, src, tmp_path):
     _kill_at_random(who, count, src, tmp_path, seed=1)
 
@@ -799,25 +807,27 @@ def noise(path):
 DAMAGE = [flip, cut, empty, noise, Path.unlink]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(
-    "what",
-    [
-        "level1/receipts/1.json",
-        "level1/runs/c.1.0.0",
-        "level1/sums/c.1.0.0",
-        "level1/blocks/c.1.0",
-        "level2/receipts/2.json",
-        "level1/index/0.json",
-        "level2/index/1.json",
-        "bounds/c.0.0",
-        "bounds/zarr.json",
-        "bounds.json",
-        "run.json",
-        "level2/runs/c.1.0.0",
-        "level2/sums/c.1.0.0",
-        "level2/blocks/c.1.0",
-    ],
+    ("damage", "what"),
+    halved(
+        DAMAGE,
+        [
+            "level1/receipts/1.json",
+            "level1/runs/c.1.0.0",
+            "level1/sums/c.1.0.0",
+            "level1/blocks/c.1.0",
+            "level2/receipts/2.json",
+            "level1/index/0.json",
+            "level2/index/1.json",
+            "bounds/c.0.0",
+            "bounds/zarr.json",
+            "bounds.json",
+            "run.json",
+            "level2/runs/c.1.0.0",
+            "level2/sums/c.1.0.0",
+            "level2/blocks/c.1.0",
+        ],
+    ),
 )
 def test_damaged_scratch_between_runs(what, damage, src, dst):
     stop_at(src, dst, PHASES["second split" if "level1" in what else "leaf receipt"])

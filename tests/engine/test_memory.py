@@ -176,7 +176,15 @@ def test_serial_run_in_one_level_keeps_to_its_memory(big_source, tmp_path):
     assert_within(measured(big_source(1024, "zstd"), tmp_path / "dst", memory=220 * MB, levels=1), 1, 0.7)
 
 
-@pytest.mark.parametrize(("row_bytes", "kind"), [(64, "raw"), (1024, "raw"), (16384, "raw"), (1024, "zstd")])
+@pytest.mark.parametrize(
+    ("row_bytes", "kind"),
+    [
+        (64, "raw"),
+        (1024, "zstd"),
+        pytest.param(1024, "raw", marks=pytest.mark.soak),
+        pytest.param(16384, "raw", marks=pytest.mark.soak),
+    ],
+)
 def test_serial_run_that_gathers_keeps_to_its_memory(big_source, tmp_path, row_bytes, kind):
     """The page cache, and the rows decoded into /dev/shm, are the machine's and are not counted."""
     src = big_source(row_bytes, kind)
