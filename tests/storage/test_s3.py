@@ -52,6 +52,23 @@ def endpoint(tmp_path_factory):
         yield endpoint
 
 
+@pytest.fixture(scope="session", autouse=True)
+def services():
+    """botocore parses its descriptions of services, megabytes of them, once instead of for each client."""
+    from botocore.loaders import JSONFileLoader
+
+    load, known = JSONFileLoader.load_file, {}
+
+    def once(self, path):
+        if path not in known:
+            known[path] = load(self, path)
+        return known[path]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JSONFileLoader, "load_file", once)
+        yield
+
+
 @pytest.fixture(params=["obstore", pytest.param("fsspec", marks=pytest.mark.soak)])
 def client(request):
     """All tests run on both clients; those that are not marked `on_both` do so in the long campaigns."""

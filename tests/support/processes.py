@@ -29,7 +29,8 @@ from actshuffle.testing import Faults, differences, leftovers, matching
 from support.stores import group, values
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["actshuffle.testing", "distributed", "numcodecs", "hypothesis"])
+PRELOADED = ["actshuffle.testing", "distributed", "numcodecs", "hypothesis"]
+FORKS.set_forkserver_preload(PRELOADED)
 PATIENCE = 120.0  # seconds after which a process counts as stuck
 
 SEED = 5
@@ -78,6 +79,12 @@ def assert_exact(src: Path, dst: Path, seed: int = SEED) -> None:
 
 
 # --- Processes ----------------------------------------------------------------------------------
+
+
+def preload(*modules: str) -> None:
+    """Have the process that is forked import more modules.  It must not have started: call this from a module."""
+    PRELOADED.extend(modules)
+    FORKS.set_forkserver_preload(PRELOADED)
 
 
 def start(target: Callable[..., Any], *args: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,13 +20,14 @@ from saetrain.config import Config, resolve
 from saetrain.model import Model
 from saetrain.norms import Norm
 from saetrain.variants.table import VARIANTS
+from support.processes import preload
 from support.stores import group
 
 __all__ = ["Planted", "matched"]  # and what is defined here
 
 ARCHS = tuple(VARIANTS)
 # Ranks are forks of a process that has imported torch, which takes longer than most of what they do.
-multiprocessing.set_forkserver_preload(["torch", "saetrain.training.train", "pytest"])
+preload("torch", "saetrain.training.train", "pytest")
 
 
 @contextmanager
