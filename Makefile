@@ -2,33 +2,36 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-JOBS ?= 2
+# One more than there are processors, usually: some tests wait for timers and for other processes.
+JOBS ?= 3
 TESTS := $(wildcard tests/test_*.py tests/*/test_*.py)
-# Files with a process of their own: clusters, forks and memory peaks of one do not touch the next.  The longest come
-# first, so that no single one is left running at the end.
-ALONE := $(wildcard $(addprefix tests/, storage/test_s3.py engine/test_failures.py engine/test_memory.py \
-	engine/test_engine.py test_benchmarks.py test_pages_training.py test_pages.py test_week.py sae/test_sae_store.py \
-	sae/test_sae_train.py sae/test_sae_ranks.py sae/test_sae_cli.py sae/test_sae_page.py sae/test_sae_checkpoint.py \
-	products/test_interactions.py building/test_collect.py engine/test_types.py engine/test_tier.py \
-	engine/test_gather.py engine/test_hosts.py features/test_features_runs.py features/test_features_product.py \
-	jobs/test_folder.py jobs/test_locks.py checking/test_stats.py test_machine.py test_half_done.py))
-# Stores of tests lie in memory where it has room: most tests make and remove thousands of small files, for which a disk
-# takes several times as long.  Tests of disks, their page cache and memory stay on a disk; IN_MEMORY= keeps all there.
-IN_MEMORY ?= $(shell test "$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 && echo /dev/shm)
-TEMPROOT := $(IN_MEMORY:%=PYTEST_DEBUG_TEMPROOT=%)
-ON_DISK := tests/loading tests/storage $(wildcard tests/loading/test_*.py) \
-	tests/storage/test_objects.py tests/storage/test_reading.py tests/test_benchmarks.py tests/checking/test_stats.py \
-	tests/engine/test_gather.py tests/engine/test_memory.py tests/engine/test_tier.py
 # The inner loop: rules, names and arithmetic, which need no store, and the stores that earlier versions wrote.
 FAST := tests/test_layout.py tests/test_public_api.py tests/test_docs.py tests/test_units.py \
 	tests/ordering/test_keys.py tests/ordering/test_partition.py tests/ordering/test_bounds.py \
 	tests/ordering/test_digest.py tests/planning/test_planner.py tests/arrays/test_format.py
-# The others share a process with their room, which imports, compiles and starts a cluster once.
-REST := $(filter-out $(ALONE) $(FAST),$(TESTS))
-ROOMS := $(sort $(patsubst %/,%,$(dir $(REST))))
+# Files that share a process, which imports, compiles and starts a cluster once.  Those that fork, kill, or measure
+# memory stay apart from long ones; the longest come first, so that no single one is left running at the end.
+GROUPS := sae engine disk failures s3 benchmarks building rest pages features page
+files-s3 := tests/storage/test_s3.py
+files-failures := tests/engine/test_failures.py tests/engine/test_hosts.py
+files-benchmarks := tests/test_benchmarks.py
+files-page := tests/sae/test_sae_checkpoint.py tests/sae/test_sae_page.py
+files-disk := $(addprefix tests/engine/test_, memory.py tier.py gather.py) tests/checking/test_stats.py \
+	$(filter-out $(files-s3),$(wildcard $(addsuffix /test_*.py, tests/loading tests/storage)))
+files-sae := $(filter-out $(files-page),$(wildcard tests/sae/test_*.py))
+files-engine := $(filter-out $(files-failures) $(files-disk),$(wildcard tests/engine/test_*.py tests/jobs/test_*.py))
+files-building := $(wildcard tests/building/test_*.py)
+files-features := $(wildcard tests/features/test_*.py tests/products/test_*.py)
+files-pages := $(filter-out $(FAST) $(files-benchmarks),$(wildcard tests/test_*.py))
+files-rest := $(filter-out $(FAST) $(foreach group,$(filter-out rest,$(GROUPS)),$(files-$(group))),$(TESTS))
+# Stores of tests lie in memory where it has room: most tests make and remove thousands of small files, for which a disk
+# takes several times as long.  Tests of disks, their page cache and memory stay on a disk; IN_MEMORY= keeps all there.
+IN_MEMORY ?= $(shell test "$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 && echo /dev/shm)
+TEMPROOT := $(IN_MEMORY:%=PYTEST_DEBUG_TEMPROOT=%)
+ON_DISK := test-disk test-benchmarks $(files-disk) $(files-benchmarks)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-steer check fast test lint soak dist clean $(TESTS) $(ROOMS)
+.PHONY: demo demo-steer check ci fast test lint soak dist clean $(TESTS) $(GROUPS:%=test-%)
 
 demo: $(VENV)/demo.done       ## shuffle a real model's activations, verify, show the difference, train an SAE from them
 	$(BIN)/python examples/shuffle_minilm.py
@@ -44,13 +47,18 @@ fast: $(VENV)/test.done
 	$(TEMPROOT) $(BIN)/python -m pytest --quiet $(FAST)
 
 test: $(VENV)/test.done       ## the test suite
-	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync --keep-going $(ROOMS) $(ALONE) fast
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync --keep-going $(GROUPS:%=test-%) fast
+
+ci: $(VENV)/test.done         ## all that must pass: lint, beside the tests
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync --keep-going $(GROUPS:%=test-%) lint fast
 
 # A thread each: those of torch in two processes wait for each other.
-$(TESTS) $(ROOMS) fast: export OMP_NUM_THREADS = 1
+$(TESTS) $(GROUPS:%=test-%) fast: export OMP_NUM_THREADS = 1
+# Hundreds of processes import what one has compiled, also where the environment forbids to keep that.
+$(TESTS) $(GROUPS:%=test-%) fast: export PYTHONDONTWRITEBYTECODE =
 $(TESTS): FILES = $@
-$(ROOMS): FILES = $(filter $(wildcard $@/test_*.py),$(REST))
-$(TESTS) $(ROOMS): $(VENV)/test.done
+$(GROUPS:%=test-%): FILES = $(files-$(@:test-%=%))
+$(TESTS) $(GROUPS:%=test-%): $(VENV)/test.done
 	@echo $@ && $(if $(filter $(ON_DISK),$@),,$(TEMPROOT)) $(BIN)/python -m pytest --quiet $(FILES)
 
 lint: $(VENV)/test.done       ## style and types
