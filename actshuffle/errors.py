@@ -20,15 +20,64 @@
 
 A message names the fault and its place, gives the numbers, and says what to do.  All errors are picklable
 (one message argument), so they cross from a worker to the driver unchanged.
+
+A message is written with the options of the command line.  That prints `ActshuffleError.on_command_line`; in Python
+the text of an error has the arguments of the function instead (`in_python`).
 """
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+# Options that take no value, and those whose argument has another name in Python.
+SWITCHES = (
+    *("again", "copy", "cosine", "drop-same", "flatten", "fsync", "gather", "gradients", "incomplete", "insecure"),
+    *("keep-codes", "mixing", "ordered", "overwrite", "quick", "renumber", "simulate", "source-row"),
+)
+_RENAMED = {"name": "names"}
+_WORDS = "document|row|fill|refuse|keep|drop|bos|cpu|cuda|bfloat16|float16|float32"  # values that messages name
+_SIZE = r"\d[\d_.,e+]*\d|\d"
+# A whole command, which stands in backticks; or an option, perhaps with its value.
+_OPTION = re.compile(
+    rf"`[^`]*`|(?P<bare>\bleave )?(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z0-9-]*)"
+    rf"(?: (?P<value>(?:{_SIZE})(?: ?[KMGTP]?i?B)?(?![\w-])|(?:{_WORDS})\b))?(?P<was> was\b)?"
+)
+
+
+def in_python(message: str) -> str:
+    """A message of the command line with the arguments of functions in place of options.
+
+    >>> in_python("give --memory 4GB or --by document; --overwrite replaces it; or leave --gather out")
+    'give memory="4GB" or by="document"; overwrite=True replaces it; or leave gather out'
+    >>> in_python("lower --block-bytes, or --no-renumber: `actshuffle run a b --overwrite`")
+    'lower block_bytes, or renumber=False: `actshuffle run a b --overwrite`'
+    """
+
+    def argument(found: re.Match[str]) -> str:
+        if found["name"] is None:
+            return found[0]
+        name, value, was = found["name"].replace("-", "_"), found["value"], found["was"] or ""
+        before = (found["bare"] or "") + _RENAMED.get(name, name)
+        if value is not None:
+            return f"{before}={value if value.isdecimal() else chr(34) + value + chr(34)}{was}"
+        if found["name"] in SWITCHES and not found["bare"] and not was:
+            return f"{before}={not found['no']}"
+        return before + was
+
+    return _OPTION.sub(argument, message)
 
 
 class ActshuffleError(Exception):
     """Base of all errors raised on purpose by actshuffle."""
+
+    def __str__(self) -> str:
+        return in_python(self.on_command_line)
+
+    @property
+    def on_command_line(self) -> str:
+        """The message, with the options of the command line."""
+        return super().__str__()
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1

@@ -8,6 +8,8 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from actshuffle.errors import InfeasibleError
+
 # Limits of the container in bytes: cgroup v1 hard and soft; cgroup v2 hard, soft and softest.
 CGROUP_FILES = (
     "memory/memory.limit_in_bytes",
@@ -48,6 +50,23 @@ def free_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys
             dropped = sum(int(facts.get(name, 0)) for name in ("inactive_file", "active_file"))
             found.append(int((cgroup / limit).read_text()) - int((cgroup / usage).read_text()) + dropped)
     return max(0, min(found))
+
+
+def beyond_machine(memory: int | None) -> str:
+    """The refusal of a limit that no worker here can reach alive; an empty text for others."""
+    there: float = machine_memory()
+    if memory is None or memory <= there:
+        return ""
+    given, there = round(memory / 1e9, 1), round(there / 1e9, 1)
+    return (
+        f"--memory {given:,g} GB is more than the {there:,g} GB of this machine, which kills a process that takes more "
+        "than there is: give less"
+    )
+
+
+def check_memory(memory: int | None) -> None:
+    if told := beyond_machine(memory):
+        raise InfeasibleError(told)
 
 
 def cores() -> int:

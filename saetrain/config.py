@@ -22,7 +22,7 @@ class Config(Settings):
 
     def __post_init__(self) -> None:
         if self.arch not in VARIANTS:
-            raise ConfigError(f"arch must be one of {', '.join(VARIANTS)}, got {self.arch!r}")
+            raise ConfigError(f"--arch must be one of {', '.join(VARIANTS)}, got {self.arch!r}")
         super().__post_init__()
 
     @property
@@ -46,7 +46,7 @@ def resolve(config: Config, d_in: int, rows: int) -> Config:
     d_sae = c.d_sae or 16 * width
     widths = variant.nested_widths(c.widths, d_sae)
     if variant.takes_k and c.k > d_sae:
-        raise ConfigError(f"k {c.k} is more than d_sae {d_sae}")
+        raise ConfigError(f"--k {c.k} is more than --d-sae {d_sae}")
     # Gao et al.'s rate is for long runs.  Shorter ones need more, as 1 / sqrt(steps): the theory of rates that
     # fall at the end says so (Defazio et al. 2023, arXiv 2310.07831), and so do our runs (docs/training.md).
     hurry = min(max((20_000 / steps) ** 0.5, 1.0), variant.most_hurry)

@@ -17,9 +17,19 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from actshuffle.errors import in_python
+
 
 class SaetrainError(Exception):
     """Base of all errors that saetrain raises on purpose."""
+
+    def __str__(self) -> str:
+        return in_python(self.on_command_line)
+
+    @property
+    def on_command_line(self) -> str:
+        """The message, with the options of the command line."""
+        return super().__str__()
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1

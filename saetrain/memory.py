@@ -61,7 +61,7 @@ def predict(config: Config, d_in: int, d_out: int = 0, *, tp: int = 1, dp: int =
     """
     variant, out = VARIANTS[config.arch], d_out or d_in
     if config.d_sae % tp:
-        raise ConfigError(f"d_sae {config.d_sae:,} is not a multiple of {tp}, the ranks that share the parameters")
+        raise ConfigError(f"--d-sae {config.d_sae:,} is not a multiple of {tp}, the ranks that share the parameters")
     cuda = config.device.startswith("cuda")
     compute = config.compute if config.compute != "auto" else "bfloat16" if cuda else "float32"
     e = 8 if compute == "float64" else 4

@@ -143,7 +143,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, domain in DOMAINS.items():
             if not domain.holds(value := getattr(self, name)):
-                raise ConfigError(f"{name} must be {domain.words}, got {value!r}")
+                raise ConfigError(f"--{name.replace('_', '-')} must be {domain.words}, got {value!r}")
         for name in ("field", "output"):
             names = split_names(getattr(self, name))
             if "" in names or len(set(names)) < len(names):

@@ -44,6 +44,7 @@ from actshuffle.errors import (
 from actshuffle.executors import Executor
 from actshuffle.foreign.finding import text_files
 from actshuffle.foreign.textfiles import kind_of
+from actshuffle.html import page
 from actshuffle.jobs.locks import Locks
 from actshuffle.jobs.running import run_part
 from actshuffle.jobs.work import Work
@@ -81,6 +82,12 @@ class Collected:
         text = f"{self.destination}: {size}, {format_bytes(self.nbytes)}, {format_seconds(self.seconds)}{rate}"
         told = dropped_text(self.dropped)
         return text + (f"\n  rows dropped: {told}" if told else "")
+
+    def _repr_html_(self) -> str:
+        facts = {"store": self.destination, "tokens": f"{self.rows:,}", "documents": f"{self.documents:,}"}
+        facts |= {"bytes": format_bytes(self.nbytes), "rows dropped": dropped_text(self.dropped) or "none"}
+        facts["time"] = format_seconds(self.seconds) if self.seconds else "already finished"
+        return page("Collected" if self.complete else "Collected in part", facts)
 
 
 def collect(

@@ -32,9 +32,11 @@ from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError, SourceError
 from actshuffle.executors import Executor
+from actshuffle.html import page
 from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.loading.views import combined
+from actshuffle.machine import check_memory
 from actshuffle.progress import Progress
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
@@ -69,6 +71,13 @@ class Filtered:
         for name, middle in self.medians.items():
             lines.append(f"  {name}: median norm {middle:.4g}, {counted(self.beyond[name], 'row')} beyond")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        facts = {"store": self.destination, "rows": f"{self.rows:,}", "bytes": format_bytes(self.nbytes)}
+        facts["rows dropped"] = dropped_text(self.dropped) or "none"
+        facts["time"] = format_seconds(self.seconds) if self.seconds else "already finished"
+        rows = [(name, f"{middle:.4g}", f"{self.beyond[name]:,}") for name, middle in self.medians.items()]
+        return page("Filtered", facts, ("array", "median norm", "rows beyond"), rows)
 
 
 def filter_rows(
@@ -120,6 +129,8 @@ def filter_rows(
     if rules == Rules():
         raise RequestError("no filter is given: drop rows with --skip-first, --drop-tokens or --drop-norm")
     request = Request.among(locals(), seed=0, source_row=False)
+    if work.crew.one_machine:
+        check_memory(request.memory)
     target = as_place(dst, storage_options)
     store = open_finished_or_plain(src, storage_options=storage_options)
     rules = rules.fitted(store, position, token, arrays)

@@ -35,6 +35,7 @@ from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError
 from actshuffle.executors import Executor
+from actshuffle.html import page
 from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import Dataset, open_dataset, open_place
 from actshuffle.loading.documents import shifts_of
@@ -69,6 +70,11 @@ class Appended:
             f"{self.destination}: {counted(self.added, 'row')} appended, {self.rows:,} in all, "
             f"{format_bytes(self.nbytes)}, {format_seconds(self.seconds)}"
         )
+
+    def _repr_html_(self) -> str:
+        facts = {"store": self.destination, "rows": f"{self.rows:,}", "appended": f"{self.added:,}"}
+        facts["time"] = "already finished" if self.done_before else format_seconds(self.seconds)
+        return page("Appended", facts | {"bytes": format_bytes(self.nbytes)})
 
 
 def append(

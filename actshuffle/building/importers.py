@@ -29,6 +29,7 @@ from actshuffle.foreign.finding import find_files, is_store
 from actshuffle.foreign.folders import sets_of
 from actshuffle.foreign.formats import FORMATS
 from actshuffle.foreign.table import FileColumn, Table, joined
+from actshuffle.html import page
 from actshuffle.jobs.work import Work
 from actshuffle.progress import Progress
 from actshuffle.seals import checksum
@@ -61,6 +62,11 @@ class Imported:
         ]
         lines += [f"  {m}" for m in self.mapping]
         return "\n".join([*lines, *(f"  left out: {name}" for name in self.left_out)])
+
+    def _repr_html_(self) -> str:
+        facts = {"store": self.destination, "rows": f"{self.rows:,}", "bytes": format_bytes(self.nbytes)}
+        facts |= {"time": format_seconds(self.seconds), "left out": ", ".join(self.left_out) or "nothing"}
+        return page("Imported", facts, ("array", "from"), [str(one).split(": ", 1) for one in self.mapping])
 
 
 def import_store(

@@ -26,6 +26,7 @@ from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import F64
 from actshuffle.bfloat16 import widened
 from actshuffle.errors import RequestError, SourceError
+from actshuffle.executors import Serial
 from actshuffle.jobs import Step, read_done
 from actshuffle.jobs.folder import FolderJob, FolderTask, run_held
 from actshuffle.jobs.receipts import Payload
@@ -64,9 +65,11 @@ class Rules:
         """The rules as people give them."""
         ids = {whole("drop_tokens", token) for token in several("drop_tokens", drop_tokens, of="ids")}
         if isinstance(drop_norm, bool) or not isinstance(drop_norm, Real) or 0 != float(drop_norm) <= 1:
-            raise RequestError(f"drop_norm is a multiple of the median norm, above 1, or 0 for none; got {drop_norm!r}")
+            raise RequestError(
+                f"--drop-norm is a multiple of the median norm, above 1, or 0 for none; got {drop_norm!r}"
+            )
         if not math.isfinite(drop_norm):
-            raise RequestError(f"drop_norm must be finite, got {drop_norm}; 0 drops no row by its norm")
+            raise RequestError(f"--drop-norm must be finite, got {drop_norm}; 0 drops no row by its norm")
         return cls(whole("skip_first", skip_first), tuple(sorted(ids)), float(drop_norm))
 
     def fitted(self, store: Dataset, position: str | None, token: str | None, arrays: Iterable[str] | None) -> Rules:
@@ -127,7 +130,8 @@ def choose(folder: Place, store: Dataset, rules: Rules, identity: str, work: Wor
     if rules.arrays:
         steps = [Step("norms", _norms, count), Step("medians", _medians, len(rules.arrays)), *steps]
     job = FolderJob("row filter", json.loads(json.dumps(settings)), folder, tuple(steps), work.fsync)
-    run_held(job, _added_up, replace(work, overwrite=True))
+    crew = work.crew if count > 1 else Serial()  # a cluster takes longer to start than one task
+    run_held(job, _added_up, replace(work, crew=crew, overwrite=True))
     done = read_done(folder)
     assert done is not None
     return Passed(**done["found"])

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from actshuffle.arrays import metadata
+from actshuffle.arrays import metadata, virtual
 from actshuffle.arrays.marker import array_names, read_marker
 from actshuffle.arrays.names import RUN_KEY
 from actshuffle.bfloat16 import widened
 from actshuffle.errors import IncompleteStoreError, RequestError
 from actshuffle.loading.dataset import is_ours, open_dataset, open_finished_or_plain
 from actshuffle.storage.objects import open_objects
-from actshuffle.storage.place import as_place, public_url
+from actshuffle.storage.place import Place, as_place, public_url
 from actshuffle.units import counted, dropped_text, format_bytes
 
 SHOWN_ROWS = 10_000
@@ -25,7 +25,8 @@ def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dic
     """Describe a store: rows, arrays, chunks, codecs, and whether a run of actshuffle finished it.
 
     ``shuffled`` is the completion marker, whatever its kind; ``unmarked`` says that there is none in a
-    store of ours.  A view has no objects of its own.
+    store of ours.  ``names_rows_of`` are the stores that a folder of `concat` or `split` names.  A view has no objects
+    of its own.
     """
     place = as_place(path, storage_options)
     objects = open_objects(place)
@@ -60,6 +61,7 @@ def info(path: str | Path, storage_options: dict[str, Any] | None = None) -> dic
         "attributes": dict(node.attrs),
         "shuffled": marker,
         "unmarked": marker is None and is_ours(objects),
+        "names_rows_of": _named(place),
     }
 
 
@@ -76,14 +78,25 @@ def info_text(found: dict[str, Any]) -> str:
     lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
     unmarked = "no completion marker: half written, or damaged since"
     made_by = unmarked if found["unmarked"] else _made_by(found["shuffled"])
+    if found["names_rows_of"]:
+        made_by = f"names rows of {', '.join(found['names_rows_of'])}, and copies none: `actshuffle run` reads them"
+    # Attributes of several sources are those of the first.
+    first = "of the first source: " * (len((found["shuffled"] or {}).get("parts", ())) > 1)
     splits = found["attributes"].get("split")
     for split in splits if isinstance(splits, list) else ():
         if isinstance(split, dict) and {"by", "seed", "from", "to"} <= split.keys():
             share = f"share {split['from']:g} to {split['to']:g}"
-            lines.append(f"part of a split by {split['by']}: {share}, seed {split['seed']}")
+            seed = f"seed {split['seed']}; splits by other seeds overlap it"
+            lines.append(f"{first}part of a split by {split['by']}: {share}, {seed}")
     dropped = found["attributes"].get("dropped_rows")
     told = dropped_text({k: n for k, n in dropped.items() if type(n) is int}) if isinstance(dropped, dict) else ""
-    return "\n".join([*lines, made_by, *([f"rows dropped: {told}"] if told else [])])
+    return "\n".join([*lines, made_by, *([f"{first}rows dropped: {told}"] if told else [])])
+
+
+def _named(place: Place) -> list[str]:
+    """The stores whose rows a folder of `concat` or `split` names, as paths from that folder."""
+    parts = (virtual.describe(place) or {}).get("settings", {}).get("parts", [])
+    return [public_url(str(part["store"])) for part in parts if isinstance(part, dict) and "store" in part]
 
 
 def _made_by(marker: dict[str, Any] | None) -> str:

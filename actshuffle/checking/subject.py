@@ -85,8 +85,8 @@ def refuse_others(given: Place, marker: dict[str, Any]) -> None:
     if "first_rank" in marker:
         raise RequestError(f"{given} is a copied part of a shuffle, {rows}; verify the store from which it was cut")
     raise RequestError(
-        f"{given} is a sample, {rows}, and only a whole shuffle can be verified; `actshuffle sample` with "
-        f"--seed {marker['seed']} writes the same bytes again, to compare"
+        f"{given} is a sample, {rows}, and only a whole shuffle can be verified; `actshuffle sample "
+        f"--seed {marker['seed']}` writes the same bytes again, to compare"
     )
 
 
@@ -101,5 +101,5 @@ def refuse_part_of_sources(source: Place, given: Place, marker: dict[str, Any], 
     named = " ".join(str(part["source"]) for part in parts[:NAMED]) + " ..." * (len(parts) > NAMED)
     raise RequestError(
         f"{given} has {counted(marker['rows'], 'row')} of {len(parts)} sources, and {source} has {rows:,}; "
-        f"join the sources (actshuffle concat {named} --out ALL{kept}) and verify it against ALL"
+        f"join the sources (`actshuffle concat {named} --out ALL{kept}`) and verify it against ALL"
     )

@@ -22,7 +22,12 @@ from actshuffle._version import __version__
 from actshuffle.cli.console import print_json, signals, wrapped
 from actshuffle.errors import ActshuffleError, RequestError
 
-RESUME = "stopped; what is finished is kept: run the same command again to resume"
+STOPPED = "stopped"
+RESUME = (
+    "stopped; finished tasks are kept: the same command again resumes, and `actshuffle status` with the path of the "
+    "output says how much is done"
+)
+RESUMED = ("run", "sample", "filter", "append", "import", "collect")
 
 
 def _engine() -> list[click.Command]:
@@ -76,6 +81,35 @@ COMMANDS: dict[str, tuple[Callable[[], list[click.Command]], str]] = {
     "quality": (_checking, "Compare how well the batches of a store are mixed with a uniform shuffle."),
 }
 
+# What other programs, and people, call the commands.
+MEANT = {
+    word: f"actshuffle {name}"
+    for name, words in {
+        "run": "shuffle mix permute randomize",
+        "plan": "estimate dry-run simulate",
+        "verify": "check validate test fsck",
+        "info": "ls list show describe inspect",
+        "status": "progress",
+        "came-from": "trace origin provenance",
+        "where-is": "find locate lookup",
+        "split": "cut partition train-test-split",
+        "head": "peek cat",
+        "sample": "subset subsample",
+        "filter": "clean drop mask",
+        "concat": "join merge combine",
+        "append": "add extend grow",
+        "import": "convert load from-numpy",
+        "collect": "harvest cache extract activations",
+        "stats": "statistics",
+        "quality": "score mixing",
+    }.items()
+    for word in words.split()
+} | {
+    word: f"saetrain {name}"
+    for name, words in {"fit": "fit train", "features": "features", "export": "export", "view": "view"}.items()
+    for word in words.split()
+}
+
 
 class _Table(click.Group):
     """Lists commands in the order in which they were given."""
@@ -91,6 +125,16 @@ class _Group(_Table):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         room, _ = COMMANDS.get(cmd_name, (list, ""))
         return next((command for command in room() if command.name == cmd_name), None)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as err:
+            if args[0] not in MEANT:
+                raise
+            raise click.UsageError(f"no command {args[0]!r}; did you mean `{MEANT[args[0]]}`?", ctx) from err
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _Table(commands=self.commands).format_commands(ctx, formatter)
@@ -113,9 +157,9 @@ class _Group(_Table):
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except ActshuffleError as err:
-            _fail(ctx, err.code, str(err), err.exit_code)
+            _fail(ctx, err.code, err.on_command_line, err.exit_code)
         except KeyboardInterrupt:
-            _fail(ctx, "interrupted", RESUME if ctx.invoked_subcommand == "run" else "stopped")
+            _fail(ctx, "interrupted", RESUME if ctx.invoked_subcommand in RESUMED else STOPPED)
         except MemoryError:
             _fail(ctx, "memory", "out of memory; give less --memory or fewer --workers")
         except OSError as err:
@@ -140,7 +184,9 @@ def _fail(ctx: click.Context, code: str, message: str, exit_code: int = 1) -> No
 
 @click.group(
     cls=_Group,
-    commands={name: click.Command(name, help=sentence) for name, (_, sentence) in COMMANDS.items()},
+    commands={
+        name: click.Command(name, help=sentence, short_help=sentence) for name, (_, sentence) in COMMANDS.items()
+    },
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""\b
 Shell completion, in the shell's startup file:

@@ -23,6 +23,9 @@ def _document(outcome: growth.Appended | collection.Collected | filtering.Filter
 
 
 SHUFFLED = "shuffled.zarr"  # a name for what comes next
+OTHER_SEEDS = (
+    "note: a split with another seed draws other lots, so its parts overlap these; parts of splits with one seed do not"
+)
 COPY = click.option("--copy", is_flag=True, help="Copy the rows, instead of naming them in a view.")
 ORDERED = click.option("--ordered", is_flag=True, help="Allow a store that is not shuffled.")
 OUT = click.option("--out", type=PATH, required=True, help="Store to write.")
@@ -65,13 +68,16 @@ def split(executor: Any, display: Any, store: str, parts: tuple[tuple[str, Any],
         raise RequestError("two parts have the same name")
     made = splitting.split(store, dict(parts), executor=executor, progress=display, **options)
     document: dict[str, Any] = {"parts": {name: {"path": d.path, "rows": d.rows} for name, d in made.items()}}
-    lines = [
-        f"{d.path}: {counted(d.rows, 'row')} ({'names rows' if d.kind == 'plain' else d.kind})" for d in made.values()
-    ]
+    named = f"names rows of {store}, copies none"
+    lines = [f"{d.path}: {counted(d.rows, 'row')} ({named if d.kind == 'plain' else d.kind})" for d in made.values()]
+    if options["seed"]:
+        lines.append(OTHER_SEEDS)
     if note := splitting.note_on_ranges(made):
         document["note"] = note
         lines.append(f"note: {note}")
-    return Answer(document, "\n".join(lines))
+    first = next(iter(made.values()))
+    then = ("actshuffle", "run", first.path, SHUFFLED) if first.kind == "plain" else ()
+    return Answer(document, "\n".join(lines), next=then)
 
 
 @click.command()

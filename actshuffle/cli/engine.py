@@ -15,6 +15,7 @@ from actshuffle.engine import run as running
 from actshuffle.engine.job import Job
 from actshuffle.engine.request import KNOBS
 from actshuffle.errors import RequestError
+from actshuffle.machine import beyond_machine
 from actshuffle.planning.forecast import forecast, text
 from actshuffle.planning.report import plan_report, plan_text, request_text, way_report, way_text
 from actshuffle.planning.strategy import cheapest
@@ -120,6 +121,8 @@ def plan(simulate: bool, simulation_seed: int, **options: Any) -> Answer:
         open_choice = options | dict.fromkeys(("levels", "block_bytes", "run_bytes", "spill_memory", "gather"))
         free = (options["gather"] is None and ways) or preview.ways(**open_choice)[0]
         found["gathers_well"] = bool(free) and cheapest(free).name in ("gather", "memory")
+    if cluster is None and options["src"] and (note := beyond_machine(made.memory)):
+        told += f"\n\nnote: {note}"
     if cluster is not None:
         found["forecast"] = forecast(made, cluster, simulated=simulate, seed=simulation_seed)
         told += "\n\n" + text(found["forecast"])

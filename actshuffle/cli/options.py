@@ -31,7 +31,7 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
 def knob(name: str, *, help: str = "", shown: str = "") -> Callable[[F], F]:
     """The option of a field of `Request`, with its own help and default in words unless given here."""
     found = KNOBS[name]
-    kind, flag, help = found.kind, "--" + found.argument.replace("_", "-"), help or found.help
+    kind, flag, help = found.kind, found.option, help or found.help
     if shown := shown or found.shown:
         help += f"  [default: {shown}]"
     if kind.choices:

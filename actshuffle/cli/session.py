@@ -62,7 +62,7 @@ class _Crew(Executor):
                 self._inner = self._stack.enter_context(executor_for(0 if alone else self.workers))
             self.workers, self.processes = self._inner.workers, self._inner.processes
             if not alone:
-                self._display.line("cluster", _cluster_text(self._inner))
+                self._display.line("cluster", self._inner.described())
         return self._inner
 
     def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
@@ -74,11 +74,6 @@ class _Crew(Executor):
 
     def close(self) -> None:
         self._stack.close()
-
-
-def _cluster_text(executor: Executor) -> str:
-    count = f"{executor.workers} worker{'s' * (executor.workers != 1)}"
-    return f"{count}, {executor.dashboard}" if executor.dashboard else count
 
 
 @contextmanager
@@ -117,7 +112,7 @@ def at_work(
             if scheduler is not None:
                 display.hint("cluster", f"connecting to {scheduler} ...")
                 executor = stack.enter_context(connected(scheduler, insecure=ctx.meta.get(INSECURE, False)))
-                display.line("cluster", _cluster_text(executor))
+                display.line("cluster", executor.described())
             else:
                 executor = crew = _Crew(workers, display)
                 stack.callback(crew.close)

@@ -26,7 +26,7 @@ class Parsed(click.ParamType[Any]):
         try:
             return self._parse(value) if isinstance(value, str) else value
         except (ActshuffleError, ValueError, OverflowError) as err:
-            self.fail(str(err), param, ctx)
+            self.fail(err.on_command_line if isinstance(err, ActshuffleError) else str(err), param, ctx)
 
 
 class FilePath(click.Path):

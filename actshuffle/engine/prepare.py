@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from actshuffle import machine
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import take_inventory
@@ -49,6 +50,8 @@ def prepare(
     for its memory only if the request names none.
     """
     check_places(src, dst, request.scratch)
+    if crew.one_machine:
+        machine.check_memory(request.memory)
     if crew.tasks_per_worker > 1:  # they share the memory of one process
         request = request.filled(tasks_per_worker=crew.tasks_per_worker)
     arrays = source_arrays(src, request.fields)

@@ -45,15 +45,20 @@ class Knob(NamedTuple):
     help: str
     shown: str  # the default, in words
 
+    @property
+    def option(self) -> str:
+        """Its name on the command line."""
+        return "--" + self.argument.replace("_", "-")
+
     def parsed(self, value: Any) -> Any:
         try:
             return self.kind.read(value)
         except RequestError as err:
-            raise RequestError(f"{self.argument}: {err}") from err
+            raise RequestError(f"{self.option}: {err.on_command_line}") from err
 
     def check(self, value: Any) -> None:
         if not self.kind.allows(value):
-            raise RequestError(f"{self.argument} must be {self.kind.domain}, got {repr(value)[:60]}")
+            raise RequestError(f"{self.option} must be {self.kind.domain}, got {repr(value)[:60]}")
 
 
 def _whole(least: int, most: float = MOST) -> Callable[[Any], bool]:

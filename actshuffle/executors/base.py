@@ -31,5 +31,10 @@ class Executor:
         """Bytes that one task may use by default."""
         return int(SHARE * machine_memory() / self.workers)
 
+    def described(self) -> str:
+        """The workers, and where to look at their work."""
+        page = self.dashboard or "no page of Dask: pip install bokeh shows one"
+        return f"{self.workers} worker{'s' * (self.workers != 1)}, {page}"
+
     def close(self) -> None:
         """Give back the memory that workers hold between tasks."""

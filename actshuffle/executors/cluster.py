@@ -46,8 +46,9 @@ class Dask(Executor):
         self.window = window
         self.retries = retries
         self.one_machine = one_machine
-        has_page = find_spec("bokeh") is not None
-        self.dashboard = client.dashboard_link if has_page else None
+        if not one_machine or find_spec("bokeh") is not None:  # which the scheduler needs, on its own machine
+            with suppress(KeyError):  # it was started without a page
+                self.dashboard = client.dashboard_link
         self._seen = 1
 
     @property

@@ -216,6 +216,8 @@ def _folders(folder: Path) -> Iterator[None]:
     """A folder, made if it is not there, and removed at the end if nothing was written to it."""
     with typed(folder, ""):
         made = [p for p in (folder, *folder.parents) if not p.exists()]
+        if made:
+            log.warning("there was no folder %s; it is made now", made[-1])
         folder.mkdir(parents=True, exist_ok=True)
     try:
         yield

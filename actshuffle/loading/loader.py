@@ -167,6 +167,13 @@ class Loader:
             raise TypeError("a loader without end has no length")
         return self.batches_per_epoch * self.epochs
 
+    def __getitem__(self, index: Any) -> Any:
+        """Batches have an order, and no index; what asks for one is usually torch's DataLoader."""
+        raise RequestError(
+            "a Loader hands out whole batches in order, and has none by number: iterate over it, or give a torch "
+            "DataLoader `loader.torch()` with batch_size=None"
+        )
+
     def __iter__(self) -> Iterator[Batch]:
         """A pass from the cursor on.  There is one cursor: beginning another pass ends this one."""
         self._turn += 1

@@ -83,7 +83,7 @@ def fault_of(where: str, view: Mapping[str, Any], names: Sequence[str], parent: 
         f"{counted(parent.rows, 'row')}, so "
         "others stand there now. New ranges could move rows from one part to another; parts by a rule keep theirs, "
         f"and a run on one can resume: remove {where}, and give `actshuffle split {path} {where}=SHARE ... --by "
-        "document --copy` (or --by row). `append --out` leaves a store, and its views, as they are"
+        "document --copy` (or by row). `append --out` leaves a store, and its views, as they are"
     )
 
 

@@ -94,7 +94,7 @@ def make_plan(
     except TooSmallError as error:
         enough = None if memory is None else enough_memory(made, memory)
         raise InfeasibleError(
-            f"{error} give {'more --memory' if enough is None else f'at least --memory {enough}'}"
+            f"{error.on_command_line} give {'more --memory' if enough is None else f'at least --memory {enough}'}"
         ) from None
 
 

@@ -10,6 +10,7 @@ SIGTERM 143); 1 anything else, also a run that diverged.  Results go to stdout, 
 from __future__ import annotations
 
 import errno
+import signal
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -115,6 +116,36 @@ COMMANDS: dict[str, tuple[Callable[[], Sequence[click.Command]], str]] = {
     "view": (_view, "Look at the latents in FEATURES, the result of `saetrain features`, in a browser."),
 }
 
+# What other programs, and people, call the commands.
+MEANT = {
+    word: f"saetrain {name}"
+    for name, words in {
+        "fit": "train run",
+        "plan": "estimate",
+        "resume": "continue",
+        "sweep": "grid search",
+        "report": "plot curves draw",
+        "features": "describe analyze explain",
+        "export-features": "neuronpedia dashboard",
+        "export": "save push",
+        "import": "load convert",
+        "evaluate": "eval benchmark",
+        "steer": "generate chat",
+        "attribute": "attribution",
+        "ablate": "ablation",
+        "graph": "circuit trace",
+        "interactions": "products",
+        "view": "serve open show ui",
+    }.items()
+    for word in words.split()
+} | {
+    word: f"actshuffle {name}"
+    for name, words in {"run": "shuffle", "collect": "collect", "verify": "verify", "split": "split"}.items()
+    for word in words.split()
+}
+RESUME = "stopped; what is finished is kept: the same command again goes on"
+RESUMED = ("fit", "resume", "sweep", "features", "export-features", "interactions")
+
 
 class _Table(click.Group):
     """Lists commands in the order in which they were given."""
@@ -130,6 +161,16 @@ class _Group(_Table):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         room, _ = COMMANDS.get(cmd_name, (list, ""))
         return next((command for command in room() if command.name == cmd_name), None)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if args[0] not in MEANT:
+                raise
+            raise click.UsageError(f"no command {args[0]!r}; did you mean `{MEANT[args[0]]}`?", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _Table(commands=self.commands).format_commands(ctx, formatter)
@@ -148,7 +189,10 @@ class _Group(_Table):
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except (SaetrainError, ActshuffleError) as error:
-            _fail(ctx, error.code, str(error), error.exit_code)
+            _fail(ctx, error.code, error.on_command_line, error.exit_code)
+        except KeyboardInterrupt:
+            again = ctx.invoked_subcommand in RESUMED
+            _fail(ctx, "interrupted", RESUME if again else "stopped", 128 + signal.SIGINT)
         except MemoryError:
             _fail(ctx, "memory", "out of memory; reduce --d-sae or --batch-size, or share the parameters (--nproc)")
         except OSError as error:
@@ -165,13 +209,15 @@ def _fail(ctx: click.Context, code: str, message: str, exit_code: int = 1) -> No
         traceback.print_exc()
     print_json({"error": code, "message": message}, ctx.obj["json"])
     if first_rank() or "another rank" not in message:
-        click.echo(f"{RED_ERROR} {message}", err=True)
+        click.echo(message if code == "interrupted" else f"{RED_ERROR} {message}", err=True)
     ctx.exit(exit_code)
 
 
 @click.group(
     cls=_Group,
-    commands={name: click.Command(name, help=sentence) for name, (_, sentence) in COMMANDS.items()},
+    commands={
+        name: click.Command(name, help=sentence, short_help=sentence) for name, (_, sentence) in COMMANDS.items()
+    },
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""\b

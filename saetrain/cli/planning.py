@@ -56,9 +56,9 @@ def _plan(store: str, config: Path | None, nproc: int, as_json: bool, **more: An
     found = resolve(settings, source.d_in, source.rows)
     tp = found.tensor_parallel or nproc
     if nproc % tp:
-        raise ConfigError(f"--nproc {nproc} is not a multiple of tensor_parallel {tp}")
+        raise ConfigError(f"--nproc {nproc} is not a multiple of --tensor-parallel {tp}")
     if found.batch_size % nproc:
-        raise ConfigError(f"batch_size {found.batch_size} is not a multiple of the number of ranks, {nproc}")
+        raise ConfigError(f"--batch-size {found.batch_size} is not a multiple of the number of ranks, {nproc}")
     memory = predict(found, source.d_in, source.d_out if source.target else 0, tp=tp, dp=nproc // tp)
     rank = memory.to_json()
     print_json(

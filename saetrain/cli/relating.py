@@ -88,6 +88,8 @@ def _interactions(
         _show_plan(plan, workers, as_json)
         return
     with crew(workers, scheduler, insecure) as executor:
+        if executor.processes:
+            click.echo(f"cluster: {executor.described()}", err=True)
         done = interactions(a, b, out, **settings, overwrite=overwrite, executor=executor)
     found = open_interactions(out)
     if not as_json:

@@ -47,7 +47,7 @@ class Mesh:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.tp = tensor_parallel or self.world
         if self.world % self.tp:
-            raise ConfigError(f"tensor_parallel {self.tp} does not divide the number of ranks, {self.world}")
+            raise ConfigError(f"--tensor-parallel {self.tp} does not divide the number of ranks, {self.world}")
         self.dp = self.world // self.tp
         self.dp_index, self.tp_index = divmod(self.rank, self.tp)
         self.torch_mesh = init_device_mesh(device.type, (self.dp, self.tp), mesh_dim_names=("dp", "tp"))

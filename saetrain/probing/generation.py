@@ -95,6 +95,8 @@ def generate_many(
 
 
 def _check_length(model: LanguageModel, prompt: Sequence[int], tokens: int) -> None:
+    if isinstance(prompt, str):
+        raise ConfigError("a prompt is a list of token ids: give model.tokens_of(text)")
     if not prompt or tokens < 1 or len(prompt) + tokens > model.longest:
         raise ConfigError(
             f"a prompt of {counted(len(prompt), 'token')} and {tokens} more: both must be 1 or more, and "

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from actshuffle.jobs import FolderJob, FolderTask, Outcome, Step, run_in_folder
+from actshuffle.machine import check_memory
 from actshuffle.units import counted
 from saetrain.errors import ConfigError
 from saetrain.products import scratch
@@ -80,6 +81,8 @@ def interactions(
     """
     given: dict[str, Any] = {"product": product, "through": through, "cosine": cosine, "k": k, "smallest": smallest}
     given |= {"thresholds": thresholds, "drop_same": drop_same, "memory": memory, "panel": panel, "device": device}
+    if how.get("executor") is None or how["executor"].one_machine:
+        check_memory(memory)
     return run_plan(plan_interactions(a, b, **given), product, out, **how)
 
 

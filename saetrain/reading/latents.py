@@ -135,7 +135,7 @@ class Feature:
         """All rows on which it is active, ascending, and its activations there, where the run kept codes."""
         features = self.features
         if not features.facts["keep_codes"]:
-            raise RequestError(f"{features.path} keeps no codes: run `saetrain features` with --keep-codes")
+            raise RequestError(f"{features.path} keeps no codes: run `saetrain features --keep-codes`")
         number, place = divmod(self.index, features.facts["chunk"])
         counts = features.array("stat/count", self.index - place, self.index + 1)
         start, stop = int(counts[:-1].sum()), int(counts.sum())
@@ -250,7 +250,7 @@ class Features:
     def codes(self, start: int, stop: int) -> Codes:
         """The active latents of rows [start, stop), where the run kept codes."""
         if not self.facts["keep_codes"]:
-            raise RequestError(f"{self.path} keeps no codes: run `saetrain features` with --keep-codes")
+            raise RequestError(f"{self.path} keeps no codes: run `saetrain features --keep-codes`")
         if not 0 <= start <= stop <= self.rows:
             raise RequestError(f"rows {start:,} to {stop:,} of {self.rows:,}")
         size, parts = self.facts["block_rows"], []

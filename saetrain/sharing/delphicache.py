@@ -84,7 +84,7 @@ def check(features: Any, length: int) -> None:
     """Refuse what the format cannot hold, before anything is written."""
     if not features.facts["keep_codes"]:
         raise ExchangeError(
-            f"{features.path} keeps no codes, and delphi needs them: run `saetrain features` with --keep-codes"
+            f"{features.path} keeps no codes, and delphi needs them: run `saetrain features --keep-codes`"
         )
     if not 1 <= length <= features.rows:
         raise ExchangeError(

@@ -60,7 +60,7 @@ def fit(
     for other in runs.values():
         same(config, other, SHARED, "runs of one sweep read the same batches, and differ in")
     if config.batch_size % mesh.world:
-        raise ConfigError(f"batch_size {config.batch_size} is not a multiple of the number of ranks, {mesh.world}")
+        raise ConfigError(f"--batch-size {config.batch_size} is not a multiple of the number of ranks, {mesh.world}")
 
     if heldout is not None and _widths(heldout) != _widths(source):
         raise DataError(
@@ -152,7 +152,11 @@ def _trained(
             if at % config.log_every == 0:
                 clock.restart(at)
             if stop:
-                say(f"stopped at step {at:,} of {config.steps:,}; run again to go on")
+                where = members[0].run if len(members) == 1 else members[0].run.parent
+                say(
+                    f"stopped at step {at:,} of {config.steps:,}; its checkpoint is in {where}: the same command again "
+                    "goes on"
+                )
                 break
     for m in members:
         if m.log is not None:

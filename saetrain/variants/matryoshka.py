@@ -27,7 +27,7 @@ class Matryoshka(BatchTopK):
     def nested_widths(cls, given: tuple[int, ...], d_sae: int) -> tuple[int, ...]:
         widths = given or tuple(sorted({max(d_sae >> s, 1) for s in range(5)}))
         if widths[-1] > d_sae:
-            raise ConfigError(f"widths {widths} go beyond d_sae {d_sae}")
+            raise ConfigError(f"--widths {','.join(map(str, widths))} go beyond --d-sae {d_sae}")
         return widths if widths[-1] == d_sae else (*widths, d_sae)
 
     def segmented(self, codes: Codes) -> Codes:

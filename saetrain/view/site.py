@@ -179,14 +179,14 @@ class Site:
     def metrics(self) -> dict[str, Any]:
         """The lines of the run that trained the dictionary."""
         if self.run is None:
-            raise ConfigError("no run was given; start the page with --run")
+            raise ConfigError("no run was given; start the page with `saetrain view --run`")
         lines = [{k: _number(v) for k, v in line.items() if isinstance(v, (int, float))} for line in read_log(self.run)]
         return {"run": str(self.run), "lines": lines, "evaluation": read_evaluation(self.run)}
 
     def pairs(self, number: int) -> Pairs:
         """One of the products that the page was started with."""
         if number >= len(self.products):
-            raise ConfigError(f"no product {number}: the page was started with {len(self.products)} --interactions")
+            raise ConfigError(f"no product {number}: the page shows {len(self.products)} of `--interactions`")
         return self.products[number]
 
     def graph_page(self, scan: str, latent: int) -> dict[str, Any] | None:

@@ -809,7 +809,7 @@ def test_scratch_in_run_json_is_not_believed(scratch, half_done, tmp_path, witne
     _reseal(dst / "_actshuffle/run.json", lambda b: b["request"].update(scratch=folder))
     witness.paths.clear()
     witness.watched = os.path.realpath(tmp_path)
-    with pytest.raises(ResumeMismatchError, match="--scratch"):
+    with pytest.raises(ResumeMismatchError, match="give scratch"):
         actshuffle.shuffle(src, dst, fsync=False)
     touched = witness.outside(src.parent, dst.parent)
     witness.watched = None
@@ -1054,7 +1054,7 @@ def fuzz_records(folder, seeds):
                 serial_run(src, dst, SEED, **PLAN)
                 break
             except ActshuffleError as err:
-                if "--overwrite" in str(err) or "half done" in str(err):
+                if "overwrite=True" in str(err) or "half done" in str(err):
                     break
             except Exception as err:
                 raise AssertionError(f"seed {seed}, {name}: {type(err).__name__}: {err}") from err

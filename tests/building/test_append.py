@@ -173,7 +173,7 @@ def test_in_place_and_again_and_again(tmp_path: Path) -> None:
 def test_rows_that_are_there_already(tmp_path: Path) -> None:
     dst, new = old_and_new(tmp_path, 100)
     grow(dst, new)
-    with pytest.raises(RequestError, match="--again"):
+    with pytest.raises(RequestError, match="again=True"):
         grow(dst, tmp_path / "old.zarr")
     grow(dst, new, again=True)
     assert open_dataset(dst).rows == N + 20
@@ -216,11 +216,11 @@ def test_another_append_of_a_source_is_not_taken_for_the_same(tmp_path: Path) ->
     dst, new = old_and_new(tmp_path, 60)
     grow(dst, new)
     before = stamps(dst), {*tmp_path.iterdir()}
-    with pytest.raises(RequestError, match=r"with other chunk_rows; give --again"):
+    with pytest.raises(RequestError, match=r"with other chunk_rows; give again=True"):
         grow(dst, new, chunk_rows=7)
     shutil.rmtree(new)
     part(new, 60, 100)
-    with pytest.raises(RequestError, match=r"new.zarr is in .* already, and has changed since .*--again"):
+    with pytest.raises(RequestError, match=r"new.zarr is in .* already, and has changed since .*again=True"):
         grow(dst, new)
     assert (stamps(dst), {*tmp_path.iterdir()}) == before
 

@@ -416,7 +416,7 @@ def test_bad_requests(models: dict[str, Path], corpus: Corpus, tmp_path: Path) -
     assert_refused(SourceError, "no such file", text=tmp_path / "absent.txt")
     assert_refused(SourceError, "no files", text=tmp_path / "empty")
     assert_refused(SourceError, "no tokens", text=tmp_path / "blank.txt")
-    assert_refused(SourceError, "line 2: no 'text', but 'body'; --field", text=tmp_path / "lines.jsonl")
+    assert_refused(SourceError, "line 2: no 'text', but 'body'; field", text=tmp_path / "lines.jsonl")
     assert_refused(SourceError, "line 1 is no JSON", text=tmp_path / "broken.jsonl")
     assert_refused(SourceError, "line 1: 'text' is no text", text=tmp_path / "numbers.jsonl")
 

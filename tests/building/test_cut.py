@@ -236,7 +236,7 @@ def test_a_sample_resumes_with_the_seed_it_drew(source: Path, tmp_path: Path) ->
     before = files(tmp_path)
     assert sample(source, 100, dst, fsync=False, **shape).already_finished
     for other in ({"rows": 99}, {"seed": seed + 1}, {"codec": "zstd"}):
-        with pytest.raises(DestinationExistsError, match="--overwrite"):
+        with pytest.raises(DestinationExistsError, match="overwrite=True"):
             sample(source, dst=dst, fsync=False, **({"rows": 100} | shape | other))
     assert files(tmp_path) == before
     sample(source, 10, dst, seed=3, overwrite=True, fsync=False)

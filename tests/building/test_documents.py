@@ -178,7 +178,7 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path: Path, command: str) -> No
         "concat": lambda **how: concat([tmp_path / "a", tmp_path / "a"], tmp_path / "both", **how),
         "append": lambda **how: append(tmp_path / "s", tmp_path / "a", tmp_path / "both", again=True, **how),
     }
-    with pytest.raises(RequestError, match=r"numbered up to 199, and 'document' holds int8 up to 127.*--no-renumber"):
+    with pytest.raises(RequestError, match=r"numbered up to 199, and 'document' holds int8 up to 127.*renumber=False"):
         calls[command]()
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     calls[command](renumber=False)

@@ -279,7 +279,7 @@ def test_prefixes_and_filters_that_make_no_sense(model: Path, text: Path, tmp_pa
         assert_refused("drop_tokens must be a", drop_tokens=[value])
     assert_refused("drop_tokens must be a list", drop_tokens="9")
     assert_refused(r"ids from 0 to 42, got \[1, 43\]", drop_tokens=[43, 1])
-    assert_refused("no row is left of .*by --skip-first", SourceError, skip_first=CONTEXT)
+    assert_refused("no row is left of .*by skip_first", SourceError, skip_first=CONTEXT)
 
 
 # --- By norm ----------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_a_disk_without_room_for_both_is_refused(
 ) -> None:
     rows = len(passes(model, text, ()))
     monkeypatch.setattr(LocalObjects, "free_bytes", lambda self: int(1.5 * 208 * rows))
-    with pytest.raises(InfeasibleError, match=r"for all rows and for those that --drop-norm leaves"):
+    with pytest.raises(InfeasibleError, match=r"for all rows and for those that drop_norm leaves"):
         gather(model, text, tmp_path / "x.zarr", drop_norm=None)
     gather(model, text, tmp_path / "y.zarr", drop_norm=0)
     (tmp_path / "z.zarr").mkdir()

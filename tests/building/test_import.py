@@ -99,7 +99,7 @@ def test_memmaps_without_a_header(tmp_path: Path) -> None:
     assert_same(next(iter(found.values())), ACT)
     bits = taken(tmp_path / "part_0.bin", tmp_path / "y.zarr", dtype="bfloat16", row_shape=(2, 3))[1]
     assert_same(bits["part_0"], ACT[:30].view("<u2").reshape(30, 2, 3))
-    with pytest.raises(RequestError, match="--dtype"):
+    with pytest.raises(RequestError, match="give dtype"):
         import_store(tmp_path / "part_0.bin", tmp_path / "z.zarr")
     with pytest.raises(SourceError, match="no whole number of rows"):
         import_store(tmp_path / "part_0.bin", tmp_path / "z.zarr", dtype="float32", row_shape=[7])
@@ -254,7 +254,7 @@ def test_folders_of_the_datasets_library(tmp_path: Path) -> None:
     assert_same(found["hook"], acts.reshape(-1, 3))
     assert_same(found["token_ids"], tokens.reshape(-1))
     datasets.DatasetDict({"train": made, "test": made.select(range(5))}).save_to_disk(tmp_path / "dict")
-    with pytest.raises(RequestError, match="--split"):
+    with pytest.raises(RequestError, match="split"):
         import_store(tmp_path / "dict", tmp_path / "y.zarr")
     assert_same(taken(tmp_path / "dict", tmp_path / "y.zarr", split="test")[1]["hook"], acts[:5].reshape(-1, 3))
     made.shuffle(seed=1).save_to_disk(tmp_path / "shuffled")
@@ -293,15 +293,13 @@ def test_only_columns_that_are_wanted_are_judged(tmp_path: Path) -> None:
             "step": ("I32", np.array(3, "<i4")),
         },
     )
-    refused(path, r"tensor 'scaled' has the type F8_E4M3, of no use here; leave it out with --columns acts, short")
+    refused(path, r"tensor 'scaled' has the type F8_E4M3, of no use here; leave it out with columns acts, short")
     refused(path, "tensor 'scaled' has the type", columns=["acts", "scaled"])
     done, found = taken(path, tmp_path / "x.zarr", columns=["acts"])
     assert_same(found["acts"], ACT)
     assert done.left_out == ("step (a single number)",)
     refused(path, "column 'step' holds a single number, no numbers", RequestError, columns=["step"])
-    refused(
-        path, "'short' is renamed, and --columns leaves it out", RequestError, columns=["acts"], names={"short": "s"}
-    )
+    refused(path, "'short' is renamed, and columns leaves it out", RequestError, columns=["acts"], names={"short": "s"})
     refused(path, "no columns are chosen; there are 'acts'", RequestError, columns=[])
 
 
@@ -329,7 +327,7 @@ def test_tensors_of_torch_that_are_not_wanted(tmp_path: Path) -> None:
     done, found = taken(tmp_path / "x.pt", tmp_path / "x.zarr", columns=["acts"])
     assert_same(found["acts"], ACT)
     assert set(done.left_out) == {"layer (int)", "n (a single number)"}
-    refused(tmp_path / "x.pt", "'fp8' has the type float8_e4m3fn.*leave it out with --columns acts$")
+    refused(tmp_path / "x.pt", "'fp8' has the type float8_e4m3fn.*leave it out with columns acts$")
     refused(tmp_path / "x.pt", r"'sparse' is torch\.sparse_coo", columns=["sparse"])
 
 
@@ -346,7 +344,7 @@ def test_bits_of_torch_that_stand_for_other_values(tmp_path: Path) -> None:
 def test_bfloat16_that_numpy_saved(tmp_path: Path) -> None:
     bits = ACT.view("<u2")
     np.save(tmp_path / "x.npy", bits.view("V2"))
-    refused(tmp_path / "x.npy", r"type \|V2, as numpy saves types .*give --dtype bfloat16")
+    refused(tmp_path / "x.npy", r"type \|V2, as numpy saves types .*give dtype=.bfloat16")
     found = taken(tmp_path / "x.npy", tmp_path / "x.zarr", dtype="bfloat16")[1]
     assert_same(found["x"], bits)
     assert zarr.open_group(tmp_path / "x.zarr")["x"].metadata.to_dict()["data_type"] == "bfloat16"
@@ -357,10 +355,10 @@ def test_bfloat16_that_numpy_saved(tmp_path: Path) -> None:
 def test_options_that_files_contradict(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", ACT)
     safetensors(tmp_path / "x.safetensors", {"x": ("I32", TOKEN)})
-    refused(tmp_path / "x.npy", "says that its items are float16, and --dtype says float32", dtype="float32")
-    headed = "--row-shape is for files without a header, and files of npy have one"
+    refused(tmp_path / "x.npy", "says that its items are float16, and dtype says float32", dtype="float32")
+    headed = "row_shape is for files without a header, and files of npy have one"
     refused(tmp_path / "x.npy", headed, RequestError, row_shape=[6])
-    refused(tmp_path / "x.safetensors", "--dtype is for files without a header", RequestError, dtype="int32")
+    refused(tmp_path / "x.safetensors", "dtype is for files without a header", RequestError, dtype="int32")
     assert_same(taken(tmp_path / "x.npy", tmp_path / "x.zarr", dtype="float16")[1]["x"], ACT)
 
 

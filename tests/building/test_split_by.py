@@ -232,14 +232,14 @@ def test_a_stopped_split_by_a_rule_resumes(home: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("store", "options", "words"),
     [
-        ("s", {"by": "document"}, "give --copy"),
+        ("s", {"by": "document"}, "give copy=True"),
         ("s", {"by": "token", "copy": True}, "by 'document' or 'row'"),
         ("s", {"seed": 3}, "a seed belongs"),
-        ("monday", {"by": "document", "ordered": True}, "--ordered is for ranges"),
+        ("monday", {"by": "document", "ordered": True}, "ordered=True is for ranges"),
         ("bare", {"by": "document"}, "no array of document numbers"),
         ("nothing", {"by": "row"}, "no such source"),
         ("few", {"by": "document"}, "no document of .* falls into"),
-        ("part", {"by": "document"}, "give another --seed"),
+        ("part", {"by": "document"}, "give another seed"),
     ],
 )
 def test_refused_splits_by_a_rule_write_nothing(

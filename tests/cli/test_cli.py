@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 from actshuffle import __version__, machine
 from actshuffle.arrays.codecs import CODECS
-from actshuffle.cli.app import COMMANDS, main
+from actshuffle.cli.app import COMMANDS, RESUME, main
 from actshuffle.cli.display import Display, Meter, bar, clock_face
 from actshuffle.errors import ConservationError, StorageFullError
 from actshuffle.executors import choice
@@ -574,7 +574,7 @@ def test_stopped_mid_level_then_resumed(number, src, dst):
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert err == "stopped; what is finished is kept: run the same command again to resume\n"
+    assert err == f"{RESUME}\n"
     assert json.loads(out)["error"] == "interrupted"
     level = json.loads(call("status", dst, "--json").stdout)["levels"][0]
     assert 0 < level["done"] < level["tasks"]
@@ -595,8 +595,7 @@ def test_ctrl_c_stops_a_local_cluster_without_a_storm(tmp_path, dst):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
     assert re.sub(LOG_LINE, "", err) == (
-        "stopping        Ctrl-C again does not wait for the tasks in flight\n"
-        "stopped; what is finished is kept: run the same command again to resume\n"
+        f"stopping        Ctrl-C again does not wait for the tasks in flight\n{RESUME}\n"
     )
     assert "cluster         2 workers" in said
     assert len(children) >= 2
@@ -622,7 +621,7 @@ def test_ctrl_c_waits_for_the_threads_tasks_in_flight_alone(tmp_path, dst):
     _, err = process.communicate(timeout=25)
     assert process.returncode == 1
     assert "2 threads of this process" in said
-    assert err.endswith("stopped; what is finished is kept: run the same command again to resume\n")
+    assert err.endswith(f"{RESUME}\n")
     again = call(*args)
     assert re.search(r"; ([4-9]|1\d) of 40 tasks were done before$", again.stdout.rstrip())
     assert_is_oracle(src, dst)

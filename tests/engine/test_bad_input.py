@@ -91,7 +91,7 @@ def test_group_without_arrays(dst, tmp_path):
 
 def test_group_with_groups(src, dst, tmp_path):
     zarr.create_group(src, path="deeper")
-    assert_refused(SourceError, src, dst, tmp_path, says=("deeper", "--fields"))
+    assert_refused(SourceError, src, dst, tmp_path, says=("deeper", " fields"))
 
 
 def test_arrays_of_unequal_length(src, dst, tmp_path):
@@ -143,7 +143,7 @@ def test_array_with_our_name(src, dst, tmp_path):
 
 def test_array_named_source_row(src, dst, tmp_path):
     array(src, values(60), "source_row")
-    assert_refused(RequestError, src, dst, tmp_path, says=("source_row", "--no-source-row"))
+    assert_refused(RequestError, src, dst, tmp_path, says=("source_row", "source_row=False"))
 
 
 # --- Requests that cannot be met ----------------------------------------------------------------
@@ -167,20 +167,20 @@ def test_levels_out_of_range(levels, src, dst, tmp_path):
 def test_levels_too_few(src, dst, tmp_path):
     message = assert_refused(InfeasibleError, src, dst, tmp_path, levels=1, block_bytes=300, run_bytes=1, chunk_rows=4)
     assert "M x (M/P)^0 = " in message
-    assert "use --levels" in message
+    assert "use levels=" in message
 
 
 def test_memory_too_small_for_its_rows(dst, tmp_path):
     array(tmp_path / "in.zarr", values(8, (1 << 20,)), chunks=(1, 1 << 20))
     message = assert_refused(InfeasibleError, tmp_path / "in.zarr", dst, tmp_path, memory="17MB", fsync=False)
-    assert "give at least --memory" in message
+    assert "give at least memory=" in message
 
 
 def test_memory_advice_is_enough(dst, tmp_path):
     array(tmp_path / "in.zarr", values(1, (1 << 20,)), chunks=(1, 1 << 20))
     with pytest.raises(InfeasibleError) as raised:
         actshuffle.shuffle(tmp_path / "in.zarr", dst, seed=1, memory="17MB")
-    advice = str(raised.value).split("--memory ")[1].split(" ")[0].rstrip(".,;")
+    advice = str(raised.value).split('memory="')[1].split('"')[0]
     actshuffle.shuffle(tmp_path / "in.zarr", dst, seed=1, memory=advice, run_bytes=1, fsync=False)
 
 
@@ -232,7 +232,7 @@ def test_path_that_is_too_long(src, dst, tmp_path):
 
 def test_destination_exists(src, dst, tmp_path):
     shutil.copytree(src, dst)
-    assert_refused(DestinationExistsError, src, dst, tmp_path, says="--overwrite")
+    assert_refused(DestinationExistsError, src, dst, tmp_path, says="overwrite=True")
 
 
 def test_destination_is_a_folder_with_something_else(src, dst, tmp_path):
@@ -298,7 +298,7 @@ def test_no_room(where, src, dst, tmp_path, monkeypatch):
         InfeasibleError, src, dst, tmp_path, scratch=full, levels=2, block_bytes=400, run_bytes=1, chunk_rows=4
     )
     assert "1 KB free" in message
-    assert "--scratch" in message
+    assert "give scratch" in message
 
 
 def test_no_room_for_both_on_one_disk(src, dst, tmp_path, monkeypatch):
@@ -346,7 +346,7 @@ def test_missing_chunk(kind, dst, tmp_path):
     path = kinds(tmp_path / "in.zarr", kind)
     path.unlink()
     key = str(path.relative_to(tmp_path / "in.zarr"))
-    says = (key, "missing", "--missing-chunks fill")
+    says = (key, "missing", 'missing_chunks="fill"')
     assert_refused(MissingChunkError, tmp_path / "in.zarr", dst, tmp_path, says=says)
 
 

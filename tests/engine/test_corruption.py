@@ -112,7 +112,7 @@ def resumed(states: States, seed: int) -> tuple[list[ActshuffleError], bool]:
             return said, True
         except ActshuffleError as err:
             said.append(err)
-            if "--overwrite" in str(err):
+            if "overwrite=True" in str(err):
                 return said, False
         except Exception as err:
             raise AssertionError(f"seed {seed}: {type(err).__name__}: {err}") from err
@@ -134,7 +134,7 @@ def campaign(states: States, how: str, seeds: range) -> dict[str, int]:
         names = [str(p.relative_to(states.dst.parent)) for p in harmed]
         said, finished = resumed(states, seed)
         if said:  # the first that is said names what was harmed
-            claim = "run.json" in str(names) and "--overwrite" in str(said[0])
+            claim = "run.json" in str(names) and "overwrite=True" in str(said[0])
             assert claim or any(_named(n) in str(said[0]) for n in names), (seed, names, said[0])
         assert len(said) <= PARENTS, (seed, names, said)
         if not finished:
@@ -178,7 +178,7 @@ def test_records_of_other_kinds_are_not_taken_for_the_claim(states):
     """A receipt has a valid seal, but it is not a run.json."""
     states.restore(4)
     shutil.copy(states.scratch / "level2/receipts/0.json", states.dst / "_actshuffle/run.json")
-    with pytest.raises(FormatError, match="--overwrite"):
+    with pytest.raises(FormatError, match="overwrite=True"):
         serial_run(states.src, states.dst, SEED, **PLAN)
 
 

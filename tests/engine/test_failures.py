@@ -327,7 +327,7 @@ def _resume(src, dst, operation, plan):
     except DestinationExistsError as err:
         assert "finished" in str(err), operation
     except FormatError as err:
-        assert "--overwrite" in str(err), operation
+        assert "overwrite=True" in str(err), operation
         serial_run(src, dst, SEED, overwrite=True, **plan)
     assert differences(src, dst, SEED) == [], operation
     assert leftovers(dst) == [], operation
@@ -646,7 +646,7 @@ def test_other_arguments_are_refused_with_the_difference(other, told_of, src, ds
     with pytest.raises(ResumeMismatchError) as raised:
         actshuffle.shuffle(src, dst, **({"seed": SEED, "fsync": False} | PLAN | other))
     assert told_of in str(raised.value)
-    assert "--overwrite" in str(raised.value)
+    assert "overwrite=True" in str(raised.value)
     assert _files(tmp_path) == before
     finish(src, dst)
 
@@ -691,7 +691,7 @@ def test_finished_store_is_not_overwritten_unless_asked(src, dst):
         ({"source_row": False}, "arrays were .*source_row"),
         ({"missing_chunks": "fill"}, "missing_chunks was refuse"),
     ]:
-        with pytest.raises(DestinationExistsError, match=f"{words}.*--overwrite"):
+        with pytest.raises(DestinationExistsError, match=f"{words}.*overwrite=True"):
             actshuffle.shuffle(src, dst, **({"seed": SEED, "fsync": False} | PLAN | other))
         assert _files(dst) == before
     group(src.with_name("grown"), {"extra": values(120, (2,))})
@@ -861,7 +861,7 @@ def test_damaged_run_json_is_refused(damage, src, dst, tmp_path):
     stop_at(src, dst, PHASES["leaf"])
     damage(dst / "_actshuffle/run.json")
     before = _files(tmp_path)
-    with pytest.raises(FormatError, match="--overwrite"):
+    with pytest.raises(FormatError, match="overwrite=True"):
         serial_run(src, dst, SEED, **PLAN)
     assert _files(tmp_path) == before
     new_process()

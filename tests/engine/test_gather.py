@@ -236,7 +236,7 @@ def test_more_rows_than_the_memory_holds_are_not_decoded_into_it(
 ) -> None:
     full = scratch.shutil.disk_usage(scratch.MEMORY_FOLDER)
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda path: full._replace(free=1_100_000))
-    with pytest.raises(InfeasibleError, match=r"1.2 MB of rows are to stay .* has 1.1 MB free: leave --gather out"):
+    with pytest.raises(InfeasibleError, match=r"1.2 MB of rows are to stay .* has 1.1 MB free: leave gather out"):
         shuffle(packed, tmp_path / "d.zarr", gather=True, **SHAPE)
     assert not (tmp_path / "d.zarr").exists()
 

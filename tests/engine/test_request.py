@@ -90,7 +90,7 @@ def test_an_unknown_name_is_a_mistake_of_the_caller() -> None:
 
 @pytest.mark.parametrize("document", [None, [], {}, {"seed": 1, "unheard": 2}, {"seed": 1, "memory": "8GB"}], ids=str)
 def test_a_damaged_record_is_refused_by_name(document: Any) -> None:
-    with pytest.raises(FormatError, match=r"run\.json is damaged: .*--overwrite starts again"):
+    with pytest.raises(FormatError, match=r"run\.json is damaged: .*overwrite=True starts again"):
         Request.recorded(document)
 
 

@@ -81,5 +81,5 @@ def test_a_run_without_neighbours_has_all_else(tmp_path, case):
     assert features[5].top(1)[0].value == np.nanmax(features.array("stat/max")[5])
     with pytest.raises(RequestError, match="no examples of kind 'hard'"):
         features[5].examples("hard")
-    with pytest.raises(ConfigError, match="--near must be 0 or more"):
+    with pytest.raises(ConfigError, match="near must be 0 or more"):
         saetrain.build_features(*case, tmp_path / "other", near=-1, **settings)

@@ -320,7 +320,7 @@ def test_unfinished_stores_and_results_are_refused(tmp_path, whole, acts):
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path, whole, acts):
-    with pytest.raises(ConfigError, match="--shards must be 1 to 5"):
+    with pytest.raises(ConfigError, match="shards must be 1 to 5"):
         build(whole["topk"][0], acts, tmp_path / "out", shards=6)
     with pytest.raises(RequestError, match=r"no examples of kind 'best'; there are top, interval 1"):
         saetrain.open_features(whole["topk"][1])[0].examples("best")
@@ -408,7 +408,7 @@ def test_the_expected_entries_are_near_those_found(tmp_path, whole, acts):
 
 
 def test_what_cannot_fit_is_refused_with_the_arithmetic(tmp_path, whole, acts, monkeypatch):
-    with pytest.raises(InfeasibleError, match=r"--memory 10 KB is less than .*: a chunk of 16 latents takes"):
+    with pytest.raises(InfeasibleError, match=r"memory=.10 KB. is less than .*: a chunk of 16 latents takes"):
         build(whole["topk"][0], acts, tmp_path / "out", memory=10_000)
     with pytest.raises(InfeasibleError, match=r"of an encode task: 40 latents of 12 numbers in 1 part"):
         build(whole["standard"][0], acts, tmp_path / "out", memory=80_000, shards=1)

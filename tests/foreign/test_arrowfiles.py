@@ -260,9 +260,9 @@ def test_a_large_row_group_keeps_to_its_memory(tmp_path: Path) -> None:
 def test_large_pages_are_refused_before_they_are_decoded_and_the_advice_is_enough(tmp_path: Path) -> None:
     source = make_wide(tmp_path / "x.parquet", **PAGES["large"])
     found = measured(tmp_path, source, memory=64 * MB)
-    assert "give at least --memory" in found["told"], found
+    assert "give at least memory=" in found["told"], found
     assert found["peak"] <= 16 * MB, found
-    advice = int(found["told"].split("--memory ")[1].split("MB")[0])
+    advice = int(found["told"].split('memory="')[1].split("MB")[0])
     found = measured(tmp_path, source, memory=advice * MB)
     assert found["told"] == "50000 rows", found
     assert found["peak"] <= advice * MB, found

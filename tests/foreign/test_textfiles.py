@@ -133,7 +133,7 @@ def test_tables_that_are_refused(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=words):
             list(documents(tmp_path / "a.parquet", "text"))
 
-    assert_refused("no column 'text' in 'body', 'id'; --field", {"body": ["a"], "id": [1]})
+    assert_refused("no column 'text' in 'body', 'id'; field", {"body": ["a"], "id": [1]})
     assert_refused("'text' holds list<.*>, which is no text", {"text": [["a"]]})
     assert_refused("'text' holds binary", {"text": [b"a"]})
     assert_refused("row 1 has no 'text'", {"text": ["a", None]})
@@ -177,7 +177,7 @@ def test_pyarrow_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
         ("broken.json", b'["a"] "b"', "more after the end"),
         ("deep.json", b"[" * 100_000, "element 1 is no JSON"),
         ("number.json", b"[1, 2]", "element 1: no 'text', but no object"),
-        ("other.json", b'{\n"body": "a"\n}', "no 'text', but 'body'; --field"),
+        ("other.json", b'{\n"body": "a"\n}', "no 'text', but 'body'; field"),
         ("second.json", b'{"text": "a"}\n\n{"text": 3}', "line 3: 'text' is no text"),
         ("null.jsonl", b'{"text": null}', "line 1: 'text' is no text"),
         ("half.jsonl", rb'{"text": "a\ud800"}', "line 1: character 1 is half of a surrogate"),

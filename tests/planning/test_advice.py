@@ -22,9 +22,9 @@ def planned(memory, sharing, model, **more):
 @pytest.mark.parametrize("source_buffer", [0, 25_100_000])
 def test_the_memory_that_is_advised_is_enough(sharing, row_bytes, source_buffer):
     model = MemoryModel(row_bytes, source_buffer=source_buffer)
-    with pytest.raises(InfeasibleError, match="give at least --memory") as raised:
+    with pytest.raises(InfeasibleError, match="give at least memory=") as raised:
         planned("1MB", sharing, model)
-    advice = re.search(r"--memory (\S+)", str(raised.value))[1]
+    advice = re.search(r'memory="(\S+)"', str(raised.value))[1]
     made = planned(advice, sharing, model)  # nothing else has to change
     assert made.memory <= parse_bytes(advice)
     assert (f"the {sharing} tasks of a worker need" in str(raised.value)) == (sharing > 1)
@@ -37,16 +37,16 @@ def test_the_memory_that_is_advised_is_enough(sharing, row_bytes, source_buffer)
 @pytest.mark.parametrize("row_bytes", [256, 4096])
 def test_the_memory_that_runs_need_is_advised_too(row_bytes):
     """Enough for an object of rows, and not for a split of all of them."""
-    with pytest.raises(InfeasibleError, match=r"cannot be split .* lower --run-bytes, or give at least") as raised:
+    with pytest.raises(InfeasibleError, match=r"cannot be split .* lower run_bytes, or give at least") as raised:
         planned(MemoryModel(row_bytes).leaf_bytes(100, 16 * row_bytes), 1, MemoryModel(row_bytes))
-    advice = re.search(r"--memory (\S+)", str(raised.value))[1]
+    advice = re.search(r'memory="(\S+)"', str(raised.value))[1]
     assert planned(advice, 1, MemoryModel(row_bytes))
     with pytest.raises(InfeasibleError):
         planned(int(parse_bytes(advice) * 0.97), 1, MemoryModel(row_bytes))
 
 
 def test_blocks_that_are_too_small_ask_for_larger_blocks():
-    with pytest.raises(InfeasibleError, match=r"blocks too small: .* 16 rows of 100 bytes .*--block-bytes 1600B"):
+    with pytest.raises(InfeasibleError, match=r"blocks too small: .* 16 rows of 100 bytes .*block_bytes=.1600B"):
         planned(None, 1, MemoryModel(100), block_bytes=500)
     assert planned(None, 1, MemoryModel(100), block_bytes="1600B", run_bytes=1)
 

@@ -300,7 +300,7 @@ def test_bad_requests_are_refused(files, tmp_path, settings, text):
 
 def test_bad_matrices_are_refused(files, tmp_path):
     a, wide = files["a real"], files["wide real"]
-    with pytest.raises(ConfigError, match=r"have width 24, rows of .* 40; a matrix \[24, 40\] \(--through\)"):
+    with pytest.raises(ConfigError, match=r"have width 24, rows of .* 40; a matrix \[24, 40\] \(through\)"):
         saetrain.interactions(a, wide, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"has shape \[2100, 40\]; between these sides it must be \[24, 40\]"):
         saetrain.interactions(a, wide, tmp_path / "out", through=wide)

@@ -163,7 +163,7 @@ def test_a_signal_checkpoints_and_leaves_cleanly(ranks: int, number: int, store:
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors  # `fit && export` must not export half a dictionary
     assert "Traceback" not in errors
-    assert "run again to go on" in output
+    assert "the same command again goes on" in output
     found = checkpoint.find(out)
     found.verify()
     assert found.state["step"] == read_log(out)[-1]["step"] >= 5

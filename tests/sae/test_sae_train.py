@@ -240,5 +240,5 @@ def test_every_setting_has_its_help() -> None:
     assert set(field_help()) == names
     assert parse_field("widths", "4,8") == (4, 8)
     assert parse_field("steps", "1e3") == 1000
-    with pytest.raises(ConfigError, match="--d-sae"):
+    with pytest.raises(ConfigError, match="d_sae"):
         parse_field("d_sae", "many")
