@@ -1,5 +1,5 @@
-"""What people meet in the first hour: commands under other names, mistyped places, limits beyond the machine, and messages
-that name options on the command line and arguments in Python."""
+"""What people meet in the first hour: commands under other names, mistyped places, limits beyond the machine, and
+messages that name options on the command line and arguments in Python."""
 
 from __future__ import annotations
 
