@@ -34,6 +34,9 @@ def _export(run: Path, to: Path, format: str, as_json: bool) -> None:
     if shape := exchange.row_shape(run):
         click.echo(f"rows of shape {tuple(shape)} were flattened: {format} must give this model flat rows", err=True)
     print_json({"run": str(run), "to": str(to), "format": format} | ({"row_shape": shape} if shape else {}), as_json)
+    if not as_json:
+        names = ", ".join(sorted(path.name for path in to.iterdir()))
+        click.echo(f"{to}: {names}, as {format} reads them; in Python: saetrain.load({str(to)!r})")
 
 
 @click.command("import")
@@ -51,6 +54,8 @@ def _import(folder: Path, run: Path, as_json: bool) -> None:
     """
     exchange.bring(folder, run)
     print_json({"folder": str(folder), "run": str(run)}, as_json)
+    if not as_json:
+        click.echo(f"{run}: one checkpoint, of {folder}; in Python: saetrain.load({str(run)!r})")
 
 
 COMMANDS = _export, _import

@@ -55,7 +55,11 @@ TRAIN = all_of(
     click.option("--out", type=FOLDER, help="Folder of the run(s).  [default: the store's name with .sae]"),
     click.option("--config", type=PATH, help="JSON file of settings, as a run's config.json; other options win."),
     NPROC,
-    click.option("--heldout", type=TEXT, help="Store to evaluate on, in place of the tail of STORE."),
+    click.option(
+        "--heldout",
+        type=TEXT,
+        help="Store to evaluate on, in place of the tail of STORE, which is not trained on either.",
+    ),
     EVALUATE,
     REPORT,
 )

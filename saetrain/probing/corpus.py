@@ -10,7 +10,7 @@ The order of documents, and the windows that are taken of a long one, follow fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -84,9 +84,7 @@ class Corpus:
         self.order = np.random.default_rng([self.cutting.seed, 1]).permutation(len(self.texts))
 
     @classmethod
-    def read(
-        cls, model: LanguageModel, paths: str | Path | Iterable[str | Path], cutting: Cutting, name: str = "text"
-    ) -> Corpus:
+    def read(cls, model: LanguageModel, paths: Sequence[str | Path], cutting: Cutting, name: str = "text") -> Corpus:
         """From files and folders of text; ``name`` is the field that holds it in JSON and tables."""
         return cls(model, list(read_texts(paths, field=name)), cutting)
 

@@ -570,6 +570,12 @@ def test_fields_that_torch_cannot_hold_are_refused(sources: Callable[[str, int],
         Loader(sources("mixed_group", N), 40, **settings).torch()
 
 
+def test_a_loader_itself_in_a_data_loader_says_what_to_give(store: Path) -> None:
+    data = pytest.importorskip("torch.utils.data")
+    with pytest.raises(RequestError, match=r"DataLoader `loader.torch\(\)` with batch_size=None"):
+        next(iter(data.DataLoader(Loader(store, 90))))
+
+
 @pytest.mark.parametrize("buffer_rows", [None, 150])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

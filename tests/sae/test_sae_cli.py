@@ -218,13 +218,16 @@ def test_an_unexpected_error_is_one_line(
     assert "/dev/null/x" in err
 
 
-def test_ctrl_c_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+def test_ctrl_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("saetrain.exchange.bring", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main(["import", "a", "b"])
+    monkeypatch.setattr("saetrain.cli.features.build_features", interrupted)
+    assert main(["import", "a", "b"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert main(["features", "a", "b", "c"]) == 130
+    assert capsys.readouterr().err == "stopped; what is finished is kept: the same command again goes on\n"
 
 
 # --- Help
