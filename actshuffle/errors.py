@@ -41,7 +41,7 @@ _SIZE = r"\d[\d_.,e+]*\d|\d"
 # A whole command, which stands in backticks; or an option, perhaps with its value.
 _OPTION = re.compile(
     rf"`[^`]*`|(?P<bare>\bleave )?(?<![\w-])--(?P<no>no-)?(?P<name>[a-z][a-z0-9-]*)"
-    rf"(?: (?P<value>(?:{_SIZE})(?: ?[KMGTP]?i?B)?(?![\w-])|(?:{_WORDS})\b))?(?P<was> was\b)?"
+    rf"(?: (?P<value>(?:{_SIZE})(?: ?[KMGTP]?i?B)?(?![\w-])|(?:{_WORDS})\b))?(?P<was> (?:was|must)\b)?"
 )
 
 

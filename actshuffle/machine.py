@@ -8,8 +8,6 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from actshuffle.errors import InfeasibleError
-
 # Limits of the container in bytes: cgroup v1 hard and soft; cgroup v2 hard, soft and softest.
 CGROUP_FILES = (
     "memory/memory.limit_in_bytes",
@@ -62,11 +60,6 @@ def beyond_machine(memory: int | None) -> str:
         f"--memory {given:,g} GB is more than the {there:,g} GB of this machine, which kills a process that takes more "
         "than there is: give less"
     )
-
-
-def check_memory(memory: int | None) -> None:
-    if told := beyond_machine(memory):
-        raise InfeasibleError(told)
 
 
 def cores() -> int:

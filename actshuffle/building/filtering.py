@@ -31,12 +31,11 @@ from actshuffle.engine.prepare import check_places, look_at
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError, SourceError
-from actshuffle.executors import Executor
+from actshuffle.executors import Executor, check_memory
 from actshuffle.html import page
 from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.loading.views import combined
-from actshuffle.machine import check_memory
 from actshuffle.progress import Progress
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
@@ -129,8 +128,7 @@ def filter_rows(
     if rules == Rules():
         raise RequestError("no filter is given: drop rows with --skip-first, --drop-tokens or --drop-norm")
     request = Request.among(locals(), seed=0, source_row=False)
-    if work.crew.one_machine:
-        check_memory(request.memory)
+    check_memory(work.crew, request.memory)
     target = as_place(dst, storage_options)
     store = open_finished_or_plain(src, storage_options=storage_options)
     rules = rules.fitted(store, position, token, arrays)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from actshuffle import machine
 from actshuffle.arrays import virtual
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.inventory import take_inventory
@@ -24,6 +23,7 @@ from actshuffle.engine.request import Request
 from actshuffle.engine.scratch import check_memory, clear_scratch, recorded_scratch, scratch_place
 from actshuffle.errors import DestinationExistsError, FormatError, InfeasibleError, RequestError, ResumeMismatchError
 from actshuffle.executors.base import Executor
+from actshuffle.executors.base import check_memory as check_limit
 from actshuffle.jobs.locks import Locks
 from actshuffle.ordering.keys import Keys
 from actshuffle.planning.memory import SPILL_ROW
@@ -50,8 +50,7 @@ def prepare(
     for its memory only if the request names none.
     """
     check_places(src, dst, request.scratch)
-    if crew.one_machine:
-        machine.check_memory(request.memory)
+    check_limit(crew, request.memory)
     if crew.tasks_per_worker > 1:  # they share the memory of one process
         request = request.filled(tasks_per_worker=crew.tasks_per_worker)
     arrays = source_arrays(src, request.fields)

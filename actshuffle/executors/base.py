@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+from actshuffle import machine
+from actshuffle.errors import InfeasibleError
 from actshuffle.machine import machine_memory
 
 T = TypeVar("T")
@@ -38,3 +40,9 @@ class Executor:
 
     def close(self) -> None:
         """Give back the memory that workers hold between tasks."""
+
+
+def check_memory(executor: Executor | None, memory: int | None) -> None:
+    """Refuse a worker's limit beyond the memory of this machine, where all workers are on it."""
+    if (executor is None or executor.one_machine) and (told := machine.beyond_machine(memory)):
+        raise InfeasibleError(told)

@@ -8,9 +8,8 @@ from typing import Any
 
 from actshuffle import Dataset, open_dataset, watch
 from actshuffle.errors import ConservationError, SourceError
-from actshuffle.executors import Executor
+from actshuffle.executors import Executor, check_memory
 from actshuffle.jobs import FolderJob, Outcome, Step, read_done, run_in_folder
-from actshuffle.machine import check_memory
 from actshuffle.progress import Progress
 from actshuffle.units import counted
 from saetrain.compute.devices import settled
@@ -250,8 +249,7 @@ def build_features(
     """
     if executor is None or device == "auto":  # the workers of another machine may have what this one lacks
         device = settled(device)
-    if executor is None or executor.one_machine:
-        check_memory(memory)
+    check_memory(executor, memory)
     plan = plan_features(dictionary, store, memory=memory, **settings)
     most = most_entries(plan, memory)
     if read_done(out) is None:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actshuffle.executors import check_memory
 from actshuffle.jobs import FolderJob, FolderTask, Outcome, Step, run_in_folder
-from actshuffle.machine import check_memory
 from actshuffle.units import counted
 from saetrain.errors import ConfigError
 from saetrain.products import scratch
@@ -81,8 +81,7 @@ def interactions(
     """
     given: dict[str, Any] = {"product": product, "through": through, "cosine": cosine, "k": k, "smallest": smallest}
     given |= {"thresholds": thresholds, "drop_same": drop_same, "memory": memory, "panel": panel, "device": device}
-    if how.get("executor") is None or how["executor"].one_machine:
-        check_memory(memory)
+    check_memory(how.get("executor"), memory)
     return run_plan(plan_interactions(a, b, **given), product, out, **how)
 
 

@@ -176,7 +176,7 @@ def test_a_device_that_is_not_there_is_refused(
         (["fit", "rows.zarr", "--out", "rows.zarr"], "inside the Zarr store"),
         (["fit", "rows.zarr", "--out", "rows.zarr/run"], "inside the Zarr store"),
         (["fit", "rows.zarr", "--holdout", "1000000"], "1,000,000 held out do not fill one batch"),
-        (["fit", "rows.zarr", "--k", "300"], "k 300 is more than d_sae 256"),
+        (["fit", "rows.zarr", "--k", "300"], "--k 300 is more than --d-sae 256"),
         (["fit", "rows.zarr", *FAST, "--batch-size", "5000"], "do not fill one batch of 5,000"),
         (["sweep", "rows.zarr", "--k", "4,4"], "gives k=4 twice"),
         (["sweep", "rows.zarr", "--lr", "1e-3,nan"], "lr must be"),
