@@ -23,9 +23,7 @@ def _document(outcome: growth.Appended | collection.Collected | filtering.Filter
 
 
 SHUFFLED = "shuffled.zarr"  # a name for what comes next
-OTHER_SEEDS = (
-    "note: a split with another seed draws other lots, so its parts overlap these; parts of splits with one seed do not"
-)
+OTHER_SEEDS = "note: a split with another seed draws other lots, so its parts overlap these"
 COPY = click.option("--copy", is_flag=True, help="Copy the rows, instead of naming them in a view.")
 ORDERED = click.option("--ordered", is_flag=True, help="Allow a store that is not shuffled.")
 OUT = click.option("--out", type=PATH, required=True, help="Store to write.")
