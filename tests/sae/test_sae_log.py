@@ -46,7 +46,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Planted.make(256, 16, 24)
     monkeypatch.setattr(log, "find_spec", lambda name: None)
-    with one_rank() as mesh, pytest.raises(ConfigError, match="--log wandb needs the package wandb"):
+    with one_rank() as mesh, pytest.raises(ConfigError, match="log wandb needs the package wandb"):
         fit(MemorySource(data.rows, data.documents), {tmp_path / "run": small("topk", log="wandb")}, mesh)
     assert not (tmp_path / "run").exists()
     assert log.wanted("auto") == log.wanted("none") == []
