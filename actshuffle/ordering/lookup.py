@@ -66,4 +66,5 @@ def runs(cuts: I64, ranks: I64) -> I64:
 def picked(keys: Keys, words: U64, skip: int, count: int) -> tuple[U64, U64]:
     """First key words and numbers of ``count`` rows in key order, after the first ``skip`` of those in ``words``."""
     order = key_order(keys, words[0], words[1])[skip : skip + count]
-    return words[0, order], words[1, order]
+    # Several times as fast as an index.
+    return np.take(words[0], order, mode="clip"), np.take(words[1], order, mode="clip")
