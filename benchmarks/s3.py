@@ -1,9 +1,9 @@
 """`s3`: shuffle and verify in an object store, beside a plain copy and a plain read of the same objects, in one run.
 
 The plain copy gets each object of the source whole, and puts it elsewhere, through obstore, 16 at a time in each of the
-same worker processes.  It runs right before and after each shuffle, so that other load weighs on both.  Processor time
-is that of the client's processes (workers and driver) by getrusage; a server on the same machine takes its share of the
-cores, which the ratios show.
+same worker processes.  It runs right before and after each shuffle, so that other load weighs on both, and the
+destinations of both are empty.  Processor time is that of the client's processes (workers and driver) by getrusage; a
+server on the same machine takes its share of the cores, which the ratios show.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def run(
         client = crew.client
         try:
             for width in row_bytes:
-                source, target = top.child(f"source-{width}"), top.child(f"shuffled-{width}")
+                source, target, other = (top.child(f"{name}-{width}") for name in ("source", "shuffled", "copied"))
                 make(source, size, width, chunk)
                 bench.did(f"source of {format_bytes(size)} in rows of {format_bytes(width)}")
 
                 def copied() -> int:
-                    return _spread(client, _copy, source, top.child("copied"))  # noqa: B023
+                    return _spread(client, _copy, source, other)  # noqa: B023
 
                 def read(*places: Place) -> int:
                     return sum(_spread(client, _read, place) for place in places)
@@ -77,13 +77,15 @@ def run(
                     if not number:
                         copied()  # connections, buffers, code
                     one: dict[str, Any] = {"row_bytes": width, "levels": level, "round": number}
-                    for name, call in (
-                        ("copy", copied),
-                        ("shuffle", shuffled),
-                        ("copy after", copied),
-                        ("read", lambda: read(source, target)),  # noqa: B023
-                        ("verify", verified),
+                    for name, call, goal in (
+                        ("copy", copied, other),
+                        ("shuffle", shuffled, target),
+                        ("copy after", copied, other),
+                        ("read", lambda: read(source, target), None),  # noqa: B023
+                        ("verify", verified, None),
                     ):
+                        if goal is not None:  # a copy, as a shuffle, finds nothing there
+                            open_objects(goal).delete_prefix("")
                         one[name], result = measured(client, call)
                         if name == "shuffle":
                             one["requests"] = result.requests

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from random import randrange
 from typing import Any
@@ -19,7 +19,7 @@ from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import ActshuffleError, SourceError
 from actshuffle.limits import STORE_PIECE, STORE_REQUESTS
 from actshuffle.storage.buffers import arena, padded
-from actshuffle.storage.directio import two_readers
+from actshuffle.storage.directio import Extent, Read, ahead, pieces, two_readers
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
 
@@ -28,12 +28,12 @@ LOOKS = 4  # rows by which the page cache is judged
 
 
 class Source:
-    """Reads rows of a job's source."""
+    """Reads rows of a job's source.  ``plain``: it is known to be no virtual one, so that nobody need look."""
 
-    def __init__(self, place: Place, fill_missing: bool = False) -> None:
+    def __init__(self, place: Place, fill_missing: bool = False, *, plain: bool = False) -> None:
         self.place = place
         self.objects = open_objects(place)
-        self._elsewhere = virtual.open_reader(place)
+        self._elsewhere = None if plain else virtual.open_reader(place)
         self._store = View(self.objects, str(place), strict=not fill_missing)
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
@@ -58,19 +58,17 @@ class Source:
             yield a - start, b - start
 
     def _raw_parts(self, field: Field, start: int, out: U8) -> Iterator[tuple[int, int]]:
-        """Read two objects at a time straight from their files, or from a store as many as it sends at once."""
+        """Read two objects at a time straight from their files; from a store, pieces of objects in two batches, one of
+        which is on its way while the other is looked at."""
         if not len(out):
             return
         extents = field.extents(start, start + len(out), out.data.cast("B"), once=True)
-        first, at_once = 0, 2
-        if not self.objects.is_local:
-            at_once = max(2, STORE_REQUESTS * STORE_PIECE // (field.source_chunk_rows * field.row_bytes))
-        with two_readers(self.objects.read, out.nbytes) as read:
-            while some := [*islice(extents, at_once)]:
-                read(some)
-                stop = first + sum(e.views[0].nbytes for e in some) // field.row_bytes
-                yield first, stop
-                first = stop
+        if self.objects.is_local:
+            with two_readers(self.objects.read, out.nbytes) as read:
+                yield from _filled(field.row_bytes, _in_turn(read, _batches(extents, 2)))
+        else:
+            parts = (part for extent in extents for part in pieces(extent, STORE_PIECE))
+            yield from _filled(field.row_bytes, ahead(self.objects.read, _batches(parts, STORE_REQUESTS // 2)))
 
     def tiles(self, field: Field, start: int, stop: int) -> Iterator[tuple[int, U8]]:
         """Rows ``[start, stop)`` in order, in pieces that share one piece of memory: (rows before it, its rows).
@@ -119,6 +117,26 @@ class Source:
                 f"{self.place.url}: {type(err).__name__}: {err}"
             ) from err
         return row_bytes_of(rows)
+
+
+def _batches(extents: Iterator[Extent], size: int) -> Iterator[list[Extent]]:
+    while some := [*islice(extents, size)]:
+        yield some
+
+
+def _in_turn(read: Read, batches: Iterable[list[Extent]]) -> Iterator[list[Extent]]:
+    for batch in batches:
+        read(batch)
+        yield batch
+
+
+def _filled(row_bytes: int, batches: Iterable[Sequence[Extent]]) -> Iterator[tuple[int, int]]:
+    """The ranges of rows that are whole after each batch that has been read."""
+    nbytes = first = 0
+    for batch in batches:
+        nbytes += sum(len(view) for extent in batch for view in extent.views)
+        yield first, nbytes // row_bytes
+        first = nbytes // row_bytes
 
 
 def row_bytes_of(rows: NDArray[Any]) -> U8:

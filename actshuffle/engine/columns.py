@@ -55,7 +55,7 @@ class Columns:
         Yields (parts, a, b) when these parts (0: hi words; then fields from 1) of rows ``[a, b)`` are filled.
         """
         stop = start + len(self.hi)
-        source = Source(job.source, job.fill_missing)
+        source = Source(job.source, job.fill_missing, plain=job.is_plain)
         self.source_row[:] = numbers = source.numbers(start, stop)
         first, last = int(numbers[0]), int(numbers[-1])
         if not job.kind.sorts:

@@ -151,7 +151,7 @@ def stage(job: Job, number: int, at: int) -> tuple[int, U64, int]:
         return number, from_hex(body["sum"]), nbytes
     rows = arena().reset(padded(nbytes)).take((stop - start, field.row_bytes))
     with lean_heap():
-        Source(job.source, job.fill_missing).read(job.fields[number], start, rows)
+        Source(job.source, job.fill_missing, plain=job.is_plain).read(job.fields[number], start, rows)
     numbers = np.arange(start, stop, dtype=np.uint64)
     total = RowHash(job.keys.seed, 1 + number, field.row_bytes).total(rows, numbers)
     with objects.writer(key, size) as out:

@@ -125,6 +125,11 @@ class Job:
         return Facts.read(self.facts)
 
     @property
+    def is_plain(self) -> bool:
+        """True if the source holds its own rows; a virtual one adds facts."""
+        return self.facts == "{}"
+
+    @property
     def outputs(self) -> tuple[Field, ...]:
         """All arrays of the output."""
         return self.fields if self.source_row is None else (*self.fields, self.source_row)

@@ -209,7 +209,8 @@ class Shuffle(Course[Job]):
         if not job.kind.ranked or job.kind.gathers or manifest.read_bounds(job) is not None:
             return
         manifest.write_bounds(job, tasks.find_boundaries(job, executor, progress))
-        job.at_scratch.delete_prefix(tasks.COUNTS)
+        if tasks.key_ranges(job) > 1:
+            job.at_scratch.delete_prefix(tasks.COUNTS)
 
     def publish(self, progress: Progress) -> None:
         """Write digests, metadata and, last of all, the marker.  Every step can be repeated."""

@@ -139,7 +139,9 @@ class Spill:
         parent = bucket * plan.widths[self.level] // plan.widths[self.level - 1]
         first_block = parent * plan.blocks_per_parent(self.level)
         ends = np.cumsum(runs[:, 1].astype(np.int64))
-        step = STORE_BYTES if plan.model.remote else PIECE
+        step = PIECE
+        if plan.model.remote:  # which sends as much at a time as it may, however much it is asked for
+            step = plan.rows * self.row_bytes if ready is None else STORE_BYTES
         at = there = 0  # rows requested, rows read
         extents: tuple[list[Extent], list[Extent]] = ([], [])  # on disk, in memory
         with two_readers(self.objects.read, len(columns.hi) * self.row_bytes) as read:

@@ -144,9 +144,8 @@ def clearing(progress: Progress) -> Iterator[None]:
 
 def find_boundaries(job: Job, executor: Executor, progress: Progress) -> U64:
     """The keys at the boundaries between leaves; counts of many row ranges are added up by tasks, in scratch."""
-    plan = job.plan
+    plan, ranges = job.plan, key_ranges(job)
     first, stop = job.key_rows or (0, plan.rows)
-    ranges = -(-(stop - first) // bounds.range_rows(stop - first))
 
     def ask(query: bounds.Query) -> Iterator[NDArray[Any]]:
         if ranges <= 1:  # computed faster here than on a worker
@@ -169,6 +168,12 @@ def find_boundaries(job: Job, executor: Executor, progress: Progress) -> U64:
     found = bounds.find(job.keys, ranks, ask)
     progress.end()
     return found
+
+
+def key_ranges(job: Job) -> int:
+    """The number of row ranges whose keys are looked at one by one; of more than one the counts go to scratch."""
+    first, stop = job.key_rows or (0, job.plan.rows)
+    return -(-(stop - first) // bounds.range_rows(stop - first))
 
 
 def count(job: Job, bits: int, number: int, ranges: int) -> NDArray[Any] | None:

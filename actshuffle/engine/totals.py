@@ -84,8 +84,14 @@ def index(job: Job, task: Task) -> tuple[Payload, int]:
             blame(job, level, parent, blocks, what)
     if level > 1:
         check_conserved(job, level, parent, Spill(job, level - 1).sums(parent), totals, blocks)
-    for at, child in enumerate(children):
-        Spill(job, level).put_tables(child, runs[at], sums[at])
+    spill = Spill(job, level)
+
+    def put(job: Job, which: tuple[int, int]) -> None:
+        at, child = which
+        spill.put_tables(child, runs[at], sums[at])
+
+    for _ in each(job, put, enumerate(children)):
+        pass
     return {"blocks": len(blocks)}, 0
 
 

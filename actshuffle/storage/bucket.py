@@ -19,6 +19,7 @@ import numpy as np
 from actshuffle.errors import RequestError, StorageError
 from actshuffle.extras import need
 from actshuffle.limits import STORE_NAMES, STORE_PART, STORE_WHOLE, part_bytes, uploads
+from actshuffle.storage import buffers
 from actshuffle.storage.bucketoptions import Settings, settings
 from actshuffle.storage.files import Writer
 from actshuffle.storage.place import Place
@@ -233,28 +234,28 @@ class _Parts:
     """Bytes on their way from a writer, on any thread, to an upload in the event loop; a few parts at a time."""
 
     def __init__(self, size: int) -> None:
-        self._step, self._held, self._left = part_bytes(size), bytearray(), size
+        self._step, self._left = part_bytes(size), size
+        self._held, self._at = np.empty(0, np.uint8), 0  # a part, and the bytes of it that are filled
         self._queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue()
         self._room, self._over = asyncio.Semaphore(1), False
 
     def write(self, part: memoryview) -> None:
         part = part.cast("B")
-        self._left -= part.nbytes
         while part.nbytes:
-            some = part[: self._step - len(self._held)]
-            self._held += some
-            part = part[some.nbytes :]
-            if len(self._held) == self._step:
-                self._send(self._held)
-                self._held = bytearray()
+            if self._at == len(self._held):  # new memory, since the client may send from the old for a while
+                self._held, self._at = buffers.pages(min(self._step, self._left)), 0
+            some = part[: len(self._held) - self._at]
+            stop = self._at + some.nbytes
+            self._held[self._at : stop] = some
+            self._at, self._left, part = stop, self._left - some.nbytes, part[some.nbytes :]
+            if stop == len(self._held):
+                self._send(self._held.data)
 
     def end(self, failure: BaseException | None) -> None:
         """Send the rest, with zeros for what was never written, or give up."""
         if failure is None:
             while self._left > 0:
                 self.write(memoryview(bytes(min(self._left, self._step))))
-            if self._held:
-                self._send(self._held)
         self._send(failure)
 
     def _send(self, part: Any) -> None:

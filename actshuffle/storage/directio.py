@@ -11,8 +11,8 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -88,6 +88,38 @@ def read_rows(fd: int, width: int, offsets: Sequence[int], out: memoryview, goal
         view = out[goal : goal + width]
         if preadv(fd, (view,), offset) != width:
             read_full(fd, Extent("", offset, [view]))
+
+
+def pieces(extent: Extent, size: int) -> Iterator[Extent]:
+    """Split an extent into extents of at most ``size`` bytes, each over as many views as it spans."""
+    offset, views, held = extent.offset, [], 0
+    for view in extent.views:
+        while len(view):
+            part = view[: size - held]
+            views.append(part)
+            held, view = held + len(part), view[len(part) :]
+            if held == size:
+                yield Extent(extent.key, offset, views)
+                offset, views, held = offset + held, [], 0
+    if held:
+        yield Extent(extent.key, offset, views)
+
+
+def ahead(read: Read, batches: Iterable[Sequence[Extent]]) -> Iterator[Sequence[Extent]]:
+    """Read batch after batch, and hand each on while the next is on its way, so that a server never waits."""
+    with ThreadPoolExecutor(2, thread_name_prefix="actshuffle-read") as pool:
+        running: list[tuple[Future[None], Sequence[Extent]]] = []
+        for batch in batches:
+            running.append((pool.submit(read, batch), batch))
+            if len(running) > 1:
+                yield _finished(*running.pop(0))
+        for one in running:
+            yield _finished(*one)
+
+
+def _finished(call: Future[None], batch: Sequence[Extent]) -> Sequence[Extent]:
+    call.result()
+    return batch
 
 
 @contextmanager

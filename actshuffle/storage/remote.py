@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from actshuffle.errors import ActshuffleError, StorageError
 from actshuffle.limits import STORE_PIECE, STORE_REQUESTS
 from actshuffle.storage.buffers import roomy_heap
-from actshuffle.storage.directio import Extent
+from actshuffle.storage.directio import Extent, pieces
 from actshuffle.storage.files import Writer, typed
 from actshuffle.storage.requests import count
 
@@ -86,7 +86,7 @@ class RemoteObjects:
                     view[:] = data[at : at + len(view)]
                     at += len(view)
 
-            parts = [p for extent in extents for p in _pieces(extent, STORE_PIECE)]
+            parts = [p for extent in extents for p in pieces(extent, STORE_PIECE)]
             count("get", len(parts))
             running = [asyncio.ensure_future(one(part)) for part in parts]
             try:
@@ -158,21 +158,6 @@ def status_text(status: str, code: str, message: str) -> str:
     if status == "411":
         message = f"{message}: {_CHUNKED}".removeprefix(": ")
     return f"HTTP {status}{code}" + (f": {message.rstrip('.')}" if message else "")
-
-
-def _pieces(extent: Extent, size: int) -> Iterator[Extent]:
-    """Split an extent into extents of at most ``size`` bytes, each over as many views as it spans."""
-    offset, views, held = extent.offset, [], 0
-    for view in extent.views:
-        while len(view):
-            part = view[: size - held]
-            views.append(part)
-            held, view = held + len(part), view[len(part) :]
-            if held == size:
-                yield Extent(extent.key, offset, views)
-                offset, views, held = offset + held, [], 0
-    if held:
-        yield Extent(extent.key, offset, views)
 
 
 class _MemoryWriter:

@@ -17,7 +17,7 @@ import pytest
 from actshuffle.limits import PAGE
 from actshuffle.storage import directio as reading
 from actshuffle.storage.buffers import Arena
-from actshuffle.storage.directio import Extent, read_full, two_readers
+from actshuffle.storage.directio import Extent, ahead, pieces, read_full, two_readers
 from benchmarks.cache import cached_share
 from support.stores import evict
 
@@ -228,3 +228,42 @@ def test_files_in_memory_count_as_cached(monkeypatch: pytest.MonkeyPatch) -> Non
         assert reading.has_cached(found.fileno(), 0)
         assert not reading.has_cached(other.fileno(), 0)
         assert not reading.is_in_memory(os.fstat(other.fileno()).st_dev)
+
+
+def test_the_next_batch_is_on_its_way_while_one_is_looked_at():
+    batches = [[Extent(str(n), 0, [])] for n in range(4)]
+    begun = [threading.Event() for _ in batches]
+
+    def read(extents: Sequence[Extent]) -> None:
+        begun[int(extents[0].key)].set()
+
+    seen = []
+    for batch in ahead(read, batches):
+        seen.append(int(batch[0].key))
+        assert all(event.wait(5) for event in begun[: seen[-1] + 2])
+        assert not any(event.is_set() for event in begun[seen[-1] + 2 :])
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_batch_that_fails_is_not_handed_on():
+    def read(extents: Sequence[Extent]) -> None:
+        if extents[0].key == "1":
+            raise OSError(errno.EIO, "broken")
+
+    found = ahead(read, [[Extent(str(n), 0, [])] for n in range(4)])
+    assert next(found)[0].key == "0"
+    with pytest.raises(OSError, match="broken"):
+        next(found)
+
+
+def test_pieces_are_the_bytes_of_their_extent():
+    data = random.Random(0).randbytes(1000)
+    out = [bytearray(n) for n in (1, 400, 3, 596)]
+    parts = list(pieces(Extent("x", 7, [memoryview(one) for one in out]), 64))
+    assert [part.offset for part in parts] == list(range(7, 1007, 64))
+    for part in parts:
+        at = part.offset - 7
+        for view in part.views:
+            view[:] = data[at : at + len(view)]
+            at += len(view)
+    assert b"".join(out) == data
