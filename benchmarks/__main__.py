@@ -122,7 +122,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "sae-order": {"store": None, "d_sae": 64, "k": 4, "batch": 128, "buffer": 512, "dead": 2},
     "features": {"rows": 2000, "width": 16, "latents": [64], "k": 4, "workers": 0, "rounds": 1},
-    "features-peers": {"rows": 2000, "width": 16, "latents": 256, "k": 4, "workers": 0, "some": 128, "dashboard": None},
+    "features-peers": {"rows": 2000, "width": 16, "latents": 256, "k": 4, "workers": 0, "some": 128},
     "features-growth": {
         "rows": [1000, 4000],
         "latents": [256],
@@ -448,9 +448,10 @@ def features(**options: Any) -> None:
 @click.option("--workers", type=int, default=cores(), help="Worker processes, of one thread each.")
 @click.option("--some", type=COUNT, default=256, help="Features that peers describe.")
 @click.option("--dashboard", default=None, help="Python of an environment with sae-dashboard.")
+@click.option("--delphi", default=None, help="Python of an environment with eai-delphi.")
 @_common
 def features_peers(**options: Any) -> None:
-    """Time `saetrain features` beside a plain loop over columns and SAEDashboard."""
+    """Time `saetrain features` beside a plain loop over columns, SAEDashboard and delphi."""
     from benchmarks.sae import beside as module
 
     _start("features-peers", module.run, options)

@@ -247,11 +247,12 @@ def test_features(tmp_path):
 
 
 def test_features_peers(tmp_path):
-    ours, loop, dashboard = miniature(tmp_path, "features-peers")["summary"]
+    ours, loop, dashboard, delphi = miniature(tmp_path, "features-peers")["summary"]
     assert ours["of_product"] > 0
     assert loop["same"] > 0.99
     assert loop["apart"] < 1e-4
-    assert "not installed" in dashboard["why"]
+    assert "give --dashboard" in dashboard["why"]
+    assert "give --delphi" in delphi["why"]
 
 
 def test_features_growth(tmp_path):

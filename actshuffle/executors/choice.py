@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -18,12 +18,15 @@ CLIENTS: dict[str, Callable[[Any], Executor]] = {"distributed": Dask}
 
 
 @contextmanager
-def executor_for(workers: int | None, client: Any = None) -> Iterator[Executor]:
-    """The executor a user asks for: on their client's cluster, on a local cluster of ``workers``, or serial."""
+def executor_for(workers: int | None, client: Any = None, *, imports: Sequence[str] = ()) -> Iterator[Executor]:
+    """The executor a user asks for: on their client's cluster, on a local cluster of ``workers``, or serial.
+
+    ``imports`` names modules of the tasks, which the workers of a local cluster import as they start.
+    """
     if workers is not None and (type(workers) is not int or workers < 0):
         raise RequestError(f"workers must be 0 (no cluster) or a positive whole number, got {workers!r}")
     if client is None and workers:
-        with local_cluster(workers) as executor:
+        with local_cluster(workers, imports) as executor:
             yield executor
     else:
         with closing(Serial() if client is None else _on(client)) as executor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from importlib.util import find_spec
 from ipaddress import ip_address
@@ -185,8 +185,11 @@ def _went_away(err: BaseException) -> ClusterError:
 
 
 @contextmanager
-def local_cluster(workers: int) -> Iterator[Dask]:
-    """Start a Dask cluster on this machine: one process per worker, one thread each, loopback only."""
+def local_cluster(workers: int, imports: Sequence[str] = ()) -> Iterator[Dask]:
+    """Start a Dask cluster on this machine: one process per worker, one thread each, loopback only.
+
+    ``imports`` names modules that the workers import as they start, so that no first task waits for them.
+    """
     from dask import config
     from distributed import Client, LocalCluster
 
@@ -202,6 +205,7 @@ def local_cluster(workers: int) -> Iterator[Dask]:
             dashboard_address="127.0.0.1:0",
             silence_logs=logging.ERROR,
             local_directory=folder,
+            preload=list(imports),
             memory_limit=None,  # the plan bounds memory; Dask need not pause or kill
         ) as cluster,
         Client(cluster) as client,

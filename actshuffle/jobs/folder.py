@@ -64,12 +64,15 @@ class Step:
         deterministic and idempotent.
     tasks : the number of tasks.
     is_there : returns True if the objects that a receipt names exist; called on resume.
+    beside : its tasks run beside those of the step before it, on which they do not depend.  The steps after it wait
+        for both.
     """
 
     name: str
     do: Callable[[FolderJob, FolderTask], tuple[Payload, int]]
     tasks: int
     is_there: Callable[[FolderJob, FolderTask, Payload], bool] = always
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,24 @@ class FolderJob:
             yield found
 
 
-def _tasks(step: Step) -> Iterator[FolderTask]:
-    return (FolderTask(step.name, number) for number in range(step.tasks))
+def _tasks(*steps: Step) -> Iterator[FolderTask]:
+    return (FolderTask(step.name, number) for step in steps for number in range(step.tasks))
+
+
+def _together(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps whose tasks run beside one another, group by group."""
+    found: list[list[Step]] = []
+    for step in steps:
+        if found and step.beside:
+            found[-1].append(step)
+        else:
+            found.append([step])
+    return found
+
+
+def _stage(steps: list[Step]) -> Stage:
+    name, count = ", ".join(step.name for step in steps), sum(step.tasks for step in steps)
+    return Stage(name, partial(_tasks, *steps), count, 0, run_task, is_done)
 
 
 def run_task(job: FolderJob, task: FolderTask) -> Done:
@@ -154,7 +173,7 @@ class FolderCourse(Course[FolderJob]):
         self._publish = publish
 
     def stages(self) -> list[Stage]:
-        return [Stage(step.name, partial(_tasks, step), step.tasks, 0, run_task, is_done) for step in self.job.steps]
+        return [_stage(together) for together in _together(self.job.steps)]
 
     def is_finished(self) -> bool:
         return read_done(self.job.place) is not None

@@ -1,9 +1,9 @@
-"""`features-peers`: `saetrain features` beside a plain loop over columns and SAEDashboard, on the same rows.
+"""`features-peers`: `saetrain features` beside a plain loop over columns, SAEDashboard and delphi, on the same rows.
 
 The bare encoder product is timed in the same run.  A peer describes the first `--some` features, in a process of its
 own (columns.py), fed from the same rows; its time for the whole dictionary is extrapolated, as it works 128 features at
-a time.  The loop's first pass, which is not repeated, counts once.  SAEDashboard runs under the Python of an
-environment of its own.
+a time.  The loop's first pass and delphi's cache, which are not repeated, count once.  SAEDashboard and delphi run
+under the Pythons of environments of their own.
 """
 
 from __future__ import annotations
@@ -23,12 +23,20 @@ from benchmarks import measure, plots
 from benchmarks.results import Bench, table
 from benchmarks.sae.describe import bare, describe, make_dictionary, make_store
 
-NAMES = {"loop": "plain loop over columns", "dashboard": "SAEDashboard"}
-NOT_HERE = "not installed: give --dashboard PYTHON"
+NAMES = {"loop": "plain loop over columns", "dashboard": "SAEDashboard", "delphi": "delphi"}
 
 
 def run(
-    bench: Bench, *, rows: int, width: int, latents: int, k: int, workers: int, some: int, dashboard: str | None
+    bench: Bench,
+    *,
+    rows: int,
+    width: int,
+    latents: int,
+    k: int,
+    workers: int,
+    some: int,
+    dashboard: str | None,
+    delphi: str | None,
 ) -> None:
     store, dictionary = make_store(bench.work / "rows.zarr", rows, width), bench.work / "sae"
     make_dictionary(latents, width, k).save(dictionary)
@@ -36,15 +44,16 @@ def run(
     for name in ("x", "token", "document"):
         arrays.append(str(bench.work / f"{name}.npy"))
         np.save(arrays[-1], np.asarray(group[name]))
-    bench.plan(3)
+    pythons = {"loop": measure.python()[0], "dashboard": dashboard, "delphi": delphi}
+    bench.plan(1 + len(pythons))
     product = [bare(rows, width, latents, max(workers, 1), bench.work)]
     ours = describe(dictionary, store, bench.work / "out", workers)
     bench.did(f"saetrain: {ours['seconds']:.1f} s")
     found = [{"tool": "saetrain features", "seconds": ours["seconds"], "memory": ours["memory"], "described": latents}]
     due = saetrain.open_features(bench.work / "out")
-    for name, python in (("loop", measure.python()[0]), ("dashboard", dashboard)):
+    for name, python in pythons.items():
         if python is None:
-            found.append({"tool": NAMES[name], "why": NOT_HERE})
+            found.append({"tool": NAMES[name], "why": f"not installed: give --{name} PYTHON"})
         else:
             found.append(_peer(bench, name, python, [*arrays, str(dictionary)], min(some, latents), latents, due))
         bench.did(NAMES[name])
@@ -74,9 +83,9 @@ def _peer(bench: Bench, name: str, python: str, paths: list[str], some: int, lat
         told["same"] = float((held["rows"] == rows).mean())
         told["apart"] = float(np.abs(held["values"] - values).max())
     else:
-        told["same"] = float(
-            np.isclose(held["largest"], np.nan_to_num(due.array("stat/max", 0, some)), atol=1e-3).mean()
-        )
+        here = np.isfinite(held["largest"])
+        alike = np.isclose(held["largest"], np.nan_to_num(due.array("stat/max", 0, some)), rtol=1e-3, atol=1e-3)
+        told["made"], told["same"] = int(here.sum()), float(alike[here].mean()) if here.any() else 0.0
     return told
 
 
@@ -120,6 +129,11 @@ def page(
     yield ""
     yield (
         "*Same*: for the loop, slots of the 20 largest activations that name the same row (a product in tiles of "
-        "another shape rounds differently, and ties move); for SAEDashboard, features whose largest activation is the "
-        "same within 0.001 (it skips rows at the ends of prompts, and the last rows, which fill none)."
+        "another shape rounds differently, and ties move); for the others, features whose largest activation is the "
+        "same within 0.001 (SAEDashboard skips rows at the ends of prompts, both the last rows, which fill none, and "
+        "delphi stores half precision)."
     )
+    for one in found:
+        if one.get("made", one.get("described")) != one.get("described"):
+            yield ""
+            yield f"{one['tool']} made {one['made']:,} of {one['described']:,} records; it leaves out rarer features."

@@ -1,6 +1,6 @@
-"""What other tools do for a feature, in processes of their own: a plain loop over columns, and SAEDashboard.
+"""What other tools do for a feature, in processes of their own: a plain loop over columns, SAEDashboard and delphi.
 
-    python columns.py loop|dashboard ROWS.npy TOKENS.npy DOCUMENTS.npy DICTIONARY FEATURES OUT.npz
+    python columns.py loop|dashboard|delphi ROWS.npy TOKENS.npy DOCUMENTS.npy DICTIONARY FEATURES OUT.npz
 
 `DICTIONARY` is a SAELens folder of a TopK autoencoder.  OUT holds the seconds that are spent once and on these
 features, and the largest activations of the first FEATURES features.  Nothing of actshuffle is imported, so that this
@@ -109,9 +109,65 @@ def dashboard(rows: Any, tokens: Any, documents: Any, folder: Path, features: in
     return {"largest": largest, "once": 0.0, "seconds": seconds}
 
 
+def delphi(rows: Any, tokens: Any, documents: Any, folder: Path, features: int) -> dict[str, Any]:
+    """delphi's cache of all latents, then its records of the first ones, with its defaults, from cached rows."""
+    from types import SimpleNamespace
+
+    from delphi.config import CacheConfig, ConstructorConfig, SamplerConfig  # type: ignore[import-not-found]
+    from delphi.latents import LatentCache, LatentDataset  # type: ignore[import-not-found]
+
+    length, hook = CacheConfig().cache_ctx_len, "rows"
+    config = CacheConfig(batch_size=min(8, len(rows) // length))
+    prompts = len(rows) // length // config.batch_size * config.batch_size
+    ids = torch.from_numpy(np.array(tokens[: prompts * length])).long().view(prompts, length)
+    w, bias, offset, k = weights(folder)
+
+    class Replay(torch.nn.Module):
+        """A model whose one module gives out the cached rows of the next tokens."""
+
+        device = torch.device("cpu")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.at = torch.nn.Identity(), 0
+
+        def forward(self, batch: torch.Tensor) -> None:
+            self.at += batch.numel()
+            held = torch.from_numpy(np.array(rows[self.at - batch.numel() : self.at]))
+            self.rows(held.view(*batch.shape, -1))
+
+    def encode(x: torch.Tensor) -> torch.Tensor:
+        """Dense activations, as delphi makes them of sparsify's codes."""
+        flat = x.reshape(-1, x.shape[-1])
+        top = torch.addmm(bias, flat - offset, w.T).relu().topk(k, sorted=False)
+        return flat.new_zeros(len(flat), len(bias)).scatter_(-1, top.indices, top.values).view(*x.shape[:-1], -1)
+
+    raw = Path(tempfile.mkdtemp(dir=folder.parent))
+    began = time.perf_counter()
+    cache = LatentCache(Replay(), {hook: encode}, config.batch_size)
+    cache.run(prompts * length, ids)
+    cache.save_splits(config.n_splits, raw)
+    cache.save_config(raw, config, "none")
+    once = time.perf_counter() - began
+    found = LatentDataset(
+        raw,
+        SamplerConfig(),
+        ConstructorConfig(),
+        tokenizer=SimpleNamespace(batch_decode=lambda ids: [str(int(i)) for i in ids]),
+        modules=[hook],
+        latents={hook: torch.arange(features)},
+    )
+    largest = np.full(features, np.nan, np.float32)
+    for record in found:
+        largest[record.latent.latent_index] = record.max_activation
+    seconds = time.perf_counter() - began - once
+    shutil.rmtree(raw)
+    return {"largest": largest, "once": once, "seconds": seconds}
+
+
 if __name__ == "__main__":
     what, *paths, count, out = sys.argv[1:]
     torch.set_num_threads(2)
     arrays = [np.load(path, mmap_mode="r") for path in paths[:3]]
-    found = {"loop": loop, "dashboard": dashboard}[what](*arrays, Path(paths[3]), int(count))
+    found = {"loop": loop, "dashboard": dashboard, "delphi": delphi}[what](*arrays, Path(paths[3]), int(count))
     np.savez(out, **found)

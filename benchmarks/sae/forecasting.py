@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from actshuffle.executors import Serial
 from actshuffle.units import format_bytes, format_seconds
 from benchmarks import plots
 from benchmarks.results import Bench, table
@@ -27,22 +28,22 @@ from saetrain.features.blueprint import Plan
 from saetrain.features.forecast import QUANTITIES, forecast, quantities, seconds
 from saetrain.features.pipeline import build_features, plan_features
 
+T = TypeVar("T")
 Size = tuple[int, int]  # rows and latents
 
 
-class Clock:
-    """Seconds of each step of a run."""
+class Timed(Serial):
+    """Takes the time of each step's tasks."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def begin(self, stage: str, tasks: int, nbytes: int) -> None:
-        self._stage, self._began = stage, time.perf_counter()
-
-    def advance(self, nbytes: int, fresh: bool) -> None: ...
-
-    def end(self) -> None:
-        self.seconds[self._stage] = time.perf_counter() - self._began
+    def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
+        for job, task in calls:
+            began = time.perf_counter()
+            found = fn(job, task)
+            self.seconds[task.step] = self.seconds.get(task.step, 0.0) + time.perf_counter() - began
+            yield found
 
 
 def run(
@@ -93,13 +94,13 @@ def _measure(bench: Bench, size: Size, width: int, k: int) -> tuple[Plan, dict[s
     if not store.exists():
         make_store(store, rows, width)
     make_dictionary(latents, width, k).save(dictionary)
-    clock = Clock()
-    build_features(dictionary, store, out, incomplete=True, device="cpu", progress=clock)
+    timed = Timed()
+    build_features(dictionary, store, out, incomplete=True, device="cpu", executor=timed)
     plan = plan_features(dictionary, store, incomplete=True)
     for folder in (store, dictionary, out):
         shutil.rmtree(folder)
-    bench.did(f"{rows:,} rows, {latents:,} latents: {format_seconds(sum(clock.seconds.values()))}")
-    return plan, clock.seconds
+    bench.did(f"{rows:,} rows, {latents:,} latents: {format_seconds(sum(timed.seconds.values()))}")
+    return plan, timed.seconds
 
 
 def fit(measured: Sequence[tuple[Plan, dict[str, float]]]) -> dict[str, list[float]]:

@@ -85,7 +85,8 @@ def _features(
     if scheduler is None:
         named_device(settings["device"])
     with ExitStack() as stack:
-        executor = stack.enter_context(executor_for(workers) if scheduler is None else connected(scheduler))
+        crew = executor_for(workers, imports=[build_features.__module__]) if scheduler is None else connected(scheduler)
+        executor = stack.enter_context(crew)
         if executor.processes:
             click.echo(f"cluster: {executor.described()}", err=True)
         done = build_features(run, store, out, memory=memory, executor=executor, progress=_Lines(), **settings)

@@ -158,13 +158,13 @@ def sum_of_squares(x: Tensor) -> Tensor:
 def exact_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and columns of the k largest of each row, largest first, equal ones in order of column.
 
-    Few values reach the bound of `_candidates`.  Only these are sorted, stably, so that ties go to the lowest columns;
+    Few values reach the bound of `candidates`.  Only these are sorted, stably, so that ties go to the lowest columns;
     torch.topk breaks ties arbitrarily.  A NaN is not below any bound, and comes first.
     """
     k = min(k, pre.shape[1])
     if not k:
         return pre[:, :0], pre[:, :0].long()
-    row, column, value = _candidates(pre, k)
+    row, column, value = candidates(pre, k)
     counts = torch.bincount(row, minlength=len(pre))
     starts = counts.cumsum(0) - counts
     found = pre.new_full((len(pre), int(counts.max())), -torch.inf)
@@ -180,7 +180,7 @@ def true_places(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
-def _candidates(pre: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def candidates(pre: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns and values [n] among which are the k largest of each row; row by row, columns ascending.
 
     The k-th largest of the maxima of groups of columns is a bound that at least k values of the row reach, and seldom

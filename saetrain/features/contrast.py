@@ -6,7 +6,6 @@ those on which the latent is quiet are kept, each row once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actshuffle.jobs import FolderJob, FolderTask
-from saetrain.describing.entries import Context, key
+from saetrain.describing.entries import key
 from saetrain.describing.samples import placed
 from saetrain.describing.slots import NO_ROW
 from saetrain.features import layout
 from saetrain.features.blueprint import Plan
-from saetrain.features.gathering import pieces, portions, totals
+from saetrain.features.gathering import keys_of, pieces, runs_of, totals
 from saetrain.features.layout import Column, chunk_key
 
 I64 = NDArray[np.int64]
@@ -35,17 +34,15 @@ def columns(plan: Plan) -> dict[str, Column]:
     return COLUMNS if plan.near else {}
 
 
-def contrast(
-    job: FolderJob, task: FolderTask, *, most: int, context: Callable[[FolderJob], Context]
-) -> tuple[dict[str, Any], int]:
+def contrast(job: FolderJob, task: FolderTask, *, most: int) -> tuple[dict[str, Any], int]:
     """The hard quiet rows of a chunk of latents."""
     plan = Plan.of(job)
     lo, hi = plan.chunk_range(task.number)
-    arrays, counts, shared = layout.empty(COLUMNS, hi - lo), totals(job, plan, lo, hi), context(job)
+    arrays, counts = layout.empty(COLUMNS, hi - lo), totals(job, plan, lo, hi)
     for start in range(lo, hi, BATCH):
         part = slice(start - lo, min(start + BATCH, hi) - lo)
         rows, owners = _candidates(job, plan, start, min(start + BATCH, hi))
-        rows[_active(job, shared, start, rows, counts[part], most)] = NO_ROW
+        rows[_active(job, start, rows, counts[part], most)] = NO_ROW
         of, at = np.nonzero((rows != NO_ROW) & _first(rows))
         arrays["hard/row"][part] = placed(rows[of, at], of, len(rows), KEPT)
         arrays["hard/latent"][part] = placed(owners[of, at], of, len(rows), KEPT)
@@ -63,15 +60,16 @@ def _candidates(job: FolderJob, plan: Plan, lo: int, hi: int) -> tuple[I64, I64]
     return sampled[place].reshape(hi - lo, -1), np.repeat(near, end - first, axis=1)
 
 
-def _active(job: FolderJob, context: Context, lo: int, rows: I64, counts: I64, most: int) -> NDArray[np.bool_]:
+def _active(job: FolderJob, lo: int, rows: I64, counts: I64, most: int) -> NDArray[np.bool_]:
     """True where a latent is active on a row that is a candidate for it."""
     plan, active = Plan.of(job), np.zeros(rows.shape, bool)
     for a, b in pieces(plan, counts, lo, most, plan.latents):
         part, held = slice(a - lo, b - lo), counts[a - lo : b - lo]
         wanted = key(np.arange(b - a)[:, None], rows[part])
-        for entries in portions(job, context, a, b, held, most if b - a == 1 else int(held.sum()) + 1):
-            at = np.minimum(np.searchsorted(entries.keys, wanted), len(entries.row) - 1)
-            active[part] |= (entries.keys[at] == wanted) & (rows[part] != NO_ROW)
+        for runs in runs_of(job, a, b, held, most if b - a == 1 else int(held.sum()) + 1):
+            keys = keys_of(plan, runs, b - a)
+            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            active[part] |= (keys[at] == wanted) & (rows[part] != NO_ROW)
     return active
 
 
@@ -102,5 +100,5 @@ def _rows(job: FolderJob, name: str, latents: I64, width: int) -> I64:
     return out
 
 
-def contrast_in(most: int, context: Callable[[FolderJob], Context]) -> Any:
-    return partial(contrast, most=most, context=context)
+def contrast_in(most: int) -> Any:
+    return partial(contrast, most=most)

@@ -20,12 +20,15 @@ from torch import Tensor
 
 from actshuffle import Dataset, open_dataset
 from actshuffle.jobs import FolderJob, FolderTask
-from saetrain.compute.kernels import Codes, exact_topk, true_places
+from saetrain.compute.kernels import Codes, candidates, true_places
 from saetrain.data import check_finite, read_columns
 from saetrain.describing.sorting import ordered, ranks
 from saetrain.features import codes
 from saetrain.features.blueprint import Plan
 from saetrain.features.dictionary import Shard, shard_of
+
+I64 = np.ndarray[Any, np.dtype[np.int64]]
+_COLUMN_BITS, _COLUMNS = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 def encode(job: FolderJob, task: FolderTask, *, device: str) -> tuple[dict[str, Any], int]:
@@ -78,20 +81,39 @@ def active(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None, grad
     """
     pre = product(shard, x, plan, room)
     if plan.k:
-        value, latent = exact_topk(pre, plan.k)
-        place = true_places(value > 0)
-        row = torch.div(place, value.shape[1], rounding_mode="floor")
-        latent, value = latent.flatten()[place], value.flatten()[place]
+        row, latent, value = largest(pre, plan.k)
     else:
         place = true_places(pre > shard.threshold)
-        row = torch.div(place, pre.shape[1], rounding_mode="floor")
-        latent, value = place - row * pre.shape[1], pre.flatten()[place]
+        value = pre.flatten()[place].cpu().numpy()
+        row, latent = np.divmod(place.cpu().numpy(), pre.shape[1])
     effect = None
     if gradient is not None:
         assert shard.decoder is not None
-        dots = Codes(latent, value, row, len(x), shard.hi - shard.lo).dots(gradient, shard.decoder)
-        effect = (value * dots).cpu().numpy()
-    return Active(latent.cpu().numpy(), row.cpu().numpy(), value.cpu().numpy(), effect)
+        latents, values, rows = (torch.from_numpy(array).to(x.device) for array in (latent, value, row))
+        dots = Codes(latents, values, rows, len(x), shard.hi - shard.lo).dots(gradient, shard.decoder)
+        effect = value * dots.cpu().numpy()
+    return Active(latent, row, value, effect)
+
+
+def largest(pre: Tensor, k: int) -> tuple[I64, I64, np.ndarray[Any, Any]]:
+    """Rows, columns and values of the k largest of each row, if positive, row by row with columns ascending.
+
+    Of equal values the lower columns are taken.  Values and columns make up words that are all different, so the
+    k-th largest word of a row parts those that are taken from the others, and nothing needs to be sorted.
+    """
+    row, column, value = (tensor.cpu().numpy() for tensor in candidates(pre, min(k, pre.shape[1])))
+    positive = np.flatnonzero(value > 0)
+    row, column, value = row[positive], column[positive], value[positive]
+    counts = np.bincount(row, minlength=len(pre))
+    width = int(counts.max(initial=0))
+    if width <= k:
+        return row, column, value
+    words = (value.view(np.uint32).astype(np.uint64) << _COLUMN_BITS) | (_COLUMNS - column.astype(np.uint64))
+    table = np.zeros((len(pre), width), np.uint64)
+    table[row, np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)] = words
+    bound = np.partition(table, width - k, axis=1)[:, width - k]
+    kept = np.flatnonzero(words >= np.repeat(bound, counts))
+    return row[kept], column[kept], value[kept]
 
 
 def product(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None) -> Tensor:

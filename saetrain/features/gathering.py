@@ -20,11 +20,12 @@ from actshuffle import Dataset, open_dataset, priorities
 from actshuffle.errors import ConservationError
 from actshuffle.jobs import FolderJob
 from actshuffle.units import counted
-from saetrain.describing.entries import Context, Entries
+from saetrain.describing.entries import Context, Entries, key
 from saetrain.features import codes
 from saetrain.features.blueprint import Plan
 
 I64 = NDArray[np.int64]
+Held = tuple[int, codes.Run]  # the number of a block, and its run
 BYTES = 96  # of memory an entry takes while its latents are described
 
 
@@ -32,10 +33,10 @@ def totals(job: FolderJob, plan: Plan, lo: int, hi: int) -> I64:
     """Entries of each of latents [lo, hi) over all blocks."""
     found = np.zeros(hi - lo, np.int64)
     for block in range(plan.blocks):
-        for key, first, last in plan.code_objects(block):
+        for name, first, last in plan.code_objects(block):
             a, b = max(lo, first), min(hi, last)
             if a < b:
-                found[a - lo : b - lo] += codes.read_counts(job, key, last - first, plan.granule, a - first, b - first)
+                found[a - lo : b - lo] += codes.read_counts(job, name, last - first, plan.granule, a - first, b - first)
     return found
 
 
@@ -65,22 +66,29 @@ def gather(job: FolderJob, context: Context, lo: int, hi: int, counts: I64) -> E
 
 def portions(job: FolderJob, context: Context, lo: int, hi: int, counts: I64, most: int) -> Iterator[Entries]:
     """The same in portions of consecutive blocks, each with at most `most` entries, or of one block."""
-    plan, seen = Plan.of(job), np.zeros(hi - lo, np.int64)
+    plan = Plan.of(job)
     data = open_dataset(plan.store, incomplete=True)
-    held: list[tuple[int, codes.Run]] = []
+    for runs in runs_of(job, lo, hi, counts, most):
+        yield _join(plan, data, context, lo, runs, hi - lo)
+
+
+def runs_of(job: FolderJob, lo: int, hi: int, counts: I64, most: int) -> Iterator[list[Held]]:
+    """The runs of latents [lo, hi), which have `counts` entries, with the numbers of their blocks, in portions."""
+    plan, seen = Plan.of(job), np.zeros(hi - lo, np.int64)
+    held: list[Held] = []
     for block in range(plan.blocks):
-        key, first, last = next(o for o in plan.code_objects(block) if o[1] <= lo < o[2])
-        run = codes.read(job, key, last - first, plan.granule, lo - first, hi - first, block=block, first=first)
+        name, first, last = next(o for o in plan.code_objects(block) if o[1] <= lo < o[2])
+        run = codes.read(job, name, last - first, plan.granule, lo - first, hi - first, block=block, first=first)
         if held and sum(len(other.rows) for _, other in held) + len(run.rows) > most:
-            yield _join(plan, data, context, lo, held, hi - lo)
+            yield held
             held = []
         seen += run.counts
         if (seen > counts).any():
-            raise ConservationError(f"{key} holds more entries of latents {lo:,} to {hi - 1:,} than were counted")
+            raise ConservationError(f"{name} holds more entries of latents {lo:,} to {hi - 1:,} than were counted")
         if len(run.rows):
             held.append((block, run))
     if held:
-        yield _join(plan, data, context, lo, held, hi - lo)
+        yield held
     if (seen != counts).any():
         raise ConservationError(
             f"latents {lo:,} to {hi - 1:,} have {counted(int(counts.sum()), 'entry', 'entries')} by their "
@@ -88,23 +96,41 @@ def portions(job: FolderJob, context: Context, lo: int, hi: int, counts: I64, mo
         )
 
 
-def _join(
-    plan: Plan, data: Dataset, context: Context, lo: int, runs: list[tuple[int, codes.Run]], latents: int
-) -> Entries:
+def keys_of(plan: Plan, runs: list[Held], latents: int) -> I64:
+    """Latent and row of each entry as one number, ascending, as `Entries.keys`."""
+    counts = _counts(runs, latents)
+    row = np.empty(int(counts.sum()), np.int64)
+    for block, run, to in _placed(runs, counts):
+        row[to] = plan.block(block)[0] + run.rows.astype(np.int64)
+    return key(np.repeat(np.arange(latents), counts), row)
+
+
+def _counts(runs: list[Held], latents: int) -> I64:
+    return sum((run.counts.astype(np.int64) for _, run in runs), np.zeros(latents, np.int64))
+
+
+def _placed(runs: list[Held], counts: I64) -> Iterator[tuple[int, codes.Run, I64]]:
+    """Runs of blocks in the order of rows, and where their entries belong; each is let go when it was used."""
+    fill = np.cumsum(counts) - counts
+    while runs:
+        block, run = runs.pop(0)
+        here = run.counts.astype(np.int64)
+        to = np.repeat(fill - (np.cumsum(here) - here), here)
+        to += np.arange(len(to))
+        fill += here
+        yield block, run, to
+
+
+def _join(plan: Plan, data: Dataset, context: Context, lo: int, runs: list[Held], latents: int) -> Entries:
     """Entries of runs of blocks, which come in the order of rows."""
-    counts = sum((run.counts.astype(np.int64) for _, run in runs), np.zeros(latents, np.int64))
+    counts = _counts(runs, latents)
     n = int(counts.sum())
     row, value = np.empty(n, np.int64), np.empty(n, np.float32)
     document, word = np.empty(n, np.int32), np.empty(n, np.uint64)
     token = np.empty(n, np.uint32) if plan.token is not None else None
     effect = np.empty(n, np.float32) if plan.gradient is not None else None
-    fill = np.cumsum(counts) - counts
-    while runs:
-        block, run = runs.pop(0)
-        here, (start, stop) = run.counts.astype(np.int64), plan.block(block)
-        to = np.repeat(fill - (np.cumsum(here) - here), here)
-        to += np.arange(len(to))
-        fill += here
+    for block, run, to in _placed(runs, counts):
+        start, stop = plan.block(block)
         row[to] = start + run.rows.astype(np.int64)
         value[to] = run.values
         word[to] = priorities(plan.seed, start, stop)[run.rows]

@@ -115,6 +115,13 @@ def put_chunk(job: FolderJob, arrays: Arrays, number: int, chunk: int) -> int:
         return sum(pool.map(put, arrays, arrays.values()))
 
 
+def put_all(job: FolderJob, found: Mapping[str, bytes]) -> None:
+    """Write objects by key, several at once."""
+    with ThreadPoolExecutor(WRITES) as pool:
+        for _ in pool.map(job.objects.put, found, found.values()):
+            pass
+
+
 def has_chunk(job: FolderJob, found: Mapping[str, Column], number: int) -> bool:
     return all(job.objects.size(chunk_key(n, number, len(c.shape) + 1)) is not None for n, c in found.items())
 

@@ -20,14 +20,14 @@ from saetrain.errors import ConfigError, DataError
 from saetrain.features import contrast, encode, layout, pairs, product, survey
 from saetrain.features.blueprint import Plan
 from saetrain.features.codes import MOST_BLOCK_ROWS
-from saetrain.features.collate import collate_in, context_of
+from saetrain.features.collate import collate_in
 from saetrain.features.collate import is_there as is_collated
 from saetrain.features.dictionary import Dictionary
 from saetrain.features.forecast import active_entries, check, encode_memory, forecast, most_entries
 from saetrain.features.keeping import keep_by_row, rows_are_there
 from saetrain.features.pairs import PAIR_ENTRIES, PAIR_ROWS, PAIRS
+from saetrain.products import scratch
 from saetrain.products.lens import open_lens
-from saetrain.products.scratch import SCRATCH
 from saetrain.settings import split_names
 
 NAME = "features"
@@ -164,16 +164,21 @@ def steps(plan: Plan, *, device: str, most: int) -> list[Step]:
     found = [Step("encode", encode.encode_on(device), plan.blocks * plan.shards, encode.is_there)]
     if plan.selects:
         found.append(Step("select", encode.select, plan.blocks, encode.is_there))
-    # After the product, so that not all workers but one wait for its single task before they have begun.
-    found.append(Step("survey", survey.survey, 1, survey.is_there))
-    if plan.keep_codes:
-        found.append(Step("keep", keep_by_row, plan.blocks, rows_are_there))
+    # Few small tasks, which come last: they fill the time in which a worker would wait for the others.
+    found.append(Step("survey", survey.survey, 1, survey.is_there, beside=True))
+    if plan.lens is not None:
+        found.append(Step("unembed", product.unembed, 1, scratch.is_there, beside=True))
     found.append(Step("draw", pairs.draw, plan.blocks, pairs.is_drawn))
+    if plan.keep_codes:
+        found.append(Step("keep", keep_by_row, plan.blocks, rows_are_there, beside=True))
     found.append(Step("collate", collate_in(most), plan.chunks, is_collated))
-    found.append(Step("pairs", pairs.pairs, plan.chunks, pairs.are_there))
-    found += product.steps(plan)
+    found.append(Step("pairs", pairs.pairs, plan.chunks, pairs.are_there, beside=True))
+    if product.is_asked_for(plan):
+        found.append(Step("product", product.product, plan.chunks, product.is_there, beside=True))
     if plan.near:
-        found.append(Step("contrast", contrast.contrast_in(most, context_of), plan.chunks, contrast.is_there))
+        found.append(Step("contrast", contrast.contrast_in(most), plan.chunks, contrast.is_there))
+    if plan.lens is not None:
+        found.append(Step("promote", product.promote, product.ranges(plan), product.is_promoted, bool(plan.near)))
     return found
 
 
@@ -204,11 +209,9 @@ def publish(job: FolderJob) -> dict[str, Any]:
         **{name: getattr(plan, name) for name in ("before", "after", "field", "gradient", "token", "document")},
     }
     columns = plan.columns | pairs.COLUMNS | contrast.columns(plan) | product.columns(plan)
-    for key, data in layout.metadata(columns, plan.latents, plan.chunk, {"features": facts}):
-        job.objects.put(key, data)
-    for key, data in product.metadata(plan):
-        job.objects.put(key, data)
-    for prefix in ("work", SCRATCH):
+    found = dict(layout.metadata(columns, plan.latents, plan.chunk, {"features": facts}))
+    layout.put_all(job, found | dict(product.metadata(plan)))
+    for prefix in ("work", scratch.SCRATCH):
         job.objects.delete_prefix(prefix)
     return facts | {"block_rows": plan.block_rows}  # which decides no array but those of kept rows
 

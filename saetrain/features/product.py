@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actshuffle.jobs import FolderJob, FolderTask, Step
+from actshuffle.jobs import FolderJob, FolderTask
 from saetrain.describing.slots import Arrays
 from saetrain.features import layout
 from saetrain.features.blueprint import Plan
@@ -65,18 +65,17 @@ def token_columns() -> dict[str, Column]:
     }
 
 
-def steps(plan: Plan) -> list[Step]:
-    if not plan.near and plan.lens is None:
-        return []
-    found = [Step("product", product, plan.chunks, _is_described)]
-    if plan.lens is not None:
-        ranges = -(-plan.lens.vocabulary // TOKEN_CHUNK)
-        found = [Step("unembed", unembed, 1, scratch.is_there), *found, Step("promote", promote, ranges, _is_promoted)]
-    return found
+def is_asked_for(plan: Plan) -> bool:
+    return bool(plan.near) or plan.lens is not None
+
+
+def ranges(plan: Plan) -> int:
+    """Tasks of `promote`."""
+    return 0 if plan.lens is None else -(-plan.lens.vocabulary // TOKEN_CHUNK)
 
 
 def tasks(plan: Plan) -> int:
-    return sum(step.tasks for step in steps(plan))
+    return is_asked_for(plan) * plan.chunks + ranges(plan) + (plan.lens is not None)
 
 
 def memory(plan: Plan) -> int:
@@ -123,7 +122,7 @@ def product(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
     return {"keys": keys}, nbytes + layout.put_chunk(job, arrays, task.number, plan.chunk)
 
 
-def _is_described(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
+def is_there(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
     return scratch.is_there(job, task, receipt) and layout.has_chunk(job, columns(Plan.of(job)), task.number)
 
 
@@ -138,7 +137,7 @@ def promote(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
     return {}, layout.put_chunk(job, arrays, task.number, TOKEN_CHUNK)
 
 
-def _is_promoted(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
+def is_promoted(job: FolderJob, task: FolderTask, receipt: dict[str, Any]) -> bool:
     return layout.has_chunk(job, token_columns(), task.number)
 
 

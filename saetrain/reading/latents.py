@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from actshuffle import Dataset, decoder, document_name, open_dataset
+from actshuffle import Dataset, open_dataset
 from actshuffle.errors import ActshuffleError, RequestError
 from actshuffle.jobs import read_done
 from actshuffle.units import counted
@@ -27,10 +27,10 @@ from saetrain.errors import DataError
 from saetrain.features.keeping import by_feature, by_row
 from saetrain.reading.card import card
 from saetrain.reading.norms import median_norm_of
+from saetrain.reading.origin import Origin
 from saetrain.reading.records import Codes, Companion, Example, Histogram, Interval, Neighbour, Token, marked
 from saetrain.reading.weights import Logits, Promoter, logits_of, promoters_of
 
-POSITIONS = ("position", "positions", "pos")
 _NOTHING = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
@@ -204,7 +204,7 @@ class Features:
     def __init__(self, path: str, facts: dict[str, Any], store: str | None, storage_options: Any) -> None:
         self.path, self.facts = path, facts
         self.kinds: dict[str, tuple[int, int]] = {kind: (first, end) for kind, first, end in facts["kinds"]}
-        self._store, self._options = store or facts["store"], storage_options
+        self._options, self._origin = storage_options, Origin(store or facts["store"], facts, storage_options)
         self._groups: dict[str, Dataset | None] = {}
 
     @property
@@ -272,60 +272,29 @@ class Features:
 
     # --- text
 
-    @cached_property
+    @property
     def store(self) -> Dataset | None:
         """The store of activations, if it can be opened and is the one that was read."""
-        try:
-            found = open_dataset(self._store, incomplete=True, storage_options=self._options)
-        except ActshuffleError:
-            return None
-        return found if found.identity == self.facts["identity"] else None
+        return self._origin.data
 
     @cached_property
     def median_norm(self) -> float | None:
         """The median norm of the rows that were described, from a sample of them; None where the store is gone."""
         return median_norm_of(self.store, self.facts["field"]) if self.store is not None else None
 
-    @cached_property
-    def _decoders(self) -> tuple[Any, Any]:
-        return (decoder(self.store), decoder(self.store, running=True)) if self.store is not None else (None, None)
-
     def text(self, tokens: list[int], *, running: bool = False) -> tuple[str, ...] | None:
         """Pieces of text of tokens, each alone or as they follow; None where the store has no tokenizer."""
-        pieces = self._decoders[running]
-        return pieces(tokens) if pieces is not None else None
+        return self._origin.text(tokens, running=running)
 
     def example(
         self, kind: str, row: int, value: float, offsets: NDArray[np.int8], activations: NDArray[np.float32]
     ) -> Example:
         """The surroundings of a row, from the store where it is at hand."""
-        low, high = max(row - self.facts["before"], 0), min(row + self.facts["after"] + 1, self.rows)
-        document, name, position = None, None, None
-        tokens: tuple[int, ...] = ()
-        data = self.store
-        if data is not None and (field := self.facts["document"]) is not None:
-            around = data.read(field, low, high)
-            document = int(around[row - low])
-            other = np.flatnonzero(around != around[row - low])
-            before, after = other[other < row - low], other[other > row - low]
-            low, high = low + int(max(before, default=-1)) + 1, low + int(min(after, default=high - low))
-            name = document_name(data.attributes, document)
-        if data is not None and (field := self.facts["token"]) is not None:
-            tokens = tuple(int(token) for token in data.read(field, low, high))
-        if data is not None and (found := next((n for n in POSITIONS if n in data.fields), None)) is not None:
-            position = int(data.read(found, row, row + 1)[0])
-        shown = np.zeros(high - low, np.float32)
-        held = offsets != NO_OFFSET
-        at = row - low + offsets[held].astype(np.int64)
-        inside = (at >= 0) & (at < high - low)
-        shown[at[inside]] = activations[held][inside]
-        shown[row - low] = value
-        text = self.text(list(tokens), running=True) if tokens else None
-        return Example(kind, row, value, document, name, position, tokens, text, row - low, shown)
+        return self._origin.example(kind, row, value, offsets, activations)
 
     def __repr__(self) -> str:
         latents = f"{counted(len(self), 'latent')}, {self.facts['alive']:,} of them alive"
-        return f"{self.path}: {latents}, on {counted(self.rows, 'row')} of {self._store}"
+        return f"{self.path}: {latents}, on {counted(self.rows, 'row')} of {self._origin.path}"
 
 
 def open_features(

@@ -6,6 +6,7 @@ import datetime
 import ipaddress
 import os
 import socket
+import sys
 
 import psutil
 import pytest
@@ -26,10 +27,12 @@ def listening():
     return found
 
 
-def test_own_cluster_listens_on_loopback_only(tmp_path):
+def test_own_cluster_listens_on_loopback_only_and_imports_what_it_is_told(tmp_path):
     src = source(tmp_path / "src.zarr")
     before = listening()
-    with local_cluster(2) as executor:
+    with local_cluster(2, imports=["wave"]) as executor:
+        imported = executor.client.run(lambda: [name in sys.modules for name in ("wave", "chunk")])
+        assert [*imported.values()] == [[True, False]] * 2
         actshuffle.shuffle(src, tmp_path / "dst.zarr", seed=SEED, fsync=False, executor=executor, **PLAN)
         ours = listening() - before
         assert len(ours) >= 3  # a scheduler and two workers

@@ -14,6 +14,7 @@ import torch
 import actshuffle
 import saetrain
 from saetrain.describing.slots import CONTEXT, HISTOGRAM_BINS, QUANTILES
+from saetrain.features.encode import largest
 from support.features import LATENTS, TINY, dense, dictionary, store
 
 ROWS, SEED = 300, 7
@@ -50,6 +51,29 @@ def case(request: pytest.FixtureRequest, built: dict[str, Any]) -> tuple[Any, np
 def columns(acts: Path) -> tuple[np.ndarray, np.ndarray]:
     data = actshuffle.open_dataset(acts)
     return data.read("token", 0, ROWS), data.read("document", 0, ROWS)
+
+
+# --- Selection ----------------------------------------------------------------------------------
+
+
+def selected(pre: np.ndarray, k: int, lower: bool = True) -> list[tuple[int, int, float]]:
+    """The k largest of each row, if positive, by a plain sort; of equal ones the lower columns, or the higher ones."""
+    found = []
+    for row, values in enumerate(pre):
+        column = np.arange(len(values))
+        best = np.lexsort((column if lower else -column, -values))[:k]
+        found += [(row, c, float(values[c])) for c in sorted(best.tolist()) if values[c] > 0]
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 5, 12, 48, 96, 200])
+def test_the_selection_is_that_of_a_plain_sort(k):
+    pre = torch.randint(-3, 6, (30, 96), generator=torch.Generator().manual_seed(k)).float()
+    pre[3] = -1.0
+    pre[4, 7:] = 0.0
+    found = list(zip(*(array.tolist() for array in largest(pre, k)), strict=True))
+    assert found == selected(pre.numpy(), k)
+    assert k > 48 or found != selected(pre.numpy(), k, lower=False), "no ties were cut"
 
 
 # --- Statistics ---------------------------------------------------------------------------------

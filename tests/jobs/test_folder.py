@@ -207,6 +207,43 @@ def test_a_receipt_that_vanishes_before_the_end(store, tmp_path):
         list(job.results("count"))
 
 
+# --- Steps --------------------------------------------------------------------------------------
+
+
+class Stages:
+    """A progress that keeps the name and the number of tasks of each stage."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def begin(self, stage: str, tasks: int, nbytes: int) -> None:
+        self.seen.append((stage, tasks))
+
+    def advance(self, nbytes: int, fresh: bool) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def numbered(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
+    return {"is": [task.step, task.number]}, 0
+
+
+@pytest.mark.parametrize(
+    ("beside", "stages"), [(True, [("a, b", 5), ("c", 1)]), (False, [("a", 2), ("b", 3), ("c", 1)])]
+)
+def test_steps_that_need_no_other_run_beside_it(tmp_path, beside, stages):
+    steps = [Step("a", numbered, 2), Step("b", numbered, 3, beside=beside), Step("c", numbered, 1)]
+    seen, found = Stages(), {}
+
+    def publish(job: FolderJob) -> dict[str, Any]:
+        found.update({step.name: [receipt["is"] for receipt in job.results(step.name)] for step in steps})
+        return {}
+
+    run_in_folder("x", tmp_path / "out", {}, steps, publish=publish, progress=seen, fsync=False)
+    assert seen.seen == stages
+    assert found == {step.name: [[step.name, number] for number in range(step.tasks)] for step in steps}
+
+
 # --- Other requests -----------------------------------------------------------------------------
 
 
