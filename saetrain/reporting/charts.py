@@ -10,7 +10,7 @@ from html import escape
 from saetrain.reporting.panels import Panel
 
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 34  # margins
+LEFT, RIGHT, TOP, BOTTOM = 46, 20, 8, 34  # margins
 MOST_POINTS = 400  # of a curve
 COLOURS = 8  # classes c0 to c7
 

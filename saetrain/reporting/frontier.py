@@ -54,7 +54,8 @@ def drawing(last: Mapping[str, Mapping[str, Any]], colours: Mapping[str, int]) -
         parts.append(
             f'<circle class="dot {colour}{on}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(told)}</title></circle>'
         )
-        parts.append(f'<text class="name" x="{x + 6:.1f}" y="{y - 5:.1f}">{colours[run] + 1}</text>')
+        dx, dy = (-12, 12) if on else (6, -5)  # so that close ones do not cover each other
+        parts.append(f'<text class="name" x="{x + dx:.1f}" y="{y + dy:.1f}">{colours[run] + 1}</text>')
     return figure(TITLE, wide, up, "active latents a token (L0)", "".join(parts), "FVU")
 
 

@@ -53,7 +53,8 @@ h2{font-size:18px;margin:32px 0 8px} p{margin:8px 0;max-width:75ch} .soft{color:
 .wide{overflow-x:auto} table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:4px 12px 4px 0;border-bottom:1px solid var(--rule);text-align:right;vertical-align:top}
 tr>*{white-space:nowrap}
-thead th{color:var(--soft);font-weight:500} th:first-child,td.text{text-align:left} tr>td.text{white-space:normal}
+thead th{color:var(--soft);font-weight:500} th:first-child,td.text{text-align:left}
+tr>td.text{white-space:normal;min-width:18em}
 tbody th{font-weight:600} .swatch{display:inline-block;width:1.6em;margin-right:6px;border-radius:4px;
 text-align:center;font-size:12px;background:currentColor} .swatch b{color:var(--paper);font-weight:600}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:20px}
@@ -83,6 +84,8 @@ class Told:
     def __post_init__(self) -> None:
         self.last = {run: {k: v for line in lines for k, v in line.items()} for run, lines in self.logs.items()}
         for run, reason in self.ends.items():
+            if "diverged" in self.logs[run][-1]:  # it left: earlier figures are of no final model
+                self.last[run] = dict(self.logs[run][-1])
             self.last[run]["diverged"] = reason
         self.places = {run: place for place, run in enumerate(self.logs)}
         known = [config for config in self.configs.values() if config]
