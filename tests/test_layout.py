@@ -50,7 +50,8 @@ PUBLIC = {*actshuffle.__all__, *saetrain.__all__}
 # A module imports from lower rows, and from its own room.
 LAYERS = [
     "_version errors limits arraytypes progress html seals",
-    "units extras machine bfloat16",
+    "units extras machine bfloat16 meter",
+    "display",
     "ordering",
     "planning storage",  # neither knows the other
     "arrays executors",

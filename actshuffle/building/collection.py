@@ -29,6 +29,7 @@ from actshuffle.building.filtering import copy_passed
 from actshuffle.building.models import DTYPES
 from actshuffle.building.rowfilter import DROP_NORM, Passed, Rules
 from actshuffle.building.textsource import write_source
+from actshuffle.display import shown
 from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import look_at, remove
 from actshuffle.engine.request import Request
@@ -83,6 +84,7 @@ class Collected:
         return text + (f"\n  rows dropped: {told}" if told else "")
 
 
+@shown
 def collect(
     model: str | Path,
     text: str | Path | Sequence[str | Path],
@@ -113,7 +115,7 @@ def collect(
     scratch: str | Path | None = None,
     overwrite: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
 ) -> Collected:

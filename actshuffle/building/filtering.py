@@ -27,6 +27,7 @@ from actshuffle.arraytypes import U64
 from actshuffle.building.joining import present
 from actshuffle.building.rowfilter import Passed, Rules, choose, chosen_rows
 from actshuffle.building.sampling import ROWS_KEY, Chosen
+from actshuffle.display import shown
 from actshuffle.engine.prepare import check_places, look_at
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
@@ -71,6 +72,7 @@ class Filtered:
         return "\n".join(lines)
 
 
+@shown
 def filter_rows(
     src: str | Path,
     dst: str | Path,
@@ -88,7 +90,7 @@ def filter_rows(
     scratch: str | Path | None = None,
     overwrite: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
 ) -> Filtered:

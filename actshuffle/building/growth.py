@@ -30,6 +30,7 @@ from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.names import SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
 from actshuffle.building import joining
+from actshuffle.display import shown
 from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
@@ -71,6 +72,7 @@ class Appended:
         )
 
 
+@shown
 def append(
     dst: str | Path,
     new: str | Path,
@@ -83,7 +85,7 @@ def append(
     renumber: bool = True,
     overwrite: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
     **request: Any,

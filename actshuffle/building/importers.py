@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from actshuffle.building.filesource import Mapped, write_files
+from actshuffle.display import shown
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import RequestError, SourceError
@@ -63,6 +64,7 @@ class Imported:
         return "\n".join([*lines, *(f"  left out: {name}" for name in self.left_out)])
 
 
+@shown
 def import_store(
     paths: str | Path | Sequence[str | Path],
     dst: str | Path,
@@ -83,7 +85,7 @@ def import_store(
     scratch: str | Path | None = None,
     overwrite: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
     **request: Any,

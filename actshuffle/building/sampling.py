@@ -24,6 +24,7 @@ from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.names import RUN_KEY, SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
 from actshuffle.building.joining import Concat, part_of, present
+from actshuffle.display import shown
 from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, copy_through
@@ -46,6 +47,7 @@ SPAN_BYTES = 4 << 20  # bytes read at a time
 _SLICE = 1 << 18  # keys made at a time
 
 
+@shown
 def sample(
     src: str | Path,
     rows: int,
@@ -58,7 +60,7 @@ def sample(
     scratch: str | Path | None = None,
     overwrite: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
     **request: Any,

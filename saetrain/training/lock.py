@@ -1,10 +1,17 @@
-"""One writer for each run: its folder is held as `actshuffle.jobs.hold` holds any destination."""
+"""One writer for each run, in a folder that all ranks see.
+
+The folder is held as `actshuffle.jobs.hold` holds any destination.  Ranks of several machines write their shares of a
+checkpoint to it and read those of others, so machines whose disks are not shared cannot train one run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import secrets
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import torch
 
 from actshuffle.errors import DestinationInUseError
 from actshuffle.jobs import hold
@@ -13,8 +20,9 @@ from saetrain.errors import ConfigError
 
 
 @contextmanager
-def locked(runs: Iterable[Path], mesh: Mesh) -> Iterator[Callable[[], None]]:
-    """Hold the folders; the first rank does so for all.  Refuses a folder that another living process holds.
+def locked(runs: Collection[Path], mesh: Mesh) -> Iterator[Callable[[], None]]:
+    """Hold the folders; the first rank does so for all.  Refuses a folder that another living process holds,
+    and one that a rank does not see.
 
     Yields a function that refuses to go on if another writer has claimed one since, which can happen only where the
     file system has no locks.
@@ -28,4 +36,29 @@ def locked(runs: Iterable[Path], mesh: Mesh) -> Iterator[Callable[[], None]]:
                 trouble = str(error)
         if mesh.any(bool(trouble)):
             raise ConfigError(trouble or "another rank found a run in use")
+        _meet(runs, mesh)
         yield ours
+
+
+def _meet(runs: Collection[Path], mesh: Mesh) -> None:
+    """Refuse, on every rank, a folder that some rank does not see: the first leaves a file beside it for the others."""
+    if mesh.world == 1:
+        return
+    mine = torch.tensor([secrets.randbits(62)], device=mesh.device)
+    name = f"ranks-{int(mesh.gather(mine, 'world')[0]):x}"
+    files = {run: run.with_name(f".{run.name}.{name}") for run in runs}
+    if mesh.rank == 0:
+        for file in files.values():
+            file.touch()  # its folder is there: the lock lies in it
+    mesh.any(False)  # waits for the first rank
+    unseen = torch.tensor([not file.exists() for file in files.values()], device=mesh.device)
+    every = mesh.gather(unseen, "world").nonzero().tolist()
+    if mesh.rank == 0:
+        for file in files.values():
+            file.unlink()
+    if every:
+        rank, number = every[0]
+        raise ConfigError(
+            f"rank {rank} does not see {list(files)[number]} as rank 0 has it: all ranks write to one folder, so "
+            "machines need an --out on a disk that they share"
+        )

@@ -23,6 +23,7 @@ from saetrain.config import Config, resolve
 from saetrain.data import Batch, Cursor, Source, check_finite, stream, target_of
 from saetrain.errors import ConfigError, DataError, DivergedError
 from saetrain.training import checkpoint, metrics
+from saetrain.training.agreement import agree
 from saetrain.training.clock import Clock
 from saetrain.training.heldout import Heldout
 from saetrain.training.lines import brief, opening
@@ -68,6 +69,7 @@ def fit(
             f"{_widths(source)} wide"
         )
 
+    agree(mesh, runs.values(), [source] if heldout is None else [source, heldout])
     reading = replace(config, seed=config.order_seed)  # of all members, whatever the seeds of their weights
     cursor = source.batches(source.rows - config.holdout, reading, mesh)  # refuses a store before a folder is made
     with locked(runs, mesh) as ours:
