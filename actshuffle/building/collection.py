@@ -29,7 +29,6 @@ from actshuffle.building.filtering import copy_passed
 from actshuffle.building.models import DTYPES
 from actshuffle.building.rowfilter import DROP_NORM, Passed, Rules
 from actshuffle.building.textsource import write_source
-from actshuffle.display import shown
 from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import look_at, remove
 from actshuffle.engine.request import Request
@@ -50,6 +49,7 @@ from actshuffle.jobs.running import run_part
 from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import open_place
 from actshuffle.progress import Progress, heard_by
+from actshuffle.progress.display import shown
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path

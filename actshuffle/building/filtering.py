@@ -27,7 +27,6 @@ from actshuffle.arraytypes import U64
 from actshuffle.building.joining import present
 from actshuffle.building.rowfilter import Passed, Rules, choose, chosen_rows
 from actshuffle.building.sampling import ROWS_KEY, Chosen
-from actshuffle.display import shown
 from actshuffle.engine.prepare import check_places, look_at
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
@@ -37,6 +36,7 @@ from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.loading.views import combined
 from actshuffle.progress import Progress
+from actshuffle.progress.display import shown
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url

@@ -30,7 +30,6 @@ from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.names import SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
 from actshuffle.building import joining
-from actshuffle.display import shown
 from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
@@ -43,6 +42,7 @@ from actshuffle.loading.ranks import Ranks, first_where
 from actshuffle.loading.views import identity_of
 from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.progress import Progress
+from actshuffle.progress.display import shown
 from actshuffle.storage.exchange import exchange
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from actshuffle.building.filesource import Mapped, write_files
-from actshuffle.display import shown
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import RequestError, SourceError
@@ -32,6 +31,7 @@ from actshuffle.foreign.formats import FORMATS
 from actshuffle.foreign.table import FileColumn, Table, joined
 from actshuffle.jobs.work import Work
 from actshuffle.progress import Progress
+from actshuffle.progress.display import shown
 from actshuffle.seals import checksum
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path

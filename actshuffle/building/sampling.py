@@ -24,7 +24,6 @@ from actshuffle.arrays.marker import read_marker
 from actshuffle.arrays.names import RUN_KEY, SOURCE_ROW
 from actshuffle.arraytypes import U8, U64
 from actshuffle.building.joining import Concat, part_of, present
-from actshuffle.display import shown
 from actshuffle.engine.prepare import check_places
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, copy_through
@@ -35,6 +34,7 @@ from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.ordering import bounds
 from actshuffle.ordering.keys import Keys
 from actshuffle.progress import Progress
+from actshuffle.progress.display import shown
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url

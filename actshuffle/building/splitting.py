@@ -28,7 +28,6 @@ from actshuffle.arrays.names import SOURCE_ROW
 from actshuffle.arraytypes import U64
 from actshuffle.building.joining import layout_of, present, write_concat
 from actshuffle.building.sampling import ROWS_KEY
-from actshuffle.display import shown
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import copy_through
 from actshuffle.errors import DestinationExistsError, RequestError
@@ -38,6 +37,7 @@ from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_p
 from actshuffle.loading.documents import DOCUMENT
 from actshuffle.ordering.lots import RULE, Share, edges, in_share, lots, shares
 from actshuffle.progress import Progress
+from actshuffle.progress.display import shown
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url

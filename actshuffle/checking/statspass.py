@@ -31,7 +31,6 @@ from actshuffle.arrays.small import get_array, group_metadata, put_array
 from actshuffle.checking.moments import FloatSums, IntPart, IntSums, Part, distinct, merge
 from actshuffle.checking.statsreport import FORMAT, Stats
 from actshuffle.checking.statstypes import NUMBERS, FloatStats, IntStats
-from actshuffle.display import shown
 from actshuffle.errors import FormatError, RequestError, StorageError
 from actshuffle.executors import Executor, Threads
 from actshuffle.executors.choice import as_executor
@@ -41,6 +40,7 @@ from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_p
 from actshuffle.loading.fieldinfo import FieldInfo, is_float, is_integer
 from actshuffle.loading.prefetch import in_order
 from actshuffle.progress import Progress, observer
+from actshuffle.progress.display import shown
 from actshuffle.seals import checksum
 from actshuffle.storage.buffers import pages
 from actshuffle.storage.objects import Objects, open_objects

@@ -36,7 +36,6 @@ from actshuffle.checking.fullcheck import compare_all
 from actshuffle.checking.keyorder import descents, full_keys
 from actshuffle.checking.pair import Pair, Problem, object_key, slice_rows, unreadable
 from actshuffle.checking.subject import refuse_others, refuse_part_of_sources, subject
-from actshuffle.display import shown
 from actshuffle.errors import ActshuffleError, RequestError, SourceError
 from actshuffle.executors import Executor, Threads
 from actshuffle.executors.choice import as_executor
@@ -45,6 +44,7 @@ from actshuffle.jobs.running import sweep
 from actshuffle.ordering.keys import Keys
 from actshuffle.ordering.mixing import MixingAccumulator, MixingReport, as_html
 from actshuffle.progress import Progress, observer
+from actshuffle.progress.display import shown
 from actshuffle.storage.place import as_place
 from actshuffle.units import counted, format_bytes, format_seconds, switches
 

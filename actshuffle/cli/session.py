@@ -22,8 +22,8 @@ import click
 from actshuffle import machine
 from actshuffle.cli.console import print_json, wrapped
 from actshuffle.cli.options import INSECURE, LOOK, WORK
-from actshuffle.display import Display
 from actshuffle.executors import Executor, Serial, connected, executor_for
+from actshuffle.progress.display import Display
 from actshuffle.units import counted, format_seconds
 
 T = TypeVar("T")

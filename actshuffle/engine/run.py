@@ -27,7 +27,6 @@ import numpy as np
 from actshuffle.arrays.marker import is_finished
 from actshuffle.arrays.names import DIGESTS, OUR_GROUP, PACKS, RECEIPTS, RUN_KEY
 from actshuffle.arrays.small import group_metadata, put_array
-from actshuffle.display import shown
 from actshuffle.engine import manifest, tasks
 from actshuffle.engine.gather import check_whole
 from actshuffle.engine.job import Job
@@ -46,6 +45,7 @@ from actshuffle.ordering.digest import to_hex
 from actshuffle.planning.planner import Levels
 from actshuffle.planning.tree import Plan
 from actshuffle.progress import Progress, observer
+from actshuffle.progress.display import shown
 from actshuffle.storage import requests
 from actshuffle.storage.buffers import kept
 from actshuffle.storage.objects import open_objects

@@ -25,7 +25,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from actshuffle.display import shown
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError
 from actshuffle.executors import Executor, Serial
 from actshuffle.jobs.locks import Locks
@@ -34,6 +33,7 @@ from actshuffle.jobs.records import sealed, unsealed
 from actshuffle.jobs.running import Course, Done, Outcome, Stage, once, run
 from actshuffle.jobs.work import Work
 from actshuffle.progress import Progress, observer
+from actshuffle.progress.display import shown
 from actshuffle.seals import seal
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place, local_path

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from saetrain import exchange
 from saetrain.cli.options import LOOK, print_json
 from saetrain.cli.values import FOLDER, PATH, TEXT
+from saetrain.exchange import folders as exchange
 
 
 @click.command("export")

@@ -26,12 +26,12 @@ import actshuffle
 from actshuffle import __version__, jobs, machine
 from actshuffle.arrays.codecs import CODECS
 from actshuffle.cli.app import COMMANDS, main
-from actshuffle.display import Display, bar, shown
 from actshuffle.errors import ConservationError, RequestError, StorageFullError
 from actshuffle.executors import choice
-from actshuffle.meter import Meter, clock_face
 from actshuffle.planning import strategy
 from actshuffle.progress import observer
+from actshuffle.progress.display import Display, bar, shown
+from actshuffle.progress.meter import Meter, clock_face
 from actshuffle.storage import objects
 from support.oracle import assert_is_oracle
 from support.processes import until
@@ -841,7 +841,7 @@ def long_call(*, progress, seconds=0.0):
 
 
 def test_long_calls_of_the_library_tell_their_progress(monkeypatch, capsys):
-    monkeypatch.setattr("actshuffle.display.PATIENCE", 0.2)
+    monkeypatch.setattr("actshuffle.progress.display.PATIENCE", 0.2)
     long_call(seconds=0.4)
     told = capsys.readouterr().err.splitlines()
     assert [re.sub(LOG_LINE, "", line).split(":")[0].split(",")[0] for line in told] == [
@@ -865,7 +865,7 @@ Notebook.__module__ = "ipykernel.iostream"
 
 
 def test_a_notebook_has_a_live_line_without_commands_for_terminals(monkeypatch):
-    monkeypatch.setattr("actshuffle.display.PATIENCE", 0.0)
+    monkeypatch.setattr("actshuffle.progress.display.PATIENCE", 0.0)
     monkeypatch.setattr("sys.stderr", stream := Notebook())
     long_call(seconds=0.15)
     drawn = stream.getvalue().split("\n")

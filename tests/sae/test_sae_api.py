@@ -16,9 +16,10 @@ import click
 import pytest
 
 import saetrain
-from saetrain import cli, data, errors, exchange
+from saetrain import cli, data, errors
 from saetrain.cli.app import command_line
 from saetrain.config import Config
+from saetrain.exchange import folders as exchange
 from support.sae import ARCHS, MemorySource, Planted, one_rank, small
 
 FROZEN = Path(__file__).parents[1] / "fixtures" / "saetrain_api.json"

@@ -1,4 +1,4 @@
-"""Reports of progress from a run to its observer."""
+"""Who observes a run: what it reports to them, and what a task reports of itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Silent:
 def observer(given: Progress | bool | None) -> Progress:
     """The observer that a function was given, or one that ignores everything.
 
-    `actshuffle.display.shown` has put a display in the place of True.
+    `actshuffle.progress.display.shown` has put a display in the place of True.
     """
     return Silent() if given is None or isinstance(given, bool) else given
 

@@ -26,8 +26,8 @@ from functools import wraps
 from typing import Any, ParamSpec, TextIO, TypeVar, cast
 
 from actshuffle.errors import RequestError
-from actshuffle.meter import Meter, clock_face
 from actshuffle.progress import Progress
+from actshuffle.progress.meter import Meter, clock_face
 from actshuffle.units import counted, format_bytes, format_seconds
 
 P = ParamSpec("P")

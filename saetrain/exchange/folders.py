@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from actshuffle.jobs import hold
-from saetrain import modelcard
 from saetrain.config import Config
 from saetrain.errors import ExchangeError
+from saetrain.exchange import modelcard
 from saetrain.foreign import read_foreign
 from saetrain.norms import Norm
 from saetrain.sae import Folded, saelens_settings
