@@ -65,7 +65,7 @@ def export(
             if "hook_name_out" in cfg and out:
                 cfg["hook_name_out"] = out["hook_name"]
         checkpoint.write_json(to / "cfg.json", cfg)
-        (to / modelcard.CARD).write_text(modelcard.card(run, to, format, cfg, named))
+        (to / modelcard.CARD).write_text(modelcard.card(run, to, format, cfg, named, found.state["step"]))
     return named
 
 

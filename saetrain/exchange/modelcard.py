@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from actshuffle.units import counted
 from saetrain.training.log import read_log
 
 CARD = "README.md"
@@ -54,17 +55,18 @@ def hooks(field: str, model: dict[str, Any]) -> dict[str, str]:
     return {"hook_name": f"blocks.{number - 1}.hook_resid_post"} if number < model["layers"] else {}
 
 
-def card(run: Path, to: Path, format: str, cfg: dict[str, Any], named: dict[str, Any]) -> str:
-    """The text of README.md."""
+def card(run: Path, to: Path, format: str, cfg: dict[str, Any], named: dict[str, Any], step: int) -> str:
+    """The text of README.md, with the figures of the last evaluation up to this step."""
     library, loading = LOADING[format]
     model, place = named.get("model_name"), named.get("hook_name")
-    facts, steps = about(run), [x for x in read_log(_whole(run)) if "eval_fvu" in x]
+    facts, steps = about(run), [x for x in read_log(_whole(run)) if "eval_fvu" in x and x["step"] <= step]
     head = ["---", f"library_name: {library}", "tags:", "- sparse-autoencoder", "- saetrain"]
     if model:
         head.append(f"base_model: {json.dumps(model)}")
     where = f" of {model}" if model else ""
     where += f" at {place}" if place else ""
-    sizes = f"{cfg['d_in']:,} numbers, {cfg.get('d_sae', cfg.get('num_latents')):,} latents"
+    latents = cfg.get("d_sae", cfg.get("num_latents"))
+    sizes = f"{counted(cfg['d_in'], 'number')} a row, {counted(latents, 'latent')}"
     made = cfg.get("metadata", {}).get("variant", "topk")
     lines = [*head, "---", "", f"# {to.name}", "", f"A {made} dictionary for activations{where}: {sizes}.", ""]
     lines += ["| | |", "|---|---|", f"| architecture | {cfg.get('architecture', cfg.get('activation'))} |"]

@@ -115,6 +115,8 @@ def names_in(path: Path) -> list[str]:
     if path.suffix == ".safetensors":
         raw = path.read_bytes()
         return sorted(json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]))
+    if path.suffix == ".md":  # for people
+        return []
     inside = json.loads(path.read_text().splitlines()[-1] if path.suffix == ".jsonl" else path.read_text())
     return sorted(dotted(inside))
 
