@@ -65,7 +65,7 @@ def card(run: Path, to: Path, format: str, cfg: dict[str, Any], named: dict[str,
         head.append(f"base_model: {json.dumps(model)}")
     where = f" of {model}" if model else ""
     where += f" at {place}" if place else ""
-    latents = cfg.get("d_sae", cfg.get("num_latents"))
+    latents = cfg["d_sae"] if format == "saelens" else cfg["num_latents"]
     sizes = f"{counted(cfg['d_in'], 'number')} a row, {counted(latents, 'latent')}"
     made = cfg.get("metadata", {}).get("variant", "topk")
     lines = [*head, "---", "", f"# {to.name}", "", f"A {made} dictionary for activations{where}: {sizes}.", ""]
