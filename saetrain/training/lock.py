@@ -1,13 +1,16 @@
-"""One writer for each run, in a folder that all ranks see.
+"""One writer for each run, in a folder that all ranks see; and one request, which all ranks were given.
 
 The folder is held as `actshuffle.jobs.hold` holds any destination.  Ranks of several machines write their shares of a
-checkpoint to it and read those of others, so machines whose disks are not shared cannot train one run.
+checkpoint to it and read those of others, so machines whose disks are not shared cannot train one run.  Each machine
+may have a copy of the store.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,6 +19,8 @@ import torch
 from actshuffle.errors import DestinationInUseError
 from actshuffle.jobs import hold
 from saetrain.compute.mesh import Mesh
+from saetrain.config import Config
+from saetrain.data import Source, target_of
 from saetrain.errors import ConfigError
 
 
@@ -62,3 +67,18 @@ def _meet(runs: Collection[Path], mesh: Mesh) -> None:
             f"rank {rank} does not see {list(files)[number]} as rank 0 has it: all ranks write to one folder, so "
             "machines need an --out on a disk that they share"
         )
+
+
+def agree(mesh: Mesh, configs: Iterable[Config], sources: Iterable[Source]) -> None:
+    """Refuse, on every rank, settings or rows that are not those of the first rank."""
+    told = {
+        "other settings": [config.to_json() | {"device": ""} for config in configs],
+        "another store": [
+            [getattr(s, "identity", s.name), s.rows, s.field, target_of(s), s.document_field] for s in sources
+        ],
+    }
+    for what, value in told.items():
+        digest = hashlib.sha256(json.dumps(value).encode()).digest()
+        every = mesh.gather(torch.tensor(list(digest), dtype=torch.uint8, device=mesh.device), "world")
+        if len(others := (every != every[0]).any(1).nonzero()):
+            raise ConfigError(f"rank {int(others[0])} was given {what} than rank 0: give all ranks the same command")

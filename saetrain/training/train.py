@@ -23,11 +23,10 @@ from saetrain.config import Config, resolve
 from saetrain.data import Batch, Cursor, Source, check_finite, stream, target_of
 from saetrain.errors import ConfigError, DataError, DivergedError
 from saetrain.training import checkpoint, metrics
-from saetrain.training.agreement import agree
 from saetrain.training.clock import Clock
 from saetrain.training.heldout import Heldout
 from saetrain.training.lines import brief, opening
-from saetrain.training.lock import locked
+from saetrain.training.lock import agree, locked
 from saetrain.training.log import read_log
 from saetrain.training.losses import Step, step
 from saetrain.training.members import SHARED, Member, begin, leave, same
