@@ -120,6 +120,17 @@ TINY: dict[str, dict[str, Any]] = {
         "wide": [32, 64, 4],
         "planted_steps": 6,
     },
+    "sae-quality": {
+        "store": None,
+        "steps": 0,
+        "batch": 64,
+        "planted_d_sae": 128,
+        "planted_k": 4,
+        "planted_steps": 40,
+        "seeds": 2,
+        "forms": ["default", "normalised-auxk", "resampling"],
+        "jobs": 1,
+    },
     "sae-order": {"store": None, "d_sae": 64, "k": 4, "batch": 128, "buffer": 512, "dead": 2},
     "features": {"rows": 2000, "width": 16, "latents": [64], "k": 4, "workers": 0, "rounds": 1},
     "features-peers": {"rows": 2000, "width": 16, "latents": 256, "k": 4, "workers": 0, "some": 128},
@@ -395,6 +406,29 @@ def sae_peers(**options: Any) -> None:
     from benchmarks.sae import peers as module
 
     _start("sae-peers", module.run, options)
+
+
+@main.command(name="sae-quality")
+@click.option("--store", type=STORE, default=None, help="Shuffled activations; without them rows are planted only.")
+@click.option("--field", default="activations", help="Array of the store.")
+@click.option("--d-sae", type=COUNT, default=1024, help="Number of latents, on the store's rows.")
+@click.option("--k", type=COUNT, default=32, help="Active latents per token, on the store's rows.")
+@click.option("--steps", type=COUNT, default=200, help="Steps on the store's rows; 0 leaves these out.")
+@click.option("--batch", type=COUNT, default=512, help="Rows per step.")
+@click.option("--planted-d-sae", type=COUNT, default=512, help="Number of latents, on planted rows.")
+@click.option("--planted-k", type=COUNT, default=8, help="Active latents per token, on planted rows.")
+@click.option("--planted-steps", type=COUNT, default=400, help="Steps on planted rows; 0 leaves these out.")
+@click.option("--seeds", type=COUNT, default=3, help="Seeds of our own forms.")
+@click.option("--peer-seeds", type=COUNT, default=5, help="Seeds of peers.")
+@click.option("--forms", type=_List(str), default=None, help="Only these of our own forms.")
+@click.option("--jobs", type=COUNT, default=1, help="Processes at a time.")
+@click.option("--python", type=(str, click.Path(exists=True)), multiple=True, help="TOOL INTERPRETER: as in peers.")
+@_common
+def sae_quality(**options: Any) -> None:
+    """Compare our defaults, other ways to train, and peers on FVU, dead latents and features found, over seeds."""
+    from benchmarks.sae import quality as module
+
+    _start("sae-quality", module.run, options)
 
 
 @main.command(name="sae-order")

@@ -130,6 +130,25 @@ class Store:
         return found[0]
 
     @property
+    def identity(self) -> str:
+        """The same for copies of a finished store on several machines, and another for other rows."""
+        return self.data.identity
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The model that the rows came from and the prefix of its windows, where `actshuffle collect` recorded them."""
+        model, rules = (self.data.attributes.get(name) for name in ("model", "row_filter"))
+        if not (isinstance(model, dict) and isinstance(model.get("name"), str) and isinstance(rules, dict)):
+            return {}
+        name, prefix = model["name"], rules.get("prefix")
+        if name.startswith(("/", ".", "~")):  # a folder of this machine
+            name = Path(name).resolve().name
+        return {
+            "model": {"name": name, "layers": model.get("layers", 0)},
+            "prefix": prefix["token"] if isinstance(prefix, dict) else None,
+        }
+
+    @property
     def location(self) -> str:
         """The path as it is from any folder; a URL is one already."""
         return self.name if "://" in self.name else str(Path(self.name).resolve())

@@ -19,6 +19,7 @@ from benchmarks.__main__ import main
 from benchmarks.peers import PEERS, Work, driver, formats
 from benchmarks.phases import OUTSIDE, PHASES
 from benchmarks.results import command_line, spread, table
+from benchmarks.sae import quality
 from benchmarks.sae.peers import RATES
 
 
@@ -223,6 +224,21 @@ def test_sae_peers(tmp_path):
     assert {line["lr"] for line in found["quality"]} == {"default", *RATES}
     assert all(0 < line["fvu"] < 2 and line["l0"] <= 4 for line in found["quality"])
     assert all(0.2 < line["mean_max_cosine"] < 1 for line in found["planted"])
+
+
+def test_sae_quality(tmp_path):
+    found = miniature(tmp_path, "sae-quality")
+    rows = {row["name"]: row for row in found["summary"]}
+    assert list(rows) == ["our default", "AuxK over the residual's variance", "resampling without AuxK"]
+    assert all(row["seeds"] == 2 and 0 < row["fvu"][0] < 1.5 for row in rows.values()), rows
+    assert rows["our default"]["fvu_less"] == [0, 0]
+    assert any(row["fvu_less"][0] != 0 for row in rows.values()), "the forms train alike"
+    seeds = [line["fvu"] for line in found["cases"][0]["lines"]]
+    assert len(set(seeds)) == 2
+
+
+def test_interval_over_seeds():
+    assert quality.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / 3**0.5), rel=1e-3)
 
 
 def test_sae_order(tmp_path):

@@ -49,8 +49,9 @@ PUBLIC = {*actshuffle.__all__, *saetrain.__all__}
 
 # A module imports from lower rows, and from its own room.
 LAYERS = [
-    "_version errors limits arraytypes progress html seals",
+    "_version errors limits arraytypes html seals",
     "units extras machine bfloat16",
+    "progress",
     "ordering",
     "planning storage",  # neither knows the other
     "arrays executors",
@@ -92,7 +93,7 @@ NEVER = {
     "jobs": "actshuffle.ordering actshuffle.planning",  # it knows nothing of rows and keys
 }
 
-FACES = {"__init__", "executors", "jobs", "testing"}  # their `__init__` gives the public names of the room
+FACES = {"__init__", "executors", "jobs", "progress", "testing"}  # their `__init__` gives the public names of the room
 LONGER = {"ordering.mixing": "the statistics of one report"}
 SAETRAIN_SEES = {"errors", "executors", "extras", "jobs", "machine", "progress", "units"}  # beside public names
 

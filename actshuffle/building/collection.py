@@ -50,6 +50,7 @@ from actshuffle.jobs.running import run_part
 from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import open_place
 from actshuffle.progress import Progress, heard_by
+from actshuffle.progress.display import shown
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
@@ -90,6 +91,7 @@ class Collected:
         return page("Collected" if self.complete else "Collected in part", facts)
 
 
+@shown
 def collect(
     model: str | Path,
     text: str | Path | Sequence[str | Path],
@@ -120,7 +122,7 @@ def collect(
     scratch: str | Path | None = None,
     overwrite: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
 ) -> Collected:

@@ -37,6 +37,7 @@ from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.loading.views import combined
 from actshuffle.progress import Progress
+from actshuffle.progress.display import shown
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
@@ -79,6 +80,7 @@ class Filtered:
         return page("Filtered", facts, ("array", "median norm", "rows beyond"), rows)
 
 
+@shown
 def filter_rows(
     src: str | Path,
     dst: str | Path,
@@ -96,7 +98,7 @@ def filter_rows(
     scratch: str | Path | None = None,
     overwrite: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
 ) -> Filtered:

@@ -43,6 +43,7 @@ from actshuffle.loading.ranks import Ranks, first_where
 from actshuffle.loading.views import identity_of
 from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.progress import Progress
+from actshuffle.progress.display import shown
 from actshuffle.storage.exchange import exchange
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
@@ -77,6 +78,7 @@ class Appended:
         return page("Appended", facts | {"bytes": format_bytes(self.nbytes)})
 
 
+@shown
 def append(
     dst: str | Path,
     new: str | Path,
@@ -89,7 +91,7 @@ def append(
     renumber: bool = True,
     overwrite: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
     **request: Any,

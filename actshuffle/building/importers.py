@@ -32,6 +32,7 @@ from actshuffle.foreign.table import FileColumn, Table, joined
 from actshuffle.html import page
 from actshuffle.jobs.work import Work
 from actshuffle.progress import Progress
+from actshuffle.progress.display import shown
 from actshuffle.seals import checksum
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
@@ -69,6 +70,7 @@ class Imported:
         return page("Imported", facts, ("array", "from"), [str(one).split(": ", 1) for one in self.mapping])
 
 
+@shown
 def import_store(
     paths: str | Path | Sequence[str | Path],
     dst: str | Path,
@@ -89,7 +91,7 @@ def import_store(
     scratch: str | Path | None = None,
     overwrite: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
     **request: Any,

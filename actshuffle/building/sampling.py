@@ -34,6 +34,7 @@ from actshuffle.loading.dataset import Dataset, open_dataset
 from actshuffle.ordering import bounds
 from actshuffle.ordering.keys import Keys
 from actshuffle.progress import Progress
+from actshuffle.progress.display import shown
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
@@ -46,6 +47,7 @@ SPAN_BYTES = 4 << 20  # bytes read at a time
 _SLICE = 1 << 18  # keys made at a time
 
 
+@shown
 def sample(
     src: str | Path,
     rows: int,
@@ -58,7 +60,7 @@ def sample(
     scratch: str | Path | None = None,
     overwrite: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
     **request: Any,

@@ -37,6 +37,7 @@ from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_p
 from actshuffle.loading.documents import DOCUMENT
 from actshuffle.ordering.lots import RULE, Share, edges, in_share, lots, shares
 from actshuffle.progress import Progress
+from actshuffle.progress.display import shown
 from actshuffle.seals import seal
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, public_url
@@ -46,6 +47,7 @@ STEP_ROWS = 1 << 20  # rows whose lots are drawn at a time
 BY = ("document", "row")
 
 
+@shown
 def split(
     path: str | Path,
     parts: Mapping[str, Share],
@@ -56,7 +58,7 @@ def split(
     copy: bool = False,
     ordered: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     storage_options: dict[str, Any] | None = None,
 ) -> dict[str, Dataset]:
     """Cut a shuffled store into contiguous ranges; ``parts`` maps paths to shares (see `shares`).
@@ -111,6 +113,7 @@ def note_on_ranges(parts: Mapping[str, Dataset]) -> str:
     return ""
 
 
+@shown
 def head(
     path: str | Path,
     rows: int,
@@ -119,7 +122,7 @@ def head(
     copy: bool = False,
     ordered: bool = False,
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     storage_options: dict[str, Any] | None = None,
 ) -> Dataset:
     """The first rows of a store: of a shuffled one, a uniform sample without replacement."""

@@ -39,7 +39,8 @@ from actshuffle.jobs.work import Work
 from actshuffle.loading.dataset import Dataset, open_dataset, open_finished_or_plain
 from actshuffle.loading.fieldinfo import FieldInfo, is_float, is_integer
 from actshuffle.loading.prefetch import in_order
-from actshuffle.progress import Progress, Silent
+from actshuffle.progress import Progress, observer
+from actshuffle.progress.display import shown
 from actshuffle.seals import checksum
 from actshuffle.storage.buffers import pages
 from actshuffle.storage.objects import Objects, open_objects
@@ -55,6 +56,7 @@ T = TypeVar("T")
 _ARRAYS = ("mean", "variance", "norms")
 
 
+@shown
 def stats(
     path: str | Path | Dataset,
     *,
@@ -63,7 +65,7 @@ def stats(
     write: bool = True,
     incomplete: bool = False,
     storage_options: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> Stats:
     """Mean, variance, norms and faults of every field, in one pass.
 
@@ -78,7 +80,7 @@ def stats(
     """
     switches(write=write, incomplete=incomplete)
     dataset = open_finished_or_plain(path, incomplete=incomplete, storage_options=storage_options)
-    work = Work(as_executor(executor, Threads), progress or Silent())
+    work = Work(as_executor(executor, Threads), observer(progress))
     with work.locks:
         writes = write and fields is None and dataset.marker is not None
         if writes:

@@ -43,7 +43,8 @@ from actshuffle.html import page
 from actshuffle.jobs.running import sweep
 from actshuffle.ordering.keys import Keys
 from actshuffle.ordering.mixing import MixingAccumulator, MixingReport, as_html
-from actshuffle.progress import Progress, Silent
+from actshuffle.progress import Progress, observer
+from actshuffle.progress.display import shown
 from actshuffle.storage.place import as_place
 from actshuffle.units import counted, format_bytes, format_seconds, switches
 
@@ -117,6 +118,7 @@ class VerifyReport:
         return "\n".join(lines)
 
 
+@shown
 def verify(
     src: str | Path,
     dst: str | Path,
@@ -126,7 +128,7 @@ def verify(
     sample_rows: int = 4096,
     executor: Executor | None = None,
     storage_options: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> VerifyReport:
     """Check that ``dst`` is a complete, exact shuffle of ``src``, or a view of one.
 
@@ -144,7 +146,7 @@ def verify(
         with: a collection, a sample, a copied range; the message says what checks it.
     """
     switches(quick=quick, mixing=mixing)
-    started, progress = time.perf_counter(), progress or Silent()
+    started, progress = time.perf_counter(), observer(progress)
     workers: Executor = as_executor(executor, Threads)
     source, given = as_place(src, storage_options), as_place(dst, storage_options)
     destination, marker, faults, notes = subject(source, given)

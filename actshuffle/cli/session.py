@@ -21,14 +21,25 @@ import click
 
 from actshuffle import machine
 from actshuffle.cli.console import print_json, wrapped
-from actshuffle.cli.display import Display, LogLines
 from actshuffle.cli.options import INSECURE, LOOK, WORK
 from actshuffle.executors import Executor, Serial, connected, executor_for
+from actshuffle.progress.display import Display
 from actshuffle.units import counted, format_seconds
 
 T = TypeVar("T")
 QUIET_DASK = {"DASK_LOGGING__DISTRIBUTED": "critical", "PYTHONWARNINGS": "ignore"}  # for workers
 SMALL = 256_000_000  # bytes that move sooner than a cluster of our own starts
+
+
+class LogLines(logging.Handler):
+    """Shows the library's own log records among a display's lines."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__(logging.WARNING)
+        self.display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.display.line(record.levelname.lower(), record.getMessage())
 
 
 class _Crew(Executor):

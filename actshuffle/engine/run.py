@@ -44,7 +44,8 @@ from actshuffle.jobs.work import Work
 from actshuffle.ordering.digest import to_hex
 from actshuffle.planning.planner import Levels
 from actshuffle.planning.tree import Plan
-from actshuffle.progress import Progress, Silent
+from actshuffle.progress import Progress, observer
+from actshuffle.progress.display import shown
 from actshuffle.storage import requests
 from actshuffle.storage.buffers import kept
 from actshuffle.storage.objects import open_objects
@@ -95,6 +96,7 @@ class Result:
         return page("Shuffled", facts)
 
 
+@shown
 def shuffle(
     src: str | Path,
     dst: str | Path,
@@ -119,7 +121,7 @@ def shuffle(
     overwrite: bool = False,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     planned: Callable[[Job], None] | None = None,
 ) -> Result:
     """Write ``src`` to ``dst`` in exactly uniform random order.
@@ -153,7 +155,8 @@ def shuffle(
     overwrite : replace the present content of ``dst``, finished or half done.
     fsync : make every object durable before its receipt.
     storage_options : options for URLs, in fsspec's form; never stored.
-    progress : an observer of the stages (`actshuffle.progress.Progress`).
+    progress : True (default) for a bar on a terminal or in a notebook, and lines elsewhere, on stderr, once the call
+        has taken a second; False for none; or an observer of the stages (`actshuffle.progress.Progress`).
     planned : called with the settled job before it starts.
 
     Raises
@@ -166,14 +169,12 @@ def shuffle(
     switches(overwrite=overwrite, fsync=fsync)
     if not (planned is None or callable(planned)):
         raise RequestError(f"planned must be a function of the job, got {type(planned).__name__}")
-    if not (progress is None or callable(getattr(progress, "begin", None))):
-        raise RequestError(f"progress must be an actshuffle.progress.Progress, got {type(progress).__name__}")
     requests.taken()  # those of this process before the run
     with ExitStack() as stack:
         crew = stack.enter_context(executor_for(workers, client)) if executor is None else as_executor(executor)
         if (request.spill_memory or request.gather) and not crew.one_machine:
             raise RequestError(f"{_NOT_SHARED}: leave it out with a scheduler")
-        work = Work(crew, progress or Silent(), overwrite, fsync)
+        work = Work(crew, observer(progress), overwrite, fsync)
         stack.enter_context(work.locks)
         job = prepared(as_place(src, storage_options), as_place(dst, storage_options), request, work)
         if (job.plan.uses_memory or job.kind.gathers) and not crew.one_machine:  # half done

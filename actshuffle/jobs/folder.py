@@ -32,7 +32,8 @@ from actshuffle.jobs.receipts import Payload, read_receipt, read_receipts
 from actshuffle.jobs.records import sealed, unsealed
 from actshuffle.jobs.running import Course, Done, Outcome, Stage, once, run
 from actshuffle.jobs.work import Work
-from actshuffle.progress import Progress, Silent
+from actshuffle.progress import Progress, observer
+from actshuffle.progress.display import shown
 from actshuffle.seals import seal
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place, local_path
@@ -205,6 +206,7 @@ def read_done(folder: str | Path | Place) -> Payload | None:
     return unsealed(open_objects(place).get(DONE))
 
 
+@shown
 def run_in_folder(
     name: str,
     folder: str | Path,
@@ -213,7 +215,7 @@ def run_in_folder(
     *,
     publish: Callable[[FolderJob], Payload] = lambda job: {},
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     overwrite: bool = False,
     fsync: bool = True,
     storage_options: dict[str, Any] | None = None,
@@ -225,7 +227,8 @@ def run_in_folder(
     name, settings : the name of the results, and everything that decides their bytes, as plain JSON values.
     folder : a path or URL that holds nothing else.
     publish : called when every task is done; adds up their results and returns the content of the marker.
-    executor, progress : by default this process and no display.
+    executor : by default this process.
+    progress : True for a display on stderr, False for none, or an observer.
     overwrite : delete the objects that another job left in the folder.
     fsync : make every object durable before its receipt.
     storage_options : options of the object store, for a URL.
@@ -238,7 +241,7 @@ def run_in_folder(
     """
     place = as_place(folder, storage_options)
     job = FolderJob(name, json.loads(json.dumps(dict(settings))), place, tuple(steps), fsync)
-    work = Work(executor or Serial(), progress or Silent(), overwrite)
+    work = Work(executor or Serial(), observer(progress), overwrite)
     with work.locks:
         return run_held(job, publish, work)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from actshuffle.executors import Executor
 from actshuffle.executors.choice import as_executor
 from actshuffle.jobs.locks import Locks
-from actshuffle.progress import Progress, Silent
+from actshuffle.progress import Progress, observer
 from actshuffle.units import switches
 
 
@@ -33,11 +33,11 @@ class Work:
 
     @classmethod
     def of(
-        cls, executor: Executor | None, progress: Progress | None, *, overwrite: bool = False, fsync: bool = True
+        cls, executor: Executor | None, progress: Progress | bool, *, overwrite: bool = False, fsync: bool = True
     ) -> Work:
-        """The work as users ask for it; by default in this process, and without an observer."""
+        """The work as users ask for it; by default in this process."""
         switches(overwrite=overwrite, fsync=fsync)
-        return cls(as_executor(executor), progress or Silent(), overwrite, fsync)
+        return cls(as_executor(executor), observer(progress), overwrite, fsync)
 
     @property
     def seconds(self) -> float:

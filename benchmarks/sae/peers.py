@@ -26,8 +26,8 @@ from torch import Tensor
 import actshuffle
 from benchmarks import plots
 from benchmarks.results import Bench, ranged, spread, table
-from benchmarks.sae.planted import Planted, matched
-from benchmarks.sae.tools import TOOLS, Task, Tool, Trained, installed
+from benchmarks.sae.planted import Planted
+from benchmarks.sae.tools import TOOLS, Task, Tool, installed, measured
 from saetrain.compute.mesh import Mesh
 
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # besides each tool's default
@@ -183,22 +183,6 @@ def _quality(
             shown = "  ".join(f"{k} {v:.4f}" for k, v in found.items())
             bench.did(f"{name}, lr {lr or 'default'}: {shown}")
             publish(bench, figures)
-
-
-def measured(trained: Trained, test: Tensor, truth: Tensor | None) -> dict[str, float]:
-    with torch.no_grad():
-        parts = [trained.use(rows) for rows in test.split(2048)]
-    out, active = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) != 0
-    error = (out - test).double().square().sum()
-    total = (test - test.mean(0)).double().square().sum()
-    line = {
-        "fvu": float(error / total),
-        "l0": float(active.sum(1).double().mean()),
-        "never_fired": float((~active.any(0)).double().mean()),
-    }
-    if truth is not None:
-        line["mean_max_cosine"] = float(matched(trained.decoder, truth).mean())
-    return line
 
 
 def best(lines: list[dict[str, Any]], by: str, sign: int) -> dict[str, dict[str, Any]]:

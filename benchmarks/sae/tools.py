@@ -1,6 +1,7 @@
 """The trainers that are compared: each one's own model, optimiser and inference, fed the same batches.
 
 Nothing is tuned against a tool: its trainer's defaults, the same number of steps, TopK with the same k and width.
+Only `ours` imports saetrain, so that the others run in environments that lack its requirements.
 """
 
 from __future__ import annotations
@@ -11,20 +12,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import actshuffle
-import saetrain
-from saetrain.compute.mesh import Mesh
-from saetrain.config import Config, resolve
-from saetrain.norms import norm_from
-from saetrain.training import checkpoint
-from saetrain.training.losses import step
-from saetrain.training.optim import Optimizer, ramps
-from saetrain.variants.table import VARIANTS
+from benchmarks.sae.planted import matched
+
+if TYPE_CHECKING:
+    from saetrain.compute.mesh import Mesh
 
 
 @dataclass
@@ -36,6 +32,8 @@ class Task:
     k: int
     steps: int
     batch: int
+    seed: int = 0
+    form: str = "default"  # a name in `benchmarks.sae.forms.FORMS`, for saetrain
 
     @property
     def d_in(self) -> int:
@@ -59,11 +57,21 @@ class Run:
 
 
 def ours(task: Task, lr: float | None, mesh: Mesh) -> Run:
-    config = Config(d_sae=task.d_sae, k=task.k, steps=task.steps, batch_size=task.batch, lr=lr or 0.0, holdout=1)
+    import saetrain
+    from benchmarks.sae.forms import FORMS
+    from saetrain.config import Config, resolve
+    from saetrain.norms import norm_from
+    from saetrain.training import checkpoint
+    from saetrain.training.losses import step
+    from saetrain.training.optim import Optimizer, ramps
+
+    form = FORMS[task.form]
+    asked = {"d_sae": task.d_sae, "k": task.k, "steps": task.steps, "batch_size": task.batch, "seed": task.seed}
+    config = resolve(Config(**asked, lr=lr or 0.0, holdout=1, **form.settings), task.d_in, len(task.rows))
     mean = task.rows.double().mean(0)
     variance = float(sum((p.double() - mean).square().sum() for p in task.rows.split(65_536)))
     norm = norm_from(mean.numpy(), variance / len(task.rows))
-    model = VARIANTS[config.arch](resolve(config, task.d_in, len(task.rows)), norm, mesh)
+    model = form.model(config, norm, mesh)
     model.initialise(model.norm(task.rows[:8192]))
     model.measure_tile(task.batch)
     optimizer, at = Optimizer(model), 0
@@ -71,8 +79,11 @@ def ours(task: Task, lr: float | None, mesh: Mesh) -> Run:
     def go(rows: Tensor) -> None:
         nonlocal at
         rate, ramp = ramps(model.config, min(at, task.steps - 1))
-        optimizer.apply(step(model, model.norm(rows), ramp).grads, rate)
+        x = model.norm(rows)
+        optimizer.apply(step(model, x, ramp).grads, rate * form.rate)
         at += 1
+        if form.after is not None:
+            form.after(model, optimizer, x, at / task.steps)
 
     def finish() -> Trained:
         with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +101,7 @@ def saelens(task: Task, lr: float | None, mesh: Mesh) -> Run:
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    torch.manual_seed(0)
+    torch.manual_seed(task.seed)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=task.d_in, d_sae=task.d_sae, k=task.k))
     sae.b_dec.data = task.rows[: task.batch].mean(0)
     rate = lr or SAETrainerConfig.lr
@@ -121,7 +132,7 @@ def sparsify(task: Task, lr: float | None, mesh: Mesh, *, optimizer: str = "sign
     """sparsify's SparseCoder in the loop of its Trainer (trainer.py), which itself needs a language model."""
     from sparsify import SparseCoder, SparseCoderConfig
 
-    torch.manual_seed(0)
+    torch.manual_seed(task.seed)
     sae = SparseCoder(task.d_in, SparseCoderConfig(num_latents=task.d_sae, k=task.k))
     sae.b_dec.data = task.rows[: task.batch].mean(0)
     width = (task.d_sae / 2**14) ** 0.5
@@ -176,7 +187,7 @@ def dictionary_learning(task: Task, lr: float | None, mesh: Mesh) -> Run:
         k=task.k,
         layer=0,
         lm_name="none",
-        seed=0,
+        seed=task.seed,
         device="cpu",
         warmup_steps=max(task.steps // 50, 1),
         decay_start=int(task.steps * 0.8),
@@ -225,8 +236,31 @@ def installed(only: list[str] | None) -> tuple[dict[str, Tool], dict[str, str]]:
         try:
             import_module(tool.module)
             found[name] = tool
-            ours = tool.module == "saetrain"  # may be run without being installed
-            versions[tool.package] = actshuffle.__version__ if ours else version(tool.package)
+            versions[tool.package] = version_of(tool)
         except Exception as error:  # other people's imports fail in many ways
             versions[tool.package] = f"left out: {type(error).__name__}: {error}"
     return found, versions
+
+
+def version_of(tool: Tool) -> str:
+    if tool.module != "saetrain":
+        return version(tool.package)
+    import actshuffle
+
+    return actshuffle.__version__  # it may be run without being installed
+
+
+def measured(trained: Trained, test: Tensor, truth: Tensor | None) -> dict[str, float]:
+    with torch.no_grad():
+        parts = [trained.use(rows) for rows in test.split(2048)]
+    out, active = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) != 0
+    error = (out - test).double().square().sum()
+    total = (test - test.mean(0)).double().square().sum()
+    line = {
+        "fvu": float(error / total),
+        "l0": float(active.sum(1).double().mean()),
+        "never_fired": float((~active.any(0)).double().mean()),
+    }
+    if truth is not None:
+        line["mean_max_cosine"] = float(matched(trained.decoder, truth).mean())
+    return line

@@ -19,17 +19,6 @@ from saetrain.features.forecast import check, forecast, read_units, seconds
 from saetrain.features.pipeline import MEMORY, build_features, plan_features
 
 
-class _Lines:
-    """Progress as one line a step on stderr."""
-
-    def begin(self, stage: str, tasks: int, nbytes: int) -> None:
-        click.echo(f"{stage}: {counted(tasks, 'task')}", err=True)
-
-    def advance(self, nbytes: int, fresh: bool) -> None: ...
-
-    def end(self) -> None: ...
-
-
 @click.command("features")
 @click.argument("run", type=PATH)
 @click.argument("store", type=PATH)
@@ -89,7 +78,7 @@ def _features(
         executor = stack.enter_context(crew)
         if executor.processes:
             click.echo(f"cluster: {executor.described()}", err=True)
-        done = build_features(run, store, out, memory=memory, executor=executor, progress=_Lines(), **settings)
+        done = build_features(run, store, out, memory=memory, executor=executor, **settings)
     told = {"out": str(out), "tasks": done.tasks, "resumed": done.resumed, "seconds": round(done.seconds, 3)}
     print_json(told | {"already_finished": done.already_finished}, as_json)
     if not as_json:

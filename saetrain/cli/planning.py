@@ -17,7 +17,7 @@ from saetrain.cli.values import PATH, POSITIVE, TEXT
 from saetrain.config import Config, parse_field, resolve
 from saetrain.data import Store
 from saetrain.errors import ConfigError
-from saetrain.exchange import weights_of
+from saetrain.exchange.folders import weights_of
 from saetrain.memory import predict
 from saetrain.training.start import with_inherited
 

@@ -22,7 +22,7 @@ from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, field_help, parse_field, resolve
 from saetrain.data import Store
 from saetrain.errors import ConfigError
-from saetrain.exchange import weights_of
+from saetrain.exchange.folders import weights_of
 from saetrain.runs.fitting import bar, beside, extended, reached, refuse_stores
 from saetrain.runs.sweeps import SWEPT, combinations
 from saetrain.training.start import with_inherited

@@ -224,7 +224,7 @@ def build_features(
     memory: int = MEMORY,
     device: str = "auto",
     executor: Executor | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     overwrite: bool = False,
     fsync: bool = True,
     **settings: Any,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -20,7 +21,7 @@ from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
 from saetrain.data import Source, Store
 from saetrain.errors import ConfigError, DivergedError
-from saetrain.exchange import weights_of
+from saetrain.exchange.folders import weights_of
 from saetrain.runs.sweeps import combinations, with_texts
 from saetrain.runs.trained import Run, Sweep, recorded
 from saetrain.training import train
@@ -168,7 +169,9 @@ def bar(steps: int, at: int, *, drawn: bool, out: TextIO | None = None) -> Itera
     The bar is `drawn` on terminals and in notebooks, by tqdm where that is installed.
     """
     try:
-        from tqdm.auto import tqdm
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # in a notebook without ipywidgets the bar is one of text
+            from tqdm.auto import tqdm
     except ImportError:
         yield (lambda text: print(text, file=out or sys.stdout, flush=True)), (lambda step: None)
         return

@@ -129,7 +129,8 @@ def _about(source: Source, m: Member, heldout: Source | None) -> dict[str, Any]:
     shape = getattr(source, "row_shape", ())  # a source need not have it
     if len(shape) > 1:
         about["row_shape"] = list(shape)
-    return about | {"input": source.field, "output": target_of(source) or source.field, "d_out": m.model.d_out}
+    about |= {"input": source.field, "output": target_of(source) or source.field, "d_out": m.model.d_out}
+    return about | getattr(source, "origin", {})  # nor this
 
 
 def same(one: Config, other: Config, names: Iterable[str], context: str) -> None:

@@ -26,7 +26,7 @@ from saetrain.training import checkpoint, metrics
 from saetrain.training.clock import Clock
 from saetrain.training.heldout import Heldout
 from saetrain.training.lines import brief, opening
-from saetrain.training.lock import locked
+from saetrain.training.lock import agree, locked
 from saetrain.training.log import read_log
 from saetrain.training.losses import Step, step
 from saetrain.training.members import SHARED, Member, begin, leave, same
@@ -68,6 +68,7 @@ def fit(
             f"{_widths(source)} wide"
         )
 
+    agree(mesh, runs.values(), [source] if heldout is None else [source, heldout])
     reading = replace(config, seed=config.order_seed)  # of all members, whatever the seeds of their weights
     cursor = source.batches(source.rows - config.holdout, reading, mesh)  # refuses a store before a folder is made
     with locked(runs, mesh) as ours:

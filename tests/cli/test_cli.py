@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
 import io
 import json
 import os
@@ -22,13 +23,16 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from actshuffle import __version__, machine
+import actshuffle
+from actshuffle import __version__, jobs, machine
 from actshuffle.arrays.codecs import CODECS
 from actshuffle.cli.app import COMMANDS, RESUME, main
-from actshuffle.cli.display import Display, Meter, bar, clock_face
-from actshuffle.errors import ConservationError, StorageFullError
+from actshuffle.errors import ConservationError, RequestError, StorageFullError
 from actshuffle.executors import choice
 from actshuffle.planning import strategy
+from actshuffle.progress import observer
+from actshuffle.progress.display import Display, bar, shown
+from actshuffle.progress.meter import Meter, clock_face
 from actshuffle.storage import objects
 from support.oracle import assert_is_oracle
 from support.processes import until
@@ -823,6 +827,67 @@ def test_live_line_is_redrawn_in_place(monkeypatch):
     assert "so far" in drawn[0]
     assert re.search(r"#-+ +\d+%  .* MB/s +0:\d\d left", drawn[-2])
     assert re.search(r"#  100%     4 MB  .* MB/s +\d+\.\d s", drawn[-1])
+
+
+@shown
+def long_call(*, progress, seconds=0.0):
+    """A call of the library with two stages."""
+    progress = observer(progress)
+    for stage in ("level 1 of 2", "level 2 of 2"):
+        progress.begin(stage, 2, 2000)
+        progress.advance(1000, True)
+        time.sleep(seconds)
+        progress.advance(1000, True)
+        progress.end()
+
+
+def test_long_calls_of_the_library_tell_their_progress(monkeypatch, capsys):
+    monkeypatch.setattr("actshuffle.progress.display.PATIENCE", 0.2)
+    long_call(seconds=0.4)
+    told = capsys.readouterr().err.splitlines()
+    assert [re.sub(LOG_LINE, "", line).split(":")[0].split(",")[0] for line in told] == [
+        "level 1 of 2    begins",
+        "level 1 of 2    done in 0.4 s",
+        "level 2 of 2    begins",
+        "level 2 of 2    done in 0.4 s",
+    ]
+    long_call()  # over before anybody waits
+    long_call(seconds=0.3, progress=False)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(RequestError, match=r"progress must be True, False or an .*, got str"):
+        long_call(progress="yes")
+
+
+class Notebook(io.StringIO):
+    """A stream like that of a kernel; a real one is in tests/sae/test_sae_notebook.py."""
+
+
+Notebook.__module__ = "ipykernel.iostream"
+
+
+def test_a_notebook_has_a_live_line_without_commands_for_terminals(monkeypatch):
+    monkeypatch.setattr("actshuffle.progress.display.PATIENCE", 0.0)
+    monkeypatch.setattr("sys.stderr", stream := Notebook())
+    long_call(seconds=0.15)
+    drawn = stream.getvalue().split("\n")
+    assert [line.split("\r")[-1][:12] for line in drawn] == ["level 1 of 2", "level 2 of 2", ""]
+    assert "\r" in drawn[0]
+    assert "\x1b" not in stream.getvalue()
+
+
+def functions_with_progress():
+    """The public functions that take an observer."""
+    found = {name: getattr(actshuffle, name) for name in actshuffle.__all__}
+    functions = {name: f for name, f in found.items() if inspect.isfunction(f)} | {"run_in_folder": jobs.run_in_folder}
+    return {name: f for name, f in functions.items() if "progress" in inspect.signature(f).parameters}
+
+
+def test_all_long_calls_show_progress_by_default():
+    taking = functions_with_progress()
+    assert {"shuffle", "collect", "verify", "stats", "append", "import_store", "sample", "split"} <= set(taking)
+    for name, function in taking.items():
+        assert inspect.signature(function).parameters["progress"].default is True, name
+        assert function.__globals__ is Display.__init__.__globals__, f"{name} is not shown"
 
 
 def test_warnings_of_the_engine_come_between_the_lines(src, dst, monkeypatch):

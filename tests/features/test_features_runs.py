@@ -332,7 +332,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, whole, acts):
 
 
 def test_a_run_of_ours_and_its_export_give_the_same(tmp_path, acts):
-    from saetrain import exchange
+    from saetrain.exchange import folders as exchange
 
     exchange.bring(dictionary(tmp_path / "foreign", "topk"), tmp_path / "run")
     build(tmp_path / "foreign", acts, tmp_path / "a")

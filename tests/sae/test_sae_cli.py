@@ -206,13 +206,13 @@ def test_an_unexpected_error_is_one_line(
     def breaks(*_: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("saetrain.exchange.bring", breaks)
+    monkeypatch.setattr("saetrain.exchange.folders.bring", breaks)
     assert main(["import", "a", "b"]) == 1
     err = capsys.readouterr().err
     assert err == "error: unexpected ZeroDivisionError: division by zero (--debug shows where)\n"
     assert main(["import", "a", "b", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
-    monkeypatch.setattr("saetrain.exchange.bring", lambda *_: Path("/dev/null/x").write_text(""))
+    monkeypatch.setattr("saetrain.exchange.folders.bring", lambda *_: Path("/dev/null/x").write_text(""))
     found, err = said(capsys, "import", "a", "b", code=1)
     assert found["error"] == "io"
     assert "/dev/null/x" in err
@@ -222,7 +222,7 @@ def test_ctrl_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("saetrain.exchange.bring", interrupted)
+    monkeypatch.setattr("saetrain.exchange.folders.bring", interrupted)
     monkeypatch.setattr("saetrain.cli.features.build_features", interrupted)
     assert main(["import", "a", "b"]) == 130
     assert capsys.readouterr().err == "stopped\n"

@@ -16,7 +16,7 @@ import actshuffle
 import saetrain
 from saetrain.cli import main
 from saetrain.errors import ConfigError, DataError, ExchangeError
-from saetrain.exchange import bring, export
+from saetrain.exchange.folders import bring, export
 from saetrain.features.pipeline import build_features
 from saetrain.norms import Norm
 from saetrain.tensors import TensorFile

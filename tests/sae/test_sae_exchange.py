@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import zarr
 
 import saetrain
-from saetrain import exchange
 from saetrain.cli import main
+from saetrain.config import Config
+from saetrain.data import Store
 from saetrain.errors import CheckpointError, ConfigError, ExchangeError
+from saetrain.exchange import folders as exchange
+from saetrain.exchange import modelcard
 from saetrain.foreign import SAELENS_KEYS, SPARSIFY_KEYS
 from saetrain.tensors import Spec, TensorFile, write
 from saetrain.training import checkpoint, start
@@ -65,6 +69,51 @@ def test_round_trip(format: str, arch: str, trained: Any, tmp_path: Path) -> Non
     again = saetrain.load(tmp_path / "run")
     torch.testing.assert_close(again(rows), expected[arch], rtol=1e-4, atol=1e-3)
     assert torch.equal(again.encode(rows) > 0, read.encode(rows) > 0)
+
+
+def test_an_export_names_model_and_hook_and_has_a_card(
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, *_ = trained
+    shutil.copytree(folder / "topk", run := tmp_path / "run")
+    assert main(["export", str(run), str(tmp_path / "bare")]) == 0
+    assert "--model-id" in capsys.readouterr().err, "no model is known"
+    assert "hook_name" not in json.loads((tmp_path / "bare" / "cfg.json").read_text())["metadata"]
+
+    recorded = json.loads((run / "config.json").read_text())
+    recorded["about"] |= {"input": "layer_10", "model": {"name": "gpt2", "layers": 12}, "prefix": "<s>"}
+    (run / "config.json").write_text(json.dumps(recorded))
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert "of gpt2 at blocks.9.hook_resid_post" in capsys.readouterr().out
+    metadata = json.loads((tmp_path / "out" / "cfg.json").read_text())["metadata"]
+    assert (metadata["model_name"], metadata["hook_name"]) == ("gpt2", "blocks.9.hook_resid_post")
+    assert metadata["prepend_bos"] is True
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: saelens\n")
+    last = [line for line in saetrain.Run(run).lines if "eval_fvu" in line][-1]
+    assert f"{last['eval_fvu']:.4f}" in card
+    assert 'base_model: "gpt2"' in card
+
+    given = ["--format", "sparsify", "--model-id", "org/model", "--hook-name", "layers.9", "--json"]
+    assert main(["export", str(run), str(tmp_path / "given"), *given]) == 0
+    names = {"model_name": "org/model", "hook_name": "layers.9", "prepend_bos": True}
+    assert json.loads(capsys.readouterr().out)["names"] == names
+
+
+def test_names_of_collected_arrays(tmp_path: Path) -> None:
+    model = {"name": "gpt2", "layers": 12}
+    assert modelcard.hooks("layer_0", model) == {"hook_name": "blocks.0.hook_resid_pre"}
+    assert modelcard.hooks("layer_1", model) == {"hook_name": "blocks.0.hook_resid_post"}
+    assert modelcard.hooks("layer_12", model) == {}, "it has the final norm"
+    assert modelcard.hooks("h.3.mlp", model) == {"hook_name": "h.3.mlp", "hf_hook_name": "h.3.mlp"}
+    assert modelcard.hooks("layer_3", {}) == {}, "an array of that name, of nobody knows where"
+    group = zarr.create_group(tmp_path / "rows.zarr")
+    group.create_array("layer_3", data=Planted.make(64, 16, 24).rows.numpy())
+    settings = Config(incomplete=True)
+    assert Store(tmp_path / "rows.zarr", settings).origin == {}
+    group.attrs["model"] = {"name": "/models/gpt2", "layers": 12}
+    group.attrs["row_filter"] = {"prefix": {"id": 1, "token": "<s>"}}
+    assert Store(tmp_path / "rows.zarr", settings).origin == {"model": model, "prefix": "<s>"}
 
 
 # --- weights to start from
@@ -120,7 +169,7 @@ def test_kin_may_start_from_kin_and_others_are_refused(trained: Any) -> None:
 def test_stripes_and_blocks_give_the_same_file(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, *_ = trained
     exchange.export(folder / "jumprelu", tmp_path / "whole")
-    monkeypatch.setattr("saetrain.exchange.STRIPE_BYTES", 3 * 64 * 4)
+    monkeypatch.setattr("saetrain.exchange.folders.STRIPE_BYTES", 3 * 64 * 4)
     monkeypatch.setattr("saetrain.sae.BLOCK", 10)
     exchange.export(folder / "jumprelu", tmp_path / "parts")
     a, b = (TensorFile(tmp_path / n / "sae_weights.safetensors") for n in ("whole", "parts"))

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import saetrain
-from saetrain import cli, exchange
+from saetrain import cli
+from saetrain.exchange import folders as exchange
 from saetrain.products.matrices import open_side
 from support.sae import ARCHS, MemorySource, Planted, one_rank, small
 

@@ -16,8 +16,8 @@ import pytest
 import saetrain
 from actshuffle.errors import DestinationInUseError
 from actshuffle.jobs import hold, locks
-from saetrain import exchange
 from saetrain.cli import main
+from saetrain.exchange import folders as exchange
 from saetrain.training import checkpoint, lock
 from saetrain.view import labels
 from support.sae import small_results

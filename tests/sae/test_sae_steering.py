@@ -18,7 +18,7 @@ import saetrain
 from saetrain import Sampler, Steering, Turn
 from saetrain.cli import main
 from saetrain.errors import ConfigError
-from saetrain.exchange import export
+from saetrain.exchange.folders import export
 from saetrain.probing import curves
 from saetrain.probing.corpus import Corpus, Cutting, measure_scale
 from saetrain.probing.generation import generate_many, prompt_tokens, stream

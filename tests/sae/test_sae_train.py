@@ -14,7 +14,7 @@ from saetrain.compute.kernels import Codes, Encoder
 from saetrain.compute.selection import topk
 from saetrain.config import Config, field_help, parse_field, resolve
 from saetrain.errors import ConfigError, DataError, SaetrainError
-from saetrain.exchange import export
+from saetrain.exchange.folders import export
 from saetrain.memory import predict, together
 from saetrain.runs.sweeps import combinations, with_texts
 from saetrain.runs.trained import recorded

@@ -27,7 +27,7 @@ OTHERS = {
     "make": "runs longer than all pages; `make demo` and `make test` are run by themselves",
     "python3": "makes an environment",
     "peers/bin/python": "needs packages that no environment has beside ours",
-    "torchrun": "starts processes; tests/sae/test_sae_ranks.py does so",
+    "torchrun": "starts processes; tests/sae/test_sae_machines.py does so",
     "openssl": "makes certificates; tests/engine/test_network.py does so",
     "chmod": "is of the lines around it",
     "dask": "starts a cluster; tests/engine/test_hosts.py does so",

@@ -1,4 +1,4 @@
-"""Reports of progress from a run to its observer.  The library itself prints nothing."""
+"""Who observes a run: what it reports to them, and what a task reports of itself."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ class Silent:
     def advance(self, nbytes: int, fresh: bool) -> None: ...
 
     def end(self) -> None: ...
+
+
+def observer(given: Progress | bool | None) -> Progress:
+    """The observer that a function was given, or one that ignores everything.
+
+    `actshuffle.progress.display.shown` has put a display in the place of True.
+    """
+    return Silent() if given is None or isinstance(given, bool) else given
 
 
 _HEARD: list[Callable[[int], None]] = []  # what listens in this process

@@ -9,110 +9,45 @@
 
 Tasks report only when they are done, a millisecond or ten minutes apart, so a thread redraws the line
 ten times a second from a `Meter`, which advances at the measured rate in between.
+
+In a notebook the line is live too.  `shown` gives each long call of the library such a display.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
+import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TextIO
+from functools import wraps
+from typing import Any, ParamSpec, TextIO, TypeVar, cast
 
-import click
-
+from actshuffle.errors import RequestError
+from actshuffle.progress import Progress
+from actshuffle.progress.meter import Meter, clock_face
 from actshuffle.units import counted, format_bytes, format_seconds
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 TITLE = 16  # columns of a title; "verify (quick)" fits
 BAR = 40  # columns of a bar at most
 REDRAW = 0.1  # seconds
 QUIET_START = 0.5  # a stage that moves no bytes and is over by then is not shown
 LOG_EVERY, LOG_SELDOM = 5.0, 60.0  # seconds between log lines: at first, and in a long stage
-WINDOW = 30.0  # seconds that the rate looks back, or longer where tasks take longer
-
-
-class Meter:
-    """The progress of a stage, its rate, and the time that is left.
-
-    Tasks of an earlier run count as done, but not into the rate.  Between two completions the estimate
-    advances at the rate, but not past the bytes of the tasks in flight, and it never goes back.
-    """
-
-    def __init__(self, tasks: int, nbytes: int, workers: int, now: float, rate: float | None = None) -> None:
-        self.tasks, self.nbytes, self.workers, self.started = tasks, nbytes, max(1, workers), now
-        self.units = nbytes or tasks  # a stage that moves no bytes is measured in tasks
-        self.share = self.units / max(1, tasks)
-        self.tasks_done, self.resumed, self.done, self.fresh = 0, 0, 0.0, 0.0
-        self._marks = deque([(now, 0.0)])  # times, and fresh units by then
-        self._before = rate if nbytes else None  # the last stage's rate, until this one has its own
-        self._ahead = 0.0  # units of tasks under way that count as done already
-        self.token_bytes = 0.0  # of one token, in a stage that counts tokens
-        self._shown = 0.0
-
-    def advance(self, nbytes: int, fresh: bool, now: float) -> None:
-        self.tasks_done = min(self.tasks_done + 1, self.tasks)
-        amount: float = nbytes if fresh and self.nbytes else self.share
-        known = min(self._ahead, amount)
-        self._ahead, amount = self._ahead - known, amount - known
-        self.done = min(self.done + amount, self.units)
-        if not fresh:
-            self.resumed += 1
-        self._mark(amount if fresh else 0.0, now)
-
-    def within(self, nbytes: int, tokens: int, now: float) -> None:
-        """Some bytes of a task that is not done yet, the rows of so many tokens."""
-        self.token_bytes = nbytes / tokens if tokens else self.token_bytes
-        self._ahead += nbytes
-        self.done = min(self.done + nbytes, self.units)
-        self._mark(nbytes, now)
-
-    def _mark(self, amount: float, now: float) -> None:
-        self.fresh += amount
-        marks = self._marks
-        if not self.fresh:
-            marks[0] = now, 0.0  # fresh work starts after this at the earliest
-            return
-        if len(marks) > 1 and now - marks[-2][0] < WINDOW / 100:
-            marks[-1] = now, self.fresh
-        else:
-            marks.append((now, self.fresh))
-        while len(marks) > 4 * self.workers + 1 and now - marks[1][0] > WINDOW:
-            marks.popleft()
-
-    def rate(self, now: float) -> float | None:
-        """Units per second at the last completion; lower once the next one is overdue."""
-        (t0, before), (t1, after) = self._marks[0], self._marks[-1]
-        if after <= before:
-            return None
-        patience = 2 * self.workers * (t1 - t0) / (len(self._marks) - 1)
-        return (after - before) / max(t1 - t0, now - patience - t0, 1e-3)
-
-    def estimate(self, now: float) -> float:
-        """Units done, including the likely share of the tasks in flight."""
-        rate = self.rate(now) or self._before or 0.0
-        in_flight = max(0.0, min(self.workers, self.tasks - self.tasks_done) * self.share - self._ahead)
-        guess = self.done + min(rate * (now - self._marks[-1][0]), 0.95 * in_flight)
-        self._shown = max(self._shown, min(guess, self.units))
-        return self._shown
-
-    def left(self, now: float) -> float | None:
-        rate = self.rate(now) or self._before
-        return (self.units - self.estimate(now)) / rate if rate else None
-
-    def mean_rate(self, now: float) -> float | None:
-        """Units of fresh work per second, over the whole stage."""
-        return self.fresh / (now - self.started) if self.fresh and now > self.started else None
+PATIENCE = 1.0  # seconds that a call of the library may take unseen
+GREEN, CYAN, DIM, PLAIN = "\x1b[32m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
 
 
 class Display:
     """A `Progress` that writes to a terminal or a log.
 
     ``workers`` returns the number of tasks in flight; ``before`` is called with the bytes of a stage ahead of its
-    first task.  ``live`` follows the stream if not given; without a stream nothing is shown.
+    first task.  ``live`` follows the stream if not given; without a stream nothing is shown, nor is anything in the
+    first seconds of ``patience``.
     """
 
     def __init__(
@@ -122,12 +57,14 @@ class Display:
         workers: Callable[[], int] = lambda: 1,
         before: Callable[..., object] = lambda *work: None,
         live: bool | None = None,
+        patience: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stream, self.workers, self.before, self.clock = stream, workers, before, clock
         terminal = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
-        self.live = terminal if live is None else live
-        self._colour = self.live and not os.environ.get("NO_COLOR")
+        self._notebook = type(stream).__module__.startswith("ipykernel.")
+        self.live = (terminal or self._notebook) if live is None else live
+        self._colour = self.live and not self._notebook and not os.environ.get("NO_COLOR")
         self._fancy = "utf" in (getattr(stream, "encoding", None) or "").lower()
         self._lock = threading.RLock()
         self._stop = threading.Event()
@@ -136,7 +73,10 @@ class Display:
         self._meter: Meter | None = None
         self._rate: float | None = None  # of the last stage that moved bytes
         self._open = False  # the cursor stands behind a live line
+        self._width = 0  # of the line before, in a notebook
         self._logged = 0.0
+        self._speaks = clock() + patience  # from then on
+        self._late: str | None = None  # the beginning of a stage that came before
 
     # --- Progress ---------------------------------------------------------------------------------
 
@@ -147,11 +87,13 @@ class Display:
             now = self.clock()
             self._stage, self._logged = stage, now
             self._meter = Meter(tasks, nbytes, self.workers(), now, self._rate)
-        if self.live and self._ticker is None:
+        if (self.live or now < self._speaks) and self._ticker is None:
             self._ticker = threading.Thread(target=self._tick, name="actshuffle-display", daemon=True)
             self._ticker.start()
         size = f", {format_bytes(nbytes)}" if nbytes else ""
-        self._log(f"begins: {tasks:,} task{'s' * (tasks != 1)}{size}")
+        begins = f"begins: {tasks:,} task{'s' * (tasks != 1)}{size}"
+        self._late = begins if now < self._speaks else None
+        self._log(begins)
 
     def advance(self, nbytes: int, fresh: bool) -> None:
         with self._lock:
@@ -219,8 +161,11 @@ class Display:
         while not self._stop.wait(REDRAW):
             with self._lock:
                 meter, now = self._meter, self.clock()
-                if meter is None or (not meter.nbytes and now - meter.started < QUIET_START):
+                if meter is None or (not meter.nbytes and now - meter.started < QUIET_START) or now < self._speaks:
                     continue
+                if self._late is not None:
+                    self._log(self._late)
+                    self._late = None
                 percent, amount, rate, left = self._numbers(meter, now)
                 if not left:  # no rate is known yet
                     left = f"{clock_face(now - meter.started)} so far"
@@ -249,8 +194,8 @@ class Display:
             return f"{title:<{TITLE}}{percent:>4}  {when:>12}"[:columns]
         done, rest = bar(fraction, width, fancy=self._fancy)
         if self._colour:
-            done = click.style(done, fg="green" if fraction >= 1 else "cyan")
-            rest = click.style(rest, dim=True)
+            done = (GREEN if fraction >= 1 else CYAN) + done + PLAIN
+            rest = DIM + rest + PLAIN
         return f"{title:<{TITLE}}{done}{rest}{numbers}"
 
     def _columns(self) -> int:
@@ -260,12 +205,17 @@ class Display:
         return 77
 
     def _write_live(self, text: str, end: str) -> None:
-        if self.live:
+        if not self.live or self.clock() < self._speaks:
+            return
+        if self._notebook:  # which knows no command that clears the rest of a line
+            self._width, text = len(text), text.ljust(self._width)
+            self._put(("\r" if self._open else "") + text + end)
+        else:
             self._put(("\r" if self._open else "") + text + "\x1b[K" + end)
-            self._open = not end
+        self._open = not end
 
     def _log(self, text: str, title: str | None = None) -> None:
-        if not self.live:
+        if not self.live and self.clock() >= self._speaks:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             self._put(f"{stamp}  {self._stage if title is None else title:<{TITLE}}{text}\n")
 
@@ -283,17 +233,6 @@ def _pace(meter: Meter, rate: float | None) -> str:
     return f"{rate / meter.token_bytes:,.0f} tok/s" if meter.token_bytes else f"{format_bytes(rate)}/s"
 
 
-class LogLines(logging.Handler):
-    """Shows the library's own log records among a display's lines."""
-
-    def __init__(self, display: Display) -> None:
-        super().__init__(logging.WARNING)
-        self.display = display
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.display.line(record.levelname.lower(), record.getMessage())
-
-
 def bar(fraction: float, width: int, *, fancy: bool = True) -> tuple[str, str]:
     """The done part and the rest of a bar, together ``width`` columns.
 
@@ -306,14 +245,28 @@ def bar(fraction: float, width: int, *, fancy: bool = True) -> tuple[str, str]:
     return done, ("─" if fancy else "-") * (width - len(done))
 
 
-def clock_face(seconds: float) -> str:
-    """Whole seconds as ``0:07``, ``12:34``, ``3:02:01`` or ``2 d 5 h``.
+def shown(call: Callable[P, T]) -> Callable[P, T]:
+    """Let a function's keyword ``progress`` be True, its default, for a display on stderr.
 
-    >>> clock_face(7.4), clock_face(754), clock_face(10921), clock_face(190800)
-    ('0:07', '12:34', '3:02:01', '2 d 5 h')
+    The function itself gets the display; an observer and False reach it as they are.
     """
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+    @wraps(call)
+    def watched(*args: Any, **options: Any) -> T:
+        given = options.get("progress", True)
+        if not (given is None or isinstance(given, bool) or callable(getattr(given, "begin", None))):
+            raise RequestError(
+                f"progress must be True, False or an actshuffle.progress.Progress, got {type(given).__name__}"
+            )
+        if given is not True:
+            return call(*args, **options)
+        executor = options.get("executor")
+        display = Display(
+            sys.stderr, patience=PATIENCE, workers=lambda: getattr(executor, "workers", options.get("workers") or 1)
+        )
+        try:
+            return call(*args, **(options | {"progress": cast(Progress, display)}))
+        finally:
+            display.close()
+
+    return cast(Callable[P, T], watched)

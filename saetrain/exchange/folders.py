@@ -17,7 +17,6 @@ that file is written in stripes of columns, each collected by one pass over the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 from actshuffle.jobs import hold
 from saetrain.config import Config
 from saetrain.errors import ExchangeError
+from saetrain.exchange import modelcard
 from saetrain.foreign import read_foreign
 from saetrain.norms import Norm
 from saetrain.sae import Folded, saelens_settings
@@ -42,8 +42,14 @@ STRIPE_BYTES = 256 << 20
 Part = dict[str, Tensor]  # tensors of a block of latents
 
 
-def export(run: Path, to: Path, format: str = "saelens") -> None:
-    """Write a run, or one of its checkpoints, for SAELens or sparsify."""
+def export(
+    run: Path, to: Path, format: str = "saelens", *, model: str | None = None, hook: str | None = None
+) -> dict[str, Any]:
+    """Write a run, or one of its checkpoints, for SAELens or sparsify: a folder as the hub has it, with a README.
+
+    `model` and `hook` name the model and the place in it, where config.json does not or says it otherwise.  Returns
+    the names that were written.
+    """
     found = checkpoint.find(run)
     found.verify()
     found.check_names()
@@ -51,17 +57,21 @@ def export(run: Path, to: Path, format: str = "saelens") -> None:
         _refuse_content(to)
         to.mkdir(parents=True, exist_ok=True)
         cfg = (_export_sparsify if format == "sparsify" else _export_saelens)(Folded(found), to)
+        facts = modelcard.about(run)
+        named = modelcard.origin(facts, model, hook)
+        if format == "saelens":
+            cfg["metadata"] |= named
+            out = modelcard.hooks(str(facts.get("output", "")), facts.get("model") or {})
+            if "hook_name_out" in cfg and out:
+                cfg["hook_name_out"] = out["hook_name"]
         checkpoint.write_json(to / "cfg.json", cfg)
+        (to / modelcard.CARD).write_text(modelcard.card(run, to, format, cfg, named, found.state["step"]))
+    return named
 
 
 def row_shape(run: Path) -> list[int]:
     """The shape of the rows of a run or checkpoint if it has several axes, which training flattened; else empty."""
-    for folder in (run, run.parent.parent):
-        try:
-            return [int(n) for n in json.loads((folder / "config.json").read_text())["about"].get("row_shape", [])]
-        except (OSError, ValueError, KeyError):
-            continue
-    return []
+    return [int(n) for n in modelcard.about(run).get("row_shape", [])]
 
 
 def _refuse_content(folder: Path) -> None:
