@@ -25,6 +25,7 @@ from saetrain.view.server import Server
 from saetrain.view.site import Site
 from support.causal import dictionary as random_dictionary
 from support.causal import texts, tiny
+from support.contrast import faint
 from support.features import LATENTS, TINY, dictionary, store
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
@@ -138,8 +139,30 @@ def test_every_view_is_drawn_at_both_widths_and_nothing_sticks_out(opened: Opene
         unnamed = "[...document.querySelectorAll('button, a, input, select, textarea, [role=button]')].filter(e => "
         unnamed += "!(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).length"
         assert page.evaluate(unnamed) == 0, path
+        assert faint(page) == [], path
     assert opened.go("/feature/99").inner_text(".empty") == "no feature 99: there are 0 to 39"
     opened.errors = [text for text in opened.errors if "400" not in text]  # that answer, as the browser reports it
+
+
+def test_the_button_that_writes_is_readable_under_the_pointer_and_at_work(opened: Opened) -> None:
+    page = opened.go("/steer?feature=4")
+    button = page.locator("main button[type=submit]")
+    button.hover()
+    assert faint(page) == []
+    button.evaluate("button => (button.disabled = true)")
+    assert faint(page) == []
+    controls = {  # each of these is seen
+        'button. disabled "Write" 1.': "main button { color: var(--hover) !important }",
+        'input. "Number, token': "::placeholder { opacity: 0.5 !important }",
+        "input. edge 1.": "input { border-color: var(--line) !important }",
+    }
+    for told, rule in controls.items():
+        page.evaluate("rule => document.styleSheets[0].insertRule(rule, document.styleSheets[0].cssRules.length)", rule)
+        found = faint(page)
+        assert {theme for theme in ("light", "dark") for one in found if one.startswith(f"{theme}: {told}")} == {
+            "light",
+            "dark",
+        }, (told, found)
 
 
 def test_a_bar_filters_the_list_and_the_address_holds_it(opened: Opened) -> None:

@@ -81,7 +81,7 @@ export function curve({ points, title, height = 120 }) {
   const ys = points.flatMap((p) => p.slice(1)).filter((y) => y !== null && y !== undefined);
   const [left, right] = [Math.min(...xs), Math.max(...xs)];
   let [low, high] = [Math.min(...ys), Math.max(...ys)];
-  if (low === high) [low, high] = [low - Math.abs(low || 1) / 2, high + Math.abs(high || 1) / 2];
+  if (low === high) [low, high] = [Math.min(2 * low, 0), Math.max(2 * low, low ? 0 : 1)]; // a constant
   const x = (v) => 50 + ((v - left) / (right - left || 1)) * (WIDTH - 54);
   const y = (v) => height - 4 - ((v - low) / (high - low)) * (height - 12);
   const path = (pairs) => pairs.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)},${y(b).toFixed(1)}`).join("");

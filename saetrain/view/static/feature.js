@@ -172,7 +172,7 @@ export async function feature(main, { facts, id, query, go, tell, pin }) {
     main.append(h("p.empty", {}, `Dead: it is active on none of the ${whole(f.rows)} rows.`));
     return { previous: beside.previous, next: beside.next, tail };
   }
-  const shown = h("div");
+  const shown = h("div", { role: "tabpanel", "aria-label": "Examples" });
   const tabs = h("div.tabs", { role: "tablist", "aria-label": "Kinds of examples" });
   const available = Object.entries(GROUPS)
     .map(([name, group]) => [name, group, group.kinds ? group.kinds.filter((k) => facts.kinds.includes(k)) : facts.kinds.filter((k) => k.startsWith(`${group.prefix} `))])

@@ -42,8 +42,8 @@ export async function text(main, { facts, query, go }) {
     const about = h("span.tokens");
     name(id).then((f) => about.append(f.label ? h("span.label", {}, f.label) : "", ...f.tokens.slice(0, 4).map((t) => h("code.chip", {}, visible(t.text ?? String(t.id))))));
     const over = found.whole.find((one) => one.id === id);
-    const mark = over ? h("button.quiet.small", { type: "button", onclick: () => { feature = over; draw(); } }, "mark") : null;
-    return h("li", {}, featureLink(id), about, h("span", {}, short(value)), mark);
+    const mark = over && h("button.quiet.small", { type: "button", "aria-label": `Mark feature ${id} in the text`, "aria-pressed": String(over === feature), onclick: () => { feature = over; draw(); } }, over === feature ? "marked" : "mark");
+    return h("li", {}, featureLink(id), about, h("span.size", {}, short(value)), h("span.along", {}, mark));
   };
   function draw() {
     const most = feature ? feature.value : 1;
@@ -94,7 +94,8 @@ export async function steer(main, { facts, query, go, tell }) {
   const warmth = field("temperature", "Temperature", { type: "number", min: 0, max: 2, step: 0.1, value: query.get("temperature") ?? 0 });
   const tokens = field("tokens", "Tokens", { type: "number", min: 1, max: facts.model.most_tokens, value: query.get("tokens") ?? 48 });
   const button = h("button", { type: "submit" }, "Write");
-  const [plain, steered, cost] = [h("p.written"), h("p.written"), h("p.note")];
+  const nothing = () => h("span.note", {}, "Nothing is written yet.");
+  const [plain, steered, cost] = [h("p.written", {}, nothing()), h("p.written", {}, nothing()), h("p.note")];
   const about = h("p.note");
   for (const id of ids) {
     get(`feature/${id}`)
@@ -116,6 +117,7 @@ export async function steer(main, { facts, query, go, tell }) {
         go(`/steer?${new URLSearchParams(state)}`, { stay: true });
         for (const part of [plain, steered, cost]) part.replaceChildren();
         button.disabled = true;
+        button.textContent = "Writing…";
         try {
           const turns = list.map((id) => ({ feature: Number(id), method: method.value, value: Number(strength.value), unit: unit.value }));
           const body = { turns, prompt: prompt.value, chat: facts.model.chat, tokens: Number(state.tokens), seed: Number(state.seed), temperature: Number(state.temperature) };
@@ -129,6 +131,7 @@ export async function steer(main, { facts, query, go, tell }) {
           tell(error.message);
         } finally {
           button.disabled = false;
+          button.textContent = "Write";
         }
       },
     },

@@ -77,7 +77,7 @@ async function list(main, { facts, product, half, query, go }) {
   const set = (more) => go(address(product, half, { order, ...(falling ? { falling: 1 } : {}), ...more }));
   const rows = h("tbody");
   const more = h("button", { type: "button", onclick: () => load() }, "Show more");
-  const shape = h("div");
+  const shape = h("div.shape");
   main.append(
     shape,
     h(
@@ -88,9 +88,7 @@ async function list(main, { facts, product, half, query, go }) {
         {},
         h("h2", {}, `All ${half}`),
         h("span.grow"),
-        h("label", { for: "order" }, "Order by "),
-        h("select", { id: "order", onchange: (event) => set({ order: event.target.value }) }, Object.entries(ORDERS).map(([value, text]) => h("option", { value, selected: value === order }, text))),
-        h("button.quiet", { type: "button", "aria-pressed": String(falling), onclick: () => go(address(product, half, { order, ...(falling ? {} : { falling: 1 }) })) }, falling ? "↓ falling" : "↑ rising"),
+        h("span.labelled", {}, h("label", { for: "order" }, "Order by"), h("select", { id: "order", onchange: (event) => set({ order: event.target.value }) }, Object.entries(ORDERS).map(([value, text]) => h("option", { value, selected: value === order }, text))), h("button.quiet", { type: "button", "aria-pressed": String(falling), onclick: () => go(address(product, half, { order, ...(falling ? {} : { falling: 1 }) })) }, falling ? "↓ falling" : "↑ rising")),
       ),
       h("table.list", {}, h("thead", {}, h("tr", {}, h("th", {}, "Latent"), h("th", {}, "Tokens it is most often active on"), h("th.right", {}, "Kept"), h("th.right", {}, "Energy"), h("th.right.wide", {}, "Sum"))), rows),
       more,

@@ -4,6 +4,7 @@ import { h, short, visible, whole } from "/static/dom.js";
 
 const BEFORE = 22;
 const AFTER = 10;
+const LONGEST_WORD = 24; // characters that are kept on one line
 
 function piece(text, value, most, here) {
   const share = most > 0 ? Math.min(value / most, 1) : 0;
@@ -59,23 +60,33 @@ export function examples(found, most) {
   return h("ol.examples", {}, found.map((one) => example(one, most)));
 }
 
-// Tokens of a pasted text; `pick` is called with the number of the one that is chosen.
+// Tokens of a pasted text; `pick` is called with the number of the one that is chosen.  A line breaks between words and
+// not between the tokens of one, since a browser would break it beside each button.
 export function chooser(tokens, acts, most, pick, chosen) {
-  return h(
-    "p.text.paste",
-    {},
-    tokens.map((text, i) =>
+  const line = h("p.text.paste");
+  let [word, size] = [null, 0];
+  tokens.forEach((text, i) => {
+    const [blank, rest] = /^ ./.test(text) ? [" ", text.slice(1)] : ["", text];
+    if (!word || blank || !/\S/.test(text) || size + text.length > LONGEST_WORD) {
+      word = h("span.word");
+      size = 0;
+      line.append(blank, word);
+    }
+    size += text.length;
+    word.append(
       h(
         `button.token${acts && acts[i] > 0 ? ".on" : ""}${i === chosen ? ".here" : ""}`,
         {
           type: "button",
           "--a": (acts && most > 0 ? Math.min(acts[i] / most, 1) : 0).toFixed(3),
+          "aria-label": /\S/.test(text) ? null : visible(text),
           "aria-pressed": String(i === chosen),
           onclick: () => pick(i),
         },
-        text.replace(/\n/g, "⏎\n"),
+        rest.replace(/\n/g, "⏎\n"),
       ),
-    ),
-  );
+    );
+  });
+  return line;
 }
 
