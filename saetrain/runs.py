@@ -24,12 +24,15 @@ from saetrain.config import Config, resolve
 from saetrain.data import Source, Store
 from saetrain.errors import ConfigError, DivergedError
 from saetrain.opening import load
+from saetrain.probing.closing import Closing
 from saetrain.sae import SAE
 from saetrain.training import train
 from saetrain.training.log import read_log
+from saetrain.training.outcome import read_evaluation
 
 ZARR = ("zarr.json", ".zgroup", ".zarray")  # files of a folder that is a Zarr store
 Say = Callable[[str], None]
+Texts = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]  # files and folders of text
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Run:
         return pd.DataFrame(self.lines).set_index("step")
 
     @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """What the model loses through the autoencoder, where that was measured and kept: evaluation.json."""
+        return read_evaluation(self.folder)
+
+    @property
     def finished(self) -> bool:
         """True if the last step was reached."""
         lines = self.lines
@@ -91,6 +99,12 @@ def fit(
     say: Say | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    evaluate: Texts | None = None,
+    model: str | None = None,
+    model_dtype: str | None = None,
+    layer: int | None = None,
+    prefix: str | None = None,
+    windows: int | None = None,
     **settings: Any,
 ) -> Run: ...
 
@@ -110,6 +124,12 @@ def fit(
     say: Say | None = None,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    evaluate: Texts | None = None,
+    model: str | None = None,
+    model_dtype: str | None = None,
+    layer: int | None = None,
+    prefix: str | None = None,
+    windows: int | None = None,
     **settings: Any,
 ) -> Any:
     """Train one autoencoder on a finished actshuffle store, or go on with a run that was stopped; returns its `Run`.
@@ -120,15 +140,27 @@ def fit(
     checkpoint and returns; the same call again goes on.  Raises `ConfigError` or `DataError` before anything is
     written, and `DivergedError` if the model is worthless.
 
+    `evaluate` names files and folders of text that the store has not seen: when training ends, `model`, the causal
+    language model that the rows came from, reads them with its `layer` put through the autoencoder, and
+    `Run.evaluation` says what it loses.  `layer`, `model_dtype`, `prefix` and `windows` are as in `saetrain fit`.
+
     With `runs` and `mesh`, it trains several runs of one source of rows, and returns the last metrics of each: see
     `saetrain.training.train.fit`.
     """
+    closing = {
+        "evaluate": evaluate,
+        "model": model,
+        "model_dtype": model_dtype,
+        "layer": layer,
+        "prefix": prefix,
+        "windows": windows,
+    }
     if runs is not None or mesh is not None:
-        if runs is None or mesh is None or settings or out is not None:
+        if runs is None or mesh is None or settings or out is not None or any(closing.values()):
             raise ConfigError("fit takes a store and settings, or a source, runs and a mesh")
         return train.fit(source, runs, mesh, heldout=heldout, say=say or (lambda text: None))
     folder = Path(out) if out is not None else beside(Path(source))
-    return _one(folder, Config(**_known(settings)), source, heldout, progress, say, extend=False)
+    return _one(folder, Config(**_known(settings)), source, heldout, progress, say, closing, extend=False)
 
 
 def resume(
@@ -138,15 +170,30 @@ def resume(
     store: str | os.PathLike[str] | None = None,
     progress: bool = True,
     say: Say | None = None,
+    evaluate: Texts | None = None,
+    model: str | None = None,
+    model_dtype: str | None = None,
+    layer: int | None = None,
+    prefix: str | None = None,
+    windows: int | None = None,
 ) -> Run:
     """Go on with a run that was stopped, with the settings and the store that its config.json names.
 
     `steps` may be more than before: the learning rate then follows the schedule of the longer run from here on, while
-    all else stays as it was chosen.  `store` names the same store where it was moved.
+    all else stays as it was chosen.  `store` names the same store where it was moved.  `evaluate`
+    and what belongs to it are as in `fit`.
     """
     folder = Path(run)
     config, about = extended(folder, steps, store)
-    return _one(folder, config, about["location"], about.get("heldout"), progress, say, extend=True)
+    closing = {
+        "evaluate": evaluate,
+        "model": model,
+        "model_dtype": model_dtype,
+        "layer": layer,
+        "prefix": prefix,
+        "windows": windows,
+    }
+    return _one(folder, config, about["location"], about.get("heldout"), progress, say, closing, extend=True)
 
 
 def recorded(run: Path) -> tuple[Config, dict[str, Any]]:
@@ -216,11 +263,20 @@ def bar(steps: int, at: int, *, drawn: bool, out: TextIO | None = None) -> Itera
 
 
 def _one(
-    folder: Path, config: Config, store: Any, heldout: Any, progress: bool, say: Say | None, *, extend: bool
+    folder: Path,
+    config: Config,
+    store: Any,
+    heldout: Any,
+    progress: bool,
+    say: Say | None,
+    closing: dict[str, Any],
+    *,
+    extend: bool,
 ) -> Run:
     refuse_stores([folder])
     source = Store(store, config)
     other = None if heldout is None else Store(heldout, config)
+    last = Closing.of(closing, source.field, source.d_in)
     mesh = Mesh.start(config.device, config.tensor_parallel)
     try:
         total = resolve(config, source.d_in, source.rows).steps
@@ -230,9 +286,12 @@ def _one(
             for text in filter(None, (source.flattening(), source.warning())):
                 tell(text)
             found = train.fit(source, {folder: config}, mesh, heldout=other, say=tell, tick=tick, extend=extend)
+            line = found[folder]
+            if last and mesh.rank == 0 and not (line["stopped"] or line["diverged"]):
+                last.run([folder], str(mesh.device), tell)
     finally:
         mesh.close()
-    if reason := found[folder]["diverged"]:
+    if reason := line["diverged"]:
         raise DivergedError(f"{folder}: {reason}")
     return Run(folder)
 
