@@ -34,6 +34,7 @@ from saetrain.sae import Folded, saelens_settings
 from saetrain.tensors import Spec, write
 from saetrain.training import checkpoint
 from saetrain.variants.table import VARIANTS
+from saetrain.writing import put_json
 
 STRIPE_BYTES = 256 << 20
 
@@ -49,7 +50,7 @@ def export(run: Path, to: Path, format: str = "saelens") -> None:
         _refuse_content(to)
         to.mkdir(parents=True, exist_ok=True)
         cfg = (_export_sparsify if format == "sparsify" else _export_saelens)(Folded(found), to)
-        checkpoint.write_json(to / "cfg.json", cfg)
+        put_json(to / "cfg.json", cfg)
 
 
 def row_shape(run: Path) -> list[int]:
@@ -206,5 +207,5 @@ def _write_run(run: Path, config: Config, d: int, held: dict[str, Tensor], about
         "cursor": {},
         "shards": {name: digest},
     }
-    checkpoint.write_json(target / "state.json", state)
-    checkpoint.write_json(run / "config.json", {"config": config.to_json(), "about": about})
+    put_json(target / "state.json", state)
+    put_json(run / "config.json", {"config": config.to_json(), "about": about})

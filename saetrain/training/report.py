@@ -24,6 +24,7 @@ from saetrain.errors import ConfigError
 from saetrain.training.log import LOG, read_log
 from saetrain.training.metrics import EDGES
 from saetrain.training.outcome import read_evaluation
+from saetrain.writing import put
 
 COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#8a5ea8", "#c77f1a", "#3aa6a6", "#6b6b6b", "#a3315d")
 Points = list[tuple[float, float]]
@@ -118,8 +119,8 @@ def report(runs: Sequence[Path], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     page, image = out / "report.html", out / "report.png"
     measured = {_name(run, runs): found for run in runs if (found := read_evaluation(run))}
-    page.write_text(_page(logs, configs, colours, _svg(figure), _scores(measured, logs)))
-    figure.savefig(image, dpi=110)
+    put(page, _page(logs, configs, colours, _svg(figure), _scores(measured, logs)))
+    put(image, png(figure))
     return [page, image]
 
 
@@ -270,6 +271,12 @@ def draw(panels: list[Panel], colours: dict[str, str]) -> Figure:
             axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter(lambda y, _: _number(y))
     return figure
+
+
+def png(figure: Figure) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    return data.getvalue()
 
 
 def _svg(figure: Figure) -> str:

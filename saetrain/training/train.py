@@ -33,6 +33,7 @@ from saetrain.training.losses import Step, step
 from saetrain.training.optim import Optimizer, ramps
 from saetrain.training.outcome import diverged, mark, marked
 from saetrain.variants.table import VARIANTS
+from saetrain.writing import put_json
 
 INIT_ROWS = 8192
 # Settings that may change when a run resumes; with any other changed it would be a different run.
@@ -252,7 +253,7 @@ def _begin(
                 about["row_shape"] = list(shape)
             about |= {"input": source.field, "output": target_of(source) or source.field, "d_out": m.model.d_out}
             written = {"config": runs[m.run].to_json(), "about": about}
-            checkpoint.write_json(m.run / "config.json", written)
+            put_json(m.run / "config.json", written)
             m.log = Log(m.run, at)
     return members, at, state
 
