@@ -26,14 +26,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actshuffle.jobs import hold
 from saetrain.config import Config
 from saetrain.errors import ExchangeError
 from saetrain.model import Model
 from saetrain.norms import Norm
 from saetrain.settings import split_names
 from saetrain.tensors import Spec, write
-from saetrain.training.checkpoint import Checkpoint, write_json
+from saetrain.training.checkpoint import Checkpoint
 from saetrain.variants.table import VARIANTS
+from saetrain.writing import put_json
 
 BLOCK = 1024  # latents read at a time
 OWN_FILE = "weights.safetensors"  # of a transcoder or crosscoder, rows by latent
@@ -171,9 +173,15 @@ class SAE(nn.Module):
 
         SAELens reads it too, if it is of one array; transcoders and crosscoders are written in a form of our own.
         """
-        to, variant = Path(folder), VARIANTS[self.activation]
-        if to.exists() and any(to.iterdir()):
-            raise ExchangeError(f"{to} exists and is not empty")
+        to = Path(folder)
+        with hold(to):
+            if to.exists() and any(to.iterdir()):
+                raise ExchangeError(f"{to} exists and is not empty")
+            to.mkdir(parents=True, exist_ok=True)
+            self._save(to)
+
+    def _save(self, to: Path) -> None:
+        variant = VARIANTS[self.activation]
         held = {name: tensor.detach().cpu() for name, tensor in self.named_parameters()}
         if self.arrays or self.transcodes:
             own = held | ({} if self.threshold is None else {"threshold": self.threshold.detach().cpu()})
@@ -183,15 +191,13 @@ class SAE(nn.Module):
         if variant.has_thresholds and self.threshold is not None:
             held["threshold"] = self.threshold.detach().cpu()
         specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()}
-        to.mkdir(parents=True, exist_ok=True)
         write(to / "sae_weights.safetensors", specs, held.items(), {"format": "pt"})
         made = self.config.arch if self.config else self.activation
         cfg = saelens_settings(variant, self.d_in, self.d_sae, self.W_dec.dtype, made, self.k)
-        write_json(to / "cfg.json", {**cfg, "apply_b_dec_to_input": self.subtract_b_dec})
+        put_json(to / "cfg.json", {**cfg, "apply_b_dec_to_input": self.subtract_b_dec})
 
     def _save_own(self, to: Path, held: dict[str, Tensor]) -> None:
         specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()}
-        to.mkdir(parents=True, exist_ok=True)
         write(to / OWN_FILE, specs, held.items(), {"format": "pt"})
         about = {
             "saetrain": OWN_FORMAT,
@@ -201,7 +207,7 @@ class SAE(nn.Module):
             "arrays": self.arrays,
             "config": None if self.config is None else self.config.to_json(),
         }
-        write_json(to / "cfg.json", about)
+        put_json(to / "cfg.json", about)
 
     def extra_repr(self) -> str:
         wide = f"d_in={self.d_in}" + (f", d_out={self.d_out}" if self.transcodes else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from saetrain.cli.values import COUNT, DEVICE, MULTIPLE, PATH, TEXT
 from saetrain.errors import CheckpointError, ConfigError
 from saetrain.opening import load
 from saetrain.probing.causal import DTYPES, LanguageModel
+from saetrain.probing.closing import layer_named
 from saetrain.probing.corpus import Corpus, Cutting
 from saetrain.runs.trained import recorded
 from saetrain.sae import SAE
@@ -78,14 +78,6 @@ def layer_of(run: Path) -> int:
     except CheckpointError:
         field = ""
     return layer_named(field or _recorded_field(run), f"{run} does not say which layer its rows are of")
-
-
-def layer_named(field: str, otherwise: str) -> int:
-    """The number in a name such as layer_12; raises `ConfigError`, which begins with `otherwise`, for other names."""
-    named = re.fullmatch(r"layer_(\d+)", field)
-    if not named:
-        raise ConfigError(f"{otherwise}; give it with --layer")
-    return int(named[1])
 
 
 def _recorded_field(run: Path) -> str:

@@ -23,6 +23,7 @@ from saetrain.probing.generation import prompt_tokens
 from saetrain.probing.graph import trace
 from saetrain.probing.removal import ablate
 from saetrain.training.outcome import keep_evaluation
+from saetrain.writing import put
 
 
 @click.command("evaluate")
@@ -213,7 +214,7 @@ def _graph(run: Path, upper: Path, out: Path, as_json: bool, **options: Any) -> 
     above = load(upper).to(low.device)
     found = trace(lower, above, (low, high), tokens, logits=options["logits"], nodes=options["nodes"])
     words = {node.index: low.text_of([node.index]) for node in found.nodes if node.kind == "logit"}
-    out.write_text(json.dumps(found.to_json(out.stem, words)) + "\n")
+    put(out, json.dumps(found.to_json(out.stem, words)) + "\n")
     facts = {"file": str(out), "nodes": len(found.nodes), "links": len(found.links), "kept": found.kept}
     print_json(facts, as_json)
     if not as_json:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from actshuffle.jobs import hold
 from actshuffle.units import counted
 from saetrain.cli.models import CORPUS, MODEL, open_both, open_text
 from saetrain.cli.options import LOOK, print_json
@@ -68,6 +69,8 @@ def _steer(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
     Example:
       saetrain steer run --model smollm2/ --feature 603 --chat --prompt "What are you?" --features acts.features
     """
+    if out:
+        click.get_current_context().with_resource(hold(out))
     sae, model = open_both(run, options)
     norm, largest = _units(sae, model, options)
     plans, table = _plans(sae, options, norm, largest)

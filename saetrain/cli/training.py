@@ -14,15 +14,16 @@ from typing import Any
 import click
 
 from actshuffle.units import counted
-from saetrain.cli.closing import EVALUATE, Closing
 from saetrain.cli.options import LOOK, RED_ERROR, F, all_of, first_rank, print_json
-from saetrain.cli.values import FOLDER, PATH, POSITIVE, TEXT
+from saetrain.cli.values import COUNT, FOLDER, PATH, POSITIVE, TEXT
 from saetrain.compute.launch import end_with_launcher, launch
 from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, field_help, parse_field, resolve
 from saetrain.data import Store
 from saetrain.errors import ConfigError
 from saetrain.exchange.folders import weights_of
+from saetrain.probing.causal import DTYPES
+from saetrain.probing.closing import Closing
 from saetrain.runs.fitting import bar, beside, extended, reached, refuse_stores
 from saetrain.runs.sweeps import SWEPT, combinations
 from saetrain.training.start import with_inherited
@@ -50,6 +51,22 @@ NPROC = click.option(
     "--nproc", metavar="N", type=POSITIVE, default=1, help="Ranks on this machine; torchrun starts them too."
 )
 REPORT = click.option("--report/--no-report", default=True, help="Draw report.html at the end.  [default: draw]")
+EVALUATE = all_of(
+    click.option(
+        "--evaluate",
+        type=PATH,
+        multiple=True,
+        metavar="TEXT",
+        help="At the end, measure what --model loses on this text through the dictionary; repeatable.",
+    ),
+    click.option("--model", type=TEXT, metavar="NAME", help="Of --evaluate: the causal model that the rows came from."),
+    click.option("--model-dtype", type=click.Choice(DTYPES), help=f"Of its computation.  [default: {DTYPES[0]}]"),
+    click.option("--layer", type=COUNT, metavar="N", help="Its hidden state.  [default: that of layer_N]"),
+    click.option(
+        "--prefix", type=TEXT, metavar="TOKEN", help="Of --evaluate: begin windows with it, as `collect` did."
+    ),
+    click.option("--windows", type=COUNT, metavar="N", help="Most windows of a document; 0 takes all."),
+)
 TRAIN = all_of(
     click.argument("store", type=TEXT),
     click.option("--out", type=FOLDER, help="Folder of the run(s).  [default: the store's name with .sae]"),
@@ -114,12 +131,11 @@ def _sweep(ctx: click.Context, /, store: str, out: Path | None, config: Path | N
 @click.option("--steps", metavar="N", type=POSITIVE, help="Steps in all, to go on beyond those that the run has.")
 @click.option("--store", type=TEXT, metavar="STORE", help="The store, where it was moved.")
 @NPROC
+@EVALUATE
 @REPORT
 @LOOK
 @click.pass_context
-def _resume(
-    ctx: click.Context, /, run: Path, steps: int | None, store: str | None, report: bool, nproc: int, as_json: bool
-) -> None:
+def _resume(ctx: click.Context, /, run: Path, steps: int | None, store: str | None, report: bool, **more: Any) -> None:
     """Go on with RUN, which was stopped, with its own settings and store.
 
     With more --steps the learning rate follows the schedule of the longer run from here on; all else stays.
@@ -135,11 +151,10 @@ def _resume(
         about["location"],
         {run: config},
         lambda found: found[0],
-        nproc=nproc,
         heldout=about.get("heldout"),
-        as_json=as_json,
         reported=report,
         extend=True,
+        **more,
     )
 
 
@@ -224,7 +239,7 @@ def _train(
     ctx.find_root().call_on_close(mesh.close)  # after an error is printed
     source = Store(store, config)
     steps = resolve(config, source.d_in, source.rows).steps
-    last = Closing.of(closing, source.field, source.d_in) if closing else None
+    last = Closing.of(closing, source.field, source.d_in)
     out = sys.stderr if as_json else sys.stdout
     with bar(steps, reached(runs), drawn=mesh.rank == 0, out=out) as (printed, tick):
         say = printed if mesh.rank == 0 else lambda text: None

@@ -36,6 +36,7 @@ from saetrain.tensors import Spec, write
 from saetrain.training import checkpoint
 from saetrain.training.start import Weights
 from saetrain.variants.table import VARIANTS
+from saetrain.writing import put_json
 
 STRIPE_BYTES = 256 << 20
 
@@ -64,7 +65,7 @@ def export(
             out = modelcard.hooks(str(facts.get("output", "")), facts.get("model") or {})
             if "hook_name_out" in cfg and out:
                 cfg["hook_name_out"] = out["hook_name"]
-        checkpoint.write_json(to / "cfg.json", cfg)
+        put_json(to / "cfg.json", cfg)
         (to / modelcard.CARD).write_text(modelcard.card(run, to, format, cfg, named, found.state["step"]))
     return named
 
@@ -252,5 +253,5 @@ def _write_run(run: Path, found: Brought, about: dict[str, Any]) -> None:
         "cursor": {},
         "shards": {name: digest},
     }
-    checkpoint.write_json(target / "state.json", state)
-    checkpoint.write_json(run / "config.json", {"config": config.to_json(), "about": about})
+    put_json(target / "state.json", state)
+    put_json(run / "config.json", {"config": config.to_json(), "about": about})

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from saetrain.probing.curves import Curves
-from saetrain.reporting.figure import COLOURS, draw
+from saetrain.reporting.figure import COLOURS, draw, png
 from saetrain.reporting.panels import Panel
+from saetrain.writing import put
 
 TITLES = {
     "coherence": "log-probability under the plain model, nats",
@@ -27,8 +28,8 @@ def write_curves(curves: Curves, out: Path) -> list[Path]:
     """Write steer.json and steer.png to the folder ``out``; returns their paths."""
     out.mkdir(parents=True, exist_ok=True)
     table, image = out / "steer.json", out / "steer.png"
-    table.write_text(json.dumps(curves.to_json(), indent=1) + "\n")
-    draw(panels_of(curves), {curves.method: COLOURS[0], "plain": COLOURS[6]}).savefig(image, dpi=110)
+    put(table, json.dumps(curves.to_json(), indent=1) + "\n")
+    put(image, png(draw(panels_of(curves), {curves.method: COLOURS[0], "plain": COLOURS[6]})))
     return [table, image]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 
@@ -44,6 +45,13 @@ def draw(panels: Sequence[Panel], colours: dict[str, str]) -> Figure:
             axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter(lambda y, _: _number(y))
     return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as the content of a file."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    return data.getvalue()
 
 
 def _number(value: float) -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from saetrain.errors import ConfigError
-from saetrain.reporting.figure import COLOURS, draw
+from saetrain.reporting.figure import COLOURS, draw, png
 from saetrain.reporting.page import Told, page
 from saetrain.reporting.panels import themes_of
 from saetrain.training.log import LOG, read_log
 from saetrain.training.outcome import diverged, read_evaluation
+from saetrain.writing import put
 
 
 def report(runs: Sequence[Path], out: Path) -> list[Path]:
@@ -40,8 +41,8 @@ def report(runs: Sequence[Path], out: Path) -> list[Path]:
     picture = draw(panels, {run: COLOURS[place % len(COLOURS)] for run, place in told.places.items()})
     out.mkdir(parents=True, exist_ok=True)
     written, image = out / "report.html", out / "report.png"
-    written.write_text(page(told))
-    picture.savefig(image, dpi=110)
+    put(written, page(told))
+    put(image, png(picture))
     return [written, image]
 
 

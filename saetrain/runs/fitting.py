@@ -22,6 +22,7 @@ from saetrain.config import Config, resolve
 from saetrain.data import Source, Store
 from saetrain.errors import ConfigError, DivergedError
 from saetrain.exchange.folders import weights_of
+from saetrain.probing.closing import Closing
 from saetrain.runs.sweeps import combinations, with_texts
 from saetrain.runs.trained import Run, Sweep, recorded
 from saetrain.training import train
@@ -30,6 +31,7 @@ from saetrain.training.start import with_inherited
 
 ZARR = ("zarr.json", ".zgroup", ".zarray")  # files of a folder that is a Zarr store
 Say = Callable[[str], None]
+Texts = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]  # files and folders of text
 
 
 @overload
@@ -43,6 +45,12 @@ def fit(
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
     sweep: None = None,
+    evaluate: Texts | None = None,
+    model: str | None = None,
+    model_dtype: str | None = None,
+    layer: int | None = None,
+    prefix: str | None = None,
+    windows: int | None = None,
     **settings: Any,
 ) -> Run: ...
 
@@ -58,6 +66,12 @@ def fit(
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
     sweep: Mapping[str, Sequence[Any]],
+    evaluate: Texts | None = None,
+    model: str | None = None,
+    model_dtype: str | None = None,
+    layer: int | None = None,
+    prefix: str | None = None,
+    windows: int | None = None,
     **settings: Any,
 ) -> Sweep: ...
 
@@ -78,6 +92,12 @@ def fit(
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
     sweep: Mapping[str, Sequence[Any]] | None = None,
+    evaluate: Texts | None = None,
+    model: str | None = None,
+    model_dtype: str | None = None,
+    layer: int | None = None,
+    prefix: str | None = None,
+    windows: int | None = None,
     **settings: Any,
 ) -> Any:
     """Train one autoencoder on a finished actshuffle store, or go on with a run that was stopped; returns its `Run`.
@@ -92,20 +112,32 @@ def fit(
     one read of the store, each in a folder of its own in `out`, and the answer is their `Sweep`.  Members that diverge
     are in `Sweep.diverged`, and the others go on; `DivergedError` is raised if none is left.
 
+    `evaluate` names files and folders of text that the store has not seen: when training ends, `model`, the causal
+    language model that the rows came from, reads them with its `layer` put through the autoencoder, and
+    `Run.evaluation` says what it loses.  `layer`, `model_dtype`, `prefix` and `windows` are as in `saetrain fit`.
+
     With `runs` and `mesh`, it trains several runs of one source of rows, and returns the last metrics of each: see
     `saetrain.training.train.fit`.
     """
+    closing = {
+        "evaluate": evaluate,
+        "model": model,
+        "model_dtype": model_dtype,
+        "layer": layer,
+        "prefix": prefix,
+        "windows": windows,
+    }
     if runs is not None or mesh is not None:
-        if runs is None or mesh is None or settings or out is not None or sweep is not None:
+        if runs is None or mesh is None or settings or out is not None or sweep is not None or any(closing.values()):
             raise ConfigError("fit takes a store and settings, or a source, runs and a mesh")
         return train.fit(source, runs, mesh, heldout=heldout, say=say or (lambda text: None), opened=weights_of)
     folder = Path(out) if out is not None else beside(Path(source))
     known = with_inherited(_known(settings), weights_of)
     if sweep is not None:
         members = combinations(known, with_texts(_known(sweep)))
-        _all({folder / name: config for name, config in members.items()}, source, heldout, progress, say)
+        _all({folder / name: config for name, config in members.items()}, source, heldout, progress, say, closing)
         return Sweep(folder)
-    return _one(folder, Config(**known), source, heldout, progress, say, extend=False)
+    return _one(folder, Config(**known), source, heldout, progress, say, closing, extend=False)
 
 
 def resume(
@@ -115,15 +147,30 @@ def resume(
     store: str | os.PathLike[str] | None = None,
     progress: bool = True,
     say: Say | None = None,
+    evaluate: Texts | None = None,
+    model: str | None = None,
+    model_dtype: str | None = None,
+    layer: int | None = None,
+    prefix: str | None = None,
+    windows: int | None = None,
 ) -> Run:
     """Go on with a run that was stopped, with the settings and the store that its config.json names.
 
     `steps` may be more than before: the learning rate then follows the schedule of the longer run from here on, while
-    all else stays as it was chosen.  `store` names the same store where it was moved.
+    all else stays as it was chosen.  `store` names the same store where it was moved.  `evaluate`
+    and what belongs to it are as in `fit`.
     """
     folder = Path(run)
     config, about = extended(folder, steps, store)
-    return _one(folder, config, about["location"], about.get("heldout"), progress, say, extend=True)
+    closing = {
+        "evaluate": evaluate,
+        "model": model,
+        "model_dtype": model_dtype,
+        "layer": layer,
+        "prefix": prefix,
+        "windows": windows,
+    }
+    return _one(folder, config, about["location"], about.get("heldout"), progress, say, closing, extend=True)
 
 
 def extended(
@@ -184,22 +231,38 @@ def bar(steps: int, at: int, *, drawn: bool, out: TextIO | None = None) -> Itera
 
 
 def _one(
-    folder: Path, config: Config, store: Any, heldout: Any, progress: bool, say: Say | None, *, extend: bool
+    folder: Path,
+    config: Config,
+    store: Any,
+    heldout: Any,
+    progress: bool,
+    say: Say | None,
+    closing: dict[str, Any],
+    *,
+    extend: bool,
 ) -> Run:
-    found = _all({folder: config}, store, heldout, progress, say, extend=extend)
+    found = _all({folder: config}, store, heldout, progress, say, closing, extend=extend)
     if reason := found[folder]["diverged"]:
         raise DivergedError(f"{folder}: {reason}")
     return Run(folder)
 
 
 def _all(
-    runs: Mapping[Path, Config], store: Any, heldout: Any, progress: bool, say: Say | None, *, extend: bool = False
+    runs: Mapping[Path, Config],
+    store: Any,
+    heldout: Any,
+    progress: bool,
+    say: Say | None,
+    closing: dict[str, Any],
+    *,
+    extend: bool = False,
 ) -> dict[Path, dict[str, Any]]:
     """Train on the ranks that are there, with a bar; returns the last line of each run."""
     refuse_stores(runs)
     config = next(iter(runs.values()))
     source = Store(store, config)
     other = None if heldout is None else Store(heldout, config)
+    last = Closing.of(closing, source.field, source.d_in)
     mesh = Mesh.start(config.device, config.tensor_parallel)
     try:
         total = resolve(config, source.d_in, source.rows).steps
@@ -208,7 +271,11 @@ def _all(
             tell = say or (printed if shown else lambda text: None)
             for text in filter(None, (source.flattening(), source.warning())):
                 tell(text)
-            return train.fit(source, runs, mesh, heldout=other, say=tell, tick=tick, extend=extend, opened=weights_of)
+            found = train.fit(source, runs, mesh, heldout=other, say=tell, tick=tick, extend=extend, opened=weights_of)
+            sound = [run for run, line in found.items() if not (line["stopped"] or line["diverged"])]
+            if last and sound and mesh.rank == 0:
+                last.run(sound, str(mesh.device), tell)
+            return found
     finally:
         mesh.close()
 

@@ -15,7 +15,7 @@ from saetrain.errors import ConfigError
 from saetrain.opening import load
 from saetrain.sae import SAE
 from saetrain.training.log import LOG, read_log
-from saetrain.training.outcome import diverged
+from saetrain.training.outcome import diverged, read_evaluation
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Run:
     def metrics(self) -> Any:
         """The lines as a pandas DataFrame, one row for each, with the step as index."""
         return _pandas("run.metrics").DataFrame(self.lines).set_index("step")
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """What the model loses through the autoencoder, where that was measured and kept: evaluation.json."""
+        return read_evaluation(self.folder)
 
     @property
     def finished(self) -> bool:

@@ -35,6 +35,7 @@ from saetrain.tensors import Spec, TensorFile, sha256, write
 from saetrain.training.average import PREFIX
 from saetrain.training.optim import Optimizer
 from saetrain.variants.table import VARIANTS
+from saetrain.writing import put_json
 
 FORMAT = 1
 WHOLE_TENSORS = {
@@ -82,7 +83,7 @@ def save(run: Path, model: Model, optimizer: Optimizer, step: int, cursor: dict[
                 "cursor": cursor,
                 "shards": {n: bytes(d.tolist()).hex() for n, d in zip(names, digests, strict=True)},
             }
-            write_json(building / "state.json", state)
+            put_json(building / "state.json", state)
             _sync(building)
             if target.exists():  # damaged: a sound one would have been resumed
                 _remove(target)
@@ -268,16 +269,6 @@ def load(checkpoint: Checkpoint, mesh: Mesh) -> Loaded:
     }
     optimizer.restore(moments, state["step"])
     return Loaded(model, optimizer, state)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: the file is there whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _sync(folder: Path) -> None:

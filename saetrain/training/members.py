@@ -25,6 +25,7 @@ from saetrain.training.optim import Optimizer
 from saetrain.training.outcome import mark, marked
 from saetrain.training.start import Opened, Start
 from saetrain.variants.table import VARIANTS
+from saetrain.writing import put_json
 
 INIT_ROWS = 8192
 # Settings that may change when a run resumes; with any other changed it would be a different run.
@@ -92,7 +93,7 @@ def begin(
     for m in members if mesh.rank == 0 else ():
         m.run.mkdir(parents=True, exist_ok=True)
         about = _about(source, m, heldout)
-        checkpoint.write_json(m.run / "config.json", {"config": runs[m.run].to_json(), "about": about})
+        put_json(m.run / "config.json", {"config": runs[m.run].to_json(), "about": about})
         m.log = Log(m.run, at, runs[m.run].log, runs[m.run].to_json())
     return members, at, state
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from saetrain.config import Config
 from saetrain.errors import CheckpointError
-from saetrain.training.checkpoint import find, write_json
+from saetrain.training.checkpoint import find
+from saetrain.writing import put_json
 
 MARKER, EVALUATION = "diverged.json", "evaluation.json"
 
@@ -38,7 +39,7 @@ def diverged(line: dict[str, Any]) -> str:
 
 def mark(run: Path, config: Config, reason: str) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / MARKER, {"reason": reason, "config": config.to_json()})
+    put_json(run / MARKER, {"reason": reason, "config": config.to_json()})
 
 
 def marked(run: Path, config: Config) -> str:
@@ -56,7 +57,7 @@ def keep_evaluation(run: Path, found: dict[str, Any]) -> Path:
         step: int | None = int(find(run).state["step"])
     except CheckpointError:  # another tool's folder
         step = None
-    write_json(run / EVALUATION, {"step": step, **found})
+    put_json(run / EVALUATION, {"step": step, **found})
     return run / EVALUATION
 
 

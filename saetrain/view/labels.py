@@ -8,13 +8,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from saetrain.errors import ConfigError, DataError
+from saetrain.writing import put
 
 FORMAT = 1
 LONGEST = 500  # characters of a label
@@ -52,7 +52,7 @@ class Labels:
                 held[latent] = text
             before, self._held = self._held, held
             try:
-                self._write()
+                put(self.path, json.dumps(self.document(), ensure_ascii=False, indent=1))
             except BaseException:
                 self._held = before
                 raise
@@ -67,18 +67,6 @@ class Labels:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{self.path} holds no labels: {type(error).__name__}: {error}") from error
-
-    def _write(self) -> None:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.document(), file, ensure_ascii=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
 
 
 @contextmanager

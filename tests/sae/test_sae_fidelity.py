@@ -294,6 +294,31 @@ def test_fit_evaluates_at_its_end_and_the_report_says_so(
     assert "through the dictionary" not in (tmp_path / "bare" / "report.html").read_text()
     assert main(["resume", str(out), "--steps", "8"]) == 0
     assert "step 6 of 8" in (out / "report.html").read_text()
+    asked = ["--evaluate", text, "--model", model, "--prefix", "<s>", "--windows", 1]
+    assert main([*map(str, ["resume", out, "--steps", 9, *asked]), "--json"]) == 0
+    assert read_evaluation(out) == {"step": 9, **json.loads(capsys.readouterr().out)["evaluation"]}
+
+
+def test_python_evaluates_at_the_end_as_the_command_does(store: Path, tmp_path: Path) -> None:
+    model, made = saved(tmp_path / "model"), texts(6)
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": t}) for _, t in made))
+    settings: dict[str, Any] = {"d_sae": 64, "k": 4, "batch_size": 64, "device": "cpu", "tile": 64, "progress": False}
+    asked: dict[str, Any] = {"model": str(model), "prefix": "<s>", "windows": 1}
+    with pytest.raises(ConfigError, match="--evaluate TEXT"):
+        saetrain.fit(store, out=tmp_path / "run", **settings, **asked)
+    with pytest.raises(ConfigError, match="--model-dtype is one of float32"):
+        saetrain.fit(store, out=tmp_path / "run", **settings, **asked, evaluate=text, model_dtype="int8")
+    assert not (tmp_path / "run").exists()
+    run = saetrain.fit(store, out=tmp_path / "run", steps=2, **settings, **asked, evaluate=text)
+    corpus = Corpus(tiny(), made, Cutting(prefix="<s>", per_document=1))
+    for step in (2, 3):
+        expected = saetrain.evaluate(run.sae, tiny(), corpus).to_json()
+        assert run.evaluation is not None
+        assert run.evaluation["step"] == step
+        assert run.evaluation["loss_recovered"]["zero"] == pytest.approx(expected["loss_recovered"]["zero"])
+        run = saetrain.resume(run.folder, steps=3, **asked, evaluate=[text], progress=False)
+    assert saetrain.fit(store, out=tmp_path / "bare", steps=1, **settings).evaluation is None
 
 
 @pytest.mark.parametrize(

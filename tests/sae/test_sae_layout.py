@@ -19,7 +19,7 @@ OURS = rules.trees(saetrain)
 
 # A module imports from lower rows and from its own room only.
 LAYERS = [
-    "errors describing",
+    "errors describing writing",
     "settings compute tensors norms",
     "tile",
     "model",

@@ -310,7 +310,7 @@ def test_a_label_that_cannot_be_saved_leaves_the_old_ones(tmp_path: Path, monkey
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("saetrain.view.labels.os.fsync", full)
+    monkeypatch.setattr("saetrain.writing.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         labels.put(2, "new")
     assert Labels(tmp_path / "labels.json").all() == labels.all() == {1: "old"}

@@ -1,19 +1,16 @@
-"""`fit --evaluate`: when training has ended, run the model through the dictionary, as `saetrain evaluate` does."""
+"""The end of `fit` and `resume`: run the model through the dictionary that was trained, as `saetrain evaluate` does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
 from actshuffle import read_texts
 from actshuffle.units import counted
-from saetrain.cli.models import layer_named
-from saetrain.cli.options import all_of
-from saetrain.cli.values import COUNT, PATH, TEXT
 from saetrain.errors import ConfigError
 from saetrain.opening import load
 from saetrain.probing.causal import DTYPES, LanguageModel
@@ -22,23 +19,6 @@ from saetrain.probing.fidelity import evaluate, scores
 from saetrain.training.outcome import keep_evaluation
 
 Say = Callable[[str], None]
-EVALUATE = all_of(
-    click.option(
-        "--evaluate",
-        type=PATH,
-        multiple=True,
-        metavar="TEXT",
-        help="At the end, measure what --model loses on this text through the dictionary; repeatable.",
-    ),
-    click.option("--model", type=TEXT, metavar="NAME", help="Of --evaluate: the causal model that the rows came from."),
-    click.option("--model-dtype", type=click.Choice(DTYPES), help="Of its computation.  [default: float32]"),
-    click.option("--layer", type=COUNT, metavar="N", help="Its hidden state.  [default: that of layer_N]"),
-    click.option(
-        "--prefix", type=TEXT, metavar="TOKEN", help="Of --evaluate: begin windows with it, as `collect` did."
-    ),
-    click.option("--windows", type=COUNT, metavar="N", help="Most windows of a document; 0 takes all."),
-)
-NAMES = ("evaluate", "model", "model_dtype", "layer", "prefix", "windows")
 
 
 @dataclass(frozen=True)
@@ -52,10 +32,10 @@ class Closing:
     cutting: Cutting
 
     @classmethod
-    def of(cls, options: dict[str, Any], field: str, width: int) -> Closing | None:
-        """From the options of a command, before training: refuses what would fail only at its end."""
-        given = {name: options.pop(name) for name in NAMES}
-        text = given.pop("evaluate")
+    def of(cls, options: Mapping[str, Any], field: str, width: int) -> Closing | None:
+        """From the options of a command or a call, before training: refuses what would fail only at its end."""
+        given = dict(options)
+        text = _paths(given.pop("evaluate"))
         if not text:
             if alone := [name for name, value in given.items() if value is not None]:
                 raise ConfigError(
@@ -67,10 +47,12 @@ class Closing:
         layer = given["layer"]
         if layer is None:
             layer = layer_named(field, f"the rows of {field!r} do not say which layer of the model they are of")
+        if (dtype := given["model_dtype"] or DTYPES[0]) not in DTYPES:
+            raise ConfigError(f"--model-dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
         next(iter(read_texts(text)))
         _check_size(given["model"], layer, width)
         cutting = Cutting(0, given["prefix"] or "", given["windows"] or 0)
-        return cls(text, given["model"], given["model_dtype"] or "float32", layer, cutting)
+        return cls(text, given["model"], dtype, layer, cutting)
 
     def run(self, runs: list[Path], device: str, say: Say) -> dict[Path, dict[str, Any]]:
         """Evaluate each run, and keep the result in its folder."""
@@ -84,6 +66,18 @@ class Closing:
             keep_evaluation(run, found[run])
             say(scores(values))
         return found
+
+
+def layer_named(field: str, otherwise: str) -> int:
+    """The number in a name such as layer_12; raises `ConfigError`, which begins with `otherwise`, for other names."""
+    named = re.fullmatch(r"layer_(\d+)", field)
+    if not named:
+        raise ConfigError(f"{otherwise}; give it with --layer")
+    return int(named[1])
+
+
+def _paths(text: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | None) -> tuple[Path, ...]:
+    return tuple(map(Path, [text] if isinstance(text, (str, os.PathLike)) else text or ()))
 
 
 def _check_size(name: str, layer: int, width: int) -> None:
