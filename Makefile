@@ -31,7 +31,7 @@ TEMPROOT := $(IN_MEMORY:%=PYTEST_DEBUG_TEMPROOT=%)
 ON_DISK := test-disk test-benchmarks $(files-disk) $(files-benchmarks)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-steer check ci fast test lint soak dist clean $(TESTS) $(GROUPS:%=test-%)
+.PHONY: demo demo-steer check fast test lint soak dist clean $(TESTS) $(GROUPS:%=test-%)
 
 demo: $(VENV)/demo.done       ## shuffle a real model's activations, verify, show the difference, train an SAE from them
 	$(BIN)/python examples/shuffle_minilm.py
@@ -48,9 +48,6 @@ fast: $(VENV)/test.done
 
 test: $(VENV)/test.done       ## the test suite
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync --keep-going $(GROUPS:%=test-%) fast
-
-ci: $(VENV)/test.done         ## all that must pass: lint, beside the tests
-	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync --keep-going $(GROUPS:%=test-%) lint fast
 
 # A thread each: those of torch in two processes wait for each other.
 $(TESTS) $(GROUPS:%=test-%) fast: export OMP_NUM_THREADS = 1

@@ -222,7 +222,7 @@ def bar(steps: int, at: int, *, drawn: bool, out: TextIO | None = None) -> Itera
     except ImportError:
         yield (lambda text: print(text, file=out or sys.stdout, flush=True)), (lambda step: None)
         return
-    silent = False if "ipykernel" in sys.modules else None  # None: where stderr is no terminal
+    silent = False if type(sys.stderr).__module__.startswith("ipykernel.") else None  # None: where it is no terminal
     with tqdm(total=steps, initial=at, unit="step", disable=silent if drawn else True, leave=False) as shown:
         yield (
             (lambda text: shown.write(text, file=out or sys.stdout)),

@@ -119,7 +119,7 @@ def test_other_commands_print_their_facts(run: Path, tmp_path: Path, capsys: pyt
     found, _ = said(capsys, "report", run, "--out", tmp_path)
     assert [Path(name).name for name in found["files"]] == ["report.html", "report.png"]
     out = tmp_path / "out"
-    assert said(capsys, "export", run, out)[0] == {"run": str(run), "to": str(out), "format": "saelens"}
+    assert said(capsys, "export", run, out)[0] == {"run": str(run), "to": str(out), "format": "saelens", "names": {}}
     back = tmp_path / "back"
     assert said(capsys, "import", out, back)[0] == {"folder": str(out), "run": str(back)}
 

@@ -295,6 +295,7 @@ def test_fit_evaluates_at_its_end_and_the_report_says_so(
     assert main(["resume", str(out), "--steps", "8"]) == 0
     assert "step 6 of 8" in (out / "report.html").read_text()
     asked = ["--evaluate", text, "--model", model, "--prefix", "<s>", "--windows", 1]
+    capsys.readouterr()
     assert main([*map(str, ["resume", out, "--steps", 9, *asked]), "--json"]) == 0
     assert read_evaluation(out) == {"step": 9, **json.loads(capsys.readouterr().out)["evaluation"]}
 
@@ -305,9 +306,9 @@ def test_python_evaluates_at_the_end_as_the_command_does(store: Path, tmp_path: 
     text.write_text("\n".join(json.dumps({"text": t}) for _, t in made))
     settings: dict[str, Any] = {"d_sae": 64, "k": 4, "batch_size": 64, "device": "cpu", "tile": 64, "progress": False}
     asked: dict[str, Any] = {"model": str(model), "prefix": "<s>", "windows": 1}
-    with pytest.raises(ConfigError, match="--evaluate TEXT"):
+    with pytest.raises(ConfigError, match="give evaluate TEXT"):
         saetrain.fit(store, out=tmp_path / "run", **settings, **asked)
-    with pytest.raises(ConfigError, match="--model-dtype is one of float32"):
+    with pytest.raises(ConfigError, match="model_dtype is one of float32"):
         saetrain.fit(store, out=tmp_path / "run", **settings, **asked, evaluate=text, model_dtype="int8")
     assert not (tmp_path / "run").exists()
     run = saetrain.fit(store, out=tmp_path / "run", steps=2, **settings, **asked, evaluate=text)

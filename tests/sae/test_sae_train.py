@@ -225,7 +225,7 @@ def test_defaults_follow_the_size_of_the_data() -> None:
         assert Config.from_json(config.to_json()) == config
     with pytest.raises(ConfigError, match="do not fill one batch"):
         resolve(Config(batch_size=4096), 8, 1000)
-    with pytest.raises(ConfigError, match="k 100 is more than"):
+    with pytest.raises(ConfigError, match="k=100 is more than d_sae=64"):
         resolve(Config(k=100, d_sae=64), 8, 10**6)
 
 
