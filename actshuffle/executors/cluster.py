@@ -222,6 +222,9 @@ def connected(address: str, *, insecure: bool = False) -> Iterator[Dask]:
         try:
             if not insecure:
                 check_private(address)
+        except RequestError as err:
+            raise RequestError(f"cannot use {address!r} as a scheduler's address: {err.on_command_line}") from err
+        try:
             # Waits as long as Dask's configuration says, 30 s.
             client = stack.enter_context(Client(address))
         except (OSError, TimeoutError) as err:

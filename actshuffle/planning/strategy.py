@@ -99,7 +99,7 @@ def candidates(site: Site, plan: Planner) -> Iterator[Candidate]:
         try:
             yield make(site, plan)
         except InfeasibleError as err:
-            yield Candidate(name, str(err), {})
+            yield Candidate(name, err.on_command_line, {})
 
 
 def cheapest(found: list[Candidate]) -> Candidate:

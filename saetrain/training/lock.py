@@ -38,7 +38,7 @@ def locked(runs: Collection[Path], mesh: Mesh) -> Iterator[Callable[[], None]]:
             try:
                 ours = stack.enter_context(hold(*runs)).check
             except DestinationInUseError as error:
-                trouble = str(error)
+                trouble = error.on_command_line
         if mesh.any(bool(trouble)):
             raise ConfigError(trouble or "another rank found a run in use")
         _meet(runs, mesh)

@@ -430,7 +430,7 @@ def test_a_store_that_is_not_ours_is_refused(command, src):
         (StorageFullError("no space left while writing 8 MB"), "no-space", "no space left"),
         (MemoryError(), "memory", "--memory"),
         (PermissionError(13, "Permission denied", "/a/b"), "io", "Permission denied: /a/b"),
-        (KeyboardInterrupt(), "interrupted", "run the same command again to resume"),
+        (KeyboardInterrupt(), "interrupted", "the same command again resumes"),
         (ZeroDivisionError("division by zero"), "error", "unexpected ZeroDivisionError"),
     ],
 )
