@@ -222,16 +222,14 @@ def connected(address: str, *, insecure: bool = False) -> Iterator[Dask]:
         try:
             if not insecure:
                 check_private(address)
-        except RequestError as err:
-            raise RequestError(f"cannot use {address!r} as a scheduler's address: {err.on_command_line}") from err
-        try:
             # Waits as long as Dask's configuration says, 30 s.
             client = stack.enter_context(Client(address))
         except (OSError, TimeoutError) as err:
             raise ClusterError(f"no Dask scheduler answers at {address} ({err})") from err
         except (ValueError, TypeError) as err:
             hint = " (certificates: docs/scaling.md)" if address.startswith("tls") else ""
-            raise RequestError(f"cannot use {address!r} as a scheduler's address: {err}{hint}") from err
+            why = err.on_command_line if isinstance(err, RequestError) else err
+            raise RequestError(f"cannot use {address!r} as a scheduler's address: {why}{hint}") from err
         yield stack.enter_context(closing(Dask(client)))
 
 
