@@ -139,13 +139,13 @@ class Display:
     def line(self, title: str, text: str) -> None:
         """A titled line above the live one."""
         with self._lock:
-            self._write_live(f"{title:<{TITLE}}{text}", "\n")
+            self._write_live(f"{title:<{TITLE - 1}} {text}", "\n")
             self._log(text, title)
 
     def hint(self, title: str, text: str) -> None:
         """A line that stays until the next one; nothing in a log."""
         with self._lock:
-            self._write_live(f"{title:<{TITLE}}{text}", "")
+            self._write_live(f"{title:<{TITLE - 1}} {text}", "")
 
     def close(self) -> None:
         """Leave the last line as it is.  May be called again."""
@@ -191,12 +191,12 @@ class Display:
         numbers = f"  {percent:>4}  {amount:>7}  {rate:>9}  {when:>12}"
         width = min(BAR, columns - TITLE - len(numbers))
         if width < 5:
-            return f"{title:<{TITLE}}{percent:>4}  {when:>12}"[:columns]
+            return f"{title:<{TITLE - 1}} {percent:>4}  {when:>12}"[:columns]
         done, rest = bar(fraction, width, fancy=self._fancy)
         if self._colour:
             done = (GREEN if fraction >= 1 else CYAN) + done + PLAIN
             rest = DIM + rest + PLAIN
-        return f"{title:<{TITLE}}{done}{rest}{numbers}"
+        return f"{title:<{TITLE - 1}} {done}{rest}{numbers}"
 
     def _columns(self) -> int:
         with suppress(OSError, ValueError):
@@ -217,7 +217,7 @@ class Display:
     def _log(self, text: str, title: str | None = None) -> None:
         if not self.live and self.clock() >= self._speaks:
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._put(f"{stamp}  {self._stage if title is None else title:<{TITLE}}{text}\n")
+            self._put(f"{stamp}  {self._stage if title is None else title:<{TITLE - 1}} {text}\n")
 
     def _put(self, text: str) -> None:
         if self.stream is not None:
