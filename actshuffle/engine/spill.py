@@ -140,7 +140,7 @@ class Spill:
         first_block = parent * plan.blocks_per_parent(self.level)
         ends = np.cumsum(runs[:, 1].astype(np.int64))
         step = PIECE
-        if plan.model.remote:  # which sends as much at a time as it may, however much it is asked for
+        if plan.model.remote:  # a store's client bounds by itself how much it sends at a time
             step = plan.rows * self.row_bytes if ready is None else STORE_BYTES
         at = there = 0  # rows requested, rows read
         extents: tuple[list[Extent], list[Extent]] = ([], [])  # on disk, in memory

@@ -1,4 +1,4 @@
-"""How far a stage of a run is, how fast it goes, and how long it still takes."""
+"""A meter of one stage: the share that is done, its rate, and the time left."""
 
 from __future__ import annotations
 

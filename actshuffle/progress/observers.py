@@ -1,4 +1,4 @@
-"""Who observes a run: what it reports to them, and what a task reports of itself."""
+"""Observers of a run: the events that a run and its tasks report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other tools do for a feature, in processes of their own: a plain loop over columns, SAEDashboard and delphi.
+"""The peers of the feature pipeline, each in its own process: a plain loop over columns, SAEDashboard and delphi.
 
     python columns.py loop|dashboard|delphi ROWS.npy TOKENS.npy DOCUMENTS.npy DICTIONARY FEATURES OUT.npz
 

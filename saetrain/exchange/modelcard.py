@@ -1,4 +1,4 @@
-"""What an export says of itself: the model and the place that its rows come from, and a README for the hub.
+"""The names that an export records, of the model and of the place in it, and its README for the hub.
 
 An array ``layer_10`` of `actshuffle collect` is hidden state 10, the residual stream after ten blocks, which
 TransformerLens and SAELens call ``blocks.9.hook_resid_post``.
@@ -22,7 +22,7 @@ LOADING = {
 
 
 def about(run: Path) -> dict[str, Any]:
-    """What config.json of a run, or of the run of a checkpoint, says beside the settings."""
+    """The facts that config.json of a run, or of a checkpoint's run, records beside the settings."""
     for folder in (run, run.parent.parent):
         try:
             return dict(json.loads((folder / "config.json").read_text())["about"])

@@ -1,1 +1,1 @@
-"""What runs say of themselves: one page for people, and a picture."""
+"""The report of runs: a page and a picture."""

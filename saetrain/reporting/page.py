@@ -73,7 +73,7 @@ tr>*{white-space:normal;padding-right:8px}}
 
 @dataclass
 class Told:
-    """What is known of the runs, by their names."""
+    """The logs, settings and results of runs, by name."""
 
     logs: Logs
     configs: dict[str, dict[str, Any]]
