@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from saetrain.compute.kernels import sum_of_squares
 from saetrain.model import WHOLE, Model
@@ -32,10 +33,10 @@ class Optimizer:
     def __init__(self, model: Model) -> None:
         c = model.config
         self.model = model
-        self.adam = torch.optim.Adam(
-            list(model.params.values()), lr=c.lr, betas=(float(c.beta1), float(c.beta2)), eps=c.eps, fused=True
-        )
+        self.rate = c.lr  # of the last step
         self.steps = 0
+        # Adam's moments, and the number of steps as a tensor, of each parameter that has had a gradient.
+        self.state: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.average = Average(model, c.ema) if c.ema else None
 
     def apply(self, grads: dict[str, Tensor], lr: float) -> dict[str, float]:
@@ -51,11 +52,10 @@ class Optimizer:
         total = sum(n * n for n in norms.values()) ** 0.5
         clip = model.config.clip
         shrink = clip / total if clip and total > clip else 1.0
-        for name, param in params.items():
-            param.grad = grads[name].mul_(shrink) if shrink != 1.0 else grads[name]
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        if shrink != 1.0:
+            for grad in grads.values():
+                grad.mul_(shrink)
+        self._step(grads, lr)
         if model.unit_rows:
             params["W_dec"] /= model.row_norms()[:, None]
         self.steps += 1
@@ -63,17 +63,42 @@ class Optimizer:
             self.average.update(self.steps)
         return norms | {"all": total}
 
+    def _step(self, grads: dict[str, Tensor], lr: float) -> None:
+        """One step of Adam, by its function: the class imports torch's compiler, which takes seconds."""
+        c, self.rate = self.model.config, lr
+        for name, param in self.model.params.items():
+            if name not in self.state:
+                count = torch.zeros((), dtype=torch.float32, device=param.device)
+                self.state[name] = (torch.zeros_like(param), torch.zeros_like(param), count)
+        firsts, seconds, counts = (list(column) for column in zip(*self.state.values(), strict=True))
+        adam(
+            [self.model.params[name] for name in self.state],
+            [grads[name] for name in self.state],
+            firsts,
+            seconds,
+            [],
+            counts,
+            fused=True,
+            amsgrad=False,
+            beta1=float(c.beta1),
+            beta2=float(c.beta2),
+            lr=lr,
+            weight_decay=0.0,
+            eps=c.eps,
+            maximize=False,
+        )
+
     def update_norms(self) -> dict[str, float]:
         """Norm of Adam's last step for each parameter, over all ranks, computed from its moments without a copy."""
         c, steps = self.model.config, {}
         for name, param in self.model.params.items():
-            state = self.adam.state[param]
-            t, lr = float(state["step"]), float(self.adam.param_groups[0]["lr"])
+            first, second, count = self.state[name]
+            t = float(count)
             square = torch.zeros((), device=param.device, dtype=param.dtype)
-            for m, v in zip(state["exp_avg"].split(1024), state["exp_avg_sq"].split(1024), strict=True):
+            for m, v in zip(torch.split(first, 1024), torch.split(second, 1024), strict=True):
                 scale = (v / (1 - c.beta2**t)).sqrt_().add_(c.eps)
                 square += (m / (1 - c.beta1**t) / scale).square_().sum()
-            steps[name] = square.sqrt() * lr
+            steps[name] = square.sqrt() * self.rate
         return group_norms(self.model, steps)
 
     def finished(self) -> AbstractContextManager[None]:
@@ -84,10 +109,8 @@ class Optimizer:
 
     def moments(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for name, param in self.model.params.items():
-            state = self.adam.state.get(param)
-            if state:
-                found |= {f"adam_m.{name}": state["exp_avg"], f"adam_v.{name}": state["exp_avg_sq"]}
+        for name, (first, second, _) in self.state.items():
+            found |= {f"adam_m.{name}": first, f"adam_v.{name}": second}
         if self.average is not None:
             found |= {PREFIX + name: held for name, held in self.average.held.items()}
         return found
@@ -99,11 +122,8 @@ class Optimizer:
             held.copy_(moments[PREFIX + name])
         for name, param in self.model.params.items():
             if f"adam_m.{name}" in moments:
-                self.adam.state[param] = {
-                    "step": torch.tensor(float(steps), dtype=torch.float32, device=param.device),
-                    "exp_avg": moments[f"adam_m.{name}"],
-                    "exp_avg_sq": moments[f"adam_v.{name}"],
-                }
+                count = torch.tensor(float(steps), dtype=torch.float32, device=param.device)
+                self.state[name] = (moments[f"adam_m.{name}"], moments[f"adam_v.{name}"], count)
 
 
 def group_norms(model: Model, tensors: dict[str, Tensor]) -> dict[str, float]:

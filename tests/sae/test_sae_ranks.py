@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def session(rank: int, folder: Path, layout: str, tensor_parallel: int) -> None:
     ties(mesh, folder, layout)
     if mesh.dp == 1:
         measure(mesh, folder, layout)
+    if layout != "one":  # which runs in the process of all tests
+        assert "torch._dynamo" not in sys.modules, "training imports torch's compiler, which takes seconds"
     mesh.close()
 
 
