@@ -30,7 +30,7 @@ from actshuffle.units import format_bytes
 
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _PARTIAL = ".actshuffle-partial"
-DELETIONS = 8  # deletions at the same time
+AT_ONCE = 8  # deletions, or folders made durable, at the same time
 OPEN_AHEAD = 4  # files that are open in advance for one prepared read; a process may have few open files
 KEPT = 512  # files that stay open for further rows, if a process may have twice as many
 
@@ -224,7 +224,8 @@ class LocalObjects:
                     if prefix and path.is_symlink():
                         path.unlink()
                     elif path.is_dir():
-                        _unlink_below(path)
+                        files = [f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names]
+                        _in_shares(_unlink, files)
                         shutil.rmtree(path)
                     return
                 except OSError as err:
@@ -233,33 +234,36 @@ class LocalObjects:
 
     def settle(self, prefixes: Sequence[str]) -> None:
         """Remove the partial files of killed writers, and make the renames under some folders durable."""
+        folders = []
         for prefix in prefixes:
             for folder, _, names in os.walk(self._path(prefix)):
-                for name in names:
-                    if name.endswith(_PARTIAL):
-                        Path(folder, name).unlink(missing_ok=True)
-                if self.fsync:
-                    fd = os.open(folder, os.O_RDONLY)
-                    os.fsync(fd)
-                    os.close(fd)
+                folders.append(folder)
+                _unlink([f"{folder}/{name}" for name in names if name.endswith(_PARTIAL)])
+        if self.fsync:
+            _in_shares(_flush, folders)
 
     def free_bytes(self) -> int | None:
         existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         return shutil.disk_usage(existing).free
 
 
-def _unlink_below(top: Path) -> None:
-    """Remove all files, several at a time: each removal waits for a disk or a file server."""
-    with ThreadPoolExecutor(DELETIONS, thread_name_prefix="actshuffle-delete") as pool:
-        for folder, _, names in os.walk(top):
-            shares = [names[i::DELETIONS] for i in range(min(DELETIONS, len(names)))]
-            for done in [pool.submit(_unlink, Path(folder), share) for share in shares]:
-                done.result()
+def _in_shares(do: Callable[[list[str]], None], paths: list[str]) -> None:
+    """Do a share of the paths on each of some threads: each path waits for a disk or a file server."""
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="actshuffle-paths") as pool:
+        for done in [pool.submit(do, paths[i::AT_ONCE]) for i in range(min(AT_ONCE, len(paths)))]:
+            done.result()
 
 
-def _unlink(folder: Path, names: list[str]) -> None:
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+def _unlink(paths: list[str]) -> None:
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
+
+
+def _flush(folders: list[str]) -> None:
+    for folder in folders:
+        fd = os.open(folder, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
 
 
 def _open_file(path: str | Path, flags: int = 0) -> int:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 1024  # of a matrix handled at a time, where a temporary of its size is to be avoided
+IN_NUMPY = (torch.float32, torch.float64)  # types of values that numpy has
 GROUPS = (32, 16, 8)  # sizes of the groups of latents whose maxima bound a top-k
 
 
@@ -192,18 +193,36 @@ def candidates(pre: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     maxima = groups.amax(1).view(rows, n // group)
     bound = _kth_largest(maxima, k)
     reached = true_places((maxima < bound[:, None]).logical_not_())
-    row = torch.div(reached, n // group, rounding_mode="floor")
     held = groups.index_select(0, reached)
-    inside = true_places((held < bound[row, None]).logical_not_())
-    which = torch.div(inside, group, rounding_mode="floor")
-    row = row[which]
-    return row, reached[which] * group + inside % group - row * n, held.view(-1)[inside]
+    row, column, inside = _inside(held, bound, reached, n)
+    return row, column, held.view(-1).index_select(0, inside)
+
+
+def _inside(held: Tensor, bound: Tensor, reached: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of values that reach their row's bound, and their places in the flattened `held`.
+
+    `held` [groups, group] holds the groups `reached`, counted over all rows of n columns.
+    """
+    group, groups = held.shape[1], n // held.shape[1]  # in a row
+    if held.device.type == "cpu" and held.dtype in IN_NUMPY:
+        # numpy's divisions and gathers of whole numbers take a fraction of torch's time.
+        every, limits = reached.numpy(), bound.numpy()
+        place = np.flatnonzero(~(held.detach().numpy() < limits[every // groups, None]))
+        which = every[place // group]
+        rows = which // groups
+        columns = (which - rows * groups) * group + place % group
+        return torch.from_numpy(rows), torch.from_numpy(columns), torch.from_numpy(place)
+    limit = bound[torch.div(reached, groups, rounding_mode="floor"), None]
+    inside = true_places((held < limit).logical_not_())
+    found = reached[torch.div(inside, group, rounding_mode="floor")]
+    row = torch.div(found, groups, rounding_mode="floor")
+    return row, (found - row * groups) * group + inside % group, inside
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
     """The k-th largest of each row, where a NaN is larger than all numbers."""
     values = values.detach()
-    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+    if values.device.type != "cpu" or values.dtype not in IN_NUMPY:
         return values.topk(k, sorted=False).values.amin(1)
     return torch.from_numpy(np.partition(values.numpy(), -k, axis=1)[:, -k])
 

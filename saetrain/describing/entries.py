@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saetrain.describing.slots import Slots
+from saetrain.describing.sorting import are_short, sort_each
 
 I64 = NDArray[np.int64]
 ROW_BITS = 40
+_HALF = np.uint64(31)  # bits of a positive float32
 _GOLDEN, _M1, _M2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -77,6 +79,16 @@ class Entries:
     def bits(self) -> NDArray[np.uint64]:
         """Bits of the activations, which are in the order of the positive numbers they stand for."""
         return self.value.view(np.uint32).astype(np.uint64)
+
+    @cached_property
+    def ordered_bits(self) -> NDArray[np.uint32]:
+        """The same, ascending within each latent."""
+        if are_short(self.starts):
+            keys = np.sort((self.latent.astype(np.uint64) << _HALF) | self.bits)
+            return (keys & np.uint64(0x7FFFFFFF)).astype(np.uint32)
+        found = self.value.view(np.uint32).copy()
+        sort_each(found, self.starts)
+        return found
 
     @cached_property
     def priority(self) -> NDArray[np.uint64]:

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from saetrain.describing.entries import Context, Entries, key, mixed
 from saetrain.describing.slots import NO_ROW, Arrays
 from saetrain.describing.sorting import ordered, ranks
-from saetrain.describing.statistics import new_document
 
 I64 = NDArray[np.int64]
+CROWD = 4  # activations for each of the largest, before windows are told apart
 FIRST_LOOK = 32  # rows of the pool that are tried first for a quiet one
 
 
@@ -57,31 +57,42 @@ def choose(entries: Entries, context: Context, maximum: NDArray[np.float32], edg
 
 
 def top(entries: Entries, context: Context, count: int) -> I64:
-    """Entries of the largest activations, one of each window, int64 [latents, count]; -1 where there are fewer."""
+    """Entries of the largest activations, one of each window, int64 [latents, count]; -1 where there are fewer.
+
+    A few times `count` of a latent's largest activations lie in `count` windows, unless it is active in bursts.  They
+    hold the largest of these windows, and those of all other windows are smaller.
+    """
     found = np.full((entries.latents, count), -1, np.int64)
-    if not len(entries.row):
+    if not len(entries.row) or not count:
         return found
-    window = (entries.row - context.documents[entries.document]) // context.window
-    new = new_document(entries)
-    new[1:] |= window[1:] != window[:-1]
-    begins = np.flatnonzero(new)
-    # The largest of a window, and of equal ones the first: the largest (bits, -entry).
-    largest = np.maximum.reduceat(entries.bits, begins)
-    sizes = np.diff(np.append(begins, len(entries.row)))
-    is_largest = np.flatnonzero(entries.bits == np.repeat(largest, sizes))
-    owner = np.searchsorted(begins, is_largest, side="right") - 1
-    entry = is_largest[np.append(True, owner[1:] != owner[:-1])]
+    wanted = CROWD * count
+    many = entries.counts > wanted
+    bound = np.zeros(entries.latents, np.uint32)
+    bound[many] = entries.ordered_bits[entries.starts[1:][many] - wanted]
+    entry, begins = _windows(entries, context, bound)
+    held = np.bincount(entries.latent[entry[begins]], minlength=entries.latents)
+    if (crowded := many & (held < count)).any():
+        bound[crowded] = 0
+        entry, begins = _windows(entries, context, bound)
+    # The largest of a window, and of equal ones the first.
+    bits = entries.bits[entry]
+    largest = np.maximum.reduceat(bits, begins)
+    window = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(entry))))
+    is_largest = np.flatnonzero(bits == largest[window])
+    entry = entry[is_largest[ranks(window[is_largest]) == 0]]
     latent = entries.latent[entry]
-    # Only activations that reach the count-th largest of their latent need to be ordered.
-    keys = np.sort((latent.astype(np.uint64) << np.uint64(31)) | (np.uint64(0x7FFFFFFF) - largest))
-    held = np.bincount(latent, minlength=entries.latents)
-    last = np.cumsum(held) - held + np.minimum(held, count) - 1
-    bound = np.zeros(entries.latents, np.uint64)
-    bound[held > 0] = np.uint64(0x7FFFFFFF) - (keys[last[held > 0]] & np.uint64(0x7FFFFFFF))
-    reach = largest >= np.repeat(bound, held)
-    entry, latent, largest = entry[reach], latent[reach], largest[reach]
     order = ordered(latent, np.uint64(0x7FFFFFFF) - largest, entry)
     return placed(entry[order], latent[order], entries.latents, count)
+
+
+def _windows(entries: Entries, context: Context, bound: NDArray[np.uint32]) -> tuple[I64, I64]:
+    """Entries that reach their latent's bound, and which of them begin a window of a document."""
+    entry = np.flatnonzero(entries.value.view(np.uint32) >= np.repeat(bound, entries.counts))
+    latent, document = entries.latent[entry], entries.document[entry]
+    window = (entries.row[entry] - context.documents[document]) // context.window
+    new = np.ones(len(entry), bool)
+    new[1:] = (latent[1:] != latent[:-1]) | (document[1:] != document[:-1]) | (window[1:] != window[:-1])
+    return entry, np.flatnonzero(new)
 
 
 def by_width(entries: Entries, intervals: int, maximum: NDArray[np.float32]) -> I64:

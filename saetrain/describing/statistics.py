@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from saetrain.describing.entries import Context, Entries
 from saetrain.describing.slots import BIN_SHIFT, HISTOGRAM_BINS, POSITION_BINS, QUANTILES, TOP_TOKENS, Arrays
-from saetrain.describing.sorting import ordered, ranks
+from saetrain.describing.sorting import are_short, ordered, ranks, sort_each
 
 Z = 1.959963984540054  # of a 95% interval
 _HALF = np.uint64(31)  # bits of a positive float32
@@ -155,12 +155,6 @@ def positions(entries: Entries, context: Context) -> NDArray[np.int64]:
     return np.bincount(entries.latent * POSITION_BINS + octave, minlength=size).reshape(-1, POSITION_BINS)
 
 
-def sorted_bits(entries: Entries) -> NDArray[np.uint32]:
-    """Bits of the activations, ascending within each latent."""
-    keys = np.sort((entries.latent.astype(np.uint64) << _HALF) | entries.bits)
-    return (keys & np.uint64(0x7FFFFFFF)).astype(np.uint32)
-
-
 def places(counts: NDArray[np.int64], intervals: int) -> NDArray[np.int64]:
     """Which of count ordered activations are the quantiles, and the inner edges of equal counts, from 0.
 
@@ -172,26 +166,27 @@ def places(counts: NDArray[np.int64], intervals: int) -> NDArray[np.int64]:
 
 def order_statistics(entries: Entries, intervals: int) -> NDArray[np.float32]:
     """The activations at `places`; NaN for dead latents."""
-    ordered = sorted_bits(entries)
     place = places(entries.counts, intervals) + entries.starts[:-1, None]
     found = np.full(place.shape, np.nan, np.float32)
     alive = entries.counts > 0
-    found[alive] = ordered.view(np.float32)[place[alive]]
+    found[alive] = entries.ordered_bits.view(np.float32)[place[alive]]
     return found
 
 
 def tokens(entries: Entries, context: Context, maximum: NDArray[np.float32]) -> Arrays:
     """The tokens on which each latent is most often active, and what it does there.
 
-    One sort of (latent, token, activation) in a single word puts equal tokens together; `widest` keeps latents few
-    enough for that.
+    Sorted words of (latent, token, activation) put equal tokens together; `widest` keeps latents few enough for that.
     """
     latent = token = held = total = np.zeros(0, np.int64)
     if entries.token is not None and len(entries.row):
         bits = np.uint64(context.token_bits)
         keys = ((entries.latent.astype(np.uint64) << bits) | entries.token) << _HALF
         keys |= entries.bits
-        keys.sort()
+        if are_short(entries.starts):
+            keys.sort()
+        else:
+            sort_each(keys, entries.starts)
         values = (keys & np.uint64(0x7FFFFFFF)).astype(np.uint32).view(np.float32)
         whole = fixed(values, np.repeat(maximum, entries.counts))
         keys >>= _HALF

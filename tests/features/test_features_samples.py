@@ -10,7 +10,7 @@ from scipy.stats import chi2
 
 import saetrain
 from actshuffle import priorities
-from saetrain.describing import together
+from saetrain.describing import samples, sorting, statistics, together
 from saetrain.describing.entries import Context, Entries
 from saetrain.describing.samples import choose, smallest
 from saetrain.describing.slots import Slots
@@ -144,6 +144,58 @@ def test_smallest_is_a_full_sort(m):
         inside = np.flatnonzero(groups == number)
         due = inside[np.argsort(priority[inside], kind="stable")][:m].tolist()
         assert found[number].tolist() == due + [-1] * (m - len(due))
+
+
+WINDOW, DOCUMENT = 16, 50
+
+
+def bursts(seed: int) -> tuple[Entries, Context]:
+    """Latents of no, few and many entries with equal values among them; every third has its largest side by side."""
+    rng, rows = np.random.default_rng(seed), 2000
+    counts = rng.integers(0, 30, 40) * rng.choice([0, 1, 40], 40)
+    row = np.concatenate([np.sort(rng.choice(rows, n, replace=False)) for n in counts])
+    latent = np.repeat(np.arange(40), counts)
+    value = rng.integers(1, 300, len(row)).astype(np.float32)
+    value[(latent % 3 == 0) & (row // 200 == latent % 7)] += 300
+    token, word = rng.integers(0, 20, len(row)).astype(np.uint32), priorities(seed, 0, rows)[row]
+    edges, none = np.arange(0, rows + 1, DOCUMENT), np.zeros(0, np.int64)
+    context = Context(rows, edges, none, 0, 19, True, Slots(), WINDOW, 48, 24)
+    return Entries(0, counts, row, value, (row // DOCUMENT).astype(np.int32), token, word), context
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
+def test_the_largest_are_one_of_each_window(count):
+    crowded = 0
+    for seed in range(5):
+        entries, context = bursts(seed)
+        found = samples.top(entries, context, count)
+        for latent, (start, stop) in enumerate(zip(entries.starts[:-1], entries.starts[1:], strict=True)):
+            order = start + np.argsort(-entries.value[start:stop], kind="stable")
+            due: list[int] = []
+            for entry in order:
+                seen = {(entries.row[e] // DOCUMENT, entries.row[e] % DOCUMENT // WINDOW) for e in due}
+                row = entries.row[entry]
+                if len(due) < count and (row // DOCUMENT, row % DOCUMENT // WINDOW) not in seen:
+                    due.append(int(entry))
+            assert found[latent].tolist() == due + [-1] * (count - len(due))
+            largest = entries.row[order[: samples.CROWD * count]]
+            windows = set(zip(largest // DOCUMENT, largest % DOCUMENT // WINDOW, strict=True))
+            crowded += len(order) > samples.CROWD * count and len(windows) < count
+    assert crowded or count < 20  # where the first look finds too few windows
+
+
+def test_latents_of_few_and_of_many_entries_are_sorted_alike(monkeypatch):
+    """Each alone, or all in one sort."""
+    found = []
+    for short in (0, 10**9):
+        monkeypatch.setattr(sorting, "SHORT", short)
+        entries, context = bursts(1)
+        assert sorting.are_short(entries.starts) == bool(short)
+        maximum = statistics.moments(entries)["stat/max"]
+        found.append({"bits": entries.ordered_bits} | statistics.tokens(entries, context, maximum))
+    assert all(np.array_equal(found[0][name], found[1][name], equal_nan=name == "token/mean") for name in found[0])
+    due = [np.sort(part) for part in np.split(entries.value, entries.starts[1:-1])]
+    assert np.array_equal(found[0]["bits"].view(np.float32), np.concatenate(due))
 
 
 # --- Latents that are active together -----------------------------------------------------------

@@ -287,6 +287,18 @@ def test_nothing_shows_before_it_is_whole(tmp_path):
     assert contents(tmp_path) == ["k"]
 
 
+@pytest.mark.parametrize("fsync", [True, False])
+def test_every_folder_is_made_durable(tmp_path, monkeypatch, fsync):
+    objects, flushed = LocalObjects(tmp_path, fsync=fsync), []
+    keys = [f"{number % 7}/c/{number}/0" for number in range(30)]
+    for key in keys:
+        objects.put(key, b"data")
+    monkeypatch.setattr(files.os, "fsync", lambda fd: flushed.append(Path(f"/proc/self/fd/{fd}").readlink()))
+    objects.settle([""])
+    due = [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]
+    assert sorted(flushed) == (sorted(due) if fsync else [])
+
+
 def test_partial_files_of_killed_writers_are_swept(tmp_path):
     objects = LocalObjects(tmp_path)
     objects.put("a/whole", b"1")
