@@ -68,6 +68,14 @@ def in_python(message: str) -> str:
     return _OPTION.sub(argument, message)
 
 
+def words_of(err: BaseException) -> str:
+    """The text of an error, for a message of the command line that has another error's text within.
+
+    The text of one of ours, or of saetrain's, keeps its options; `in_python` is for the outermost message.
+    """
+    return str(getattr(err, "on_command_line", err))
+
+
 class ActshuffleError(Exception):
     """Base of all errors raised on purpose by actshuffle."""
 

@@ -31,10 +31,13 @@ class Config(Settings):
         return VARIANTS[self.arch].takes_k
 
 
-def resolve(config: Config, d_in: int, rows: int) -> Config:
-    """The same settings with every choice made, from the width and the number of rows alone."""
+def resolve(config: Config, d_in: int, rows: int, *, heldout: bool = False) -> Config:
+    """The same settings with every choice made, from the width and the number of rows alone.
+
+    With `heldout`, another store is evaluated on, so no row need be left out of training.
+    """
     c, variant = config, VARIANTS[config.arch]
-    holdout = c.holdout or min(rows // 20, 16_384)
+    holdout = c.holdout or (0 if heldout else min(rows // 20, 16_384))
     train_rows = rows - holdout
     power = 1 << max(train_rows // 2000, 1).bit_length() - 1
     batch = c.batch_size or min(max(power, 256), 4096, max(train_rows, 1))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from actshuffle import Dataset, Loader, open_dataset, read_stats, watch
-from actshuffle.errors import ActshuffleError, FormatError, RequestError
+from actshuffle.errors import ActshuffleError, FormatError, RequestError, words_of
 from actshuffle.units import counted
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
@@ -91,7 +91,7 @@ class Store:
         try:
             self.data: Dataset = open_dataset(path, incomplete=config.incomplete)
         except ActshuffleError as error:
-            raise DataError(error.on_command_line) from error
+            raise DataError(words_of(error)) from error
         self.name, self.rows = str(path), self.data.rows
         self.field = config.field or self._only_field()
         self.target = "" if config.output == self.field else config.output
@@ -158,7 +158,7 @@ class Store:
         try:
             self._watch.check()
         except ActshuffleError as error:
-            raise DataError(error.on_command_line) from error
+            raise DataError(words_of(error)) from error
 
     def statistics(self, array: str = "") -> tuple[np.ndarray[Any, Any], float]:
         """The statistics that `actshuffle stats` recorded with the store, else those of a sample of its rows."""
@@ -239,7 +239,7 @@ class Store:
                 buffer_rows=None if config.buffer_rows < 0 else config.buffer_rows,
             )
         except ActshuffleError as error:
-            raise DataError(error.on_command_line) from error
+            raise DataError(words_of(error)) from error
 
 
 def read_columns(data: Dataset, field: str, start: int, stop: int, *, flat: bool) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actshuffle.errors import words_of
 from saetrain.config import Config
 from saetrain.errors import CheckpointError, ExchangeError
 from saetrain.sae import OWN_FILE, OWN_FORMAT, SAE
@@ -116,7 +117,7 @@ def read_foreign(folder: Path) -> SAE:
         if len(there) == 1:
             return readers[there[0]](folder, cfg, TensorFile(folder / there[0]))
     except (OSError, ValueError, CheckpointError) as error:
-        raise ExchangeError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+        raise ExchangeError(f"{folder} cannot be read: {type(error).__name__}: {words_of(error)}") from error
     raise ExchangeError(f"{folder} holds {' and '.join(there) or 'none'} of {', '.join(readers)}; one is read")
 
 

@@ -95,7 +95,8 @@ class Settings:
     """Array of document ids, for the document entropy of batches; empty chooses `document` or a similar name, if
     the store has one"""
     holdout: int = 0
-    """Rows at the end of the store to keep for evaluation; 0 chooses the lesser of 5 % and 16,384"""
+    """Rows at the end of the store to keep for evaluation; 0 chooses the lesser of 5 % and 16,384, or
+    none where another store is evaluated on"""
     incomplete: bool = False
     """Whether to accept (true) a store without its completion marker: an array or group of any origin"""
     buffer_rows: int = -1

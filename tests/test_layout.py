@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-import actshuffle
+import actshuffle.errors
 import saetrain
+import saetrain.errors
 from support.rules import (
     LONGEST,
     Trees,
@@ -25,6 +26,7 @@ from support.rules import (
     dotted_names,
     imports,
     init_faults,
+    inner_words_faults,
     layer_faults,
     length_faults,
     lengths,
@@ -344,6 +346,23 @@ def test_numbers_agree_with_their_nouns(package):
 def test_control_numbers_that_do_not_agree_with_their_nouns():
     assert plural_faults(module("a", "f'{len(found):,} rows, {n} steps.'")) == ["a: {len(found)} rows", "a: {n} steps"]
     assert plural_faults(module("a", "f'{MOST} rows, {counted(n, \"row\")} of {n:,}, {name!r} runs'")) == []
+
+
+OUR_ERRORS = {name for part in (actshuffle, saetrain) for name in vars(part.errors) if name.endswith("Error")}
+
+
+@pytest.mark.parametrize("package", [actshuffle, saetrain])
+def test_errors_within_errors_keep_the_options_of_the_command_line(package):
+    assert inner_words_faults(trees(package), OUR_ERRORS) == []
+
+
+@pytest.mark.parametrize("use", ["print(str(err))", "raise SourceError(f'bad: {err}') from err"])
+def test_control_errors_within_errors_that_lose_the_options_of_the_command_line(use):
+    text = "try:\n    read()\nexcept ({}) as err:\n    {}"
+    assert inner_words_faults(module("a", text.format("RequestError, OSError", use)), OUR_ERRORS) == ["a: err"]
+    assert inner_words_faults(module("a", text.format("OSError", use)), OUR_ERRORS) == []
+    kept = use.replace("str(err)", "words_of(err)").replace("{err}", "{words_of(err)}")
+    assert inner_words_faults(module("a", text.format("RequestError, OSError", kept)), OUR_ERRORS) == []
 
 
 # --- saetrain -----------------------------------------------------------------------------------

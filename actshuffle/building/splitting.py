@@ -86,6 +86,12 @@ def split(
             "first, or accept its order with --ordered"
         )
     cuts = {name: (_under(folder, name), *share) for name, share in shares(store.rows, parts).items()}
+    for name, (_, start, stop) in cuts.items():
+        if start == stop and parts[name] != 0:
+            raise RequestError(
+                f"part {name}: {parts[name]} of the {counted(store.rows, 'row')} of {store.path} is no row: leave that "
+                "part out, or give it a larger share or a number of rows"
+            )
     with work.locks:
         for target, _, _ in sorted(cuts.values(), reverse=True):  # a.b before a, which would count as its holder
             work.locks.take(as_place(target, storage_options))
@@ -228,9 +234,7 @@ def _split_by(
         todo = [name for name in cuts if not _made_before(places[name], made[name])]
         counts = _counted(store, column, seed, {name: cuts[name] for name in todo})
         if empty := [name for name in todo if not counts[name]]:
-            raise RequestError(
-                f"no {by} of {store.path} falls into {empty[0]}: leave that part out, or give it a larger share"
-            )
+            raise _too_few(store, column, by, empty[0], cuts[empty[0]])
         for name in todo:
             source = places[name].beside(".part") if copy else places[name]
             _name_rows(source, store, facts[name], earlier, counts[name], made[name], copy)
@@ -292,6 +296,21 @@ def _counted(store: Dataset, column: str | None, seed: int, cuts: Mapping[str, t
         for name, cut in cuts.items():
             counts[name] += int(np.count_nonzero(in_share(words, *cut)))
     return counts
+
+
+def _too_few(store: Dataset, column: str | None, by: str, name: str, cut: tuple[float, float]) -> RequestError:
+    """The refusal of a part whose share holds no lot of the store."""
+    count = store.rows
+    if by == "document" and column is not None:
+        steps = (store.read(column, at, min(at + STEP_ROWS, store.rows)) for at in range(0, store.rows, STEP_ROWS))
+        count = len(set().union(*(np.unique(numbers).tolist() for numbers in steps)))
+    share = cut[1] - cut[0]
+    rows = f"--by row, which cuts its {counted(store.rows, 'row')}, " if by == "document" and store.rows > 1 else ""
+    return RequestError(
+        f"no {by} of {store.path} falls into {name}: the store has {counted(count, by)}, and a share of {share:.6g} "
+        f"takes {share * count:.3g} of {'it' if count == 1 else 'them'} on average; give {rows}that part a larger "
+        "share or none, or another --seed"
+    )
 
 
 def _name_rows(

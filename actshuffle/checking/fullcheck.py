@@ -16,7 +16,7 @@ from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U64
 from actshuffle.checking.keyorder import check_ascent
 from actshuffle.checking.pair import Pair, Problem, object_key, slice_rows, unreadable
-from actshuffle.errors import ActshuffleError, FormatError
+from actshuffle.errors import ActshuffleError, FormatError, words_of
 from actshuffle.executors import Executor
 from actshuffle.jobs.running import sweep
 from actshuffle.ordering.digest import RowHash
@@ -165,7 +165,7 @@ def _unreadable(pair: Pair, store: Source, start: int, stop: int) -> Iterator[Pr
                     rows = np.empty((min(step, b - at), field.row_bytes), np.uint8)
                     store.read(field, at, rows)
             except ActshuffleError as err:
-                yield Problem("unreadable", object_key(field, number), str(err))
+                yield Problem("unreadable", object_key(field, number), words_of(err))
 
 
 def _locate(
@@ -199,7 +199,7 @@ def compare_object(pair: Pair, number: int, at: int) -> list[Problem]:
     try:
         wrong = pair.differing_rows(number, store, start, pair.rows_of(store, start, stop))
     except ActshuffleError as err:
-        return [Problem("unreadable", object_key(field, at), str(err))]
+        return [Problem("unreadable", object_key(field, at), words_of(err))]
     if not len(wrong):
         return []
     shown = ", ".join(f"{int(r):,}" for r in wrong[:SHOWN]) + (", ..." if len(wrong) > SHOWN else "")

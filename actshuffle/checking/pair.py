@@ -11,6 +11,7 @@ from actshuffle.arrays.field import Field
 from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U64
 from actshuffle.checking.keyorder import order_of
+from actshuffle.errors import words_of
 from actshuffle.ordering.keys import Keys
 from actshuffle.storage.place import Place
 
@@ -31,7 +32,7 @@ class Problem:
 
 def unreadable(rows: tuple[int, int], err: Exception) -> Problem:
     """The fault of some output rows, of which it is not known which object cannot be read."""
-    return Problem("unreadable", f"output rows {rows[0]:,} to {rows[1]:,}", str(err))
+    return Problem("unreadable", f"output rows {rows[0]:,} to {rows[1]:,}", words_of(err))
 
 
 def object_key(field: Field, number: int) -> str:

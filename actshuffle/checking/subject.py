@@ -17,7 +17,7 @@ from typing import Any
 from actshuffle.arrays import virtual
 from actshuffle.arrays.marker import altered_files, is_sealed, read_marker
 from actshuffle.arrays.names import MARKER_KEY
-from actshuffle.errors import FormatError, IncompleteStoreError, RequestError, SourceError
+from actshuffle.errors import FormatError, IncompleteStoreError, RequestError, SourceError, words_of
 from actshuffle.loading.dataset import open_dataset
 from actshuffle.loading.documents import DOCUMENT
 from actshuffle.storage.objects import open_objects
@@ -52,7 +52,7 @@ def subject(source: Place, given: Place) -> tuple[Place, dict[str, Any], list[Fa
     try:
         view = open_dataset(given.url, storage_options=json.loads(given.options))
     except (FormatError, SourceError, IncompleteStoreError) as err:  # the view is void
-        return given, marker, [*faults, (MARKER_KEY, str(err))], notes
+        return given, marker, [*faults, (MARKER_KEY, words_of(err))], notes
     if not is_sealed(marker):
         notes.append("the view's marker is of an earlier version, which kept no checksum of it")
     assert view.root_marker is not None

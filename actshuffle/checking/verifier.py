@@ -36,7 +36,7 @@ from actshuffle.checking.fullcheck import compare_all
 from actshuffle.checking.keyorder import descents, full_keys
 from actshuffle.checking.pair import Pair, Problem, object_key, slice_rows, unreadable
 from actshuffle.checking.subject import refuse_others, refuse_part_of_sources, subject
-from actshuffle.errors import ActshuffleError, RequestError, SourceError
+from actshuffle.errors import ActshuffleError, RequestError, SourceError, in_python, words_of
 from actshuffle.executors import Executor, Threads
 from actshuffle.executors.choice import as_executor
 from actshuffle.html import page
@@ -79,7 +79,7 @@ class VerifyReport:
             "took": f"{format_bytes(self.nbytes)} in {format_seconds(self.seconds)}",
         }
         facts |= {f"note {i}": note for i, note in enumerate(self.notes, 1)}
-        rows = [(p.kind, p.where, p.detail) for p in self.problems[:100]]
+        rows = [(p.kind, p.where, in_python(p.detail)) for p in self.problems[:100]]
         whole = page(verdict, facts, ("problem", "where", "what"), rows, verdict=self.ok)
         return whole if self.mixing is None else whole + as_html(self.mixing)
 
@@ -98,6 +98,11 @@ class VerifyReport:
         }
 
     def __str__(self) -> str:
+        return in_python(self.on_command_line)
+
+    @property
+    def on_command_line(self) -> str:
+        """The verdict with its problems, in which the options of the command line are named."""
         how = (
             f"{self.checked:,} of {counted(self.rows, 'row')} sampled"
             if self.quick
@@ -163,7 +168,7 @@ def verify(
     try:
         ours = source_arrays(destination, array_names(marker))
     except (SourceError, RequestError) as err:
-        altered.append(Problem("metadata", str(dst), str(err)))
+        altered.append(Problem("metadata", str(dst), words_of(err)))
         theirs = {}
     if not theirs:
         return VerifyReport(marker["rows"], 0, 0, quick, time.perf_counter() - started, tuple(altered), tuple(notes))
@@ -206,7 +211,7 @@ def verify(
                 try:
                     scored = scores()
                 except ValueError as err:  # the quick check does not prove that it is a permutation
-                    problems.append(Problem("order", SOURCE_ROW, str(err)))
+                    problems.append(Problem("order", SOURCE_ROW, words_of(err)))
     nbytes, seconds = 2 * checked * pair.row_bytes, time.perf_counter() - started
     return VerifyReport(pair.rows, checked, nbytes, quick, seconds, (*altered, *problems), tuple(notes), scored)
 

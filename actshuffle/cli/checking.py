@@ -41,7 +41,7 @@ def verify(executor: Any, display: Any, src: str, dst: str, **options: Any) -> A
       actshuffle verify acts.zarr shuffled.zarr --quick --rows 10000
     """
     report = verifier.verify(src, dst, executor=executor, progress=display, **options)
-    return Answer(report.as_dict(), str(report), ok=report.ok)
+    return Answer(report.as_dict(), report.on_command_line, ok=report.ok)
 
 
 @click.command()

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from actshuffle.errors import ActshuffleError, RequestError
+from actshuffle.errors import ActshuffleError, RequestError, words_of
 from actshuffle.limits import MOST
 from actshuffle.units import parse_bytes, parse_count
 
@@ -26,7 +26,7 @@ class Parsed(click.ParamType[Any]):
         try:
             return self._parse(value) if isinstance(value, str) else value
         except (ActshuffleError, ValueError, OverflowError) as err:
-            self.fail(err.on_command_line if isinstance(err, ActshuffleError) else str(err), param, ctx)
+            self.fail(words_of(err), param, ctx)
 
 
 class FilePath(click.Path):

@@ -30,7 +30,7 @@ from actshuffle.arrays.names import FORMAT, MARKER_KEY, RUN_KEY
 from actshuffle.arrays.small import get_array, group_metadata, put_array
 from actshuffle.arraytypes import U64
 from actshuffle.engine.job import Job, Kind
-from actshuffle.errors import FormatError
+from actshuffle.errors import FormatError, words_of
 from actshuffle.jobs.records import format_of, sealed, unsealed
 from actshuffle.ordering.keys import Keys
 from actshuffle.planning.memory import MemoryModel
@@ -90,7 +90,7 @@ def job_from(body: dict[str, Any], options: str = "{}") -> Job:
             **d,
         )
     except (KeyError, TypeError, ValueError) as err:
-        raise FormatError(f"{RUN_KEY} is damaged: {type(err).__name__}: {err}") from err
+        raise FormatError(f"{RUN_KEY} is damaged: {type(err).__name__}: {words_of(err)}") from err
 
 
 def write_bounds(job: Job, bounds: U64) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from actshuffle.arrays.codecs import CODECS
 from actshuffle.arrays.names import RUN_KEY
-from actshuffle.errors import FormatError, RequestError
+from actshuffle.errors import FormatError, RequestError, words_of
 from actshuffle.limits import MOST
 from actshuffle.planning.planner import MAX_LEVELS
 from actshuffle.units import parse_bytes, parse_count
@@ -54,7 +54,7 @@ class Knob(NamedTuple):
         try:
             return self.kind.read(value)
         except RequestError as err:
-            raise RequestError(f"{self.option}: {err.on_command_line}") from err
+            raise RequestError(f"{self.option}: {words_of(err)}") from err
 
     def check(self, value: Any) -> None:
         if not self.kind.allows(value):
@@ -182,7 +182,7 @@ class Request:
         try:
             return cls(**values, given=frozenset(values))
         except (RequestError, TypeError) as err:
-            raise FormatError(f"{RUN_KEY} is damaged: {err}; --overwrite starts again") from err
+            raise FormatError(f"{RUN_KEY} is damaged: {words_of(err)}; --overwrite starts again") from err
 
     def to_json(self) -> dict[str, Any]:
         """The given values, as run.json records them."""

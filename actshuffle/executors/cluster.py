@@ -15,7 +15,7 @@ from ipaddress import ip_address
 from itertools import islice
 from typing import Any, TypeVar
 
-from actshuffle.errors import ActshuffleError, ClusterError, RequestError
+from actshuffle.errors import ActshuffleError, ClusterError, RequestError, words_of
 from actshuffle.executors.base import SHARE, Executor
 from actshuffle.executors.mainguard import check_main_guard
 from actshuffle.limits import LEAST_WINDOW, WINDOW
@@ -228,8 +228,7 @@ def connected(address: str, *, insecure: bool = False) -> Iterator[Dask]:
             raise ClusterError(f"no Dask scheduler answers at {address} ({err})") from err
         except (ValueError, TypeError) as err:
             hint = " (certificates: docs/scaling.md)" if address.startswith("tls") else ""
-            why = err.on_command_line if isinstance(err, RequestError) else err
-            raise RequestError(f"cannot use {address!r} as a scheduler's address: {why}{hint}") from err
+            raise RequestError(f"cannot use {address!r} as a scheduler's address: {words_of(err)}{hint}") from err
         yield stack.enter_context(closing(Dask(client)))
 
 

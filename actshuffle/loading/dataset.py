@@ -27,7 +27,7 @@ from actshuffle.arrays.metadata import open_node, source_arrays
 from actshuffle.arrays.names import FORMAT, MARKER_KEY, OUR_GROUP, SOURCE_ROW
 from actshuffle.arrays.small import group_metadata
 from actshuffle.arraytypes import U8
-from actshuffle.errors import DestinationExistsError, FormatError, IncompleteStoreError, RequestError
+from actshuffle.errors import DestinationExistsError, FormatError, IncompleteStoreError, RequestError, words_of
 from actshuffle.html import page
 from actshuffle.loading.fieldinfo import FieldInfo, field_info
 from actshuffle.loading.rowreader import RowReader, stored_field
@@ -271,7 +271,7 @@ def _open(place: Place, incomplete: bool, views: tuple[str, ...]) -> Dataset:
     try:
         arrays = source_arrays(place, names)
     except RequestError as err:
-        raise FormatError(f"{MARKER_KEY} does not fit the store: {err}") from err
+        raise FormatError(f"{MARKER_KEY} does not fit the store: {words_of(err)}") from err
     rows = next(iter(arrays.values())).shape[0]
     if marker is not None and marker["rows"] != rows:
         raise FormatError(f"{place.url} has {counted(rows, 'row')}, its marker says {marker['rows']:,}")

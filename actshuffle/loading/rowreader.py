@@ -16,7 +16,7 @@ from actshuffle.arrays.field import Field
 from actshuffle.arrays.metadata import ZarrArray, source_field
 from actshuffle.arrays.source import Source
 from actshuffle.arraytypes import U8
-from actshuffle.errors import MissingChunkError, StorageError
+from actshuffle.errors import MissingChunkError, StorageError, words_of
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.place import Place
 
@@ -70,7 +70,7 @@ class RowReader:
                     call()
             except StorageError as err:
                 if isinstance(err.__cause__, FileNotFoundError):
-                    raise MissingChunkError(f"a chunk is missing: {err}") from err
+                    raise MissingChunkError(f"a chunk is missing: {words_of(err)}") from err
                 raise
 
         return read

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from actshuffle.errors import InfeasibleError, RequestError
+from actshuffle.errors import InfeasibleError, RequestError, words_of
 from actshuffle.limits import MAX_FAN_OUT
 from actshuffle.planning.advice import TooSmallError, enough_memory
 from actshuffle.planning.memory import MemoryModel
@@ -94,7 +94,7 @@ def make_plan(
     except TooSmallError as error:
         enough = None if memory is None else enough_memory(made, memory)
         raise InfeasibleError(
-            f"{error.on_command_line} give {'more --memory' if enough is None else f'at least --memory {enough}'}"
+            f"{words_of(error)} give {'more --memory' if enough is None else f'at least --memory {enough}'}"
         ) from None
 
 

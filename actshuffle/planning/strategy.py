@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from actshuffle.errors import InfeasibleError
+from actshuffle.errors import InfeasibleError, words_of
 from actshuffle.planning.cost import LEAF_CPU, OVERHEAD, SPLIT_CPU
 from actshuffle.planning.tree import Plan
 from actshuffle.units import counted, format_bytes
@@ -99,7 +99,7 @@ def candidates(site: Site, plan: Planner) -> Iterator[Candidate]:
         try:
             yield make(site, plan)
         except InfeasibleError as err:
-            yield Candidate(name, err.on_command_line, {})
+            yield Candidate(name, words_of(err), {})
 
 
 def cheapest(found: list[Candidate]) -> Candidate:

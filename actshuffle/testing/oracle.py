@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from actshuffle.arrays.names import OUR_GROUP
 from actshuffle.checking.verifier import verify
 from actshuffle.engine.scratch import memory_beside, scratch_place
-from actshuffle.errors import ActshuffleError
+from actshuffle.errors import ActshuffleError, words_of
 from actshuffle.ordering.keys import Keys
 from actshuffle.storage.place import as_place
 
@@ -67,5 +67,5 @@ def alarm(src: Path, dst: Path) -> str:
     try:
         report = verify(src, dst)
     except ActshuffleError as err:
-        return str(err)
+        return words_of(err)
     return "" if report.ok else str(report)

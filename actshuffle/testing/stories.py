@@ -27,7 +27,7 @@ from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, execute
 from actshuffle.engine.scratch import memory_beside, scratch_place
-from actshuffle.errors import ActshuffleError, DestinationExistsError, FormatError, InfeasibleError
+from actshuffle.errors import ActshuffleError, DestinationExistsError, FormatError, InfeasibleError, words_of
 from actshuffle.executors import Serial
 from actshuffle.progress import Silent
 from actshuffle.storage import buffers
@@ -254,9 +254,9 @@ def simulate(seed: int, folder: Path, *, kinds: Sequence[str] = HONEST, rate: fl
         except Killed as death:
             end = f"killed at {death}"
         except DestinationExistsError as err:
-            end = "done" if "finished" in str(err) else f"DestinationExistsError: {err}"
+            end = "done" if "finished" in words_of(err) else f"DestinationExistsError: {words_of(err)}"
         except ActshuffleError as err:
-            end = f"{type(err).__name__}: {err}"
+            end = f"{type(err).__name__}: {words_of(err)}"
         except Exception as err:
             raise fail(f"attempt {attempt} ended in {type(err).__name__}: {err}") from err
         ends.append(end)

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from actshuffle.errors import words_of
 from actshuffle.units import counted
 from saetrain.cli.options import LOOK, RED_ERROR, F, all_of, first_rank, print_json
 from saetrain.cli.values import COUNT, FOLDER, PATH, POSITIVE, TEXT
@@ -75,7 +76,7 @@ TRAIN = all_of(
     click.option(
         "--heldout",
         type=TEXT,
-        help="Store to evaluate on, in place of the tail of STORE, which is not trained on either.",
+        help="Store to evaluate on, in place of the tail of STORE, which is trained on too unless --holdout says not.",
     ),
     EVALUATE,
     REPORT,
@@ -198,7 +199,7 @@ def base_settings(file: Path | None) -> dict[str, Any]:
         held = found.get("config", found)
         return {name: getattr(Config.from_json(held), name) for name in held}
     except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"--config {file} holds no settings: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"--config {file} holds no settings: {words_of(error)}") from error
 
 
 def given_settings(options: dict[str, Any]) -> dict[str, str]:
@@ -238,7 +239,7 @@ def _train(
     mesh = Mesh.start(config.device, config.tensor_parallel)
     ctx.find_root().call_on_close(mesh.close)  # after an error is printed
     source = Store(store, config)
-    steps = resolve(config, source.d_in, source.rows).steps
+    steps = resolve(config, source.d_in, source.rows, heldout=bool(heldout)).steps
     last = Closing.of(closing, source.field, source.d_in)
     out = sys.stderr if as_json else sys.stdout
     with bar(steps, reached(runs), drawn=mesh.rank == 0, out=out) as (printed, tick):

@@ -103,10 +103,10 @@ def fit(
     """Train one autoencoder on a finished actshuffle store, or go on with a run that was stopped; returns its `Run`.
 
     `settings` are those of `Config`, which are also the flags of `saetrain fit`.  `out` is the folder of the run, and
-    else lies beside the store.  `heldout` is a store to evaluate on, in place of the tail of this one.  With
-    `progress`, lines go to `say`, or to stdout beside a bar.  An interrupt finishes the step under way, writes a
-    checkpoint and returns; the same call again goes on.  Raises `ConfigError` or `DataError` before anything is
-    written, and `DivergedError` if the model is worthless.
+    else lies beside the store.  `heldout` is a store to evaluate on, in place of the tail of this one, which is then
+    trained on too.  With `progress`, lines go to `say`, or to stdout beside a bar.  An interrupt finishes the step
+    under way, writes a checkpoint and returns; the same call again goes on.  Raises `ConfigError` or `DataError` before
+    anything is written, and `DivergedError` if the model is worthless.
 
     `sweep` has a list of values for some settings, as {"lr": [1e-3, 2e-3], "seed": [0, 1]}: all combinations train over
     one read of the store, each in a folder of its own in `out`, and the answer is their `Sweep`.  Members that diverge
@@ -265,7 +265,7 @@ def _all(
     last = Closing.of(closing, source.field, source.d_in)
     mesh = Mesh.start(config.device, config.tensor_parallel)
     try:
-        total = resolve(config, source.d_in, source.rows).steps
+        total = resolve(config, source.d_in, source.rows, heldout=other is not None).steps
         shown = progress and mesh.rank == 0
         with bar(total, reached(runs), drawn=shown) as (printed, tick):
             tell = say or (printed if shown else lambda text: None)

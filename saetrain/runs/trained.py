@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from actshuffle.errors import words_of
 from saetrain.config import Config
 from saetrain.errors import ConfigError
 from saetrain.opening import load
@@ -112,7 +113,7 @@ def recorded(run: Path) -> tuple[Config, dict[str, Any]]:
         about.setdefault("location", about.get("store", ""))  # runs of earlier versions
         return Config.from_json(found["config"]), about
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} does not describe a run: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path} does not describe a run: {type(error).__name__}: {words_of(error)}") from error
 
 
 def _pandas(wanted: str) -> Any:

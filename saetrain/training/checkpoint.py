@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from actshuffle.errors import words_of
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
 from saetrain.errors import CheckpointError, NoCheckpointError
@@ -236,7 +237,7 @@ def load_latest(runs: Sequence[Path], mesh: Mesh, warn: Callable[[str], None]) -
             for run in runs:
                 found.append(load(open_checkpoint(run / "checkpoints" / name), mesh))
         except CheckpointError as error:
-            trouble = str(error)
+            trouble = words_of(error)
         if not mesh.any(bool(trouble)):
             return found
         warn(f"{trouble or name} cannot be used; trying the one before")

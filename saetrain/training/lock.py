@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from actshuffle.errors import DestinationInUseError
+from actshuffle.errors import DestinationInUseError, words_of
 from actshuffle.jobs import hold
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
@@ -38,7 +38,7 @@ def locked(runs: Collection[Path], mesh: Mesh) -> Iterator[Callable[[], None]]:
             try:
                 ours = stack.enter_context(hold(*runs)).check
             except DestinationInUseError as error:
-                trouble = error.on_command_line
+                trouble = words_of(error)
         if mesh.any(bool(trouble)):
             raise ConfigError(trouble or "another rank found a run in use")
         _meet(runs, mesh)

@@ -55,7 +55,7 @@ def fit(
     On SIGTERM or SIGINT this finishes the step under way, writes a checkpoint, and returns: "stopped" is then true, and
     "signal" the number.  "diverged" gives the reason where a model is worthless; the other runs of a sweep go on.
     """
-    runs = {run: resolve(config, source.d_in, source.rows) for run, config in runs.items()}
+    runs = {run: resolve(config, source.d_in, source.rows, heldout=heldout is not None) for run, config in runs.items()}
     config = next(iter(runs.values()))
     for other in runs.values():
         same(config, other, SHARED, "runs of one sweep read the same batches, and differ in")

@@ -95,6 +95,8 @@ class Live:
             tokens, seed = int(asked.get("tokens", 48)), int(asked.get("seed", 0))
             sampler = Sampler(float(asked.get("temperature", 0.0)), seed, float(asked.get("repetition", 1.15)))
             prompt = prompt_tokens(self.model, str(asked["prompt"]), chat=bool(asked.get("chat", False)))
+        except ConfigError:  # a ValueError too, whose words are for the page as they are
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"this is no request to steer: {type(error).__name__}: {error}") from error
         if not 1 <= tokens <= MOST_TOKENS:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from actshuffle.errors import ActshuffleError
+from actshuffle.errors import ActshuffleError, words_of
 from actshuffle.units import counted
 from saetrain.errors import ConfigError, SaetrainError
 from saetrain.view.lists import Filter
@@ -209,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _live(self) -> Any:
         if self.server.site.live is None:
-            raise ConfigError("no model was given; start the page with --model")
+            raise ConfigError("no model was given; start the page with `saetrain view FEATURES --model NAME`")
         return self.server.site.live
 
     def _steer(self, body: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
             largest = {i: features[i].max for i in turned if 0 <= i < len(features) and not features[i].is_dead}
             pieces = self._live().steer(body, largest)
         except (SaetrainError, ActshuffleError, ValueError, TypeError) as error:
-            self._fail(HTTPStatus.BAD_REQUEST, str(error))
+            self._fail(HTTPStatus.BAD_REQUEST, words_of(error))
             return
         self._stream(pieces)
 
@@ -231,7 +231,7 @@ class Handler(BaseHTTPRequestHandler):
         except LookupError as error:
             self._fail(HTTPStatus.NOT_FOUND, f"there is no {error}")
         except (SaetrainError, ActshuffleError) as error:
-            self._fail(HTTPStatus.BAD_REQUEST, str(error))
+            self._fail(HTTPStatus.BAD_REQUEST, words_of(error))
         except OSError as error:
             self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, f"{error.strerror or error}: {error.filename or ''}")
         else:
@@ -263,8 +263,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             for piece in pieces:
                 self._chunk(_json(piece) + b"\n")
-        except (SaetrainError, RuntimeError) as error:
-            self._chunk(_json({"which": "error", "text": str(error)}) + b"\n")
+        except (SaetrainError, ActshuffleError, RuntimeError) as error:
+            self._chunk(_json({"which": "error", "text": words_of(error)}) + b"\n")
         self.wfile.write(b"0\r\n\r\n")
 
     def _chunk(self, data: bytes) -> None:

@@ -179,7 +179,7 @@ class Site:
     def metrics(self) -> dict[str, Any]:
         """The lines of the run that trained the dictionary."""
         if self.run is None:
-            raise ConfigError("no run was given; start the page with `saetrain view --run`")
+            raise ConfigError("no run was given; start the page with `saetrain view FEATURES --run RUN`")
         lines = [{k: _number(v) for k, v in line.items() if isinstance(v, (int, float))} for line in read_log(self.run)]
         return {"run": str(self.run), "lines": lines, "evaluation": read_evaluation(self.run)}
 

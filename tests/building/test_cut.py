@@ -112,6 +112,17 @@ def test_split_is_the_oracle_in_pieces(shuffled: Path, tmp_path: Path, copy: boo
         assert np.count_nonzero(places == -1) == N - (stop - start)
 
 
+@pytest.mark.parametrize("parts", [{"val": 0.003, "train": "rest"}, {"train": 1.0, "val": "rest"}])
+def test_a_share_of_no_row_is_refused(parts: dict[str, Any], shuffled: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        RequestError, match=r"part val: (0.003|rest) of the 150 rows of .* is no row: leave that part out"
+    ):
+        split(shuffled, parts, folder=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert split(shuffled, {"val": 0.004, "train": "rest"}, folder=tmp_path)["val"].rows == 1
+
+
 def test_copies_of_codecs_and_without_provenance(source: Path, tmp_path: Path) -> None:
     order = Keys(5).order(N)
     for number, request in enumerate([{"codec": "zstd", "chunk_rows": 8}, {"source_row": False}]):

@@ -127,6 +127,19 @@ def test_an_error_says_options_on_the_command_line_and_arguments_in_python(tmp_p
         actshuffle.plan(tmp_path / "a", memory=0)
 
 
+def test_an_error_within_a_report_says_them_likewise(tmp_path: Path) -> None:
+    """A store whose metadata was altered: the problem that verify tells is the text of another error."""
+    group(tmp_path / "g", {"data": values(40, (2,)), "token": values(40, ())})
+    actshuffle.shuffle(tmp_path / "g", tmp_path / "s", seed=1)
+    metadata = tmp_path / "s" / "token" / "zarr.json"
+    metadata.write_text(metadata.read_text().replace("40", "30", 1))
+    report = actshuffle.verify(tmp_path / "g", tmp_path / "s")
+    assert "choose some with fields" in str(report)
+    assert "choose some with fields" in report._repr_html_()
+    said = " ".join(CliRunner().invoke(app.main, ["verify", f"{tmp_path}/g", f"{tmp_path}/s"]).output.split())
+    assert "choose some with --fields" in said
+
+
 # --- The machine, and places
 
 

@@ -188,6 +188,25 @@ def test_lines_hold_every_metric_and_are_numbers(tmp_path: Path) -> None:
         assert sum(found[-1]["density"]) == 64
 
 
+@pytest.mark.parametrize(("more", "read"), [({}, 2048), ({"holdout": 64}, 1984)])
+def test_all_rows_are_trained_on_where_another_store_is_evaluated(
+    more: dict[str, int], read: int, tmp_path: Path
+) -> None:
+    data, asked = Planted.make(2048, 16, 24), []
+    source, other = (MemorySource(data.rows, data.documents) for _ in range(2))
+    batches = source.batches
+    source.batches = lambda rows, *rest: asked.append(rows) or batches(rows, *rest)  # type: ignore[method-assign]
+    config = Config(d_sae=64, k=4, steps=2, batch_size=32, tile=16, **more)
+    said: list[str] = []
+    with one_rank() as mesh:
+        line = fit(source, {tmp_path: config}, mesh, heldout=other, say=said.append)[tmp_path]
+        assert (asked, line["eval_rows"]) == ([read], 2048)
+        assert f"on {read:,} rows" in said[0]
+        assert recorded(tmp_path)[0].holdout == 2048 - read
+        fit(source, {tmp_path / "tail": config}, mesh)
+    assert asked[1] == 2048 - more.get("holdout", 102)  # negative control: its own tail is left out
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_number_met_in_training_is_named(bad: float, tmp_path: Path) -> None:
     data = Planted.make(2048, 16, 24)

@@ -267,7 +267,7 @@ def test_the_page_has_the_token_and_fetches_nothing_from_elsewhere(server: Serve
         ("/api/list?density=1", 400, "a filter is two numbers"),
         ("/api/list?colour=1,2", 400, "no quantity 'colour'"),
         ("/api/compare?ids=1,2,3,4,5", 400, "1 to 4 features"),
-        ("/api/metrics", 400, "--run"),
+        ("/api/metrics", 400, "start the page with `saetrain view FEATURES --run RUN`"),
         ("/api/nothing", 404, "nothing"),
     ],
 )

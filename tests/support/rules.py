@@ -217,6 +217,27 @@ def _is_late(node: ast.stmt, home: str) -> bool:
 
 # --- Messages -----------------------------------------------------------------------------------
 
+
+def inner_words_faults(package: Trees, ours: Collection[str]) -> list[str]:
+    """Texts of our errors, by ``str`` or within a message, where the handler of one names it.
+
+    Such a text has the arguments of Python, and `errors.words_of` the options of the command line.
+    """
+    faults = []
+    for name, tree in package.items():
+        for handler in nodes(tree):
+            if not isinstance(handler, ast.ExceptHandler) or handler.type is None or handler.name is None:
+                continue
+            caught = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(handler.type)}
+            for node in ast.walk(handler) if caught & set(ours) else ():
+                told = isinstance(node, ast.FormattedValue) and node.value
+                if isinstance(node, ast.Call) and called(node) == "str" and node.args:
+                    told = node.args[0]
+                if isinstance(told, ast.Name) and told.id == handler.name:
+                    faults.append(f"{name}: {handler.name}")
+    return faults
+
+
 NOUNS = re.compile(
     "(row|step|token|latent|feature|task|run|window|document|array|file|shard|rank|block|chunk|position|prompt|node|"
     "link|epoch|tile|label|prediction|checkpoint|text|object|store|worker|column|level)s|entries"
