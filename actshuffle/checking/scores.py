@@ -202,8 +202,8 @@ def _spread(rows: int, batch: int) -> list[int]:
     whole = rows // batch
     if whole < 2:
         raise RequestError(
-            f"{counted(rows, 'row')} hold {whole} whole batch{'es' * (whole != 1)} of {batch:,}, and two are "
-            "needed: give a smaller --batch-size"
+            f"{counted(rows, 'row')} hold {whole} whole batch{'es' * (whole != 1)} of {batch:,}, and two are needed"
+            + (f": give --batch-size {rows // 2} or less" if rows > 1 else "")
         )
     count = min(whole, max(2, SCORED_ROWS // batch))
     return [whole * i // count * batch for i in range(count)]

@@ -6,6 +6,7 @@ Only ever imported on request: `import actshuffle` does not need torch.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -98,6 +99,11 @@ class TorchDataset(IterableDataset[dict[str, torch.Tensor]]):
         self._board.move(self.loader.state_dict())
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if getattr(sys._getframe(1).f_locals.get("self"), "auto_collation", False):  # torch's fetcher, which calls this
+            raise RequestError(
+                "each item is a whole batch, and a DataLoader whose batch_size is a number, 1 by default, would put "
+                "another axis before it: give DataLoader(dataset, batch_size=None)"
+            )
         worker = get_worker_info()
         self._passes += 1
         crew, workers = (os.getpid(), 1) if worker is None else (worker.seed - worker.id, worker.num_workers)

@@ -82,9 +82,11 @@ class Origin:
             shown = [f"{t} " for t in self.tokens]
             shown[self.at] = f"{left}{self.tokens[self.at]}{right} "
             return "".join(shown[: self.at]), shown[self.at], "".join(shown[self.at + 1 :]).rstrip()
-        shown = [one_line(piece) for piece in self.text]
+        whole = "".join(self.text)
+        quote = "'" if '"' in whole and "'" not in whole else '"'
+        shown = [one_line(piece).replace(quote, f"\\{quote}") for piece in self.text]
         before, after = "".join(shown[: self.at]), "".join(shown[self.at + 1 :])
-        return f'"{before}', f"{left}{shown[self.at]}{right}", f'{after}"'
+        return f"{quote}{before}", f"{left}{shown[self.at]}{right}", f"{after}{quote}"
 
     def _repr_html_(self) -> str:
         facts = {"row": f"{self.row:,}", "source": self.source, "row in source": f"{self.row_in_source:,}"}
@@ -96,8 +98,8 @@ class Origin:
 
 
 def one_line(text: str) -> str:
-    """Text without what breaks a line or moves a cursor: such characters as Python writes them."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Text without what breaks a line or moves a cursor: such characters, and backslashes, as Python writes them."""
+    return "".join(c if c.isprintable() and c != "\\" else ascii(c)[1:-1] for c in text)
 
 
 def came_from(

@@ -23,6 +23,9 @@ from saetrain.probing.turning import METHODS, UNITS, Turn, measure_largest, stre
 from saetrain.reading.latents import open_features
 from saetrain.sae import SAE
 
+MEASURED = ("clamp", "add")  # methods whose strengths have units
+UNKNOWN = {"norm": ("the layer's median norm", "--median-norm"), "max": ("a feature's largest activation", "--largest")}
+
 
 @click.command("steer")
 @MODEL
@@ -69,6 +72,7 @@ def _steer(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
     Example:
       saetrain steer run --model smollm2/ --feature 603 --chat --prompt "What are you?" --features acts.features
     """
+    _check_units(options)
     if out:
         click.get_current_context().with_resource(hold(out))
     sae, model = open_both(run, options)
@@ -104,14 +108,27 @@ def _steer(run: Path, out: Path | None, as_json: bool, **options: Any) -> None:
         click.echo("\n".join(["", found.table(), *files]))
 
 
-def _units(sae: SAE, model: LanguageModel, options: dict[str, Any]) -> tuple[float | None, dict[int, float]]:
-    """The layer's median norm and the features' largest activations, as far as they are given or can be measured."""
+def _check_units(options: dict[str, Any]) -> None:
+    """Refuse strengths in shares of what nothing given tells, before a model is read."""
     features, given = options["features"], options["largest"]
     if given and len(given) != len(features):
         raise ConfigError(
             f"{counted(len(features), 'feature')} and {counted(len(given), 'largest activation')}: one for "
             "each is needed"
         )
+    unit, measured = options["unit"], options["store"] or options["text"]
+    told = {"norm": options["median_norm"], "max": options["largest"], "activation": True}[unit]
+    if not (told or measured) and options["method"] in MEASURED:
+        what, own = UNKNOWN[unit]
+        raise ConfigError(
+            f"strengths are shares of {what}, which nothing here tells: give --features RESULT of `saetrain features`, "
+            f"--text FILE to measure it on, {own} X, or --unit activation"
+        )
+
+
+def _units(sae: SAE, model: LanguageModel, options: dict[str, Any]) -> tuple[float | None, dict[int, float]]:
+    """The layer's median norm and the features' largest activations, as far as they are given or can be measured."""
+    features, given = options["features"], options["largest"]
     norm, largest = options["median_norm"], dict(zip(features, given, strict=False))
     if options["store"]:
         described = open_features(options["store"])
@@ -123,10 +140,9 @@ def _units(sae: SAE, model: LanguageModel, options: dict[str, Any]) -> tuple[flo
         scale = measure_scale(corpus, options["drop_norm"])
         norm = scale.median_norm if norm is None else norm
         largest = largest or measure_largest(sae, corpus, scale, features, options["rows"])
-    needed = {"norm": norm, "max": largest, "activation": True}[options["unit"]]
-    if not needed and options["method"] in ("clamp", "add"):
+    if options["unit"] == "norm" and norm is None and options["method"] in MEASURED:
         raise ConfigError(
-            f"strengths in units of {options['unit']} need --features or --text, or --median-norm or --largest"
+            f"{options['store']} has no store to measure the median norm on: give --text or --median-norm"
         )
     return norm, largest
 
@@ -140,7 +156,7 @@ def _plans(
         turns = []
         for feature in options["features"]:
             amount = value
-            if method in ("clamp", "add"):
+            if method in MEASURED:
                 unit = options["unit"]
                 found = strength(sae, feature, value, unit, median_norm=norm, largest=largest.get(feature))
                 table.append({"strength": value, "feature": feature, **asdict(found)})

@@ -679,6 +679,16 @@ def torch_loader(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
     return lambda dataset: data.DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=living)
 
 
+@pytest.mark.parametrize(("size", "workers"), [(1, 0), (3, 0), (1, 2)])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_a_data_loader_that_would_collate_whole_batches_is_refused(size: int, workers: int, store: Path) -> None:
+    data = pytest.importorskip("torch.utils.data")
+    dataset = Loader(store, 90).torch()
+    with pytest.raises(RequestError, match=r"another axis before it: give DataLoader\(dataset, batch_size=None\)"):
+        next(iter(data.DataLoader(dataset, batch_size=size, num_workers=workers)))
+    assert next(iter(data.DataLoader(dataset, batch_size=None, num_workers=workers)))["source_row"].shape[0] == 90
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_that_live_on_see_the_epoch(store: Path, torch_loader: Callable[[Any], Any]) -> None:
     expected = epochs_of(store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -159,3 +160,18 @@ def test_text_is_one_line_with_the_token_marked() -> None:
     assert str(text) == 'row 3: row 9 of a.zarr, token 7: "for[[ x\\n]]\\x1b[2J in"'
     assert str(replace(text, text=None)) == "row 3: row 9 of a.zarr, token 7: 5 [[7]] 6"
     assert "for[[ x\\n]]" in text._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (("say", ' "', "hi"), """'say[[ "]]hi'"""),
+        (("it's", ' "', "hi"), r'''"it's[[ \"]]hi"'''),
+        (("it's", " so", ""), '''"it's[[ so]]"'''),
+        (("a\\n", "\n", ""), r'''"a\\n[[\n]]"'''),
+    ],
+)
+def test_quotes_and_backslashes_of_the_text_are_told_from_those_around_it(pieces: tuple[str, ...], shown: str) -> None:
+    origin = Origin(3, 9, "a.zarr", 9, token=7, tokens=(5, 7, 6), at=1, text=pieces)
+    assert str(origin).endswith(f"token 7: {shown}")
+    assert ast.literal_eval(shown.replace("[[", "").replace("]]", "")) == "".join(pieces)  # Python reads it back

@@ -205,15 +205,23 @@ NAMED = ["--model-id", "m", "--layer", "1", "--set", "s"]
     [
         ([*TURN, "--feature", "48", "--median-norm", "1"], "no feature 48: the dictionary has 0 to 47"),
         ([*TURN, "--feature", "1", "--tokens", "1000", "--median-norm", "1"], "the model takes 64"),
-        ([*TURN, "--feature", "1"], "need --features or --text"),
+        (
+            [*TURN, "--feature", "1", "--out", "new"],
+            "shares of the layer's median norm, which nothing here tells: give --features RESULT of "
+            "`saetrain features`, --text FILE to measure it on, --median-norm X, or --unit activation",
+        ),
+        ([*TURN, "--feature", "1", "--unit", "max", "--median-norm", "1"], "to measure it on, --largest X, or"),
         ([*TURN, "--feature", "1", "--text", "absent"], "no such file or folder: absent"),
         ([*TURN, "--feature", "1", "--median-norm", "1", "--chat"], "no chat template"),
         ([*TURN, "--feature", "1", "--largest", "1", "--largest", "2"], "1 feature and 2 largest activations"),
         ([*TURN, "--feature", "1", "--features", "rows.zarr"], "no finished result of `saetrain features`"),
         ([*TURN, "--feature", "1", "--strengths", "1e308", "--median-norm", "1e308"], "a finite amount"),
-        ([*TURN, "--feature", "1", "--layer", "9"], "hidden states 0 to 3"),
-        ([*TURN, "--feature", "1", "--device", "cuda:9"], "device cuda:9 is not there"),
-        (["steer", "absent", *PROBE[1:], "--feature", "1", "--prompt", "w1"], "no checkpoint in absent"),
+        ([*TURN, "--feature", "1", "--layer", "9", "--median-norm", "1"], "hidden states 0 to 3"),
+        ([*TURN, "--feature", "1", "--device", "cuda:9", "--median-norm", "1"], "device cuda:9 is not there"),
+        (
+            ["steer", "absent", *PROBE[1:], "--feature", "1", "--prompt", "w1", "--median-norm", "1"],
+            "no checkpoint in absent",
+        ),
         (["evaluate", *PROBE, "--text", "a.txt", "--prefix", "none"], "is no token of ./model"),
         (["evaluate", *PROBE, "--text", "a.txt", "--context", "1"], "a window of 1 token,"),
         (["evaluate", *PROBE, "--text", "a.txt", "--context", "65"], "takes 64 at most"),
