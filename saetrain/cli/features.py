@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
-from actshuffle.executors import connected, executor_for
 from actshuffle.units import counted
+from saetrain.cli.crew import SCHEDULER, crew
 from saetrain.cli.options import LOOK, print_json
 from saetrain.cli.values import COUNT, DEVICE, FOLDER, PATH, SIZE, TEXT
 from saetrain.compute.devices import named_device
@@ -34,7 +33,7 @@ from saetrain.features.pipeline import MEMORY, build_features, plan_features
     "--device", type=DEVICE, default="auto", help="Where the encoder product runs: auto, cpu, cuda.  [default: auto]"
 )
 @click.option("--workers", type=COUNT, default=0, help="Worker processes; 0 works in this one.  [default: 0]")
-@click.option("--scheduler", type=TEXT, metavar="ADDRESS", help="Work on the Dask cluster at this address.")
+@SCHEDULER
 @click.option("--near", type=COUNT, default=16, help="Neighbours of each latent; 0 looks for none.  [default: 16]")
 @click.option("--keep-codes", is_flag=True, help="Keep all activations, by latent and by row.")
 @click.option("--costs", type=PATH, help="With --plan: unit costs of this machine, to say how long it takes.")
@@ -49,6 +48,7 @@ def _features(
     field: str | None,
     workers: int,
     scheduler: str | None,
+    insecure: bool,
     costs: Path | None,
     planned: bool,
     as_json: bool,
@@ -69,13 +69,9 @@ def _features(
         return
     if costs is not None:
         raise ConfigError("--costs goes with --plan")
-    if scheduler is not None and workers:
-        raise ConfigError("give --workers or --scheduler, not both")
     if scheduler is None:
         named_device(settings["device"])
-    with ExitStack() as stack:
-        crew = executor_for(workers, imports=[build_features.__module__]) if scheduler is None else connected(scheduler)
-        executor = stack.enter_context(crew)
+    with crew(workers or None, scheduler, insecure, imports=[build_features.__module__]) as executor:
         if executor.processes:
             click.echo(f"cluster: {executor.described()}", err=True)
         done = build_features(run, store, out, memory=memory, executor=executor, **settings)

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from actshuffle.executors import connected, executor_for
 from actshuffle.units import counted
-from saetrain.cli.options import LOOK, all_of, print_json
+from saetrain.cli.crew import SCHEDULER, crew
+from saetrain.cli.options import LOOK, print_json
 from saetrain.cli.values import ABOVE_0, COUNT, DEVICE, PATH, POSITIVE, SIZE, TEXT
-from saetrain.errors import ConfigError
 from saetrain.products.job import PRODUCTS, interactions, plan_interactions
 from saetrain.products.productplan import ProductPlan
 from saetrain.products.reading import open_interactions
-
-WORK = all_of(
-    click.option("--workers", metavar="N", type=COUNT, help="Worker processes.  [default: none, this one]"),
-    click.option(
-        "--scheduler", type=TEXT, metavar="ADDRESS", help="Run on the Dask cluster at this address: tls://host:8786."
-    ),
-    click.option("--insecure", is_flag=True, help="Allow a --scheduler on another machine without TLS."),
-)
-
-
-def crew(workers: int | None, scheduler: str | None, insecure: bool) -> AbstractContextManager[Any]:
-    """The executor that the options of WORK ask for."""
-    if workers is not None and scheduler is not None:
-        raise ConfigError("give --workers or --scheduler, not both")
-    return executor_for(workers or 0) if scheduler is None else connected(scheduler, insecure=insecure)
 
 
 @click.command("interactions")
@@ -56,7 +39,8 @@ def crew(workers: int | None, scheduler: str | None, insecure: bool) -> Abstract
 @click.option("--device", type=DEVICE, default="cpu", show_default=True, help="Where to multiply: cpu or cuda.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print the costs, and do nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace what another run of this command left in OUT.")
-@WORK
+@click.option("--workers", metavar="N", type=COUNT, help="Worker processes.  [default: none, this one]")
+@SCHEDULER
 @LOOK
 def _interactions(
     a: Path,

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import pytest
 
+from actshuffle.cli.app import main as actshuffle_line
 from saetrain.cli.app import COMMANDS, command_line, main
 from support.sae import small_results
 
@@ -154,6 +155,16 @@ def test_every_option_has_values_outside_its_domain() -> None:
     assert set(ARGUMENTS) == set(commands())
 
 
+def test_a_scheduler_comes_with_the_flag_that_trusts_its_network() -> None:
+    """In both programs alike."""
+    context = click.Context(actshuffle_line)
+    theirs = {name: actshuffle_line.get_command(context, name) for name in actshuffle_line.list_commands(context)}
+    flags = {name: {flag for p in c.params for flag in p.opts} for name, c in (theirs | commands()).items() if c}
+    there = {name: ("--scheduler" in found, "--insecure" in found) for name, found in flags.items()}
+    assert {name for name, both in there.items() if both == (True, True)} >= {"run", "features", "interactions"}
+    assert {name for name, (scheduler, insecure) in there.items() if scheduler != insecure} == set()
+
+
 def test_control_an_option_without_a_domain_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     command = commands()["export"]
     monkeypatch.setattr(command, "params", [*command.params, click.Option(["--novel"], type=int)])
@@ -251,6 +262,8 @@ def test_values_that_the_model_does_not_take(
         (["features", "run", "rows.zarr", "new", "--incomplete", "--device", "cuda:9"], "cuda:9 is not there"),
         (["features", "run", "rows.zarr", "new", "--incomplete", "--model", "absent"], "is not the folder of a model"),
         (["features", "run", "rows.zarr", "new", "--workers", "1", "--scheduler", "tcp://localhost:1"], "not both"),
+        (["features", "run", "rows.zarr", "new", "--scheduler", "tcp://far.invalid:1"], "or --insecure if you trust"),
+        (["interactions", "run", "run", "new", "--scheduler", "tcp://far.invalid:1"], "or --insecure if you trust"),
         (["features", "run", "rows.zarr", "new"], "has no completion marker"),
         (["features", "run", "rows.zarr", "run", "--incomplete", "--overwrite"], "holds something else"),
         (["features", "absent", "rows.zarr", "new", "--incomplete"], "no checkpoint in absent"),
