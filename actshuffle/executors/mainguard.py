@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import multiprocessing
 import sys
+import threading
 from pathlib import Path
+from types import FrameType, ModuleType
 
 from actshuffle.errors import RequestError
 
@@ -22,14 +25,27 @@ def check_main_guard(method: str) -> None:
     name = getattr(getattr(main, "__spec__", None), "name", "")
     if name == "__main__" or name.endswith(".__main__"):  # a package run by -m is not imported again
         return
-    frame = inspect.currentframe()
-    while frame is not None and not (frame.f_code.co_name == "<module>" and frame.f_globals is vars(main)):
-        frame = frame.f_back
+    again = f"workers are processes that import {Path(path).name} again"
+    way = 'under `if __name__ == "__main__":`, or leave workers out'
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # one that imports it just now
+        raise RequestError(f"{again}, which starts workers in each of them: put what starts them {way}")
+    frame = _in_module(inspect.currentframe(), main)
+    if frame is not None and _is_unguarded(Path(path), frame.f_lineno):
+        raise RequestError(f"{again}, so its line {frame.f_lineno} would start workers in each of them: put it {way}")
+    # A call in another thread, for which the script waits.
+    frame = _in_module(sys._current_frames().get(threading.main_thread().ident or 0), main)
     if frame is not None and _is_unguarded(Path(path), frame.f_lineno):
         raise RequestError(
-            f"workers are processes that import {Path(path).name} again, so its line {frame.f_lineno} would start "
-            'workers in each of them: put it under `if __name__ == "__main__":`, or leave workers out'
+            f"{again}, so the thread for which its line {frame.f_lineno} waits would start workers in each of them: "
+            f"put what starts that thread {way}"
         )
+
+
+def _in_module(frame: FrameType | None, main: ModuleType | None) -> FrameType | None:
+    """The frame of the script itself among those that have led to one; None if it is not among them."""
+    while frame is not None and not (frame.f_code.co_name == "<module>" and frame.f_globals is vars(main)):
+        frame = frame.f_back
+    return frame
 
 
 def _is_unguarded(path: Path, line: int) -> bool:

@@ -177,13 +177,18 @@ def _figures(told: Told) -> str:
     """Every final figure, one in a row, so that a phone shows them too."""
     runs = "".join(f"<th>{_name(told, run)}</th>" for run in told.last)
     rows = "".join(
-        f"<tr><th>{html.escape(heading)}</th>{''.join(cell(line.get(key)) for line in told.last.values())}</tr>"
+        f"<tr><th>{html.escape(heading)}</th>{''.join(_figure(key, line) for line in told.last.values())}</tr>"
         for key, heading in TABLE.items()
         if any(key in line for line in told.last.values())
     )
     note = "The figures without another word are those of the final model on the held-out rows."
     return f"""<div class="wide"><table><thead><tr><th></th>{runs}</tr></thead><tbody>{rows}</tbody></table></div>
 <p class="soft">{note}</p>"""
+
+
+def _figure(key: str, line: Mapping[str, Any]) -> str:
+    left_out = key == "mfu" and key in line and line[key] is None
+    return cell("left out: training was faster than the product measured" if left_out else line.get(key))
 
 
 def _name(told: Told, run: str) -> str:

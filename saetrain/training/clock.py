@@ -45,8 +45,8 @@ class Clock:
         yield
         self.away += time.perf_counter() - stopped
 
-    def rates(self, model: Model, active: float, *, again: bool) -> dict[str, float]:
-        """The rates for a model with so many active latents a token; no "mfu" where training beats the product.
+    def rates(self, model: Model, active: float, *, again: bool) -> dict[str, float | None]:
+        """The rates for a model with so many active latents a token; "mfu" is None where training beats the product.
 
         With `again`, the speed of the product is measured again.
         """
@@ -59,7 +59,7 @@ class Clock:
         return {
             **{f"sent.{k}": (n - self.sent[k]) / tokens for k, n in self.sent_now.items()},
             "tokens_per_s": rate,
-            **({"mfu": share} if share <= 1 else {}),
+            "mfu": share if share <= 1 else None,
             "loader_wait": (self.waited_now - self.waited) / self.seconds,
         }
 

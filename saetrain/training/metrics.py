@@ -21,7 +21,7 @@ document entropy     -sum p log2 p over the documents of a batch, divided by log
 tokens/s             tokens of the interval divided by its seconds, without evaluations and checkpoints; the members
                      of a sweep share the seconds
 mfu                  tokens/s times `flops_per_token`, divided by the best speed of a large matrix product measured so
-                     far; left out where that is slower than training itself
+                     far; None where that is slower than training itself
 loader wait          fraction of the interval's seconds spent waiting for a batch
 """
 

@@ -157,6 +157,30 @@ UNGUARDED = "import sys, actshuffle\nactshuffle.shuffle(sys.argv[1], sys.argv[2]
 GUARDED = UNGUARDED.replace("\nact", "\nif __name__ == '__main__':\n    act")
 CALLED = "import sys, actshuffle\ndef go():\n    " + UNGUARDED.splitlines()[1] + "\ngo()\n"
 
+THREAD = """import sys, threading, actshuffle
+def go():
+    actshuffle.shuffle(sys.argv[1], sys.argv[2], seed=1, workers=1, memory='200MB')
+thread = threading.Thread(target=go)
+thread.start()
+thread.join()
+"""
+
+
+def test_a_thread_of_a_script_without_a_main_guard(src, tmp_path):
+    pytest.importorskip("distributed")
+    (tmp_path / "script.py").write_text(THREAD)
+    command = [sys.executable, tmp_path / "script.py", src, tmp_path / "new.zarr"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert "the thread for which its line 6 waits would start workers" in ran.stderr.strip().splitlines()[-1]
+    assert ran.stderr.count("Traceback") == 1
+    assert not (tmp_path / "new.zarr").exists()
+    guarded = THREAD.replace("thread = ", "if __name__ == '__main__':\n    thread = ").replace(
+        "\nthread.", "\n    thread."
+    )
+    (tmp_path / "script.py").write_text(guarded)
+    assert subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stderr.count("Error") == 0
+    assert (tmp_path / "new.zarr").exists()
+
 
 @pytest.mark.parametrize(("script", "refused"), [(UNGUARDED, 2), (CALLED, 4), (GUARDED, 0)])
 def test_a_script_without_a_main_guard(script, refused, src, tmp_path):

@@ -70,6 +70,16 @@ def test_the_page_of_a_sweep(sweep: Path) -> None:
     assert "http" not in text.replace("http-equiv", ""), "it loads nothing"
 
 
+@pytest.mark.parametrize(("last", "shown"), [(None, "left out: training was faster"), (0.25, "0.25")])
+def test_an_mfu_that_was_left_out_is_said_to_be(last: float | None, shown: str, tmp_path: Path) -> None:
+    """And no earlier one stands in its place."""
+    lines = [line(4.0, 0.5) | {"mfu": 0.75}, line(4.0, 0.5) | {"step": 20, "mfu": last}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    text = report([tmp_path], tmp_path)[0].read_text()
+    (cell,) = re.findall(r"<th>MFU at the end</th><td>(.*?)</td>", text)
+    assert cell.startswith(shown)
+
+
 def test_the_page_of_one_run_has_no_frontier(sweep: Path) -> None:
     page = report([sweep / "k=4"], sweep / "out")[0].read_text()
     assert "<h1>k=4</h1>" in page
