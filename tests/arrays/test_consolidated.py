@@ -35,6 +35,8 @@ def test_every_reader_of_a_source_sees_all_rows(stale, tmp_path):
     assert actshuffle.info(stale)["rows"] == NEW
     assert actshuffle.open_dataset(stale, incomplete=True).rows == NEW
     assert actshuffle.stats(stale).rows == NEW
+    loader = actshuffle.Loader(stale, 100, fields=["x"], buffer_rows=0, incomplete=True)
+    assert sum(len(batch["x"]) for batch in loader) == NEW
     actshuffle.shuffle(stale, dst, seed=1, memory="200MB")
     assert differences(stale, dst, 1) == []
     assert actshuffle.verify(stale, dst).ok
@@ -43,6 +45,16 @@ def test_every_reader_of_a_source_sees_all_rows(stale, tmp_path):
     assert actshuffle.concat([stale, stale], tmp_path / "both.zarr").rows == 2 * NEW
     actshuffle.append(dst, stale, tmp_path / "grown.zarr", memory="200MB", again=True)
     assert actshuffle.open_dataset(tmp_path / "grown.zarr").rows == 2 * NEW
+
+
+def test_training_sees_all_rows(stale):
+    pytest.importorskip("torch")
+    from saetrain.config import Config
+    from saetrain.data import Store
+
+    store = Store(stale, Config(field="x", incomplete=True))
+    assert store.rows == NEW
+    assert store.read("x", OLD, NEW).shape == (NEW - OLD, 4)
 
 
 def test_verify_sees_rows_that_a_run_left_out(stale, tmp_path):
