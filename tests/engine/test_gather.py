@@ -290,7 +290,15 @@ def test_a_stopped_run_resumes(src: Path, tmp_path: Path) -> None:
     assert_is_oracle(src, dst, 3)
 
 
-@pytest.mark.parametrize(("name", "row_bytes", "stories"), [("src", 2444, 25), ("packed", 404, 15)])
+@pytest.mark.parametrize(
+    ("name", "row_bytes", "stories"),
+    [
+        ("src", 2444, 10),
+        ("packed", 404, 12),
+        pytest.param("src", 2444, 100, marks=pytest.mark.soak),
+        pytest.param("packed", 404, 100, marks=pytest.mark.soak),
+    ],
+)
 def test_deaths_and_errors_at_random_change_no_byte(
     name: str, row_bytes: int, stories: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

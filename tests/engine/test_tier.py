@@ -19,20 +19,22 @@ from actshuffle.executors import Dask, local_cluster
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.objects import Objects, open_objects, wrapped
 from actshuffle.storage.place import Place, as_place
+from support.axes import halved
 from support.executors import Elsewhere, Stops, Watched
 from support.oracle import assert_is_oracle
 from support.stores import array, values
 
 ROWS, ROW = 3000, 48
-SHAPE: dict[str, Any] = {"seed": 3, "chunk_rows": 25, "block_bytes": 100 * ROW, "run_bytes": 1}
+SHAPE: dict[str, Any] = {"seed": 3, "chunk_rows": 50, "block_bytes": 100 * ROW, "run_bytes": 1}
 
 pytestmark = pytest.mark.skipif(not tier.MEMORY_FOLDER.is_dir(), reason="no file system in memory")
 
 
-@pytest.fixture
-def src(tmp_path: Path) -> Path:
-    array(tmp_path / "src.zarr", values(ROWS, (12,)))
-    return tmp_path / "src.zarr"
+@pytest.fixture(scope="module")
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tier") / "src.zarr"
+    array(path, values(ROWS, (12,)), chunks=(70, 12))
+    return path
 
 
 def folder_of(dst: Path) -> Path:
@@ -64,8 +66,7 @@ def held(src: Path, dst: Path, **settings: Any) -> tuple[Plan, int, int]:
     return (jobs[0].plan, *found[0])
 
 
-@pytest.mark.parametrize("levels", [2, 3, 4])
-@pytest.mark.parametrize("share", [0, 0.02, 0.5, 1, 5])
+@pytest.mark.parametrize(("levels", "share"), halved([2, 3, 4], [0, 0.02, 0.5, 1, 5]))
 def test_the_output_is_the_same_and_disk_is_spared(src: Path, tmp_path: Path, levels: int, share: float) -> None:
     budget = int(share * ROWS * (ROW + 16))
     plan, disk, memory = held(src, tmp_path / "d.zarr", levels=levels, spill_memory=budget)
@@ -143,15 +144,14 @@ def test_data_of_one_and_a_half_times_the_memory_moves_less_than_that_many_copie
     assert planned == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("levels", [2, 3])
+@pytest.mark.parametrize("levels", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_workers_of_one_machine_share_it(src: Path, tmp_path: Path, levels: int) -> None:
     with local_cluster(2) as crew:
         shuffle(src, tmp_path / "d.zarr", executor=crew, levels=levels, spill_memory="100KB", fsync=False, **SHAPE)
     assert_is_oracle(src, tmp_path / "d.zarr", 3)
 
 
-@pytest.mark.parametrize("after", [5, 33, 40, 62, 75])
-@pytest.mark.parametrize("died", ["worker", "machine"])
+@pytest.mark.parametrize(("after", "died"), halved([5, 33, 40, 62, 75], ["worker", "machine"]))
 def test_a_run_that_stopped_resumes(src: Path, tmp_path: Path, after: int, died: str) -> None:
     dst, settings = (tmp_path / "d.zarr", SHAPE | {"levels": 3, "spill_memory": 90_000, "fsync": False})
     jobs: list[Job] = []
