@@ -212,8 +212,11 @@ def flops_per_token(config: Settings, d_in: int, active: float, d_out: int = 0) 
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of the fastest of five square matrix products on this device."""
-    size = 8192 if device.type == "cuda" else 1024
+    """Operations per second of the fastest of five square matrix products on this device.
+
+    They are as large as that speed needs: with few threads, larger ones take a second and are no faster.
+    """
+    size = 8192 if device.type == "cuda" else 512 if torch.get_num_threads() <= 4 else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):

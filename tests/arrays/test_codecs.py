@@ -47,13 +47,13 @@ def src(tmp_path_factory):
         group.create_array(
             f"f{number}",
             data=draw(rng, dtype, (ROWS, *(2,) * (number % 3))),
-            chunks=(7, *(2,) * (number % 3)),
+            chunks=(20, *(2,) * (number % 3)),
             config=full,
         )
-    made = group.create_array("bf16", shape=(ROWS, 4), chunks=(7, 4), dtype=BFloat16(), config=full)
+    made = group.create_array("bf16", shape=(ROWS, 4), chunks=(20, 4), dtype=BFloat16(), config=full)
     made[...] = rng.integers(0, 1 << 16, (ROWS, 4), np.uint16)
     for name, dtype in STRUCTURED.items():
-        group.create_array(name, data=draw(rng, dtype, (ROWS,)), chunks=(7,), config=full)
+        group.create_array(name, data=draw(rng, dtype, (ROWS,)), chunks=(20,), config=full)
     return path
 
 

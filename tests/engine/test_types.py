@@ -9,6 +9,7 @@ import actshuffle
 from actshuffle.arrays import source as source_module
 from actshuffle.errors import RequestError
 from actshuffle.testing.oracle import differences
+from support.axes import halved
 
 pytestmark = pytest.mark.filterwarnings("ignore::zarr.errors.UnstableSpecificationWarning")
 N = 24
@@ -64,10 +65,10 @@ def types_for(path) -> dict[str, np.dtype]:
     return {name: d for name, d in found.items() if d.kind != "V" or "sharded" not in path}
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_every_type_on_every_path(path, tmp_path):
+@pytest.mark.parametrize(("path", "half"), halved(PATHS, [0, 1]))
+def test_every_type_on_every_path(path, half, tmp_path):
     src, virtual, request = tmp_path / "in.zarr", tmp_path / "virtual", REQUEST | {"levels": 2}
-    types = types_for(path)
+    types = dict(list(types_for(path).items())[half::2])
     made(src, types, PATHS[path])
     assert actshuffle.plan(src, block_bytes=6000, run_bytes=1).rows == N
     actshuffle.shuffle(src, tmp_path / "out.zarr", **request)

@@ -95,11 +95,13 @@ def operations(store: Path, out: Path) -> int:
     return schedule.count
 
 
-@pytest.mark.parametrize("kind", ["kill", "late", "torn"])
-def test_killed_at_any_operation_then_resumed(store, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "step"), [("kill", 2), ("late", 7), ("torn", 7), pytest.param("kill", 1, marks=pytest.mark.soak)]
+)
+def test_killed_at_any_operation_then_resumed(store, tmp_path, kind, step):
     total = operations(store, tmp_path / "whole")
     assert total > 3 * TASKS
-    for number in range(0, total, 1 if kind == "kill" else 5):
+    for number in range(0, total, step):
         out = tmp_path / f"{kind}-{number}"
         with pytest.raises(Killed), Faults(On(out, {number: kind})):
             run(store, out)
