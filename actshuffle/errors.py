@@ -33,7 +33,7 @@ from typing import ClassVar
 # Options that take no value, and those whose argument has another name in Python.
 SWITCHES = (
     *("again", "copy", "cosine", "drop-same", "flatten", "fsync", "gather", "gradients", "incomplete", "insecure"),
-    *("keep-codes", "mixing", "ordered", "overwrite", "quick", "renumber", "simulate", "source-row"),
+    *("keep-codes", "mixing", "ordered", "overwrite", "quick", "random-reads", "renumber", "simulate", "source-row"),
 )
 _RENAMED = {"name": "names"}
 _WORDS = "document|row|fill|refuse|keep|drop|bos|cpu|cuda|bfloat16|float16|float32"  # values that messages name

@@ -44,7 +44,7 @@ def run(executor: Any, display: Any, src: str, dst: str, **options: Any) -> Answ
 
     def planned(job: Job) -> None:
         display.line("plan", _plan_line(job))
-        display.before(job.plan.rows * job.plan.row_bytes, job.kind.gathers and not job.plan.staged)
+        display.before(job.plan.rows * job.plan.row_bytes, job.kind.gathers and not (job.plan.staged or job.plan.apart))
 
     result = running.shuffle(src, dst, executor=executor, progress=display, planned=planned, **options)
     document = {
@@ -67,12 +67,15 @@ def run(executor: Any, display: Any, src: str, dst: str, **options: Any) -> Answ
 def _plan_line(job: Job) -> str:
     plan = job.plan
     if job.kind.gathers:
-        where = "memory, decoded first" if plan.staged else "the page cache"
+        where = "memory, decoded first" if plan.staged else "the disk" if plan.apart else "the page cache"
         return f"1 level, rows taken from {where}, no spill, {format_bytes(plan.memory)} per worker"
     blocks = sum(plan.blocks(level) for level in range(1, plan.levels))
     levels = f"{plan.levels} level{'s' * (plan.levels != 1)}"
     scratch = f"{blocks:,} block{'s' * (blocks != 1)}, {format_bytes(plan.scratch_bytes)} scratch"
     return f"{levels}, {scratch if blocks else 'no scratch'}, {format_bytes(plan.memory)} per worker"
+
+
+_CHOSEN = ("levels", "block_bytes", "run_bytes", "spill_memory", "gather", "random_reads")  # the planner's choice
 
 
 @click.command()
@@ -100,8 +103,8 @@ def plan(simulate: bool, simulation_seed: int, **options: Any) -> Answer:
       actshuffle plan --rows 122e9 --row-bytes 8KiB --memory 16GB --hosts 200
     """
     cluster = forecast_cluster(options)
-    if cluster is not None and options["gather"]:
-        raise RequestError("--gather is for one machine: leave --hosts out")
+    if cluster is not None and (options["gather"] or options["random_reads"]):
+        raise RequestError("--gather and --random-reads are for one machine: leave --hosts out")
     if cluster is not None:
         options["workers"] = options["workers"] or cluster.workers
         options["memory"] = options["memory"] or "4GB"  # of theirs; this machine's is not theirs
@@ -117,8 +120,8 @@ def plan(simulate: bool, simulation_seed: int, **options: Any) -> Answer:
     if ways:
         found["candidates"] = way_report(ways)
         told += "\n\n" + way_text(ways)
-    if options["src"] and cluster is None and not options["gather"]:
-        open_choice = options | dict.fromkeys(("levels", "block_bytes", "run_bytes", "spill_memory", "gather"))
+    if options["src"] and cluster is None and not (options["gather"] or options["random_reads"]):
+        open_choice = options | dict.fromkeys(_CHOSEN)
         free = (options["gather"] is None and ways) or preview.ways(**open_choice)[0]
         found["gathers_well"] = bool(free) and cheapest(free).name in ("gather", "memory")
     if cluster is None and options["src"] and (note := beyond_machine(made.memory)):

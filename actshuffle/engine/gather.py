@@ -21,6 +21,9 @@ The source's files are mapped side by side, so that a field is one array, and `n
 page cache into the buffer that is written.  Where the system refuses to map them, rows are read: each by itself or,
 where the rows of a leaf lie closer together than some `READ_BYTES`, by a look at the whole column.
 
+A disk that serves single rows fast enough needs no page cache: rows that do not fit into memory are then read
+`apart`, each from where it lies (storage/rows.py).
+
 Copies: a row is copied once in memory on its way in, and none on the way out.
 """
 
@@ -43,10 +46,11 @@ from actshuffle.ordering import lookup
 from actshuffle.ordering.digest import RowHash, from_hex, to_hex
 from actshuffle.ordering.keys import Keys
 from actshuffle.planning.tree import Plan
-from actshuffle.storage.buffers import Arena, arena, kept, lean_heap, padded
+from actshuffle.storage.buffers import Arena, arena, kept, lean_heap, padded, pages
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.mapping import MappedFiles
 from actshuffle.storage.objects import Objects, open_objects
+from actshuffle.storage.rows import PROBE_BYTES, READERS, read_apart, rows_per_second
 
 READ_BYTES = 16 << 10  # bytes that the page cache copies in the time that one more read costs
 KEY_ROWS = 1 << 18  # keys hashed at a time
@@ -66,8 +70,10 @@ class Gather:
 
     def __init__(self, job: Job) -> None:
         self.job, self._homes = job, homes(job)
-        # Rows in memory take it up, even when they are deleted, as long as a process has them mapped.
-        self._mapped = map_fields(job) if job.plan.staged else kept(map_fields, job)
+        self._mapped: list[MappedFiles | None] = [None] * len(job.fields)
+        if not job.plan.apart:
+            # Rows in memory take it up, even when they are deleted, as long as a process has them mapped.
+            self._mapped = map_fields(job) if job.plan.staged else kept(map_fields, job)
         for mapped in self._mapped:
             if mapped is not None:
                 mapped.check()
@@ -97,7 +103,7 @@ class Gather:
         elif number in self._columns:
             out[:] = self._columns[number][start:stop]
         else:
-            read_rows(objects, field, rows, out)
+            read_rows(objects, field, rows, out, apart=self.job.plan.apart)
 
     def _narrow(self) -> list[int]:
         """Numbers of the fields of which a leaf reads the whole column."""
@@ -116,7 +122,8 @@ def map_fields(job: Job) -> list[MappedFiles | None]:
 
 def homes(job: Job) -> list[tuple[Objects, Field]]:
     """Where the rows of each field lie in plain files: in the source, or in memory, where a task decoded them."""
-    source, memory, found = open_objects(job.source), memory_objects(job), list[tuple[Objects, Field]]()
+    source, memory = open_objects(job.source, direct=job.plan.apart), memory_objects(job)
+    found = list[tuple[Objects, Field]]()
     for number, field in enumerate(job.fields):
         if memory is None or (field.source_key and source.is_local):
             found.append((source, field))
@@ -291,13 +298,29 @@ def read_column(objects: Objects, field: Field, rows: U64, out: U8) -> None:
         at = end
 
 
-def read_rows(objects: Objects, field: Field, rows: U64, out: U8) -> None:
-    """Read any rows of a field, in the order given, by one read each, into uint8 ``(m, row_bytes)``."""
+def read_rows(objects: Objects, field: Field, rows: U64, out: U8, *, apart: bool = False) -> None:
+    """Read any rows of a field, in the order given, by one read each, into uint8 ``(m, row_bytes)``.
+
+    ``apart``: from the disk, by many threads.
+    """
     width, view = field.row_bytes, out.data.cast("B")
     for start in range(0, len(rows), AT_ONCE):
-        goal = view[start * width :]
-        for key, offsets, goals in field.scattered(rows[start : start + AT_ONCE].astype(np.int64)):
+        goal, lots = view[start * width :], field.scattered(rows[start : start + AT_ONCE].astype(np.int64))
+        if apart:
+            read_apart(objects, width, lots, goal)
+            continue
+        for key, offsets, goals in lots:
             objects.read_rows(key, width, offsets, goal, goals)
+
+
+def rate_apart(objects: Objects, field: Field, rows: int) -> float:
+    """Rows of a field that the disk gives in a second, each from a random place, by trying for about a second."""
+
+    def read(some: U64) -> None:
+        read_rows(objects, field, some, memory[: len(some)], apart=True)
+
+    memory = pages(max(READERS, PROBE_BYTES // field.row_bytes) * field.row_bytes).reshape(-1, field.row_bytes)
+    return rows_per_second(read, rows, field.row_bytes)
 
 
 def warm_calls(job: Job) -> list[tuple[Job, Field, int, int]]:

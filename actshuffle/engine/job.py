@@ -106,6 +106,8 @@ class Job:
             document[place] = public_url(document[place]["url"])
         if not self.plan.staged:  # records of version 0.1.0 do not have it
             del document["plan"]["staged"]
+        if not self.plan.apart:
+            del document["plan"]["apart"]
         if self.plan.model.block_copies == 2 * self.plan.model.remote:  # as it was in all earlier versions
             del document["plan"]["model"]["block_copies"]
         return document

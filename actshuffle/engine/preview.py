@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from actshuffle.arrays import virtual
 from actshuffle.arrays.codecs import CODECS
 from actshuffle.arrays.field import Field
 from actshuffle.arrays.metadata import ZarrArray, source_arrays, source_buffer, source_field
+from actshuffle.engine.gather import rate_apart
 from actshuffle.engine.request import Request
 from actshuffle.engine.scratch import free_shared
 from actshuffle.errors import InfeasibleError, RequestError
@@ -21,7 +22,7 @@ from actshuffle.machine import free_memory, machine_memory
 from actshuffle.planning.memory import MemoryModel
 from actshuffle.planning.planner import LOCAL_RUN_BYTES, REMOTE_RUN_BYTES, Levels, make_plan
 from actshuffle.planning.requests import requests
-from actshuffle.planning.strategy import Candidate, Site, candidates, cheapest
+from actshuffle.planning.strategy import APART_FROM, Candidate, Site, candidates, cheapest
 from actshuffle.planning.tree import Plan
 from actshuffle.storage.directio import is_in_memory
 from actshuffle.storage.objects import open_objects
@@ -48,6 +49,7 @@ def plan(
     fields: Iterable[str] | None = None,
     spill_memory: str | int | None = None,
     gather: bool | None = None,
+    random_reads: bool | None = None,
     workers: int | None = None,
     remote: bool | None = None,
     storage_options: dict[str, Any] | None = None,
@@ -180,6 +182,8 @@ class Outlook:
             remote=remote,
             remote_output=is_remote(self.dst),
             resident=path is not None and is_in_memory(path.stat().st_dev),
+            wide=sum(f.row_bytes >= APART_FROM for f in self.fields),
+            rate=partial(_rate_apart, self.src, self._rows, self.fields),
         )
 
 
@@ -191,7 +195,9 @@ def choices(request: Request, workers: int) -> set[str]:
     """
     if request.gather or request.given & {"block_bytes", "run_bytes", "spill_memory"}:
         return set()
-    gathered = set() if "gather" in request.given else {"gather", "memory"}
+    gathered = set() if "gather" in request.given else {"gather", "memory", "disk"}
+    if "random_reads" in request.given:
+        gathered -= {"disk"}
     if request.levels == "auto":
         return gathered | {"spill", "levels"}
     return gathered | {"levels"} if gathered and request.levels == 1 and workers > 1 else set()
@@ -205,6 +211,11 @@ def _cached(src: Place, rows: int, fields: Sequence[Field]) -> float:
     widest, objects = max(plain, key=lambda f: f.row_bytes), open_objects(src)
     spans = [next(widest.spans(row, row + 1)) for row in (secrets.randbelow(rows) for _ in range(LOOKS))]
     return sum(objects.is_cached(key, offset) for key, offset, _ in spans) / LOOKS
+
+
+def _rate_apart(src: Place, rows: int, fields: Sequence[Field]) -> float:
+    """Rows of the widest array that the disk gives in a second, each from a random place."""
+    return rate_apart(open_objects(src, direct=True), max(fields, key=lambda f: f.row_bytes), rows)
 
 
 def plan_for(arrays: dict[str, ZarrArray], fields: Sequence[Field], request: Request, src: Place, dst: Place) -> Plan:
@@ -221,7 +232,8 @@ def plan_for(arrays: dict[str, ZarrArray], fields: Sequence[Field], request: Req
     widest = max(fields, key=lambda f: f.row_bytes)
     widest_row = max(widest.row_bytes, 8 if request.source_row else 0)
     rows = next(iter(arrays.values())).shape[0]
-    return plan_rows(rows, model, request, widest_row=widest_row, source_chunk_rows=widest.source_chunk_rows)
+    made = plan_rows(rows, model, request, widest_row=widest_row, source_chunk_rows=widest.source_chunk_rows)
+    return replace(made, apart=request.random_reads)
 
 
 def plan_rows(rows: int, model: MemoryModel, request: Request, **source: int) -> Plan:
@@ -263,7 +275,7 @@ def check_room(plan: Plan, workers: int) -> None:
     """Refuse to gather from a source that does not fit into memory beside the workers."""
     size, memory = plan.rows * plan.row_bytes, machine_memory()
     need = size + workers * plan.memory
-    if need > memory:
+    if need > memory and not plan.apart:
         raise InfeasibleError(
             f"to gather rows, the source's {format_bytes(size)} must lie in memory beside "
             f"{workers} worker{'s' * (workers != 1)} with {format_bytes(plan.memory)} each, and there are "

@@ -137,6 +137,12 @@ class Request:
         "where it is cheapest",
         default=False,
     )
+    random_reads: bool = _knob(
+        SWITCH,
+        "Make one pass without spill, with each row read from the disk where it lies.",
+        "where the disk is fast enough",
+        default=False,
+    )
     chunk_rows: int | None = _knob(COUNT, "Rows per chunk of the widest array.", "about 32MiB")
     chunks_per_shard: int | None = _knob(COUNT, "Chunks per shard.", "1; more beyond 10^6 chunks")
     codec: str = _knob(CODEC, f"Codec of the output arrays: {_CODECS}.", "none", "none")
@@ -164,6 +170,8 @@ class Request:
             if value is not None:
                 knob = _NAMED.get(name)  # the constructor refuses names that no knob has
                 values[knob.field if knob else name] = knob.parsed(value) if knob else value
+        if values.get("random_reads") and not values.setdefault("gather", True):
+            raise RequestError("--random-reads is a way to gather rows: leave --no-gather out")
         return cls(**values, given=frozenset(values))
 
     @classmethod

@@ -115,6 +115,7 @@ def shuffle(
     scratch: str | Path | None = None,
     spill_memory: str | int | None = None,
     gather: bool | None = None,
+    random_reads: bool | None = None,
     workers: int | None = None,
     client: Any = None,
     executor: Executor | None = None,
@@ -149,6 +150,8 @@ def shuffle(
         ``memory`` per worker; the rest goes to ``scratch``.  By default "auto" levels take what is free.
     gather : make one pass without spill, in which each row is taken from the source in the page cache, or from
         memory into which it was decoded; False makes levels.  By default "auto" levels decide.
+    random_reads : make that pass with each row read from the disk where it lies, for sources that do not fit into
+        memory on a disk that serves single rows fast; by default it is tried how many the disk gives.
     workers : processes of a local Dask cluster for this run; 0 or None runs here, without Dask.
     client : a `distributed.Client` to run on instead.
     executor : an executor to run on instead of either; it stays open.

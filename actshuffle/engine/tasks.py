@@ -111,9 +111,9 @@ def _before_split(job: Job, level: int, executor: Executor, progress: Progress) 
 
 
 def _before_leaves(job: Job, executor: Executor, progress: Progress) -> None:
-    """For a gather: look at all keys, and bring the whole source into the page cache, or decoded into memory."""
+    """For a gather: look at all keys, and bring the source into the page cache, or decoded into memory."""
     if job.kind.gathers:
-        staged, plain = gather.stage_calls(job), gather.warm_calls(job)
+        staged, plain = gather.stage_calls(job), [] if job.plan.apart else gather.warm_calls(job)
         looks = sweep(gather.KEYS, gather.look, gather.look_calls(job), executor, progress)
         decoded = sweep(gather.DECODING, gather.stage, staged, executor, progress, itemgetter(2), job.plan.staged)
         gather.write_runs(job, looks, list(decoded) if staged else [])

@@ -4,6 +4,7 @@
 
     gather   one pass: rows are taken from the source, which lies in the page cache
     memory   one pass: rows are decoded once into memory, and taken from there
+    disk     one pass: each row is read from the disk where it lies, for sources that do not fit into memory
     spill    levels, with as much of the spill in free memory as fits
     levels   levels, with all spill in scratch
 
@@ -15,7 +16,7 @@ Sources of the constants: SPLIT_CPU, LEAF_CPU and OVERHEAD are those of cost.py.
 8 KiB, `numpy.take` from mapped files took 0.08 ns a byte and the digest 0.11 ns; a key took 68 ns to be computed,
 grouped, sorted and hashed.  FILL_CPU lies between the costs of a page of the cache that are measured on virtual
 machines (directio.py).  Those marked "assumed" are not measured: the constants have to put the ways in order, and
-no more.
+no more.  The rate of single rows differs a hundredfold between disks, so that a `Site` brings one that was measured.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ DECODE_CPU = 2e-9  # seconds per byte of rows that a codec makes; assumed
 DISK_RATE = 2e9  # bytes per second of a machine's disk, reads and writes together; assumed
 STORE_RATE = 5e8  # the same for an object store; assumed
 USABLE = 0.9  # of the free memory
+COLUMN_CPU = 0.2e-9  # seconds per byte of a narrow column, which each leaf reads whole; assumed
+APART_FROM = 4096  # least bytes of a row that is worth a read of its own: a disk reads whole pages
 IDLE = 64 << 20  # bytes of a process beside its work, what processes share counted in parts; 49 MB measured
 
-Name = Literal["gather", "memory", "spill", "levels"]
+Name = Literal["gather", "memory", "disk", "spill", "levels"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Site:
     staged : bytes of a row that must be decoded or fetched before rows can be taken; the rest lies in plain files here.
     coded : bytes of a row that come out of a codec.
     resident : the source lies in a file system in memory, so that it needs no free memory to be there.
+    wide : arrays of the source whose rows are worth a read of their own, those of `APART_FROM` bytes and more.
+    rate : tries how many single rows the disk gives in a second, which takes about that long.
     remote, remote_output : the source, or spill and output, are in an object store.
     """
 
@@ -71,6 +76,8 @@ class Site:
     remote: bool = False
     remote_output: bool = False
     resident: bool = False
+    wide: int = 0
+    rate: Callable[[], float] = lambda: 0.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ Planner = Callable[..., Plan]  # makes the plan of a request with some of its fi
 def candidates(site: Site, plan: Planner) -> Iterator[Candidate]:
     """All ways, possible or not.  ``plan(**asks)`` makes a plan, or raises `InfeasibleError`."""
     ways: dict[Name, Callable[[Site, Planner], Candidate]]
-    ways = {"gather": _gather, "memory": _memory, "spill": _spill, "levels": _levels}
+    ways = {"gather": _gather, "memory": _memory, "disk": _disk, "spill": _spill, "levels": _levels}
     for name, make in ways.items():
         try:
             yield make(site, plan)
@@ -135,6 +142,25 @@ def _memory(site: Site, plan: Planner) -> Candidate:
     seconds = max(missing / _rate(site.remote), cpu / site.workers) + _taking(site, made)
     reason = f"decoded once into memory ({format_bytes(staged)} of {format_bytes(site.free)} free)"
     return Candidate("memory", reason, {"gather": True}, made, seconds, int(missing) + made.output_bytes)
+
+
+def _disk(site: Site, plan: Planner) -> Candidate:
+    _refuse_apart(site)
+    if site.staged:
+        raise InfeasibleError("rows must be decoded or fetched first")
+    if not site.wide:
+        raise InfeasibleError(f"rows of less than {format_bytes(APART_FROM)} are not worth a read each")
+    made = plan(gather=True, random_reads=True, spill_memory=None)
+    size = made.rows * made.row_bytes
+    if site.resident or size + site.workers * made.memory <= USABLE * site.free:
+        raise InfeasibleError("the source fits into memory, and is read faster in order")
+    rate = site.rate()
+    reads = made.rows * site.wide / rate
+    columns = made.rows * (site.fields - site.wide) * 8 * made.leaves * COLUMN_CPU / _busy(site, made.leaves)
+    cpu = made.rows * KEY_ROW + made.rows * made.row_bytes * LEAF_CPU + made.leaves * OVERHEAD
+    seconds = reads + columns + made.output_bytes / DISK_RATE + cpu / _busy(site, made.leaves)
+    reason = f"the disk gives {rate:,.0f} single rows a second ({format_bytes(rate * size / made.rows)})"
+    return Candidate("disk", reason, {"gather": True, "random_reads": True}, made, seconds, size + made.output_bytes)
 
 
 def _one_pass(site: Site, plan: Planner, *, decoded: bool) -> Plan:

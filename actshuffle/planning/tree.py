@@ -69,6 +69,7 @@ class Plan:
     memory : bytes one worker uses at most beyond its idle footprint.
     spill_memory : bytes of spill that may stay in the machine's memory, all workers together.
     staged : bytes of source rows that are decoded once into the machine's memory, to be gathered from there.
+    apart : rows are gathered from the disk, each by a read of its own, and not from memory.
     """
 
     rows: int
@@ -85,6 +86,7 @@ class Plan:
     model: MemoryModel
     spill_memory: int = 0
     staged: int = 0
+    apart: bool = False
 
     @property
     def leaves(self) -> int:

@@ -42,13 +42,19 @@ class Extent(NamedTuple):
 
 
 Read = Callable[[Sequence[Extent]], None]
+ReadRows = Callable[[int, int, Sequence[int], memoryview, Sequence[int]], None]
 
 
 class OpenFile:
-    """The descriptor of a file, closed at the latest when nothing refers to it."""
+    """The descriptor of a file, closed at the latest when nothing refers to it.
 
-    def __init__(self, fd: int) -> None:
+    ``direct``: reads bypass the cache or, where the file system refuses that, bring in no more than they ask for.
+    """
+
+    def __init__(self, fd: int, *, direct: bool = False) -> None:
         self.fd = fd
+        if direct and not set_direct(fd, on=True):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -77,6 +83,11 @@ def read_full(fd: int, extent: Extent) -> None:
         offset += _advance(views, _some(os.preadv(fd, views[:1024], offset), offset))
 
 
+def row_reader(*, direct: bool) -> ReadRows:
+    """The function that reads rows of a file through the page cache, or directly from the disk."""
+    return read_rows_direct if direct else read_rows
+
+
 def read_rows(fd: int, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]) -> None:
     """Read ``width`` bytes at each offset to the goals in ``out``, with a microsecond of overhead each.
 
@@ -88,6 +99,25 @@ def read_rows(fd: int, width: int, offsets: Sequence[int], out: memoryview, goal
         view = out[goal : goal + width]
         if preadv(fd, (view,), offset) != width:
             read_full(fd, Extent("", offset, [view]))
+
+
+def read_rows_direct(fd: int, width: int, offsets: Sequence[int], out: memoryview, goals: Sequence[int]) -> None:
+    """`read_rows` from a file opened as direct: whole pages are read, of which a row may be a part."""
+    whole, preadv = not (width % PAGE or _address(out) % PAGE), os.preadv
+    for offset, goal in zip(offsets, goals, strict=True):
+        view = out[goal : goal + width]
+        if whole and not (offset % PAGE or goal % PAGE):
+            try:
+                if preadv(fd, (view,), offset) == width:
+                    continue
+            except OSError as err:
+                if err.errno != errno.EINVAL:
+                    raise
+        views = [view]
+        offset = _past_cache(fd, views, offset)
+        if views:  # the file system accepts the flag and refuses the read
+            set_direct(fd, on=False)
+            read_full(fd, Extent("", offset, views))
 
 
 def pieces(extent: Extent, size: int) -> Iterator[Extent]:

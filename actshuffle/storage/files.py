@@ -24,7 +24,7 @@ import numpy as np
 
 from actshuffle.errors import ActshuffleError, SourceError, StorageError, StorageFullError
 from actshuffle.limits import PAGE
-from actshuffle.storage.directio import DIRECT_BYTES, Extent, OpenFile, has_cached, read_full, read_rows, set_direct
+from actshuffle.storage.directio import DIRECT_BYTES, Extent, OpenFile, has_cached, read_full, row_reader, set_direct
 from actshuffle.storage.mapping import MappedFiles, reserve
 from actshuffle.units import format_bytes
 
@@ -45,9 +45,9 @@ class LocalObjects:
 
     is_local, copies = True, 0
 
-    def __init__(self, root: Path, fsync: bool = True) -> None:
-        self.root = root
-        self.fsync = fsync
+    def __init__(self, root: Path, fsync: bool = True, direct: bool = False) -> None:
+        self.root, self.fsync = root, fsync
+        self._direct, self._read_rows = direct, row_reader(direct=direct)
         self._inside: set[Path] = set()  # folders that are known to be no links out of the root
         self._folders: dict[str, str] = {}  # paths of folders in which a file was read, by key
         self._kept: dict[str, OpenFile] = {}  # files that `read_rows` keeps open, as long as these objects live
@@ -149,10 +149,10 @@ class LocalObjects:
         with typed(self.root, key):
             file = self._kept.get(key)
             if file is None:
-                file = OpenFile(self._open(key))
+                file = OpenFile(self._open(key), direct=self._direct)
                 if len(self._kept) < min(KEPT, _most_files() // 2):
                     self._kept[key] = file
-            read_rows(file.fd, width, offsets, out, goals)
+            self._read_rows(file.fd, width, offsets, out, goals)
 
     def mapped(self, keys: Sequence[str], nbytes: int, slot: int) -> MappedFiles | None:
         """The first ``nbytes`` of each file, ``slot`` apart in one array; None where the system refuses."""

@@ -57,10 +57,13 @@ class Objects(Protocol):
     def free_bytes(self) -> int | None: ...
 
 
-def open_objects(place: Place, *, fsync: bool = True) -> Objects:
-    """Open the objects at a place; a new backend is one more row here, chosen by the scheme of the URL."""
+def open_objects(place: Place, *, fsync: bool = True, direct: bool = False) -> Objects:
+    """Open the objects at a place; a new backend is one more row here, chosen by the scheme of the URL.
+
+    ``fsync`` makes files durable as they are written; ``direct`` reads single rows of them past the page cache.
+    """
     path = local_path(place)
-    objects: Objects = LocalObjects(path, fsync) if path is not None else remote_objects(place)
+    objects: Objects = LocalObjects(path, fsync, direct) if path is not None else remote_objects(place)
     return objects if _wrap is None else _wrap(objects, place)
 
 

@@ -18,7 +18,7 @@ SITE = Site(workers=2, one_machine=True, free=20 * GB, shared=10 * GB, cached=1.
 
 
 def planner(nbytes: int, row_bytes: int = 8192, memory: int = 2 * GB, tasks_wanted: int = 6) -> Any:
-    def plan(gather: bool | None = None, spill_memory: int | None = None, levels: Any = "auto") -> Plan:
+    def plan(gather: bool | None = None, spill_memory: int | None = None, levels: Any = "auto", **_: Any) -> Plan:
         return make_plan(
             nbytes // row_bytes,
             row_bytes,
@@ -117,8 +117,8 @@ def test_nothing_possible_gives_the_reason_of_the_levels() -> None:
 def test_reports_of_the_ways() -> None:
     found = list(candidates(SITE, planner(8 * GB)))
     report = way_report(found)
-    assert [one["strategy"] for one in report] == ["gather", "memory", "spill", "levels"]
-    assert [one["chosen"] for one in report] == [True, False, False, False]
+    assert [one["strategy"] for one in report] == ["gather", "memory", "disk", "spill", "levels"]
+    assert [one["chosen"] for one in report] == [True, False, False, False, False]
     assert report[1]["seconds"] is report[1]["bytes"] is report[1]["levels"] is None
     assert all(one["reason"] for one in report)
     text = way_text(found)
@@ -131,3 +131,35 @@ def test_control_a_way_that_costs_more_is_not_chosen() -> None:
     found = list(candidates(SITE, planner(8 * GB)))
     slow = [replace(one, seconds=10**6 if one.name == "gather" else one.seconds) for one in found]
     assert cheapest(slow).name != "gather"
+
+
+@pytest.mark.parametrize(("rate", "best"), [(1e6, "disk"), (20_000.0, "spill")])
+def test_a_disk_that_serves_single_rows_fast_needs_one_pass(rate: float, best: str) -> None:
+    """A million rows of 8 KiB a second are more than two passes give; 20,000 are less."""
+    site = replace(SITE, free=16 * GB, shared=16 * GB, cached=0.1, wide=1, rate=lambda: rate)
+    found = chosen(site, 100 * GB)
+    assert found.name == best
+    if best == "disk":
+        assert found.asks == {"gather": True, "random_reads": True}
+        assert "1,000,000 single rows a second (8.19 GB)" in found.reason
+        assert found.nbytes == pytest.approx(2 * 100 * GB, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("facts", "nbytes", "reason"),
+    [
+        ({}, 8 * GB, "fits into memory"),
+        ({"resident": True}, 100 * GB, "fits into memory"),
+        ({"staged": 8192}, 100 * GB, "must be decoded or fetched"),
+        ({"wide": 0}, 100 * GB, "rows of less than"),
+        ({"one_machine": False}, 100 * GB, "other machines"),
+    ],
+)
+def test_a_disk_is_not_tried_where_its_rate_decides_nothing(facts: dict[str, Any], nbytes: int, reason: str) -> None:
+    def rate() -> float:
+        raise AssertionError("tried")
+
+    site = replace(SITE, free=16 * GB, shared=16 * GB, **{"wide": 1, "rate": rate, **facts})
+    assert reason in ways(site, nbytes)["disk"].reason
+    with pytest.raises(AssertionError, match="tried"):
+        ways(replace(SITE, wide=1, rate=rate), 100 * GB)

@@ -1,0 +1,62 @@
+"""Read rows one by one from wherever they lie on the disk, many at a time, and measure how many it gives.
+
+A disk that is asked for one row waits for it; NVMe drives serve hundreds of thousands of such requests a second if
+many come at once.  So `READERS` threads ask side by side, each past the page cache, which would cost more time than
+the read itself and keep pages that nobody asks for again.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from actshuffle.arraytypes import U64
+from actshuffle.storage.objects import Objects
+
+READERS = 32  # requests on their way at the same time, for each task
+EACH = 32  # rows of one object that a reader has to itself, so that all have about as many
+PROBE_SECONDS = 1.0
+PROBE_BYTES = 16 << 20  # of rows that a probe reads before it looks at the clock
+
+Lot = tuple[str, list[int], list[int]]  # an object, offsets of rows in it, and the goal of each
+
+
+def read_apart(objects: Objects, width: int, lots: Iterable[Lot], out: memoryview) -> None:
+    """Read rows of ``width`` bytes to their goals in ``out``, by many requests at a time.
+
+    Objects opened as ``direct`` bypass the page cache.
+    """
+    small = [*_small(lots)]
+
+    def read(reader: int) -> None:
+        for key, offsets, goals in small[reader::READERS]:
+            objects.read_rows(key, width, offsets, out, goals)
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="actshuffle-rows") as pool:
+        for _ in pool.map(read, range(min(READERS, len(small)))):
+            pass
+
+
+def _small(lots: Iterable[Lot]) -> Iterator[Lot]:
+    for key, offsets, goals in lots:
+        for at in range(0, len(offsets), EACH):
+            yield key, offsets[at : at + EACH], goals[at : at + EACH]
+
+
+def rows_per_second(read: Callable[[U64], object], rows: int, row_bytes: int) -> float:
+    """The number of rows, each from a random place among ``rows``, that ``read`` brings in a second, by trying.
+
+    It takes about `PROBE_SECONDS`.  The first lot is not counted, since files are opened for it.
+    """
+    lot = max(READERS, min(rows, PROBE_BYTES // row_bytes))
+    dice = np.random.default_rng(secrets.randbits(64))
+    read(dice.integers(rows, size=READERS, dtype=np.uint64))
+    start, done = time.monotonic(), 0
+    while (passed := time.monotonic() - start) < PROBE_SECONDS or not done:
+        read(dice.integers(rows, size=lot, dtype=np.uint64))
+        done += lot
+    return done / passed
