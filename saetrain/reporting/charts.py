@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 20, 8, 34  # margins
 MOST_POINTS = 400  # of a curve
 COLOURS = 8  # classes c0 to c7
+NARROW = 0.02  # of the value: the least that a linear scale spans
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Axis:
         if share:
             return cls(0.0, max(high * 1.05, 0.01), first, last)
         low = 0.0 if 0 < low < high / 2 else low
+        if high - low < NARROW * abs(high):  # noise of a constant is no curve
+            low, high = (low + high - NARROW * abs(high)) / 2, (low + high + NARROW * abs(high)) / 2
         room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
         return cls(low - room if low else low, high + room, first, last)
 
@@ -80,11 +83,12 @@ def chart(panel: Panel, colours: dict[str, int]) -> str:
         if points:
             shape = _path(points, across, up) if len(points) > 1 else _dot(points[0], across, up)
             parts.append(f'<path class="line c{colour}" d="{shape}"><title>{escape(run)}</title></path>')
-    return figure(panel.title, across, up, panel.x, "".join(parts))
+    ends = [points[-1][1] for points in panel.curves.values() if points] if panel.x == "step" else []
+    return figure(panel.title, across, up, panel.x, "".join(parts), end=number(ends[0]) if len(ends) == 1 else "")
 
 
-def figure(title: str, across: Axis, up: Axis, x: str, inside: str, y: str = "") -> str:
-    """Axes with ticks around what is `inside`."""
+def figure(title: str, across: Axis, up: Axis, x: str, inside: str, y: str = "", end: str = "") -> str:
+    """Axes with ticks around what is `inside`; beside the title the value at the end."""
     parts = []
     for tick in up.ticks():
         at = up.place(tick)
@@ -99,7 +103,8 @@ def figure(title: str, across: Axis, up: Axis, x: str, inside: str, y: str = "")
         parts.append(f'<text class="axis" x="{LEFT + 4}" y="{TOP + 10}">{escape(y)}</text>')
     shape = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"'
     drawing = f"<svg {shape}>{''.join(parts)}{inside}</svg>"
-    return f"<figure><figcaption>{escape(title)}</figcaption>{drawing}</figure>"
+    last = f"<b>{end}</b>" if end else ""
+    return f"<figure><figcaption><span>{escape(title)}</span>{last}</figcaption>{drawing}</figure>"
 
 
 def _path(points: Sequence[tuple[float, float]], across: Axis, up: Axis) -> str:

@@ -1,4 +1,4 @@
-"""The page of a report: who is compared, the frontier, the curves by theme, and all figures.
+"""The page of a report: what was trained, when and for how long; the frontier, the curves by theme, and all figures.
 
 It is one file without scripts, which loads nothing; it follows the reader's light or dark theme, and prints.
 """
@@ -6,15 +6,18 @@ It is one file without scripts, which loads nothing; it follows the reader's lig
 from __future__ import annotations
 
 import html
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from actshuffle.units import counted
-from saetrain.reporting.charts import COLOURS, chart
+from saetrain.reporting.charts import COLOURS, chart, number
 from saetrain.reporting.frontier import drawing, frontier, points_of
-from saetrain.reporting.panels import Logs, is_number, themes_of
+from saetrain.reporting.panels import Logs, Panel, is_number, themes_of
+from saetrain.reporting.style import SHEET
+from saetrain.reporting.when import When, when, whole
+from saetrain.training.members import FREE
 
 TABLE = {  # key of metrics.jsonl: heading; of the final model on held-out rows, or it says that it is not
     "step": "steps",
@@ -36,39 +39,14 @@ TABLE = {  # key of metrics.jsonl: heading; of the final model on held-out rows,
 }
 SCORES = {  # of evaluation.json: path, heading
     ("loss_recovered", "zero"): "loss recovered, from zero",
-    ("loss_recovered", "mean"): "from mean",
+    ("loss_recovered", "mean"): "loss recovered, from the mean row",
     ("ce", "clean"): "cross entropy, clean",
-    ("ce", "sae"): "through the dictionary",
-    ("kl", "sae"): "KL",
+    ("ce", "sae"): "cross entropy, through the dictionary",
+    ("kl", "sae"): "KL to the clean model",
 }
-ABOUT = {"store": "store", "rows": "rows", "input": "input", "output": "output", "device": "device", "ranks": "ranks"}
-STYLE = """
-:root{color-scheme:light dark;--paper:#fff;--ink:#1c1f23;--soft:#5b626b;--rule:#d9dde2;
---c0:#0b62a4;--c1:#c2354a;--c2:#257a4a;--c3:#7d4f9e;--c4:#a8650a;--c5:#1f8080;--c6:#5f6368;--c7:#a3315d}
-@media (prefers-color-scheme:dark){:root{--paper:#14171a;--ink:#e6e8ea;--soft:#a2a9b1;--rule:#343a41;
---c0:#5aa9e6;--c1:#f0788a;--c2:#62c08a;--c3:#bd95dc;--c4:#e3a24f;--c5:#5cc4c4;--c6:#a9afb6;--c7:#e77fae}}
-*{box-sizing:border-box} body{margin:0 auto;padding:24px 20px 48px;max-width:1240px;background:var(--paper);
-color:var(--ink);font:15px/1.5 system-ui,sans-serif} h1{font-size:24px;margin:0 0 4px;overflow-wrap:anywhere}
-h2{font-size:18px;margin:32px 0 8px} p{margin:8px 0;max-width:75ch} .soft{color:var(--soft)}
-.wide{overflow-x:auto} table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:4px 12px 4px 0;border-bottom:1px solid var(--rule);text-align:right;vertical-align:top}
-tr>*{white-space:nowrap}
-thead th{color:var(--soft);font-weight:500} th:first-child,td.text{text-align:left}
-tr>td.text{white-space:normal;min-width:18em}
-tbody th{font-weight:600} .swatch{display:inline-block;width:1.6em;margin-right:6px;border-radius:4px;
-text-align:center;font-size:12px;background:currentColor} .swatch b{color:var(--paper);font-weight:600}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:20px}
-.first{max-width:640px} figure{margin:0;break-inside:avoid}
-figcaption{font-size:13px;color:var(--soft);margin-bottom:2px}
-svg{display:block;width:100%;height:auto} svg text{font:10px system-ui,sans-serif;fill:var(--soft)}
-svg .name{fill:var(--ink);font-weight:600} .grid{stroke:var(--rule);stroke-width:.7} .front{fill:none;stroke:var(--ink);
-stroke-width:1;stroke-dasharray:4 3} .line{fill:none;stroke:currentColor;stroke-width:1.4;stroke-linecap:round}
-.band{fill:currentColor;opacity:.18} .dot{fill:var(--paper);stroke:currentColor;stroke-width:1.6}
-.dot.on{fill:currentColor} details{margin-top:24px} summary{cursor:pointer} code{overflow-wrap:anywhere}
-@media print{:root{color-scheme:light;--paper:#fff;--ink:#000;--soft:#444;--rule:#ccc} body{padding:0;max-width:none;
-font-size:11px} .charts{grid-template-columns:repeat(3,1fr);gap:12px} h2{break-after:avoid} .wide{overflow:visible}
-tr>*{white-space:normal;padding-right:8px}}
-"""
+COUNTS = {"step", "tokens", "eval_rows", "tokens_per_s"}
+SHARES = {"eval_heavy_share", "eval_dead", "eval_dense", "dead", "mfu", "loader_wait"}
+ABOUT = ("store", "rows", "input", "output", "device")  # of a run's config.json
 
 
 @dataclass
@@ -89,50 +67,131 @@ class Told:
             self.last[run]["diverged"] = reason
         self.places = {run: place for place, run in enumerate(self.logs)}
         known = [config for config in self.configs.values() if config]
-        names = sorted({name for config in known for name in config})
+        matryoshka = any(config.get("widths") not in (None, [], [config.get("d_sae")]) for config in known)
+        names = sorted({name for config in known for name in config if name != "widths" or matryoshka})
         values = {name: [config.get(name) for config in known] for name in names}
-        self.varied = [n for n in names if any(value != values[n][0] for value in values[n])]
-        self.fixed = {n: values[n][0] for n in names if n not in self.varied}
+        differ = [n for n in names if any(value != values[n][0] for value in values[n])]
+        self.varied = [n for n in differ if n not in FREE]  # what decides the model
+        self.fixed: dict[str, Any] = {n: values[n][0] for n in names if n not in differ}
 
 
 def page(told: Told) -> str:
     """The whole page."""
     names = list(told.logs)
     title = names[0] if len(names) == 1 else f"{counted(len(names), 'run')}"
-    colours = "".join(f".c{i}{{color:var(--c{i})}}" for i in range(COLOURS))
-    panels = "".join(
-        f'<h2>{theme}</h2><div class="charts">{"".join(chart(panel, told.places) for panel in found)}</div>'
-        for theme, found in themes_of(told.logs).items()
-    )
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>saetrain: {html.escape(", ".join(names))}</title><style>{STYLE}{colours}</style>
+    parts = {
+        **({"The model through the dictionary": scores} if (scores := _scores(told)) else {}),
+        **{theme: _theme(told, found) for theme, found in themes_of(told.logs).items()},
+        "All figures": _figures(told),
+        f"Settings {'that all runs share' if len(names) > 1 else ''}".strip(): _settings(told.fixed),
+    }
+    anchors = "".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in parts)
+    below = "".join(f'<h2 id="{_anchor(name)}">{name}</h2>{part}' for name, part in parts.items())
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>saetrain: {html.escape(", ".join(names))}</title><style>{SHEET}</style></head><body><main>
 <h1>{html.escape(title)}</h1>{_origin(told)}
-{_members(told)}
-{_scores(told)}
-{panels}
-<h2>All figures</h2>{_figures(told)}
-<details open><summary>Settings {"that all runs share" if len(names) > 1 else ""}</summary>
-<p><code>{html.escape(json.dumps(told.fixed))}</code></p></details></html>
+{_headline(told) if len(names) == 1 else _members(told)}
+<nav aria-label="Parts of this page">{anchors}</nav>
+{below}</main></body></html>
 """
 
 
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _theme(told: Told, panels: Sequence[Panel]) -> str:
+    """The charts of a theme, and a sentence on what never changed."""
+    still = "; ".join(f"{panel.title} {number(panel.constant)}" for panel in panels if panel.constant is not None)
+    drawn = "".join(chart(panel, told.places) for panel in panels if panel.constant is None)
+    note = f'<p class="soft">Constant, and not drawn: {html.escape(still)}.</p>' if still else ""
+    return f'{_legend(told)}<div class="charts">{drawn}</div>{note}' if drawn else note
+
+
+def _legend(told: Told) -> str:
+    """Whose curves have which colour, where there are several that can be told apart."""
+    names = "".join(f"<span>{_name(told, run)}</span>" for run in told.logs)
+    return f'<p class="legend soft">{names}</p>' if 1 < len(told.logs) <= COLOURS else ""
+
+
 def _origin(told: Told) -> str:
-    """What was trained on what."""
-    found: dict[str, list[str]] = {}
+    """What was trained, on what, when and for how long."""
+    fixed, found = told.fixed, {key: _values(told, key) for key in ABOUT}
+    what = [str(fixed["arch"])] if "arch" in fixed else []
+    what += [counted(int(fixed["d_sae"]), "latent")] if "d_sae" in fixed else []
+    what += [f"k {fixed['k']}"] if "k" in fixed and "topk" in str(fixed.get("arch", "")) else []
+    differ = f"that differ in {', '.join(told.varied)}" if told.varied else ""
+    lead = ", ".join(html.escape(word) for word in [*what, *([differ] if differ else [])])
+    lengths = {run: span for run, lines in told.logs.items() if (span := when(lines))}
+    span = whole(list(lengths.values()))
+    through = [*found["input"], *found["output"]]
+    ranks = sorted({int(about.get("ranks", 1)) for about in told.about.values()})
+    facts = {
+        "Store": ", ".join(found["store"]),
+        "Rows": ", ".join(found["rows"]),
+        "Array": ", ".join(found["input"]) + (f" to {', '.join(found['output'])}" if len({*through}) > 1 else ""),
+        "Trained": _trained(told, span),
+        "On": ", ".join([*found["device"], *(counted(n, "rank") for n in ranks if n > 1)]),
+    }
+    rows = "".join(f"<dt>{key}</dt><dd>{html.escape(text)}</dd>" for key, text in facts.items() if text)
+    return (f'<p class="lead soft">{lead}</p>' if lead else "") + (f'<dl class="facts">{rows}</dl>' if rows else "")
+
+
+def _values(told: Told, key: str) -> list[str]:
+    """What the runs recorded under a key, each value once."""
+    found: list[str] = []
     for about in told.about.values():
-        for key in ABOUT:
-            value = about.get(key)
-            text = f"{value:,}" if isinstance(value, int) else str(value or "")
-            if text and text not in found.setdefault(key, []):
-                found[key].append(text)
-    facts = "; ".join(f"{ABOUT[key]} {', '.join(values)}" for key, values in found.items() if values)
-    return f'<p class="soft">Trained on {html.escape(facts)}.</p>' if facts else ""
+        value = about.get(key)
+        text = f"{value:,}" if isinstance(value, int) else str(value or "")
+        if text and text not in found:
+            found.append(text)
+    return found
+
+
+def _trained(told: Told, span: When | None) -> str:
+    """Steps, tokens and dates; for one run how long it took, which several have in their table."""
+    tokens = {int(line["tokens"]) for line in told.last.values() if is_number(line.get("tokens"))}
+    steps = {int(line["step"]) for line in told.last.values() if is_number(line.get("step"))}
+    size = f"{counted(max(steps), 'step')}, {counted(max(tokens), 'token')}" if tokens and steps else ""
+    size = f"up to {size}" if len(steps) > 1 and size else size
+    length = f"{span.length()} of training" if span and len(told.logs) == 1 else ""
+    return "; ".join(part for part in (size, span and span.span(), length) if part)
+
+
+def _headline(told: Told) -> str:
+    """The figures of one run that decide, large."""
+    [(run, line)] = told.last.items()
+    if run in told.ends:
+        return f"<p><b>{html.escape(told.ends[run])}</b></p>"
+    dead, rows = line.get("eval_dead"), line.get("eval_rows", "")
+    tiles = [(_interval(line, "eval_fvu"), "FVU, held-out variance not explained")]
+    tiles += [(_interval(line, "eval_l0"), "active latents a token (L0)")]
+    tiles += [(f"{dead:.1%}", "dead latents: active on no held-out row")] if is_number(dead) else []
+    if run in told.measured:
+        value = told.measured[run]["loss_recovered"]["zero"]
+        shown = around(value["value"], (value["high"] - value["low"]) / 2)
+        tiles += [(shown, "loss recovered, from zero ablation")]
+    drawn = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in tiles if value)
+    held = f"{counted(int(rows), 'held-out row')}, with 95 % intervals" if is_number(rows) else "held-out rows"
+    note = f'<p class="soft">Of the final model, on {held}.</p>'
+    return f'<div class="tiles">{drawn}</div>{note}' if drawn else ""
+
+
+def _settings(fixed: Mapping[str, Any]) -> str:
+    told = {n: "" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for n, v in fixed.items()}
+    rows = "".join(
+        f"<div><dt>{html.escape(n)}</dt><dd>{html.escape(v) or '&ndash;'}</dd></div>" for n, v in told.items()
+    )
+    return f'<dl class="settings">{rows}</dl>'
 
 
 def _members(told: Told) -> str:
-    """The runs by what differs, with the figures that decide; and the frontier where there are several."""
-    best = frontier(points_of(told.last)) if len(told.logs) > 1 else []
+    """Several runs by what differs, with the figures that decide, and their frontier."""
+    best = frontier(points_of(told.last))
+    spans = {run: span for run, lines in told.logs.items() if (span := when(lines))}
     heads = [*told.varied, "FVU", "L0", "dead latents", *(["frontier"] if best else []), "steps"]
+    heads += ["trained for"] if spans else []
     if told.ends:
         heads.append("diverged")
     rows = []
@@ -142,12 +201,13 @@ def _members(told: Told) -> str:
         share = line.get("eval_dead")
         cells.append(f"<td>{f'{share:.1%}' if is_number(share) else ''}</td>")
         cells += [f"<td>{'yes' if run in best else ''}</td>"] if best else []
-        cells.append(cell(line.get("step")))
+        cells.append(cell(line.get("step"), "step"))
+        cells += [f"<td>{spans[run].length() if run in spans else ''}</td>"] if spans else []
         cells += [f'<td class="text">{html.escape(told.ends.get(run, ""))}</td>'] if told.ends else []
         rows.append(f"<tr><th>{_name(told, run)}</th>{''.join(cells)}</tr>")
     top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
     table = f"<thead><tr><th>run</th>{top}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    shown = f'<div class="wide"><table>{table}</table></div>'
+    shown = f'<h2>The runs</h2><div class="wide"><table>{table}</table></div>'
     note = "FVU, L0 and dead latents are those of the final model on held-out rows, with 95 % intervals."
     if not best:
         return f'{shown}<p class="soft">{note}</p>'
@@ -158,19 +218,25 @@ here has a lower FVU at the same or a lower L0.  Filled dots are on it; numbers 
 
 
 def _scores(told: Told) -> str:
-    """A table of what models lose through the dictionaries, or nothing where none was evaluated."""
-    rows = []
-    for run, found in told.measured.items():
-        values = (found[group][name] for group, name in SCORES)
+    """What models lose through the dictionaries, a run in a column; nothing where none was evaluated."""
+    if not told.measured:
+        return ""
+    heads = "".join(f"<th>{_name(told, run)}</th>" for run in told.measured)
+    rows = ""
+    for (group, name), heading in SCORES.items():
+        values = [found[group][name] for found in told.measured.values()]
         cells = "".join(f"<td>{v['value']:.4f} ({v['low']:.4f} to {v['high']:.4f})</td>" for v in values)
-        step, last = found["step"], told.logs[run][-1]["step"]
-        when = "" if step == last else f"step {step:,} of {last:,}, "
-        what = f"{when}layer {found['layer']} of {found['model']}, {counted(found['documents'], 'document')}"
-        rows.append(f'<tr><th>{html.escape(run)}</th>{cells}<td class="text">{html.escape(what)}</td></tr>')
-    heads = "".join(f"<th>{heading}</th>" for heading in [*SCORES.values(), "measured on"])
-    table = f"<thead><tr><th>run</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    shown = f'<h2>The model through the dictionary</h2><div class="wide"><table>{table}</table></div>'
-    return f'{shown}<p class="soft">In nats, with 95 % intervals over documents.</p>' if rows else ""
+        rows += f"<tr><th>{heading}</th>{cells}</tr>"
+    where = "".join(f'<td class="text">{html.escape(_where(told, run))}</td>' for run in told.measured)
+    table = f"<thead><tr><th></th>{heads}</tr></thead><tbody>{rows}<tr><th>measured on</th>{where}</tr></tbody>"
+    note = '<p class="soft">Cross entropy and KL are in nats; intervals are 95 %, over documents.</p>'
+    return f'<div class="wide"><table>{table}</table></div>{note}'
+
+
+def _where(told: Told, run: str) -> str:
+    found, last = told.measured[run], told.logs[run][-1]["step"]
+    at = "" if found["step"] == last else f"step {found['step']:,} of {last:,}, "
+    return f"{at}layer {found['layer']} of {found['model']}, {counted(found['documents'], 'document')}"
 
 
 def _figures(told: Told) -> str:
@@ -188,7 +254,7 @@ def _figures(told: Told) -> str:
 
 def _figure(key: str, line: Mapping[str, Any]) -> str:
     left_out = key == "mfu" and key in line and line[key] is None
-    return cell("left out: training was faster than the product measured" if left_out else line.get(key))
+    return cell("left out: training was faster than the product measured" if left_out else line.get(key), key)
 
 
 def _name(told: Told, run: str) -> str:
@@ -200,10 +266,22 @@ def _name(told: Told, run: str) -> str:
 def _interval(line: Mapping[str, Any], key: str) -> str:
     if not is_number(line.get(key)):
         return ""
-    half = (line[f"{key}_high"] - line[f"{key}_low"]) / 2 if is_number(line.get(f"{key}_high")) else None
-    return f"{line[key]:,.4g}" + (f" &plusmn; {half:.2g}" if half is not None else "")
+    if not is_number(line.get(f"{key}_high")):
+        return f"{line[key]:,.4g}"
+    return around(line[key], (line[f"{key}_high"] - line[f"{key}_low"]) / 2)
 
 
-def cell(value: Any) -> str:
-    text = f"{value:,.4g}" if is_number(value) and not isinstance(value, bool) else "" if value is None else str(value)
+def around(value: float, half: float) -> str:
+    """A value and half the width of its interval, to the place of that half's second digit."""
+    if not 0 < half < math.inf:
+        return f"{value:,.4g} &plusmn; {half:.2g}"
+    places = min(max(1 - math.floor(math.log10(half)), 0), 8)
+    return f"{value:,.{places}f} &plusmn; {half:,.{places}f}"
+
+
+def cell(value: Any, key: str = "") -> str:
+    """A cell of a table; under the key of a count or a share, written as one."""
+    text = "" if value is None else str(value)
+    if is_number(value) and not isinstance(value, bool):
+        text = f"{value:,.0f}" if key in COUNTS else f"{value:.2%}" if key in SHARES else f"{value:,.4g}"
     return f"<td>{html.escape(text)}</td>"

@@ -23,6 +23,12 @@ class Panel:
     x: str = "step"
     share: bool = False  # a fraction: the axis starts at 0 and reaches at least 0.01
 
+    @property
+    def constant(self) -> float | None:
+        """The one value that all runs had at all times, if there is one: a sentence says as much as a chart."""
+        values = [y for points in self.curves.values() for _, y in points]
+        return values[0] if len(values) > 1 and not self.log and min(values) == max(values) else None
+
 
 THEMES = {  # theme: key of metrics.jsonl: (title with its unit, logarithmic)
     "Reconstruction": {

@@ -1,10 +1,12 @@
-"""Rates of an interval of training: tokens a second, MFU, waits for rows, bytes sent."""
+"""When a run trained and for how long; rates of an interval: tokens a second, MFU, waits for rows, bytes sent."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
 
 import torch
 
@@ -21,8 +23,10 @@ class Clock:
     The members of a sweep take turns in each step, so all have the same interval and the same tokens a second.
     """
 
-    def __init__(self, cursor: Cursor, config: Config, mesh: Mesh) -> None:
+    def __init__(self, cursor: Cursor, config: Config, mesh: Mesh, before: float = 0.0) -> None:
+        """Of a run that has trained for `before` seconds, if it is resumed."""
         self.cursor, self.config, self.mesh, self.device = cursor, config, mesh, mesh.device
+        self.began = time.perf_counter() - before
         self.peaks: dict[torch.dtype, float] = {}
         self.restart(-1)
 
@@ -31,6 +35,11 @@ class Clock:
         self.at, self.started, self.away = at, time.perf_counter(), 0.0
         self.waited = self.cursor.wait_seconds
         self.sent = self.mesh.sent.copy()
+
+    def now(self) -> dict[str, Any]:
+        """The seconds of training until now, those before a stop included but not the stop itself; and the date."""
+        date = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return {"seconds": round(time.perf_counter() - self.began, 3), "time": date}
 
     @contextmanager
     def read(self, at: int) -> Iterator[None]:

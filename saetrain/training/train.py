@@ -94,9 +94,9 @@ def _trained(
         cursor.load_state_dict(state)
     batches = stream(source, cursor, mesh)
     test = Heldout(heldout or source, config.holdout if heldout is None else heldout.rows, mesh)
-    clock = Clock(cursor, config, mesh)
     read = [source] if heldout is None else [source, heldout]
     last: dict[Path, dict[str, Any]] = {run: (read_log(run) or [{"step": at}])[-1] for run in runs}
+    clock = Clock(cursor, config, mesh, max(line.get("seconds", 0.0) for line in last.values()))
     ends = {run: marked(run, other) for run, other in runs.items()}
     number, first, began = 0, at, time.monotonic()
     if at < config.steps:
@@ -140,6 +140,7 @@ def _trained(
                 if due or saves:
                     _check_unchanged(read, ours, mesh)
                 for m, line in lines:
+                    line |= clock.now()
                     last[m.run] = line
                     if m.log is not None:
                         m.log.write(line)

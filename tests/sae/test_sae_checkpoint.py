@@ -69,7 +69,7 @@ def contents(folder: Path) -> dict[str, torch.Tensor]:
     return {name: found.read(name) for name in found.files[0].specs}
 
 
-UNTIMED = ("tokens_per_s", "mfu", "loader_wait")
+UNTIMED = ("tokens_per_s", "mfu", "loader_wait", "seconds", "time")
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -83,8 +83,13 @@ def test_a_stopped_run_goes_on_bitwise(arch: str, tmp_path: Path) -> None:
         last, first = train(tmp_path / "parts", arch, mesh, after=9)
         assert last["stopped"]
         assert last["step"] == 9
+        before = read_log(tmp_path / "parts")
         last, second = train(tmp_path / "parts", arch, mesh)
         assert not last["stopped"]
+    seconds = [line["seconds"] for line in read_log(tmp_path / "parts")]
+    assert seconds[: len(before)] == [line["seconds"] for line in before]
+    assert seconds == sorted(seconds), "they go on from those before the stop"
+    assert all(line["time"].endswith("Z") for line in before)
     a, b = contents(tmp_path / "whole"), contents(tmp_path / "parts")
     assert set(a) == set(b)
     for name, value in a.items():

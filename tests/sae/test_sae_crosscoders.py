@@ -15,12 +15,14 @@ from torch import Tensor
 import actshuffle
 import saetrain
 from saetrain.cli import main
+from saetrain.data import Store
 from saetrain.errors import ConfigError, DataError, ExchangeError
 from saetrain.exchange.folders import bring, export
 from saetrain.features.pipeline import build_features
 from saetrain.norms import Norm
 from saetrain.tensors import TensorFile
 from saetrain.training import checkpoint
+from saetrain.training.heldout import Heldout
 from saetrain.training.start import Start
 from saetrain.variants.table import VARIANTS
 from support.sae import matched, one_rank
@@ -69,6 +71,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def inputs(name: str) -> Tensor:
     rows = planted()[0]
     return torch.from_numpy(np.concatenate([rows[n] for n in RUNS[name]["field"].split(",")], 1)[:500])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_dead_share_is_that_of_the_held_out_rows_and_is_reported(name: str, folder: Path, tmp_path: Path) -> None:
+    """Counted from the weights that are loaded; in the control only four latents can fire."""
+    run = saetrain.Run(folder / name)
+    stored, config = zarr.open_group(folder / "shuffled.zarr", mode="r"), run.config
+    parts = [np.asarray(stored[n])[-config.holdout :] for n in RUNS[name]["field"].split(",")]
+    fired = (run.sae.encode(torch.from_numpy(np.concatenate(parts, 1))) != 0).any(0)
+    share = run.lines[-1]["eval_dead"]
+    assert share == float((~fired).double().mean())
+    assert f"<b>{share:.1%}</b><span>dead latents" in run.report(tmp_path).read_text()
+    with one_rank() as mesh:
+        model = checkpoint.load(checkpoint.find(folder / name), mesh).model
+        model.params["b_enc"][4:] = -1e9
+        found = Heldout(Store(folder / "shuffled.zarr", config), config.holdout, mesh).evaluate(model)
+    assert float(str(found["eval_dead"])) >= 60 / 64
 
 
 @pytest.mark.parametrize("name", RUNS)

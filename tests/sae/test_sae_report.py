@@ -13,7 +13,9 @@ import pytest
 from saetrain.config import Config
 from saetrain.reporting.charts import Axis
 from saetrain.reporting.frontier import frontier
+from saetrain.reporting.page import around
 from saetrain.reporting.report import report
+from saetrain.reporting.when import when
 
 HOSTILE = "<script>alert(1)"
 MEMBERS = {  # L0, FVU
@@ -60,17 +62,20 @@ def test_the_page_of_a_sweep(sweep: Path) -> None:
     assert text.count('class="dot c') == len(MEMBERS)
     assert len(re.findall(r'class="dot c\d on"', text)) == 3
     rows = {row.split("</th>")[0].rsplit(">", 1)[1]: row for row in text.split("<tr>") if "swatch" in row}
-    assert "0.3 &plusmn; 0.03" in rows["k=4"]
+    assert "0.300 &plusmn; 0.030" in rows["k=4"]
     assert "<td>12.5%</td><td>yes</td>" in rows["k=4"]
     assert "<td>12.5%</td><td></td>" in rows["k=5"]
     assert "diverged: the loss is nan" in rows["k=9"]
     assert "<td>yes</td>" not in rows["k=9"]
-    assert "Trained on store rows.zarr; rows 2,048; device cpu." in text
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text))
+    assert (facts["Store"], facts["Rows"], facts["On"]) == ("rows.zarr", "2,048", "cpu")
+    assert facts["Trained"] == "up to 10 steps, 640 tokens"
+    assert ", that differ in k<" in text
     assert "<script" not in text
     assert "http" not in text.replace("http-equiv", ""), "it loads nothing"
 
 
-@pytest.mark.parametrize(("last", "shown"), [(None, "left out: training was faster"), (0.25, "0.25")])
+@pytest.mark.parametrize(("last", "shown"), [(None, "left out: training was faster"), (0.25, "25.00%")])
 def test_an_mfu_that_was_left_out_is_said_to_be(last: float | None, shown: str, tmp_path: Path) -> None:
     """And no earlier one stands in its place."""
     lines = [line(4.0, 0.5) | {"mfu": 0.75}, line(4.0, 0.5) | {"step": 20, "mfu": last}]
@@ -84,11 +89,65 @@ def test_the_page_of_one_run_has_no_frontier(sweep: Path) -> None:
     page = report([sweep / "k=4"], sweep / "out")[0].read_text()
     assert "<h1>k=4</h1>" in page
     assert "frontier" not in page.split("</style>")[1]
+    assert "<div><b>0.300 &plusmn; 0.030</b><span>FVU" in page
+    assert "<div><b>12.5%</b><span>dead latents" in page
+    assert "of training" not in page, "these lines have no dates"
+
+
+DATES = {10: (20.0, "2026-03-01T23:58:20Z"), 20: (45.5, "2026-03-01T23:58:45Z"), 30: (70.0, "2026-03-02T01:00:10Z")}
+
+
+def test_when_a_run_trained_and_for_how_long(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"step": s, "seconds": x, "time": t} for s, (x, t) in DATES.items()]
+    found = when(lines[:2])
+    assert found is not None
+    assert (found.span(), found.length()) == ("1 March 2026, 23:58 UTC", "45.5 s")
+    found = when(lines)
+    assert found is not None
+    assert found.span() == "1 March 2026, 23:58 to 2 March 2026, 01:00 UTC"
+    assert found.length() == "1 min 10 s, with pauses of 1 h 01 min"
+    broken: list[dict[str, Any]] = [{"step": 1}, {"step": 2, "seconds": 1.0}, {"seconds": 2.0, "time": "yesterday"}]
+    assert when(broken) is None
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(line(4.0, 0.3) | dated) + "\n" for dated in lines[:2])
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    page = report([tmp_path / "one"], tmp_path)[0].read_text()
+    assert "20 steps, 640 tokens; 1 March 2026, 23:58 UTC; 45.5 s of training" in page
+    page = report([tmp_path / "one", tmp_path / "two"], tmp_path)[0].read_text()
+    assert page.count("<td>45.5 s</td>") == 2
+
+
+def test_what_never_changes_is_told_and_not_drawn(sweep: Path) -> None:
+    run = sweep / "k=4"
+    lines = [line(4.0, 0.3) | {"step": 10 * i, "l0": 4.0, "loss": 1 / i} for i in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    page = report([run], sweep / "out")[0].read_text()
+    assert "Constant, and not drawn: active latents a token (L0) 4;" in page
+    assert "<span>active latents a token (L0)</span>" not in page.split("<figure>", 1)[1]
+    assert "<figcaption><span>loss</span><b>0.333</b></figcaption>" in page
+
+
+def test_figures_have_the_digits_that_their_interval_allows() -> None:
+    found = [around(0.07516, 0.0044), around(31.99849, 0.00151), around(4.0, 0.0), around(1234.56, 78.9)]
+    assert [text.replace("&plusmn;", "+-") for text in found] == [
+        "0.0752 +- 0.0044",
+        "31.9985 +- 0.0015",
+        "4 +- 0",
+        "1,235 +- 79",
+    ]
 
 
 @pytest.mark.parametrize(
     ("values", "log"),
-    [([1e-4, 1e-2], True), ([0.16, 0.19], True), ([2.0, 2.0], True), ([0.0, 1.0], False), ([3.0, 3.0], False)],
+    [
+        ([1e-4, 1e-2], True),
+        ([31.9985, 32.0], False),
+        ([0.16, 0.19], True),
+        ([2.0, 2.0], True),
+        ([0.0, 1.0], False),
+        ([3.0, 3.0], False),
+    ],
 )
 def test_scales_hold_all_values_and_have_ticks(values: list[float], log: bool) -> None:
     axis = Axis.of(values, 0, 100, log=log)

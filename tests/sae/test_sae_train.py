@@ -176,6 +176,8 @@ def test_lines_hold_every_metric_and_are_numbers(tmp_path: Path) -> None:
             "gradient_norm.all",
             "update_norm.W_dec",
             "tokens",
+            "seconds",
+            "time",
         }
         own = {"relu": {"sparsity"}, "jumprelu": {"sparsity", "preact", "threshold"}}
         own |= {"batchtopk": {"threshold"}, "matryoshka": {"threshold"}, "gated": {"sparsity", "gate", "threshold"}}
