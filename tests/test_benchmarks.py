@@ -256,8 +256,10 @@ def test_sae_ranks(tmp_path):
 
 
 def test_features(tmp_path):
-    (row,) = miniature(tmp_path, "features")["summary"]
+    figures = miniature(tmp_path, "features")
+    (row,) = figures["summary"]
     assert row["latents"] == 64
+    assert 1e8 < figures["start"] < 4e8, "torch alone takes a hundred megabytes"
     assert row["of_product"] == row["seconds"] / (sum(row["product"]) / 2)
     assert min(row["product"]) > 0
 

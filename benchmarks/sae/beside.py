@@ -21,7 +21,7 @@ import saetrain
 from actshuffle.units import format_bytes
 from benchmarks import measure, plots
 from benchmarks.results import Bench, table
-from benchmarks.sae.describe import bare, describe, make_dictionary, make_store
+from benchmarks.sae.describe import bare, describe, idle, make_dictionary, make_store
 
 NAMES = {"loop": "plain loop over columns", "dashboard": "SAEDashboard", "delphi": "delphi"}
 
@@ -50,6 +50,7 @@ def run(
     ours = describe(dictionary, store, bench.work / "out", workers)
     bench.did(f"saetrain: {ours['seconds']:.1f} s")
     found = [{"tool": "saetrain features", "seconds": ours["seconds"], "memory": ours["memory"], "described": latents}]
+    start = idle()
     due = saetrain.open_features(bench.work / "out")
     for name, python in pythons.items():
         if python is None:
@@ -64,7 +65,8 @@ def run(
     for path in bench.work.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     images = plots.draw(bench, lambda folder: [_draw(folder, found)])
-    bench.publish({"summary": found, "product": product}, page(found, product, rows, width, latents, k), images)
+    text = page(found, product, rows, width, latents, k, start)
+    bench.publish({"summary": found, "product": product, "start": start}, text, images)
 
 
 def _peer(bench: Bench, name: str, python: str, paths: list[str], some: int, latents: int, due: Any) -> dict[str, Any]:
@@ -102,11 +104,12 @@ def _draw(folder: Path, found: list[dict[str, Any]]) -> str:
 
 
 def page(
-    found: list[dict[str, Any]], product: list[float], rows: int, width: int, latents: int, k: int
+    found: list[dict[str, Any]], product: list[float], rows: int, width: int, latents: int, k: int, start: int
 ) -> Iterator[str]:
     yield (
         f"{rows:,} rows of {width} numbers, {latents:,} latents, TopK with k = {k}. The bare encoder product took "
-        f"{product[0]:.1f} s before and {product[1]:.1f} s after."
+        f"{product[0]:.1f} s before and {product[1]:.1f} s after. A worker of `saetrain features` "
+        f"starts with {format_bytes(start)}."
     )
     yield ""
     yield from table(

@@ -45,11 +45,20 @@ if __name__ == "__main__":
     print(max(out.get() for _ in crew))
 """
 
+IDLE = """
+import os
+import distributed
+import saetrain.features.pipeline
+from benchmarks.measure import memory_of
+
+print(memory_of(os.getpid()))
+"""
+
 
 def run(bench: Bench, *, rows: int, width: int, latents: list[int], k: int, workers: int, rounds: int) -> None:
     store = make_store(bench.work / "rows.zarr", rows, width)
     bench.plan(len(latents) * rounds)
-    found = []
+    found, start = [], idle()
     for count in latents:
         dictionary = bench.work / f"sae-{count}"
         make_dictionary(count, width, k).save(dictionary)
@@ -61,7 +70,7 @@ def run(bench: Bench, *, rows: int, width: int, latents: list[int], k: int, work
             found.append(one)
             bench.did(f"{count:,} latents: {one['of_product']:.2f} bare products")
     images = plots.draw(bench, lambda folder: [_draw(folder, found)])
-    bench.publish({"summary": found, "rows": rows}, page(found, rows, width, k, workers), images)
+    bench.publish({"summary": found, "rows": rows, "start": start}, page(found, rows, width, k, workers, start), images)
 
 
 def _draw(folder: Path, found: list[dict[str, Any]]) -> str:
@@ -113,6 +122,11 @@ def describe(dictionary: Path, store: Path, out: Path, workers: int) -> dict[str
     return {"seconds": told["seconds"], "command": measured.seconds, "tasks": told["tasks"], "memory": measured.largest}
 
 
+def idle() -> int:
+    """Bytes of a worker that has imported what tasks need, and done none."""
+    return int(_run(measure.python("-c", IDLE)).stdout)
+
+
 def _run(command: list[str]) -> measure.Measured:
     found = measure.run(command, environment={"OMP_NUM_THREADS": "1"}, seconds=3000)
     if found.outcome != "done":
@@ -120,10 +134,11 @@ def _run(command: list[str]) -> measure.Measured:
     return found
 
 
-def page(found: list[dict[str, Any]], rows: int, width: int, k: int, workers: int) -> Iterator[str]:
+def page(found: list[dict[str, Any]], rows: int, width: int, k: int, workers: int, start: int) -> Iterator[str]:
     yield (
         f"`saetrain features` on {rows:,} rows of {width} numbers, TopK with k = {k}, {workers} workers of a thread. "
-        "*Features* is the time of its tasks; *command* adds imports and the start of the workers."
+        "*Features* is the time of its tasks; *command* adds imports and the start of the workers. "
+        f"A worker that has imported what tasks need, and done none, takes {format_bytes(start)}: its *start*."
     )
     yield ""
     yield from table(
@@ -136,6 +151,7 @@ def page(found: list[dict[str, Any]], rows: int, width: int, k: int, workers: in
             "rows/s",
             "latents/s",
             "largest process",
+            "above its start",
         ],
         (
             [
@@ -147,6 +163,7 @@ def page(found: list[dict[str, Any]], rows: int, width: int, k: int, workers: in
                 f"{rows / r['seconds']:,.0f}",
                 f"{r['latents'] / r['seconds']:,.0f}",
                 format_bytes(r["memory"]),
+                format_bytes(max(r["memory"] - start, 0)),
             ]
             for r in found
         ),
