@@ -294,6 +294,7 @@ def test_view(tmp_path):
     for found in summary.values():
         assert len(found["ms"]) == 2
         assert 0 < min(found["ms"]) <= found["median"] <= found["worst"]
+        assert 0 < found["server_ms"]["median"] < found["median"]
 
 
 # --- What measures ------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -51,24 +51,36 @@ def run(bench: Bench, *, latents: int, described: int, rows: int, width: int, k:
     cache.evict([Path(many.path)])  # once: a feature's own chunks are in no cache until it is asked for
     alive = np.flatnonzero(few.array("stat/count") > 0)
     found: dict[str, list[float]] = {state: [] for state in STATES}
+    served: dict[str, list[float]] = {state: [] for state in STATES}
     processor: dict[str, list[float]] = {state: [] for state in STATES}
     for _ in range(asked):
         feature = int(dice.choice(alive) + described * dice.integers(latents // described))
-        for state, (seconds, busy) in look(many, store, feature, bench.work / "labels.json").items():
-            found[state].append(1000 * seconds)
-            processor[state].append(1000 * busy)
+        for state, asked_once in look(many, store, feature, bench.work / "labels.json").items():
+            found[state].append(1000 * asked_once.seconds)
+            served[state].append(asked_once.server)
+            processor[state].append(1000 * asked_once.processor)
         told = ", ".join(f"{state} {found[state][-1]:.1f} ms" for state in STATES)
         bench.did(f"feature {feature:,}: {told}")
     images = plots.draw(bench, lambda folder: [_draw(folder, found)])
     summary = {
-        state: spread(values) | {"worst": max(values), "ms": values, "processor_ms": spread(processor[state])}
+        state: spread(values)
+        | {"worst": max(values), "ms": values}
+        | {"server_ms": spread(served[state]), "processor_ms": spread(processor[state])}
         for state, values in found.items()
     }
     bench.publish({"summary": summary, "latents": len(many), "bytes": size}, page(summary, len(many), size), images)
 
 
-def look(many: Features, store: Path, feature: int, labels: Path) -> dict[str, tuple[float, float]]:
-    """Seconds, and processor seconds, for one feature in each state; a server of its own has not shown it before."""
+class Asked(NamedTuple):
+    """One question: seconds until the answer is there, the server's own milliseconds, and processor seconds of both."""
+
+    seconds: float
+    server: float
+    processor: float
+
+
+def look(many: Features, store: Path, feature: int, labels: Path) -> dict[str, Asked]:
+    """One feature in each state; a server of its own has not shown it before."""
     seconds = {}
     for state in STATES[:2]:
         features = Features(many.path, many.facts, str(store), None)
@@ -87,18 +99,17 @@ def look(many: Features, store: Path, feature: int, labels: Path) -> dict[str, t
     return seconds
 
 
-def ask(server: Server, path: str) -> tuple[float, float]:
-    """Seconds until the answer is there, and processor seconds of asking and answering."""
+def ask(server: Server, path: str) -> Asked:
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     began, before = time.perf_counter(), time.process_time()
     connection.request("GET", path)
     answer = connection.getresponse()
     json.loads(answer.read())
-    found = time.perf_counter() - began, time.process_time() - before
+    seconds, processor = time.perf_counter() - began, time.process_time() - before
     connection.close()
     if answer.status != 200:
         raise RuntimeError(f"{path}: {answer.status}")
-    return found
+    return Asked(seconds, float(str(answer.getheader("Server-Timing")).rpartition("=")[2]), processor)
 
 
 def copied(few: Features, out: Path, latents: int) -> tuple[Features, int]:
@@ -156,8 +167,15 @@ def page(summary: dict[str, Any], latents: int, size: int) -> Iterator[str]:
     yield f"One feature of {latents:,} ({format_bytes(size)}) from the page's server, over HTTP on loopback."
     yield ""
     yield from table(
-        ["state", "median", "from", "to"],
-        ([state, *(f"{found[name]:.1f} ms" for name in ("median", "low", "high"))] for state, found in summary.items()),
+        ["state", "median", "from", "to", "of it in the server"],
+        (
+            [
+                state,
+                *(f"{found[name]:.1f} ms" for name in ("median", "low", "high")),
+                f"{found['server_ms']['median']:.1f} ms",
+            ]
+            for state, found in summary.items()
+        ),
     )
     yield ""
     yield "Cold: files out of the page cache, and a server that has shown no feature; warm: files in the page cache,"

@@ -167,20 +167,19 @@ class Feature:
         """The examples of a kind, or the first ones; `Features.kinds` lists the kinds."""
         kinds = self.features.kinds
         if kind == "hard" and self.features.has("hard"):
-            nothing = np.full(0, NO_OFFSET, np.int8), np.zeros(0, np.float32)
-            rows = self.array("hard/row")[:count].tolist()
-            return marked(self.features.example(kind, row, 0.0, *nothing) for row in rows if row != NO_ROW)
+            rows = self.array("hard/row")[:count]
+            nothing = np.full((len(rows), 0), NO_OFFSET, np.int8), np.zeros((len(rows), 0), np.float32)
+            return self._examples(kind, rows, np.zeros(len(rows), np.float32), *nothing)
         if kind not in kinds:
             raise RequestError(f"no examples of kind {kind!r}; there are {', '.join(kinds)}, and hard with neighbours")
         first, end = kinds[kind]
         end = end if count is None else min(first + count, end)
-        rows, values = (self.array(f"example/{name}")[first:end] for name in ("row", "value"))
-        offsets, around = (self.array(f"context/{name}")[first:end] for name in ("offset", "value"))
-        return marked(
-            self.features.example(kind, int(row), float(value), offset, activation)
-            for row, value, offset, activation in zip(rows, values, offsets, around, strict=True)
-            if row != NO_ROW
-        )
+        names = ("example/row", "example/value", "context/offset", "context/value")
+        return self._examples(kind, *(self.array(name)[first:end] for name in names))
+
+    def _examples(self, kind: str, rows: NDArray[np.int64], *others: NDArray[Any]) -> list[Example]:
+        there = rows != NO_ROW
+        return marked(self.features.examples(kind, rows[there], *(array[there] for array in others)))
 
     def __repr__(self) -> str:
         if self.is_dead:
@@ -286,11 +285,16 @@ class Features:
         """Pieces of text of tokens, each alone or as they follow; None where the store has no tokenizer."""
         return self._origin.text(tokens, running=running)
 
-    def example(
-        self, kind: str, row: int, value: float, offsets: NDArray[np.int8], activations: NDArray[np.float32]
-    ) -> Example:
-        """The surroundings of a row, from the store where it is at hand."""
-        return self._origin.example(kind, row, value, offsets, activations)
+    def examples(
+        self,
+        kind: str,
+        rows: NDArray[np.int64],
+        values: NDArray[np.float32],
+        offsets: NDArray[np.int8],
+        activations: NDArray[np.float32],
+    ) -> list[Example]:
+        """The surroundings of rows, from the store where it is at hand."""
+        return self._origin.examples(kind, rows, values, offsets, activations)
 
     def __repr__(self) -> str:
         latents = f"{counted(len(self), 'latent')}, {self.facts['alive']:,} of them alive"

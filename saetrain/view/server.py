@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import secrets
 import sys
+import time
 from collections.abc import Iterable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -70,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     protocol_version = "HTTP/1.1"
+    # An answer is one write: the body of one in two waits for the browser to acknowledge the headers, up to 40 ms.
+    wbufsize, disable_nagle_algorithm = -1, True
     server_version, sys_version = "saetrain", ""
 
     def log_message(self, format: str, *args: Any) -> None: ...
@@ -226,8 +229,9 @@ class Handler(BaseHTTPRequestHandler):
     # --- answers
 
     def _answer(self, work: Any, headers: dict[str, str] | None = None) -> None:
+        began = time.perf_counter()
         try:
-            found = work()
+            found = _json(work())
         except LookupError as error:
             self._fail(HTTPStatus.NOT_FOUND, f"there is no {error}")
         except (SaetrainError, ActshuffleError) as error:
@@ -235,7 +239,8 @@ class Handler(BaseHTTPRequestHandler):
         except OSError as error:
             self._fail(HTTPStatus.INTERNAL_SERVER_ERROR, f"{error.strerror or error}: {error.filename or ''}")
         else:
-            self._send(HTTPStatus.OK, _json(found), "application/json", headers)
+            took = {"Server-Timing": f"answer;dur={1000 * (time.perf_counter() - began):.2f}"}
+            self._send(HTTPStatus.OK, found, "application/json", took | (headers or {}))
 
     def _fail(self, status: HTTPStatus, message: str) -> None:
         self._send(status, _json({"error": message}), "application/json")
@@ -260,6 +265,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {**SAFE, "Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}.items():
             self.send_header(name, value)
         self.end_headers()
+        self.wfile.flush()
         try:
             for piece in pieces:
                 self._chunk(_json(piece) + b"\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,13 @@ class Site:
             "tokens": tokens,
         }
 
-    def brief(self, latent: int) -> dict[str, Any]:
-        """Another latent, as a page about one names it: one read."""
-        ids = self.features[latent].array("token/id")[:FEW]
-        ids = ids[ids >= 0].tolist()
-        texts = self.features.text(ids) or tuple(map(str, ids))
-        return {"id": latent, "label": self.labels.get(latent), "tokens": list(texts)}
+    def briefs(self, latents: list[int]) -> list[dict[str, Any]]:
+        """Other latents, as a page about one names them: one read for all."""
+        ids = self.features.group("token").take("id", latents)[:, :FEW]
+        flat = ids[ids >= 0].tolist()
+        texts = iter(self.features.text(flat) or map(str, flat))
+        named = zip(latents, (ids >= 0).sum(axis=1).tolist(), strict=True)
+        return [{"id": i, "label": self.labels.get(i), "tokens": list(islice(texts, n))} for i, n in named]
 
     def feature(self, latent: int) -> dict[str, Any]:
         """One latent: all but the examples beyond the first few."""
@@ -206,7 +208,9 @@ class Site:
         found = f.neighbours
         if found is None:
             return None
-        return [self.brief(n.latent) | {"cosine": _number(n.cosine)} for n in found[:OTHERS]]
+        found = found[:OTHERS]
+        briefs = self.briefs([n.latent for n in found])
+        return [brief | {"cosine": _number(n.cosine)} for brief, n in zip(briefs, found, strict=True)]
 
     def _logits(self, f: Feature) -> dict[str, Any] | None:
         found = f.logits
@@ -218,10 +222,10 @@ class Site:
     def _together(self, f: Feature) -> list[dict[str, Any]] | None:
         if not self.features.has("together"):
             return None
+        found = f.together[:OTHERS]
         return [
-            self.brief(c.latent)
-            | {"count": c.times, "expected": _number(c.expected), "share": [_number(v) for v in c.share]}
-            for c in f.together[:OTHERS]
+            brief | {"count": c.times, "expected": _number(c.expected), "share": [_number(v) for v in c.share]}
+            for brief, c in zip(self.briefs([c.latent for c in found]), found, strict=True)
         ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,21 @@ def test_a_latent_is_what_the_reader_gives(server: Server, site: Site) -> None:
             (e.row, e.at, len(e.tokens), e.is_repeated) for e in f.examples(kind)
         ]
     assert ask(server, "GET", "/api/feature/3")[1]["dead"] is True
+
+
+def test_answers_on_a_kept_connection_wait_for_no_acknowledgement(server: Server) -> None:
+    """Headers and body in two writes take 40 ms from the second answer on, which is how a browser asks."""
+    connection, seconds, served = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20), [], []
+    for _ in range(10):
+        began = time.perf_counter()
+        connection.request("GET", "/api/feature/4")
+        response = connection.getresponse()
+        response.read()
+        seconds.append(time.perf_counter() - began)
+        served.append(float(str(response.getheader("Server-Timing")).removeprefix("answer;dur=")) / 1000)
+    connection.close()
+    assert min(seconds[1:]) < 0.03
+    assert all(0 <= inside <= whole for inside, whole in zip(served, seconds, strict=True))
 
 
 def test_overview_counts_every_live_latent_once(server: Server, site: Site) -> None:
