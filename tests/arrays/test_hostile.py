@@ -1108,11 +1108,11 @@ def test_fuzzed_metadata(zarr_format, tmp_path):
 
 
 def test_fuzzed_records(tmp_path):
-    fuzz_records(tmp_path, range(60))
+    fuzz_records(tmp_path, range(25))
 
 
 def test_fuzzed_marker(tmp_path):
-    fuzz_marker(tmp_path, range(80))
+    fuzz_marker(tmp_path, range(40))
 
 
 @pytest.mark.soak

@@ -939,7 +939,7 @@ def test_rows_from_the_page_cache_are_taken_by_threads(options, where, tmp_path,
     """Unless a number of workers is given, or the run makes levels; the bytes are those of the oracle."""
     monkeypatch.setattr("actshuffle.machine.cores", lambda: 2)
     src, dst = tmp_path / "src.zarr", tmp_path / "dst.zarr"
-    group(src, {"x": values(20_000, (100,))})
+    group(src, {"x": values(20_000, (100,))}, chunks=(1000, 100))
     shown = call("run", src, dst, "--seed", "5", "--chunk-rows", "512", *options).stderr
     assert ("threads" in shown) == (where is not None)
     assert where is None or where in shown

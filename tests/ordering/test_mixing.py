@@ -120,7 +120,7 @@ def test_each_p_value_is_nominal_in_both_tails(honest_reports: list[MixingReport
 
 def test_skewed_laws_are_nominal_far_out() -> None:
     """The most skewed cases, a 4 x 4 table and a short spectrum, at 0.5% in each tail."""
-    trials = 3000
+    trials = 1500
     tests = [
         test
         for seed in range(trials)

@@ -91,12 +91,10 @@ def test_sweep_prints_the_facts_of_each_run(store: Path, tmp_path: Path, capsys:
     assert found["runs"][0]["metrics"]["l0"] <= 2 < found["runs"][1]["metrics"]["l0"]
 
 
-def test_of_several_ranks_one_prints(store: Path, tmp_path: Path) -> None:
+def test_of_several_ranks_one_refuses(store: Path, tmp_path: Path) -> None:
+    """What they print if all is well is in `tests/sae/test_sae_store.py`."""
     command = [sys.executable, "-m", "saetrain", "fit", store, "--out", tmp_path, "--nproc", "2", "--json", *SMALL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["metrics"]["step"] == 6
     refused = subprocess.run(
         [*command, "--field", "other"], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
