@@ -139,10 +139,12 @@ def _contributions(found: dict[str, Any]) -> list[str]:
     lines += [f"{name:16}  {found[name]:>10.4f}" for name in ("features", "bias", "error")]
     lines.append(f"sum of all parts  {found['total']:>10.4f}   (gap {found['gap']:.1e})")
     if line := found.get("calibration"):
-        slope = line["slope"]
+        slope, r2 = line["slope"], line["r2"]
+        ends = "" if slope["low"] is None else f" (95 %: {slope['low']:.3f} to {slope['high']:.3f})"
+        value = "unknown" if slope["value"] is None else f"{slope['value']:.3f}"
         lines.append(
-            f"true ablation over contribution: slope {slope['value']:.3f} (95 %: {slope['low']:.3f} to "
-            f"{slope['high']:.3f}), r2 {line['r2']:.3f}, {counted(line['pairs'], 'feature')}"
+            f"true ablation over contribution: slope {value}{ends}, r2 {'unknown' if r2 is None else f'{r2:.3f}'}, "
+            f"{counted(line['pairs'], 'feature')}"
         )
     return lines
 

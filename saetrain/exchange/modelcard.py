@@ -74,10 +74,11 @@ def card(run: Path, to: Path, format: str, cfg: dict[str, Any], named: dict[str,
         lines.append(f"| rows of the store, array | {facts['rows']:,}, {facts.get('input') or facts.get('field')} |")
     if steps:
         last = steps[-1]
-        between = f"{last['eval_fvu_low']:.4f} to {last['eval_fvu_high']:.4f}"
+        ends = "eval_fvu_low" in last
+        between = f" (95 %: {last['eval_fvu_low']:.4f} to {last['eval_fvu_high']:.4f})" if ends else ""
         lines += [
             f"| tokens of training | {last['tokens']:,} |",
-            f"| held-out variance not explained (FVU) | {last['eval_fvu']:.4f} (95 %: {between}) |",
+            f"| held-out variance not explained (FVU) | {last['eval_fvu']:.4f}{between} |",
             f"| active latents a token (L0) | {last['eval_l0']:.1f} |",
             f"| latents that no held-out row activates | {last['eval_dead']:.1%} |",
         ]

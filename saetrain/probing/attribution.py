@@ -16,6 +16,7 @@ and the merge keeps the k best of all, ties to the lowest latent, as the whole d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -230,12 +231,20 @@ class Calibration:
 
     @property
     def r2(self) -> float:
-        """The squared correlation; NaN where one side does not vary."""
+        """The squared correlation; NaN where one side does not vary, as with one pair."""
+        if len(self.true) < 2:
+            return math.nan
         both = torch.stack([self.predicted, self.true]).double()
         return float(torch.corrcoef(both)[0, 1].square())
 
     def to_json(self) -> dict[str, Any]:
-        return {"pairs": len(self.true), "slope": self.slope._asdict(), "r2": self.r2}
+        """Plain values for JSON, which has no NaN: None stands for it."""
+        slope = {name: _known(value) for name, value in self.slope._asdict().items()}
+        return {"pairs": len(self.true), "slope": slope, "r2": _known(self.r2)}
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @torch.no_grad()

@@ -185,8 +185,7 @@ def _point(samples: Sequence[Sample]) -> Point:
             measures[key] = wilson(sum(sample.largest > 0 for sample in full), len(full))
         else:
             values = torch.tensor([getattr(sample, key) for sample in full], dtype=torch.float64)
-            found = ratio_interval(values, torch.ones_like(values))
-            measures[key] = found if len(full) > 1 else Interval(found.value, math.nan, math.nan)
+            measures[key] = ratio_interval(values, torch.ones_like(values))
     return Point(samples[0].strength, len(samples), measures)
 
 

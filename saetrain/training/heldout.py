@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import repeat
 
@@ -78,17 +79,19 @@ class Heldout:
         f = metrics.ratio_interval(top, bottom, groups)
         l0 = metrics.ratio_interval(count, torch.ones_like(count), groups)
         return {
-            "eval_fvu": f.value,
-            "eval_fvu_low": f.low,
-            "eval_fvu_high": f.high,
-            "eval_l0": l0.value,
-            "eval_l0_low": l0.low,
-            "eval_l0_high": l0.high,
+            **_with_ends("eval_fvu", f),
+            **_with_ends("eval_l0", l0),
             "eval_rows": len(top),
             **_by_array(target, mesh.sum(by_array, "dp")),
             **metrics.heldout_summary(model, mesh.sum(fired, "dp"), len(top)),
             **metrics.by_norm(top, around, everyone, tenths),
         }
+
+
+def _with_ends(name: str, found: metrics.Interval) -> dict[str, float]:
+    """A figure with the ends of its interval; alone where all rows are of one document, which gives none."""
+    ends = {f"{name}_low": found.low, f"{name}_high": found.high}
+    return {name: found.value, **{key: end for key, end in ends.items() if math.isfinite(end)}}
 
 
 def _by_array(target: str, sums: Tensor) -> dict[str, float]:

@@ -34,7 +34,11 @@ def brief(run: Path, line: dict[str, Any], steps: int, left: float) -> str:
         text += f"  dead {line['dead']:.1%}"
     else:
         text += f"  dead {line['eval_dead']:.1%} (of {counted(line['eval_rows'], 'held-out row')})"
-        text += f"  held-out fvu {line['eval_fvu']:.4f} +- {line['eval_fvu_high'] - line['eval_fvu']:.4f}"
+        text += f"  held-out fvu {line['eval_fvu']:.4f}"
+        if "eval_fvu_high" in line:
+            text += f" +- {line['eval_fvu_high'] - line['eval_fvu']:.4f}"
+        else:
+            text += " (of one document, which gives no interval)"
         if line["eval_heavy_share"] >= HEAVY_SHARE:
             text += f"  (median row {line['eval_fvu_median']:.4f}: {line['eval_heavy_rows']:,} of {line['eval_rows']:,}"
             text += f" rows hold {line['eval_heavy_share']:.1%} of the squared norm)"

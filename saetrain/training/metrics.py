@@ -57,7 +57,8 @@ class Interval(NamedTuple):
 def ratio_interval(top: Tensor, bottom: Tensor, groups: Tensor | None = None) -> Interval:
     """sum(top) / sum(bottom) with a 95 % interval, by the delta method; all arguments are [rows].
 
-    Rows of one group (a document) are not independent: with `groups`, the sums over groups are the observations.
+    Rows of one group (a document) are not independent: with `groups`, the sums over groups are the observations.  One
+    observation has no interval, whose ends are NaN then.
     """
     top, bottom = top.double(), bottom.double()
     if groups is not None:
@@ -67,7 +68,9 @@ def ratio_interval(top: Tensor, bottom: Tensor, groups: Tensor | None = None) ->
         bottom = bottom.new_zeros(count).index_add_(0, at, bottom)
     n = len(top)
     ratio = float(top.sum() / bottom.sum())
-    spread = float((top - ratio * bottom).square().sum()) * n / max(n - 1, 1)
+    if n < 2:
+        return Interval(ratio, math.nan, math.nan)
+    spread = float((top - ratio * bottom).square().sum()) * n / (n - 1)
     half = Z95 * math.sqrt(spread) / abs(float(bottom.sum()))
     return Interval(ratio, ratio - half, ratio + half)
 

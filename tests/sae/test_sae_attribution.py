@@ -115,6 +115,11 @@ def test_calibration_equals_ablation_by_hand_and_a_small_edit_has_slope_one() ->
     assert abs(rough.slope.value - 1) > 0.01  # large edits of a random model are not first order
 
 
+def test_one_pair_has_no_interval_and_no_correlation() -> None:
+    found = attribution.Calibration(torch.tensor([2.0]), torch.tensor([1.0])).to_json()
+    assert found == {"pairs": 1, "slope": {"value": 0.5, "low": None, "high": None}, "r2": None}
+
+
 def test_effects_over_a_text_equal_the_loop_over_features() -> None:
     model, sae = tiny(dtype=torch.float64), dictionary("jumprelu", dtype=torch.float64)
     corpus = Corpus(model, texts(6), Cutting(context=12, prefix="<s>"))

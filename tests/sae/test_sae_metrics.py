@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from saetrain.model import Model
 from saetrain.training import metrics
 from saetrain.training.clock import Clock
 from saetrain.training.heldout import Heldout
+from saetrain.training.lines import brief
 from saetrain.training.losses import step
 from saetrain.training.optim import Optimizer, ramps
 from support.sae import MemorySource, one_rank, small_model
@@ -70,6 +72,10 @@ def test_ratio_interval() -> None:
     same = metrics.ratio_interval(top.repeat(3), bottom.repeat(3), torch.tensor([0, 1, 0, 1, 0, 1]))
     assert same == pytest.approx(found)  # three copies of a document are one observation
     assert metrics.ratio_interval(top.repeat(3), bottom.repeat(3)).high < found.high
+    one = metrics.ratio_interval(top, bottom, torch.tensor([5, 5]))
+    assert one.value == 0.5
+    assert math.isnan(one.low)  # not an interval of no width
+    assert math.isnan(one.high)
     below = metrics.ratio_interval(top, -bottom)  # a negative denominator turns the value, not the interval
     assert below == pytest.approx((-0.5, -found.high, -found.low))
 
@@ -124,6 +130,20 @@ def test_dead_and_dense_latents_of_held_out_rows_equal_a_plain_count() -> None:
     assert found["eval_dense"] == float((fired.double().mean(0) > 0.1).double().mean()) > 0
     assert sum(found["eval_density"]) == 64  # type: ignore[arg-type]
     assert found["eval_density"][0] == found["eval_dead"] * 64  # type: ignore[index,operator]
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_held_out_rows_of_one_document_have_no_interval(documents: int) -> None:
+    with one_rank() as mesh:
+        rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(3))
+        model = small_model("topk", mesh, rows)
+        source = MemorySource(rows, torch.arange(64) * documents // 64)
+        line = Heldout(source, 64, mesh).evaluate(model) | {"step": 5, "loss": 0.5, "l0": 4.0}
+    ends = {name for name in line if name.endswith(("_low", "_high"))}
+    of = ("eval_fvu", "eval_l0")
+    assert ends == ({f"{name}_{end}" for name in of for end in ("low", "high")} if documents == 2 else set())
+    assert ("(of one document, which gives no interval)" in brief(Path("run"), line, 5, 0.0)) == (documents == 1)
+    assert ("+-" in brief(Path("run"), line, 5, 0.0)) == (documents == 2)
 
 
 # --- Rates --------------------------------------------------------------------------------------
