@@ -221,8 +221,11 @@ class Handler(BaseHTTPRequestHandler):
             turned = [int(turn["feature"]) for turn in body.get("turns", []) if "feature" in turn]
             largest = {i: features[i].max for i in turned if 0 <= i < len(features) and not features[i].is_dead}
             pieces = self._live().steer(body, largest)
-        except (SaetrainError, ActshuffleError, ValueError, TypeError) as error:
+        except (SaetrainError, ActshuffleError) as error:
             self._fail(HTTPStatus.BAD_REQUEST, words_of(error))
+            return
+        except (ValueError, TypeError, AttributeError):  # int(None), or a turn that is no object
+            self._fail(HTTPStatus.BAD_REQUEST, "each feature that is turned is given by its number")
             return
         self._stream(pieces)
 

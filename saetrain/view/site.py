@@ -182,7 +182,8 @@ class Site:
         """The lines of the run that trained the dictionary."""
         if self.run is None:
             raise ConfigError("no run was given; start the page with `saetrain view FEATURES --run RUN`")
-        lines = [{k: _number(v) for k, v in line.items() if isinstance(v, (int, float))} for line in read_log(self.run)]
+        log = read_log(self.run)
+        lines = [{k: _number(v) for k, v in line.items() if v is None or isinstance(v, (int, float))} for line in log]
         return {"run": str(self.run), "lines": lines, "evaluation": read_evaluation(self.run)}
 
     def pairs(self, number: int) -> Pairs:

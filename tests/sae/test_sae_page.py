@@ -54,6 +54,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saetrain.interactions(folder / "dictionary", folder / "dictionary", folder / "product", k=4, thresholds=[0.5])
     (folder / "run").mkdir()
     lines = [{"step": 10 * i, "tokens": 640 * i, "loss": 1 / i, "eval_fvu": 0.5 / i, "l0": 5.0} for i in (1, 2, 3)]
+    lines = [line | {"mfu": None if line["step"] == 30 else 0.25} for line in lines]
     (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     keep_evaluation(folder / "run", {"model": HOSTILE, "text": ["held/out"]} | evaluated())
     return folder / "out"
@@ -263,6 +264,16 @@ def test_a_pasted_text_and_steering(opened: Opened) -> None:
     page.get_by_text("Edited rows moved by").wait_for()
     assert page.locator(".written").nth(1).inner_text() != ""
     assert "tokens=6" in page.url
+    page.fill("#features", "5, dog")
+    page.get_by_role("button", name="Write").click()
+    page.get_by_text("Features are given by their numbers, as 603,88; not dog.").wait_for()
+
+
+def test_an_mfu_that_was_left_out_at_the_end_is_not_an_earlier_one(opened: Opened) -> None:
+    page = opened.go("/run")
+    heading = page.locator("h2", has_text="matrix speed")
+    heading.wait_for()
+    assert heading.locator("b").inner_text() == "left out"
 
 
 def test_interactions_lead_from_line_to_line_and_to_features(opened: Opened, result: Path) -> None:
@@ -303,7 +314,7 @@ def test_the_run_shows_its_curves_and_what_the_model_loses(opened: Opened) -> No
     page = opened.go("/run")
     assert HOSTILE in page.inner_text("main")
     assert page.evaluate("window.hit") is None
-    assert page.locator("svg.chart").count() == 3  # of the loss, of FVU and of L0
+    assert page.locator("svg.chart").count() == 4  # of the loss, of FVU, of L0 and of MFU
     value = evaluated()["loss_recovered"]["zero"]["value"]
     shown = page.locator("tr", has_text="Loss recovered, from zero").locator("b").inner_text()
     assert float(shown.replace("\u2212", "-").replace(",", "")) == pytest.approx(value, rel=1e-3)

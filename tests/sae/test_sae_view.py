@@ -441,6 +441,9 @@ def test_steering_over_http_comes_line_by_line(site: Site, live: Live) -> None:
     assert status == 200
     assert {line["which"] for line in lines} == {"plain", "steered", "end"}
     assert ask(server, "POST", "/api/steer", {**body, "tokens": 0}, **given)[0] == 400
+    for turns in ([{"feature": None}], [{"feature": "dog"}]):
+        status, found = ask(server, "POST", "/api/steer", {**body, "turns": turns}, **given)
+        assert (status, found["error"]) == (400, "each feature that is turned is given by its number")
     server.shutdown()
     server.server_close()
 

@@ -113,6 +113,8 @@ export async function steer(main, { facts, query, go, tell }) {
       onsubmit: async (event) => {
         event.preventDefault();
         const list = value(chosen).split(/[\s,]+/).filter(Boolean);
+        const wrong = list.filter((id) => !/^\d+$/.test(id));
+        if (wrong.length) return tell(`Features are given by their numbers, as 603,88; not ${wrong.join(", ")}.`);
         const state = { feature: list.join(","), prompt: prompt.value, value: strength.value, unit: unit.value, method: method.value, seed: value(seed), temperature: value(warmth), tokens: value(tokens) };
         go(`/steer?${new URLSearchParams(state)}`, { stay: true });
         for (const part of [plain, steered, cost]) part.replaceChildren();

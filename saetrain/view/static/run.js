@@ -82,11 +82,11 @@ export async function run(main, { facts }) {
   if (evaluation) main.append(h("div.half", {}, evaluated(evaluation)));
   for (const [theme, names] of Object.entries(THEMES)) {
     const drawn = names
-      .map((name) => [name, lines.filter((line) => line[name] !== undefined && line[name] !== null)])
+      .map((name) => [name, lines.filter((line) => line[name] !== undefined && line[name] !== null), lines.findLast((line) => name in line)])
       .filter(([, held]) => held.length > 1)
-      .map(([name, held]) => {
+      .map(([name, held, last]) => {
         const points = held.map((line) => (line[`${name}_low`] === undefined ? [line.step, line[name]] : [line.step, line[name], line[`${name}_low`], line[`${name}_high`]]));
-        return h("section.card", {}, h("h2.split", {}, NAMES[name] ?? name, h("b", {}, short(held[held.length - 1][name]))), curve({ points, title: NAMES[name] ?? name }));
+        return h("section.card", {}, h("h2.split", {}, NAMES[name] ?? name, h("b", {}, last[name] === null ? "left out" : short(last[name]))), curve({ points, title: NAMES[name] ?? name }));
       });
     if (drawn.length) main.append(h("h2", {}, theme), h("div.grid", {}, drawn));
   }
