@@ -190,7 +190,8 @@ def _members(told: Told) -> str:
     """Several runs by what differs, with the figures that decide, and their frontier."""
     best = frontier(points_of(told.last))
     spans = {run: span for run, lines in told.logs.items() if (span := when(lines))}
-    heads = [*told.varied, "FVU", "L0", "dead latents", *(["frontier"] if best else []), "steps"]
+    heads = [*told.varied, "FVU", "L0", "dead latents", *(["frontier"] if best else [])]
+    heads.append("steps done" if "steps" in told.varied else "steps")
     heads += ["trained for"] if spans else []
     if told.ends:
         heads.append("diverged")
@@ -283,5 +284,6 @@ def cell(value: Any, key: str = "") -> str:
     """A cell of a table; under the key of a count or a share, written as one."""
     text = "" if value is None else str(value)
     if is_number(value) and not isinstance(value, bool):
-        text = f"{value:,.0f}" if key in COUNTS else f"{value:.2%}" if key in SHARES else f"{value:,.4g}"
+        whole = isinstance(value, int) or key in COUNTS
+        text = f"{value:,.0f}" if whole else f"{value:.2%}" if key in SHARES else f"{value:,.4g}"
     return f"<td>{html.escape(text)}</td>"

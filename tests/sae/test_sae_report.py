@@ -13,7 +13,7 @@ import pytest
 from saetrain.config import Config
 from saetrain.reporting.charts import Axis
 from saetrain.reporting.frontier import frontier
-from saetrain.reporting.page import around
+from saetrain.reporting.page import around, cell
 from saetrain.reporting.report import report
 from saetrain.reporting.when import when
 
@@ -83,6 +83,14 @@ def test_an_mfu_that_was_left_out_is_said_to_be(last: float | None, shown: str, 
     text = report([tmp_path], tmp_path)[0].read_text()
     (cell,) = re.findall(r"<th>MFU at the end</th><td>(.*?)</td>", text)
     assert cell.startswith(shown)
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "shown"),
+    [(16_384, "", "16,384"), (101_076.4, "tokens_per_s", "101,076"), (0.08114, "", "0.08114"), (True, "", "True")],
+)
+def test_whole_numbers_have_all_their_digits(value: Any, key: str, shown: str) -> None:
+    assert cell(value, key) == f"<td>{shown}</td>"
 
 
 def test_the_page_of_one_run_has_no_frontier(sweep: Path) -> None:
