@@ -7,8 +7,7 @@ JOBS ?= 3
 TESTS := $(wildcard tests/test_*.py tests/*/test_*.py)
 # The inner loop: rules, names and arithmetic, which need no store, and the stores that earlier versions wrote.
 FAST := tests/test_layout.py tests/test_public_api.py tests/test_docs.py tests/test_units.py \
-	tests/ordering/test_keys.py tests/ordering/test_partition.py tests/ordering/test_bounds.py \
-	tests/ordering/test_digest.py tests/planning/test_planner.py tests/arrays/test_format.py
+	tests/ordering/test_keys.py tests/ordering/test_partition.py tests/ordering/test_digest.py tests/arrays/test_format.py
 # Files that share a process, which imports, compiles and starts a cluster once.  Those that fork, kill, or measure
 # memory stay apart from long ones; the longest come first, so that no single one is left running at the end.
 GROUPS := sae engine disk failures s3 benchmarks building rest pages features page

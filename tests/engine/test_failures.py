@@ -469,7 +469,7 @@ def _kill_at_random(who, count, src, tmp_path, seed, broken=None):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize(("who", "count"), [("worker", 8), ("scheduler", 3), ("driver", 4)])
+@pytest.mark.parametrize(("who", "count"), [("worker", 5), ("scheduler", 2), ("driver", 3)])
 def test_kills_at_random(who, count, src, tmp_path):
     _kill_at_random(who, count, src, tmp_path, seed=1)
 
