@@ -69,7 +69,7 @@ def run(bench: Bench, *, store: Path | None, d_sae: int, k: int, batch: int, buf
             continue
         out = bench.work / name
         with contextlib.redirect_stdout(io.StringIO()):
-            if saetrain(["fit", str(rows), "--out", str(out), *words, *more]):
+            if saetrain(["fit", str(rows), "--out", str(out), "--no-report", *words, *more]):
                 raise RuntimeError(f"{name} failed")
         if read_log(out)[-1]["step"] < steps:
             raise click.ClickException(f"{name}: stopped; run again for the missing steps")

@@ -67,7 +67,7 @@ def _one(out: Path, store: Path, ranks: int, latents: int) -> dict[str, Any]:
         "aux-coef": 0,
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    command = measure.python("-m", "saetrain", "fit", str(store), "--out", str(out), *words)
+    command = measure.python("-m", "saetrain", "fit", str(store), "--out", str(out), "--no-report", *words)
     measured = measure.run(command, environment={"OMP_NUM_THREADS": "1"}, seconds=500)
     if measured.outcome != "done":
         raise RuntimeError(f"{ranks} ranks: {measured.outcome}: {measured.message}")
