@@ -15,7 +15,7 @@ files-s3 := tests/storage/test_s3.py
 files-failures := tests/engine/test_failures.py tests/engine/test_hosts.py
 files-benchmarks := tests/test_benchmarks.py
 files-page := tests/sae/test_sae_checkpoint.py tests/sae/test_sae_page.py
-files-disk := $(addprefix tests/engine/test_, memory.py tier.py gather.py) tests/checking/test_stats.py \
+files-disk := $(addprefix tests/engine/test_, memory.py gather.py) tests/checking/test_stats.py \
 	$(filter-out $(files-s3),$(wildcard $(addsuffix /test_*.py, tests/loading tests/storage)))
 files-sae := $(filter-out $(files-page),$(wildcard tests/sae/test_*.py))
 files-engine := $(filter-out $(files-failures) $(files-disk),$(wildcard tests/engine/test_*.py tests/jobs/test_*.py))

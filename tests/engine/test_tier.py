@@ -117,7 +117,7 @@ def test_data_of_one_and_a_half_times_the_memory_moves_less_than_that_many_copie
         tally = {"read": 0, "written": 0}
 
         def counting(objects: Objects, place: Place) -> Any:
-            kept = place.url.startswith(str(tier.MEMORY_FOLDER))
+            kept = place.url.startswith(str(folder_of(tmp_path / "d.zarr")))
             return objects if kept else Counted(objects, tally)
 
         plans: list[Job] = []
