@@ -108,6 +108,9 @@ SPARSIFY_KEYS: Mapping[str, Accepted] = {
 
 def read_foreign(folder: Path) -> SAE:
     """An autoencoder that SAELens or sparsify wrote.  Refuses one that `SAE` would not compute identically."""
+    if not (folder / "cfg.json").is_file():
+        why = "it has no cfg.json" if folder.is_dir() else "there is no such folder"
+        raise ExchangeError(f"{folder} is no dictionary of SAELens or sparsify: {why}")
     readers = {"sae_weights.safetensors": _saelens, "sae.safetensors": _sparsify, OWN_FILE: _own}
     try:
         cfg = json.loads((folder / "cfg.json").read_text())

@@ -176,7 +176,7 @@ class SAE(nn.Module):
         to = Path(folder)
         with hold(to):
             if to.exists() and any(to.iterdir()):
-                raise ExchangeError(f"{to} exists and is not empty")
+                raise ExchangeError(f"{to} exists and is not empty: name another folder")
             to.mkdir(parents=True, exist_ok=True)
             self._save(to)
 

@@ -278,7 +278,8 @@ def load_causal(name: str, dtype: str) -> Any:
 def load_tokenizer(name: str) -> Any:
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():  # no name on any hub
         raise SourceError(f"cannot load the model {name}: there is no such folder")
-    with _loading(f"cannot load the tokenizer {name}") as transformers:
+    here = "" if Path(name).is_dir() else ", of which no folder is here"
+    with _loading(f"cannot load the tokenizer {name}{here}") as transformers:
         return transformers.AutoTokenizer.from_pretrained(name)
 
 

@@ -34,11 +34,13 @@ def subject(source: Place, given: Place) -> tuple[Place, dict[str, Any], list[Fa
 
     Raises
     ------
-    IncompleteStoreError : there is no completion marker.
+    IncompleteStoreError : nothing is there, or there is no completion marker.
     RequestError : the source is the store itself, or the one of which it is a view.
     """
     marker = read_marker(open_objects(given))
     if marker is None:
+        if next(iter(open_objects(given).list("")), None) is None:
+            raise IncompleteStoreError(f"no such store: {given}")
         if virtual.describe(given) is not None:
             raise RequestError(f"{given} holds no rows, only the names of stores that do: there is nothing to verify")
         raise IncompleteStoreError(

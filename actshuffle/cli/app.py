@@ -8,6 +8,7 @@ Exit codes: 0 done; 2 the request or the input is bad (nothing was written); 1 a
 
 from __future__ import annotations
 
+import difflib
 import errno
 import sys
 import time
@@ -132,9 +133,11 @@ class _Group(_Table):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as err:
-            if args[0] not in MEANT:
+            names = MEANT | {name: f"actshuffle {name}" for name in self.list_commands(ctx)}
+            near = difflib.get_close_matches(args[0], names, 1)
+            if not near:
                 raise
-            raise click.UsageError(f"no command {args[0]!r}; did you mean `{MEANT[args[0]]}`?", ctx) from err
+            raise click.UsageError(f"no command {args[0]!r}; did you mean `{names[near[0]]}`?", ctx) from err
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _Table(commands=self.commands).format_commands(ctx, formatter)

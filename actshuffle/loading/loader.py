@@ -116,12 +116,12 @@ class Loader:
         self.layout: Layout = choose(self.datasets, fields)
         first = next(iter(self.datasets.values()))
         if buffer_rows is None and not first.shuffled:
-            some = max(1, (1 << 30) // max(1, self.layout.row_bytes))
+            some = min(max(1, (1 << 30) // max(1, self.layout.row_bytes)), max(1, first.rows))
             raise RequestError(
                 f"{first.path} is not shuffled ({first.kind}): batches in its order hold rows of a few "
-                f"documents. Shuffle it, or give buffer_rows={some} (say) for a shuffle buffer of "
-                f"{format_bytes(some * self.layout.row_bytes)}, which mixes less; buffer_rows=0 reads it "
-                "as it is"
+                f"documents. Shuffle it, or give --buffer-rows {some} (say) for a shuffle buffer of "
+                f"{format_bytes(some * self.layout.row_bytes)}, which mixes less; --buffer-rows 0 reads "
+                "it as it is"
             )
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.epochs, self.drop_last, self.as_torch = epochs, drop_last, as_torch

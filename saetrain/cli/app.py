@@ -9,6 +9,7 @@ SIGTERM 143); 1 anything else, also a run that diverged.  Results go to stdout, 
 
 from __future__ import annotations
 
+import difflib
 import errno
 import signal
 import traceback
@@ -168,9 +169,11 @@ class _Group(_Table):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            if args[0] not in MEANT:
+            names = MEANT | {name: f"saetrain {name}" for name in self.list_commands(ctx)}
+            near = difflib.get_close_matches(args[0], names, 1)
+            if not near:
                 raise
-            raise click.UsageError(f"no command {args[0]!r}; did you mean `{MEANT[args[0]]}`?", ctx) from error
+            raise click.UsageError(f"no command {args[0]!r}; did you mean `{names[near[0]]}`?", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         _Table(commands=self.commands).format_commands(ctx, formatter)

@@ -77,7 +77,7 @@ def row_shape(run: Path) -> list[int]:
 
 def _refuse_content(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
-        raise ExchangeError(f"{folder} exists and is not empty")
+        raise ExchangeError(f"{folder} exists and is not empty: name another folder")
 
 
 def _shapes(folded: Folded) -> tuple[int, int, int, torch.dtype]:

@@ -86,7 +86,8 @@ class LanguageModel:
                 words = transformers.AutoTokenizer.from_pretrained(tokenizer or name)
             except Exception as error:  # of many kinds, most of them about the name
                 why = (str(error).splitlines() or [""])[0]
-                raise ConfigError(f"cannot load the model {name} as a causal language model: {why}") from error
+                here = "" if Path(name).is_dir() else ", of which no folder is here,"
+                raise ConfigError(f"cannot load the model {name}{here} as a causal language model: {why}") from error
         model.train(False)
         return cls(model.to(where), words, layer, name)
 

@@ -25,7 +25,8 @@ def combinations(base: Mapping[str, Any], lists: Mapping[str, Sequence[tuple[str
     if not lists:
         raise ConfigError("a sweep needs a list, as in --k 16,32")
     if alone := [name for name in lists if name not in SWEPT]:
-        raise ConfigError(f"{alone[0]} has one value for all runs of a sweep, which read the same batches together")
+        flag = f"--{alone[0].replace('_', '-')}"
+        raise ConfigError(f"{flag} has one value for all runs of a sweep, which read the same batches together")
     shared = dict(base)
     if "seed" in lists:
         shared.setdefault("order_seed", lists["seed"][0][1])

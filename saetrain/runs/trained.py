@@ -15,6 +15,7 @@ from saetrain.config import Config
 from saetrain.errors import ConfigError
 from saetrain.opening import load
 from saetrain.sae import SAE
+from saetrain.training.checkpoint import absence
 from saetrain.training.log import LOG, read_log
 from saetrain.training.outcome import diverged, read_evaluation
 
@@ -107,6 +108,8 @@ class Sweep:
 def recorded(run: Path) -> tuple[Config, dict[str, Any]]:
     """The settings of a run, and what config.json says about it: "location" is the store, "heldout" the other one."""
     path = run / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{path} does not describe a run{absence(run) or ': there is no such file'}")
     try:
         found = json.loads(path.read_text())
         about = dict(found["about"])

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from actshuffle.errors import words_of
+from actshuffle.units import counted
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
 from saetrain.errors import CheckpointError, NoCheckpointError
@@ -224,8 +225,16 @@ def find(path: Path) -> Checkpoint:
     """The checkpoint at `path`, or the latest of the run at `path`."""
     folders = [path] if (path / "state.json").exists() else published(path)
     if not folders:
-        raise NoCheckpointError(f"no checkpoint in {path}")
+        raise NoCheckpointError(f"no checkpoint in {path}{absence(path)}")
     return open_checkpoint(folders[0])
+
+
+def absence(path: Path) -> str:
+    """The rest of a sentence that says of a folder that it is no run: why, as far as that can be told."""
+    if not path.exists():
+        return ": there is no such folder"
+    runs = sorted(found.parent for found in path.glob("*/config.json"))
+    return f": it holds {counted(len(runs), 'run')}, such as {runs[0]}" if runs else ""
 
 
 def load_latest(runs: Sequence[Path], mesh: Mesh, warn: Callable[[str], None]) -> list[Loaded] | None:

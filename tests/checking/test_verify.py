@@ -638,7 +638,7 @@ def test_unfinished_store_is_refused(phase, quick, src, tmp_path):
 def test_store_of_somebody_else_is_refused(src, tmp_path):
     with pytest.raises(IncompleteStoreError):
         actshuffle.verify(src, src)
-    with pytest.raises(IncompleteStoreError):
+    with pytest.raises(IncompleteStoreError, match=r"no such store: .*nowhere"):
         actshuffle.verify(src, tmp_path / "nowhere")
 
 

@@ -57,6 +57,11 @@ def test_names_of_other_programs_suggest_a_command_that_exists(program: str) -> 
     found = CliRunner().invoke(main, [word, "a", "b"], prog_name=program)
     assert found.exit_code == 2
     assert f"did you mean `{module.MEANT[word]}`?" in found.output
+    misspelt = {"actshuffle": {"shufle": "run", "verfy": "verify"}, "saetrain": {"trian": "fit", "exprt": "export"}}
+    for word, due in misspelt[program].items():
+        found = CliRunner().invoke(main, [word, "a"], prog_name=program)
+        assert found.exit_code == 2
+        assert f"no command {word!r}; did you mean `{program} {due}`?" in found.output
     assert "did you mean" not in CliRunner().invoke(main, ["zzz"]).output.lower()
 
 

@@ -171,7 +171,7 @@ def test_one_diverging_run_does_not_end_a_sweep(
         (["sweep", "x.zarr"], 2, "bad-request", "a sweep needs a list"),
         (["export", "absent", "out"], 2, "bad-checkpoint", "no checkpoint in absent"),
         (["export", "absent", "out", "--format", "onnx"], 2, "bad-request", "'onnx' is not one of"),
-        (["import", "absent", "run"], 2, "bad-exchange", "absent cannot be read"),
+        (["import", "absent", "run"], 2, "bad-exchange", "absent is no dictionary of SAELens or sparsify"),
         (["report", "absent"], 2, "bad-request", "no metrics.jsonl"),
         (["novel"], 2, "bad-request", "No such command"),
     ],

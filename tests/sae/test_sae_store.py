@@ -288,7 +288,12 @@ def test_an_unshuffled_store_is_refused_unless_asked_for(
 ) -> None:
     plain, out = source_store(tmp_path / "plain.zarr"), tmp_path / "run"
     more = ["--incomplete", "true"]
-    assert "is not shuffled" in refusal(plain, capsys, *more)
+    told = refusal(plain, capsys, *more)
+    assert "is not shuffled" in told
+    assert (
+        f"give --buffer-rows {ROWS - ROWS // 20} (say)" in told
+    )  # no more than there are, and in the words of the command line
+    assert "buffer_rows" not in told
     more += ["--buffer-rows", "0", "--out", str(out), "--heldout", str(store)]
     assert main(["fit", str(plain), *FAST, *more]) == 0
     found = read_log(out)[-1]
