@@ -83,8 +83,9 @@ def chart(panel: Panel, colours: dict[str, int]) -> str:
         if points:
             shape = _path(points, across, up) if len(points) > 1 else _dot(points[0], across, up)
             parts.append(f'<path class="line c{colour}" d="{shape}"><title>{escape(run)}</title></path>')
-    ends = [points[-1][1] for points in panel.curves.values() if points] if panel.x == "step" else []
-    return figure(panel.title, across, up, panel.x, "".join(parts), end=number(ends[0]) if len(ends) == 1 else "")
+    ends = [value if isinstance(value, str) else number(value) for value in panel.ends.values()]
+    end = ends[0] if len(panel.curves) == len(ends) == 1 else ""
+    return figure(panel.title, across, up, panel.x, "".join(parts), end=end)
 
 
 def figure(title: str, across: Axis, up: Axis, x: str, inside: str, y: str = "", end: str = "") -> str:

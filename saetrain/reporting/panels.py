@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from saetrain.training.metrics import EDGES
 
 Points = list[tuple[float, float]]
+LEFT_OUT = "left out"  # where a line has null
 Logs = dict[str, list[dict[str, Any]]]  # of each run, by its name
 
 
@@ -22,12 +23,14 @@ class Panel:
     log: bool = False
     x: str = "step"
     share: bool = False  # a fraction: the axis starts at 0 and reaches at least 0.01
+    ends: dict[str, float | str] = field(default_factory=dict)  # of each run the last value, or that it was left out
 
     @property
     def constant(self) -> float | None:
         """The one value that all runs had at all times, if there is one: a sentence says as much as a chart."""
         values = [y for points in self.curves.values() for _, y in points]
-        return values[0] if len(values) > 1 and not self.log and min(values) == max(values) else None
+        still = len(values) > 1 and not self.log and min(values) == max(values)
+        return values[0] if still and LEFT_OUT not in self.ends.values() else None
 
 
 THEMES = {  # theme: key of metrics.jsonl: (title with its unit, logarithmic)
@@ -105,7 +108,11 @@ def _panel(logs: Logs, key: str, title: str, log: bool) -> Panel | None:
     low, high = f"{key}_low", f"{key}_high"
     bands = {run: [(x["step"], x[low], x[high]) for x in lines if low in x] for run, lines in logs.items()}
     positive = all(y > 0 for points in curves.values() for _, y in points)
-    return Panel(title, curves, bands, log and positive, share=key in SHARES)
+    last = {run: next((x[key] for x in reversed(lines) if key in x), "") for run, lines in logs.items()}
+    ends = {
+        run: value if is_number(value) else LEFT_OUT for run, value in last.items() if value is None or is_number(value)
+    }
+    return Panel(title, curves, bands, log and positive, share=key in SHARES, ends=ends)
 
 
 def _last(logs: Logs, key: str) -> dict[str, list[Any]]:

@@ -17,6 +17,8 @@ import numpy as np
 from saetrain.errors import ConfigError
 from saetrain.reading.latents import Feature, Features
 from saetrain.reading.records import Example
+from saetrain.reporting.panels import Panel, themes_of
+from saetrain.reporting.when import when
 from saetrain.sharing.graphpages import page
 from saetrain.sharing.sheet import Sheet
 from saetrain.training.log import read_log
@@ -30,7 +32,7 @@ FIRST = 8  # examples that come with a latent; the page asks for the others
 PAGE = 100  # latents of one part of a list
 COMPARED = 4
 ENDS = ("top", "bottom")
-FEW, OTHERS = 4, 12  # tokens by which a line names a latent; neighbours and companions that a page shows
+FEW, LISTED, OTHERS = 4, 8, 12  # tokens of another latent, tokens in a list, other latents that a page shows
 GROUPS = ("stat", "shape", "token", "example", "context", "near", "together", "logit", "hard", "loss")
 
 
@@ -105,7 +107,7 @@ class Site:
     def line(self, latent: int) -> dict[str, Any]:
         """One line of a list."""
         feature = self.features[latent]
-        tokens = [t.text if t.text is not None else str(t.id) for t in feature.top_tokens[:FEW]]
+        tokens = [t.text if t.text is not None else str(t.id) for t in feature.top_tokens[:LISTED]]
         return {
             "id": latent,
             "label": self.labels.get(latent),
@@ -179,12 +181,19 @@ class Site:
         return {"text": text, **found}
 
     def metrics(self) -> dict[str, Any]:
-        """The lines of the run that trained the dictionary."""
+        """The last figures and the curves of the run that trained the dictionary."""
         if self.run is None:
             raise ConfigError("no run was given; start the page with `saetrain view FEATURES --run RUN`")
-        log = read_log(self.run)
-        lines = [{k: _number(v) for k, v in line.items() if v is None or isinstance(v, (int, float))} for line in log]
-        return {"run": str(self.run), "lines": lines, "evaluation": read_evaluation(self.run)}
+        lines = read_log(self.run)
+        last = {k: _number(v) for line in lines for k, v in line.items() if isinstance(v, (int, float))}
+        trained = when(lines)
+        return {
+            "run": str(self.run),
+            "last": last,
+            "when": trained and {"span": trained.span(), "length": trained.length()},
+            "themes": [_theme(name, panels) for name, panels in themes_of({"": lines}).items()],
+            "evaluation": read_evaluation(self.run),
+        }
 
     def pairs(self, number: int) -> Pairs:
         """One of the products that the page was started with."""
@@ -228,6 +237,18 @@ class Site:
             brief | {"count": c.times, "expected": _number(c.expected), "share": [_number(v) for v in c.share]}
             for brief, c in zip(self.briefs([c.latent for c in found]), found, strict=True)
         ]
+
+
+def _theme(name: str, panels: list[Panel]) -> dict[str, Any]:
+    """The panels of a theme, and those whose value never changed."""
+    drawn = [
+        {"title": p.title, "x": p.x, "log": p.log, "share": p.share, "end": p.ends.get("")}
+        | {"points": p.curves[""], "band": p.bands.get("", [])}
+        for p in panels
+        if p.constant is None
+    ]
+    constant = [{"title": p.title, "value": p.constant} for p in panels if p.constant is not None]
+    return {"theme": name, "panels": drawn, "constant": constant}
 
 
 def _example(example: Example) -> dict[str, Any]:

@@ -53,8 +53,11 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saetrain.build_features(folder / "dictionary", folder / "acts.zarr", folder / "out", fsync=False, **TINY)
     saetrain.interactions(folder / "dictionary", folder / "dictionary", folder / "product", k=4, thresholds=[0.5])
     (folder / "run").mkdir()
-    lines = [{"step": 10 * i, "tokens": 640 * i, "loss": 1 / i, "eval_fvu": 0.5 / i, "l0": 5.0} for i in (1, 2, 3)]
+    lines: list[dict[str, Any]] = [
+        {"step": 10 * i, "tokens": 640 * i, "loss": 1 / i, "eval_fvu": 0.5 / i, "l0": 5.0} for i in (1, 2, 3)
+    ]
     lines = [line | {"mfu": None if line["step"] == 30 else 0.25} for line in lines]
+    lines[-1] |= {"seconds": 75.0, "time": "2026-03-01T12:30:30Z"}
     (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     keep_evaluation(folder / "run", {"model": HOSTILE, "text": ["held/out"]} | evaluated())
     return folder / "out"
@@ -271,7 +274,7 @@ def test_a_pasted_text_and_steering(opened: Opened) -> None:
 
 def test_an_mfu_that_was_left_out_at_the_end_is_not_an_earlier_one(opened: Opened) -> None:
     page = opened.go("/run")
-    heading = page.locator("h2", has_text="matrix speed")
+    heading = page.locator("h3", has_text="matrix speed")
     heading.wait_for()
     assert heading.locator("b").inner_text() == "left out"
 
@@ -314,10 +317,51 @@ def test_the_run_shows_its_curves_and_what_the_model_loses(opened: Opened) -> No
     page = opened.go("/run")
     assert HOSTILE in page.inner_text("main")
     assert page.evaluate("window.hit") is None
-    assert page.locator("svg.chart").count() == 4  # of the loss, of FVU, of L0 and of MFU
+    assert page.locator("svg.chart").count() == 3  # of the loss, of FVU and of MFU
+    assert "active latents a token (L0) 5" in page.inner_text("main"), "it is constant"
+    assert "trained 1 March 2026, 12:29 to 12:30 UTC · 1 min 15 s of training" in page.inner_text("main")
     value = evaluated()["loss_recovered"]["zero"]["value"]
     shown = page.locator("tr", has_text="Loss recovered, from zero").locator("b").inner_text()
     assert float(shown.replace("\u2212", "-").replace(",", "")) == pytest.approx(value, rel=1e-3)
+
+
+TICKS = """async ([low, high, log]) => {
+  const { bars } = await import("/static/charts.js");
+  const edge = (share) => (log ? low * (high / low) ** share : low + (high - low) * share);
+  const edges = Array.from({ length: 9 }, (_, i) => edge(i / 8));
+  const drawn = bars({ edges, counts: edges.slice(1).map(() => 1), log, title: "t" });
+  return [...drawn.querySelectorAll("text.tick:not(.count)")].map((tick) => tick.textContent);
+}"""
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "due"),
+    [
+        (2, 80, True, ["3", "10", "30"]),
+        (1, 10_000, True, ["1", "10", "100", "1,000", "10,000"]),
+        (1e-5, 0.3, True, ["10⁻⁵", "10⁻⁴", "10⁻³", "10⁻²", "10⁻¹"]),
+        (21, 23, True, ["21", "21.5", "22", "22.5", "23"]),
+        (0, 1, False, ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        (-0.8, 0.8, False, ["\u22120.5", "0", "0.5"]),
+    ],
+)
+def test_scales_have_round_numbers(opened: Opened, low: float, high: float, log: bool, due: list[str]) -> None:
+    assert opened.go("/run").evaluate(TICKS, [low, high, log]) == due
+
+
+def test_a_search_begins_with_a_part_of_each_kind(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened.page.set_viewport_size({"width": 390, "height": 844})
+    line = {"id": 4, "label": "", "density": 0.1, "max": 2.0, "tokens": ["a"] * 8}
+    found = [line | {"weight": i / 64} for i in range(32)]
+    answer = {"text": "word5", "number": [], "label": [], "token": found, "promoted": found[:3]}
+    monkeypatch.setattr(opened.server.site, "search", lambda text: answer)
+    page = opened.go("/search?q=word5")
+    tables = page.locator("table.list")
+    assert [tables.nth(i).locator("tbody tr").count() for i in (0, 1)] == [20, 3]
+    assert page.get_by_text("Share of its rows").is_visible(), "on a phone too: it is what the list is ordered by"
+    page.get_by_role("button", name="Show all 32").click()
+    assert tables.first.locator("tbody tr").count() == 32
+    assert page.get_by_role("button", name="Show all").count() == 0
 
 
 def test_light_and_dark_differ_and_the_choice_stays(opened: Opened) -> None:

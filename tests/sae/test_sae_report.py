@@ -83,6 +83,8 @@ def test_an_mfu_that_was_left_out_is_said_to_be(last: float | None, shown: str, 
     text = report([tmp_path], tmp_path)[0].read_text()
     (cell,) = re.findall(r"<th>MFU at the end</th><td>(.*?)</td>", text)
     assert cell.startswith(shown)
+    (end,) = re.findall(r"\(MFU\)</span><b>(.*?)</b>", text)
+    assert end == ("left out" if last is None else "0.25")
 
 
 @pytest.mark.parametrize(

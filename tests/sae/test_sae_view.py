@@ -201,7 +201,7 @@ def test_sides_are_described_by_the_result_of_their_dictionary(site: Site, produ
     assert pairs.line("rows", 5)["tokens"] == []
     pairs = Pairs(saetrain.open_interactions(product), [other, site.features])
     assert pairs.here == []
-    assert pairs.line("rows", 5)["tokens"] == site.line(5)["tokens"] != []
+    assert pairs.line("rows", 5)["tokens"] == site.line(5)["tokens"][:4] != []
 
 
 def test_features_for_other_pages_are_those_of_the_export(server: Server, site: Site, tmp_path: Path) -> None:

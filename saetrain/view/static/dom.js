@@ -41,10 +41,17 @@ export function short(x, digits = 3) {
   return text.replaceAll("-", "−");
 }
 
+// The same with all its digits, so that the numbers of a column are as long as they are exact.
+export function even(x, digits = 3) {
+  const size = Math.abs(x);
+  if (x === null || x === undefined || x === 0 || size >= 1e5 || size < 1e-3) return short(x, digits);
+  return x.toLocaleString("en-US", { minimumSignificantDigits: digits, maximumSignificantDigits: digits }).replaceAll("-", "−");
+}
+
 export function percent(x) {
   if (x === null || x === undefined) return "–";
   if (x === 0) return "0%";
-  return x >= 1e-4 ? `${Number((100 * x).toPrecision(3))}%` : `${short(x)}`;
+  return x >= 1e-4 ? `${(100 * x).toLocaleString("en-US", { minimumSignificantDigits: 3, maximumSignificantDigits: 3 })}%` : `${short(x)}`;
 }
 
 export function power(x) {
@@ -58,6 +65,12 @@ export function visible(text) {
   return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ /, "␣") || "∅";
 }
 
-export function featureLink(id, label) {
-  return link(`/feature/${id}`, h("span.number", {}, whole(id)), label ? h("span.label", {}, label) : null);
+// A token in a box; the blank before a word is there, but does not shout.
+export function chip(text) {
+  const shown = visible(text);
+  return h("code.chip", {}, shown.startsWith("␣") ? [h("span.blank", {}, "␣"), shown.slice(1)] : shown);
+}
+
+export function featureLink(id, label, before = "") {
+  return link(`/feature/${id}`, h("span.number", {}, before, whole(id)), label ? h("span.label", {}, label) : null);
 }

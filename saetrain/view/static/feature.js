@@ -2,7 +2,7 @@
 
 import { get, send } from "/static/api.js";
 import { bars } from "/static/charts.js";
-import { featureLink, h, link, percent, section, short, visible, whole } from "/static/dom.js";
+import { chip, even, featureLink, h, link, percent, section, short, visible, whole } from "/static/dom.js";
 import { listQuery } from "/static/overview.js";
 import { related } from "/static/pairs.js";
 import { examples } from "/static/tokens.js";
@@ -53,11 +53,11 @@ function labelForm(f, tell) {
       },
     },
     input,
-    h("button.small", { type: "submit" }, "Save"),
+    h("button", { type: "submit" }, "Save"),
   );
 }
 
-function histogram(f, height = 110) {
+function histogram(f, height = 110, width = 360) {
   const last = f.histogram.counts.findLastIndex((n) => n > 0);
   const first = f.histogram.counts.findIndex((n) => n > 0);
   if (last < 0) return h("p.empty", {}, "Never active.");
@@ -67,7 +67,7 @@ function histogram(f, height = 110) {
     counts.shift();
   }
   const marks = [0.2, 0.4, 0.6, 0.8].map((share) => share * f.max);
-  return bars({ edges, counts, log: true, title: `Activations of feature ${f.id}`, height, marks });
+  return bars({ edges, counts, log: true, title: `Activations of feature ${f.id}`, height, width, marks });
 }
 
 function tokenTable(f) {
@@ -82,7 +82,7 @@ function tokenTable(f) {
       f.tokens.map((t) => {
         const shown = visible(t.text ?? String(t.id));
         const cell = t.text ? link(`/search?q=${encodeURIComponent(t.text.trim())}`, h("code", {}, shown)) : h("code", {}, shown);
-        return h("tr", {}, h("td", {}, cell), h("td.right", {}, whole(t.times)), h("td.right", {}, percent(t.times / f.count)), h("td.right", {}, short(t.mean)));
+        return h("tr", {}, h("td", {}, cell), h("td.right", {}, whole(t.times)), h("td.right", {}, percent(t.times / f.count)), h("td.right", {}, even(t.mean)));
       }),
     ),
   );
@@ -94,14 +94,14 @@ function logitTable(title, tokens) {
     "div",
     {},
     h("h3", {}, title),
-    h("ul.logits", {}, tokens.map((t) => h("li", { "--a": (Math.abs(t.value) / most).toFixed(3) }, h("code", {}, visible(t.text)), h("span", {}, short(t.value))))),
+    h("ul.logits", {}, tokens.map((t) => h("li", { "--a": (Math.abs(t.value) / most).toFixed(3) }, h("code", {}, visible(t.text)), h("span", {}, even(t.value))))),
   );
 }
 
 const CHIPS = 3;
 
 function other(n, ...values) {
-  return h("li", {}, featureLink(n.id, n.label), h("span.tokens", {}, n.tokens.slice(0, CHIPS).map((t) => h("code.chip", {}, visible(t)))), values);
+  return h("li", {}, featureLink(n.id, n.label), h("span.tokens", {}, n.tokens.slice(0, CHIPS).map(chip)), values);
 }
 
 // The share of this feature's rows on which another is active, and how often chance would give it.
@@ -109,6 +109,7 @@ function together(f) {
   return h(
     "ul.near",
     {},
+    h("li.heads", {}, h("span.right", {}, "of its rows"), h("span.right.times", {}, "× chance")),
     f.together.map((n) => {
       const [share, low, high] = n.share;
       const range = low === null ? "" : `95%: ${percent(low)} to ${percent(high)}`;
@@ -118,7 +119,7 @@ function together(f) {
 }
 
 function nearest(f) {
-  return h("ul.near", {}, f.neighbours.map((n) => other(n, h("span", {}, short(n.cosine)))));
+  return h("ul.near", {}, h("li.heads", {}, h("span.right", {}, "cosine")), f.neighbours.map((n) => other(n, h("span", {}, even(n.cosine)))));
 }
 
 // Below the examples: other features.
@@ -127,7 +128,7 @@ function beneath(f) {
     "div.beneath",
     {},
     f.together && f.together.length ? section("Active together", together(f), h("p.note", {}, "Share of this feature’s rows, and how many times chance that is, on a uniform sample of rows.")) : null,
-    f.neighbours && f.neighbours.length ? section("Nearest decoder rows, by cosine", nearest(f)) : null,
+    f.neighbours && f.neighbours.length ? section("Nearest decoder rows", nearest(f)) : null,
   );
 }
 
@@ -145,7 +146,7 @@ function side(f) {
     section("Place in the document", bars({ edges: edges.slice(0, last + 2), counts: f.positions.slice(0, last + 1), log: true, title: "Active rows by place in the document", height: 70 })),
     section(
       "Quantiles",
-      h("table", {}, h("tbody", {}, f.quantiles.filter((_, i) => i % 2).map(([share, value]) => h("tr", {}, h("td", {}, `${Number((100 * share).toPrecision(6))}%`), h("td.right", {}, short(value)))))),
+      h("table", {}, h("tbody", {}, f.quantiles.filter((_, i) => i % 2).map(([share, value]) => h("tr", {}, h("td", {}, `${Number((100 * share).toPrecision(6))}%`), h("td.right", {}, even(value)))))),
     ),
   );
 }
@@ -211,7 +212,7 @@ export async function compare(main, { query, go }) {
   const most = Math.max(...found.features.map((f) => f.max ?? 0));
   main.append(
     h("h1", {}, "Compare"),
-    h("p.note", {}, found.documents.length ? `Documents among the largest examples of all: ${found.documents.join(", ")}` : "No document is among the largest examples of all.", " Colours are on one scale."),
+    h("p.note", {}, found.documents.length ? `Among the largest examples of all are ${found.documents.map((name) => String(name).split("/").pop()).join(", ")}.` : "No document is among the largest examples of all.", " Colours are on one scale."),
     h(
       "div.compared",
       { "--n": found.features.length },
@@ -219,8 +220,8 @@ export async function compare(main, { query, go }) {
         h(
           "section.card",
           {},
-          h("h2", {}, featureLink(f.id, f.label), h("button.quiet.small", { type: "button", "aria-label": `Leave out feature ${f.id}`, onclick: () => go(`/compare?ids=${ids.split(",").filter((one) => one !== String(f.id)).join(",")}`) }, "✕")),
-          f.dead ? h("p.empty", {}, "Dead.") : [summary(f), histogram(f, 80), tokenTable({ ...f, tokens: f.tokens.slice(0, 6) }), examples(f.examples.slice(0, 5), most)],
+          h("h2", {}, featureLink(f.id, f.label, "Feature "), h("button.quiet.small", { type: "button", "aria-label": `Leave out feature ${f.id}`, onclick: () => go(`/compare?ids=${ids.split(",").filter((one) => one !== String(f.id)).join(",")}`) }, "✕")),
+          f.dead ? h("p.empty", {}, "Dead.") : [summary(f), histogram(f, 80, found.features.length < 3 ? 560 : 360), tokenTable({ ...f, tokens: f.tokens.slice(0, 6) }), h("h3", {}, "Largest activations"), examples(f.examples.slice(0, 5), most)],
         ),
       ),
     ),

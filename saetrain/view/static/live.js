@@ -1,7 +1,7 @@
 // What needs the model: the features of a pasted text, and steering.
 
 import { get, lines, send } from "/static/api.js";
-import { featureLink, h, section, short, visible } from "/static/dom.js";
+import { chip, even, featureLink, h, section, short, visible } from "/static/dom.js";
 import { chooser } from "/static/tokens.js";
 
 const EXAMPLE = "Our thanks are due to Almighty God, and to the farmers of this country.";
@@ -40,10 +40,10 @@ export async function text(main, { facts, query, go }) {
   };
   const row = (id, value) => {
     const about = h("span.tokens");
-    name(id).then((f) => about.append(f.label ? h("span.label", {}, f.label) : "", ...f.tokens.slice(0, 4).map((t) => h("code.chip", {}, visible(t.text ?? String(t.id))))));
+    name(id).then((f) => about.append(f.label ? h("span.label", {}, f.label) : "", ...f.tokens.slice(0, 4).map((t) => chip(t.text ?? String(t.id)))));
     const over = found.whole.find((one) => one.id === id);
     const mark = over && h("button.quiet.small", { type: "button", "aria-label": `Mark feature ${id} in the text`, "aria-pressed": String(over === feature), onclick: () => { feature = over; draw(); } }, over === feature ? "marked" : "mark");
-    return h("li", {}, featureLink(id), about, h("span.size", {}, short(value)), h("span.along", {}, mark));
+    return h("li", {}, featureLink(id), about, h("span.size", {}, even(value)), h("span.along", {}, mark));
   };
   function draw() {
     const most = feature ? feature.value : 1;
@@ -100,7 +100,7 @@ export async function steer(main, { facts, query, go, tell }) {
   for (const id of ids) {
     get(`feature/${id}`)
       .then((f) => {
-        about.append(featureLink(f.id, f.label), " ", f.tokens.slice(0, 4).map((t) => visible(t.text ?? String(t.id))).join(" "), `, largest activation ${short(f.max)}  `);
+        about.append(h("span.turned", {}, featureLink(f.id, f.label, "Feature "), ...f.tokens.slice(0, 4).map((t) => chip(t.text ?? String(t.id))), `largest activation ${short(f.max)}`));
         turned.push(f);
         tellStrength();
       })

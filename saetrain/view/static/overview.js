@@ -2,9 +2,10 @@
 
 import { get } from "/static/api.js";
 import { bars } from "/static/charts.js";
-import { featureLink, h, link, percent, section, short, tile, visible, whole } from "/static/dom.js";
+import { chip, even, featureLink, h, link, percent, section, short, tile, whole } from "/static/dom.js";
 
 export const FILTERS = ["density", "max", "documents", "effect", "cosine"];
+const FIRST = 20; // features that a search shows of each kind at first
 const NAMES = { index: "number", density: "density", max: "largest activation", documents: "documents", effect: "size of the effect on the loss", cosine: "nearest cosine" };
 
 export function listQuery(query) {
@@ -16,7 +17,7 @@ export function table(items, more = null) {
   return h(
     "table.list",
     {},
-    h("thead", {}, h("tr", {}, h("th", {}, "Feature"), h("th", {}, "Tokens it is most often active on"), h("th.right", {}, "Density"), h("th.right", {}, more ? more.title : "Max"))),
+    h("thead", {}, h("tr", {}, h("th", {}, "Feature"), h("th", {}, "Tokens it is most often active on"), h("th.right.least", {}, "Density"), h("th.right", {}, more ? more.title : "Max"))),
     h(
       "tbody",
       {},
@@ -25,9 +26,9 @@ export function table(items, more = null) {
           "tr",
           {},
           h("td", {}, featureLink(item.id, item.label)),
-          h("td", {}, item.tokens.map((text) => h("code.chip", {}, visible(text)))),
-          h("td.right", {}, percent(item.density)),
-          h("td.right", {}, more ? more.show(item) : short(item.max)),
+          h("td.tokens", {}, item.tokens.map(chip)),
+          h("td.right.least", {}, percent(item.density)),
+          h("td.right", {}, more ? more.show(item) : even(item.max)),
         ),
       ),
     ),
@@ -44,10 +45,11 @@ export async function overview(main, { facts, query, go }) {
   };
   const histograms = found.histograms.map((one) => {
     const chosen = query.has(one.name) ? query.get(one.name).split(",").map(Number) : null;
-    return section(one.title, bars({ ...one, chosen, choose: (bounds) => set(one.name, bounds && bounds.join(",")) }));
+    return section(one.title, bars({ ...one, width: 280, height: 84, chosen, choose: (bounds) => set(one.name, bounds && bounds.join(",")) }));
   });
   main.append(
     h("h1", {}, facts.name),
+    h("p.summary", {}, `Dictionary ${facts.dictionary.split("/").slice(-3).join("/")}, on ${facts.field} of ${facts.store.split("/").pop()}. A bar is a filter.`),
     h(
       "div.tiles",
       {},
@@ -110,9 +112,17 @@ export async function searched(main, { facts, query }) {
     ["number", "By number", null],
     ["label", "By label", null],
     ["token", `Active on the token “${text}”`, shares],
-    ["promoted", `Promote the token “${text}”`, { title: "Logit", show: (item) => short(item.weight) }],
+    ["promoted", `Promote the token “${text}”`, { title: "Logit", show: (item) => even(item.weight) }],
   ].filter(([kind]) => found[kind].length);
   main.append(h("h1", {}, text ? `Search: ${text}` : "Search"));
-  for (const [kind, title, more] of parts) main.append(section(`${title} · ${whole(found[kind].length)}`, table(found[kind], more)));
+  for (const [kind, title, more] of parts) {
+    const all = h("button", { type: "button" }, `Show all ${whole(found[kind].length)}`);
+    const made = section(`${title} · ${whole(found[kind].length)}`, table(found[kind].slice(0, FIRST), more), found[kind].length > FIRST ? all : null);
+    all.addEventListener("click", () => {
+      made.querySelector("table").replaceWith(table(found[kind], more));
+      all.remove();
+    });
+    main.append(made);
+  }
   if (!parts.length) main.append(h("p.empty", {}, "No feature has this number, label or token.", facts.model ? [" ", link(`/text?t=${encodeURIComponent(text)}`, "Read it as a text"), "."] : null));
 }

@@ -2,12 +2,12 @@
 
 import { get } from "/static/api.js";
 import { bars } from "/static/charts.js";
-import { featureLink, h, link, percent, section, short, tile, visible, whole } from "/static/dom.js";
+import { chip, even, h, link, percent, section, short, tile, whole } from "/static/dom.js";
 
 const ORDERS = { number: "number", kept: "kept share", energy: "energy", sum: "sum" };
 const OTHER = { rows: "columns", columns: "rows" };
 const one = (half) => half.slice(0, -1);
-const tokensOf = (item) => item.tokens.map((text) => h("code.chip", {}, visible(text)));
+const tokensOf = (item) => item.tokens.map(chip);
 
 function address(product, half, more = {}) {
   return `/interactions?${new URLSearchParams({ product, half, ...more })}`;
@@ -37,7 +37,7 @@ function entries(facts, product, half, list, most) {
         name(facts, product, half, item),
         h("span.tokens", {}, tokensOf(item)),
         h("span.signed", { "--a": (Math.abs(item.value) / most).toFixed(3), "--s": item.value < 0 ? 1 : 0, "aria-hidden": "true" }),
-        h("span.value", {}, short(item.value)),
+        h("span.value", {}, even(item.value)),
       ),
     ),
   );
@@ -99,7 +99,7 @@ async function list(main, { facts, product, half, query, go }) {
     const part = await get(`interactions/${product}/${half}`, { order, falling: falling ? 1 : 0, start });
     if (part.histogram) shape.replaceChildren(h("div.grid", {}, section("Share of the energy that is kept", bars({ ...part.histogram, title: "Share of the energy that is kept", height: 70 }))));
     for (const item of part.items) {
-      rows.append(h("tr", {}, h("td", {}, name(facts, product, half, item)), h("td", {}, tokensOf(item)), h("td.right", {}, percent(item.kept)), h("td.right", {}, short(item.energy)), h("td.right.wide", {}, short(item.sum))));
+      rows.append(h("tr", {}, h("td", {}, name(facts, product, half, item)), h("td", {}, tokensOf(item)), h("td.right", {}, percent(item.kept)), h("td.right", {}, even(item.energy)), h("td.right.wide", {}, even(item.sum))));
     }
     start += part.items.length;
     more.hidden = start >= part.total;

@@ -1,16 +1,22 @@
 // Text with the activation of a feature under each token.
 
-import { h, short, visible, whole } from "/static/dom.js";
+import { even, h, short, visible, whole } from "/static/dom.js";
 
 const BEFORE = 22;
 const AFTER = 10;
 const LONGEST_WORD = 24; // characters that are kept on one line
 
+// A token, behind its blank: a line that breaks there would leave a stripe of its colour.
 function piece(text, value, most, here) {
+  const [blank, rest] = split(text);
   const share = most > 0 ? Math.min(value / most, 1) : 0;
   const classes = `span.token${share > 0 ? ".on" : ""}${here ? ".here" : ""}`;
-  const shown = text.replace(/\n/g, "⏎\n");
-  return h(classes, { "--a": share.toFixed(3), title: `${visible(text)}  ${value ? short(value) : "0 or not kept"}` }, shown);
+  const shown = rest.replace(/\n/g, "⏎\n");
+  return [blank, h(classes, { "--a": share.toFixed(3), title: `${visible(text)}  ${value ? short(value) : "0 or not kept"}` }, shown)];
+}
+
+function split(text) {
+  return /^ ./.test(text) ? [" ", text.slice(1)] : ["", text];
 }
 
 // One example: its value, where it is from, and the text around it, of which a click shows all.
@@ -25,7 +31,7 @@ export function example(found, most) {
     line.replaceChildren(
       ...[
         cut(first > 0),
-        ...found.tokens.slice(first, end).map((text, i) => piece(text, found.acts[first + i], most, first + i === found.at)),
+        ...found.tokens.slice(first, end).flatMap((text, i) => piece(text, found.acts[first + i], most, first + i === found.at)),
         cut(end < found.tokens.length),
       ].filter(Boolean),
     );
@@ -37,10 +43,12 @@ export function example(found, most) {
     {
       type: "button",
       "aria-expanded": "false",
+      "aria-label": `more of the text of row ${whole(found.row)}`,
       onclick: () => {
         wide = !wide;
         toggle.textContent = wide ? "less" : "more";
         toggle.setAttribute("aria-expanded", String(wide));
+        toggle.setAttribute("aria-label", `${toggle.textContent} of the text of row ${whole(found.row)}`);
         fill();
       },
     },
@@ -49,7 +57,7 @@ export function example(found, most) {
   return h(
     "li.example",
     {},
-    h("span.value", { title: "activation" }, short(found.value)),
+    h("span.value", { title: "activation" }, even(found.value)),
     h("div", {}, found.tokens.length ? line : h("p.text.empty", {}, "no text: the store is not at hand, or has no tokens")),
     h("span.where", {}, where ? h("span.name", { title: where }, where.split("/").pop()) : null, h("span", {}, `${found.repeated ? "repeated · " : ""}row ${whole(found.row)}`, longer ? toggle : null)),
   );
@@ -66,7 +74,7 @@ export function chooser(tokens, acts, most, pick, chosen) {
   const line = h("p.text.paste");
   let [word, size] = [null, 0];
   tokens.forEach((text, i) => {
-    const [blank, rest] = /^ ./.test(text) ? [" ", text.slice(1)] : ["", text];
+    const [blank, rest] = split(text);
     if (!word || blank || !/\S/.test(text) || size + text.length > LONGEST_WORD) {
       word = h("span.word");
       size = 0;
