@@ -196,9 +196,11 @@ def base_settings(file: Path | None) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text())
-        held = found.get("config", found)
+        held = found.get("config", found) if isinstance(found, dict) else found
+        if not isinstance(held, dict):
+            raise ConfigError(f"{type(held).__name__}, not an object")
         return {name: getattr(Config.from_json(held), name) for name in held}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--config {file} holds no settings: {words_of(error)}") from error
 
 

@@ -286,6 +286,15 @@ def test_iterating_again_goes_on_and_ends_the_pass_before(store: Path) -> None:
     np.testing.assert_array_equal(next(iter(loader))["source_row"], rows[:100])
 
 
+@pytest.mark.parametrize("state", [{}, {"format": 1}, None, [], {"format": 99}, "state"])
+def test_what_is_no_state_of_a_loader_is_refused(state: Any, store: Path) -> None:
+    loader = Loader(store, 100)
+    before = loader.state_dict()
+    with pytest.raises(RequestError, match=r"no state of a loader|loader state of format 99"):
+        loader.load_state_dict(state)
+    assert loader.state_dict() == before
+
+
 def test_a_state_of_another_loader_is_refused(store: Path, plain: Path) -> None:
     state = Loader(store, 100).state_dict()
     for other, message in [

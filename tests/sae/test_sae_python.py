@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +131,25 @@ def test_the_config_of_a_run_starts_the_same_run(store: Path, tmp_path: Path) ->
     assert torch.equal(saetrain.load(tmp_path / "again").W_dec, run.sae.W_dec)
     assert main([*command, str(tmp_path / "other"), "--seed", "1"]) == 0
     assert not torch.equal(saetrain.load(tmp_path / "other").W_dec, run.sae.W_dec)
-    (tmp_path / "flat.json").write_text(json.dumps({"k": 4, "colour": "red"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"k": 4, "colour": "red"}', "colour"),
+        ('{"k": 0}', "--k must be"),
+        ("[]", "list, not an object"),
+        ("{", "line 1"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_refused(
+    text: str, words: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "flat.json").write_text(text)
     assert main(["fit", str(store), "--config", str(tmp_path / "flat.json"), "--out", str(tmp_path / "no")]) == 2
+    told = capsys.readouterr().err
+    assert "flat.json holds no settings: " in told
+    assert words in told
     assert not (tmp_path / "no").exists()
 
 
