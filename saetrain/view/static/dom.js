@@ -51,7 +51,8 @@ export function even(x, digits = 3) {
 export function percent(x) {
   if (x === null || x === undefined) return "–";
   if (x === 0) return "0%";
-  return x >= 1e-4 ? `${(100 * x).toLocaleString("en-US", { minimumSignificantDigits: 3, maximumSignificantDigits: 3 })}%` : `${short(x)}`;
+  if (x < 1e-9) return short(x);
+  return `${(100 * x).toLocaleString("en-US", { minimumSignificantDigits: 3, maximumSignificantDigits: 3 })}%`;
 }
 
 export function power(x) {
