@@ -50,8 +50,9 @@ def aws_credentials(place: Place, profile: str | None) -> tuple[Provider | None,
         raise RequestError(f"no credentials for {place}: {err}") from err
     if found is None:
         raise StorageError(
-            f'no credentials for {place}: give "key" and "secret" as storage options, "anon": true for a public '
-            f'bucket, or "profile" ("{CLIENT}": "fsspec" uses those of fsspec)'
+            f"no credentials for {place}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give "
+            f'"key" and "secret" as storage options, "anon": true for a public bucket, or "profile" ("{CLIENT}": '
+            '"fsspec" uses those of fsspec)'
         )
 
     def provide() -> dict[str, Any]:

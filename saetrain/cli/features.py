@@ -11,7 +11,7 @@ import click
 from actshuffle.units import counted
 from saetrain.cli.crew import SCHEDULER, crew
 from saetrain.cli.options import LOOK, print_json
-from saetrain.cli.values import COUNT, DEVICE, FOLDER, PATH, SIZE, TEXT
+from saetrain.cli.values import COUNT, DEVICE, PATH, PLACE, PLACE_OF_FOLDER, SIZE, TEXT
 from saetrain.compute.devices import named_device
 from saetrain.errors import ConfigError
 from saetrain.features.forecast import check, forecast, read_units, seconds
@@ -20,8 +20,8 @@ from saetrain.features.pipeline import MEMORY, build_features, plan_features
 
 @click.command("features")
 @click.argument("run", type=PATH)
-@click.argument("store", type=PATH)
-@click.argument("out", type=FOLDER)
+@click.argument("store", type=PLACE)
+@click.argument("out", type=PLACE_OF_FOLDER)
 @click.option("--field", type=TEXT, metavar="NAME", help="Array of activations, if STORE has several.")
 @click.option("--model", type=PATH, help="Folder of the model, for the logits that latents promote.")
 @click.option("--incomplete", is_flag=True, help="Take a STORE that has no completion marker.")
@@ -42,8 +42,8 @@ from saetrain.features.pipeline import MEMORY, build_features, plan_features
 @LOOK
 def _features(
     run: Path,
-    store: Path,
-    out: Path,
+    store: Path | str,
+    out: Path | str,
     memory: int,
     field: str | None,
     workers: int,
@@ -86,8 +86,8 @@ def _features(
 
 def _show(
     run: Path,
-    store: Path,
-    out: Path,
+    store: Path | str,
+    out: Path | str,
     memory: int,
     costs: Path | None,
     workers: int,

@@ -9,13 +9,13 @@ import click
 from actshuffle.executors import executor_for
 from actshuffle.units import counted
 from saetrain.cli.options import LOOK, print_json
-from saetrain.cli.values import COUNT, FOLDER, PATH, POSITIVE, TEXT
+from saetrain.cli.values import COUNT, FOLDER, PLACE, POSITIVE, TEXT
 from saetrain.sharing.export import FORMATS, LENGTH, export_features
 from saetrain.sharing.naming import Names
 
 
 @click.command("export-features")
-@click.argument("features", type=PATH)
+@click.argument("features", type=PLACE)
 @click.argument("to", type=FOLDER)
 @click.option("--format", type=click.Choice([*FORMATS]), required=True, help="Tool to write for.")
 @click.option("--model-id", type=TEXT, required=True, help="Name of the model there: gpt2-small.")
@@ -27,13 +27,13 @@ from saetrain.sharing.naming import Names
 )
 @click.option("--dataset", type=TEXT, help="Name of the text.")
 @click.option("--creator", type=TEXT, help="Who made the dictionary.")
-@click.option("--store", type=PATH, help="The store of activations, if it has moved.")
+@click.option("--store", type=PLACE, help="The store of activations, if it has moved.")
 @click.option("--length", type=POSITIVE, default=LENGTH, help="Tokens of a sequence of delphi.")
 @click.option("--workers", type=COUNT, default=0, help="Worker processes; 0 works in this one.")
 @click.option("--overwrite", is_flag=True, help="Replace what another run of this command left in TO.")
 @LOOK
 def _export_features(
-    features: Path,
+    features: Path | str,
     to: Path,
     format: str,
     model_id: str,
@@ -43,7 +43,7 @@ def _export_features(
     hook: str,
     dataset: str | None,
     creator: str | None,
-    store: Path | None,
+    store: Path | str | None,
     length: int,
     workers: int,
     overwrite: bool,

@@ -13,7 +13,7 @@ from actshuffle.jobs import hold
 from actshuffle.units import counted
 from saetrain.cli.models import CORPUS, MODEL, open_both, open_text
 from saetrain.cli.options import LOOK, print_json
-from saetrain.cli.values import ABOVE_0, COUNT, FOLDER, HEAT, NUMBERS, PATH, PENALTY, POSITIVE, TEXT
+from saetrain.cli.values import ABOVE_0, COUNT, FOLDER, HEAT, NUMBERS, PATH, PENALTY, PLACE, POSITIVE, TEXT
 from saetrain.errors import ConfigError
 from saetrain.probing.causal import LanguageModel
 from saetrain.probing.corpus import measure_scale
@@ -49,7 +49,7 @@ UNKNOWN = {"norm": ("the layer's median norm", "--median-norm"), "max": ("a feat
 @CORPUS
 @click.option("--rows", type=POSITIVE, default=20_000, metavar="N", help="Of that text, to measure the maximum on.")
 @click.option("--median-norm", type=ABOVE_0, metavar="X", help="Of the layer, in place of --text.")
-@click.option("--features", "store", type=PATH, help="Result of `saetrain features`, in place of --text.")
+@click.option("--features", "store", type=PLACE, help="Result of `saetrain features`, in place of --text.")
 @click.option(
     "--largest", type=ABOVE_0, multiple=True, metavar="X", help="Largest activation of each feature, likewise."
 )

@@ -34,14 +34,17 @@ class Held(click.ParamType[Any]):
 
 
 class Location(click.Path):
-    """A path, which has at least one character; there or not."""
+    """A path, which has at least one character; there or not.  With `url`, a URL too, which stays a text as it is."""
 
-    def __init__(self, *, folder: bool = False) -> None:
+    def __init__(self, *, folder: bool = False, url: bool = False) -> None:
         super().__init__(path_type=Path, file_okay=not folder)
+        self._url = url
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("a path has at least one character", param, ctx)
+        if self._url and "://" in str(value):
+            return value
         return super().convert(value, param, ctx)
 
 
@@ -79,3 +82,4 @@ TEXT = Held("text", str, Domain("a text of at least one character", bool))
 ORIGIN = Held("origin", _origin, Domain("scheme, host and port, as http://localhost:8041", bool))
 DEVICE = Held("device", str, DOMAINS["device"])
 PATH, FOLDER = Location(), Location(folder=True)
+PLACE, PLACE_OF_FOLDER = Location(url=True), Location(folder=True, url=True)

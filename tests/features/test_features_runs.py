@@ -342,6 +342,20 @@ def test_a_run_of_ours_and_its_export_give_the_same(tmp_path, acts):
     assert np.allclose(a.array("stat/sum"), b.array("stat/sum"), rtol=1e-5)
 
 
+def test_stores_and_results_may_be_urls(tmp_path, whole, acts, monkeypatch):
+    """A URL stays as it is: as a path it would lose a slash, and lie in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    where, result = whole["topk"]
+    urls = [f"file://{place}" for place in (acts, tmp_path / "out")]
+    assert main(["features", str(where), *urls]) == 0
+    found = saetrain.open_features(urls[1])
+    assert len(found) == len(saetrain.open_features(result))
+    assert found.facts["store"] == urls[0]
+    words = ["export-features", urls[1], "shared", "--format", "graph", "--model-id", "m", "--layer", "1", "--set", "s"]
+    assert main([*words, "--store", urls[0]]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "shared"]
+
+
 def test_the_command(tmp_path, whole, acts, capsys):
     out = tmp_path / "out"
     words = ["features", str(whole["topk"][0]), str(acts), str(out), "--json", "--memory", "64MB"]

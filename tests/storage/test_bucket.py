@@ -197,7 +197,7 @@ def test_credentials_of_a_profile(tmp_path):
 
 
 def test_no_credentials(tmp_path, monkeypatch):
-    with pytest.raises(StorageError, match="no credentials for s3://b/x"):
+    with pytest.raises(StorageError, match="no credentials for s3://b/x: set AWS_ACCESS_KEY_ID and"):
         made("s3://b/x")
     monkeypatch.setattr(credentials.importlib.util, "find_spec", lambda name: None)  # botocore is not installed
     assert made("s3://b/x").credentials is None  # obstore looks for a role
