@@ -236,7 +236,7 @@ def _scores(told: Told) -> str:
 
 def _where(told: Told, run: str) -> str:
     found, last = told.measured[run], told.logs[run][-1]["step"]
-    at = "" if found["step"] == last else f"step {found['step']:,} of {last:,}, "
+    at = "" if found["step"] in (last, None) else f"step {found['step']:,} of {last:,}, "
     return f"{at}layer {found['layer']} of {found['model']}, {counted(found['documents'], 'document')}"
 
 

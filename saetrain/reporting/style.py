@@ -39,13 +39,14 @@ stroke-linejoin:round} .dot{fill:var(--paper);stroke:currentColor;stroke-width:1
 break-inside:avoid;border-bottom:1px solid var(--rule);padding:2px 0} .settings dd{text-align:right}
 @media (max-width:560px){body{padding:18px 14px 40px} .facts{grid-template-columns:1fr;gap:0}
 .facts dd{margin-bottom:8px} tr>td.text{min-width:12em} .first svg text{font-size:10px}
-.tiles{grid-template-columns:1fr 1fr} .tiles b{font-size:20px}}
+.tiles{grid-template-columns:repeat(2,minmax(0,1fr))} .tiles b{font-size:17px;white-space:normal}}
 @media print{:root{color-scheme:light;--paper:#fff;--ink:#000;--soft:#444;--rule:#ccc;--panel:#fff;--c0:#0b62a4;
 --c1:#c2354a;--c2:#257a4a;--c3:#7d4f9e;--c4:#a8650a;--c5:#1f8080;--c6:#5f6368;--c7:#a3315d}
 body{padding:0;max-width:none;font-size:11px} h1{font-size:20px}
 h2{font-size:14px;margin:18px 0 6px;padding-top:8px;break-after:avoid}
 .lead{font-size:13px} nav{display:none} .tiles{grid-template-columns:repeat(4,1fr)} .tiles b{font-size:14px}
-.tiles span,dt,thead th,figcaption,.settings{font-size:10px} .charts{grid-template-columns:repeat(3,1fr);gap:10px 14px}
+.tiles span,dt,thead th,figcaption,.settings,.legend,.swatch{font-size:10px} .legend{break-after:avoid}
+ .charts{grid-template-columns:repeat(3,1fr);gap:10px 14px}
 .first{max-width:440px} .wide{overflow:visible} tr{break-inside:avoid} tr>*{white-space:normal;padding-right:8px}
 .swatch,.swatch b{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

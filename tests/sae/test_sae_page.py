@@ -17,6 +17,7 @@ import saetrain
 from saetrain.features.layout import Slots, chunk_key, columns, metadata
 from saetrain.probing.corpus import Corpus, Cutting
 from saetrain.reading.latents import Features
+from saetrain.reporting.report import report
 from saetrain.training.outcome import keep_evaluation
 from saetrain.view.labels import Labels
 from saetrain.view.live import Live
@@ -25,7 +26,7 @@ from saetrain.view.server import Server
 from saetrain.view.site import Site
 from support.causal import dictionary as random_dictionary
 from support.causal import texts, tiny
-from support.contrast import faint
+from support.contrast import faint, faint_now
 from support.features import LATENTS, TINY, dictionary, store
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
@@ -362,6 +363,27 @@ def test_a_search_begins_with_a_part_of_each_kind(opened: Opened, monkeypatch: p
     page.get_by_role("button", name="Show all 32").click()
     assert tables.first.locator("tbody tr").count() == 32
     assert page.get_by_role("button", name="Show all").count() == 0
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_the_report_fits_a_phone_and_is_readable_in_light_and_dark(browser: Any, runs: int, tmp_path: Path) -> None:
+    for name in ("first", "second")[:runs]:
+        (tmp_path / name).mkdir()
+        ends = {"eval_l0": 31.9985, "eval_l0_low": 31.9970, "eval_l0_high": 32.0, "eval_dead": 0.125, "eval_rows": 4722}
+        ends |= {"eval_fvu": 0.1467, "eval_fvu_low": 0.1426, "eval_fvu_high": 0.1508}
+        lines = [{"step": i, "tokens": i, "loss": 1 / i, "seconds": i, "time": "2026-03-01T12:30:30Z"} for i in (1, 2)]
+        text = "".join(json.dumps(line | ends) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+        keep_evaluation(tmp_path / name, {"model": "m" * 60, "text": ["held/out"]} | evaluated())
+    path = report([tmp_path], tmp_path)[0]
+    for scheme in ("light", "dark"):
+        page = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 844})
+        page.goto(f"file://{path}")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert faint_now(page) == []
+        page.evaluate("document.body.style.color = getComputedStyle(document.body).backgroundColor")
+        assert faint_now(page), "the control"
+        page.close()
 
 
 def test_light_and_dark_differ_and_the_choice_stays(opened: Opened) -> None:

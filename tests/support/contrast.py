@@ -65,13 +65,18 @@ _FAULTS = r"""
 """
 
 
+def faint_now(page: Any) -> list[str]:
+    """What is too faint on an opened page in the colours that it has."""
+    return list(page.evaluate(_FAULTS))
+
+
 def faint(page: Any) -> list[str]:
     """What is too faint on an opened page, in the light and in the dark colours."""
     found: list[str] = []
     before = page.evaluate("document.documentElement.dataset.theme ?? null")
     for theme in ("light", "dark"):
         page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
-        found += [f"{theme}: {fault}" for fault in page.evaluate(_FAULTS)]
+        found += [f"{theme}: {fault}" for fault in faint_now(page)]
     if before is None:
         page.evaluate("delete document.documentElement.dataset.theme")
     return found
