@@ -44,12 +44,12 @@ class Run:
         return [array for array in (self.values, self.rows, self.effects) if array is not None]
 
     def part(self, lo: int, hi: int) -> Run:
-        """Latents [lo, hi) of mine."""
+        """Latents [lo, hi) of mine, in arrays of their own: parts of all blocks are held together, wholes are not."""
         if (lo, hi) == (0, len(self.counts)):
             return self
         inside = slice(int(self.counts[:lo].sum()), int(self.counts[:hi].sum()))
-        effects = None if self.effects is None else self.effects[inside]
-        return Run(self.counts[lo:hi], self.rows[inside], self.values[inside], effects)
+        effects = None if self.effects is None else self.effects[inside].copy()
+        return Run(self.counts[lo:hi].copy(), self.rows[inside].copy(), self.values[inside].copy(), effects)
 
 
 def grouped(

@@ -11,7 +11,7 @@ few tiles of rows.  Times are quantities that follow from the plan, times unit c
     keep, draw  entries
     collate     entries   latents
     pairs       pairs     latents
-    product     near      latents^2 width
+    product     near      latents^2 width                   again    decoder rows, read once for each chunk, times width
     contrast    entries   latents
 
 Unit costs are seconds of one worker, for one machine, width and kind of dictionary;
@@ -183,7 +183,7 @@ QUANTITIES: dict[str, tuple[str, ...]] = {
     "draw": ("entries",),
     "collate": ("entries", "latents"),
     "pairs": ("pairs", "latents"),
-    "product": ("near",),
+    "product": ("near", "again"),
     "contrast": ("entries", "latents"),
 }
 Units = Mapping[str, Sequence[float]]  # by step, one for each of its quantities
@@ -200,6 +200,7 @@ def quantities(plan: Plan, entries: float) -> dict[str, float]:
         "latents": float(plan.latents),
         "pairs": plan.pair_rows * active * active,
         "near": float(plan.latents) ** 2 * plan.d_in if plan.near else 0.0,
+        "again": float(plan.chunks) * plan.latents * plan.d_in if plan.near else 0.0,
     }
 
 

@@ -162,9 +162,9 @@ def _near(dictionary: Dictionary, lo: int, hi: int, arrays: Arrays) -> None:
 
 def _unit(dictionary: Dictionary, lo: int, hi: int) -> Tensor:
     """Decoder rows of norm 1; a row of zeros stays one."""
-    rows = dictionary.rows(lo, hi)["W_dec"].float()
-    norm = rows.double().square().sum(1, keepdim=True).sqrt()
-    return (rows.double() / norm.clamp_min(1e-300)).float()
+    rows = dictionary.rows(lo, hi)["W_dec"].float().double()
+    norm = rows.square().sum(1, keepdim=True).sqrt()
+    return rows.div_(norm.clamp_min(1e-300)).float()
 
 
 def _logits(dictionary: Dictionary, lens: Lens, lo: int, hi: int, whole: Gram, arrays: Arrays) -> Kept:

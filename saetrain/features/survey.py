@@ -17,7 +17,7 @@ from saetrain.errors import DataError
 from saetrain.features import codes
 from saetrain.features.blueprint import Plan
 
-PIECE = 1 << 20  # rows looked at together
+PIECE = 1 << 18  # rows looked at together, in some 20 MB
 DOCUMENTS, POOL = "work/documents.bin", "work/pool.bin"
 I64 = np.ndarray[Any, np.dtype[np.int64]]
 

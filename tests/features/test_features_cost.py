@@ -15,6 +15,7 @@ from actshuffle.errors import RequestError
 from benchmarks.sae.forecasting import fit
 from saetrain.cli import main
 from saetrain.errors import ConfigError, DataError
+from saetrain.features.codes import grouped
 from saetrain.features.forecast import QUANTITIES, quantities, read_units, seconds
 from saetrain.features.pipeline import plan_features
 from support.features import TINY, content, dictionary, store
@@ -29,7 +30,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_unit_costs_are_found_again(case):
     plan = plan_features(*case, **TINY)
     sizes = [(1 << 12, 1 << 10), (1 << 14, 1 << 10), (1 << 12, 1 << 13), (1 << 15, 1 << 12)]
-    plans = [replace(plan, rows=rows, latents=latents, pair_rows=rows // 2) for rows, latents in sizes]
+    plans = [replace(plan, rows=n, latents=f, pair_rows=n // 2, chunk=max(f // 16, 256)) for n, f in sizes]
     known = {step: [10.0**-i for i in range(6, 6 + len(names))] for step, names in QUANTITIES.items()}
     measured = [(p, seconds(p, float(p.k * p.rows), known)) for p in plans]
     found = fit(measured)
@@ -46,7 +47,9 @@ def test_quantities(case):
     assert found["products"] == 200 * 40 * 12
     assert found["offered"] == 5000  # the shards' candidates
     assert found["near"] == 40 * 40 * 12
-    assert quantities(replace(plan, near=0), 1000.0)["near"] == 0
+    assert found["again"] == plan.chunks * 40 * 12
+    without = quantities(replace(plan, near=0), 1000.0)
+    assert without["near"] == without["again"] == 0
 
 
 def test_a_plan_says_the_time(tmp_path, case, capsys):
@@ -57,7 +60,7 @@ def test_a_plan_says_the_time(tmp_path, case, capsys):
     one = json.loads(capsys.readouterr().out)["seconds"]
     assert main([*words, "--json", "--workers", "2"]) == 0
     two = json.loads(capsys.readouterr().out)["seconds"]
-    assert one["product"] == pytest.approx(40 * 40 * 12 / 1000)
+    assert one["product"] == pytest.approx((40 * 40 * 12 + 40 * 12) / 1000)  # one chunk
     assert sum(two.values()) == pytest.approx(sum(one.values()) / 2)
     assert main(words) == 0
     assert "time " in capsys.readouterr().out
@@ -67,6 +70,18 @@ def test_a_plan_says_the_time(tmp_path, case, capsys):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(DataError, match="no unit costs"):
             read_units(tmp_path / "bad.json")
+
+
+def test_a_part_of_a_block_holds_its_own_entries_alone():
+    """Parts of all blocks are in memory together: with views of the wholes, it would grow with the rows."""
+    n = 1000
+    latent, row, value = np.arange(n) % 50, np.arange(n), np.ones(n, np.float32)
+    whole = grouped(latent, row, value, value, 50)
+    part = whole.part(10, 12)
+    assert part.arrays[0][:].base is not None  # control: so is a view found out
+    assert all(array.base is None for array in [part.counts, *part.arrays])
+    due = [array[200:240] for array in whole.arrays]
+    assert all(np.array_equal(found, expected) for found, expected in zip(part.arrays, due, strict=True))
 
 
 def test_a_run_without_neighbours_has_all_else(tmp_path, case):
