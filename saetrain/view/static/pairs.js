@@ -97,7 +97,7 @@ async function list(main, { facts, product, half, query, go }) {
   let start = 0;
   async function load() {
     const part = await get(`interactions/${product}/${half}`, { order, falling: falling ? 1 : 0, start });
-    if (part.histogram) shape.replaceChildren(h("div.grid", {}, section("Share of the energy that is kept", bars({ ...part.histogram, title: "Share of the energy that is kept", height: 70 }))));
+    if (part.histogram) shape.replaceChildren(h("div.grid", {}, section("Share of the energy that is kept", bars({ ...part.histogram, title: "Share of the energy that is kept", width: 280, height: 64 }))));
     for (const item of part.items) {
       rows.append(h("tr", {}, h("td", {}, name(facts, product, half, item)), h("td", {}, tokensOf(item)), h("td.right", {}, percent(item.kept)), h("td.right", {}, even(item.energy)), h("td.right.wide", {}, even(item.sum))));
     }
