@@ -233,7 +233,7 @@ def absence(path: Path) -> str:
     """The rest of a sentence that says of a folder that it is no run: why, as far as that can be told."""
     if not path.exists():
         return ": there is no such folder"
-    runs = sorted(found.parent for found in path.glob("*/config.json"))
+    runs = sorted(found.parent for found in path.glob("*/checkpoints"))  # a model has a config.json too
     return f": it holds {counted(len(runs), 'run')}, such as {runs[0]}" if runs else ""
 
 
