@@ -590,7 +590,7 @@ def test_stopped_mid_level_then_resumed(number, src, dst):
 
 def test_ctrl_c_stops_a_local_cluster_without_a_storm(tmp_path, dst):
     src = tmp_path / "more.zarr"
-    array(src, values(20_000, (8,), "<f2"), chunks=(5000, 8))
+    array(src, values(40_000, (8,), "<f2"), chunks=(5000, 8))
     args = ["run", src, dst, "--seed", "5", "--block-bytes", "2KB", "--run-bytes", "1", "--chunk-rows", "64"]
     process = start(*PROGRAM, *args, "--workers", "2")
     said = wait_for(process, "begins: ")
