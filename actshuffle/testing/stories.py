@@ -264,7 +264,7 @@ def simulate(seed: int, folder: Path, *, kinds: Sequence[str] = HONEST, rate: fl
         if end == "done":
             break
         # A torn claim is no claim: the error asks the user to give --overwrite, and this user does.
-        overwrite = end.startswith(FormatError.__name__) and "overwrite=True" in end
+        overwrite = end.startswith(FormatError.__name__) and "--overwrite" in end
         if attempt == attempts and not overwrite:
             break
     if ends[-1] != "done":

@@ -180,7 +180,7 @@ def test_a_device_that_is_not_there_is_refused(
         (["fit", "rows.zarr", *FAST, "--batch-size", "5000"], "do not fill one batch of 5,000"),
         (["sweep", "rows.zarr", "--k", "4,4"], "gives k=4 twice"),
         (["sweep", "rows.zarr", "--lr", "1e-3,nan"], "lr must be"),
-        (["sweep", "rows.zarr", "--batch-size", "32,64"], "batch_size has one value for all runs of a sweep"),
+        (["sweep", "rows.zarr", "--batch-size", "32,64"], "--batch-size has one value for all runs of a sweep"),
         (["fit", "rows.zarr", "--init-from", "nowhere"], "no checkpoint in nowhere"),
         (["export", "rows.zarr", "a-file"], "is a file"),
         (["import", "rows.zarr", "a-file"], "is a file"),

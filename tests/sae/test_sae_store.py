@@ -88,7 +88,7 @@ def test_fit_with_defaults_beside_the_store(store: Path, capsys: pytest.CaptureF
     assert main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
     assert "FVU, held-out rows" in page
-    assert f"{lines[-1]['eval_dead']:,.4g}" in page
+    assert f"{lines[-1]['eval_dead']:.2%}" in page
     assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
 
 
