@@ -129,7 +129,7 @@ def test_workers_of_several_hosts_come_and_go(tmp_path):
     """Started with one worker; two hosts join; the first leaves politely, the second is killed."""
     shared = tmp_path / "shared"
     shared.mkdir()
-    src, dst = source(shared / "src.zarr", ROWS), shared / "dst.zarr"
+    src, dst = source(shared / "src.zarr", 2 * ROWS), shared / "dst.zarr"
     with hosts(tmp_path, "boss", "driver", "a", "b", "c") as (boss, user, a, b, c):
         address = start_scheduler(boss)
         first = start_worker(a, address)
