@@ -12,13 +12,16 @@
 5.  Choose a feature by the rule below, not by hand, and show where it fires.
 6.  Steer: the same question, plain and at three strengths, from the same seeds; how often do the feature's words come,
     and what does it cost in coherence?
-7.  Failures: a strength that is too much, and the next two features of the rule.
+7.  Failures: a strength that is too much, and the first two candidates that were not chosen.
 
 The rule.  Candidates fire on 1 of 5,000 to 1 of 1,000 rows and in at least 20 documents.  Of the tokens on which one
 fires most, those that are whole words of five or more letters and hold at least 2 % of its activation are its words.
-There must be three or more, none with more than three quarters of the activation: a concept, not a token.  The
-candidate with the largest product of the words' share and the largest activation is chosen.  (Promoted logits are no
-help at this layer: by them, most features promote the same rare pieces of words.)
+There must be three or more, none with more than three quarters of the activation: a concept, not a token.  Candidates
+are ordered by the product of the words' share and the largest activation.  The first six are tried on another question,
+with few texts, at the largest strength; the one whose words then come in the most texts beyond plain ones is chosen.
+So the texts that measure it had no part in its choice.  (What a feature reads and what it makes the model say differ:
+most features that read clearly do nothing here.  Promoted logits are no help at this layer: by them, most features
+promote the same rare pieces of words.)
 """
 
 from __future__ import annotations
@@ -59,6 +62,8 @@ LAYER, PREFIX = 12, "<|endoftext|>"
 QUESTION = "What is your physical form?"
 STRENGTHS = (0.3, 0.45, 0.6)  # shares of the layer's median norm
 TOO_MUCH = 1.2
+TRIED, TRIED_SEEDS = 6, 4  # candidates, and texts of each
+TRIED_ON = "Tell me about yourself."
 WIDTH = 79  # of what is printed here; lines of the commands are their own
 
 
@@ -107,26 +112,30 @@ def main() -> None:
     heading("5  A feature, chosen by the rule")
     latents = saetrain.open_features(features)
     candidates = choose(latents, model)
-    print(f"{len(candidates)} features pass the rule. The first three, and the share of activation on")
-    print("their words:")
-    for candidate in candidates[:3]:
-        print(wrapped(f"{candidate.feature:>6}  {candidate.share:4.0%}  {', '.join(candidate.words)}", 14))
-    chosen = candidates[0]
+    asked = [str(run), *probe, "--features", str(features)]
+    print(f"{len(candidates)} features are candidates. The first {TRIED}, the share of activation on their")
+    print(f"words, and how many texts have these, plain and at {STRENGTHS[-1]:g}, after another question:")
+    gains = []
+    for candidate in candidates[:TRIED]:
+        plain, turned = trial(asked, candidate, out / "tried" / str(candidate.feature))
+        gains.append(turned - plain)
+        found = f"{candidate.feature:>6}  {candidate.share:4.0%}  {plain} to {turned} of {TRIED_SEEDS}  "
+        print(wrapped(found + ", ".join(candidate.words), len(found)), flush=True)
+    chosen = candidates[gains.index(max(gains))]
     print(f"\nChosen: feature {chosen.feature}. Its largest activations, one of each window of text:\n")
     for example in latents[chosen.feature].top(8):
         print(excerpt(example))
 
     heading(f"6  {QUESTION}")
-    size = ["--seeds", str(args.seeds), "--tokens", str(args.tokens)]
-    asked = [str(run), *probe, "--features", str(features), *size]
+    asked += ["--seeds", str(args.seeds), "--tokens", str(args.tokens)]
     tell(steer(asked, chosen.feature, STRENGTHS, out / "steered"), chosen.words)
 
     heading("7  Where it fails")
     print(f"Too strong: {TOO_MUCH} of the norm.")
     tell(steer(asked, chosen.feature, [TOO_MUCH], out / "strong"), chosen.words)
-    for other in candidates[1:3]:
+    for other in [candidate for candidate in candidates if candidate != chosen][:2]:
         print()
-        print(wrapped(f"The rule's next choice, feature {other.feature}: {', '.join(other.words)}.", 4))
+        print(wrapped(f"Not chosen, feature {other.feature}: {', '.join(other.words)}.", 4))
         tell(steer(asked, other.feature, STRENGTHS[1:2], out / f"other-{other.feature}"), other.words)
 
     print(f"\nDone in {time.perf_counter() - clock:.0f} s. Look at:")
@@ -240,12 +249,25 @@ def choose(features: Features, folder: Path) -> list[Candidate]:
 # --- Steering
 
 
-def steer(asked: list[str], feature: int, at: Sequence[float], out: Path) -> dict[str, Any]:
+def trial(asked: list[str], candidate: Candidate, out: Path) -> tuple[int, int]:
+    """Numbers of texts with a candidate's words, plain and steered, after a question other than the one that counts."""
+    size = ["--seeds", str(TRIED_SEEDS), "--tokens", "32"]
+    found = steer([*asked, *size], candidate.feature, STRENGTHS[-1:], out, TRIED_ON)
+    return hits(found, None, candidate.words), hits(found, STRENGTHS[-1], candidate.words)
+
+
+def steer(asked: list[str], feature: int, at: Sequence[float], out: Path, question: str = QUESTION) -> dict[str, Any]:
     """Run `saetrain steer`, and return what it wrote."""
-    how = ["--feature", str(feature), "--chat", "--prompt", QUESTION, "--strengths", ",".join(map(str, at))]
+    how = ["--feature", str(feature), "--chat", "--prompt", question, "--strengths", ",".join(map(str, at))]
     how += ["--temperature", "0.7", "--repetition", "1.15", "--out", str(out)]
-    command("saetrain", "steer", *asked, *how, quiet=True)
+    command("saetrain", "steer", *asked, *how, quiet=True, shown=question == QUESTION)
     return dict(json.loads((out / "steer.json").read_text()))
+
+
+def hits(found: dict[str, Any], strength: float | None, words: list[str]) -> int:
+    """The number of texts of a strength in which one of some words comes."""
+    texts = [sample["text"].lower() for sample in found["samples"] if sample["strength"] == strength]
+    return sum(any(word in text for word in words) for text in texts)
 
 
 def tell(found: dict[str, Any], words: list[str]) -> None:
@@ -253,10 +275,9 @@ def tell(found: dict[str, Any], words: list[str]) -> None:
     print(f"\n{'':8}{'texts with its words':24}{'coherence, nats':24}activation, re-read")
     shares = {}
     for point in found["points"]:
-        texts = [sample["text"].lower() for sample in found["samples"] if sample["strength"] == point["strength"]]
-        hits = sum(any(word in text for word in words) for text in texts)
-        shares[point["strength"]] = share = wilson(hits, len(texts))
-        first = f"{hits:>2} of {len(texts)}  ({share.low:.0%} to {share.high:.0%})"
+        count, of = hits(found, point["strength"], words), point["texts"]
+        shares[point["strength"]] = share = wilson(count, of)
+        first = f"{count:>2} of {of}  ({share.low:.0%} to {share.high:.0%})"
         print(f"{name_of(point):8}{first:24}{ranged(point['coherence']):24}{ranged(point['concept'])}")
     best = max((at for at in shares if at is not None), key=lambda at: shares[at].value)
     more = difference(shares[best], shares[None])
@@ -301,9 +322,10 @@ def heading(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
 
-def command(program: str, *arguments: str, quiet: bool = False) -> None:
-    """Show one of our commands as in a shell, and run it."""
-    print(f"$ {broken(program, *arguments)}", flush=True)
+def command(program: str, *arguments: str, quiet: bool = False, shown: bool = True) -> None:
+    """Run one of our commands, shown as in a shell."""
+    if shown:
+        print(f"$ {broken(program, *arguments)}", flush=True)
     shell(sys.executable, "-m", program, *arguments, quiet=quiet)
 
 
