@@ -27,7 +27,7 @@ from benchmarks.sae.forms import FORMS
 from benchmarks.sae.tools import TOOLS
 
 ROOT = Path(__file__).parents[2]
-RATES = (1e-3, 4e-3, 1.6e-2)  # of peers, besides each one's default
+RATES = (1e-3, 4e-3, 8e-3, 1.6e-2)  # of peers, besides each one's default
 PLANTED = {"d": 64, "features": 256, "active": 6.0}
 # Student's t, two-sided 95 %, by the number of values less one.
 T95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
