@@ -163,10 +163,6 @@ def make_job(src: Place, dst: Place, arrays: dict[str, ZarrArray], request: Requ
     plan = plan_for(arrays, fields, asked, src, dst)
     if kind.gathers:
         staged = sum(f.row_bytes for f in fields if is_remote(src) or not f.source_key)
-        if staged and request.random_reads:
-            raise RequestError(
-                f"rows of {src.url} must be decoded or fetched before they can be gathered: leave --random-reads out"
-            )
         plan = dataclasses.replace(plan, staged=plan.rows * staged)
     if not kind.ranked:
         plan = dataclasses.replace(plan, levels=1, widths=(1,), block_rows=(), spill_memory=0)

@@ -220,6 +220,10 @@ def _rate_apart(src: Place, rows: int, fields: Sequence[Field]) -> float:
 
 def plan_for(arrays: dict[str, ZarrArray], fields: Sequence[Field], request: Request, src: Place, dst: Place) -> Plan:
     """The plan for some source arrays under a settled request."""
+    if request.random_reads and (is_remote(src) or not all(f.source_key for f in fields)):
+        raise RequestError(
+            f"rows of {src} must be decoded or fetched before they can be gathered: leave --random-reads out"
+        )
     remote, copies = is_remote(dst), copies_at(dst)
     coded = not CODECS[request.codec].raw or (request.chunks_per_shard or 1) > 1
     model = MemoryModel(

@@ -30,7 +30,7 @@ from actshuffle.units import format_bytes
 
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _PARTIAL = ".actshuffle-partial"
-AT_ONCE = 8  # deletions, or folders made durable, at the same time
+AT_ONCE, LISTED = 8, 10_000  # threads that delete or flush, and the paths that are held in memory for them
 OPEN_AHEAD = 4  # files that are open in advance for one prepared read; a process may have few open files
 KEPT = 512  # files that stay open for further rows, if a process may have twice as many
 
@@ -226,8 +226,9 @@ class LocalObjects:
                     if prefix and path.is_symlink():
                         path.unlink()
                     elif path.is_dir():
-                        files = [f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names]
-                        _in_shares(_unlink, files)
+                        files = (f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names)
+                        while some := list(itertools.islice(files, LISTED)):  # a spill has millions
+                            _in_shares(_unlink, some)
                         shutil.rmtree(path)
                     return
                 except OSError as err:
@@ -263,9 +264,8 @@ def _unlink(paths: list[str]) -> None:
 
 def _flush(folders: list[str]) -> None:
     for folder in folders:
-        fd = os.open(folder, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+        file = OpenFile(os.open(folder, os.O_RDONLY))  # closed also if it cannot be flushed
+        os.fsync(file.fd)
 
 
 def _open_file(path: str | Path, flags: int = 0) -> int:

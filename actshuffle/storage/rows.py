@@ -1,7 +1,7 @@
 """Read rows one by one from wherever they lie on the disk, many at a time, and measure how many it gives.
 
-A disk that is asked for one row waits for it; NVMe drives serve hundreds of thousands of such requests a second if
-many come at once.  So `READERS` threads ask side by side, each past the page cache, which would cost more time than
+A disk that gets one request at a time is idle between them; an NVMe drive serves hundreds of thousands a second, if
+many are under way.  So `READERS` threads ask side by side, each past the page cache, which would cost more time than
 the read itself and keep pages that nobody asks for again.
 """
 

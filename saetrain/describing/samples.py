@@ -24,7 +24,7 @@ from saetrain.describing.slots import NO_ROW, Arrays
 from saetrain.describing.sorting import ordered, ranks
 
 I64 = NDArray[np.int64]
-CROWD = 4  # activations for each of the largest, before windows are told apart
+CROWD = 4  # activations that are looked at for each example that is wanted
 FIRST_LOOK = 32  # rows of the pool that are tried first for a quiet one
 
 

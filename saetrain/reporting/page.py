@@ -116,7 +116,7 @@ def _legend(told: Told) -> str:
 
 
 def _origin(told: Told) -> str:
-    """What was trained, on what, when and for how long."""
+    """Name the store, the rows and the steps of the runs, and when and how long they trained."""
     fixed, found = told.fixed, {key: _values(told, key) for key in ABOUT}
     what = [str(fixed["arch"])] if "arch" in fixed else []
     what += [counted(int(fixed["d_sae"]), "latent")] if "d_sae" in fixed else []
@@ -139,7 +139,7 @@ def _origin(told: Told) -> str:
 
 
 def _values(told: Told, key: str) -> list[str]:
-    """What the runs recorded under a key, each value once."""
+    """Return the values of the runs under a key, each once."""
     found: list[str] = []
     for about in told.about.values():
         value = about.get(key)
@@ -219,7 +219,7 @@ here has a lower FVU at the same or a lower L0.  Filled dots are on it; numbers 
 
 
 def _scores(told: Told) -> str:
-    """What models lose through the dictionaries, a run in a column; nothing where none was evaluated."""
+    """Show the loss of the model through each dictionary, a run in a column; empty where none was evaluated."""
     if not told.measured:
         return ""
     heads = "".join(f"<th>{_name(told, run)}</th>" for run in told.measured)

@@ -1,4 +1,4 @@
-"""How the page of a report looks: light, dark, on paper and on a phone."""
+"""The style sheet of a report: light, dark, on paper and on a phone."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 from actshuffle.units import format_seconds
 from saetrain.reporting.panels import is_number
 
-PAUSE = 60.0  # seconds between begin and end without training, from which on a pause is told
+PAUSE = 60.0  # the shortest pause, in seconds, that the report mentions
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -24,9 +23,7 @@ from actshuffle.engine import gather, prepare, scratch, tasks
 from actshuffle.engine.job import Job
 from actshuffle.engine.scratch import memory_beside, memory_place, scratch_place
 from actshuffle.errors import (
-    ActshuffleError,
     ConservationError,
-    DestinationExistsError,
     FormatError,
     InfeasibleError,
     RequestError,
@@ -40,9 +37,10 @@ from actshuffle.storage import mapping
 from actshuffle.storage.buffers import kept
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place
-from actshuffle.testing import Faults, Killed, drawn, matching
+from actshuffle.testing import Faults, matching
 from support.executors import Elsewhere, Stops, Watched
 from support.oracle import assert_is_oracle
+from support.runs import resumed_until_done
 from support.stores import SOURCES, array, evict, group, values
 
 ROWS = 3001
@@ -306,23 +304,10 @@ def test_deaths_and_errors_at_random_change_no_byte(
     source = request.getfixturevalue(name)
     settings, ends = {**SHAPE, "block_bytes": 500 * row_bytes}, Counter[str]()
     for seed in range(stories):
-        dst, attempt = tmp_path / f"{seed}.zarr", 0
-        while True:
-            rate = 0.01 * 0.6**attempt if attempt < 8 else 0.0
-            try:
-                with Faults(drawn(100 * seed + attempt, rate), seed=seed):
-                    shuffle(source, dst, gather=True, **settings)
-                break
-            except DestinationExistsError:  # it died when all was done
-                break
-            except (Killed, ActshuffleError) as err:
-                ends[type(err).__name__] += 1
-            attempt += 1
-            assert attempt < 10
+        dst = tmp_path / f"{seed}.zarr"
+        resumed_until_done(source, dst, seed, 0.01, ends, falls=0.6, gather=True, **settings)
         assert_is_oracle(source, dst, 3)
         assert not Path(memory_beside(scratch_place(as_place(dst), None)).url).exists()
-    with Faults():  # what died in zarr's event loop is collected before it is of any interest
-        gc.collect()
     assert ends["Killed"] > 10
     assert ends["StorageError"] > 3
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
@@ -21,15 +20,15 @@ from actshuffle import plan, shuffle, verify
 from actshuffle.arrays.metadata import source_arrays, source_field
 from actshuffle.engine import gather, preview
 from actshuffle.engine.job import Job
-from actshuffle.errors import ActshuffleError, DestinationExistsError, InfeasibleError, RequestError, StorageError
+from actshuffle.errors import ActshuffleError, InfeasibleError, RequestError, StorageError
 from actshuffle.executors import Threads, local_cluster
 from actshuffle.storage import directio, rows
 from actshuffle.storage.directio import has_cached, is_in_memory
 from actshuffle.storage.files import LocalObjects
 from actshuffle.storage.place import as_place
-from actshuffle.testing import Faults, Killed, drawn
 from support.executors import Elsewhere, Stops, Watched
 from support.oracle import assert_is_oracle
+from support.runs import resumed_until_done
 from support.stores import array, evict, group
 
 ROWS = 401
@@ -141,22 +140,9 @@ def test_many_rows_are_asked_for_at_the_same_time(src: Path, monkeypatch: pytest
 def test_deaths_and_errors_at_random_change_no_byte(src: Path, tmp_path: Path) -> None:
     ends = Counter[str]()
     for seed in range(8):
-        dst, attempt = tmp_path / f"{seed}.zarr", 0
-        while True:
-            rate = 0.02 * 0.5**attempt if attempt < 8 else 0.0
-            try:
-                with Faults(drawn(100 * seed + attempt, rate), seed=seed):
-                    shuffle(src, dst, random_reads=True, **SHAPE)
-                break
-            except DestinationExistsError:  # it died when all was done
-                break
-            except (Killed, ActshuffleError) as err:
-                ends[type(err).__name__] += 1
-            attempt += 1
-            assert attempt < 10
+        dst = tmp_path / f"{seed}.zarr"
+        resumed_until_done(src, dst, seed, 0.02, ends, falls=0.5, random_reads=True, **SHAPE)
         assert_is_oracle(src, dst, 3)
-    with Faults():  # what died in zarr's event loop is collected before it is of any interest
-        gc.collect()
     assert ends["Killed"] > 3
     assert ends["StorageError"] > 1
 
@@ -196,6 +182,8 @@ def test_refusals_come_before_anything_is_written(src: Path, tmp_path: Path) -> 
     zarr.create_array(str(packed), data=np.ones((50, 2000), np.float32), chunks=(7, 2000))
     with pytest.raises(RequestError, match="must be decoded or fetched"):
         shuffle(packed, dst, random_reads=True, **SHAPE)
+    with pytest.raises(RequestError, match="must be decoded or fetched"):
+        plan(packed, random_reads=True)
     with pytest.raises(RequestError, match="is a way to gather rows: leave gather out"):
         shuffle(src, dst, random_reads=True, gather=False, **SHAPE)
     with pytest.raises(RequestError, match="is one level without spill"):

@@ -459,3 +459,15 @@ def test_run_on_a_disk_that_fills_resumes_when_there_is_room(tiny_disk, tmp_path
     assert result.resumed > 0
     assert_is_oracle(src, dst)
     assert contents(tiny_disk) == [f"dst.zarr/{name}" for name in contents(dst)]
+
+
+def test_a_folder_is_deleted_by_lots_of_paths(tmp_path, monkeypatch):
+    """By threads, of which each has few paths, however many files there are."""
+    for number in range(50):
+        LocalObjects(tmp_path).put(f"spill/{number % 3}/{number}", b"x")
+    lots, unlink = [], files._unlink
+    monkeypatch.setattr(files, "LISTED", 16)
+    monkeypatch.setattr(files, "_unlink", lambda paths: (lots.append(len(paths)), unlink(paths)))
+    LocalObjects(tmp_path).delete_prefix("spill")
+    assert not (tmp_path / "spill").exists()
+    assert (sum(lots), max(lots)) == (50, 2)

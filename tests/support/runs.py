@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from actshuffle import shuffle
 from actshuffle.engine import tasks, totals
 from actshuffle.engine.job import Job
 from actshuffle.engine.prepare import prepare
 from actshuffle.engine.request import Request
 from actshuffle.engine.run import Result, execute
+from actshuffle.errors import ActshuffleError, DestinationExistsError
 from actshuffle.executors import Serial
 from actshuffle.jobs.receipts import write_receipt
 from actshuffle.planning.tree import Task
 from actshuffle.progress import Silent
 from actshuffle.storage.place import as_place
+from actshuffle.testing import Faults, Killed, drawn
 
 
 def job_of(src: Path, dst: Path, *, seed: int = 5, **request: Any) -> Job:
@@ -26,6 +31,29 @@ def job_of(src: Path, dst: Path, *, seed: int = 5, **request: Any) -> Job:
 def run(src: Path, dst: Path, executor: Any = None, **request: Any) -> Result:
     """A whole run of such a job."""
     return execute(job_of(src, dst, **request), executor or Serial(), Silent())
+
+
+def resumed_until_done(
+    src: Path, dst: Path, story: int, rate: float, ends: Counter[str], *, falls: float, **settings: Any
+) -> None:
+    """A shuffle whose operations fail at random, ever more rarely, and which is resumed until it is done.
+
+    ``story`` draws the faults; ``rate`` is that of the first attempt, and ``falls`` its factor from one to the next;
+    ``ends`` counts the errors.
+    """
+    for attempt in range(10):
+        try:
+            with Faults(drawn(100 * story + attempt, rate * falls**attempt if attempt < 8 else 0.0), seed=story):
+                shuffle(src, dst, **settings)
+            break
+        except DestinationExistsError:  # it died when all was done
+            break
+        except (Killed, ActshuffleError) as err:
+            ends[type(err).__name__] += 1
+    else:
+        raise AssertionError("attempts without faults did not finish")
+    with Faults():  # what died in zarr's event loop is collected before it is of any interest
+        gc.collect()
 
 
 def force(job: Job, task: Task) -> None:
