@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -57,13 +57,11 @@ class Endpoint:
         return f"s3://{name}"
 
     def plain(self, method: str, path: str, body: bytes = b"") -> bytes:
-        link = http.client.HTTPConnection("127.0.0.1", self.behind, timeout=30)
-        link.request(
-            method, path, body, {"Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request"}
-        )
-        answer = link.getresponse()
-        data = answer.read()
-        link.close()
+        who = {"Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request"}
+        with closing(http.client.HTTPConnection("127.0.0.1", self.behind, timeout=30)) as link:
+            link.request(method, path, body, who)
+            answer = link.getresponse()
+            data = answer.read()
         assert answer.status < 300, (method, path, answer.status, data[:300])
         return data
 
@@ -115,7 +113,11 @@ def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *args: Any) -> None: ...
 
         def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            promised = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(promised)
+            if len(body) < promised:  # a client that was killed; the server would wait for the rest
+                self.close_connection = True
+                return
             endpoint.seen.append((self.command, self.path))
             if endpoint.wants and f"Credential={endpoint.wants}/" not in self.headers.get("Authorization", ""):
                 known = "Authorization" in self.headers
@@ -136,11 +138,11 @@ def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
             elif isinstance(decision, int):
                 self.say(decision, _xml("InternalError", "We encountered an internal error. Please try again."))
                 return
-            link = http.client.HTTPConnection("127.0.0.1", endpoint.behind, timeout=60)
             headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection", "expect")}
-            link.request(self.command, self.path, body, headers)
-            found = link.getresponse()
-            data = found.read()
+            with closing(http.client.HTTPConnection("127.0.0.1", endpoint.behind, timeout=60)) as link:
+                link.request(self.command, self.path, body, headers)
+                found = link.getresponse()
+                data = found.read()
             kept = {
                 k: v
                 for k, v in found.getheaders()
@@ -148,7 +150,6 @@ def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
             }
             length = found.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
             self.say(found.status, data, kept, length)
-            link.close()
 
         def say(
             self, status: int, data: bytes, headers: dict[str, str] | None = None, length: str | None = None
