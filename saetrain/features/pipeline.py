@@ -33,6 +33,7 @@ from saetrain.settings import split_names
 NAME = "features"
 TOKEN_NAMES = ("token", "tokens", "token_id", "token_ids", "input_ids")
 TILE_ROWS, TILE_LATENTS, GRANULE = 512, 1024, 256
+GRANULE_ENTRIES = 1 << 20  # of a granule, expected: in 100 MB they are described, so a task reads few of them twice
 BLOCK_ROWS = 16_384
 MEMORY = 1 << 30
 POOL = 4096
@@ -51,7 +52,7 @@ def plan_features(
     slots: Slots = Slots(),  # noqa: B008
     tile_rows: int = TILE_ROWS,
     tile_latents: int = TILE_LATENTS,
-    granule: int = GRANULE,
+    granule: int = 0,
     chunk: int = 0,
     keep_codes: bool = False,
     memory: int = MEMORY,
@@ -70,10 +71,11 @@ def plan_features(
     latents, rows = found.latents, data.rows
     if rows < 1:
         raise DataError(f"{store} has no rows")
-    unit = max(tile_latents, granule)
-    if unit % tile_latents or unit % granule:
+    whole = granule or GRANULE
+    unit = max(tile_latents, whole)
+    if unit % tile_latents or unit % whole:
         raise ConfigError(
-            f"tiles of {counted(tile_latents, 'latent')} and granules of {granule} do not fit into each other"
+            f"tiles of {counted(tile_latents, 'latent')} and granules of {whole} do not fit into each other"
         )
     most = -(-latents // unit)
     if near < 0:
@@ -107,8 +109,8 @@ def plan_features(
         block_rows=block,
         tile_rows=tile_rows,
         tile_latents=tile_latents,
-        granule=granule,
-        chunk=chunk or _chunk(latents, granule),
+        granule=whole,
+        chunk=chunk or _chunk(latents, whole),
         seed=seed,
         slots=tuple(slots),
         window=128,
@@ -122,6 +124,8 @@ def plan_features(
     )
     active = max(active_entries(plan)[0] / rows, 1.0)  # latents of a row
     plan = replace(plan, pair_rows=min(rows, PAIR_ROWS, int(PAIR_ENTRIES / active), int(PAIRS / active**2) + 1))
+    if not granule:
+        plan = replace(plan, granule=_granule(rows * active / latents))
     if shards:
         return plan
     share = active / latents
@@ -151,6 +155,14 @@ def _gradient(data: Store) -> str | None:
     """The array that `actshuffle collect --gradients` writes beside the one that is read."""
     name = GRADIENTS + data.field
     return name if name in data.data.fields and data.data.fields[name].row_shape == data.row_shape else None
+
+
+def _granule(each: float) -> int:
+    """Latents of a granule, of `each` active entries: a power of two, fewer the more rows there are.
+
+    A task that holds less than a granule at a time reads the granule again for each part of it.
+    """
+    return min(1 << max(int(GRANULE_ENTRIES / max(each, 1.0)), 1).bit_length() - 1, GRANULE)
 
 
 def _chunk(latents: int, granule: int) -> int:

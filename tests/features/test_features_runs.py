@@ -32,7 +32,7 @@ from actshuffle.executors import Serial
 from actshuffle.testing import Faults, Killed, Operation, matching
 from saetrain.cli import main
 from saetrain.errors import ConfigError, DataError
-from saetrain.features import pipeline
+from saetrain.features import codes, pipeline
 from saetrain.features.collate import collate
 from saetrain.features.forecast import forecast
 from saetrain.features.gathering import BYTES
@@ -437,6 +437,36 @@ def test_memory_settles_the_shards(whole, acts):
     assert needs[0] == 1
     assert 1 < needs[1] <= 5
     assert needs[2] == 5
+
+
+def test_codes_are_read_about_once_however_little_fits(tmp_path, monkeypatch):
+    """Granules have the fewer latents the more rows there are; a task that holds less reads a granule for each part."""
+    where, acts = dictionary(tmp_path / "d", "topk"), store(tmp_path / "acts.zarr", 6000)
+    monkeypatch.setattr(pipeline, "most_entries", lambda plan, memory: 6000)
+    monkeypatch.setattr(pipeline, "GRANULE_ENTRIES", 1500)
+    some, read = codes._some, []
+
+    def counted(job: Any, key: str, dtype: str, at: int, count: int) -> Any:
+        read[-1] += count * np.dtype(dtype).itemsize
+        return some(job, key, dtype, at, count)
+
+    monkeypatch.setattr(codes, "_some", counted)
+    for name, granule in (("ours", 0), ("large", 16)):
+        read.append(0)
+        build(where, acts, tmp_path / name, granule=granule, near=0, block_rows=1024)
+    assert content(tmp_path / "ours") == content(tmp_path / "large")
+    entries = 6 * saetrain.open_features(tmp_path / "ours").facts["entries"]  # bytes of a value and a row each
+    assert read[0] < 2.5 * entries  # of `draw` and `collate`, and tables
+    assert read[1] > 3.5 * entries
+
+
+def test_granules_have_the_fewer_latents_the_more_rows_there_are(whole, acts, monkeypatch):
+    settings = {name: value for name, value in TINY.items() if name != "granule"}
+    found = []
+    for most in (1 << 20, 3000, 600, 1):
+        monkeypatch.setattr(pipeline, "GRANULE_ENTRIES", most)
+        found.append(pipeline.plan_features(whole["topk"][0], acts, **settings).granule)  # 5 * 300 / 40 = 37.5 each
+    assert found == [256, 64, 16, 1]
 
 
 @pytest.mark.parametrize(("most", "gradient"), [(20_000, False), (60_000, True)])
