@@ -3,7 +3,7 @@
 ::
 
     parameters    W_enc, W_dec, one number a latent for each bias; b_dec and W_skip are whole on every rank
-    moments       twice that: Adam's two
+    moments       twice that: Adam's two; a byte a number and a scale for 256 of them with --moments 8bit
     average       once more, where --ema keeps an average of the weights
     gradients     as large as the parameters
     rows          a batch as it is read, normalised, and the errors of its rows
@@ -20,11 +20,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from saetrain.compute.eightbit import blocks_of
 from saetrain.compute.kernels import ROWS, tile_sizes
 from saetrain.config import Config
 from saetrain.errors import ConfigError
 from saetrain.tile import Shape
 from saetrain.variants.table import VARIANTS
+
+EIGHT_BIT = 7  # matrices of a block of rows while its moments are in full
 
 
 @dataclass(frozen=True)
@@ -81,5 +84,10 @@ def predict(config: Config, d_in: int, d_out: int = 0, *, tp: int = 1, dp: int =
     if dp > 1:
         step = max(step, e * n * max(d_in, out) * (7 * dp + 2) // (2 * dp))  # of a sum over replicas
     blocks = 3 * e * min(ROWS, n) * max(d_in, out)
+    moments = 2 * gradients
+    if config.moments == "8bit":
+        coded = [(n, d_in), (n, out), *([(out, d_in)] if config.skip else [])]
+        moments -= sum(2 * rows * (wide * (e - 1) - blocks_of(wide) * e) for rows, wide in coded)
+        blocks = EIGHT_BIT * e * min(ROWS, n) * max(d_in, out)
     average = gradients if config.ema else 0
-    return Memory(used, parameters, 2 * gradients, average, gradients, rows, max(step, blocks))
+    return Memory(used, parameters, moments, average, gradients, rows, max(step, blocks))

@@ -16,6 +16,7 @@ from saetrain.errors import ConfigError
 
 Arch = str  # a name in `variants.table.VARIANTS`
 Compute = Literal["auto", "float32", "bfloat16", "float64"]
+Moments = Literal["full", "8bit"]
 
 
 def split_names(text: str) -> list[str]:
@@ -140,6 +141,9 @@ class Settings:
     # --- sweeps
     order_seed: int = -1
     """Seed of the batch order of later epochs; -1 takes that of --seed, and in a sweep over seeds the first of them"""
+    # --- memory
+    moments: Moments = "full"
+    """Precision of Adam's moments: full, as that of the parameters, or 8bit, which takes a quarter of the memory"""
 
     def __post_init__(self) -> None:
         for name, domain in DOMAINS.items():
@@ -232,6 +236,7 @@ DOMAINS = {  # of every setting but `arch`, which has a table elsewhere
         lambda value: type(value) is str and re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value) is not None,
     ),
     "compute": Domain(f"one of {', '.join(get_args(Compute))}", lambda value: value in get_args(Compute)),
+    "moments": Domain(f"one of {', '.join(get_args(Moments))}", lambda value: value in get_args(Moments)),
     "tensor_parallel": COUNT_OR_NONE,
     "tile": COUNT_OR_NONE,
     "log_every": POSITIVE_COUNT,

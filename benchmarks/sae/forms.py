@@ -65,7 +65,7 @@ def resample(model: Model, optimizer: Optimizer, x: Tensor, share: float) -> Non
     alive = torch.ones(model.latents, dtype=torch.bool).index_fill(0, dead, False)
     p["W_dec"][dead], p["b_enc"][dead] = rows, 0.0
     p["W_enc"][dead] = rows * 0.2 * p["W_enc"][alive].norm(dim=1).mean()
-    for name, moment in optimizer.moments().items():
+    for name, moment in optimizer.kept().items():
         if name.endswith(("W_dec", "W_enc", "b_enc")):
             moment[dead] = 0.0
     model.state["quiet"][dead] = 0

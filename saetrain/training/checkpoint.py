@@ -9,6 +9,7 @@
 
 A checkpoint is written under a name that no reader looks for, made durable, and renamed: it is there whole or not
 at all, whenever the process dies.  Tensors that are not split (b_dec and its moments, mean, threshold) are in shard 0.
+Moments in 8 bits are there as they are held: codes, and the scales of their blocks.
 No rank ever holds another's parameters: to resume on another number of ranks, each reads its rows from the files
 that have them.  On the same number of ranks, a resumed run is bitwise the run that never stopped.
 """
@@ -35,7 +36,7 @@ from saetrain.model import WHOLE, Model
 from saetrain.norms import Norm, spread
 from saetrain.tensors import Spec, TensorFile, sha256, write
 from saetrain.training.average import PREFIX
-from saetrain.training.optim import Optimizer
+from saetrain.training.optim import CODED, FULL, Optimizer
 from saetrain.variants.table import VARIANTS
 from saetrain.writing import put_json
 
@@ -104,7 +105,7 @@ def _remove(folder: Path) -> None:
 
 def _held(model: Model, optimizer: Optimizer, whole: bool) -> dict[str, Tensor]:
     """The tensors this rank writes: its rows of those that are split, and on the first rank (`whole`) the others."""
-    found = {**model.params, **optimizer.moments(), **model.state, "mean": model.norm.mean}
+    found = {**model.params, **optimizer.kept(), **model.state, "mean": model.norm.mean}
     if model.transcodes:
         found["mean_out"] = model.out_norm.mean
     return {n: t for n, t in found.items() if whole or _is_split(n)}
@@ -116,7 +117,7 @@ def _facts(norm: Norm, name: str) -> dict[str, Any]:
 
 
 def _is_split(name: str) -> bool:
-    return name.removeprefix("adam_m.").removeprefix("adam_v.").removeprefix(PREFIX) not in WHOLE_TENSORS
+    return name.rpartition(".")[2] not in WHOLE_TENSORS
 
 
 class _together:
@@ -189,7 +190,8 @@ class Checkpoint:
         """Refuse tensors that are not of this variant: they may change what the others compute."""
         split = {"W_enc", "b_enc", "W_dec", *VARIANTS[self.config.arch].extra}
         params = split | {"b_dec"} | ({"W_skip"} if self.config.skip else set())
-        known = params | {f"{kind}{name}" for kind in ("adam_m.", "adam_v.", PREFIX) for name in params}
+        known = params | {f"{kind}.{name}" for kind in (*FULL, *CODED) for name in params}
+        known |= {PREFIX + name for name in params}
         known |= (WHOLE_TENSORS - set(WHOLE)) | {"quiet", "fired", f"{PREFIX}threshold"}
         for file in self.files:
             if unknown := sorted(set(file.specs) - known):
@@ -271,13 +273,9 @@ def load(checkpoint: Checkpoint, mesh: Mesh) -> Loaded:
     for name, tensor in (model.params | model.state).items():
         tensor.copy_(checkpoint.read(name, lo, hi))
     optimizer = Optimizer(model)
-    moments = {
-        key: checkpoint.read(key, lo, hi).to(mesh.device)
-        for name in (*model.params, "threshold")
-        for key in (f"adam_m.{name}", f"adam_v.{name}", PREFIX + name)
-        if checkpoint.has(key)
-    }
-    optimizer.restore(moments, state["step"])
+    optimizer.steps = state["step"]
+    for name, tensor in optimizer.kept().items():
+        tensor.copy_(checkpoint.read(name, lo, hi))
     return Loaded(model, optimizer, state)
 
 

@@ -5,16 +5,21 @@ Everything here is local to a rank, except that each step sums the squared gradi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from saetrain.compute.kernels import sum_of_squares
+from saetrain.compute.eightbit import dequantise, quantise
+from saetrain.compute.kernels import ROWS, sum_of_squares
 from saetrain.model import WHOLE, Model
 from saetrain.settings import Settings
 from saetrain.training.average import PREFIX, Average
+
+FULL = ("adam_m", "adam_v")  # names of moments in a checkpoint
+CODED = ("adam_m_codes", "adam_m_scales", "adam_v_codes", "adam_v_scales")
 
 
 def ramps(config: Settings, step: int) -> tuple[float, float]:
@@ -29,14 +34,61 @@ def ramps(config: Settings, step: int) -> tuple[float, float]:
     return c.lr * min(up, down, 1.0), min(ramp, 1.0)
 
 
+class Full:
+    """Adam's moments of rows of a parameter, in the type of the parameter."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.held = {kind: torch.zeros_like(rows) for kind in FULL}
+
+    def updated(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Blocks of rows, and their two moments, to be changed in place."""
+        first, second = self.held.values()
+        yield slice(0, len(first)), first, second
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The two moments, a block of rows after the other."""
+        first, second = self.held.values()
+        yield from zip(torch.split(first, ROWS), torch.split(second, ROWS), strict=True)
+
+
+class Coded:
+    """Adam's moments of rows of a matrix, in 8 bits a number; a block of rows at a time is there in full."""
+
+    def __init__(self, rows: Tensor) -> None:
+        none = [quantise(rows.new_zeros(1, rows.shape[1]), signed) for signed in (True, False)]
+        parts = [part.expand(len(rows), -1).contiguous() for both in none for part in both]
+        self.held = dict(zip(CODED, parts, strict=True))
+
+    def updated(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Blocks of rows, and their two moments, which may be changed in place until the next is asked for."""
+        parts = list(self.held.values())
+        for at in range(0, len(parts[0]), ROWS):
+            rows = slice(at, at + ROWS)
+            first, second = self._read(rows)
+            yield rows, first, second
+            for held, new in zip(parts, (*quantise(first, True), *quantise(second, False)), strict=True):
+                held[rows] = new
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The two moments, a block of rows after the other."""
+        for at in range(0, len(self.held[CODED[0]]), ROWS):
+            yield self._read(slice(at, at + ROWS))
+
+    def _read(self, rows: slice) -> tuple[Tensor, Tensor]:
+        codes, scales, codes_v, scales_v = (held[rows] for held in self.held.values())
+        return dequantise(codes, scales, True), dequantise(codes_v, scales_v, False)
+
+
 class Optimizer:
     def __init__(self, model: Model) -> None:
         c = model.config
         self.model = model
         self.rate = c.lr  # of the last step
         self.steps = 0
-        # Adam's moments, and the number of steps as a tensor, of each parameter that has had a gradient.
-        self.state: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self.pairs = {  # Adam's moments of each parameter
+            name: Coded(param) if c.moments == "8bit" and param.dim() == 2 else Full(param)
+            for name, param in model.params.items()
+        }
         self.average = Average(model, c.ema) if c.ema else None
 
     def apply(self, grads: dict[str, Tensor], lr: float) -> dict[str, float]:
@@ -67,35 +119,30 @@ class Optimizer:
         """One step of Adam, by its function: the class imports torch's compiler, which takes seconds."""
         c, self.rate = self.model.config, lr
         for name, param in self.model.params.items():
-            if name not in self.state:
-                count = torch.zeros((), dtype=torch.float32, device=param.device)
-                self.state[name] = (torch.zeros_like(param), torch.zeros_like(param), count)
-        firsts, seconds, counts = (list(column) for column in zip(*self.state.values(), strict=True))
-        adam(
-            [self.model.params[name] for name in self.state],
-            [grads[name] for name in self.state],
-            firsts,
-            seconds,
-            [],
-            counts,
-            fused=True,
-            amsgrad=False,
-            beta1=float(c.beta1),
-            beta2=float(c.beta2),
-            lr=lr,
-            weight_decay=0.0,
-            eps=c.eps,
-            maximize=False,
-        )
+            for rows, first, second in self.pairs[name].updated():
+                adam(
+                    [param[rows]],
+                    [grads[name][rows]],
+                    [first],
+                    [second],
+                    [],
+                    [torch.full((), float(self.steps), dtype=torch.float32, device=param.device)],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=float(c.beta1),
+                    beta2=float(c.beta2),
+                    lr=lr,
+                    weight_decay=0.0,
+                    eps=c.eps,
+                    maximize=False,
+                )
 
     def update_norms(self) -> dict[str, float]:
         """Norm of Adam's last step for each parameter, over all ranks, computed from its moments without a copy."""
-        c, steps = self.model.config, {}
+        c, t, steps = self.model.config, self.steps, {}
         for name, param in self.model.params.items():
-            first, second, count = self.state[name]
-            t = float(count)
             square = torch.zeros((), device=param.device, dtype=param.dtype)
-            for m, v in zip(torch.split(first, 1024), torch.split(second, 1024), strict=True):
+            for m, v in self.pairs[name].blocks():
                 scale = (v / (1 - c.beta2**t)).sqrt_().add_(c.eps)
                 square += (m / (1 - c.beta1**t) / scale).square_().sum()
             steps[name] = square.sqrt() * self.rate
@@ -105,25 +152,12 @@ class Optimizer:
         """Within, the model is as it is evaluated: with averaged weights if they are kept."""
         return nullcontext() if self.average is None else self.average.instead()
 
-    # --- for checkpoints: the moments and the average by parameter, and the number of steps made
-
-    def moments(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name, (first, second, _) in self.state.items():
-            found |= {f"adam_m.{name}": first, f"adam_v.{name}": second}
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside the parameters, by name: the moments and the average."""
+        found = {f"{kind}.{name}": held for name, pair in self.pairs.items() for kind, held in pair.held.items()}
         if self.average is not None:
             found |= {PREFIX + name: held for name, held in self.average.held.items()}
         return found
-
-    def restore(self, moments: dict[str, Tensor], steps: int) -> None:
-        """Take over what `moments` gave after so many steps."""
-        self.steps = steps
-        for name, held in self.average.held.items() if self.average is not None else ():
-            held.copy_(moments[PREFIX + name])
-        for name, param in self.model.params.items():
-            if f"adam_m.{name}" in moments:
-                count = torch.tensor(float(steps), dtype=torch.float32, device=param.device)
-                self.state[name] = (moments[f"adam_m.{name}"], moments[f"adam_v.{name}"], count)
 
 
 def group_norms(model: Model, tensors: dict[str, Tensor]) -> dict[str, float]:

@@ -76,15 +76,15 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in UNTIMED} for line in read_log(folder)]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_stopped_run_goes_on_bitwise(arch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arch", "moments"), [*((arch, "full") for arch in ARCHS), ("topk", "8bit"), ("relu", "8bit")])
+def test_a_stopped_run_goes_on_bitwise(arch: str, moments: str, tmp_path: Path) -> None:
     with one_rank() as mesh:
-        _, whole = train(tmp_path / "whole", arch, mesh)
-        last, first = train(tmp_path / "parts", arch, mesh, after=9)
+        _, whole = train(tmp_path / "whole", arch, mesh, moments=moments)
+        last, first = train(tmp_path / "parts", arch, mesh, after=9, moments=moments)
         assert last["stopped"]
         assert last["step"] == 9
         before = read_log(tmp_path / "parts")
-        last, second = train(tmp_path / "parts", arch, mesh)
+        last, second = train(tmp_path / "parts", arch, mesh, moments=moments)
         assert not last["stopped"]
     seconds = [line["seconds"] for line in read_log(tmp_path / "parts")]
     assert seconds[: len(before)] == [line["seconds"] for line in before]
@@ -97,6 +97,15 @@ def test_a_stopped_run_goes_on_bitwise(arch: str, tmp_path: Path) -> None:
     assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
     rows = [tuple(r) for s in (first, second) for r in s.seen]
     assert rows == [tuple(r) for r in whole.seen]  # no batch twice, none left out
+    kinds = {name: value.dtype for name, value in b.items() if name.startswith("adam_")}
+    if moments == "full":
+        assert {*kinds.values()} == {torch.float32}
+    else:
+        assert {n for n, t in kinds.items() if t == torch.uint8} == {
+            f"adam_{moment}_codes.{name}" for moment in "mv" for name in ("W_enc", "W_dec")
+        }
+        assert "adam_m.W_enc" not in kinds
+    checkpoint.find(tmp_path / "parts").check_names()
 
 
 def test_comparison_notices_one_lost_batch(tmp_path: Path) -> None:
@@ -130,6 +139,30 @@ def test_resume_on_other_numbers_of_ranks(world: int, tensor_parallel: int, tmp_
         loaded = checkpoint.load_latest([tmp_path / "parts"], mesh, print)
         assert loaded is not None
         assert torch.equal(loaded[0].model.params["W_enc"], b["W_enc"])
+
+
+def save_again(rank: int, folder: Path, to: Path, tensor_parallel: int) -> None:
+    mesh = Mesh.start("cpu", tensor_parallel)
+    found = checkpoint.load(checkpoint.find(folder), mesh)
+    checkpoint.save(to, found.model, found.optimizer, found.state["step"], found.state["cursor"])
+    mesh.close()
+
+
+@pytest.mark.parametrize("moments", ["full", "8bit"])
+@pytest.mark.parametrize(("world", "tensor_parallel"), [(2, 2), (2, 1), (4, 2)])
+def test_other_numbers_of_ranks_have_the_same_bits(
+    world: int, tensor_parallel: int, moments: str, tmp_path: Path
+) -> None:
+    with one_rank() as mesh:
+        train(tmp_path / "one", "relu", mesh, after=9, moments=moments)
+    run_ranks(world, save_again, tmp_path / "one", tmp_path / "more", tensor_parallel)
+    run_ranks(1, save_again, tmp_path / "more", tmp_path / "back", 1)
+    one, more, back = (contents(tmp_path / name) for name in ("one", "more", "back"))
+    assert set(one) == set(more) == set(back)
+    for name, value in one.items():
+        assert torch.equal(value, more[name]), name
+        assert torch.equal(value, back[name]), name
+    assert len(checkpoint.find(tmp_path / "more").files) == tensor_parallel
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:

@@ -68,6 +68,16 @@ def test_the_plan_is_within_a_tenth_of_the_peak(arch: str) -> None:
     assert predict(config(arch), D).peak == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("more", [{}, {"d_sae": 16_384, "batch_size": 256}, {"d_sae": 1024, "batch_size": 64}])
+@pytest.mark.parametrize("arch", ["topk", "relu"])
+def test_of_moments_in_8_bits_too(arch: str, more: dict[str, int]) -> None:
+    found = config(arch, moments="8bit", **more)
+    with one_rank() as mesh:
+        peak = measured(found, mesh=mesh)
+    assert predict(found, D).peak == pytest.approx(peak, rel=0.1)
+    assert predict(found, D).moments == pytest.approx(predict(config(arch, **more), D).moments / 4, rel=0.06)
+
+
 def test_of_a_sweep_and_of_averages_too() -> None:
     members = [config("topk", ema=0.99, batch_size=512), config("topk", k=8, d_sae=2048, batch_size=512)]
     with one_rank() as mesh:
@@ -133,6 +143,8 @@ def test_a_large_batch_needs_no_matrix_of_its_tokens_and_latents() -> None:
         found = predict(resolve(Config(arch=arch, **large), 4096, 10**8), 4096)
         assert found.step < 3e9 < 4 * 131_072 * 32_768
         assert found.peak < 25e9
+        coded = predict(resolve(Config(arch=arch, moments="8bit", **large), 4096, 10**8), 4096)
+        assert coded.peak <= 163e9 / 10
 
 
 def test_control_a_matrix_of_batch_by_latents_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

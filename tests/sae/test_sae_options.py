@@ -79,6 +79,7 @@ OUTSIDE = {
     "buffer_rows": ["-2", "2.5", "nan", "many"],
     "device": ["", "mps", "cuda:x", "gpu"],
     "compute": ["", "fp8", "int8"],
+    "moments": ["", "8", "float32"],
     "tensor_parallel": [*COUNT_OR_NONE, "3"],
     "tile": COUNT_OR_NONE,
     "log_every": COUNT,

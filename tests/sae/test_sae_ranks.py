@@ -211,7 +211,7 @@ def measure(mesh: Mesh, folder: Path, name: str) -> None:
     optimizer = Optimizer(model)
     mesh.sent.clear()
     optimizer.apply(step(model, model.norm(rows[:TOKENS])).grads, 1e-3)
-    held = sum(p.numel() for p in (*model.params.values(), *optimizer.moments().values()))
+    held = sum(p.numel() for p in (*model.params.values(), *optimizer.kept().values()))
     torch.save((dict(mesh.sent), held), folder / f"{name}-measure-{mesh.rank}.pt")
 
 
