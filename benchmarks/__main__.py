@@ -156,6 +156,7 @@ TINY: dict[str, dict[str, Any]] = {
         "large_width": 4096,
     },
     "view": {"latents": 512, "described": 256, "rows": 2000, "width": 16, "k": 4, "asked": 2},
+    "sae-speed": {"archs": ["topk", "jumprelu"], "width": 16, "d_sae": 64, "k": 4, "batch": 64, "steps": 2},
     "sae-ranks": {"width": 16, "d_sae": 2048, "small": 64, "ranks": [1, 2]},
 }
 
@@ -444,6 +445,24 @@ def sae_order(**options: Any) -> None:
     from benchmarks.sae import order as module
 
     _start("sae-order", module.run, options)
+
+
+@main.command(name="sae-speed")
+@click.option(
+    "--archs", type=_List(str), default="topk,batchtopk,matryoshka,relu,jumprelu,gated", help="Variants to time."
+)
+@click.option("--width", type=COUNT, default=384, help="Width of the activations.")
+@click.option("--d-sae", type=COUNT, default=6144, help="Number of latents.")
+@click.option("--k", type=COUNT, default=32, help="Active latents per token of the topk family.")
+@click.option("--batch", type=COUNT, default=2048, help="Rows per step.")
+@click.option("--steps", type=COUNT, default=7, help="Steps that are timed, with and without clocks.")
+@click.option("--device", default="auto", help="Where to train, as torch names it.")
+@_common
+def sae_speed(**options: Any) -> None:
+    """Split the time of a training step by piece, beside the least that its operations and bytes allow."""
+    from benchmarks.sae import pieces as module
+
+    _start("sae-speed", module.run, options)
 
 
 @main.command(name="sae-ranks")

@@ -19,8 +19,12 @@ from benchmarks.__main__ import main
 from benchmarks.peers import PEERS, Work, driver, formats
 from benchmarks.phases import OUTSIDE, PHASES
 from benchmarks.results import command_line, spread, table
-from benchmarks.sae import quality
+from benchmarks.sae import pieces, quality
 from benchmarks.sae.peers import RATES
+from saetrain.compute.kernels import Codes, Encoder
+from saetrain.training.optim import Optimizer
+from saetrain.variants.topk import TopK
+from support.sae import one_rank
 
 
 def miniature(tmp_path, *words, drawn=True):
@@ -246,6 +250,30 @@ def test_sae_order(tmp_path):
     assert [r["rows"] for r in rows] == ["shuffled", "buffer of 512", "order of the harvest"]
     entropy = {r["rows"]: r["document_entropy"] for r in rows}
     assert entropy["shuffled"] > entropy["buffer of 512"] > entropy["order of the harvest"]
+
+
+def test_sae_speed(tmp_path):
+    for one in miniature(tmp_path, "sae-speed")["summary"]:
+        parts = one["pieces"]
+        assert sum(part["seconds"] for part in parts.values()) == pytest.approx(one["clocked"])
+        assert parts["encoder product"]["seconds"] > 0
+        assert parts["encoder product"]["operations"] == pytest.approx(2 * 64 * 64 * 16 / one["peak"])
+        dense = one["arch"] == "jumprelu"
+        assert (parts["decoding"]["operations"] > 0) != dense
+        assert (parts["other products"]["operations"] > 0) == dense
+        assert 0 < one["mfu"] < 1
+
+
+def test_clocks_see_a_slow_piece_alone_and_leave_nothing_behind(monkeypatch):
+    before = {owner: dict(owner.__dict__) for owner in (Codes, Encoder, Optimizer, TopK)}
+    dots = Codes.dots
+    monkeypatch.setattr(Codes, "dots", lambda *args: time.sleep(0.3) or dots(*args))
+    with one_rank() as mesh:
+        found = pieces._one("topk", 16, 64, 4, 64, 2, mesh)["pieces"]
+    monkeypatch.undo()
+    assert found["gradient of activations"]["seconds"] >= 0.3
+    assert found["encoder product"]["seconds"] < 0.3
+    assert {owner: dict(owner.__dict__) for owner in before} == before
 
 
 def test_sae_ranks(tmp_path):
