@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from saetrain.config import Config
 from saetrain.data import Store
 from saetrain.errors import ConfigError
 from saetrain.training.train import fit
+from support.ports import free_ports
 from support.sae import Planted, run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -60,12 +60,6 @@ def one_group(rank: int, folder: Path) -> None:
     mesh.close()
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
-
-
 def test_two_machines_train_what_one_does(folder: Path) -> None:
     """Each reads its own copy of the store; the checkpoints have the same bytes, and the run can go on on one."""
     run_ranks(2, one_group, folder)
@@ -74,7 +68,7 @@ def test_two_machines_train_what_one_does(folder: Path) -> None:
     assert not [p for place in "ab" for p in (folder / place).iterdir() if p.name != "shuffled.zarr"]
 
     group = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    group += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    group += ["--master-addr", "127.0.0.1", "--master-port", str(free_ports(1)[0])]
     fit_both = ["-m", "saetrain", "fit", "shuffled.zarr", "--out", str(folder / "shared" / "two"), "--no-report"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     started = [
@@ -89,7 +83,7 @@ def test_two_machines_train_what_one_does(folder: Path) -> None:
         for number, place in enumerate("ab")
     ]
     try:
-        told = [group.communicate(timeout=300)[0] for group in started]
+        told = [group.communicate(timeout=600)[0] for group in started]
     finally:
         for process in started:
             process.kill()

@@ -20,6 +20,7 @@ from typing import Any
 
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place
+from support.ports import free_ports
 
 KEY, SECRET, BUCKET = "ACTSHUFFLEKEY0000001", "actshufflesecret0000000000000000000000001", "bucket"
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin", "openssl")
@@ -106,7 +107,7 @@ class Gateway:
 @contextmanager
 def radosgw(at: Path) -> Iterator[Gateway]:
     """Start the cluster in an empty folder, with an empty bucket; stop it at the end."""
-    mon1, mon2, http, https = _free_ports(4)
+    mon1, mon2, http, https = free_ports(4)
     config = at / "ceph.conf"
     config.write_text(CONFIG.format(at=at, fsid=uuid.uuid4(), mon1=mon1, mon2=mon2, http=http, https=https))
     for name in ("mon", "osd", "rgw"):
@@ -178,14 +179,6 @@ def _make_bucket(gateway: Gateway) -> None:
     client.close()
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
 def _wait(call: Any) -> None:
     deadline = time.monotonic() + 120
     while True:
@@ -199,7 +192,7 @@ def _wait(call: Any) -> None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(20)
+        process.wait(120)
     except subprocess.TimeoutExpired:
         os.kill(process.pid, 9)
         process.wait()

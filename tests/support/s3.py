@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from support.ports import free_ports
+
 # moto's server, which otherwise lists its folders of services from disk for each request, in a third of its time.
 SERVER = """
 from moto import backends, server
@@ -58,7 +60,7 @@ class Endpoint:
 
     def plain(self, method: str, path: str, body: bytes = b"") -> bytes:
         who = {"Authorization": "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request"}
-        with closing(http.client.HTTPConnection("127.0.0.1", self.behind, timeout=30)) as link:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.behind, timeout=120)) as link:
             link.request(method, path, body, who)
             answer = link.getresponse()
             data = answer.read()
@@ -139,7 +141,7 @@ def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
                 self.say(decision, _xml("InternalError", "We encountered an internal error. Please try again."))
                 return
             headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection", "expect")}
-            with closing(http.client.HTTPConnection("127.0.0.1", endpoint.behind, timeout=60)) as link:
+            with closing(http.client.HTTPConnection("127.0.0.1", endpoint.behind, timeout=120)) as link:
                 link.request(self.command, self.path, body, headers)
                 found = link.getresponse()
                 data = found.read()
@@ -175,16 +177,10 @@ def _xml(code: str, message: str) -> bytes:
     ).encode()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def serve(folder: Path) -> Iterator[Endpoint]:
     """A private endpoint, which ends with the block."""
-    behind = _free_port()
+    (behind,) = free_ports(1)
     with (folder / "moto.log").open("wb") as log:
         moto = subprocess.Popen(
             [sys.executable, "-c", SERVER, "-H", "127.0.0.1", "-p", str(behind)], stdout=log, stderr=log, cwd=folder
@@ -195,7 +191,7 @@ def serve(folder: Path) -> Iterator[Endpoint]:
         endpoint.port = proxy.server_address[1]
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while True:
                 with suppress(OSError), socket.create_connection(("127.0.0.1", behind), 1):
                     break
