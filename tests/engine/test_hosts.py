@@ -19,6 +19,23 @@ from support.processes import address_in, assert_exact, source, until
 
 ROWS, SEED = 900, 5
 
+# Once a level has a receipt, its other tasks wait until its gate is open.
+GATES = """
+import time
+from pathlib import Path
+from actshuffle.engine import tasks
+
+inner = vars(tasks).setdefault("ungated", tasks.run_task)  # Dask loads this twice
+
+def gated(job, task):
+    receipts, gate = Path(job.scratch.url, f"level{task.level}", "receipts"), Path(GATES, str(task.level))
+    while task.level < 3 and any(receipts.glob("*")) and not gate.exists():
+        time.sleep(0.01)
+    return inner(job, task)
+
+tasks.run_task = gated
+"""
+
 
 class Host:
     """A folder that stands for a machine: its home, its temporary and its working directory."""
@@ -80,7 +97,10 @@ def start_scheduler(host: Host) -> str:
     return address_in(note)
 
 
-def start_worker(host: Host, address: str) -> subprocess.Popen[str]:
+def start_worker(host: Host, address: str, gates: Path | None = None) -> subprocess.Popen[str]:
+    """A worker, whose tasks wait at ``gates`` if there are any."""
+    preload = host.folder / "gates.py"
+    preload.write_text("" if gates is None else GATES.replace("GATES", repr(str(gates))))
     return host.start(
         "distributed.cli.dask_worker",
         address,
@@ -91,9 +111,11 @@ def start_worker(host: Host, address: str) -> subprocess.Popen[str]:
         "--host",
         "127.0.0.1",
         "--death-timeout",
-        "30",
+        "120",
         "--local-directory",
         str(host.folder / "dask"),
+        "--preload",
+        str(preload),
     )
 
 
@@ -129,19 +151,22 @@ def test_workers_of_several_hosts_come_and_go(tmp_path):
     """Started with one worker; two hosts join; the first leaves politely, the second is killed."""
     shared = tmp_path / "shared"
     shared.mkdir()
-    src, dst = source(shared / "src.zarr", 2 * ROWS), shared / "dst.zarr"
+    src, dst = source(shared / "src.zarr", ROWS), shared / "dst.zarr"
+    (gates := tmp_path / "gates").mkdir()
     with hosts(tmp_path, "boss", "driver", "a", "b", "c") as (boss, user, a, b, c):
         address = start_scheduler(boss)
-        first = start_worker(a, address)
+        first = start_worker(a, address, gates)
         driver = drive(user, address, str(src), str(dst))
         until(lambda: any(shared.glob("dst.zarr.scratch-*/level1/receipts/*")))
-        second = start_worker(b, address)
-        start_worker(c, address)
+        second = start_worker(b, address, gates)
+        start_worker(c, address, gates)
         until(lambda: all("Registered to" in (host.folder / "log").read_text() for host in (b, c)))
+        (gates / "1").touch()
         first.send_signal(signal.SIGTERM)  # as a batch system ends a job
         until(lambda: any(shared.glob("dst.zarr.scratch-*/level2/receipts/*")))
         assert driver.poll() is None, "over before it began"
         second.kill()
+        (gates / "2").touch()
         result = told(driver)
     assert result["resumed"] < 10, "done, but their worker died before it could say so"
     assert_exact(src, dst, SEED)
@@ -157,7 +182,7 @@ def test_killed_driver_resumes_on_another_cluster(tmp_path):
     words = (str(src), str(dst), "--scratch", str(shared / "scratch"))
     with hosts(tmp_path, "boss", "driver", "a") as (boss, user, a):
         address = start_scheduler(boss)
-        start_worker(a, address)
+        start_worker(a, address, tmp_path / "gates that stay closed")
         driver = drive(user, address, *words)
         until(lambda: any((shared / "scratch").glob("*/level1/receipts/*")))
         driver.kill()

@@ -237,7 +237,7 @@ def work(
 
     async def run() -> None:
         async with Worker(
-            address, nthreads=1, host="127.0.0.1", dashboard=False, local_directory=str(folder), death_timeout=10
+            address, nthreads=1, host="127.0.0.1", dashboard=False, local_directory=str(folder), death_timeout=PATIENCE
         ) as worker:
             await worker.finished()
 
@@ -335,6 +335,14 @@ def dask_cluster(
         yield cluster
     finally:
         cluster.stop()
+
+
+def alive(pid: int) -> bool:
+    """True until a process has ended, whether or not anybody has asked for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def address_in(note: Path) -> str:
