@@ -206,11 +206,10 @@ def test_serial_run_that_gathers_keeps_to_its_memory(big_source, tmp_path, row_b
 
 def test_measuring_sees_memory_that_was_not_planned(big_source, tmp_path):
     src = big_source(1024, "raw")
-    honest = measured(src, tmp_path / "dst", memory=48 * MB, levels=2)
-    greedy = measured(src, tmp_path / "dst", memory=48 * MB, levels=2, hog=30 * MB)
-    assert greedy["peak"] - honest["peak"] == pytest.approx(30 * MB, rel=0.2)
+    greedy = measured(src, tmp_path / "dst", memory=48 * MB, levels=2, hog=48 * MB)
     with pytest.raises(AssertionError):
-        assert_within(greedy, 2, 0.7)
+        assert_within(greedy, 2, 0.5)
+    assert_within(greedy | {"peak": greedy["peak"] - 48 * MB}, 2, 0.5)
 
 
 @pytest.mark.parametrize(("workers", "threads", "kind"), [(2, 1, "zstd"), (1, 3, "raw")])
