@@ -1170,7 +1170,7 @@ def test_forked_process_can_use_object_stores():
         except BaseException:
             ok = False
         os._exit(0 if ok else 1)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while (found := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
         time.sleep(0.02)
     if found[0] == 0:

@@ -416,7 +416,7 @@ def test_source_in_an_object_store(tmp_path):
 def test_tasks_of_a_store_are_looked_at_many_at_once(place):
     job = SimpleNamespace(is_local="://" not in place)
     count, seen = RECEIPTS_AT_ONCE, []
-    together = threading.Barrier(count, timeout=30 if "://" in place else 0.1)
+    together = threading.Barrier(count, timeout=120 if "://" in place else 0.1)
 
     def look(_, task):
         seen.append(task.number)

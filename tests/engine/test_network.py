@@ -148,7 +148,7 @@ def test_command_line_with_certificates_configured_the_dask_way(authority, tmp_p
         "distributed.comm.tls.ca-file": ours["tls_ca_file"],
         "distributed.comm.tls.client.cert": ours["tls_client_cert"],
         "distributed.comm.tls.client.key": ours["tls_client_key"],
-        "distributed.comm.timeouts.connect": "2s",
+        "distributed.comm.timeouts.connect": "60s" if authority == "right" else "2s",
     }
     with _cluster(Security(**files["right"])) as cluster, dask.config.set(settings):
         command = ["run", str(src), str(dst), "--seed", str(SEED), "--scheduler"]

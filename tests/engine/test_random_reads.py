@@ -127,7 +127,7 @@ def test_many_rows_are_asked_for_at_the_same_time(src: Path, monkeypatch: pytest
 
     def read_rows(*args: Any) -> None:
         if not hasattr(met, "once"):
-            met.once = gate.wait(30)
+            met.once = gate.wait(120)
         real(*args)
 
     monkeypatch.setattr(LocalObjects, "read_rows", read_rows)

@@ -318,7 +318,7 @@ def test_claims_are_looked_at_while_tasks_run(lockless: None, home: Path, monkey
 
 def test_a_living_process_of_this_host_keeps_its_claim(lockless: None, tmp_path: Path) -> None:
     folder = tmp_path / f"out{CLAIMS}"
-    sleeper = processes.start(time.sleep, 60)
+    sleeper = processes.start(time.sleep, 600)
     try:
         alive = {"host": os.uname().nodename, "process": sleeper.pid}
         claim(folder, **alive, born=locks._born(sleeper.pid))

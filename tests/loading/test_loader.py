@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from actshuffle.loading.epochs import Order, unit_rows
 from actshuffle.loading.loader import Loader
 from benchmarks.cache import cached_share
 from support.finished import N, collection, finish, shuffled
+from support.processes import until
 from support.runs import run
 from support.stores import SOURCES, evict, group, values
 
@@ -417,10 +417,7 @@ def test_threads_end_with_the_pass(store: Path, buffer_rows: int | None) -> None
     assert ours
     del ran
     gc.collect()
-    deadline = time.monotonic() + 10
-    while ours & _loading_threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not ours & _loading_threads()
+    until(lambda: not ours & _loading_threads())
 
 
 def test_an_error_comes_in_its_place_and_ends_the_pass(tmp_path: Path) -> None:

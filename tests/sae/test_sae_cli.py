@@ -96,7 +96,7 @@ def test_of_several_ranks_one_refuses(store: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "saetrain", "fit", store, "--out", tmp_path, "--nproc", "2", "--json", *SMALL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     refused = subprocess.run(
-        [*command, "--field", "other"], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*command, "--field", "other"], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert refused.returncode == 2
     assert json.loads(refused.stdout)["error"] == "bad-source"

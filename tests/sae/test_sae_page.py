@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ if CHROMIUM is None and not WANTED:
     pytest.skip("no Chromium on this machine: the page is not tried in a browser", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+PATIENCE = 120  # seconds
 HOSTILE = "<img src=x onerror='window.hit=1'>"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=1000 * PATIENCE)
         yield opened
         opened.close()
 
@@ -77,6 +79,7 @@ class Opened:
         self.server = Server(site)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         self.context = browser.new_context(**context)
+        self.context.set_default_timeout(1000 * PATIENCE)
         self.page = self.context.new_page()
         self.errors: list[str] = []
         self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
@@ -89,11 +92,10 @@ class Opened:
 
     def until(self, expression: str, due: Any = True) -> None:
         """Wait for the value of an expression; Playwright's own wait needs eval, which our pages forbid."""
-        for _ in range(300):
-            if (found := self.page.evaluate(expression)) == due:
-                return
+        deadline = time.monotonic() + PATIENCE
+        while (found := self.page.evaluate(expression)) != due:
+            assert time.monotonic() < deadline, f"{expression} is {found!r}, not {due!r}"
             self.page.wait_for_timeout(50)
-        raise AssertionError(f"{expression} is {found!r}, not {due!r}")
 
     def title(self, text: str) -> None:
         self.until("document.querySelector('h1')?.textContent", text)

@@ -72,7 +72,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "saetrain", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False, **more)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False, **more)
 
 
 def test_fit_with_defaults_beside_the_store(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +161,7 @@ def test_a_signal_checkpoints_and_leaves_cleanly(ranks: int, number: int, store:
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: len(read_log(out)) >= 5 or process.poll() is not None)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 128 + number, errors  # `fit && export` must not export half a dictionary
     assert "Traceback" not in errors
     assert "the same command again goes on" in output

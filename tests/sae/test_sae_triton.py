@@ -21,7 +21,7 @@ inside = pytest.mark.skipif(not INSIDE, reason="runs in the process that test_in
 def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "--quiet", str(Path(__file__))]
     done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120, check=False
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout
     assert "9 passed" in done.stdout

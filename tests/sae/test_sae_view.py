@@ -61,7 +61,7 @@ def server(site: Site) -> Iterator[Server]:
 
 def ask(server: Server, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
     """Status and answer; headers are given with _ for -."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.request(method, path, data, sent)
@@ -94,17 +94,20 @@ def test_a_latent_is_what_the_reader_gives(server: Server, site: Site) -> None:
 
 def test_answers_on_a_kept_connection_wait_for_no_acknowledgement(server: Server) -> None:
     """Headers and body in two writes take 40 ms from the second answer on, which is how a browser asks."""
-    connection, seconds, served = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20), [], []
-    for _ in range(10):
-        began = time.perf_counter()
-        connection.request("GET", "/api/feature/4")
-        response = connection.getresponse()
-        response.read()
-        seconds.append(time.perf_counter() - began)
-        served.append(float(str(response.getheader("Server-Timing")).removeprefix("answer;dur=")) / 1000)
-    connection.close()
+    for _ in range(20):  # on a busy machine all of some connection's answers may take as long
+        connection, seconds, served = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120), [], []
+        for _ in range(10):
+            began = time.perf_counter()
+            connection.request("GET", "/api/feature/4")
+            response = connection.getresponse()
+            response.read()
+            seconds.append(time.perf_counter() - began)
+            served.append(float(str(response.getheader("Server-Timing")).removeprefix("answer;dur=")) / 1000)
+        connection.close()
+        assert all(0 <= inside <= whole for inside, whole in zip(served, seconds, strict=True))
+        if min(seconds[1:]) < 0.03:
+            break
     assert min(seconds[1:]) < 0.03
-    assert all(0 <= inside <= whole for inside, whole in zip(served, seconds, strict=True))
 
 
 def test_overview_counts_every_live_latent_once(server: Server, site: Site) -> None:
@@ -221,7 +224,7 @@ def test_features_for_other_pages_are_those_of_the_export(server: Server, site: 
 
 def test_only_pages_that_were_named_may_read_features(server: Server, site: Site) -> None:
     def allowed(origin: str, path: str = "/features/out/4.json") -> str | None:
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
         connection.request("GET", path, headers={"Origin": origin})
         response = connection.getresponse()
         response.read()

@@ -323,7 +323,7 @@ def test_writers_of_one_object_at_a_time_do_not_meet(tmp_path, monkeypatch):
     def write():
         try:
             with objects.writer("k", len(data)) as out:
-                inside.wait(30)
+                inside.wait(120)
                 out.write(memoryview(data))
         except BaseException as err:
             failures.append(err)

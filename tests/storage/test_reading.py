@@ -240,7 +240,7 @@ def test_the_next_batch_is_on_its_way_while_one_is_looked_at():
     seen = []
     for batch in ahead(read, batches):
         seen.append(int(batch[0].key))
-        assert all(event.wait(5) for event in begun[: seen[-1] + 2])
+        assert all(event.wait(120) for event in begun[: seen[-1] + 2])
         assert not any(event.is_set() for event in begun[seen[-1] + 2 :])
     assert seen == [0, 1, 2, 3]
 
