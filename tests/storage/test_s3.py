@@ -43,6 +43,7 @@ from support.s3 import KEY, SECRET, TOKEN, failing, serve
 
 ROWS = 40
 PLAN = {"levels": 2, "block_bytes": 400, "run_bytes": 1, "chunk_rows": 10}
+ONCE = {"config_kwargs": {"retries": {"max_attempts": 1}}}
 QUICK = {"config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 1, "read_timeout": 1}}
 
 
@@ -421,17 +422,18 @@ def test_some_requests_fail_or_dawdle(what, endpoint, bucket, local, tmp_path):
 )
 def test_all_requests_fail_from_some_time_on(what, method, endpoint, bucket, local, tmp_path, impatient):
     """An outage gives a typed error in bounded time, and the run resumes when it is over."""
-    count = [0]
+    count, first = [0], 20 if method == "GET" else 8
 
     def outage(asked, path):
         count[0] += asked == method
-        return what if count[0] > (20 if method == "GET" else 8) and asked == method else None
+        return what if count[0] > first and asked == method else None
 
     endpoint.unkind = outage
     started = time.monotonic()
     with pytest.raises((StorageError, SourceError)) as raised:
         shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", storage_options=endpoint.options(**QUICK))
-    assert time.monotonic() - started < 60
+    assert count[0] < first + 20
+    assert time.monotonic() - started < 300
     assert bucket.removeprefix("s3://") in str(raised.value)
     endpoint.unkind = lambda method, path: None
     shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
@@ -442,10 +444,10 @@ def test_all_requests_fail_from_some_time_on(what, method, endpoint, bucket, loc
 
 
 def assert_refused(endpoint, bucket, options, error=ActshuffleError):
-    started = time.monotonic()
+    asked = len(endpoint.seen)
     with pytest.raises(error) as raised:
         shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr", storage_options=options)
-    assert time.monotonic() - started < 30
+    assert len(endpoint.seen) - asked < 5, "it asks again and again"
     text = "".join(traceback.format_exception(raised.value))
     assert SECRET not in text
     assert TOKEN not in text
@@ -470,7 +472,7 @@ def test_wrong_key(endpoint, bucket):
 
 def test_expired_token(endpoint, bucket):
     endpoint.unkind = lambda method, path: "expired"
-    said = assert_refused(endpoint, bucket, endpoint.options(**QUICK))
+    said = assert_refused(endpoint, bucket, endpoint.options(**ONCE))
     assert "expired" in said.lower() or "Bad Request" in said
 
 
