@@ -3,15 +3,18 @@
 ::
 
     parameters    W_enc, W_dec, one number a latent for each bias; b_dec and W_skip are whole on every rank
-    moments       twice that: Adam's two; a byte a number and a scale for 256 of them with --moments 8bit
+    moments       twice that: Adam's two, of 1 / D of the latents on each of D replicas; a byte a number and a scale for
+                  256 of them with --moments 8bit
     average       once more, where --ema keeps an average of the weights
     gradients     as large as the parameters
     rows          a batch as it is read, normalised, and the errors of its rows
-    step          what a tile of tokens needs (`Model.tile_bytes`), or the optimiser's blocks of rows, if these are more
+    step          what a tile of tokens needs (`Model.tile_bytes`), the optimiser's blocks of rows, or a message between
+                  replicas, whichever is most
 
-All but `rows` and the smallest terms are in proportion to the latents of a rank, n / T.  Counted are tensors, as torch
-allocates them: not the interpreter, the libraries (0.3 GB), the loader's buffers, or what an allocator keeps.  Tests
-hold the sum against torch's own count of allocated bytes, for every variant.
+All but `rows` and the smallest terms are in proportion to the latents of a rank, n / T.  A checkpoint needs no more:
+the first replica receives the others' moments in messages of that size.  Counted are tensors, as torch allocates them:
+not the interpreter, the libraries (0.3 GB), the loader's buffers, or what an allocator keeps, or a thread of gloo's for
+a moment longer than its message.  Tests hold the sum against torch's own count of allocated bytes, for every variant.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 
 from saetrain.compute.eightbit import blocks_of
 from saetrain.compute.kernels import ROWS, tile_sizes
+from saetrain.compute.mesh import MESSAGE, UNIT
 from saetrain.config import Config
 from saetrain.errors import ConfigError
 from saetrain.tile import Shape
@@ -82,12 +86,13 @@ def predict(config: Config, d_in: int, d_out: int = 0, *, tp: int = 1, dp: int =
     if compute == "bfloat16":
         step += 2 * n * d_in  # the encoder in the type of the product
     if dp > 1:
-        step = max(step, e * n * max(d_in, out) * (7 * dp + 2) // (2 * dp))  # of a sum over replicas
+        step = max(step, e * min(n * max(d_in, out), MESSAGE) * (2 * dp + 1) // dp)  # a message of a sum over replicas
     blocks = 3 * e * min(ROWS, n) * max(d_in, out)
-    moments = 2 * gradients
+    own = min(-(-n // dp) + (UNIT if dp > 1 else 0), n)  # latents of which a replica has the moments
+    moments = 2 * e * (own * (d_in + out + 1 + len(variant.extra)) + whole)
     if config.moments == "8bit":
-        coded = [(n, d_in), (n, out), *([(out, d_in)] if config.skip else [])]
+        coded = [(own, d_in), (own, out), *([(out, d_in)] if config.skip else [])]
         moments -= sum(2 * rows * (wide * (e - 1) - blocks_of(wide) * e) for rows, wide in coded)
-        blocks = EIGHT_BIT * e * min(ROWS, n) * max(d_in, out)
+        blocks = EIGHT_BIT * e * min(ROWS, own) * max(d_in, out)
     average = gradients if config.ema else 0
     return Memory(used, parameters, moments, average, gradients, rows, max(step, blocks))

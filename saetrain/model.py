@@ -250,9 +250,9 @@ class Model(ABC):
         for part, rows in both:
             part.addcmul_(rows, (weight / rows.norm(dim=1).clamp_min(1e-12))[:, None])
 
-    def project(self, grad: Tensor) -> None:
-        """Take from the gradient of W_dec the component that would change the norms of rows."""
-        both = [*zip(*(torch.split(t, self.parts, 1) for t in (grad, self.params["W_dec"])), strict=True)]
+    def project(self, grad: Tensor, own: slice) -> None:
+        """Take from the gradient of W_dec, of the rows `own`, the component that would change the norms of rows."""
+        both = [*zip(*(torch.split(t, self.parts, 1) for t in (grad, self.params["W_dec"][own])), strict=True)]
         norms = [rows.norm(dim=1).clamp_min(1e-12) for _, rows in both]
         along = torch.stack([row_dots(*pair) / norm for pair, norm in zip(both, norms, strict=True)]).mean(0)
         for (part, rows), norm in zip(both, norms, strict=True):

@@ -19,14 +19,19 @@ store, 4 bytes per float32):
     top-k candidates      4 k (T - 1)              topk; batchtopk sends histograms instead, 24 KB per step
     reconstructions       8 d G (T - 1) / T        G = nested dictionaries, 1 except for matryoshka; AuxK adds one
 
-and once per step 2 (D - 1) / D of its share of the gradients between replicas.  `Mesh.sent` counts the bytes sent.
+and between replicas, once per step, (D - 1) / D of its share of the gradients and as much of the parameters: each
+replica sums the gradients of some rows, updates these rows, and sends them to the others.  The first replica gets the
+others' moments for each checkpoint.  `Mesh.sent` counts the bytes sent.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -37,6 +42,10 @@ from saetrain.compute.devices import named_device
 from saetrain.errors import ConfigError
 
 RENDEZVOUS = "SAETRAIN_RENDEZVOUS"  # a file through which the ranks of `--nproc` find each other
+MESSAGE = 2**22  # numbers of a tensor that is sent by rows, over all replicas, that one message holds
+# Replicas share rows in units of as many, so that a share is whole vectors of torch's CPU kernels, however wide a row
+# is: they may round what is left over in another way, and the bits would depend on the number of replicas.
+UNIT = 16
 
 
 class Mesh:
@@ -132,6 +141,69 @@ class Mesh:
         padded = torch.nn.functional.pad(x, (0, max(lengths) - x.numel()))
         parts = self.gather(padded, over, purpose)
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+    # --- rows that the replicas have in common and share the work on
+
+    def bounds(self, rows: int) -> list[int]:
+        """[D + 1]: replica i has the rows from the i-th bound to the next for itself."""
+        return [*(i * rows // self.dp // UNIT * UNIT for i in range(self.dp)), rows]
+
+    def own(self, rows: int) -> slice:
+        """This replica's rows."""
+        return slice(*self.bounds(rows)[self.dp_index :][:2])
+
+    def sum_own(self, x: Tensor, purpose: str = "other") -> Tensor:
+        """My rows of the sum of x [rows, ...] over replicas, with the bits of `sum`: a view of x, which is changed."""
+        mine = x[self.own(len(x))]
+        if self.dp == 1:
+            return mine
+        for parts in self._messages(x):
+            sent = torch.cat([part.reshape(-1) for part in parts])
+            here = parts[self.dp_index]
+            got = sent.new_empty(self.dp * here.numel())
+            sizes = [part.numel() for part in parts]
+            dist.all_to_all_single(got, sent, [here.numel()] * self.dp, sizes, self.groups["dp"][0])
+            here.copy_(_add_in_order(got.view(self.dp, *here.shape)))
+            self.sent[purpose] += (sent.numel() - here.numel()) * x.element_size()
+        return mine
+
+    def spread_own(self, x: Tensor, purpose: str = "other") -> None:
+        """Give all replicas the rows of x [rows, ...] that each has for itself, in place."""
+        for parts in self._messages(x) if self.dp > 1 else ():
+            here, longest = parts[self.dp_index], max(map(len, parts))
+            padded = here
+            if len(here) < longest:
+                padded = torch.cat([here, here.new_zeros(longest - len(here), *x.shape[1:])])
+            for part, got in zip(parts, self.gather(padded, "dp", purpose), strict=True):
+                part.copy_(got[: len(part)])
+
+    def _messages(self, x: Tensor) -> Iterator[list[Tensor]]:
+        """For each message, the part that it has of every replica's rows, of about as many rows each."""
+        each = max(MESSAGE // (self.dp * math.prod(x.shape[1:])), 1)
+        bounds = self.bounds(len(x))
+        shares = [x[lo:hi] for lo, hi in pairwise(bounds)]
+        for at in range(0, max(map(len, shares)), each):
+            yield [share[at : at + each] for share in shares]
+
+    def collect_own(self, x: Tensor, rows: int, purpose: str = "other") -> Iterator[Tensor]:
+        """On the first replica all `rows` of a tensor, in order, a block at a time; each replica gives its own, `x`.
+
+        All replicas go through this at once; for the others it is empty.
+        """
+        group, bounds = self.groups["dp"][0], self.bounds(rows)
+        each = max(MESSAGE // math.prod(x.shape[1:]), 1)
+        for i, (lo, hi) in enumerate(pairwise(bounds)):
+            for at in range(0, hi - lo, each):
+                if i == self.dp_index:
+                    block = x[at : at + each]
+                    if i:
+                        dist.send(block, group=group, group_dst=0)
+                        self.sent[purpose] += block.numel() * x.element_size()
+                elif self.dp_index == 0:
+                    block = x.new_empty(min(each, hi - lo - at), *x.shape[1:])
+                    dist.recv(block, group=group, group_src=i)
+                if self.dp_index == 0:
+                    yield block
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any."""

@@ -9,7 +9,8 @@
 
 A checkpoint is written under a name that no reader looks for, made durable, and renamed: it is there whole or not
 at all, whenever the process dies.  Tensors that are not split (b_dec and its moments, mean, threshold) are in shard 0.
-Moments in 8 bits are there as they are held: codes, and the scales of their blocks.
+Moments in 8 bits are there as they are held: codes, and the scales of their blocks.  Replicas send the first, which
+writes, their rows of the moments as these are written.
 No rank ever holds another's parameters: to resume on another number of ranks, each reads its rows from the files
 that have them.  On the same number of ranks, a resumed run is bitwise the run that never stopped.
 """
@@ -19,7 +20,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,11 +68,19 @@ def save(run: Path, model: Model, optimizer: Optimizer, step: int, cursor: dict[
     name = f"shard-{mesh.tp_index}-of-{mesh.tp}.safetensors"
     digest = b"\0" * 32
     with _together(mesh, f"checkpoint {target}"):
+        held = _held(model, optimizer, mesh.tp_index == 0)
+        blocks = _blocks(held, model)
         if mesh.dp_index == 0:
-            held = _held(model, optimizer, mesh.tp_index == 0)
-            specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in held.items()}
-            written = write(building / name, specs, held.items(), {"format": "saetrain"})
-            digest = bytes.fromhex(written)
+            specs = {
+                n: Spec(t.dtype, (model.latents, *t.shape[1:]) if _is_shared(n) else tuple(t.shape))
+                for n, t in held.items()
+            }
+            try:
+                digest = bytes.fromhex(write(building / name, specs, blocks, {"format": "saetrain"}))
+            except Exception:
+                deque(blocks, 0)  # the other replicas must not wait for one that cannot write
+                raise
+        deque(blocks, 0)
     digests = mesh.gather(torch.tensor(list(digest), dtype=torch.uint8, device=mesh.device), "tp")
     with _together(mesh, f"checkpoint {target}"):
         if mesh.rank == 0:
@@ -104,11 +114,28 @@ def _remove(folder: Path) -> None:
 
 
 def _held(model: Model, optimizer: Optimizer, whole: bool) -> dict[str, Tensor]:
-    """The tensors this rank writes: its rows of those that are split, and on the first rank (`whole`) the others."""
+    """The tensors of this rank's file: its rows of those that are split, and on the first rank (`whole`) the others."""
     found = {**model.params, **optimizer.kept(), **model.state, "mean": model.norm.mean}
     if model.transcodes:
         found["mean_out"] = model.out_norm.mean
     return {n: t for n, t in found.items() if whole or _is_split(n)}
+
+
+def _blocks(held: dict[str, Tensor], model: Model) -> Iterator[tuple[str, Tensor]]:
+    """On the first replica `held`, with all rows of what the replicas share, of which a block is there at a time.
+
+    For the other replicas, which go through this at the same time, it is empty.
+    """
+    for name, tensor in held.items():
+        if _is_shared(name):
+            yield from ((name, block) for block in model.mesh.collect_own(tensor, model.latents, "checkpoints"))
+        elif model.mesh.dp_index == 0:
+            yield name, tensor
+
+
+def _is_shared(name: str) -> bool:
+    """True if each replica has some rows of it, as of moments."""
+    return _is_split(name) and name.partition(".")[0] in (*FULL, *CODED)
 
 
 def _facts(norm: Norm, name: str) -> dict[str, Any]:
@@ -275,7 +302,8 @@ def load(checkpoint: Checkpoint, mesh: Mesh) -> Loaded:
     optimizer = Optimizer(model)
     optimizer.steps = state["step"]
     for name, tensor in optimizer.kept().items():
-        tensor.copy_(checkpoint.read(name, lo, hi))
+        own = optimizer.own if _is_shared(name) else slice(0, hi - lo)
+        tensor.copy_(checkpoint.read(name, lo + own.start, lo + own.stop))
     return Loaded(model, optimizer, state)
 
 

@@ -31,14 +31,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saetrain.model import Model
+from saetrain.model import WHOLE, Model
 
 
 @dataclass
 class Step:
     """The result of one batch, over all ranks: `losses` are means over its tokens."""
 
-    grads: dict[str, Tensor]  # of my share of the parameters
+    grads: dict[str, Tensor]  # of my share of the parameters; of those split by latent, my replica's rows (`Mesh.own`)
     residual: Tensor  # [tokens, d_out]: y^ - y, of this replica's tokens
     fired: Tensor  # [latents]: tokens of the batch on which each of my latents fired
     losses: dict[str, float]
@@ -55,8 +55,10 @@ def step(model: Model, x: Tensor, ramp: float = 1.0, y: Tensor | None = None) ->
     part = model.gradients(x, x if y is None else y, ramp)
     mesh, tokens, state = model.mesh, len(x) * model.mesh.dp, model.state
     fired = mesh.sum(part.fired["fired"], "dp", "gradients")
-    # Each leaves `part` for its sum: both at once would be twice the gradients.
-    grads = {name: mesh.sum(part.grads.pop(name), "dp", "gradients") for name in list(part.grads)}
+    grads = {
+        name: mesh.sum(grad, "dp", "gradients") if name in WHOLE else mesh.sum_own(grad, "gradients")
+        for name, grad in part.grads.items()
+    }
     residual = part.residuals[0] if len(part.residuals) == 1 else torch.cat(part.residuals)
 
     mine = mesh.sum(torch.stack([*part.mine.values(), part.fired["fired"].sum().to(x.dtype)]), "tp")

@@ -1,6 +1,9 @@
 """Adam on this rank's share, learning-rate schedule, gradient clipping, unit-norm decoder rows, and their average.
 
-Everything here is local to a rank, except that each step sums the squared gradient norms over all ranks.
+Replicas have the same parameters and share the moments (ZeRO-1: Rajbhandari, Rasley, Ruwase, He 2020, arXiv 1910.02054,
+section 5.1): each has the gradients and the moments of its own rows (`Mesh.own`), updates these rows, and sends them to
+the others.  What is not split by latent, b_dec and W_skip, each updates for itself.  Beside that, each step sums the
+squared gradient norms over all ranks.
 """
 
 from __future__ import annotations
@@ -85,21 +88,28 @@ class Optimizer:
         self.model = model
         self.rate = c.lr  # of the last step
         self.steps = 0
-        self.pairs = {  # Adam's moments of each parameter
-            name: Coded(param) if c.moments == "8bit" and param.dim() == 2 else Full(param)
-            for name, param in model.params.items()
+        self.own = model.mesh.own(model.latents)
+        self.pairs = {  # Adam's moments of my rows of each parameter
+            name: Coded(rows) if c.moments == "8bit" and rows.dim() == 2 else Full(rows)
+            for name, rows in self._owned().items()
         }
         self.average = Average(model, c.ema) if c.ema else None
 
+    def _owned(self) -> dict[str, Tensor]:
+        """The rows of the parameters that this replica updates."""
+        return {name: param if name in WHOLE else param[self.own] for name, param in self.model.params.items()}
+
     def apply(self, grads: dict[str, Tensor], lr: float) -> dict[str, float]:
-        """Update the parameters once.  Returns each parameter's gradient norm over all ranks, before clipping.
+        """Update the parameters once, by gradients of my rows, which are overwritten.
+
+        Returns each parameter's gradient norm over all ranks, before clipping.
 
         With `unit_rows` (Gao et al., section 2.3) the component of each decoder row's gradient along the row is
         removed, and rows are scaled back to norm 1 after the update.
         """
         model, params = self.model, self.model.params
         if model.unit_rows:
-            model.project(grads["W_dec"])
+            model.project(grads["W_dec"], self.own)
         norms = group_norms(model, grads)
         total = sum(n * n for n in norms.values()) ** 0.5
         clip = model.config.clip
@@ -118,7 +128,7 @@ class Optimizer:
     def _step(self, grads: dict[str, Tensor], lr: float) -> None:
         """One step of Adam, by its function: the class imports torch's compiler, which takes seconds."""
         c, self.rate = self.model.config, lr
-        for name, param in self.model.params.items():
+        for name, param in self._owned().items():
             for rows, first, second in self.pairs[name].updated():
                 adam(
                     [param[rows]],
@@ -136,6 +146,8 @@ class Optimizer:
                     eps=c.eps,
                     maximize=False,
                 )
+            if name not in WHOLE:
+                self.model.mesh.spread_own(self.model.params[name], "parameters")
 
     def update_norms(self) -> dict[str, float]:
         """Norm of Adam's last step for each parameter, over all ranks, computed from its moments without a copy."""
@@ -153,7 +165,7 @@ class Optimizer:
         return nullcontext() if self.average is None else self.average.instead()
 
     def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside the parameters, by name: the moments and the average."""
+        """What a checkpoint keeps beside the parameters, by name: the moments of my rows, and the average."""
         found = {f"{kind}.{name}": held for name, pair in self.pairs.items() for kind, held in pair.held.items()}
         if self.average is not None:
             found |= {PREFIX + name: held for name, held in self.average.held.items()}
@@ -161,8 +173,8 @@ class Optimizer:
 
 
 def group_norms(model: Model, tensors: dict[str, Tensor]) -> dict[str, float]:
-    """Norm over all ranks of each tensor, which has the shape of the parameter of its name; one message."""
+    """Norm over all ranks of each tensor, which is of my rows of the parameter of its name."""
     squares = torch.stack([sum_of_squares(t) for t in tensors.values()])
-    everywhere = model.mesh.sum(squares, "tp")
+    everywhere = model.mesh.sum(model.mesh.sum(squares, "tp"), "dp")
     split = torch.tensor([name not in WHOLE for name in tensors], device=squares.device)
     return dict(zip(tensors, torch.where(split, everywhere, squares).sqrt().tolist(), strict=True))

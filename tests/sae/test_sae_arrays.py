@@ -17,7 +17,7 @@ from saetrain.norms import Norm, side_by_side
 from saetrain.training.losses import step
 from saetrain.training.optim import Optimizer
 from saetrain.variants.table import VARIANTS
-from support.sae import ARCHS, norm_of, one_rank, reference, run_ranks, small
+from support.sae import ARCHS, norm_of, one_rank, reference, run_ranks, small, whole_gradient
 
 ROWS, BATCH, STEPS = 256, 32, 3
 
@@ -85,7 +85,7 @@ def session(rank: int, folder: Path, layout: str, tensor_parallel: int) -> None:
                 rows = slice(number * BATCH + mesh.dp_index * share, number * BATCH + (mesh.dp_index + 1) * share)
                 before = {n: p.clone() for n, p in model.params.items()}
                 out = step(model, x[rows], 0.7, y[rows])
-                grads = {n: g.clone() for n, g in out.grads.items()}
+                grads = {n: whole_gradient(g, model, n) for n, g in out.grads.items()}
                 optimizer.apply(out.grads, 1e-2)
                 seen.append({"params": before, "grads": grads, "losses": out.losses})
             torch.save(seen, folder / f"{layout}-{kind}-{arch}-{mesh.dp_index}-{mesh.tp_index}.pt")

@@ -21,7 +21,7 @@ from saetrain.training.optim import Optimizer, ramps
 from saetrain.variants.batchtopk import BatchTopK
 from saetrain.variants.table import VARIANTS
 from saetrain.variants.topk import TopK
-from support.sae import ARCHS, Planted, norm_of, one_rank, run_ranks, small
+from support.sae import ARCHS, Planted, norm_of, one_rank, run_ranks, small, whole_gradient
 
 STEPS = 20
 BATCH = 32
@@ -30,7 +30,7 @@ MISTAKES = {
     "bias gradient not summed over latents": "2 tp",
     "gradients not summed over replicas": "2 dp",
 }
-LAYOUTS = {"2 tp": (2, 2), "4 tp": (4, 4), "2 x 2": (4, 2), "2 dp": (2, 1)}
+LAYOUTS = {"2 tp": (2, 2), "4 tp": (4, 4), "2 x 2": (4, 2), "2 dp": (2, 1), "4 dp": (4, 1)}
 
 
 def session(rank: int, folder: Path, layout: str, tensor_parallel: int) -> None:
@@ -44,8 +44,7 @@ def session(rank: int, folder: Path, layout: str, tensor_parallel: int) -> None:
                 breaking(mistake, mesh, patch)
                 train(mesh, folder, mistake, "topk")
     ties(mesh, folder, layout)
-    if mesh.dp == 1:
-        measure(mesh, folder, layout)
+    measure(mesh, folder, layout)
     if layout != "one":  # which runs in the process of all tests
         assert "torch._dynamo" not in sys.modules, "training imports torch's compiler, which takes seconds"
     mesh.close()
@@ -67,7 +66,7 @@ def train(mesh: Mesh, folder: Path, name: str, arch: str) -> None:
         active = chosen(model, x)
         lr, ramp = ramps(model.config, number)
         out = step(model, x, ramp)
-        grads = {n: g.clone() for n, g in out.grads.items()}
+        grads = {n: whole_gradient(g, model, n) for n, g in out.grads.items()}
         norms = optimizer.apply(out.grads, lr)
         seen.append(
             {
@@ -105,6 +104,7 @@ def breaking(what: str, mesh: Mesh, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(mesh, "sum", lambda x, over, what="other": x if x.shape == (16,) else plain(x, over, what))
     elif what == "gradients not summed over replicas":
         patch.setattr(mesh, "sum", lambda x, over, what="other": x if what == "gradients" else plain(x, over, what))
+        patch.setattr(mesh, "sum_own", lambda x, what: x[mesh.own(len(x))])
 
 
 def read(folder: Path, name: str, arch: str) -> list[dict[str, Any]]:
@@ -210,23 +210,29 @@ def measure(mesh: Mesh, folder: Path, name: str) -> None:
     model.initialise(rows)
     optimizer = Optimizer(model)
     mesh.sent.clear()
-    optimizer.apply(step(model, model.norm(rows[:TOKENS])).grads, 1e-3)
+    share = TOKENS // mesh.dp
+    optimizer.apply(step(model, model.norm(rows[mesh.dp_index * share :][:share])).grads, 1e-3)
     held = sum(p.numel() for p in (*model.params.values(), *optimizer.kept().values()))
-    torch.save((dict(mesh.sent), held), folder / f"{name}-measure-{mesh.rank}.pt")
+    sent = dict(mesh.sent)
+    mesh.sent.clear()
+    for short in (model.params["b_dec"], model.state["fired"]):  # what every replica needs of the gradients
+        mesh.sum(short, "dp", "gradients")
+    torch.save((sent, held, mesh.sent["gradients"]), folder / f"{name}-measure-{mesh.rank}.pt")
 
 
-@pytest.mark.parametrize("layout", ["2 tp", "4 tp"])
-def test_traffic_is_as_stated_and_parameters_fall_with_the_ranks(layout: str, run: Callable[[str], Path]) -> None:
-    folder, ranks = run(layout), LAYOUTS[layout][0]
-    whole = 3 * D  # b_dec and its two moments are on every rank
-    _, alone = torch.load(folder / "one-measure-0.pt")
-    assert alone == whole + 3 * (2 * N * D + N)
-    for rank in range(ranks):
-        sent, held = torch.load(folder / f"{layout}-measure-{rank}.pt")
-        assert sent["candidates"] == 4 * K * (ranks - 1) * TOKENS
-        assert sent["reconstructions"] == 8 * D * (ranks - 1) // ranks * TOKENS
-        assert "gradients" not in sent
-        assert held - whole == (alone - whole) // ranks
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_traffic_is_as_stated_and_memory_falls_with_the_ranks(layout: str, run: Callable[[str], Path]) -> None:
+    folder, (world, tp) = run(layout), LAYOUTS[layout]
+    dp, split = world // tp, 2 * N * D + N  # numbers of the parameters that are split by latent
+    _, alone, _ = torch.load(folder / "one-measure-0.pt")
+    assert alone == 3 * D + 3 * split  # parameters and two moments
+    for rank in range(world):
+        sent, held, summed = torch.load(folder / f"{layout}-measure-{rank}.pt")
+        assert sent.get("candidates", 0) == 4 * K * (tp - 1) * TOKENS // dp
+        assert sent.get("reconstructions", 0) == 8 * D * (tp - 1) // tp * TOKENS // dp
+        assert sent.get("parameters", 0) == 4 * split // tp * (dp - 1) // dp
+        assert sent.get("gradients", 0) == 4 * split // tp * (dp - 1) // dp + summed
+        assert held == 3 * D + split // tp + 2 * split // tp // dp
 
 
 def test_the_floor_of_batch_topk_never_changes_the_result() -> None:

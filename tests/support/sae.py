@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.sae.planted import Planted, matched
 from saetrain.compute.mesh import RENDEZVOUS, Mesh
 from saetrain.config import Config, resolve
-from saetrain.model import Model
+from saetrain.model import WHOLE, Model
 from saetrain.norms import Norm
 from saetrain.variants.table import VARIANTS
 from support.processes import preload
@@ -84,6 +84,15 @@ def small_model(arch: str, mesh: Mesh, rows: Tensor, **more: Any) -> Model:
     model = VARIANTS[arch](small(arch, **more), norm_of(rows), mesh)
     model.initialise(model.norm(rows[:256]))
     return model
+
+
+def whole_gradient(own: Tensor, model: Model, name: str) -> Tensor:
+    """A copy of a gradient with the rows of all replicas."""
+    full = torch.zeros_like(model.params[name])
+    (full if name in WHOLE else full[model.mesh.own(model.latents)]).copy_(own)
+    if name not in WHOLE:
+        model.mesh.spread_own(full)
+    return full
 
 
 def small_results(folder: Path) -> Path:
