@@ -22,6 +22,8 @@ from saetrain.sae import OWN_FILE, OWN_FORMAT, SAE
 from saetrain.tensors import TensorFile
 from saetrain.variants.table import SAELENS, VARIANTS
 
+PART = 1 << 20  # numbers of a tensor that are looked at together
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -106,8 +108,11 @@ SPARSIFY_KEYS: Mapping[str, Accepted] = {
 }
 
 
-def read_foreign(folder: Path) -> SAE:
-    """An autoencoder that SAELens or sparsify wrote.  Refuses one that `SAE` would not compute identically."""
+def read_foreign(folder: Path, *, mapped: bool = False) -> SAE:
+    """An autoencoder that SAELens or sparsify wrote.  Refuses one that `SAE` would not compute identically.
+
+    With `mapped`, its matrices stay in the pages of the file: for those who read a part of the rows at a time.
+    """
     if not (folder / "cfg.json").is_file():
         why = "it has no cfg.json" if folder.is_dir() else "there is no such folder"
         raise ExchangeError(f"{folder} is no dictionary of SAELens or sparsify: {why}")
@@ -118,13 +123,13 @@ def read_foreign(folder: Path) -> SAE:
             raise ExchangeError(f"{folder / 'cfg.json'} holds {type(cfg).__name__}, not an object of settings")
         there = [name for name in readers if (folder / name).exists()]
         if len(there) == 1:
-            return readers[there[0]](folder, cfg, TensorFile(folder / there[0]))
+            return readers[there[0]](folder, cfg, TensorFile(folder / there[0]), mapped)
     except (OSError, ValueError, CheckpointError) as error:
         raise ExchangeError(f"{folder} cannot be read: {type(error).__name__}: {words_of(error)}") from error
     raise ExchangeError(f"{folder} holds {' and '.join(there) or 'none'} of {', '.join(readers)}; one is read")
 
 
-def _own(folder: Path, cfg: dict[str, Any], file: TensorFile) -> SAE:
+def _own(folder: Path, cfg: dict[str, Any], file: TensorFile, mapped: bool) -> SAE:
     """What `SAE.save` writes of transcoders and crosscoders."""
     if cfg.get("saetrain") != OWN_FORMAT:
         raise ExchangeError(f"{folder / 'cfg.json'} has the format {cfg.get('saetrain')!r}; this version reads 1")
@@ -135,7 +140,7 @@ def _own(folder: Path, cfg: dict[str, Any], file: TensorFile) -> SAE:
     sizes = {name: sum(width for _, width in side) or None for name, side in zip(("d_in", "d_out"), sides, strict=True)}
     shapes = {"W_enc": ("d_sae", "d_in"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
     extra = {"threshold": ("d_sae",), "W_skip": ("d_out", "d_in")}
-    held = _tensors(file, shapes, sizes, optional=extra)
+    held = _tensors(file, mapped, shapes, sizes, optional=extra)
     arrays = dict(zip(("inputs", "outputs"), sides, strict=True))
     return SAE(
         cfg["activation"],
@@ -152,7 +157,7 @@ def _own(folder: Path, cfg: dict[str, Any], file: TensorFile) -> SAE:
     )
 
 
-def _saelens(folder: Path, cfg: dict[str, Any], file: TensorFile) -> SAE:
+def _saelens(folder: Path, cfg: dict[str, Any], file: TensorFile, mapped: bool) -> SAE:
     _check_keys(folder, cfg, SAELENS_KEYS)
     named = {cfg[name] for name in ("activation_fn", "activation_fn_str") if cfg.get(name)}
     architecture = cfg.get("architecture", "standard")
@@ -171,10 +176,11 @@ def _saelens(folder: Path, cfg: dict[str, Any], file: TensorFile) -> SAE:
     shapes = {"W_enc": ("d_in", "d_sae"), "W_dec": ("d_sae", "d_in"), "b_dec": ("d_in",)}
     shapes |= dict.fromkeys(variant.saelens_vectors, ("d_sae",))
     sizes = {"d_in": cfg.get("d_in"), "d_sae": cfg.get("d_sae")}
-    held = _tensors(file, shapes, sizes, optional={"scaling_factor": ("d_sae",)})
+    held = _tensors(file, mapped, shapes, sizes, optional={"scaling_factor": ("d_sae",)})
     if "scaling_factor" in held and not bool((held["scaling_factor"] == 1).all()):
         raise ExchangeError(f"{file.path}: scaling_factor differs from 1: fold it into W_dec in SAELens first")
-    part = variant.from_saelens({**held, "W_enc": held["W_enc"].T.contiguous()})
+    by_latent = held["W_enc"].T
+    part = variant.from_saelens({**held, "W_enc": by_latent if mapped else by_latent.contiguous()})
     found = SAE(
         variant.activation,
         part["W_enc"],
@@ -193,11 +199,11 @@ def _saelens(folder: Path, cfg: dict[str, Any], file: TensorFile) -> SAE:
     return found
 
 
-def _sparsify(folder: Path, cfg: dict[str, Any], file: TensorFile) -> SAE:
+def _sparsify(folder: Path, cfg: dict[str, Any], file: TensorFile, mapped: bool) -> SAE:
     _check_keys(folder, cfg, SPARSIFY_KEYS)
     rows = ("num_latents", "d_in")
     shapes = {"encoder.weight": rows, "encoder.bias": rows[:1], "W_dec": rows, "b_dec": rows[1:]}
-    held = _tensors(file, shapes, {"d_in": cfg.get("d_in"), "num_latents": cfg.get("num_latents") or None})
+    held = _tensors(file, mapped, shapes, {"d_in": cfg.get("d_in"), "num_latents": cfg.get("num_latents") or None})
     k = _checked_k(folder, cfg.get("k"), held["encoder.bias"])
     return SAE("topk", held["encoder.weight"], held["encoder.bias"], held["W_dec"], held["b_dec"], True, k)
 
@@ -221,6 +227,7 @@ def _checked_k(folder: Path, k: int | None, bias: Tensor) -> int:
 
 def _tensors(
     file: TensorFile,
+    mapped: bool,
     shapes: Mapping[str, tuple[str, ...]],
     sizes: Mapping[str, int | None],
     optional: Mapping[str, tuple[str, ...]] | None = None,
@@ -246,8 +253,8 @@ def _tensors(
                 f"{file.path}: {name} has type {spec.dtype}, {first} {file.specs[first].dtype}; "
                 "all must have one floating-point type"
             )
-    held = {name: file.read(name) for name in file.specs}
+    held = {name: file.mapped(name) if mapped else file.read(name) for name in file.specs}
     for name, tensor in held.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not all(bool(torch.isfinite(part).all()) for part in torch.split(tensor.view(-1), PART)):
             raise ExchangeError(f"{file.path}: {name} holds numbers that are not finite")
     return held

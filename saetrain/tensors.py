@@ -139,6 +139,14 @@ class TensorFile:
         flat = torch.from_numpy(data).view(spec.dtype) if len(data) else empty
         return flat.view(max(stop - start, 0), *spec.shape[1:]) if spec.shape else flat.view(())
 
+    def mapped(self, name: str) -> Tensor:
+        """A whole tensor in the file's own pages, which the system may drop; what is written to it stays in memory."""
+        spec = self.specs[name]
+        if not spec.nbytes:
+            return self.read(name)
+        data = np.memmap(self.path, np.uint8, "c", self.start + self.offsets[name], (spec.nbytes,))
+        return torch.frombuffer(data, dtype=spec.dtype).view(spec.shape)
+
     def blocks(self, name: str, rows: int = 1024) -> Iterator[Tensor]:
         for start in range(0, self.specs[name].shape[0], rows):
             yield self.read(name, start, start + rows)

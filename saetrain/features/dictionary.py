@@ -30,7 +30,7 @@ class Dictionary:
     @cached_property
     def _foreign(self) -> SAE | None:
         folder = Path(self.path)
-        return read_foreign(folder) if (folder / "cfg.json").exists() else None
+        return read_foreign(folder, mapped=True) if (folder / "cfg.json").exists() else None
 
     @cached_property
     def _folded(self) -> Folded:

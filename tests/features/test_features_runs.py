@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 
 import actshuffle
@@ -34,11 +35,14 @@ from saetrain.cli import main
 from saetrain.errors import ConfigError, DataError
 from saetrain.features import codes, pipeline
 from saetrain.features.collate import collate
+from saetrain.features.dictionary import Dictionary
 from saetrain.features.forecast import forecast
 from saetrain.features.gathering import BYTES
+from saetrain.foreign import read_foreign
+from saetrain.tensors import TensorFile, sha256
 from saetrain.training.train import fit
 from support.executors import Watched
-from support.features import TINY, content, dense, dictionary, store
+from support.features import LATENTS, TINY, content, dense, dictionary, store
 from support.finished import finish
 from support.sae import ARCHS, MemorySource, Planted, one_rank, small
 from support.stores import group
@@ -510,3 +514,25 @@ def test_every_variant_of_a_run(tmp_path, arch):
     assert np.allclose(features.array("stat/sum"), due.sum(axis=0), rtol=1e-3, atol=1e-2)
     top = int(np.argmax(due.max(axis=0)))
     assert features[top].top(1)[0].row == int(np.argmax(due[:, top]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dictionary_of_other_tools_stays_in_its_file(whole, monkeypatch, kind):
+    """Whole in memory, a million latents 384 wide took six times the memory that a worker was given."""
+    path = whole[kind][0]
+    before, due, read = digests(path), read_foreign(path), []
+    monkeypatch.setattr(TensorFile, "read", lambda file, name, *rows: read.append(name))
+    found = Dictionary(str(path))
+    for lo, hi in ((0, LATENTS), (7, 20)):
+        part = found.rows(lo, hi)
+        for name in ("W_enc", "b_enc", "W_dec"):
+            assert torch.equal(part[name], getattr(due, name)[lo:hi])
+        assert torch.equal(part["threshold"], torch.zeros(hi - lo) if due.threshold is None else due.threshold[lo:hi])
+    assert not read
+    found.rows(0, 3)["W_dec"].zero_()  # changes pages of its own
+    assert digests(path) == before
+    assert not torch.equal(found.rows(0, 3)["W_dec"], due.W_dec[:3])  # the control: it is the same memory
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in folder.iterdir()}
