@@ -12,8 +12,10 @@ from saetrain.describing.slots import QUANTILES, Arrays
 from saetrain.describing.streamed import describe_streamed
 from saetrain.features import layout, survey
 from saetrain.features.blueprint import Plan
-from saetrain.features.gathering import gather, pieces, portions, totals
+from saetrain.features.gathering import BYTES, gather, pieces, portions, totals
 from saetrain.features.keeping import features_are_there, keep_by_feature
+
+OWN = 2  # times the arrays of a latent that describing it takes, beside these and its entries
 
 
 def collate(job: FolderJob, task: FolderTask, *, most: int) -> tuple[dict[str, Any], int]:
@@ -22,7 +24,8 @@ def collate(job: FolderJob, task: FolderTask, *, most: int) -> tuple[dict[str, A
     lo, hi = plan.chunk_range(task.number)
     counts = totals(job, plan, lo, hi)
     arrays = layout.empty(plan.columns, hi - lo)
-    for a, b in pieces(plan, counts, lo, most, statistics.widest(context)):
+    each = -(-OWN * sum(array.nbytes for array in arrays.values()) // (hi - lo) // BYTES)
+    for a, b in pieces(plan, counts, lo, most, statistics.widest(context), each):
         part, held = {name: array[a - lo : b - lo] for name, array in arrays.items()}, counts[a - lo : b - lo]
         if held.sum() <= most:
             describe(gather(job, context, a, b, held), context, part)

@@ -40,12 +40,12 @@ def totals(job: FolderJob, plan: Plan, lo: int, hi: int) -> I64:
     return found
 
 
-def pieces(plan: Plan, counts: I64, lo: int, most: int, widest: int) -> list[tuple[int, int]]:
+def pieces(plan: Plan, counts: I64, lo: int, most: int, widest: int, each: int = 0) -> list[tuple[int, int]]:
     """Ranges of latents with at most `most` entries and `widest` latents; one latent may have more entries.
 
-    None crosses the edge of a shard.
+    Each latent counts as `each` entries more, where its own arrays take memory.  None crosses the edge of a shard.
     """
-    ends = np.concatenate([[0], np.cumsum(counts)])
+    ends = np.concatenate([[0], np.cumsum(counts + each)])
     edges = [edge - lo for edge in plan.shard_edges() if lo < edge < lo + len(counts)] + [len(counts)]
     found, start = [], 0
     for edge in edges:

@@ -32,11 +32,13 @@ from actshuffle.errors import (
 from actshuffle.executors import Serial
 from actshuffle.testing import Faults, Killed, Operation, matching
 from saetrain.cli import main
+from saetrain.describing.slots import Slots
 from saetrain.errors import ConfigError, DataError
 from saetrain.features import codes, pipeline
+from saetrain.features import collate as collating
 from saetrain.features.collate import collate
 from saetrain.features.dictionary import Dictionary
-from saetrain.features.forecast import forecast
+from saetrain.features.forecast import forecast, result_bytes
 from saetrain.features.gathering import BYTES
 from saetrain.foreign import read_foreign
 from saetrain.tensors import TensorFile, sha256
@@ -473,13 +475,8 @@ def test_granules_have_the_fewer_latents_the_more_rows_there_are(whole, acts, mo
     assert found == [256, 64, 16, 1]
 
 
-@pytest.mark.parametrize(("most", "gradient"), [(20_000, False), (60_000, True)])
-def test_collating_stays_within_its_memory(tmp_path, monkeypatch, most, gradient):
-    """The peak of what numpy allocates, beside the arrays of the chunk, is at most `BYTES` an entry."""
-    rows = 6000
-    acts = store(tmp_path / "acts.zarr", rows, gradient=gradient)
-    where = dictionary(tmp_path / "d", "standard")
-    monkeypatch.setattr(pipeline, "most_entries", lambda plan, memory: most)
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The peaks of what numpy allocates in collate tasks from now on."""
     peaks = []
 
     def measured(job: Any, task: Any, **how: Any) -> Any:
@@ -491,6 +488,33 @@ def test_collating_stays_within_its_memory(tmp_path, monkeypatch, most, gradient
             tracemalloc.stop()
 
     monkeypatch.setattr(pipeline, "collate_in", lambda most: partial(measured, most=most))
+    return peaks
+
+
+def test_many_latents_of_few_entries_stay_within_the_memory_too(tmp_path, monkeypatch):
+    """Describing latents takes as much as their arrays, twice over: all of a chunk together would be too many."""
+    acts, where = store(tmp_path / "acts.zarr", 300), dictionary(tmp_path / "d", "topk", latents=8000)
+    slots = {"chunk": 8000, "slots": Slots()}
+    arrays = result_bytes(pipeline.plan_features(where, acts, **TINY | slots), 8000)
+    peaks, most = traced(monkeypatch), arrays // 4 // BYTES
+    monkeypatch.setattr(pipeline, "most_entries", lambda plan, memory: most)
+    for name, own in (("ours", collating.OWN), ("control", 0)):
+        monkeypatch.setattr(collating, "OWN", own)
+        build(where, acts, tmp_path / name, near=0, **slots)
+    assert content(tmp_path / "ours") == content(tmp_path / "control")
+    ours, control = peaks
+    assert ours < arrays + BYTES * most + 1_000_000
+    assert control > arrays + 2 * BYTES * most
+
+
+@pytest.mark.parametrize(("most", "gradient"), [(20_000, False), (60_000, True)])
+def test_collating_stays_within_its_memory(tmp_path, monkeypatch, most, gradient):
+    """The peak of what numpy allocates, beside the arrays of the chunk, is at most `BYTES` an entry."""
+    rows = 6000
+    acts = store(tmp_path / "acts.zarr", rows, gradient=gradient)
+    where = dictionary(tmp_path / "d", "standard")
+    monkeypatch.setattr(pipeline, "most_entries", lambda plan, memory: most)
+    peaks = traced(monkeypatch)
     build(where, acts, tmp_path / "out", chunk=40, block_rows=1024)
     assert saetrain.open_features(tmp_path / "out").facts["entries"] > 90_000
     assert max(peaks) < BYTES * most + 1_000_000
