@@ -137,7 +137,7 @@ TINY: dict[str, dict[str, Any]] = {
     "features-growth": {
         "rows": [1000, 4000],
         "latents": [256],
-        "latent_rows": 1000,
+        "latent_rows": [1000],
         "width": 16,
         "k": 4,
         "memory": 64 << 20,
@@ -513,9 +513,9 @@ def features_peers(**options: Any) -> None:
 @main.command(name="features-growth")
 @click.option("--rows", type=INTS, default="300000,1200000,4800000", help="Rows of the stores.")
 @click.option(
-    "--latents", type=INTS, default="1024,16384,262144", help="Sizes of the dictionary, on the first of them."
+    "--latents", type=INTS, default="1024,16384,262144", help="Sizes of the dictionary; the first for all stores."
 )
-@click.option("--latent-rows", type=COUNT, default=1_100_000, help="Rows as latents grow.")
+@click.option("--latent-rows", type=INTS, default="1100000,1100000,100000", help="Rows of each of these.")
 @click.option("--width", type=COUNT, default=16, help="Width of the activations.")
 @click.option("--k", type=COUNT, default=32, help="Active latents of a token.")
 @click.option("--memory", type=SIZE, default="192MiB", help="Memory of a task.")

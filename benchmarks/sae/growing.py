@@ -1,7 +1,7 @@
 """`features-growth`: peak memory of `saetrain features` at a fixed --memory, as tokens and as latents grow.
 
-Each run is a process of the command line.  Sizes are such that entries fill the memory from the first on: below that a
-run takes less.  `large` is one more run, of few rows and very many latents, planned and then run.
+Each run is a process of the command line.  Sizes are such that entries, or the arrays of latents, fill the memory from the
+first on: below that a run takes less.  `large` is one more run, of few rows and very many latents, planned and then run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def run(
     *,
     rows: list[int],
     latents: list[int],
-    latent_rows: int,
+    latent_rows: list[int],
     width: int,
     k: int,
     memory: int,
@@ -35,7 +35,9 @@ def run(
     large_width: int,
     large_memory: int,
 ) -> None:
-    sizes = [("tokens", n, latents[0]) for n in rows] + [("latents", latent_rows, n) for n in latents]
+    sizes = [("tokens", n, latents[0]) for n in rows] + [
+        ("latents", of, n) for of, n in zip(latent_rows, latents, strict=True)
+    ]
     bench.plan(len(sizes) + bool(large))
     found = [{"grows": grows} | _one(bench, n, count, width, k, memory, workers, near=16) for grows, n, count in sizes]
     if large:
