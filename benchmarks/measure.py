@@ -40,6 +40,7 @@ class Measured:
     memory: int  # peak over time of the sum over processes, bytes
     largest: int  # peak of any one process
     mapped: int  # peak of mapped file pages, not in memory
+    resident: int  # peak of any one process by the kernel's own count, which misses no moment; mapped files included
     stdout: str
     message: str = ""
 
@@ -57,7 +58,7 @@ def run(
     """Run a command from the root of the repository; at a limit, kill it and all its descendants."""
     mark = secrets.token_hex(8)
     env = {**os.environ, **(environment or {}), _MARK: mark, "PYTHONPATH": str(ROOT)}
-    peak, largest, mapped, outcome = 0, 0, 0, "done"
+    peak, largest, mapped, resident, outcome = 0, 0, 0, 0, "done"
     before = _in_memory_files()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = time.monotonic()
@@ -65,7 +66,9 @@ def run(
         try:
             while child.poll() is None:
                 looked = time.monotonic()
-                sizes = [_sizes(pid) for pid in marked(mark)]
+                there = marked(mark)
+                sizes = [_sizes(pid) for pid in there]
+                resident = max([resident, *map(_resident, there)])
                 shared = max(sum(size.shared for size in sizes), _in_memory_files() - before)
                 now = sum(size.own for size in sizes) + shared
                 peak = max(peak, now)
@@ -88,7 +91,8 @@ def run(
         out.seek(0)
         err.seek(0)
         text, complaint = out.read(), err.read()
-    return Measured(outcome, elapsed, peak, largest, mapped, text, _complaint(complaint) if outcome == "failed" else "")
+    why = _complaint(complaint) if outcome == "failed" else ""
+    return Measured(outcome, elapsed, peak, largest, mapped, resident, text, why)
 
 
 def python(*words: str, interpreter: str | None = None) -> list[str]:
@@ -135,6 +139,14 @@ def _sizes(pid: int) -> _Sizes:
     }
     kinds = (1024 * kilobytes.get(f"Pss_{kind}:", 0) for kind in ("Anon", "Shmem", "File"))
     return _Sizes(*kinds)
+
+
+def _resident(pid: int) -> int:
+    try:
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return 1024 * int(found[1]) if found else 0
 
 
 def _end(child: subprocess.Popen[Any], mark: str) -> None:

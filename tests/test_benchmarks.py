@@ -357,7 +357,13 @@ def test_measured_memory_and_time(tmp_path, monkeypatch):
     assert held.outcome == "done"
     assert 200 << 20 < held.memory < 230 << 20
     assert held.largest == held.memory
+    assert held.memory < held.resident < 260 << 20  # with the interpreter's files
     assert 0.6 < held.seconds < 120
+
+
+def test_the_kernel_counts_a_peak_between_two_looks(tmp_path, monkeypatch):
+    code = "x = b'1' * (300 << 20); del x; READY; UNTIL_SEEN"
+    assert measured(code, tmp_path, monkeypatch).resident > 300 << 20
 
 
 @pytest.mark.skipif(not measure.MEMORY_FOLDER.is_dir(), reason="no file system in memory")
