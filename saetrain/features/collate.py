@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from saetrain.features.blueprint import Plan
 from saetrain.features.gathering import BYTES, gather, pieces, portions, totals
 from saetrain.features.keeping import features_are_there, keep_by_feature
 
-OWN = 2  # times the arrays of a latent that describing it takes, beside these and its entries
+OWN = 1.7  # times the arrays of a latent that describing it takes, beside these and its entries; 1.62 were seen
 
 
 def collate(job: FolderJob, task: FolderTask, *, most: int) -> tuple[dict[str, Any], int]:
@@ -24,7 +25,7 @@ def collate(job: FolderJob, task: FolderTask, *, most: int) -> tuple[dict[str, A
     lo, hi = plan.chunk_range(task.number)
     counts = totals(job, plan, lo, hi)
     arrays = layout.empty(plan.columns, hi - lo)
-    each = -(-OWN * sum(array.nbytes for array in arrays.values()) // (hi - lo) // BYTES)
+    each = math.ceil(OWN * sum(array.nbytes for array in arrays.values()) / (hi - lo) / BYTES)
     for a, b in pieces(plan, counts, lo, most, statistics.widest(context), each):
         part, held = {name: array[a - lo : b - lo] for name, array in arrays.items()}, counts[a - lo : b - lo]
         if held.sum() <= most:
