@@ -127,7 +127,7 @@ def _reader(path: str, part: str, digest: str) -> Callable[[int, int], Tensor]:
 
 @lru_cache(2)
 def _loaded(path: str, digest: str) -> dict[str, Tensor]:
-    found = read_foreign(Path(path))
+    found = read_foreign(Path(path), mapped=True)
     return {"encoder": found.W_enc, "decoder": found.W_dec}
 
 

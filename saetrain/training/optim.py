@@ -63,7 +63,7 @@ class Coded:
         self.held = dict(zip(CODED, parts, strict=True))
 
     def updated(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Blocks of rows, and their two moments, which may be changed in place until the next is asked for."""
+        """Yield each block of rows with its two moments; the caller changes these in place before it takes the next."""
         parts = list(self.held.values())
         for at in range(0, len(parts[0]), ROWS):
             rows = slice(at, at + ROWS)
@@ -165,7 +165,7 @@ class Optimizer:
         return nullcontext() if self.average is None else self.average.instead()
 
     def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside the parameters, by name: the moments of my rows, and the average."""
+        """The tensors of a checkpoint beside the parameters, by name: the moments of my rows, and the average."""
         found = {f"{kind}.{name}": held for name, pair in self.pairs.items() for kind, held in pair.held.items()}
         if self.average is not None:
             found |= {PREFIX + name: held for name, held in self.average.held.items()}

@@ -89,7 +89,7 @@ class Oracle:
 
 
 def differences(mesh: Mesh, arch: str, latents: int, moments: str) -> list[str]:
-    """What is not the oracle's, to the bit, in a few steps and in a checkpoint."""
+    """Names of the tensors whose bits differ from the oracle's, after a few steps or in a checkpoint."""
     rows = Planted.make(2048, WIDTH, 24).rows
     model = made(mesh, arch, latents, moments, rows)
     optimizer, oracle, found = Optimizer(model), Oracle(model), []
