@@ -142,10 +142,18 @@ TINY: dict[str, dict[str, Any]] = {
         "k": 4,
         "memory": 64 << 20,
         "workers": 0,
-        "large": 2048,
-        "large_rows": 600,
-        "large_width": 16,
-        "large_memory": 64 << 20,
+    },
+    "features-large": {
+        "store": None,
+        "latents": 2048,
+        "rows": 600,
+        "width": 16,
+        "k": 4,
+        "near": 4,
+        "memory": 64 << 20,
+        "workers": 0,
+        "checked": 64,
+        "costs": None,
     },
     "features-forecast": {
         "width": 16,
@@ -157,6 +165,16 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "view": {"latents": 512, "described": 256, "rows": 2000, "width": 16, "k": 4, "asked": 2},
     "sae-speed": {"archs": ["topk", "jumprelu"], "width": 16, "d_sae": 64, "k": 4, "batch": 64, "steps": 2},
+    "sae-memory": {
+        "archs": ["topk", "jumprelu"],
+        "width": 64,
+        "d_sae": 8192,
+        "batch": 512,
+        "k": 4,
+        "tile": 64,
+        "moments": "full",
+        "steps": 1,
+    },
     "sae-ranks": {"width": 16, "d_sae": 2048, "small": 64, "ranks": [1, 2]},
 }
 
@@ -465,6 +483,23 @@ def sae_speed(**options: Any) -> None:
     _start("sae-speed", module.run, options)
 
 
+@main.command(name="sae-memory")
+@click.option("--archs", type=_List(str), default="topk,relu,jumprelu", help="Variants to run.")
+@click.option("--width", type=COUNT, default=1024, help="Width of the activations.")
+@click.option("--d-sae", type=COUNT, default=16_384, help="Number of latents.")
+@click.option("--batch", type=COUNT, default=4096, help="Rows per step.")
+@click.option("--k", type=COUNT, default=32, help="Active latents per token of the topk family.")
+@click.option("--tile", type=COUNT, default=256, help="Tokens of a tile.")
+@click.option("--moments", type=click.Choice(["full", "8bit"]), default="full", help="How Adam's moments are kept.")
+@click.option("--steps", type=COUNT, default=2, help="Steps to train.")
+@_common
+def sae_memory(**options: Any) -> None:
+    """Measure the memory of `saetrain fit` beside the plan's figure."""
+    from benchmarks.sae import holding as module
+
+    _start("sae-memory", module.run, options)
+
+
 @main.command(name="sae-ranks")
 @click.option("--width", type=COUNT, default=512, help="Width of the activations.")
 @click.option("--d-sae", type=COUNT, default=65_536, help="Number of latents.")
@@ -520,16 +555,31 @@ def features_peers(**options: Any) -> None:
 @click.option("--k", type=COUNT, default=32, help="Active latents of a token.")
 @click.option("--memory", type=SIZE, default="192MiB", help="Memory of a task.")
 @click.option("--workers", type=int, default=cores(), help="Worker processes, of one thread each.")
-@click.option("--large", type=int, default=1 << 20, help="Latents of the large run; 0 leaves it out.")
-@click.option("--large-rows", type=COUNT, default=4096, help="Its rows.")
-@click.option("--large-width", type=COUNT, default=384, help="Their width.")
-@click.option("--large-memory", type=SIZE, default="1GiB", help="Its memory of a task.")
 @_common
 def features_growth(**options: Any) -> None:
-    """Measure the memory of `saetrain features` as tokens and latents grow, and a run of a million latents."""
+    """Measure the memory of `saetrain features` as tokens and latents grow."""
     from benchmarks.sae import growing as module
 
     _start("features-growth", module.run, options)
+
+
+@main.command(name="features-large")
+@click.option("--store", type=STORE, default=None, help="Activations in document order; without them rows are random.")
+@click.option("--latents", type=COUNT, default=1_000_000, help="Latents of a random decoder.")
+@click.option("--rows", type=COUNT, default=4096, help="Rows to take of the store, its first.")
+@click.option("--width", type=COUNT, default=384, help="Width of random rows.")
+@click.option("--k", type=COUNT, default=32, help="Active latents of a token.")
+@click.option("--near", type=int, default=16, help="Neighbours of each latent; their time grows with its square.")
+@click.option("--memory", type=SIZE, default="1GiB", help="Memory of a task.")
+@click.option("--workers", type=int, default=cores(), help="Worker processes, of one thread each.")
+@click.option("--checked", type=COUNT, default=256, help="Latents that are computed again by plain products.")
+@click.option("--costs", type=STORE, default=None, help="costs.json of features-forecast, for the time to expect.")
+@_common
+def features_large(**options: Any) -> None:
+    """Plan and run `saetrain features` on a dictionary of a million latents, and look into the result."""
+    from benchmarks.sae import large as module
+
+    _start("features-large", module.run, options)
 
 
 @main.command(name="features-forecast")

@@ -22,6 +22,7 @@ from torch import Tensor
 from actshuffle import Dataset, Loader, open_dataset, read_stats, watch
 from actshuffle.errors import ActshuffleError, FormatError, RequestError, words_of
 from actshuffle.units import counted
+from saetrain.compute.ahead import Cursor
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
 from saetrain.errors import DataError
@@ -32,16 +33,6 @@ GRADIENTS = "grad_"  # with the name of an array of activations: the gradient of
 DOCUMENT_NAMES = ("document", "documents", "document_id", "document_ids", "doc", "doc_id", "doc_ids")
 HEAVY_SHARE = 0.05  # of the squared norm: from here on heavy rows are named
 SAMPLE_ROWS = 65_536  # for statistics where the store has none
-
-
-class Cursor(Protocol):
-    """Batches of this rank, from a position that can be saved and restored."""
-
-    wait_seconds: float  # spent waiting for rows so far
-
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Source(Protocol):

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from saetrain.compute.devices import precision
 from saetrain.compute.eightbit import blocks_of
 from saetrain.compute.kernels import ROWS, tile_sizes
 from saetrain.compute.mesh import MESSAGE, UNIT
@@ -69,12 +70,12 @@ def predict(config: Config, d_in: int, d_out: int = 0, *, tp: int = 1, dp: int =
     variant, out = VARIANTS[config.arch], d_out or d_in
     if config.d_sae % tp:
         raise ConfigError(f"--d-sae {config.d_sae:,} is not a multiple of {tp}, the ranks that share the parameters")
-    cuda = config.device.startswith("cuda")
-    compute = config.compute if config.compute != "auto" else "bfloat16" if cuda else "float32"
+    cuda, compute = config.device.startswith("cuda"), precision(config.compute, config.device)
     e = 8 if compute == "float64" else 4
     tokens, n = config.batch_size // dp, config.d_sae // tp
     tile = config.tile or max(tile_sizes(tokens, n, cuda))
-    shape = Shape(tokens, tile, n, d_in, out, e, tp)
+    narrow = cuda and compute == "bfloat16"
+    shape = Shape(tokens, tile, n, d_in, out, e, tp, narrow)
 
     whole = out + (d_in * out if config.skip else 0)
     parameters = e * (n * (d_in + out + 1 + len(variant.extra)) + whole) + 16 * n  # with the counts of firing
@@ -82,9 +83,13 @@ def predict(config: Config, d_in: int, d_out: int = 0, *, tp: int = 1, dp: int =
     used = variant.tile_tokens(config, shape)
     both = d_in + d_out  # columns that are read
     rows = tokens * (both * (raw + e) + out * e)
+    if cuda:
+        rows += tokens // tp * both * raw  # the next batch, which is copied meanwhile
     step = max(variant.tile_bytes(config, shape), tokens * out * e)  # errors of tiles are put together after the last
     if compute == "bfloat16":
         step += 2 * n * d_in  # the encoder in the type of the product
+    if narrow and variant.gathers:
+        step += 2 * n * out  # and the decoder in that of gathered rows
     if dp > 1:
         step = max(step, e * min(n * max(d_in, out), MESSAGE) * (2 * dp + 1) // dp)  # a message of a sum over replicas
     blocks = 3 * e * min(ROWS, n) * max(d_in, out)

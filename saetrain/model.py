@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import repeat
 from typing import Any, ClassVar
@@ -30,7 +31,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saetrain.compute.kernels import Codes, Encoder, choose_tile, row_dots
+from saetrain.compute.devices import matrix_products, precision
+from saetrain.compute.kernels import Codes, Decoder, Encoder, choose_tile, row_dots
 from saetrain.compute.mesh import Mesh
 from saetrain.norms import Norm
 from saetrain.settings import Settings
@@ -47,6 +49,7 @@ class Model(ABC):
     pre_bias: ClassVar[bool] = False  # b_dec is subtracted from the input
     unit_rows: ClassVar[bool] = False  # decoder rows are kept at norm 1 in training, not only when finished
     takes_k: ClassVar[bool] = False  # k latents per token are active, exactly or on average
+    gathers: ClassVar[bool] = False  # a step may gather decoder rows, rows and errors by active latents
     extra: ClassVar[Mapping[str, float]] = {}  # further parameters, one number per latent, and their first values
     # Choices where a setting leaves them open; see `config.resolve`.
     most_hurry: ClassVar[float] = math.inf  # bound of the learning rate's factor in short runs
@@ -90,6 +93,8 @@ class Model(ABC):
         numbers, booleans = cls.matrices
         tokens = cls.tile_tokens(config, shape)
         whole = tokens * shape.latents * (numbers * shape.element + booleans)
+        if shape.narrow and cls.gathers:
+            whole += 2 * tokens * (shape.d_in + shape.d_out)
         return whole + tokens * (2 * shape.d_out + cls.pre_bias * shape.d_in) * shape.element
 
     def thresholds(self) -> Tensor | float | None:
@@ -168,11 +173,9 @@ class Model(ABC):
         `initialise` or `checkpoint.load` fills the parameters.
         """
         self.config, self.mesh = config, mesh
-        compute = config.compute
-        if compute == "auto":
-            compute = "bfloat16" if mesh.device.type == "cuda" else "float32"
-        self.dtype = torch.float64 if compute == "float64" else torch.float32
-        self.compute: torch.dtype = getattr(torch, compute)
+        self.precision = precision(config.compute, mesh.device.type)
+        self.dtype = torch.float64 if self.precision == "float64" else torch.float32
+        self.compute = torch.bfloat16 if self.precision == "bfloat16" else self.dtype  # type of the encoder product
         self.norm = norm.to(mesh.device, self.dtype)
         self.transcodes = out is not None
         self.out_norm = out.to(mesh.device, self.dtype) if out is not None else self.norm
@@ -262,7 +265,8 @@ class Model(ABC):
         """Settle the tile size of the encoder product; all ranks use the same."""
         if not self.tile:
             p = self.params
-            tile = choose_tile(p["W_enc"], p["b_enc"], self.compute, self.config.k, tokens)
+            with self.products():
+                tile = choose_tile(p["W_enc"], p["b_enc"], self.compute, self.config.k, tokens)
             found = torch.tensor([tile], device=self.mesh.device)
             self.tile = int(self.mesh.gather(found, "world")[0])
 
@@ -275,11 +279,16 @@ class Model(ABC):
         """
         shape = Shape(len(x), self.tile or len(x), self.latents, self.d_in, self.d_out, x.element_size(), self.mesh.tp)
         encoder, each, part = self.encoder(), self.tile_tokens(self.config, shape), Part()
+        decoder = Decoder(self.params["W_dec"], self.compute)
         codes = self.choose(encoder, self.centred(x))
         chosen = codes.split(each) if codes is not None else repeat(None)
         for rows, target, own in zip(torch.split(x, each), torch.split(y, each), chosen, strict=False):
-            self.add_tile(Tile(rows, target, encoder, own, len(x) * self.mesh.dp, ramp), part)
+            self.add_tile(Tile(rows, target, encoder, decoder, own, len(x) * self.mesh.dp, ramp), part)
         return part
+
+    def products(self) -> AbstractContextManager[None]:
+        """Within, matrix products of float32 are as exact as `compute` says."""
+        return matrix_products(self.precision, self.mesh.device)
 
     def encoder(self, which: Tensor | None = None) -> Encoder:
         """The encoder product, of all my latents or of those in `which`."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, get_args
 from saetrain.errors import ConfigError
 
 Arch = str  # a name in `variants.table.VARIANTS`
-Compute = Literal["auto", "float32", "bfloat16", "float64"]
+Compute = Literal["auto", "float32", "tf32", "bfloat16", "float64"]
 Moments = Literal["full", "8bit"]
 
 
@@ -106,8 +106,9 @@ class Settings:
     device: str = "auto"
     """Device to train on: cpu, cuda, or auto"""
     compute: Compute = "auto"
-    """Precision of the encoder product; auto chooses bfloat16 on CUDA, float32 elsewhere.  Parameters, optimiser
-    and sums stay float32 (float64 with float64)"""
+    """Precision of matrix products; auto chooses bfloat16 on CUDA, float32 elsewhere.  bfloat16 is that of the encoder
+    product, and on CUDA of the rows that sparse products gather; other products are in TF32 there, as all are with
+    tf32.  Parameters, optimiser and sums stay float32 (float64 with float64)"""
     tensor_parallel: int = 0
     """Ranks that share one copy of the parameters; 0 chooses all of them"""
     tile: int = 0

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from saetrain.compute.kernels import Codes, Encoder
+from saetrain.compute.kernels import Codes, Decoder, Encoder
 
 
 class Part:
@@ -38,6 +38,7 @@ class Shape(NamedTuple):
     d_out: int
     element: int  # bytes of a number
     ranks: int = 1  # that share the parameters
+    narrow: bool = False  # sparse products gather rows of bfloat16
 
 
 class Tile(NamedTuple):
@@ -46,6 +47,7 @@ class Tile(NamedTuple):
     x: Tensor  # [tokens, d_in]: normalised
     y: Tensor  # [tokens, d_out]: what is rebuilt, normalised; x itself in autoencoders
     encoder: Encoder  # of all my latents
+    decoder: Decoder  # likewise
     codes: Codes | None  # their active latents in training, where the variant chooses them for the whole batch
     tokens: int  # of the batch, over all replicas
     ramp: float  # factor of the sparsity term

@@ -10,6 +10,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 
 from actshuffle.executors import Serial
 from actshuffle.ordering.digest import RowHash
@@ -19,12 +20,16 @@ from benchmarks.__main__ import main
 from benchmarks.peers import PEERS, Work, driver, formats
 from benchmarks.phases import OUTSIDE, PHASES
 from benchmarks.results import command_line, spread, table
-from benchmarks.sae import pieces, quality
+from benchmarks.sae import large, pieces, quality
+from benchmarks.sae.describe import make_dictionary
 from benchmarks.sae.peers import RATES
+from saetrain import open_features
+from saetrain.cli import main as saetrain
 from saetrain.compute.kernels import Codes, Encoder
 from saetrain.training.optim import Optimizer
 from saetrain.variants.topk import TopK
 from support.sae import one_rank
+from support.stores import group
 
 
 def miniature(tmp_path, *words, drawn=True):
@@ -301,12 +306,43 @@ def test_features_peers(tmp_path):
     assert "give --delphi" in delphi["why"]
 
 
+def test_sae_memory(tmp_path):
+    for one in miniature(tmp_path, "sae-memory", drawn=False)["summary"]:
+        assert one["resident"] > one["base"]
+        # Of so little memory, libraries and the loader are a large part.
+        assert one["measured"] > one["planned"]["parameters"] + one["planned"]["moments"]
+
+
 def test_features_growth(tmp_path):
     figures = miniature(tmp_path, "features-growth")
-    *grown, large = figures["summary"]
+    grown = figures["summary"]
     assert [(one["rows"], one["latents"]) for one in grown] == [(1000, 256), (4000, 256), (1000, 256)]
-    assert all(figures["idle"] < one["largest"] for one in [*grown, large])
-    assert large["latents"] == 2048
+    assert all(figures["idle"] < one["largest"] for one in grown)
+
+
+def test_features_large(tmp_path):
+    found = miniature(tmp_path, "features-large", drawn=False)["summary"]
+    assert 0 < found["alive"] <= found["latents"] == 2048
+    assert found["again"]["latents"] == 64
+    assert found["again"]["count"] > 0.9
+    assert found["again"]["largest_apart"] < 1e-4
+    assert found["again"]["near"] > 0.98
+
+
+def test_a_look_into_a_large_run_notices_another_dictionary(tmp_path):
+    x = torch.randn(64, 8)
+    group(tmp_path / "x.zarr", {"x": x.numpy(), "token": np.arange(64, dtype="<i4"), "document": np.arange(64) // 9})
+    dictionary = make_dictionary(128, 8, 4)
+    dictionary.save(tmp_path / "sae")
+    words = [str(tmp_path / name) for name in ("sae", "x.zarr", "out")]
+    assert saetrain(["features", *words, "--incomplete", "--near", "4"]) == 0
+    found, weight = open_features(tmp_path / "out"), dictionary.W_dec.detach()
+    mine = large.compare(found, x, weight, 4, 4, 128)
+    other = large.compare(found, x, weight.roll(1, 0), 4, 4, 128)
+    assert mine == {"latents": 128, "count": 1.0, "largest_apart": pytest.approx(0, abs=1e-5), "near": 1.0}
+    assert other["count"] < 0.9
+    assert other["largest_apart"] > 0.1
+    assert other["near"] < 0.1
 
 
 def test_features_forecast(tmp_path):

@@ -2,8 +2,7 @@
 
 Each run is a process of the command line.  A process's peak is the kernel's own, with the pages of mapped files: looks
 at its memory would miss moments.  Sizes are such that entries, or the arrays of latents, fill the memory from the
-first on: below that a run takes less.  `large` is one more run, of few rows and very many latents, planned and then
-run.
+first on: below that a run takes less.
 """
 
 from __future__ import annotations
@@ -32,33 +31,24 @@ def run(
     k: int,
     memory: int,
     workers: int,
-    large: int,
-    large_rows: int,
-    large_width: int,
-    large_memory: int,
 ) -> None:
     sizes = [("tokens", n, latents[0]) for n in rows] + [
         ("latents", of, n) for of, n in zip(latent_rows, latents, strict=True)
     ]
-    bench.plan(len(sizes) + bool(large))
-    found = [{"grows": grows} | _one(bench, n, count, width, k, memory, workers, near=16) for grows, n, count in sizes]
-    if large:
-        one = _one(bench, large_rows, large, large_width, k, large_memory, workers, near=0)
-        found.append({"grows": "large"} | one)
+    bench.plan(len(sizes))
+    found = [{"grows": grows} | _one(bench, n, count, width, k, memory, workers) for grows, n, count in sizes]
     idle = _run(["--version"]).resident
     images = plots.draw(bench, lambda folder: [_draw(folder, found)])
     bench.publish({"summary": found, "memory": memory, "idle": idle}, page(found, width, k, memory, idle), images)
 
 
-def _one(
-    bench: Bench, rows: int, latents: int, width: int, k: int, memory: int, workers: int, near: int
-) -> dict[str, Any]:
+def _one(bench: Bench, rows: int, latents: int, width: int, k: int, memory: int, workers: int) -> dict[str, Any]:
     store, dictionary, out = (bench.work / name for name in ("rows.zarr", "sae", "out"))
     make_store(store, rows, width)
     make_dictionary(latents, width, k).save(dictionary)
-    plan = plan_features(dictionary, store, incomplete=True, near=near, memory=memory)
+    plan = plan_features(dictionary, store, incomplete=True, memory=memory)
     cost = forecast(plan, memory)
-    words = ["features", str(dictionary), str(store), str(out), "--json", "--incomplete", "--near", str(near)]
+    words = ["features", str(dictionary), str(store), str(out), "--json", "--incomplete"]
     measured = _run([*words, "--memory", str(memory), "--workers", str(workers)])
     for folder in (store, dictionary, out):
         shutil.rmtree(folder)
@@ -126,5 +116,3 @@ def page(found: list[dict[str, Any]], width: int, k: int, memory: int, idle: int
             for one in found
         ),
     )
-    yield ""
-    yield "A *large* run is without neighbours (--near 0), whose product grows with the square of the latents."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -34,6 +36,29 @@ def settled(name: str) -> str:
     """The same name with "auto" decided; raises as `named_device` does."""
     where = named_device(name)
     return where.type if name == "auto" else name
+
+
+def precision(compute: str, device: str) -> str:
+    """What a setting of `compute` stands for on a device: float32, tf32, bfloat16 or float64."""
+    return compute if compute != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+
+
+@contextmanager
+def matrix_products(compute: str, device: torch.device) -> Iterator[None]:
+    """Within, float32 products of matrices on a GPU are those of `compute`, as `precision` names it.
+
+    With tf32 and bfloat16, their factors are rounded to TF32 (10 bits of fraction) and their sums are in float32.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision == "tf32"  # `allow_tf32` cannot be read where a caller has set this one
+    matmul.allow_tf32 = compute in ("tf32", "bfloat16")
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def free_bytes(device: torch.device) -> int:

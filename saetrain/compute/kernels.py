@@ -12,7 +12,8 @@ one bag after the other.  A bag is a token, or for nested dictionaries a (segmen
 `decode` and `scatter` are the same weighted bag sum, over the entries in bag order and in latent order.  Neither
 needs atomic adds, so results repeat bit for bit.  They run as torch's embedding_bag, which reads each row once and
 writes each sum once (on 2 cores 30 times faster than index_select, multiply, index_add); on CUDA they run as the
-Triton kernels of triton_kernels.py where Triton is installed, else as embedding_bag again.
+Triton kernels of triton_kernels.py where Triton is installed, else as embedding_bag again.  Those kernels read rows of
+bfloat16 where the encoder product is in it (`gathered`), half the bytes, and sum them in float32.
 """
 
 from __future__ import annotations
@@ -118,16 +119,26 @@ def _triton() -> Any:
     return triton_kernels
 
 
+def _has_kernels(table: Tensor) -> bool:
+    """True if the Triton kernels, whose sums are in float32, serve these rows."""
+    return table.is_cuda and table.dtype != torch.float64 and _triton() is not None
+
+
+def gathered(rows: Tensor, compute: torch.dtype) -> Tensor:
+    """Rows as sparse products are to read them: in the type of the encoder product where that is narrower."""
+    return rows.to(compute) if compute.itemsize < rows.dtype.itemsize and _has_kernels(rows) else rows
+
+
 def bag_sum(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    if table.is_cuda and (kernels := _triton()):
-        return cast(Tensor, kernels.bag_sum(table, index, weight, offsets))
+    if _has_kernels(table):
+        return cast(Tensor, _triton().bag_sum(table, index, weight, offsets))
     weight = weight.to(table.dtype)
     return F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True)
 
 
 def bag_dot(up: Tensor, table: Tensor, index: Tensor, bag: Tensor, offsets: Tensor) -> Tensor:
-    if table.is_cuda and (kernels := _triton()):
-        return cast(Tensor, kernels.bag_dot(up, table, index, bag))
+    if _has_kernels(table):
+        return cast(Tensor, _triton().bag_dot(up, table, index, bag))
     if not len(index):
         return up.new_empty(0)
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward
@@ -227,7 +238,19 @@ def _kth_largest(values: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.partition(values.numpy(), -k, axis=1)[:, -k])
 
 
-# --- the encoder product
+# --- the encoder product, and the decoder's rows
+
+
+class Decoder:
+    """Decoder rows for the sparse products of a step."""
+
+    def __init__(self, weight: Tensor, compute: torch.dtype) -> None:
+        self.weight, self.compute = weight, compute
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[latents, d_out], in the type in which they are gathered; a copy, if any, is made when first asked for."""
+        return gathered(self.weight, self.compute)
 
 
 class Encoder:

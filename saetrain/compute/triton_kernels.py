@@ -1,7 +1,8 @@
 """The sparse products of kernels.py for CUDA, in Triton.
 
 One program computes one sum (a bag) or one dot product (an entry), over blocks of columns, in float32.  Each row is
-read once, nothing is materialised, and no two programs write to the same place, so results repeat bit for bit.
+read once, nothing is materialised, and no two programs write to the same place, so results repeat bit for bit.  A table
+may be in bfloat16: sums have the type of their weights, dot products that of `up`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _block(d: int) -> int:
 
 def bag_sum(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     d, bags = table.shape[1], len(offsets) - 1
-    out = torch.empty(bags, d, device=table.device, dtype=table.dtype)
+    out = torch.empty(bags, d, device=table.device, dtype=weight.dtype)
     if bags:
         block = _block(d)
         grid = (bags, triton.cdiv(d, block))
@@ -52,7 +53,7 @@ def bag_sum(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Te
 
 
 def bag_dot(up: Tensor, table: Tensor, index: Tensor, bag: Tensor) -> Tensor:
-    out = torch.empty(len(index), device=table.device, dtype=table.dtype)
+    out = torch.empty(len(index), device=table.device, dtype=up.dtype)
     if len(index):
         d = table.shape[1]
         grid = (len(index),)

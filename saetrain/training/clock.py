@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from saetrain.compute.ahead import Cursor
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config
-from saetrain.data import Cursor
 from saetrain.model import Model
 from saetrain.training import metrics
 
@@ -27,7 +27,7 @@ class Clock:
         """Of a run that has trained for `before` seconds, if it is resumed."""
         self.cursor, self.config, self.mesh, self.device = cursor, config, mesh, mesh.device
         self.began = time.perf_counter() - before
-        self.peaks: dict[torch.dtype, float] = {}
+        self.peaks: dict[str, float] = {}
         self.restart(-1)
 
     def restart(self, at: int) -> None:
@@ -63,7 +63,7 @@ class Clock:
             return {}
         rate = self.steps * self.config.batch_size / self.seconds
         flops = rate * metrics.flops_per_token(model.config, model.d_in, active, model.d_out) / model.mesh.world
-        share = flops / self._peak(model.compute, again=again)
+        share = flops / self._peak(model, again=again)
         tokens = self.steps * self.config.batch_size / self.mesh.dp
         return {
             **{f"sent.{k}": (n - self.sent[k]) / tokens for k, n in self.sent_now.items()},
@@ -72,8 +72,11 @@ class Clock:
             "loader_wait": (self.waited_now - self.waited) / self.seconds,
         }
 
-    def _peak(self, dtype: torch.dtype, *, again: bool) -> float:
+    def _peak(self, model: Model, *, again: bool) -> float:
         """Operations a second of the fastest large product so far: other processes may have slowed the earlier ones."""
-        if again or dtype not in self.peaks:
-            self.peaks[dtype] = max(self.peaks.get(dtype, 0.0), metrics.measure_peak(self.device, dtype))
-        return self.peaks[dtype]
+        name = model.precision
+        if again or name not in self.peaks:
+            with model.products():
+                found = metrics.measure_peak(self.device, model.compute)
+            self.peaks[name] = max(self.peaks.get(name, 0.0), found)
+        return self.peaks[name]

@@ -52,7 +52,8 @@ def step(model: Model, x: Tensor, ramp: float = 1.0, y: Tensor | None = None) ->
 
     Also updates the firing statistics and the threshold, but not the parameters.
     """
-    part = model.gradients(x, x if y is None else y, ramp)
+    with model.products():
+        part = model.gradients(x, x if y is None else y, ramp)
     mesh, tokens, state = model.mesh, len(x) * model.mesh.dp, model.state
     fired = mesh.sum(part.fired["fired"], "dp", "gradients")
     grads = {

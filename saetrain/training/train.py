@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from actshuffle.errors import DestinationInUseError
+from saetrain.compute.ahead import Cursor, ahead
 from saetrain.compute.mesh import Mesh
 from saetrain.config import Config, resolve
-from saetrain.data import Batch, Cursor, Source, check_finite, stream, target_of
+from saetrain.data import Batch, Source, check_finite, stream, target_of
 from saetrain.errors import ConfigError, DataError, DivergedError
 from saetrain.training import checkpoint, metrics
 from saetrain.training.clock import Clock
@@ -70,7 +71,8 @@ def fit(
 
     agree(mesh, runs.values(), [source] if heldout is None else [source, heldout])
     reading = replace(config, seed=config.order_seed)  # of all members, whatever the seeds of their weights
-    cursor = source.batches(source.rows - config.holdout, reading, mesh)  # refuses a store before a folder is made
+    # Refuses a store before a folder is made.
+    cursor = ahead(source.batches(source.rows - config.holdout, reading, mesh), mesh.device)
     with locked(runs, mesh) as ours:
         return _trained(source, cursor, runs, mesh, heldout, say, tick, extend, opened, ours)
 
@@ -133,7 +135,7 @@ def _trained(
                 for place, (m, line) in enumerate(lines):
                     line |= clock.rates(m.model, line["l0"], again=(due or done) and not place)
                     if due or done:
-                        with m.optimizer.finished():
+                        with m.optimizer.finished(), m.model.products():
                             line |= test.evaluate(m.model) | metrics.cosines(m.model)
                         m.model.state["fired"].zero_()
                         m.model.state["window"].zero_()

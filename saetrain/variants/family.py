@@ -12,7 +12,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from saetrain.compute.kernels import Codes, Encoder, sum_of_squares
+from saetrain.compute.kernels import Codes, Encoder, gathered, sum_of_squares
 from saetrain.compute.selection import topk
 from saetrain.model import INIT_BLOCK, Model
 from saetrain.settings import Settings
@@ -27,6 +27,7 @@ class TopKFamily(Model):
     pre_bias = True
     unit_rows = True
     takes_k = True
+    gathers = True
 
     @abstractmethod
     def choose(self, encoder: Encoder, xc: Tensor) -> Codes: ...
@@ -60,13 +61,15 @@ class TopKFamily(Model):
         """Numbers that a token of a tile has at most, in float32 or of that size."""
         groups, ranks, aux_k = len(config.widths), shape.ranks, config.aux_k if config.aux_coef else 0
         wide = (5 if groups == 1 else 4 * groups) * shape.d_out + shape.d_in
+        if shape.narrow:  # the rows that are gathered, once more in half the bytes
+            wide += ((groups + (aux_k > 0)) * shape.d_out + shape.d_in) // 2
         entries = ENTRY * (config.k + aux_k) // ranks
         if ranks > 1:  # a message; and before it all ranks' offers, sorted
             entries = max(entries + shape.d_out, (OFFER * ranks + 3) * aux_k)
         return wide * shape.element // 4 + entries
 
     def add_tile(self, tile: Tile, part: Part) -> None:
-        c, mesh, p, x = self.config, self.mesh, self.params, tile.x
+        c, mesh, x = self.config, self.mesh, tile.x
         groups, codes = len(c.widths), tile.codes
         assert codes is not None
         xc = self.centred(x)
@@ -74,7 +77,7 @@ class TopKFamily(Model):
         codes = self.segmented(codes)
 
         # In place where possible: on the CPU a fresh page costs more than the sums made in it.
-        errors = mesh.sum(codes.decode(p["W_dec"]), "tp", "reconstructions").view(groups, *tile.y.shape)
+        errors = mesh.sum(codes.decode(tile.decoder.rows), "tp", "reconstructions").view(groups, *tile.y.shape)
         if groups > 1:
             errors = errors.cumsum(0)
         self.completed(errors, x).sub_(tile.y)
@@ -86,20 +89,20 @@ class TopKFamily(Model):
         part.residuals.append(residual)
 
         up = up.view(-1, self.d_out)
-        auxiliary = self._auxiliary(xc, residual, tile.tokens) if c.aux_coef else None
+        auxiliary = self._auxiliary(xc, residual, tile) if c.aux_coef else None
         if auxiliary is not None:
             aux_codes, aux_up, loss = auxiliary
             part.add(part.whole, "aux", loss)
             codes, up = codes.then(aux_codes), torch.cat([up, aux_up])
 
-        g = codes.dots(up, p["W_dec"])
+        g = codes.dots(up, tile.decoder.rows)
         b_enc = codes.sum_by_latent(g)
-        part.add(part.grads, "W_enc", codes.scatter(xc, codes.bag % len(x), g))
-        part.add(part.grads, "W_dec", codes.scatter(up, codes.bag, codes.value))
+        part.add(part.grads, "W_enc", codes.scatter(gathered(xc, self.compute), codes.bag % len(x), g))
+        part.add(part.grads, "W_dec", codes.scatter(gathered(up, self.compute), codes.bag, codes.value))
         self.add_shared(part, tile, whole_up, b_enc)
         part.add(part.grads, "b_enc", b_enc)
 
-    def _auxiliary(self, xc: Tensor, residual: Tensor, tokens: int) -> tuple[Codes, Tensor, Tensor] | None:
+    def _auxiliary(self, xc: Tensor, residual: Tensor, tile: Tile) -> tuple[Codes, Tensor, Tensor] | None:
         """Codes of the dead latents that rebuild the residual, the gradient that reaches them, and the loss."""
         c, mesh = self.config, self.mesh
         dead = (self.state["quiet"] >= c.dead_tokens).nonzero().view(-1)
@@ -109,7 +112,7 @@ class TopKFamily(Model):
         found = topk(self.encoder(dead), xc, min(c.aux_k, total), mesh)
         latent = dead[found.latent] if len(dead) else found.latent
         codes = Codes(latent, found.value, found.bag, found.bags, self.latents)
-        rebuilt = mesh.sum(codes.decode(self.params["W_dec"]), "tp", "reconstructions")
+        rebuilt = mesh.sum(codes.decode(tile.decoder.rows), "tp", "reconstructions")
         error = rebuilt + residual  # residual is x^ - x, so the target is its negative
         weight = c.aux_coef * min(total / c.aux_k, 1.0) / self.d_out
-        return codes, error * (2 * weight / tokens), sum_of_squares(error) * weight
+        return codes, error * (2 * weight / tile.tokens), sum_of_squares(error) * weight

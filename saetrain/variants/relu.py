@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saetrain.compute.kernels import from_dense, sum_of_squares, unmasked
+from saetrain.compute.kernels import from_dense, gathered, sum_of_squares, unmasked
 from saetrain.model import Model
 from saetrain.tile import Part, Tile
 
@@ -19,6 +19,7 @@ class ReLU(Model):
     name = activation = "relu"
     saelens = "standard"
     transcoder = "transcoder"
+    gathers = True
 
     @classmethod
     def default_sparsity(cls, d_in: int) -> float:
@@ -45,15 +46,15 @@ class ReLU(Model):
         off = acts <= 0
         thin = off.numel() - int(off.count_nonzero()) < DENSE_ABOVE * off.numel()
         codes = from_dense(acts) if thin else None
-        out = codes.decode(p["W_dec"]) if codes else acts @ p["W_dec"]
+        out = codes.decode(tile.decoder.rows) if codes else acts @ p["W_dec"]
         residual = self.completed(self.mesh.sum(out, "tp", "reconstructions"), x).sub_(tile.y)
         up = residual * (2 / tile.tokens)
         if codes is not None:
-            fired, g = codes.count(), codes.dots(up, p["W_dec"]) + lam * norms[codes.latent]
+            fired, g = codes.count(), codes.dots(up, tile.decoder.rows) + lam * norms[codes.latent]
             mass = codes.sum_by_latent(codes.value)  # sum over tokens of f_i
-            part.add(part.grads, "W_enc", codes.scatter(x, codes.bag, g))
+            part.add(part.grads, "W_enc", codes.scatter(gathered(x, self.compute), codes.bag, g))
             b_enc = codes.sum_by_latent(g)
-            part.add(part.grads, "W_dec", codes.scatter(up, codes.bag, codes.value))
+            part.add(part.grads, "W_dec", codes.scatter(gathered(up, self.compute), codes.bag, codes.value))
         else:
             mass = acts.sum(0)
             part.product("W_dec", acts, up)

@@ -24,7 +24,7 @@ def test_in_the_interpreter() -> None:
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout
-    assert "9 passed" in done.stdout
+    assert "11 passed" in done.stdout
 
 
 @pytest.fixture
@@ -63,3 +63,15 @@ def test_tables_of_bfloat16_are_summed_in_float32(kernels: Any) -> None:
     index = torch.tensor([0] + [1] * 64)
     found = kernels.bag_sum(table, index, torch.ones(65), torch.tensor([0, 65]))
     assert float(found) == 320.0
+    assert found.dtype == torch.float32
+
+
+@inside
+@pytest.mark.parametrize("width", [5, 1030])
+def test_rows_of_bfloat16_give_what_the_same_numbers_give_in_float32(kernels: Any, width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    index, weight, bag, offsets = codes(generator, 7, 11)
+    table = torch.randn(11, width, generator=generator).bfloat16()
+    up = torch.randn(7, width, generator=generator)
+    assert torch.equal(*(kernels.bag_sum(rows, index, weight, offsets) for rows in (table, table.float())))
+    assert torch.equal(*(kernels.bag_dot(up, rows, index, bag) for rows in (table, table.float())))
