@@ -68,7 +68,7 @@ def run(
                 looked = time.monotonic()
                 there = marked(mark)
                 sizes = [_sizes(pid) for pid in there]
-                resident = max([resident, *map(_resident, there)])
+                resident = max([resident, *map(peak_of, there)])
                 shared = max(sum(size.shared for size in sizes), _in_memory_files() - before)
                 now = sum(size.own for size in sizes) + shared
                 peak = max(peak, now)
@@ -141,7 +141,8 @@ def _sizes(pid: int) -> _Sizes:
     return _Sizes(*kinds)
 
 
-def _resident(pid: int) -> int:
+def peak_of(pid: int) -> int:
+    """The most bytes that one process has held so far by the kernel's count, mapped files included; 0 if it ended."""
     try:
         found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except OSError:

@@ -285,9 +285,11 @@ def stream(source: Source, cursor: Cursor, mesh: Mesh) -> Iterator[Batch]:
     """The batches of this replica: its tensor-parallel ranks each read a part of the rows, and share it."""
     target = target_of(source)
     for batch in cursor:
-        rows = _shared(batch, source.field, mesh)
         documents = batch[source.document_field] if source.document_field else None
-        yield Batch(rows, documents, _shared(batch, target, mesh) if target else None)
+        made = Batch(_shared(batch, source.field, mesh), documents, _shared(batch, target, mesh) if target else None)
+        del batch  # or the parts would lie beside the rows that were joined
+        yield made
+        del made
 
 
 def _shared(batch: dict[str, Any], field: str, mesh: Mesh) -> Tensor:

@@ -7,7 +7,7 @@
                   256 of them with --moments 8bit
     average       once more, where --ema keeps an average of the weights
     gradients     as large as the parameters
-    rows          a batch as it is read, normalised, and the errors of its rows
+    rows          a batch as it is read, normalised, and the errors of its rows; on a GPU the next one as it is read
     step          what a tile of tokens needs (`Model.tile_bytes`), the optimiser's blocks of rows, or a message between
                   replicas, whichever is most
 
@@ -19,13 +19,14 @@ a moment longer than its message.  Tests hold the sum against torch's own count 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from saetrain.compute.devices import precision
+from saetrain.compute.devices import gathers_narrow, precision
 from saetrain.compute.eightbit import blocks_of
-from saetrain.compute.kernels import ROWS, tile_sizes
+from saetrain.compute.kernels import ROWS, pays, tile_sizes
 from saetrain.compute.mesh import MESSAGE, UNIT
 from saetrain.config import Config
 from saetrain.errors import ConfigError
@@ -74,7 +75,7 @@ def predict(config: Config, d_in: int, d_out: int = 0, *, tp: int = 1, dp: int =
     e = 8 if compute == "float64" else 4
     tokens, n = config.batch_size // dp, config.d_sae // tp
     tile = config.tile or max(tile_sizes(tokens, n, cuda))
-    narrow = cuda and compute == "bfloat16"
+    narrow = gathers_narrow(compute, config.device)
     shape = Shape(tokens, tile, n, d_in, out, e, tp, narrow)
 
     whole = out + (d_in * out if config.skip else 0)
@@ -84,11 +85,11 @@ def predict(config: Config, d_in: int, d_out: int = 0, *, tp: int = 1, dp: int =
     both = d_in + d_out  # columns that are read
     rows = tokens * (both * (raw + e) + out * e)
     if cuda:
-        rows += tokens // tp * both * raw  # the next batch, which is copied meanwhile
+        rows += tokens // tp * both * raw  # the next batch
     step = max(variant.tile_bytes(config, shape), tokens * out * e)  # errors of tiles are put together after the last
     if compute == "bfloat16":
         step += 2 * n * d_in  # the encoder in the type of the product
-    if narrow and variant.gathers:
+    if narrow and variant.gathers and pays(n, config.k * tokens / tp if variant.takes_k else math.inf):
         step += 2 * n * out  # and the decoder in that of gathered rows
     if dp > 1:
         step = max(step, e * min(n * max(d_in, out), MESSAGE) * (2 * dp + 1) // dp)  # a message of a sum over replicas

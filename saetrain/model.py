@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saetrain.compute.devices import matrix_products, precision
+from saetrain.compute.devices import gathers_narrow, matrix_products, precision
 from saetrain.compute.kernels import Codes, Decoder, Encoder, choose_tile, row_dots
 from saetrain.compute.mesh import Mesh
 from saetrain.norms import Norm
@@ -267,7 +267,7 @@ class Model(ABC):
             p = self.params
             with self.products():
                 tile = choose_tile(p["W_enc"], p["b_enc"], self.compute, self.config.k, tokens)
-            found = torch.tensor([tile], device=self.mesh.device)
+            found = torch.full((1,), tile, device=self.mesh.device)
             self.tile = int(self.mesh.gather(found, "world")[0])
 
     def gradients(self, x: Tensor, y: Tensor, ramp: float) -> Part:
@@ -277,11 +277,14 @@ class Model(ABC):
 
         Tokens go through the whole step a tile at a time, so that nothing of the size [tokens, latents] exists.
         """
-        shape = Shape(len(x), self.tile or len(x), self.latents, self.d_in, self.d_out, x.element_size(), self.mesh.tp)
-        encoder, each, part = self.encoder(), self.tile_tokens(self.config, shape), Part()
-        decoder = Decoder(self.params["W_dec"], self.compute)
+        narrow = gathers_narrow(self.precision, self.mesh.device.type)
+        sizes = self.latents, self.d_in, self.d_out, x.element_size(), self.mesh.tp
+        each = self.tile_tokens(self.config, Shape(len(x), self.tile or len(x), *sizes, narrow))
+        encoder, part = self.encoder(), Part()
         codes = self.choose(encoder, self.centred(x))
         chosen = codes.split(each) if codes is not None else repeat(None)
+        entries = len(codes.latent) if codes is not None else math.inf  # of a relu, known for each tile alone
+        decoder = Decoder(self.params["W_dec"], self.compute, entries)
         for rows, target, own in zip(torch.split(x, each), torch.split(y, each), chosen, strict=False):
             self.add_tile(Tile(rows, target, encoder, decoder, own, len(x) * self.mesh.dp, ramp), part)
         return part

@@ -107,8 +107,8 @@ class Settings:
     """Device to train on: cpu, cuda, or auto"""
     compute: Compute = "auto"
     """Precision of matrix products; auto chooses bfloat16 on CUDA, float32 elsewhere.  bfloat16 is that of the encoder
-    product, and on CUDA of the rows that sparse products gather; other products are in TF32 there, as all are with
-    tf32.  Parameters, optimiser and sums stay float32 (float64 with float64)"""
+    product, and of the rows that sparse products gather on CUDA (with Triton); a step's other products are in TF32
+    there, as all are with tf32.  Parameters, optimiser and sums stay float32 (float64 with float64)"""
     tensor_parallel: int = 0
     """Ranks that share one copy of the parameters; 0 chooses all of them"""
     tile: int = 0

@@ -38,7 +38,7 @@ class Shape(NamedTuple):
     d_out: int
     element: int  # bytes of a number
     ranks: int = 1  # that share the parameters
-    narrow: bool = False  # sparse products gather rows of bfloat16
+    narrow: bool = False  # sparse products gather rows and errors in bfloat16 (`kernels.gathered`)
 
 
 class Tile(NamedTuple):

@@ -400,6 +400,8 @@ def test_measured_memory_and_time(tmp_path, monkeypatch):
 def test_the_kernel_counts_a_peak_between_two_looks(tmp_path, monkeypatch):
     code = "x = b'1' * (300 << 20); del x; READY; UNTIL_SEEN"
     assert measured(code, tmp_path, monkeypatch).resident > 300 << 20
+    # The control: it is not the rest of the process.
+    assert 1 << 20 < measured("READY; UNTIL_SEEN", tmp_path, monkeypatch).resident < 100 << 20
 
 
 @pytest.mark.skipif(not measure.MEMORY_FOLDER.is_dir(), reason="no file system in memory")

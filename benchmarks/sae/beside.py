@@ -77,7 +77,7 @@ def _peer(bench: Bench, name: str, python: str, paths: list[str], some: int, lat
         return {"tool": NAMES[name], "why": f"{done.outcome}: {done.message[-300:]}"}
     held = np.load(out)
     once, each = float(held["once"]), float(held["seconds"])
-    told = {"tool": NAMES[name], "memory": done.largest, "described": some}
+    told = {"tool": NAMES[name], "memory": done.resident, "described": some}
     told["seconds"] = once + each * latents / some
     if name == "loop":
         first, end = due.kinds["top"]
@@ -109,7 +109,7 @@ def page(
     yield (
         f"{rows:,} rows of {width} numbers, {latents:,} latents, TopK with k = {k}. The bare encoder product took "
         f"{product[0]:.1f} s before and {product[1]:.1f} s after. A worker of `saetrain features` "
-        f"starts with {format_bytes(start)}."
+        f"starts with {format_bytes(start)}, by the kernel's count of the peak, as is the memory of all."
     )
     yield ""
     yield from table(

@@ -49,9 +49,9 @@ IDLE = """
 import os
 import distributed
 import saetrain.features.pipeline
-from benchmarks.measure import memory_of
+from benchmarks.measure import peak_of
 
-print(memory_of(os.getpid()))
+print(peak_of(os.getpid()))
 """
 
 
@@ -119,7 +119,7 @@ def describe(dictionary: Path, store: Path, out: Path, workers: int) -> dict[str
     words = ["features", str(dictionary), str(store), str(out), "--json", "--workers", str(workers), "--incomplete"]
     measured = _run(measure.python("-m", "saetrain", *words))
     told = json.loads(measured.stdout)
-    return {"seconds": told["seconds"], "command": measured.seconds, "tasks": told["tasks"], "memory": measured.largest}
+    return {"seconds": told["seconds"], "command": measured.seconds, "tasks": told["tasks"], "memory": measured.resident}
 
 
 def idle() -> int:
@@ -138,7 +138,8 @@ def page(found: list[dict[str, Any]], rows: int, width: int, k: int, workers: in
     yield (
         f"`saetrain features` on {rows:,} rows of {width} numbers, TopK with k = {k}, {workers} workers of a thread. "
         "*Features* is the time of its tasks; *command* adds imports and the start of the workers. "
-        f"A worker that has imported what tasks need, and done none, takes {format_bytes(start)}: its *start*."
+        f"A worker that has imported what tasks need, and done none, takes {format_bytes(start)}: its *start*. Memory "
+        "is the kernel's count of the peak, with the pages of mapped files."
     )
     yield ""
     yield from table(

@@ -59,8 +59,9 @@ class SideStream:
         """Let the stream of the step wait for the copies before `mark`, and keep their memory until it has used it."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(mark)
-        for tensor in batch.values():
-            tensor.record_stream(current)
+        for value in batch.values():
+            if isinstance(value, Tensor):
+                value.record_stream(current)
 
 
 class _Next(NamedTuple):
@@ -88,23 +89,33 @@ class Ahead:
         self._state = None
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._state is not None:  # an earlier pass was left, and had read a batch that it did not give out
+            self.cursor.load_state_dict(self._state)
         self._state = self.cursor.state_dict()
-        held: _Next | None = None
-        for batch in self.cursor:
-            state = self.cursor.state_dict()
-            copied = {name: self.copies.begin(tensor) for name, tensor in batch.items()}
-            following = _Next(copied, self.copies.mark(), state)
-            del batch  # its memory is free for rows to come once the copy is done
-            if held is not None:
-                yield self._given(held)
-            held = following
-        if held is not None:
-            yield self._given(held)
+        cursor = iter(self.cursor)
+        following = self._begun(cursor)
+        while following is not None:
+            batch, mark, state = following
+            following, fault = None, None
+            try:
+                following = self._begun(cursor)
+            except Exception as error:  # of the next batch: this one can still be used
+                fault = error
+            self.copies.wait(mark, batch)
+            self._state = state
+            given = [batch]
+            del batch
+            yield given.pop()  # nothing of it is kept here
+            if fault is not None:
+                raise fault
 
-    def _given(self, found: _Next) -> Batch:
-        self.copies.wait(found.mark, found.batch)
-        self._state = found.state
-        return found.batch
+    def _begun(self, cursor: Iterator[Batch]) -> _Next | None:
+        batch = next(cursor, None)
+        if batch is None:
+            return None
+        state = self.cursor.state_dict()
+        copied = {k: self.copies.begin(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return _Next(copied, self.copies.mark(), state)
 
 
 def ahead(cursor: Cursor, device: torch.device) -> Cursor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -43,6 +44,11 @@ def precision(compute: str, device: str) -> str:
     return compute if compute != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
 
 
+def gathers_narrow(precise: str, device: str) -> bool:
+    """True if sparse products of this precision read rows of bfloat16 on a device, where it has kernels for them."""
+    return precise == "bfloat16" and device.startswith("cuda")
+
+
 @contextmanager
 def matrix_products(compute: str, device: torch.device) -> Iterator[None]:
     """Within, float32 products of matrices on a GPU are those of `compute`, as `precision` names it.
@@ -52,13 +58,19 @@ def matrix_products(compute: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision == "tf32"  # `allow_tf32` cannot be read where a caller has set this one
-    matmul.allow_tf32 = compute in ("tf32", "bfloat16")
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [switch.fp32_precision for switch in switches]
+    legacy = None  # cannot be read where a caller has set these alone
+    with suppress(RuntimeError):
+        legacy = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if compute in ("tf32", "bfloat16") else "highest")
     try:
         yield
     finally:
-        matmul.allow_tf32 = before
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for switch, precise in zip(switches, before, strict=True):
+            switch.fp32_precision = precise
 
 
 def free_bytes(device: torch.device) -> int:

@@ -137,7 +137,7 @@ class Mesh:
         """The 1-D `x` of all ranks, concatenated in order of rank; lengths may differ."""
         if self.groups[over][1] == 1:
             return x
-        lengths = self.gather(torch.tensor([x.numel()], device=x.device), over, purpose).view(-1).tolist()
+        lengths = self.gather(torch.full((1,), x.numel(), device=x.device), over, purpose).view(-1).tolist()
         padded = torch.nn.functional.pad(x, (0, max(lengths) - x.numel()))
         parts = self.gather(padded, over, purpose)
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
@@ -207,7 +207,7 @@ class Mesh:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on any."""
-        return bool(self.gather(torch.tensor([flag], device=self.device), "world").any())
+        return bool(self.gather(torch.full((1,), flag, device=self.device), "world").any())
 
     def share(self, total: int, name: str) -> tuple[int, int]:
         """This rank's rows [lo, hi) of `total` latents."""

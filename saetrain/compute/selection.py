@@ -87,7 +87,7 @@ def kth_largest(values: Tensor, total: int, mesh: Mesh) -> tuple[Tensor, int]:
         value = (1 << width) - 1 - at
         prefix |= value << shift
         inside &= digit == value
-    found = torch.tensor(prefix, dtype=torch.int32, device=values.device)
+    found = torch.full((), prefix, dtype=torch.int32, device=values.device)
     cut = found.view(torch.float32).to(values.dtype)
     if not exact:  # finish among the few values that round to the same float32
         rest = mesh.gather_ragged(values[inside], "world", "candidates")
@@ -98,4 +98,4 @@ def kth_largest(values: Tensor, total: int, mesh: Mesh) -> tuple[Tensor, int]:
 
 
 def _count(codes: Codes) -> Tensor:
-    return torch.tensor([len(codes.value)], device=codes.value.device)
+    return torch.full((1,), len(codes.value), device=codes.value.device)

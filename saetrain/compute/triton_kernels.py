@@ -7,6 +7,8 @@ may be in bfloat16: sums have the type of their weights, dot products that of `u
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 import triton
 import triton.language as tl
@@ -38,6 +40,11 @@ def _bag_dot(up, table, index, bag, out, d, BLOCK: tl.constexpr):  # type: ignor
     tl.store(out + entry, tl.sum(total))
 
 
+def _device_of(table: Tensor) -> AbstractContextManager[None]:
+    """Make the table's GPU the current one, on which Triton launches."""
+    return torch.cuda.device_of(table)  # type: ignore[no-untyped-call]
+
+
 def _block(d: int) -> int:
     return int(min(triton.next_power_of_2(d), 1024))
 
@@ -48,7 +55,8 @@ def bag_sum(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Te
     if bags:
         block = _block(d)
         grid = (bags, triton.cdiv(d, block))
-        _bag_sum[grid](table.contiguous(), index, weight, offsets, out, d, BLOCK=block)
+        with _device_of(table):
+            _bag_sum[grid](table.contiguous(), index, weight, offsets, out, d, BLOCK=block)
     return out
 
 
@@ -57,5 +65,6 @@ def bag_dot(up: Tensor, table: Tensor, index: Tensor, bag: Tensor) -> Tensor:
     if len(index):
         d = table.shape[1]
         grid = (len(index),)
-        _bag_dot[grid](up.contiguous(), table.contiguous(), index, bag, out, d, BLOCK=_block(d))
+        with _device_of(table):
+            _bag_dot[grid](up.contiguous(), table.contiguous(), index, bag, out, d, BLOCK=_block(d))
     return out

@@ -109,7 +109,8 @@ def _trained(
             normed: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # once for all members of one precision
             at += 1
             done, due = at == config.steps, at % config.eval_every == 0
-            number = int(mesh.max(torch.tensor([asked[-1] if asked else 0], device=mesh.device), "world"))
+            # A fill, since a copy to a GPU would queue behind that of the next batch.
+            number = int(mesh.max(torch.full((1,), asked[-1] if asked else 0, device=mesh.device), "world"))
             stop = number > 0
             lines: list[tuple[Member, dict[str, Any]]] = []
             for m in list(members):
@@ -135,8 +136,10 @@ def _trained(
                 for place, (m, line) in enumerate(lines):
                     line |= clock.rates(m.model, line["l0"], again=(due or done) and not place)
                     if due or done:
-                        with m.optimizer.finished(), m.model.products():
-                            line |= test.evaluate(m.model) | metrics.cosines(m.model)
+                        with m.optimizer.finished():
+                            with m.model.products():
+                                line |= test.evaluate(m.model)
+                            line |= metrics.cosines(m.model)
                         m.model.state["fired"].zero_()
                         m.model.state["window"].zero_()
                 if due or saves:

@@ -106,7 +106,7 @@ class TopKFamily(Model):
         """Codes of the dead latents that rebuild the residual, the gradient that reaches them, and the loss."""
         c, mesh = self.config, self.mesh
         dead = (self.state["quiet"] >= c.dead_tokens).nonzero().view(-1)
-        total = int(mesh.sum(torch.tensor([len(dead)], device=dead.device), "tp"))
+        total = int(mesh.sum(torch.full((1,), len(dead), device=dead.device), "tp"))
         if not total:
             return None
         found = topk(self.encoder(dead), xc, min(c.aux_k, total), mesh)

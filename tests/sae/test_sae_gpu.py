@@ -18,6 +18,7 @@ from saetrain.compute.devices import matrix_products, precision
 from saetrain.compute.kernels import gathered
 from saetrain.config import Config, resolve
 from saetrain.memory import predict
+from saetrain.settings import Compute
 from saetrain.training import checkpoint, train
 from saetrain.training.losses import step
 from saetrain.variants import family, relu
@@ -88,6 +89,32 @@ def _told(cursor: Cursor) -> Iterator[tuple[int, dict[str, Any]]]:
         yield int(batch["x"][0]), cursor.state_dict()
 
 
+def test_a_pass_that_is_left_loses_no_batch() -> None:
+    copied = Ahead(Numbers(), Told())
+    assert int(next(iter(copied))["x"][0]) == 0
+    assert [int(batch["x"][0]) for batch in copied] == [1, 2, 3]
+
+
+def test_a_fault_in_the_next_batch_comes_after_this_one() -> None:
+    class Broken(Numbers):
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            yield from super().__iter__()
+            raise OSError("row 4")
+
+    found = iter(Ahead(Broken(2), Told()))
+    assert [int(next(found)["x"][0]) for _ in range(2)] == [0, 1]
+    with pytest.raises(OSError, match="row 4"):
+        next(found)
+
+
+def test_what_is_no_tensor_stays_as_it_is() -> None:
+    class Named(Numbers):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return ({**batch, "name": "a"} for batch in super().__iter__())
+
+    assert [batch["name"] for batch in Ahead(Named(2), Told())] == ["a", "a"]
+
+
 def test_a_place_is_gone_back_to() -> None:
     copied = Ahead(Numbers(), Told())
     batches = iter(copied)
@@ -153,36 +180,53 @@ def test_a_precision_is_the_one_asked_for_or_that_of_the_device(compute: str, de
     assert precision(compute, device) == found
 
 
+SWITCHES: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+
+
+def switches() -> tuple[str, ...]:
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        legacy = "unknown"
+    return legacy, *(switch.fp32_precision for switch in SWITCHES)
+
+
 @pytest.fixture
-def matmul() -> Iterator[Any]:
-    found = torch.backends.cuda.matmul
-    found.allow_tf32 = False
-    yield found
-    found.allow_tf32 = False
+def restored() -> Iterator[None]:
+    before = switches()
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    for switch, precise in zip(SWITCHES, before[1:], strict=True):
+        switch.fp32_precision = precise
 
 
-@pytest.mark.parametrize(
-    ("compute", "inside"), [("float32", False), ("tf32", True), ("bfloat16", True), ("float64", False)]
-)
-@pytest.mark.parametrize("outside", [False, True])
-def test_other_products_are_in_tf32_only_within_a_step(compute: str, inside: bool, outside: bool, matmul: Any) -> None:
-    matmul.allow_tf32 = outside
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("compute", ["float32", "tf32", "bfloat16", "float64"])
+@pytest.mark.parametrize("outside", ["", "highest", "high", "medium"])
+def test_other_products_are_in_tf32_only_within_a_step(compute: str, outside: str) -> None:
+    if outside:
+        torch.set_float32_matmul_precision(outside)
+    before = switches()
     with pytest.raises(KeyError), matrix_products(compute, torch.device("cuda")):
-        assert matmul.allow_tf32 is inside
+        assert torch.backends.cuda.matmul.allow_tf32 is (compute in ("tf32", "bfloat16"))
         raise KeyError
-    assert matmul.allow_tf32 is outside
+    assert switches() == before
 
 
-def test_a_caller_may_have_used_the_newer_switch(matmul: Any) -> None:
-    matmul.fp32_precision = "tf32"  # from now on `allow_tf32` cannot be read
+@pytest.mark.usefixtures("restored")
+def test_a_caller_may_have_used_the_newer_switch() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert switches()[0] == "unknown"
     with matrix_products("float32", torch.device("cuda")):
-        assert matmul.fp32_precision == "ieee"
-    assert matmul.fp32_precision == "tf32"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def test_on_a_cpu_no_switch_is_touched(matmul: Any) -> None:
+@pytest.mark.usefixtures("restored")
+def test_on_a_cpu_no_switch_is_touched() -> None:
+    before = switches()
     with matrix_products("tf32", torch.device("cpu")):
-        assert not matmul.allow_tf32
+        assert switches() == before
 
 
 def test_tf32_is_float32_on_a_cpu() -> None:
@@ -235,6 +279,15 @@ def _bag_dot(up: Tensor, table: Tensor, index: Tensor, bag: Tensor) -> Tensor:
     return (up[bag] * table[index].to(up.dtype)).sum(1)
 
 
+def test_decoder_rows_are_copied_only_where_that_saves_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1,000 rows a copy takes 6,000 bytes a column, and saves 4 an entry."""
+    monkeypatch.setattr(kernels, "_triton", object)
+    with FakeTensorMode():
+        rows = torch.empty(1000, 4, device="cuda")
+        for entries, dtype in ((1500, torch.float32), (1501, torch.bfloat16)):
+            assert kernels.Decoder(rows, torch.bfloat16, entries).rows.dtype == dtype
+
+
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "matryoshka", "relu"])
 def test_gradients_from_narrow_rows_are_close(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, seen = Planted.make(2048, 16, 24).rows, set()
@@ -264,7 +317,7 @@ def test_gradients_from_narrow_rows_are_close(arch: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("arch", "gathers"), [("topk", True), ("relu", True), ("jumprelu", False), ("gated", False)])
 def test_the_plan_counts_narrow_copies_on_a_gpu(arch: str, gathers: bool) -> None:
-    def plan(device: str, compute: str) -> int:
+    def plan(device: str, compute: Compute) -> int:
         settings: dict[str, Any] = {"d_sae": 4096, "k": 16, "steps": 9, "batch_size": 2048, "tile": 256, "holdout": 16}
         config = resolve(Config(arch=arch, device=device, compute=compute, **settings), 128, 10**6)
         return predict(config, 128).peak
@@ -274,3 +327,25 @@ def test_the_plan_counts_narrow_copies_on_a_gpu(arch: str, gathers: bool) -> Non
     rows = more - encoder - gathers * decoder
     assert (0 < rows < 2 * 2048 * 4 * 128) if gathers else rows == 0
     assert plan("cuda", "float32") - plan("cpu", "float32") >= 4 * 2048 * 128, "the batch that is copied meanwhile"
+
+
+@pytest.mark.parametrize("arch", ["topk", "matryoshka", "relu"])
+def test_a_step_takes_the_tiles_of_the_plan(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saetrain.variants.family.TILE_ELEMENTS", 1 << 12)  # so that a step has several
+    rows, seen = Planted.make(2048, 16, 24).rows, []
+    with one_rank() as mesh:
+        model = small_model(arch, mesh, rows, compute="bfloat16", device="cuda")
+        kept = type(model).tile_tokens
+
+        def told(config: Config, shape: Any) -> int:
+            tokens: int = kept(config, shape)
+            seen.append((shape.narrow, tokens))
+            return tokens
+
+        monkeypatch.setattr(type(model), "tile_tokens", staticmethod(told))
+        planned = predict(model.config, 16)
+        monkeypatch.setattr("saetrain.model.gathers_narrow", lambda precise, device: True)  # as on a GPU
+        model.gradients(model.norm(rows[:32]), model.norm(rows[:32]), 1.0)
+    assert seen[0][0]
+    assert seen[0] == seen[-1]
+    assert planned.tile == seen[0][1]
