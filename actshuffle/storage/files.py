@@ -20,11 +20,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from actshuffle.errors import ActshuffleError, SourceError, StorageError, StorageFullError
-from actshuffle.limits import PAGE
-from actshuffle.storage.directio import DIRECT_BYTES, Extent, OpenFile, has_cached, read_full, row_reader, set_direct
+from actshuffle.storage.directio import (
+    DIRECT_BYTES,
+    Extent,
+    FileWriter,
+    OpenFile,
+    create,
+    has_cached,
+    read_full,
+    row_reader,
+)
 from actshuffle.storage.mapping import MappedFiles, reserve
 from actshuffle.units import format_bytes
 
@@ -95,9 +101,9 @@ class LocalObjects:
         partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
         with typed(self.root, key, size):
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd, direct = _create(partial, direct=self.fsync and size >= DIRECT_BYTES)
+            fd, direct = create(partial, direct=self.fsync and size >= DIRECT_BYTES)
             try:
-                writer = _FileWriter(fd, direct)
+                writer = FileWriter(fd, direct)
                 yield writer
                 if writer.written < size:
                     os.ftruncate(fd, size)
@@ -191,18 +197,28 @@ class LocalObjects:
         return None
 
     def list(self, prefix: str) -> Iterator[str]:
-        top = self._path(prefix)
-        for folder, _, names in os.walk(top):
-            for name in names:
-                if not name.endswith(_PARTIAL):
-                    yield str((Path(folder) / name).relative_to(self.root))
+        return (key for key, _ in self._listed(prefix.rstrip("/")))
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
         """The key and size of every object under a folder."""
-        for key in self.list(prefix):
-            size = self.size(key)
-            if size is not None:
-                yield key, size
+        with typed(self.root, prefix):
+            for key, entry in self._listed(prefix.rstrip("/")):
+                with suppress(*_ABSENT):
+                    # A link leads to a file inside the root, or is refused.
+                    size = self.size(key) if entry.is_symlink() else entry.stat(follow_symlinks=False).st_size
+                    if size is not None:
+                        yield key, size
+
+    def _listed(self, folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """The files under a folder by key; those of linked folders are left out, and of folders that cannot be read."""
+        path, above = self._path(folder), f"{folder}/" if folder else ""
+        with suppress(OSError), os.scandir(path) as found:
+            for entry in found:
+                if not entry.is_dir():
+                    if not entry.name.endswith(_PARTIAL):
+                        yield above + entry.name, entry
+                elif not entry.is_symlink():
+                    yield from self._listed(above + entry.name)
 
     def names(self, prefix: str) -> Sequence[str]:
         """The names of the files and folders directly inside a folder, sorted."""
@@ -284,55 +300,6 @@ def _most_files() -> int:
     """The number of files that this process may have open."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return KEPT * 2 if most == resource.RLIM_INFINITY else most
-
-
-def _create(path: Path, *, direct: bool) -> tuple[int, bool]:
-    """Create a file for writing, with O_DIRECT if ``direct`` is set and the file system allows it."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    if direct:
-        try:
-            return os.open(path, flags | os.O_DIRECT, 0o644), True
-        except OSError as err:
-            if err.errno != errno.EINVAL:
-                raise
-            path.unlink(missing_ok=True)  # some file systems refuse after they have created it
-    return os.open(path, flags, 0o644), False
-
-
-class _FileWriter:
-    """Appends to a file: with O_DIRECT as long as parts are whole pages, through the cache afterwards."""
-
-    def __init__(self, fd: int, direct: bool) -> None:
-        self._fd, self._direct = fd, direct
-        self.written = 0
-
-    def write(self, part: memoryview) -> None:
-        part = part.cast("B") if part.format != "B" or part.ndim != 1 else part
-        if self._direct:
-            pages = len(part) // PAGE * PAGE
-            address = np.frombuffer(part, np.uint8).ctypes.data if len(part) else 0
-            if address % PAGE == 0:
-                self._append(part[:pages])
-                part = part[pages:]
-            if len(part):
-                self._buffered()
-        self._append(part)
-
-    def _append(self, part: memoryview) -> None:
-        while len(part):
-            try:
-                done = os.write(self._fd, part)
-            except OSError as err:
-                if err.errno != errno.EINVAL or not self._direct:
-                    raise
-                self._buffered()  # this file system accepts the flag and refuses the write
-                continue
-            self.written += done
-            part = part[done:]
-
-    def _buffered(self) -> None:
-        self._direct = False
-        set_direct(self._fd, on=False)
 
 
 @contextmanager

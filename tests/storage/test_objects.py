@@ -57,6 +57,33 @@ def test_file_urls_are_unescaped(tmp_path):
     assert local_path(place.child("b")) == folder / "b"
 
 
+def test_a_listing_has_every_file_below_and_no_linked_folder(tmp_path):
+    root = tmp_path / "in"
+    for key, size in (("a/b/c", 3), ("a/d", 4), ("e", 0)):
+        (root / key).parent.mkdir(parents=True, exist_ok=True)
+        (root / key).write_bytes(bytes(size))
+    (root / "a/half.actshuffle-partial").write_bytes(b"1")
+    (root / "a/again").symlink_to("d")
+    (root / "a/gone").symlink_to("nothing")
+    (root / "b").symlink_to("a")
+    (root / "loop").symlink_to(".")
+    objects = LocalObjects(root)
+    for prefix in ("", "a", "a/"):
+        walked = sorted(
+            (Path(folder) / name).relative_to(root).as_posix()
+            for folder, _, names in os.walk(root / prefix)
+            for name in names
+            if not name.endswith("partial")
+        )
+        assert sorted(objects.list(prefix)) == walked
+        assert dict(objects.sizes(prefix)) == {key: objects.size(key) for key in walked if key != "a/gone"}
+    assert dict(objects.sizes("")) == {"a/b/c": 3, "a/d": 4, "a/again": 4, "e": 0}
+    assert [*objects.list("nothing")] == [*objects.sizes("e")] == []
+    (root / "out").symlink_to("/etc/hostname")
+    with pytest.raises(SourceError, match="link out of"):
+        dict(objects.sizes(""))
+
+
 @pytest.mark.parametrize("link", ["a", "a/b", "a/b/c"])
 def test_a_link_out_of_the_root_is_refused_again_and_again(tmp_path, link):
     """Also where folders below the link are none themselves, and were looked at before the link was."""
