@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saetrain.compute.kernels import true_places
+
 ROWS, COLUMNS = 256, 1024  # of a tile; COLUMNS is a multiple of ROWS
 EMPTY = -1  # index of an entry that is not there
 
@@ -52,14 +54,21 @@ class Table:
         """
         held = self.value[start : start + len(values)]
         k = held.shape[1]
-        # The last value of a full row is a bound; among equal values those that are there already win.
-        wanted = values > held[:, -1:]
-        if values.shape[1] > k and bool(torch.isinf(held[:, -1]).any()):
-            # Nor can a value enter that k others of its offer exceed.
-            wanted &= values >= values.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-        row, column = wanted.nonzero(as_tuple=True)
-        if not len(row):
+        # The last value of a full row is a bound; among equal values those that are there already win.  Few rows of a
+        # late offer have a value beyond it, and their maxima are found in a seventh of the time of a comparison.
+        reached = true_places((values.amax(1) <= held[:, -1]).logical_not_())  # a NaN is looked at too
+        if not len(reached):
             return
+        some = values if len(reached) == len(values) else values[reached]
+        bound = held[reached, -1:]
+        wanted = some > bound
+        if values.shape[1] > k and bool(torch.isinf(bound).any()):
+            # Nor can a value enter that k others of its offer exceed.
+            wanted &= some >= some.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        flat = true_places(wanted)
+        if not len(flat):
+            return
+        row, column = reached[torch.div(flat, wanted.shape[1], rounding_mode="floor")], flat % wanted.shape[1]
         touched, place, count = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
         slot = k + torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[place]
         width = k + int(count.max())
