@@ -10,7 +10,7 @@ FAST := tests/test_layout.py tests/test_public_api.py tests/test_docs.py tests/t
 	tests/ordering/test_keys.py tests/ordering/test_partition.py tests/ordering/test_digest.py tests/arrays/test_format.py
 # Files that share a process, which imports, compiles and starts a cluster once.  Those that fork, kill, or measure
 # memory stay apart from long ones; the longest come first, so that no single one is left running at the end.
-GROUPS := sae engine disk failures s3 rest benchmarks building features pages page
+GROUPS := sae engine disk failures s3 pages rest benchmarks building features page
 files-s3 := tests/storage/test_s3.py
 files-failures := tests/engine/test_failures.py tests/engine/test_hosts.py
 files-benchmarks := tests/test_benchmarks.py

@@ -166,7 +166,7 @@ TINY: dict[str, dict[str, Any]] = {
     "view": {"latents": 512, "described": 256, "rows": 2000, "width": 16, "k": 4, "asked": 2},
     "sae-speed": {"archs": ["topk", "jumprelu"], "width": 16, "d_sae": 64, "k": 4, "batch": 64, "steps": 2},
     "sae-memory": {
-        "archs": ["topk", "jumprelu"],
+        "archs": ["jumprelu"],
         "width": 64,
         "d_sae": 8192,
         "batch": 512,

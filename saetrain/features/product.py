@@ -25,7 +25,8 @@ from saetrain.features.layout import Column
 from saetrain.products import scratch
 from saetrain.products.energy import Gram, gram
 from saetrain.products.lens import BINS, Lens, project
-from saetrain.products.tiles import COLUMNS, ROWS, Kept, Table, add_tile
+from saetrain.products.nearest import add_nearest, fastest_screen, for_screen
+from saetrain.products.tiles import COLUMNS, ROWS, Kept, Table
 
 LOGITS = 10  # largest and smallest of a latent
 PROMOTERS = 16  # latents of a token
@@ -151,13 +152,13 @@ def _lens(job: FolderJob) -> Lens:
 
 
 def _near(dictionary: Dictionary, lo: int, hi: int, arrays: Arrays) -> None:
-    a = torch.cat([_unit(dictionary, at, min(at + COLUMNS, hi)) for at in range(lo, hi, COLUMNS)])
-    k = min(arrays["near/id"].shape[1], dictionary.latents)
-    kept = Kept.empty(hi - lo, k, False, 0)
+    screen = fastest_screen(dictionary.d_out)
+    a = for_screen(torch.cat([_unit(dictionary, at, min(at + COLUMNS, hi)) for at in range(lo, hi, COLUMNS)]), screen)
+    table = Table.empty(hi - lo, min(arrays["near/id"].shape[1], dictionary.latents))
     for at in range(0, dictionary.latents, COLUMNS):
-        b = _unit(dictionary, at, min(at + COLUMNS, dictionary.latents))
-        add_tile(kept, a, lo, None, b, at, 0, (), True)
-    _fill(arrays, "near/id", "near/cosine", kept.top)
+        b = for_screen(_unit(dictionary, at, min(at + COLUMNS, dictionary.latents)), screen)
+        add_nearest(table, a, lo, b, at, screen)
+    _fill(arrays, "near/id", "near/cosine", table)
 
 
 def _unit(dictionary: Dictionary, lo: int, hi: int) -> Tensor:

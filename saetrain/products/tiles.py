@@ -69,14 +69,20 @@ class Table:
         if not len(flat):
             return
         row, column = reached[torch.div(flat, wanted.shape[1], rounding_mode="floor")], flat % wanted.shape[1]
+        self.merge(start, row, values[row, column], index[column] if index.dim() == 1 else index[row, column])
+
+    def merge(self, start: int, row: Tensor, value: Tensor, index: Tensor) -> None:
+        """Take entries [n] into the table, row by row, of rows `start` + `row`; each as `offer` asks for."""
+        if not len(row):
+            return
+        held, k = self.value[start:], self.value.shape[1]
         touched, place, count = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
         slot = k + torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[place]
         width = k + int(count.max())
-        offered = values.new_full((len(touched), width), -torch.inf)
+        offered = value.new_full((len(touched), width), -torch.inf)
         names = index.new_full((len(touched), width), EMPTY)
         offered[:, :k], names[:, :k] = held[touched], self.index[start + touched]
-        offered[place, slot] = values[row, column]
-        names[place, slot] = index[column] if index.dim() == 1 else index[row, column]
+        offered[place, slot], names[place, slot] = value, index
         best, at = torch.sort(offered, dim=1, stable=True, descending=True)
         self.value[start + touched] = best[:, :k]
         self.index[start + touched] = names.gather(1, at[:, :k])

@@ -150,7 +150,7 @@ def planted() -> Planted:
 def trained(arch: str, planted: Planted, folder: Path, **more: Any) -> float:
     """Mean FVU of held-out rows at the end, over three seeds."""
     with one_rank() as mesh:
-        settings = {"steps": 300, "batch_size": 64, "holdout": 512, "dead_tokens": 6400, "log_every": 300, **more}
+        settings = {"steps": 200, "batch_size": 64, "holdout": 512, "dead_tokens": 6400, "log_every": 200, **more}
         runs = {
             folder / f"{seed}": small(arch, compute="float32", seed=seed, order_seed=0, **settings) for seed in range(3)
         }

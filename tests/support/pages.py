@@ -50,11 +50,11 @@ NOT_RUN = {
 
 SHORT = [
     "--steps",
-    "24",
+    "8",
     "--batch-size",
     "256",
     "--eval-every",
-    "24",
+    "8",
 ]  # added where training is as long as the rows ask for
 
 
@@ -173,7 +173,7 @@ def run(step: Step, names: dict[str, Any]) -> str:
         text = re.sub(r"workers=\d+", "workers=0", step.text)
         text = re.sub(
             r"saetrain\.fit\(([^)]*)\)",
-            r"saetrain.fit(\1, steps=24, batch_size=256, eval_every=24, progress=False)",
+            r"saetrain.fit(\1, steps=8, batch_size=256, eval_every=8, progress=False)",
             text,
         )
         out = io.StringIO()
