@@ -119,7 +119,8 @@ def describe(dictionary: Path, store: Path, out: Path, workers: int) -> dict[str
     words = ["features", str(dictionary), str(store), str(out), "--json", "--workers", str(workers), "--incomplete"]
     measured = _run(measure.python("-m", "saetrain", *words))
     told = json.loads(measured.stdout)
-    return {"seconds": told["seconds"], "command": measured.seconds, "tasks": told["tasks"], "memory": measured.resident}
+    found = {name: told[name] for name in ("seconds", "tasks")}
+    return found | {"command": measured.seconds, "memory": measured.resident}
 
 
 def idle() -> int:
