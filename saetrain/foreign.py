@@ -111,7 +111,8 @@ SPARSIFY_KEYS: Mapping[str, Accepted] = {
 def read_foreign(folder: Path, *, mapped: bool = False) -> SAE:
     """An autoencoder that SAELens or sparsify wrote.  Refuses one that `SAE` would not compute identically.
 
-    With `mapped`, its matrices stay in the pages of the file: for those who read a part of the rows at a time.
+    With `mapped`, its matrices stay in the pages of the file: for those who read a part of the rows at a time, and look
+    themselves whether these are finite (`check_finite`).
     """
     if not (folder / "cfg.json").is_file():
         why = "it has no cfg.json" if folder.is_dir() else "there is no such folder"
@@ -232,7 +233,10 @@ def _tensors(
     sizes: Mapping[str, int | None],
     optional: Mapping[str, tuple[str, ...]] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of a file, if they are those of `shapes`, finite, of one floating type, and of the sizes given."""
+    """The tensors of a file, if they are those of `shapes`, of one floating type, and of the sizes given.
+
+    And finite, unless they are mapped.
+    """
     known = {**shapes, **(optional or {})}
     if missing := [name for name in shapes if name not in file.specs]:
         raise ExchangeError(f"{file.path} has no {', '.join(missing)}; it has {', '.join(sorted(file.specs))}")
@@ -254,7 +258,14 @@ def _tensors(
                 "all must have one floating-point type"
             )
     held = {name: file.mapped(name) if mapped else file.read(name) for name in file.specs}
-    for name, tensor in held.items():
-        if not all(bool(torch.isfinite(part).all()) for part in torch.split(tensor.view(-1), PART)):
-            raise ExchangeError(f"{file.path}: {name} holds numbers that are not finite")
+    if not mapped:
+        check_finite(file.path, held)
     return held
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors, which may be transposed, of which a number is not finite."""
+    for name, tensor in tensors.items():
+        flat = (tensor if tensor.is_contiguous() else tensor.T).view(-1)
+        if not all(bool(torch.isfinite(part).all()) for part in torch.split(flat, PART)):
+            raise ExchangeError(f"{path}: {name} holds numbers that are not finite")

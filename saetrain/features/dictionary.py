@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saetrain.errors import CheckpointError
-from saetrain.foreign import read_foreign
+from saetrain.foreign import check_finite, read_foreign
 from saetrain.model import Model
 from saetrain.sae import BLOCK, SAE, Folded
 from saetrain.tensors import sha256
@@ -83,6 +83,12 @@ class Dictionary:
     def transcodes(self) -> bool:
         """True if other arrays than those that go in are rebuilt."""
         return self._foreign.transcodes if self._foreign else self._folded.transcodes
+
+    def check_finite(self) -> None:
+        """Refuse another tool's numbers that are none; tasks, which read a part each, rely on it."""
+        if (found := self._foreign) is not None:
+            held = {name: getattr(found, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+            check_finite(Path(self.path), {name: tensor for name, tensor in held.items() if tensor is not None})
 
     def firing_rates(self) -> Tensor | None:
         """Share of tokens on which each latent was last seen active in training, float64 [latents], where known."""

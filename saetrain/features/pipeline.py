@@ -61,6 +61,7 @@ def plan_features(
 ) -> Plan:
     """The plan of a run; refuses what does not fit together before anything is written."""
     found = Dictionary(str(dictionary))
+    found.check_finite()
     data = _opened(store, field or found.field, incomplete)
     if data.d_in != found.d_in:
         raise DataError(

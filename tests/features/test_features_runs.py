@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from safetensors.torch import load_file, save_file
 
 import actshuffle
 import saetrain
@@ -33,7 +34,7 @@ from actshuffle.executors import Serial
 from actshuffle.testing import Faults, Killed, Operation, matching
 from saetrain.cli import main
 from saetrain.describing.slots import Slots
-from saetrain.errors import ConfigError, DataError
+from saetrain.errors import ConfigError, DataError, ExchangeError
 from saetrain.features import codes, pipeline
 from saetrain.features import collate as collating
 from saetrain.features.collate import collate
@@ -556,6 +557,20 @@ def test_a_dictionary_of_other_tools_stays_in_its_file(whole, monkeypatch, kind)
     found.rows(0, 3)["W_dec"].zero_()  # changes pages of its own
     assert digests(path) == before
     assert not torch.equal(found.rows(0, 3)["W_dec"], due.W_dec[:3])  # the control: it is the same memory
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_dec"])
+def test_a_dictionary_with_a_nan_is_refused_before_anything_is_written(tmp_path, whole, acts, kind, name):
+    where = shutil.copytree(whole[kind][0], tmp_path / "sae")
+    build(where, acts, tmp_path / "before")  # the control: as it was
+    weights = where / "sae_weights.safetensors"
+    tensors = load_file(weights)
+    tensors[name].view(-1)[-1] = torch.nan
+    save_file(tensors, weights)
+    with pytest.raises(ExchangeError, match=f"{name} holds numbers that are not finite"):
+        build(where, acts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def digests(folder: Path) -> dict[str, str]:
