@@ -232,7 +232,7 @@ def _fit(
         per_shard = 1 << min((wanted - 1).bit_length(), allowed.bit_length() - 1)
         whole, rest = divmod((block_bytes or 0) // row_bytes, chunk_rows)
         if whole and not rest:  # chunks fill M exactly, and so should shards
-            small = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
+            small = [d for d in range(1, min(allowed, math.isqrt(whole)) + 1) if whole % d == 0]
             dividing = sorted(d for d in {*small, *(whole // d for d in small)} if d <= allowed)
             per_shard = next((d for d in dividing if d >= wanted), dividing[-1])
     object_rows = chunk_rows * per_shard

@@ -197,28 +197,30 @@ class LocalObjects:
         return None
 
     def list(self, prefix: str) -> Iterator[str]:
-        return (key for key, _ in self._listed(prefix.rstrip("/")))
+        return (key for key, _ in self._listed(prefix))
 
     def sizes(self, prefix: str) -> Iterator[tuple[str, int]]:
         """The key and size of every object under a folder."""
-        with typed(self.root, prefix):
-            for key, entry in self._listed(prefix.rstrip("/")):
-                with suppress(*_ABSENT):
-                    # A link leads to a file inside the root, or is refused.
-                    size = self.size(key) if entry.is_symlink() else entry.stat(follow_symlinks=False).st_size
-                    if size is not None:
-                        yield key, size
+        for key, entry in self._listed(prefix):
+            with typed(self.root, key), suppress(*_ABSENT):
+                # A link leads to a file inside the root, or is refused.
+                size = self.size(key) if entry.is_symlink() else entry.stat(follow_symlinks=False).st_size
+                if size is not None:
+                    yield key, size
 
-    def _listed(self, folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-        """The files under a folder by key; those of linked folders are left out, and of folders that cannot be read."""
-        path, above = self._path(folder), f"{folder}/" if folder else ""
-        with suppress(OSError), os.scandir(path) as found:
-            for entry in found:
-                if not entry.is_dir():
-                    if not entry.name.endswith(_PARTIAL):
+    def _listed(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """The files under a folder by key, but those of linked folders and of folders that cannot be read."""
+        self._check(prefix)
+        folders = ["".join(f"{part}/" for part in prefix.split("/") if part not in ("", "."))]
+        while folders:
+            above = folders.pop()
+            with suppress(OSError), os.scandir(f"{self.root}/{above}") as entries:
+                for entry in entries:
+                    if _is_folder(entry):
+                        if not entry.is_symlink():
+                            folders.append(f"{above}{entry.name}/")
+                    elif not entry.name.endswith(_PARTIAL):
                         yield above + entry.name, entry
-                elif not entry.is_symlink():
-                    yield from self._listed(above + entry.name)
 
     def names(self, prefix: str) -> Sequence[str]:
         """The names of the files and folders directly inside a folder, sorted."""
@@ -264,6 +266,14 @@ class LocalObjects:
     def free_bytes(self) -> int | None:
         existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         return shutil.disk_usage(existing).free
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """False for links in circles, and for others that lead nowhere."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _in_shares(do: Callable[[list[str]], None], paths: list[str]) -> None:

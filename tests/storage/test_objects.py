@@ -67,6 +67,7 @@ def test_a_listing_has_every_file_below_and_no_linked_folder(tmp_path):
     (root / "a/gone").symlink_to("nothing")
     (root / "b").symlink_to("a")
     (root / "loop").symlink_to(".")
+    (root / "below").symlink_to("e/child")
     objects = LocalObjects(root)
     for prefix in ("", "a", "a/"):
         walked = sorted(
@@ -76,9 +77,19 @@ def test_a_listing_has_every_file_below_and_no_linked_folder(tmp_path):
             if not name.endswith("partial")
         )
         assert sorted(objects.list(prefix)) == walked
-        assert dict(objects.sizes(prefix)) == {key: objects.size(key) for key in walked if key != "a/gone"}
+        sizes = {key: objects.size(key) for key in walked}
+        assert dict(objects.sizes(prefix)) == {key: size for key, size in sizes.items() if size is not None}
     assert dict(objects.sizes("")) == {"a/b/c": 3, "a/d": 4, "a/again": 4, "e": 0}
+    (root / "itself").symlink_to("itself")
+    assert {"itself", "below", "a/gone"} < set(objects.list("")), "a folder that holds nothing else is not empty"
     assert [*objects.list("nothing")] == [*objects.sizes("e")] == []
+    assert sorted(objects.list("./a/")) == sorted(objects.list("a"))
+    for outside in ("/", "..", "a/../.."):
+        with pytest.raises(StorageError, match="leaves"):
+            next(iter(objects.list(outside)), None)
+    with pytest.raises(StorageError, match=r"levels of symbolic links.*in/itself"):
+        dict(objects.sizes(""))
+    (root / "itself").unlink()
     (root / "out").symlink_to("/etc/hostname")
     with pytest.raises(SourceError, match="link out of"):
         dict(objects.sizes(""))
