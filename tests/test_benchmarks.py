@@ -323,7 +323,7 @@ def test_features_growth(tmp_path):
 def test_features_large(tmp_path):
     found = miniature(tmp_path, "features-large", drawn=False)["summary"]
     assert 0 < found["alive"] <= found["latents"] == 2048
-    assert found["again"]["latents"] == 64
+    assert 32 <= found["again"]["latents"] <= 64
     assert found["again"]["count"] > 0.9
     assert found["again"]["largest_apart"] < 1e-4
     assert found["again"]["near"] > 0.98
@@ -339,7 +339,9 @@ def test_a_look_into_a_large_run_notices_another_dictionary(tmp_path):
     found, weight = open_features(tmp_path / "out"), dictionary.W_dec.detach()
     mine = large.compare(found, x, weight, 4, 4, 128)
     other = large.compare(found, x, weight.roll(1, 0), 4, 4, 128)
-    assert mine == {"latents": 128, "count": 1.0, "largest_apart": pytest.approx(0, abs=1e-5), "near": 1.0}
+    assert mine["latents"] >= mine["active"] > 20
+    assert mine["count"] == mine["near"] == 1
+    assert mine["largest_apart"] < 1e-5
     assert other["count"] < 0.9
     assert other["largest_apart"] > 0.1
     assert other["near"] < 0.1

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 import zarr
@@ -21,7 +22,7 @@ from actshuffle import Dataset, open_dataset
 from actshuffle.units import format_bytes, format_seconds
 from benchmarks import measure
 from benchmarks.results import Bench, table
-from benchmarks.sae.describe import make_dictionary, make_store
+from benchmarks.sae.describe import idle, make_dictionary, make_store
 from saetrain import open_features
 from saetrain.features.forecast import forecast, read_units
 from saetrain.features.forecast import seconds as forecast_seconds
@@ -51,6 +52,7 @@ def run(
         make_store(source, rows, width)
     else:
         rows, width = _first_rows(open_dataset(store, incomplete=True), rows, source)
+    near = min(near, latents - 1)
     make_dictionary(latents, width, k).save(dictionary)
     plan = plan_features(dictionary, source, incomplete=True, near=near, memory=memory)
     cost, predicted = forecast(plan, memory), None
@@ -81,7 +83,7 @@ def run(
         "planned": {name: getattr(cost, f"{name}_memory") for name in ("encode", "collate", "product")},
         "own": done.largest,
         "resident": done.resident,
-        "idle": measure.run(measure.python("-m", "saetrain", "--version")).resident,
+        "idle": idle(),
         "again": again,
     }
     bench.publish({"summary": figures}, page(figures, k, near, store is not None), [])
@@ -91,6 +93,8 @@ def _first_rows(whole: Dataset, rows: int, to: Path) -> tuple[int, int]:
     """Copy the first rows of all arrays; how many there are, and their width."""
     rows, width, group = min(rows, whole.rows), 0, zarr.create_group(to)
     for name, info in whole.fields.items():
+        if info.row_shape and info.dtype != np.float32:
+            raise click.ClickException(f"{name!r} is of type {info.dtype_name}: give a store of float32")
         part = whole.read(name, 0, rows)
         group.create_array(name, data=part, chunks=(min(1024, rows), *part.shape[1:]), compressors=None)
         width = max([width, *info.row_shape])
@@ -98,35 +102,42 @@ def _first_rows(whole: Dataset, rows: int, to: Path) -> tuple[int, int]:
 
 
 def compare(found: Features, x: Tensor, unit: Tensor, k: int, near: int, checked: int) -> dict[str, Any]:
-    """Shares of sampled latents that plain products describe alike, and the largest differences.
+    """Shares of sampled latents that plain products describe alike, and the largest difference.
 
-    A product of another shape rounds otherwise, so an activation at the edge of a row's k largest may change sides.
+    Half of the sample are latents that are active on some row.  A product of another shape rounds otherwise, so an
+    activation at the edge of a row's k largest may change sides.
     """
-    sample = torch.from_numpy(np.sort(np.random.default_rng(0).choice(len(unit), min(checked, len(unit)), False)))
-    edge = torch.full((len(x), k), -torch.inf)
-    cosines = torch.full((len(sample), 0), 0.0)
-    names = torch.full((len(sample), 0), 0, dtype=torch.int64)
+    dice, alive = np.random.default_rng(0), np.flatnonzero(found.array("stat/count"))
+    some = [dice.choice(of, min(checked // 2, len(of)), replace=False) for of in (alive, np.arange(len(unit)))]
+    sample = torch.from_numpy(np.unique(np.concatenate(some)))
+    edge, pre = torch.full((len(x), k), -torch.inf), torch.empty(len(x), len(sample))
+    cosines, names = torch.empty(len(sample), 0), torch.empty(len(sample), 0, dtype=torch.int64)
     for lo in range(0, len(unit), BLOCK):
         part = unit[lo : lo + BLOCK]
-        edge = torch.cat([edge, x @ part.T], 1).topk(k, dim=1).values
+        product, here = x @ part.T, (sample >= lo) & (sample < lo + len(part))
+        edge = torch.cat([edge, product], 1).topk(k, dim=1).values
+        pre[:, here] = product[:, sample[here] - lo]
         if near:
             cosine = unit[sample] @ part.T
-            cosine[sample[:, None] == torch.arange(lo, lo + len(part))] = -torch.inf
+            cosine[here, sample[here] - lo] = -torch.inf
             both = torch.cat([cosines, cosine], 1)
             ids = torch.cat([names, torch.arange(lo, lo + len(part)).expand(len(sample), -1)], 1)
             cosines, at = both.topk(min(near, both.shape[1]), dim=1)
             names = ids.gather(1, at)
-    pre = x @ unit[sample].T
     active = (pre >= edge[:, -1:]) & (pre > 0)
     count, largest = active.sum(0), pre.masked_fill(~active, 0).amax(0)
     theirs = [found[int(i)] for i in sample]
     counts = torch.tensor([one.count for one in theirs])
     most = torch.tensor([0.0 if one.is_dead else one.max for one in theirs])
-    same = {"latents": len(sample), "count": float((counts == count).float().mean())}
-    both_alive = (counts > 0) & (count > 0)
+    either, both_alive = (counts > 0) | (count > 0), (counts > 0) & (count > 0)
+    same = {
+        "latents": len(sample),
+        "active": int(either.sum()),
+        "count": float((counts == count)[either].float().mean()),
+    }
     same["largest_apart"] = float((most - largest)[both_alive].abs().max()) if both_alive.any() else 0.0
     if near:
-        listed = torch.tensor([[n[0] for n in one.neighbours or ()] for one in theirs])
+        listed = torch.tensor([[n.latent for n in one.neighbours or ()] for one in theirs])
         same["near"] = float((listed == names).float().mean())
     return same
 
@@ -149,13 +160,14 @@ def page(found: dict[str, Any], k: int, near: int, real: bool) -> Iterator[str]:
             ["memory of a task, at most", format_bytes(max(found["planned"].values())), ""],
             ["own memory of the largest process, by looks", "", format_bytes(found["own"])],
             ["the same with pages of mapped files, by the kernel", "", format_bytes(found["resident"])],
-            ["`saetrain --version`, by the kernel", "", format_bytes(found["idle"])],
+            ["a worker before its first task, by the kernel", "", format_bytes(found["idle"])],
         ],
     )
     yield ""
     again = found["again"]
     yield (
-        f"Of {again['latents']:,} random latents, plain products found the same number of active rows for "
-        f"{again['count']:.1%}, and largest activations at most {again['largest_apart']:.1g} apart"
+        f"Of {again['latents']:,} random latents, of which {again['active']:,} are active, plain products found the "
+        f"same number of active rows for {again['count']:.1%} of these, and largest activations at most "
+        f"{again['largest_apart']:.1g} apart"
         + (f"; {again['near']:.2%} of their neighbours are the same, place by place." if near else ".")
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from actshuffle.jobs import FolderJob, FolderTask
 from saetrain.describing.slots import Arrays
+from saetrain.errors import DataError
 from saetrain.features import layout
 from saetrain.features.blueprint import Plan
 from saetrain.features.dictionary import Dictionary
@@ -25,7 +26,7 @@ from saetrain.features.layout import Column
 from saetrain.products import scratch
 from saetrain.products.energy import Gram, gram
 from saetrain.products.lens import BINS, Lens, project
-from saetrain.products.nearest import add_nearest, fastest_screen, for_screen
+from saetrain.products.nearest import Nearest, fastest_type, tile_bytes
 from saetrain.products.tiles import COLUMNS, ROWS, Kept, Table
 
 LOGITS = 10  # largest and smallest of a latent
@@ -82,7 +83,7 @@ def tasks(plan: Plan) -> int:
 def memory(plan: Plan) -> int:
     """Bytes of a product task: the chunk's decoder rows, what it keeps, and a tile."""
     size, d = min(plan.chunk, plan.latents), plan.d_in
-    found = size * (12 * d + 24 * plan.near) + 48 * COLUMNS * d + 64 * ROWS * COLUMNS
+    found = size * (12 * d + 24 * plan.near) + 48 * COLUMNS * d + max(64 * ROWS * COLUMNS, tile_bytes(d))
     if plan.lens is not None:
         # A table of all tokens exists while part of it is packed into an object.
         found += 16 * d * d + size * (12 * BINS + 48 * LOGITS) + 24 * PROMOTERS * plan.lens.vocabulary
@@ -152,19 +153,21 @@ def _lens(job: FolderJob) -> Lens:
 
 
 def _near(dictionary: Dictionary, lo: int, hi: int, arrays: Arrays) -> None:
-    screen = fastest_screen(dictionary.d_out)
-    a = for_screen(torch.cat([_unit(dictionary, at, min(at + COLUMNS, hi)) for at in range(lo, hi, COLUMNS)]), screen)
-    table = Table.empty(hi - lo, min(arrays["near/id"].shape[1], dictionary.latents))
+    rows = torch.cat([_unit(dictionary, at, min(at + COLUMNS, hi)) for at in range(lo, hi, COLUMNS)])
+    k = min(arrays["near/id"].shape[1], dictionary.latents)
+    nearest = Nearest(rows, lo, k, fastest_type(dictionary.d_out))
     for at in range(0, dictionary.latents, COLUMNS):
-        b = for_screen(_unit(dictionary, at, min(at + COLUMNS, dictionary.latents)), screen)
-        add_nearest(table, a, lo, b, at, screen)
-    _fill(arrays, "near/id", "near/cosine", table)
+        nearest.offer(_unit(dictionary, at, min(at + COLUMNS, dictionary.latents)), at)
+    _fill(arrays, "near/id", "near/cosine", nearest.table)
 
 
 def _unit(dictionary: Dictionary, lo: int, hi: int) -> Tensor:
     """Decoder rows of norm 1; a row of zeros stays one."""
     rows = dictionary.rows(lo, hi)["W_dec"].float().double()
     norm = rows.square().sum(1, keepdim=True).sqrt()
+    if not bool(torch.isfinite(norm).all()):
+        number = lo + int((~torch.isfinite(norm)).nonzero()[0, 0])
+        raise DataError(f"the decoder row of latent {number:,} of {dictionary.path} holds a number that is not finite")
     return rows.div_(norm.clamp_min(1e-300)).float()
 
 
