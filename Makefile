@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One more than there are processors, usually: some tests wait for timers and for other processes.
-JOBS ?= 3
+# Twice as many as there are processors, usually: some tests wait for timers and for other processes.
+JOBS ?= 4
 TESTS := $(wildcard tests/test_*.py tests/*/test_*.py)
 # The inner loop: rules, names and arithmetic, which need no store, and the stores that earlier versions wrote.
 FAST := tests/test_layout.py tests/test_public_api.py tests/test_docs.py tests/test_units.py \
