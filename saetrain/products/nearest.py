@@ -133,10 +133,17 @@ def inner(
     found, step = np.empty(len(row), np.float32), max(NUMBERS // a.shape[1], 1)
     for at in range(0, len(row), step):
         part = slice(at, at + step)
-        left, right = a[row[part]].astype(np.float64), b[column[part]].astype(np.float64)
-        parts = range(0, a.shape[1], SUMMED)
-        found[part] = sum(np.einsum("ij,ij->i", left[:, p : p + SUMMED], right[:, p : p + SUMMED]) for p in parts)
+        found[part] = row_sums(a[row[part]].astype(np.float64), b[column[part]].astype(np.float64))
     return found
+
+
+def row_sums(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Inner products of the rows of two matrices; each has the same bits alone and among others."""
+    parts = range(0, left.shape[1], SUMMED)
+    total: NDArray[np.float64] = sum(
+        (np.einsum("ij,ij->i", left[:, p : p + SUMMED], right[:, p : p + SUMMED]) for p in parts), np.zeros(len(left))
+    )
+    return total
 
 
 def _without(product: Tensor, own: NDArray[np.int64]) -> None:
