@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,15 +44,21 @@ def found(rows: Tensor, k: int, dtype: torch.dtype, cuts: tuple[int, ...] = (), 
     return Table(torch.cat([p.value for p in parts]), torch.cat([p.index for p in parts]))
 
 
-def brute(rows: Tensor, k: int) -> Table:
+def brute(kind: str, k: int) -> Table:
     """By plain numpy: larger first, then lower index."""
-    x = rows.numpy().astype(np.float64)
-    products = np.array([[np.float32(np.dot(a, b)) for b in x] for a in x])
-    np.fill_diagonal(products, -np.inf)
+    products = all_products(kind)
     index = np.argsort(-products, axis=1, kind="stable")[:, :k]
     value = np.take_along_axis(products, index, 1)
     there = np.isfinite(value)
     return Table(torch.from_numpy(value), torch.from_numpy(np.where(there, index, EMPTY)))
+
+
+@cache
+def all_products(kind: str) -> Any:
+    x = KINDS[kind]().numpy().astype(np.float64)
+    products = np.array([[np.float32(np.dot(a, b)) for b in x] for a in x])
+    np.fill_diagonal(products, -np.inf)
+    return products
 
 
 KINDS = {
@@ -75,7 +83,7 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("k", [1, 5, 80, 400])
 def test_the_nearest_are_those_of_all_products(kind: str, k: int, dtype: torch.dtype) -> None:
     rows = KINDS[kind]()
-    mine, all_of_them = found(rows, k, dtype), brute(rows, k)
+    mine, all_of_them = found(rows, k, dtype), brute(kind, k)
     width = all_of_them.index.shape[1]
     assert torch.equal(mine.index[:, :width], all_of_them.index)
     # numpy's dot adds in another order: both are float64 sums, which seldom round to another float32.
@@ -87,14 +95,13 @@ def test_the_nearest_are_those_of_all_products(kind: str, k: int, dtype: torch.d
 def test_any_cut_and_type_gives_the_same_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = KINDS[kind]()
     first = found(rows, 5, torch.float32)
-    for dtype in TYPES:
-        for cuts, columns in (((), 300), ((1, 130), 7), ((64, 128, 192), 64)):
-            for numbers, many in ((24, 32), (1000, 1), (1 << 18, 10**6)):
-                monkeypatch.setattr(nearest, "NUMBERS", numbers)
-                monkeypatch.setattr(nearest, "MANY", many)
-                table = found(rows, 5, dtype, cuts, columns)
-                assert torch.equal(table.index, first.index)
-                assert torch.equal(table.value.view(torch.int32), first.value.view(torch.int32))
+    ways = (((), 300, 240, 32), ((1, 130), 7, 1000, 10**6), ((64, 128, 192), 64, 1 << 18, 1))
+    for dtype, (cuts, columns, numbers, many) in itertools.product(TYPES, ways):
+        monkeypatch.setattr(nearest, "NUMBERS", numbers)
+        monkeypatch.setattr(nearest, "MANY", many)
+        table = found(rows, 5, dtype, cuts, columns)
+        assert torch.equal(table.index, first.index)
+        assert torch.equal(table.value.view(torch.int32), first.value.view(torch.int32))
 
 
 @pytest.mark.parametrize("d", [1, 1000, 9000, 16_384])
@@ -123,13 +130,13 @@ def test_rough_products_are_within_the_margin(d: int) -> None:
 
 
 def test_a_margin_too_narrow_misses_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = crowded(300, 24)
+    rows = KINDS["crowded"]()
     monkeypatch.setattr(nearest, "MANY", 1)
     monkeypatch.setattr(nearest, "margin", lambda d: 0.0)
     with pytest.raises(ArithmeticError, match=r"bfloat16 is off by 0\.\d+, more than 0"):
         found(rows, 5, torch.bfloat16)
     monkeypatch.setattr(Nearest, "_take", _unchecked)
-    assert not torch.equal(found(rows, 5, torch.bfloat16).index, brute(rows, 5).index)
+    assert not torch.equal(found(rows, 5, torch.bfloat16).index, brute("crowded", 5).index)
 
 
 def _unchecked(self: Any, low: int, pairs: Any, rough: Tensor, others: Tensor, start: int) -> None:
