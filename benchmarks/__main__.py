@@ -588,7 +588,7 @@ def features_large(**options: Any) -> None:
 @click.option(
     "--calibrate",
     type=_List(str),
-    default="16384x2048,65536x2048,32768x8192,8192x16384",
+    default="16384x2048,65536x2048,32768x8192,8192x16384,2048x65536",
     help="Runs that give the unit costs, as ROWSxLATENTS.",
 )
 @click.option("--held", type=_List(str), default="131072x3072,49152x12288,16384x32768", help="Runs that are predicted.")
