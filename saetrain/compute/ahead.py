@@ -1,4 +1,4 @@
-"""Cursor whose copy to the GPU runs beside the step before.
+"""Batches whose copy to the GPU runs beside the step before.
 
 ::
 
@@ -34,7 +34,7 @@ class Cursor(Protocol):
 
 
 class Copies(Protocol):
-    """How tensors of a batch get to a device."""
+    """Copies the tensors of a batch to a device."""
 
     def begin(self, tensor: Tensor) -> Tensor: ...
     def mark(self) -> Any: ...

@@ -40,7 +40,7 @@ def settled(name: str) -> str:
 
 
 def precision(compute: str, device: str) -> str:
-    """What a setting of `compute` stands for on a device: float32, tf32, bfloat16 or float64."""
+    """The precision that a setting of `compute` selects on a device: float32, tf32, bfloat16 or float64."""
     return compute if compute != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
 
 

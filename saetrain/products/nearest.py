@@ -39,7 +39,7 @@ Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]  # rows and columns of a til
 
 
 def margin(d: int) -> float:
-    """How far a rough product of rows of width d may be off."""
+    """The largest error of a rough product of rows of width d."""
     return 3 * 2.0**-8 + (2 * d + 300) * 2.0**-24
 
 

@@ -1,4 +1,4 @@
-"""Where training on a GPU goes another way, as far as a CPU can show it: copies, precisions, narrow rows."""
+"""The code that only a GPU runs, tested on a CPU: copies on a stream of their own, precisions, bfloat16 rows."""
 
 from __future__ import annotations
 
