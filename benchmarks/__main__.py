@@ -90,6 +90,7 @@ TINY: dict[str, dict[str, Any]] = {
         "chunk": 1 << 18,
         "rounds": 1,
     },
+    "revisions": {"other": None, "names": ["loader"], "size": 1 << 20, "modes": ["cached"], "rounds": 1},
     "s3": {
         "size": 1 << 20,
         "row_bytes": [512],
@@ -198,7 +199,7 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
 def _start(name: str, run: Callable[..., None], options: dict[str, Any]) -> None:
     work, out, tiny = (options.pop(k) for k in ("work", "out", "tiny"))
     settings = options | (TINY[name] if tiny else {})
-    shown = {k: v for k, v in settings.items() if k not in ("python", "add")}
+    shown = {k: v for k, v in settings.items() if k not in ("python", "add", "other")}
     with results.bench(name, work, out, {"tiny": True} if tiny else shown) as bench:
         run(bench, **settings)
 
@@ -385,6 +386,25 @@ def loader(**options: Any) -> None:
     from benchmarks import loader as module
 
     _start("loader", module.run, options)
+
+
+@main.command()
+@click.option(
+    "--other",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Checkout of the older revision, with its environment (`make .venv/test.done`).",
+)
+@click.option("--names", type=_List(str, ("shuffle", "loader")), default="shuffle,loader", help="Benchmarks to run.")
+@click.option("--size", type=SIZE, default="1GB", help="Data of each benchmark.")
+@click.option("--modes", type=MODES, default="cached", help="Where the data is.")
+@click.option("--rounds", type=COUNT, default=3, help="Times that everything is measured.")
+@_common
+def revisions(**options: Any) -> None:
+    """Compare this checkout with one of an older revision, each by its own benchmarks, in turn."""
+    from benchmarks import revisions as module
+
+    _start("revisions", module.run, options)
 
 
 @main.command()

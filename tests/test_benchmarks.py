@@ -8,6 +8,7 @@ import time
 from importlib.util import find_spec
 from itertools import product
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from actshuffle.executors import Serial
 from actshuffle.ordering.digest import RowHash
 from actshuffle.planning.planner import make_plan
-from benchmarks import cache, calibrate, costs, growth, measure, shuffle, sources, strategies
+from benchmarks import cache, calibrate, costs, growth, measure, revisions, shuffle, sources, strategies
 from benchmarks.__main__ import main
 from benchmarks.peers import PEERS, Work, driver, formats
 from benchmarks.phases import OUTSIDE, PHASES
@@ -104,6 +105,39 @@ def test_a_chosen_way_that_is_not_the_fastest_is_told():
         assert "is NOT within" in next(strategies.page(rows, 1, False))
     elsewhere = [*good, one("chosen", 20, 2), one("2 levels", 10, 2)]
     assert not strategies.holds(strategies.summary(elsewhere)), "at all sizes"
+
+
+def test_revisions(tmp_path):
+    rows = miniature(tmp_path, "revisions", "--other", str(tmp_path), drawn=False)["summary"]
+    assert {r["case"]["what"] for r in rows} > {"loader", "stats"}
+    assert all(r["benchmark"] == "loader" and r["ratio"]["rounds"] == 1 for r in rows)
+
+
+def test_a_slower_revision_shows_in_the_ratio_of_each_round():
+    def one(side, seconds, number):
+        return {
+            "benchmark": "b",
+            "case": {"levels": 2},
+            "side": side,
+            "round": number,
+            "seconds": seconds,
+            "bytes": 1e9,
+        }
+
+    found = [one("new", 2, 0), one("old", 1, 0), one("old", 4, 1), one("new", 8, 1)]
+    (row,) = revisions.summary(found)
+    assert row["ratio"] == {"median": 0.5, "low": 0.5, "high": 0.5, "rounds": 2}
+    assert row["new"]["high"] == 0.5
+    assert row["old"]["high"] == 1
+    assert "levels 2" in list(revisions.page([row], {"new": "a", "old": "b"}, 1))[-1]
+
+
+def test_a_revision_without_an_environment_is_refused(tmp_path):
+    with pytest.raises(click.ClickException, match=r"has no environment: run `make .venv/test.done` there"):
+        main(
+            ["revisions", "--other", str(tmp_path), "--out", str(tmp_path / "r"), "--work", str(tmp_path / "w")],
+            standalone_mode=False,
+        )
 
 
 def test_loader(tmp_path):
