@@ -4,7 +4,8 @@ A page fault costs up to 11 us per 4 KiB on a virtual machine, several times the
 so a fresh `numpy.empty` per task would make memory the slowest device of all.
 
 Also here: `kept`, which keeps what a process made for one task for the next ones; `Behind`, a thread that writes one
-buffer while the next is filled; and `lean_heap`, which returns zarr's freed buffers to the system.
+buffer while the next is filled; and the C library's heap, which `lean_heap` has return zarr's freed buffers to the
+system, and `roomy_heap` has keep those that are soon needed again.
 """
 
 from __future__ import annotations
@@ -144,14 +145,24 @@ def lean_heap() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def roomy_heap() -> bool:
-    """Keep freed memory for the next request to an object store, from now on; False if this C library cannot.
+    """Keep freed memory for the next block of the same size, from now on; False if this C library cannot.
 
-    Clients take new memory for every piece that they receive.  Dask's nanny sets ``MALLOC_TRIM_THRESHOLD_``, which
-    also fixes the size from which glibc asks the system for each block at 128 KiB; the pages of every piece are then
-    mapped, cleared and unmapped anew, which was a third of the processor time of a run.
+    Clients of object stores take new memory for every piece that they receive.  Dask's nanny sets
+    ``MALLOC_TRIM_THRESHOLD_``, which also fixes the size from which glibc asks the system for each block at 128 KiB;
+    the pages of every piece are then mapped, cleared and unmapped anew, which was a third of the processor time of a
+    run.
     """
     mallopt = _mallopt()
     return mallopt is not None and bool(mallopt(_MMAP, _ROOMY_MMAP)) and bool(mallopt(_TRIM, _ROOMY_TRIM))
+
+
+def settle_heap() -> None:
+    """`roomy_heap` where the environment fixes the thresholds, as Dask's nanny does; elsewhere glibc adapts them.
+
+    numpy takes new memory for every temporary array.
+    """
+    if _FIXED & os.environ.keys():
+        roomy_heap()
 
 
 @lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 
 from actshuffle.errors import DestinationExistsError, RequestError, ResumeMismatchError
-from actshuffle.executors import Serial, Threads
-from actshuffle.jobs import FolderJob, FolderTask, Step, read_done, run_in_folder
+from actshuffle.executors import Serial, Threads, local_cluster
+from actshuffle.jobs import FolderJob, FolderTask, Step, folder, read_done, run_in_folder
 from actshuffle.jobs.folder import always, run_task
 from actshuffle.jobs.records import sealed
 from actshuffle.storage.place import as_place
@@ -61,6 +62,39 @@ def test_any_executor_makes_the_same(store, tmp_path, workers):
 def test_dask_makes_the_same(store, tmp_path, cluster):
     run(store, tmp_path / "out", executor=cluster(2))
     assert is_oracle(tmp_path / "out")
+
+
+def _heap(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
+    """Page faults of a second array of 1 MB, beside those of a first one that was freed before."""
+    faults = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(1 << 20, np.uint8)  # smaller than a huge page
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return {"faults": faults, "fixed": "MALLOC_TRIM_THRESHOLD_" in os.environ}, 0
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_freed_memory_is_used_again_by_the_tasks_of_a_nanny(tmp_path, settled):
+    """Dask's nanny has freed memory returned to the system; a fresh page of it costs more than the work on it."""
+    found: list[dict[str, Any]] = []
+    with local_cluster(1) as executor:
+        if not settled:  # the control: thresholds as the nanny sets them
+            executor.client.run(_leave_heap)
+        run_in_folder(
+            "heap",
+            tmp_path / "out",
+            {},
+            [Step("heap", _heap, 1)],
+            publish=lambda job: found.extend(job.results("heap")) or {},
+            executor=executor,
+        )
+    assert found[0]["fixed"]
+    assert (found[0]["faults"][1] < 64) == settled, found
+
+
+def _leave_heap() -> None:
+    folder.settle_heap = lambda: None  # in a worker that ends with the test
 
 
 def test_the_check_sees_a_wrong_count(store, tmp_path):
