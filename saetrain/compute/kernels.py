@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 1024  # of a matrix handled at a time, where a temporary of its size is to be avoided
-IN_NUMPY = (torch.float32, torch.float64)  # types of values that numpy has
+IN_NUMPY = (torch.float32, torch.float64, torch.int16)  # types of values that numpy has
 GROUPS = (32, 16, 8)  # sizes of the groups of latents whose maxima bound a top-k
 
 
@@ -192,21 +192,37 @@ def true_places(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
-def candidates(pre: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def candidates(
+    pre: Tensor, k: int, least: Callable[[Tensor], Tensor] = lambda bound: bound
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns and values [n] among which are the k largest of each row; row by row, columns ascending.
 
     The k-th largest of the maxima of groups of columns is a bound that at least k values of the row reach, and seldom
-    many more; it is looked for in the groups whose maxima reach it.
+    many more; it is looked for in the groups whose maxima reach it.  Where values are not exact, `least` makes another
+    bound [rows] of it.
     """
     rows, n = pre.shape
-    group = next((g for g in GROUPS if n % g == 0 and n // g >= 2 * k), 1)
+    group = _group(n, k)
     groups = pre.reshape(-1, group)
-    maxima = groups.amax(1).view(rows, n // group)
-    bound = _kth_largest(maxima, k)
-    reached = true_places((maxima < bound[:, None]).logical_not_())
+    highest = groups.amax(1).view(rows, n // group)
+    bound = least(kth_largest(highest, k))
+    reached = true_places((highest < bound[:, None]).logical_not_())
     held = groups.index_select(0, reached)
     row, column, inside = _inside(held, bound, reached, n)
     return row, column, held.view(-1).index_select(0, inside)
+
+
+def maxima(values: Tensor, k: int) -> Tensor:
+    """[rows, groups]: the largest of each group of columns, at least 2 k groups if there are as many columns.
+
+    The columns of a group lie far apart, so that processors compare neighbours of several groups at once.
+    """
+    group = _group(values.shape[1], k)
+    return values.view(len(values), group, values.shape[1] // group).amax(1)
+
+
+def _group(columns: int, k: int) -> int:
+    return next((g for g in GROUPS if columns % g == 0 and columns // g >= 2 * k), 1)
 
 
 def _inside(held: Tensor, bound: Tensor, reached: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,7 +246,7 @@ def _inside(held: Tensor, bound: Tensor, reached: Tensor, n: int) -> tuple[Tenso
     return row, (found - row * groups) * group + inside % group, inside
 
 
-def _kth_largest(values: Tensor, k: int) -> Tensor:
+def kth_largest(values: Tensor, k: int) -> Tensor:
     """The k-th largest of each row, where a NaN is larger than all numbers."""
     values = values.detach()
     if values.device.type != "cpu" or values.dtype not in IN_NUMPY:

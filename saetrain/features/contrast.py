@@ -24,6 +24,7 @@ from saetrain.features.layout import Column, chunk_key
 I64 = NDArray[np.int64]
 KEPT = 10
 BATCH = 1024  # latents whose candidates are looked at together
+CLOSE = 4  # rows of a chunk that are read for one that is wanted, rather than each on its own
 COLUMNS = {
     "hard/row": Column((KEPT,), "<i8", NO_ROW, "rows on which a near latent is active, and this one is not"),
     "hard/latent": Column((KEPT,), "<i8", -1, "that latent"),
@@ -89,14 +90,23 @@ def _first(rows: I64) -> NDArray[np.bool_]:
 
 
 def _rows(job: FolderJob, name: str, latents: I64, width: int) -> I64:
-    """Rows of an int64 array that earlier tasks wrote, of ascending latents: one small read for each."""
+    """Rows of an int64 array that earlier tasks wrote, of ascending latents.
+
+    Of each chunk, rows that lie close together are one read, with those between them; others are a small read each.
+    """
     plan, objects = Plan.of(job), job.objects
     out = np.empty((len(latents), width), "<i8")
-    flat = out.reshape(-1).view(np.uint8).data
     for chunk in np.unique(latents // plan.chunk).tolist():
         inside = np.flatnonzero(latents // plan.chunk == chunk)
-        offsets = ((latents[inside] - chunk * plan.chunk) * width * 8).tolist()
-        objects.read_rows(chunk_key(name, chunk, 2), width * 8, offsets, flat, (inside * width * 8).tolist())
+        places = latents[inside] - chunk * plan.chunk
+        first, count = int(places[0]), int(places[-1] - places[0]) + 1
+        key, flat = chunk_key(name, chunk, 2), out.reshape(-1).view(np.uint8).data
+        if count <= CLOSE * len(places):
+            held = np.empty((count, width), "<i8")
+            objects.read_rows(key, held.nbytes, [first * width * 8], held.reshape(-1).view(np.uint8).data, [0])
+            out[inside] = held[places - first]
+        else:
+            objects.read_rows(key, width * 8, (places * width * 8).tolist(), flat, (inside * width * 8).tolist())
     return out
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saetrain.compute.screen import Screen
 from saetrain.errors import CheckpointError
 from saetrain.foreign import check_finite, read_foreign
 from saetrain.model import Model
@@ -129,6 +130,7 @@ class Shard:
     threshold: Tensor
     offset: Tensor
     decoder: Tensor | None  # where effects on the loss are asked for
+    screen: Screen | None  # of the same weights, on a CPU
 
 
 @lru_cache(maxsize=1)  # a worker keeps the shard of its last task: tasks come shard by shard
@@ -145,4 +147,5 @@ def shard_of(path: str, digest: str, lo: int, hi: int, device: str, decoder: boo
         weight[here], bias[here], threshold[here] = part["W_enc"], part["b_enc"], part["threshold"]
         if rows is not None:
             rows[here] = part["W_dec"]
-    return Shard(lo, hi, weight, bias, threshold, found.offset().to(device, torch.float32), rows)
+    screen = Screen(weight, bias, None if found.k else threshold) if weight.device.type == "cpu" else None
+    return Shard(lo, hi, weight, bias, threshold, found.offset().to(device, torch.float32), rows, screen)

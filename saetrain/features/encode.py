@@ -6,7 +6,8 @@
                               with k latents a token and several shards, each shard's k best go to work/candidates/
     select   block            the k best of all shards' candidates; ties go to the lower latent
 
-Pre-activations exist for one tile of rows at a time.
+Pre-activations exist for one tile of rows at a time.  On a CPU a rough product of all says which of them to compute
+(saetrain/compute/screen.py), each as an inner product of its own; on a GPU they are those of one product in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from actshuffle import Dataset, open_dataset
 from actshuffle.jobs import FolderJob, FolderTask
 from saetrain.compute.kernels import Codes, candidates, true_places
+from saetrain.compute.screen import Screen
 from saetrain.data import check_finite, read_columns
 from saetrain.describing.sorting import ordered, ranks
 from saetrain.features import codes
@@ -79,13 +81,16 @@ def active(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None, grad
 
     `room` is as `product` takes it; `gradient` [rows, d_in] is that of the loss with respect to the rows.
     """
-    pre = product(shard, x, plan, room)
-    if plan.k:
-        row, latent, value = largest(pre, plan.k)
+    if shard.screen is not None:
+        row, latent, value = _screened(shard.screen, x - shard.offset, plan.k, room)
     else:
-        place = true_places(pre > shard.threshold)
-        value = pre.flatten()[place].cpu().numpy()
-        row, latent = np.divmod(place.cpu().numpy(), pre.shape[1])
+        pre = product(shard, x, plan, room)
+        if plan.k:
+            row, latent, value = largest(pre, plan.k)
+        else:
+            place = true_places(pre > shard.threshold)
+            value = pre.flatten()[place].cpu().numpy()
+            row, latent = np.divmod(place.cpu().numpy(), pre.shape[1])
     effect = None
     if gradient is not None:
         assert shard.decoder is not None
@@ -95,21 +100,33 @@ def active(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None, grad
     return Active(latent, row, value, effect)
 
 
+def _screened(screen: Screen, x: Tensor, k: int, room: Tensor | None) -> tuple[I64, I64, np.ndarray[Any, Any]]:
+    room = x.new_empty(len(x), len(screen.weight)) if room is None else room
+    return best_of(*screen.largest(x, k, room), len(x), k) if k else screen.above(x, room)
+
+
 def largest(pre: Tensor, k: int) -> tuple[I64, I64, np.ndarray[Any, Any]]:
-    """Rows, columns and values of the k largest of each row, if positive, row by row with columns ascending.
+    """Rows, columns and values of the k largest of each row, as of `best_of`."""
+    row, column, value = (tensor.cpu().numpy() for tensor in candidates(pre, min(k, pre.shape[1])))
+    return best_of(row, column, value, len(pre), k)
+
+
+def best_of(
+    row: I64, column: I64, value: np.ndarray[Any, Any], rows: int, k: int
+) -> tuple[I64, I64, np.ndarray[Any, Any]]:
+    """Of entries row by row, columns ascending, the k largest of each row, if positive, in the same order.
 
     Of equal values the lower columns are taken.  Values and columns make up words that are all different, so the
     k-th largest word of a row parts those that are taken from the others, and nothing needs to be sorted.
     """
-    row, column, value = (tensor.cpu().numpy() for tensor in candidates(pre, min(k, pre.shape[1])))
     positive = np.flatnonzero(value > 0)
     row, column, value = row[positive], column[positive], value[positive]
-    counts = np.bincount(row, minlength=len(pre))
+    counts = np.bincount(row, minlength=rows)
     width = int(counts.max(initial=0))
     if width <= k:
         return row, column, value
     words = (value.view(np.uint32).astype(np.uint64) << _COLUMN_BITS) | (_COLUMNS - column.astype(np.uint64))
-    table = np.zeros((len(pre), width), np.uint64)
+    table = np.zeros((rows, width), np.uint64)
     table[row, np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)] = words
     bound = np.partition(table, width - k, axis=1)[:, width - k]
     kept = np.flatnonzero(words >= np.repeat(bound, counts))
@@ -119,8 +136,8 @@ def largest(pre: Tensor, k: int) -> tuple[I64, I64, np.ndarray[Any, Any]]:
 def product(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None) -> Tensor:
     """Pre-activations [rows, latents of the shard], in `room` [tile rows, latents of the shard] if it is given.
 
-    Each tile is one matrix product of its own.  Tiles lie at multiples of `tile_rows` and `tile_latents` of the whole
-    store and the whole dictionary, so a pre-activation has the same bits whatever the blocks and shards.
+    For a GPU.  Each tile is one matrix product of its own.  Tiles lie at multiples of `tile_rows` and `tile_latents`
+    of the whole store and the whole dictionary, so a pre-activation has the same bits whatever the blocks and shards.
     """
     centred = x - shard.offset
     pre = x.new_empty(len(x), shard.hi - shard.lo) if room is None else room[: len(x)]

@@ -79,11 +79,12 @@ class Forecast:
 
 
 def encode_memory(plan: Plan, shards: int, active_share: float) -> int:
-    """Bytes of one encode task: the shard's encoder, a tile of pre-activations, and the entries of a block."""
+    """Bytes of one encode task: the shard's encoder in two types, a tile of pre-activations, the entries of a block."""
     widest = -(-plan.latents // shards)
-    tile = plan.tile_rows * widest * TILE_ELEMENT + plan.tile_rows * 3 * plan.row_bytes
+    tile = plan.tile_rows * widest * TILE_ELEMENT + plan.tile_rows * 6 * plan.row_bytes
     entry = BLOCK_ENTRY if plan.gradient is None else BLOCK_ENTRY + EFFECT
-    return int(widest * plan.row_bytes + tile + entry * plan.block_rows * active_share * widest)
+    weights = widest * 6 * plan.d_in  # and as they are in bfloat16
+    return int(weights + tile + entry * plan.block_rows * active_share * widest)
 
 
 def most_entries(plan: Plan, memory: int) -> int:

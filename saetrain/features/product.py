@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from actshuffle.jobs import FolderJob, FolderTask
+from saetrain.compute.screen import fastest_type
 from saetrain.describing.slots import Arrays
 from saetrain.errors import DataError
 from saetrain.features import layout
@@ -26,7 +27,7 @@ from saetrain.features.layout import Column
 from saetrain.products import scratch
 from saetrain.products.energy import Gram, gram
 from saetrain.products.lens import BINS, Lens, project
-from saetrain.products.nearest import Nearest, fastest_type, tile_bytes
+from saetrain.products.nearest import Nearest, tile_bytes
 from saetrain.products.tiles import COLUMNS, ROWS, Kept, Table
 
 LOGITS = 10  # largest and smallest of a latent

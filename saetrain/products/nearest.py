@@ -19,8 +19,6 @@ The exact value of a pair is a function of its two rows alone, and the same for 
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -33,7 +31,6 @@ MANY = 32  # a product in float64 is worth its time where more than one pair in 
 PAIRS = 1 << 15  # whose inner products are computed at a time, or fewer:
 NUMBERS = 1 << 18  # of their rows
 SUMMED = 4096  # numbers of a row that are added up at once; einsum would cut longer sums where its buffer ends
-TYPES = (torch.bfloat16, torch.float32)
 
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]  # rows and columns of a tile, in order
 
@@ -46,18 +43,6 @@ def margin(d: int) -> float:
 def tile_bytes(d: int) -> int:
     """Bytes that an offer takes beside the rows and their table."""
     return COLUMNS * 14 * d + ROWS * (COLUMNS * 16 + 8 * d) + 24 * NUMBERS + 120 * PAIRS
-
-
-def fastest_type(d: int) -> torch.dtype:
-    """The type of the faster product on this machine; both give the same result."""
-    best = (float("inf"), TYPES[0])
-    for dtype in TYPES:
-        a, b = (torch.zeros(size, d, dtype=dtype) for size in (ROWS, COLUMNS))
-        for _ in range(3):
-            began = time.perf_counter()
-            a @ b.T
-            best = min(best, (time.perf_counter() - began, dtype), key=lambda one: one[0])
-    return best[1]
 
 
 class Nearest:

@@ -35,7 +35,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, acts: Path) -> dict[str, Any
     for kind in KINDS:
         where = dictionary(folder / kind, kind)
         build(where, acts, folder / f"{kind}.out")
-        found[kind] = saetrain.open_features(folder / f"{kind}.out"), dense(where, x, 16, 8), where
+        found[kind] = saetrain.open_features(folder / f"{kind}.out"), dense(where, x), where
     return found
 
 

@@ -26,7 +26,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         where = dictionary(folder / name, kind, seed=seed)
         saetrain.build_features(where, acts, folder / f"{name}.out", keep_codes=True, fsync=False, **TINY)
         found[name] = saetrain.open_features(folder / f"{name}.out")
-        found[f"{name} dense"] = dense(where, rows, 16, 8).astype(np.float64)
+        found[f"{name} dense"] = dense(where, rows).astype(np.float64)
     saetrain.interactions(folder / "a", folder / "b", folder / "w", k=4, fsync=False)
     return found | {"w": saetrain.open_interactions(folder / "w"), "folder": folder}
 

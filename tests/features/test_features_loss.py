@@ -38,7 +38,7 @@ def due(where: Path, acts: Path, sign: float = 1.0) -> np.ndarray:
     data = actshuffle.open_dataset(acts)
     x, gradient, document = (data.read(name, 0, ROWS) for name in ("x", "grad_x", "document"))
     decoder = tensors.TensorFile(where / "sae_weights.safetensors").read("W_dec").numpy().astype(np.float64)
-    effect = sign * dense(where, x, 16, 8).astype(np.float64) * (gradient.astype(np.float64) @ decoder.T)
+    effect = sign * dense(where, x).astype(np.float64) * (gradient.astype(np.float64) @ decoder.T)
     return np.stack([effect[document == d].sum(axis=0) for d in np.unique(document)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -33,10 +34,13 @@ from actshuffle.errors import (
 from actshuffle.executors import Serial
 from actshuffle.testing import Faults, Killed, Operation, matching
 from saetrain.cli import main
+from saetrain.compute import screen
 from saetrain.describing.slots import Slots
 from saetrain.errors import ConfigError, DataError, ExchangeError
 from saetrain.features import codes, pipeline
 from saetrain.features import collate as collating
+from saetrain.features import dictionary as dictionaries
+from saetrain.features import encode as encoding
 from saetrain.features.collate import collate
 from saetrain.features.dictionary import Dictionary
 from saetrain.features.forecast import forecast, result_bytes
@@ -83,6 +87,38 @@ def test_any_cut_gives_the_same_bytes(tmp_path, whole, acts, monkeypatch, kind, 
     done = build(where, acts, tmp_path / "out", shards=shards, block_rows=-(-ROWS // blocks))
     assert done.tasks > shards * blocks
     assert content(tmp_path / "out") == content(due)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_type_of_the_rough_product_gives_the_same_bytes(tmp_path, whole, acts, monkeypatch, kind):
+    where, due = whole[kind]
+    monkeypatch.setattr(screen, "MANY", 0)  # so that bfloat16 is kept to
+    narrow = []
+    for dtype in screen.TYPES:
+        monkeypatch.setattr(screen, "fastest_type", lambda d, dtype=dtype: dtype)
+        dictionaries.shard_of.cache_clear()
+        build(where, acts, tmp_path / str(dtype))
+        assert content(tmp_path / str(dtype)) == content(due)
+        found = dictionaries.shard_of(str(where), Dictionary(str(where)).digest, 0, LATENTS, "cpu", False)
+        narrow.append(found.screen.rough.dtype)
+    assert narrow == list(screen.TYPES), "each was used"
+    dictionaries.shard_of.cache_clear()
+
+
+def test_a_plain_product_as_on_a_gpu_gives_the_same_entries(tmp_path, whole, acts, monkeypatch):
+    """Values differ by the rounding of sums; the rows and latents of this case do not."""
+    of = dictionaries.shard_of
+    monkeypatch.setattr(encoding, "shard_of", lambda *which: dataclasses.replace(of(*which), screen=None))
+    for kind in KINDS:
+        build(whole[kind][0], acts, tmp_path / "plain", keep_codes=True, overwrite=True)
+        monkeypatch.setattr(encoding, "shard_of", of)
+        build(whole[kind][0], acts, tmp_path / "screened", keep_codes=True, overwrite=True)
+        plain, screened = (saetrain.open_features(tmp_path / name) for name in ("plain", "screened"))
+        for latent in range(LATENTS):
+            (rows, values), (due, others) = plain[latent].codes(), screened[latent].codes()
+            assert rows.tolist() == due.tolist()
+            assert values == pytest.approx(others, rel=1e-5, abs=1e-5)
+        monkeypatch.setattr(encoding, "shard_of", lambda *which: dataclasses.replace(of(*which), screen=None))
 
 
 def test_the_comparison_sees_another_seed_and_a_changed_byte(tmp_path, whole, acts):
@@ -388,7 +424,7 @@ def test_kept_codes_are_the_dense_activations(tmp_path, whole, acts, monkeypatch
     build(where, acts, tmp_path / "out", keep_codes=True, shards=2, block_rows=112)
     features = saetrain.open_features(tmp_path / "out")
     x = actshuffle.open_dataset(acts).read("x", 0, ROWS)
-    found = dense(where, x, 16, 8)
+    found = dense(where, x)
     for latent, f in enumerate(features):
         rows, values = f.codes()
         assert rows.tolist() == np.flatnonzero(found[:, latent]).tolist()

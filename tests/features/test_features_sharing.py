@@ -74,7 +74,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, acts: Path) -> dict[str, Any
     saetrain.build_features(where, acts, folder / "kept", model=causal, keep_codes=True, **common)
     saetrain.build_features(where, acts, folder / "plain", **common)
     rows = actshuffle.open_dataset(acts).read("x", 0, ROWS)
-    return {"kept": folder / "kept", "plain": folder / "plain", "dense": dense(where, rows, 16, 8), "sae": where}
+    return {"kept": folder / "kept", "plain": folder / "plain", "dense": dense(where, rows), "sae": where}
 
 
 def export(built: dict[str, Any], to: Path, format: str, which: str = "kept", **how: Any) -> Path:

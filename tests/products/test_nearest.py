@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from saetrain.compute.screen import TYPES, fastest_type
 from saetrain.products import nearest
-from saetrain.products.nearest import TYPES, Nearest, fastest_type, margin
+from saetrain.products.nearest import Nearest, margin
 from saetrain.products.tiles import EMPTY, Table
 
 TAKE = Nearest._take

@@ -73,17 +73,14 @@ def content(out: Path) -> dict[str, bytes]:
 # --- the oracle: dense activations, and plain numpy a latent at a time ----------------------------
 
 
-def dense(dictionary: Path, x: np.ndarray, tile_rows: int, tile_latents: int) -> np.ndarray:
-    """Activations float32 [rows, latents] of the sparse code, by plain sorting; products have the tiles' shapes."""
+def dense(dictionary: Path, x: np.ndarray) -> np.ndarray:
+    """Activations float32 [rows, latents] of the sparse code, each an inner product of its own, by plain sorting."""
     held = tensors.TensorFile(dictionary / "sae_weights.safetensors")
     cfg = json.loads((dictionary / "cfg.json").read_text())
     w, bias = held.read("W_enc").T.contiguous(), held.read("b_enc")
     rows = torch.from_numpy(x) - (held.read("b_dec") if cfg["apply_b_dec_to_input"] else 0)
-    pre = torch.empty(len(x), len(bias))
-    for r in range(0, len(x), tile_rows):
-        for c in range(0, len(bias), tile_latents):
-            tile = torch.addmm(bias[c : c + tile_latents], rows[r : r + tile_rows], w[c : c + tile_latents].T)
-            pre[r : r + tile_rows, c : c + tile_latents] = tile
+    everywhere = torch.ones(len(x), len(bias)).to_sparse_csr()
+    pre = torch.sparse.sampled_addmm(everywhere, rows, w.T, beta=0.0).values().view(len(x), -1) + bias
     found = pre.numpy()
     if cfg["architecture"] == "topk":
         kept = np.zeros_like(found)
