@@ -213,11 +213,11 @@ def candidates(
 
 
 def maxima(values: Tensor, k: int) -> Tensor:
-    """[rows, groups]: the largest of each group of columns, at least 2 k groups if there are as many columns.
+    """[rows, groups]: the largest of each group of columns, at least 4 k groups if there are as many columns.
 
     The columns of a group lie far apart, so that processors compare neighbours of several groups at once.
     """
-    group = _group(values.shape[1], k)
+    group = _group(values.shape[1], 2 * k)
     return values.view(len(values), group, values.shape[1] // group).amax(1)
 
 

@@ -87,6 +87,14 @@ class Margin(NamedTuple):
         return _known(-1.01 * (1 + 2 * self.share) * self.fixed, self.fixed)
 
 
+class Narrow(NamedTuple):
+    """A rough product in bfloat16, raised by `shift` so far that no entry that can be positive is negative."""
+
+    bits: NDArray[np.int16]  # [rows, latents], of the numbers; those of positive ones have their order
+    shift: float
+    margin: Margin  # of the numbers less the shift
+
+
 class Screen:
     """An encoder of `weight` [latents, d] and `bias` [latents], float32.
 
@@ -110,72 +118,64 @@ class Screen:
     def largest(self, x: Tensor, k: int, room: Tensor) -> Entries:
         """Entries among which are the k largest of each row of x [rows, d], if positive."""
         k = min(k, len(self.weight))
-        if self.rough.dtype != torch.float32:
-            rough, margin = self._narrow(x, room, 0.0)
-            bound = _floats(kth_largest(maxima(torch.from_numpy(rough), k), k).numpy())
-            found = self._reaching(x, rough, margin, margin.reach(torch.from_numpy(bound)), 0.0, 2 * k)
-            if found is not None:
+        if (narrow := self._narrow(x, room)) is not None:
+            bound = kth_largest(maxima(torch.from_numpy(narrow.bits), k), k).numpy()
+            least = narrow.margin.reach(torch.from_numpy(_floats(bound) - narrow.shift))
+            if (found := self._reaching(x, narrow, least, 2 * k)) is not None:
                 return found
-        rough32, margin = self._wide(x, room)
-        row, column, value = candidates(rough32, k, margin.reach)
+        rough, margin = self._wide(x, room)
+        row, column, value = candidates(rough, k, margin.reach)
         return self._exact(x, margin, row.numpy(), column.numpy(), value.numpy())
 
     def above(self, x: Tensor, room: Tensor) -> Entries:
         """The entries of x [rows, d] that exceed the threshold of their column."""
         assert self.threshold is not None
         found = None
-        if self.rough.dtype != torch.float32:
-            # So much above that no row's floor is negative.
-            shift = float(-1.05 * self._margin(x, self.rough, 0.0).floor().min()) if len(x) else 0.0
-            rough, margin = self._narrow(x, room, shift)
-            found = self._reaching(x, rough, margin, shift + margin.floor(), shift, 0)
+        if (narrow := self._narrow(x, room)) is not None:
+            found = self._reaching(x, narrow, narrow.margin.floor(), 0)
         if found is None:
-            rough32, margin = self._wide(x, room)
-            row, column = np.nonzero(~(rough32 <= margin.floor()[:, None]).numpy())
-            found = self._exact(x, margin, row, column, rough32.numpy()[row, column])
+            rough, margin = self._wide(x, room)
+            row, column = np.nonzero(~(rough <= margin.floor()[:, None]).numpy())
+            found = self._exact(x, margin, row, column, rough.numpy()[row, column])
         active = np.flatnonzero(found.value > self.threshold.numpy()[found.column])
         return Entries(found.row[active], found.column[active], found.value[active])
 
     def _wide(self, x: Tensor, room: Tensor) -> tuple[Tensor, Margin]:
         """The rough product in float32 [rows, latents]."""
         rough = torch.addmm(self._low, x, self.weight.T, out=room[: len(x)])
-        return rough, self._margin(x, self.weight, 0.0)
+        return rough, self._margin(x, _norms(x), self.weight)
 
-    def _narrow(self, x: Tensor, room: Tensor, shift: float) -> tuple[NDArray[np.int16], Margin]:
-        """The rough product plus `shift` in bfloat16, as the bits of these numbers: positive ones have their order."""
-        weight, memory = self.rough, room.view(-1).view(torch.bfloat16)
-        rough = memory[: len(x) * len(weight)].view(len(x), len(weight))
-        if self._most or shift:
-            torch.addmm((self._low + shift).to(weight.dtype), x.to(weight.dtype), weight.T, out=rough)
-        else:
-            torch.mm(x.to(weight.dtype), weight.T, out=rough)
-        return rough.view(torch.int16).numpy(), self._margin(x, weight, shift)
+    def _narrow(self, x: Tensor, room: Tensor) -> Narrow | None:
+        """The rough product in bfloat16; None where it does not serve, or its numbers may be infinite."""
+        weight, norm = self.rough, _norms(x)
+        if weight.dtype == torch.float32 or not len(x):
+            return None
+        fixed, share = self._margin(x, norm, weight)
+        shift = -1.05 * float(Margin(fixed, share).floor().min())
+        if not self._norm * float(norm.max()) + self._most + shift < FINITE:
+            return None
+        rough = room.view(-1).view(weight.dtype)[: len(x) * len(weight)].view(len(x), len(weight))
+        torch.addmm((self._low + shift).to(weight.dtype), x.to(weight.dtype), weight.T, out=rough)
+        return Narrow(rough.view(torch.int16).numpy(), shift, Margin(fixed + (share + NARROW) * shift, share))
 
-    def _margin(self, x: Tensor, weight: Tensor, shift: float) -> Margin:
-        most, norm = self._most + abs(shift), _norms(x)
+    def _margin(self, x: Tensor, norm: Tensor, weight: Tensor) -> Margin:
         fixed, share = (3 * x.shape[1] + 16) * FLOAT * self._norm * norm + TINY * (norm > 0), 16 * FLOAT
         if weight.dtype != torch.float32:
             off = _norms(x - x.to(weight.dtype))
-            fixed += 1.001 * (self._norm * off + self._off * (norm + off))
-            share += (2.2 if most else 1.1) * NARROW  # a bias may be rounded, and be added to what was rounded before
-            fixed += NARROW * most
-        return Margin((fixed + share * most).float(), share)
+            fixed += 1.001 * (self._norm * off + self._off * (norm + off)) + NARROW * self._most
+            share += 2.2 * NARROW  # a product may be rounded before its bias is added, and after
+        return Margin((fixed + share * self._most).float(), share)
 
-    def _reaching(
-        self, x: Tensor, rough: NDArray[np.int16], margin: Margin, least: Tensor, shift: float, expected: int
-    ) -> Entries | None:
+    def _reaching(self, x: Tensor, narrow: Narrow, least: Tensor, expected: int) -> Entries | None:
         """The entries whose rough values reach the least of their row, or None if these are too many."""
-        if not float((self._norm * _norms(x)).sum()) + self._most + shift < FINITE:
-            return None
-        # Towards 0: more may reach it.  Where the least is not positive, all are looked at.
-        bits = np.maximum(least.numpy().view(np.int32) >> 16, 1).astype(np.int16)
-        bits[~(least.numpy() > 0)] = np.iinfo(np.int16).min
-        place = true_places(torch.from_numpy(rough >= bits[:, None])).numpy()
-        if (len(place) - expected * len(x)) * MANY > rough.size:
+        # The bits are those of the next number towards 0, which more may reach; numbers of 0 cannot.
+        bits = np.maximum((least.numpy() + np.float32(narrow.shift)).view(np.int32) >> 16, 1).astype(np.int16)
+        place = true_places(torch.from_numpy(narrow.bits >= bits[:, None])).numpy()
+        if (len(place) - expected * len(x)) * MANY > narrow.bits.size:
             self.rough = self.weight  # bfloat16 tells too few apart
             return None
-        row, column = np.divmod(place, rough.shape[1])
-        return self._exact(x, margin, row, column, _floats(rough.reshape(-1)[place]) - shift)
+        row, column = np.divmod(place, narrow.bits.shape[1])
+        return self._exact(x, narrow.margin, row, column, _floats(narrow.bits.reshape(-1)[place]) - narrow.shift)
 
     def _exact(self, x: Tensor, margin: Margin, row: I64, column: I64, rough: F32) -> Entries:
         products = inner(x, self.weight, row, column)
