@@ -73,6 +73,21 @@ def matrix_products(compute: str, device: torch.device) -> Iterator[None]:
             switch.fp32_precision = precise
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, a product on the CPU is the calling thread's alone.
+
+    A library may cut a long sum by threads, so that its bits depend on their number: MKL does for a Gram matrix of few
+    columns.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes of memory that are free on the device, or on this machine."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()

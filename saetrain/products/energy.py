@@ -5,7 +5,7 @@ With w = A B^T, the energy and the sum of row i follow from the Gram matrix and 
     sum_j w_ij^2 = a_i (B^T B) a_i^T             sum_j w_ij = a_i . sum_j b_j
 
 All is float64, of float32 rows.  The Gram matrix is summed a tile of COLUMNS rows at a time inside chunks of
-GRAM_ROWS rows, and chunk by chunk, so its bits depend on B alone.
+GRAM_ROWS rows, and chunk by chunk, by one thread, so its bits depend on B alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saetrain.compute.devices import one_thread
 from saetrain.products.tiles import COLUMNS, EMPTY, Table, padded
 
 GRAM_ROWS = 1 << 18  # rows of a chunk
@@ -33,7 +34,8 @@ class Gram(NamedTuple):
     def whole(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """The energy and the sum of each row of A B^T, float64 [n], for a tile of rows a [n, d]."""
         wide = padded(a).double()
-        energy = torch.linalg.vecdot(wide @ self.matrix, wide)[: len(a)]
+        with one_thread():
+            energy = torch.linalg.vecdot(wide @ self.matrix, wide)[: len(a)]
         return energy.clamp_min(0), (wide * self.total).sum(1)[: len(a)]
 
 
@@ -43,7 +45,8 @@ def gram(tiles: Iterable[Tensor], width: int, device: str | torch.device = "cpu"
     total = torch.zeros(width, dtype=torch.float64, device=device)
     for tile in tiles:
         wide = padded(tile).double()
-        matrix += wide.T @ wide
+        with one_thread():
+            matrix += wide.T @ wide
         total += wide.sum(0)
     return Gram(matrix, total)
 

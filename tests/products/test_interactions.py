@@ -20,6 +20,7 @@ from actshuffle.errors import DestinationExistsError, ResumeMismatchError
 from actshuffle.executors import Serial, Threads
 from actshuffle.testing import Faults, Killed, Operation, matching
 from saetrain.errors import ConfigError, DataError
+from saetrain.products.energy import gram, tiles_of
 from saetrain.products.job import Sides, plan_interactions, run_plan
 from saetrain.products.productplan import ProductPlan, make_plan
 
@@ -205,6 +206,19 @@ def test_threads_of_the_library_do_not_change_a_bit(small, tmp_path):
     finally:
         torch.set_num_threads(before)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.parametrize("width", [12, 24, 100])
+def test_threads_of_the_library_do_not_change_a_gram_matrix(width):
+    rows = torch.randn(1500, width, generator=torch.Generator().manual_seed(width))
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(gram((rows[lo:hi] for lo, hi in tiles_of(0, len(rows))), width))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert torch.equal(found[0].matrix, found[1].matrix)
+    assert torch.equal(found[0].total, found[1].total)
 
 
 def test_control_another_order_of_sums_gives_other_bytes(files, tmp_path, monkeypatch):
