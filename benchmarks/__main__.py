@@ -540,6 +540,8 @@ def sae_ranks(**options: Any) -> None:
 @click.option("--k", type=COUNT, default=32, help="Active latents of a token.")
 @click.option("--workers", type=int, default=cores(), help="Worker processes, of one thread each.")
 @click.option("--rounds", type=int, default=1, help="Runs of each size.")
+@click.option("--store", type=click.Path(exists=True, path_type=Path), help="Rows to describe, not random ones.")
+@click.option("--trained", type=click.Path(exists=True, path_type=Path), help="A dictionary of them to measure first.")
 @_common
 def features(**options: Any) -> None:
     """Time `saetrain features` beside the bare encoder product."""

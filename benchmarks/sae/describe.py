@@ -1,8 +1,8 @@
 """`features`: `saetrain features` beside the bare encoder product, timed in the same run.
 
-The store holds random tokens, documents of 300 rows, and activations that depend on the token; the dictionary is
-random, with k active latents a token.  The product is torch's, in tiles of 512 rows, in as many processes of one thread
-as the run has workers.
+Unless a store is given, it holds random tokens, documents of 300 rows, and activations that depend on the token.
+Dictionaries are random, with k active latents a token; one that was trained on the store may come first.  The product
+is torch's, in tiles of 512 rows, in as many processes of one thread as the run has workers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import zarr
 from actshuffle.units import format_bytes
 from benchmarks import measure, plots
 from benchmarks.results import Bench, table
+from saetrain.config import Config
+from saetrain.data import Store
+from saetrain.features.dictionary import Dictionary
 from saetrain.sae import SAE
 
 DOCUMENT, VOCABULARY = 300, 30_000
@@ -55,20 +58,43 @@ print(peak_of(os.getpid()))
 """
 
 
-def run(bench: Bench, *, rows: int, width: int, latents: list[int], k: int, workers: int, rounds: int) -> None:
-    store = make_store(bench.work / "rows.zarr", rows, width)
-    bench.plan(len(latents) * rounds)
+def run(
+    bench: Bench,
+    *,
+    rows: int,
+    width: int,
+    latents: list[int],
+    k: int,
+    workers: int,
+    rounds: int,
+    store: Path | None = None,
+    trained: Path | None = None,
+) -> None:
+    if store is None:
+        store = make_store(bench.work / "rows.zarr", rows, width)
+    else:
+        data = Store(store, Config(incomplete=True))
+        rows, width = data.rows, data.d_in
+    dictionaries = {bench.work / f"sae-{count}": count for count in latents}
+    for path, count in dictionaries.items():
+        make_dictionary(count, width, k).save(path)
+    if trained is not None:
+        dictionaries = {trained: Dictionary(str(trained)).latents} | dictionaries
+    bench.plan(len(dictionaries) * rounds)
     found, start = [], idle()
-    for count in latents:
-        dictionary = bench.work / f"sae-{count}"
-        make_dictionary(count, width, k).save(dictionary)
+    for dictionary, count in dictionaries.items():
         for number in range(rounds):
             product = [bare(rows, width, count, max(workers, 1), bench.work)]
-            one = describe(dictionary, store, bench.work / f"out-{count}-{number}", workers)
+            one = describe(dictionary, store, bench.work / f"out-{dictionary.name}-{number}", workers)
             product.append(bare(rows, width, count, max(workers, 1), bench.work))
-            one |= {"latents": count, "product": product, "of_product": one["seconds"] / (sum(product) / 2)}
+            one |= {
+                "latents": count,
+                "trained": dictionary == trained,
+                "product": product,
+                "of_product": one["seconds"] / (sum(product) / 2),
+            }
             found.append(one)
-            bench.did(f"{count:,} latents: {one['of_product']:.2f} bare products")
+            bench.did(f"{count:,} latents{', trained' * one['trained']}: {one['of_product']:.2f} bare products")
     images = plots.draw(bench, lambda folder: [_draw(folder, found)])
     bench.publish({"summary": found, "rows": rows, "start": start}, page(found, rows, width, k, workers, start), images)
 
@@ -138,6 +164,7 @@ def _run(command: list[str]) -> measure.Measured:
 def page(found: list[dict[str, Any]], rows: int, width: int, k: int, workers: int, start: int) -> Iterator[str]:
     yield (
         f"`saetrain features` on {rows:,} rows of {width} numbers, TopK with k = {k}, {workers} workers of a thread. "
+        "*Trained* dictionaries are of these rows, the others random. "
         "*Features* is the time of its tasks; *command* adds imports and the start of the workers. "
         f"A worker that has imported what tasks need, and done none, takes {format_bytes(start)}: its *start*. Memory "
         "is the kernel's count of the peak, with the pages of mapped files."
@@ -157,7 +184,7 @@ def page(found: list[dict[str, Any]], rows: int, width: int, k: int, workers: in
         ],
         (
             [
-                f"{r['latents']:,}",
+                f"{r['latents']:,}" + ", trained" * r["trained"],
                 " and ".join(f"{s:.1f} s" for s in r["product"]),
                 f"{r['seconds']:.1f} s",
                 f"{r['of_product']:.2f}",
