@@ -35,7 +35,7 @@ from actshuffle.jobs.work import Work
 from actshuffle.progress import Progress, observer
 from actshuffle.progress.display import shown
 from actshuffle.seals import seal
-from actshuffle.storage.buffers import settle_heap
+from actshuffle.storage.buffers import settled_heap
 from actshuffle.storage.objects import Objects, open_objects
 from actshuffle.storage.place import Place, as_place, local_path
 
@@ -158,8 +158,8 @@ def run_task(job: FolderJob, task: FolderTask) -> Done:
     finished = read_done(job.place)
     if finished is not None and finished["job"] == job.identity:
         return Done(task, 0, 0.0, False)
-    settle_heap()
-    return once(job, task, job.step(task).do, is_done)
+    with settled_heap():
+        return once(job, task, job.step(task).do, is_done)
 
 
 def is_done(job: FolderJob, task: FolderTask) -> bool:

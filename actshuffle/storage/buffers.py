@@ -156,13 +156,20 @@ def roomy_heap() -> bool:
     return mallopt is not None and bool(mallopt(_MMAP, _ROOMY_MMAP)) and bool(mallopt(_TRIM, _ROOMY_TRIM))
 
 
-def settle_heap() -> None:
+@contextmanager
+def settled_heap() -> Iterator[None]:
     """`roomy_heap` where the environment fixes the thresholds, as Dask's nanny does; elsewhere glibc adapts them.
 
-    numpy takes new memory for every temporary array.
+    numpy takes new memory for every temporary array.  Freed memory is kept within the block and returned at its end,
+    so that what lies between pieces of it does not add up from task to task.
     """
-    if _FIXED & os.environ.keys():
-        roomy_heap()
+    if not _FIXED & os.environ.keys() or not roomy_heap():
+        yield
+        return
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_freed_memory_is_used_again_by_the_tasks_of_a_nanny(tmp_path, settled):
 
 
 def _leave_heap() -> None:
-    folder.settle_heap = lambda: None  # in a worker that ends with the test
+    folder.settled_heap = nullcontext  # in a worker that ends with the test
 
 
 def test_the_check_sees_a_wrong_count(store, tmp_path):
