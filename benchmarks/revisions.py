@@ -33,7 +33,7 @@ class Compared:
 
 COMPARED = {
     "shuffle": Compared(
-        # Revisions that do not know the default command are not asked for it.
+        # Revisions that do not know the default command are not asked for it; it takes a megabyte.
         {"--levels": "1,2,3", "--workers": "0,2", "--row-bytes": "512B,8KiB", "--whole": "1MB", "--whole-rounds": "1"},
         ("mode", "row_bytes", "workers", "levels"),
     ),
@@ -51,15 +51,18 @@ def run(bench: Bench, *, other: Path | None, names: list[str], size: int, modes:
     commits = {side: _commit(folder) for side, folder in checkouts.items()}
     bench.plan(2 * rounds * len(names))
     found: list[dict[str, Any]] = []
+    dropped: set[str] = set()
     for number in range(rounds):
         sides = sorted(checkouts, reverse=bool(number % 2))
         for name in names:
             for side in sides:
-                for one in _measure(bench, name, checkouts[side], size, modes):
-                    found.append({"benchmark": name, "side": side, "round": number, **one})
+                figures, unknown = _measure(bench, name, checkouts[side], size, modes)
+                dropped |= {f"`{name} {option}` by the {side} one" for option in unknown}
+                found += [{"benchmark": name, "side": side, "round": number, **one} for one in figures]
                 bench.did(f"{name}, {side} ({commits[side]}), round {number + 1}")
     rows = summary(found)
-    bench.publish({"commits": commits, "rounds": found, "summary": rows}, page(rows, commits, size))
+    figures_of_all = {"commits": commits, "dropped": sorted(dropped), "rounds": found, "summary": rows}
+    bench.publish(figures_of_all, page(rows, commits, size, sorted(dropped)))
 
 
 def _python(checkout: Path) -> Path:
@@ -71,28 +74,35 @@ def _commit(checkout: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _measure(bench: Bench, name: str, checkout: Path, size: int, modes: list[str]) -> list[dict[str, Any]]:
-    """Run one benchmark once from one checkout; return case, seconds and bytes of each thing that it measured."""
+def _measure(
+    bench: Bench, name: str, checkout: Path, size: int, modes: list[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Run one benchmark once from one checkout.
+
+    Returns case, seconds and bytes of each thing that it measured, and the options that it does not know.
+    """
     command = [str(_python(checkout)), "-m", "benchmarks", name]
     known = subprocess.run([*command, "--help"], cwd=checkout, capture_output=True, text=True, check=True).stdout
     out = bench.work / "results"
+    (out / "results.json").unlink(missing_ok=True)  # of the other checkout
     options = COMPARED[name].options | {SIZE_OPTION[name]: str(size), "--modes": ",".join(modes)}
     options |= dict.fromkeys(ROUNDS_OPTION[name], "1") | {"--work": str(bench.work / "data"), "--out": str(out)}
-    for option, value in options.items():
-        if option in known:
-            command += [option, value]
+    unknown = [option for option in options if option not in known.split()]
+    for option in options.keys() - unknown:
+        command += [option, options[option]]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(f"{' '.join(command)} failed in {checkout}:\n{done.stderr.strip()[-2000:]}")
     figures = json.loads((out / "results.json").read_text())["figures"]["rounds"]
-    return [
+    found = [
         {"case": {key: one[key] for key in COMPARED[name].case}, "seconds": one["seconds"], "bytes": one["bytes"]}
         for one in figures
     ]
+    return found, unknown
 
 
 def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per case: rates of both checkouts, and the ratio of the new one's to the old one's, round by round."""
+    """One row per case of both checkouts: their rates, and the ratio of the new one's to the old one's by round."""
     cases: dict[tuple[str, str], dict[str, list[float]]] = {}
     for one in found:
         key = one["benchmark"], json.dumps(one["case"])
@@ -106,15 +116,18 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "ratio": spread([new / old for new, old in zip(rates["new"], rates["old"], strict=True)]),
         }
         for (name, case), rates in cases.items()
+        if len(rates["new"]) == len(rates["old"])
     ]
 
 
-def page(rows: list[dict[str, Any]], commits: dict[str, str], size: int) -> Iterable[str]:
+def page(rows: list[dict[str, Any]], commits: dict[str, str], size: int, dropped: list[str]) -> Iterable[str]:
     yield (
         f"New: {commits['new']}; old: {commits['old']}, checked out elsewhere and given as `--other`; "
         f"{format_bytes(size)} of data. Median (range) over rounds; *new over old*: the rate of the new revision "
         "over that of the old one in the same round. 1.00 is the same speed."
     )
+    if dropped:
+        yield f"\nOptions that one revision does not know were left out: {', '.join(dropped)}."
     yield ""
     yield from table(
         ("benchmark", "case", "new GB/s", "old GB/s", "new over old"),

@@ -129,7 +129,7 @@ def test_a_slower_revision_shows_in_the_ratio_of_each_round():
     assert row["ratio"] == {"median": 0.5, "low": 0.5, "high": 0.5, "rounds": 2}
     assert row["new"]["high"] == 0.5
     assert row["old"]["high"] == 1
-    assert "levels 2" in list(revisions.page([row], {"new": "a", "old": "b"}, 1))[-1]
+    assert "levels 2" in list(revisions.page([row], {"new": "a", "old": "b"}, 1, []))[-1]
 
 
 def test_a_revision_without_an_environment_is_refused(tmp_path):

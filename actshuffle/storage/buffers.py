@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -117,6 +118,7 @@ _TRIM, _TRIM_MOST = -1, 64 << 20
 _MMAP, _MMAP_MOST = -3, 32 << 20
 _RETURNED_FROM = 256 << 10
 _ROOMY_MMAP, _ROOMY_TRIM = 8 << 20, 16 << 20  # twice a piece that a store sends; more would be kept by every thread
+_TRIM_SECONDS = 4.0
 _FIXED = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}  # variables that fix the thresholds
 
 
@@ -160,8 +162,8 @@ def roomy_heap() -> bool:
 def settled_heap() -> Iterator[None]:
     """`roomy_heap` where the environment fixes the thresholds, as Dask's nanny does; elsewhere glibc adapts them.
 
-    numpy takes new memory for every temporary array.  Freed memory is kept within the block and returned at its end,
-    so that what lies between pieces of it does not add up from task to task.
+    numpy takes new memory for every temporary array.  Freed memory is kept, and returned at the end of the block once
+    in some seconds, so that free pages between those in use do not add up from task to task.
     """
     if not _FIXED & os.environ.keys() or not roomy_heap():
         yield
@@ -169,7 +171,13 @@ def settled_heap() -> Iterator[None]:
     try:
         yield
     finally:
-        ctypes.CDLL(None).malloc_trim(0)
+        _trim(int(time.monotonic() // _TRIM_SECONDS))
+
+
+@lru_cache(maxsize=1)
+def _trim(period: int) -> None:
+    """Return all free pages to the system, once in each period."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @lru_cache(maxsize=1)

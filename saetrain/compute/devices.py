@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from actshuffle.machine import free_memory
 from actshuffle.units import counted
 from saetrain.errors import ConfigError
+
+_THREADS = threading.Lock()
 
 
 def named_device(name: str) -> torch.device:
@@ -80,12 +83,28 @@ def one_thread() -> Iterator[None]:
     A library may cut a long sum by threads, so that its bits depend on their number: MKL does for a Gram matrix of few
     columns.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _THREADS:  # a thread that comes first to torch meanwhile would take 1 for its own number
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within, products of float32 on a CPU are in float32, whatever `torch.set_float32_matmul_precision` allows."""
+    switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = switch.fp32_precision
+    if before in ("ieee", "none"):
+        yield
+        return
+    switch.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        switch.fp32_precision = before
 
 
 def free_bytes(device: torch.device) -> int:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 1024  # of a matrix handled at a time, where a temporary of its size is to be avoided
-IN_NUMPY = (torch.float32, torch.float64, torch.int16)  # types of values that numpy has
+IN_NUMPY = (torch.float32, torch.float64, torch.int16)  # types of values whose largest numpy finds
 GROUPS = (32, 16, 8)  # sizes of the groups of latents whose maxima bound a top-k
 
 

@@ -7,7 +7,8 @@
     latents   |-- chunk 0 --|-- chunk 1 --|-- 2 --|       a chunk is collated by one task; whole granules
     latents   |..|..|..|..|..|..|..|..|..|..|..|..|       a granule is the least that is read of an object of codes
 
-The encoder product is made of tiles at fixed places, so its bits depend neither on shards nor on blocks.
+A pre-activation's bits depend neither on shards nor on blocks: on a CPU it is an inner product of its own, and on a GPU
+the encoder product is made of tiles at fixed places.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch import Tensor
 from actshuffle import Dataset, open_dataset
 from actshuffle.jobs import FolderJob, FolderTask
 from saetrain.compute.kernels import Codes, candidates, true_places
-from saetrain.compute.screen import Screen
+from saetrain.compute.screen import Screen, best_of
 from saetrain.data import check_finite, read_columns
 from saetrain.describing.sorting import ordered, ranks
 from saetrain.features import codes
@@ -30,7 +30,6 @@ from saetrain.features.blueprint import Plan
 from saetrain.features.dictionary import Shard, shard_of
 
 I64 = np.ndarray[Any, np.dtype[np.int64]]
-_COLUMN_BITS, _COLUMNS = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 def encode(job: FolderJob, task: FolderTask, *, device: str) -> tuple[dict[str, Any], int]:
@@ -102,35 +101,13 @@ def active(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None, grad
 
 def _screened(screen: Screen, x: Tensor, k: int, room: Tensor | None) -> tuple[I64, I64, np.ndarray[Any, Any]]:
     room = x.new_empty(len(x), len(screen.weight)) if room is None else room
-    return best_of(*screen.largest(x, k, room), len(x), k) if k else screen.above(x, room)
+    return screen.largest(x, k, room) if k else screen.above(x, room)
 
 
 def largest(pre: Tensor, k: int) -> tuple[I64, I64, np.ndarray[Any, Any]]:
     """Rows, columns and values of the k largest of each row, as of `best_of`."""
     row, column, value = (tensor.cpu().numpy() for tensor in candidates(pre, min(k, pre.shape[1])))
     return best_of(row, column, value, len(pre), k)
-
-
-def best_of(
-    row: I64, column: I64, value: np.ndarray[Any, Any], rows: int, k: int
-) -> tuple[I64, I64, np.ndarray[Any, Any]]:
-    """Of entries row by row, columns ascending, the k largest of each row, if positive, in the same order.
-
-    Of equal values the lower columns are taken.  Values and columns make up words that are all different, so the
-    k-th largest word of a row parts those that are taken from the others, and nothing needs to be sorted.
-    """
-    positive = np.flatnonzero(value > 0)
-    row, column, value = row[positive], column[positive], value[positive]
-    counts = np.bincount(row, minlength=rows)
-    width = int(counts.max(initial=0))
-    if width <= k:
-        return row, column, value
-    words = (value.view(np.uint32).astype(np.uint64) << _COLUMN_BITS) | (_COLUMNS - column.astype(np.uint64))
-    table = np.zeros((rows, width), np.uint64)
-    table[row, np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)] = words
-    bound = np.partition(table, width - k, axis=1)[:, width - k]
-    kept = np.flatnonzero(words >= np.repeat(bound, counts))
-    return row[kept], column[kept], value[kept]
 
 
 def product(shard: Shard, x: Tensor, plan: Plan, room: Tensor | None = None) -> Tensor:

@@ -83,7 +83,7 @@ def encode_memory(plan: Plan, shards: int, active_share: float) -> int:
     widest = -(-plan.latents // shards)
     tile = plan.tile_rows * widest * TILE_ELEMENT + plan.tile_rows * 6 * plan.row_bytes
     entry = BLOCK_ENTRY if plan.gradient is None else BLOCK_ENTRY + EFFECT
-    weights = widest * 6 * plan.d_in  # and as they are in bfloat16
+    weights = widest * (plan.row_bytes + 2 * plan.d_in)  # and as they are in bfloat16
     return int(weights + tile + entry * plan.block_rows * active_share * widest)
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saetrain.compute.devices import full_precision
 from saetrain.compute.kernels import true_places
 
 ROWS, COLUMNS = 256, 1024  # of a tile; COLUMNS is a multiple of ROWS
@@ -135,7 +136,9 @@ def products(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
         held = len(left)
         if held < ROWS:
             left = torch.cat([left, left.new_zeros(ROWS - held, left.shape[1])])
-        yield low, (left @ right)[:held, : len(b)]
+        with full_precision():
+            pre = left @ right
+        yield low, pre[:held, : len(b)]
 
 
 def add_tile(

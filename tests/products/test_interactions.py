@@ -208,6 +208,16 @@ def test_threads_of_the_library_do_not_change_a_bit(small, tmp_path):
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
+def test_products_are_in_float32_whatever_the_caller_allows(small, tmp_path):
+    run(*small, tmp_path / "due")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        run(*small, tmp_path / "found")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert contents(tmp_path / "found") == contents(tmp_path / "due")
+
+
 @pytest.mark.parametrize("width", [12, 24, 100])
 def test_threads_of_the_library_do_not_change_a_gram_matrix(width):
     rows = torch.randn(1500, width, generator=torch.Generator().manual_seed(width))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from saetrain.compute import screen
 from saetrain.compute.screen import TYPES, Entries, Screen, fastest_type, inner
-from saetrain.features.encode import best_of
 
 ROWS, WIDTH, LATENTS = 60, 24, 192
 
@@ -40,10 +39,24 @@ def case(kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         threshold *= 1e-9
     if kind == "far below":
         bias -= 100.0
+    if kind == "masked":  # by biases and thresholds, or without weights
+        bias[::5], threshold[1::5], w[2::3] = -1e9, 1e9, 0.0
+        bias[2::6] = 0.0
+    if kind == "of thresholds below 0":
+        threshold = bias - 0.3 * drawn(LATENTS, seed=5)
+        bias[7], threshold[7] = -1e9, -1e9
+    if kind == "subnormal":
+        x[:, 0], w[:, 0] = 5e-39, 1e10
+        x[:, 1:] = 0.0
+        x[::2], bias, threshold = 0.0, torch.full((LATENTS,), 4e-41), torch.zeros(LATENTS)
+        bias[::3] = -1e-29
+    if kind == "of sums that overflow":
+        x, w = 1e19 * drawn(ROWS, WIDTH), 3e19 * drawn(LATENTS, WIDTH, seed=1).sign()
     return x, w, bias, threshold
 
 
 KINDS = ("drawn", "alike", "zeros", "of a large part in common", "of many sizes", "far below")
+KINDS += ("masked", "of thresholds below 0", "subnormal", "of sums that overflow")
 
 
 def room(rows: int = ROWS) -> Tensor:
@@ -73,7 +86,7 @@ def listed(entries: Any) -> list[tuple[int, int, float]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_largest_are_those_of_a_plain_sort(kind: str, k: int, dtype: torch.dtype) -> None:
     x, w, bias, _ = case(kind)
-    found = best_of(*Screen(w, bias, dtype=dtype).largest(x, k, room()), ROWS, k)
+    found = Screen(w, bias, dtype=dtype).largest(x, k, room(ROWS + 7))
     assert listed(found) == plain_largest(every(x, w, bias), k)
 
 
@@ -87,7 +100,7 @@ def test_entries_above_their_thresholds_are_all_of_them(kind: str, dtype: torch.
     assert listed(found) == listed((row, column, pre[row, column]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:-1])
 def test_values_are_those_of_float64_to_the_rounding_of_float32(kind: str) -> None:
     x, w, bias, _ = case(kind)
     sums = x.double() @ w.double().T
@@ -102,30 +115,88 @@ def test_an_entry_has_the_same_bits_alone_and_among_others() -> None:
         part = every(x[rows], w[lo:hi].contiguous(), bias[lo:hi])
         assert np.array_equal(part, pre[rows, lo:hi])
     before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        assert np.array_equal(every(x, w, bias), pre)
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert np.array_equal(every(x, w, bias), pre)
+    finally:
+        torch.set_num_threads(before)
 
 
-def test_few_entries_are_looked_at() -> None:
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of inner products of each call."""
+    found: list[int] = []
+
+    def counted(x: Tensor, weight: Tensor, row: Any, column: Any) -> Any:
+        found.append(len(row))
+        return inner(x, weight, row, column)
+
+    monkeypatch.setattr(screen, "inner", counted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_few_entries_are_looked_at(monkeypatch: pytest.MonkeyPatch, masked: bool, dtype: torch.dtype) -> None:
     x, w = drawn(ROWS, 64), drawn(4096, 64, seed=1)
     x, w, bias = x / x.norm(dim=1, keepdim=True), w / w.norm(dim=1, keepdim=True), torch.zeros(4096)
-    looked = {t: len(Screen(w, bias, dtype=t).largest(x, 32, torch.empty(ROWS, 4096)).row) / ROWS for t in TYPES}
-    assert 32 <= looked[torch.float32] < 40
-    assert looked[torch.float32] < looked[torch.bfloat16] < 100
+    threshold = torch.full((4096,), 0.3)
+    if masked:
+        bias[:9], threshold[9:18], w[20:2000] = -1e9, 1e9, 0.0
+    found = looked_at(monkeypatch)
+    few = 2 if dtype == torch.bfloat16 else 1.3
+    Screen(w, bias, dtype=dtype).largest(x, 32, torch.empty(ROWS, 4096))
+    assert 32 <= found.pop() / ROWS < few * (48 if masked else 32)
+    active = len(Screen(w, bias, threshold, dtype=dtype).above(x, torch.empty(ROWS, 4096)).row)
+    assert 100 < active <= found.pop() < few * active
 
 
 def test_rows_that_bfloat16_does_not_tell_apart_are_looked_at_in_float32() -> None:
     x, w, bias, threshold = case("of a large part in common")
     for held in (None, threshold):
         found = Screen(w, bias, held, dtype=torch.bfloat16)
-        assert found.rough.dtype == torch.bfloat16
-        found.largest(x, 3, room()) if held is None else found.above(x, room())
+        for tile in range(screen.TRIES):
+            assert found.rough.dtype == torch.bfloat16, tile
+            found.largest(x, 3, room()) if held is None else found.above(x, room())
         assert found.rough is found.weight
     kept = Screen(drawn(4096, 64), torch.zeros(4096), dtype=torch.bfloat16)
-    kept.largest(drawn(ROWS, 64), 3, torch.empty(ROWS, 4096))
+    for _ in range(screen.TRIES):
+        kept.largest(drawn(ROWS, 64), 3, torch.empty(ROWS, 4096))
     assert kept.rough.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_of_a_tile_give_the_same_entries(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    x, w, bias, threshold = case(kind)
+    due = Screen(w, bias).largest(x, 5, room()), Screen(w, bias, threshold).above(x, room())
+    monkeypatch.setattr(screen, "SLICE", 7)
+    monkeypatch.setattr(screen, "MANY", 10**9)
+    monkeypatch.setattr(screen, "_are_many", lambda count, rough: len(rough) > 7)
+    found = Screen(w, bias).largest(x, 5, room()), Screen(w, bias, threshold).above(x, room())
+    assert list(map(listed, found)) == list(map(listed, due))
+
+
+@pytest.mark.parametrize("latents", [1, 31, 130])
+def test_any_number_of_latents(latents: int) -> None:
+    x, w, bias, threshold = case("drawn")
+    w, bias, threshold, pre = w[:latents], bias[:latents], threshold[:latents], every(x, w[:latents], bias[:latents])
+    for dtype in TYPES:
+        found = Screen(w, bias, dtype=dtype).largest(x, 5, torch.empty(ROWS, latents))
+        assert listed(found) == plain_largest(pre, 5)
+        row, column = np.nonzero(pre > threshold.numpy())
+        above = Screen(w, bias, threshold, dtype=dtype).above(x, torch.empty(ROWS, latents))
+        assert listed(above) == listed((row, column, pre[row, column]))
+
+
+def test_products_are_in_float32_whatever_the_caller_allows() -> None:
+    x, w, bias, _ = case("drawn")
+    due = plain_largest(every(x, w, bias), 40)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert listed(Screen(w, bias, dtype=torch.float32).largest(x, 40, room())) == due
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -135,8 +206,7 @@ def test_numbers_that_are_not_finite_hide_no_entry(dtype: torch.dtype) -> None:
     pre = every(x, w, bias)
     assert np.isinf(pre).any()
     assert np.isnan(pre).any()
-    entries = Screen(w, bias, dtype=dtype).largest(x, 5, room())
-    found = best_of(*entries, ROWS, 5)
+    found = Screen(w, bias, dtype=dtype).largest(x, 5, room())
     assert listed(found) == plain_largest(np.nan_to_num(pre, nan=-np.inf, posinf=np.inf, neginf=-np.inf), 5)
     above = Screen(w, bias, threshold, dtype=dtype).above(x, room())
     row, column = np.nonzero(pre > threshold.numpy())
@@ -156,6 +226,8 @@ def test_a_margin_that_is_too_small_is_noticed(monkeypatch: pytest.MonkeyPatch, 
 def test_no_latents_and_no_rows() -> None:
     x, w, bias, threshold = case("drawn")
     assert len(Screen(w, bias, threshold).above(x[:0], room()).row) == 0
+    assert len(Screen(w[:0], bias[:0]).largest(x, 3, room()).row) == 0
+    assert len(Screen(w[:0], bias[:0], threshold[:0]).above(x, room()).row) == 0
     assert len(Screen(w, bias).largest(x[:0], 3, room()).row) == 0
     assert isinstance(Screen(w, bias).largest(x, 3, room()), Entries)
 
