@@ -4,8 +4,8 @@ A page fault costs up to 11 us per 4 KiB on a virtual machine, several times the
 so a fresh `numpy.empty` per task would make memory the slowest device of all.
 
 Also here: `kept`, which keeps what a process made for one task for the next ones; `Behind`, a thread that writes one
-buffer while the next is filled; and the C library's heap, which `lean_heap` has return zarr's freed buffers to the
-system, and `roomy_heap` has keep those that are soon needed again.
+buffer while the next is filled; and settings of the C library's heap: `lean_heap` returns zarr's freed buffers to the
+system, and `roomy_heap` keeps freed memory that is soon needed again.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def roomy_heap() -> bool:
 def settled_heap() -> Iterator[None]:
     """`roomy_heap` where the environment fixes the thresholds, as Dask's nanny does; elsewhere glibc adapts them.
 
-    numpy takes new memory for every temporary array.  Freed memory is kept, and returned at the end of the block once
-    in some seconds, so that free pages between those in use do not add up from task to task.
+    numpy takes new memory for every temporary array.  The heap keeps freed memory; at the end of the block, at most
+    once in `_TRIM_SECONDS`, it returns its free pages, which would otherwise add up from task to task.
     """
     if not _FIXED & os.environ.keys() or not roomy_heap():
         yield

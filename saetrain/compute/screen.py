@@ -95,7 +95,7 @@ class Margin(NamedTuple):
         return _known(torch.maximum(least, torch.nextafter(-off, torch.full_like(off, torch.inf))), off)
 
     def floor(self) -> Tensor:
-        """What rough values of entries that can be positive exceed, [rows]."""
+        """The bound [rows] that the rough value of every entry that can be positive exceeds."""
         return _known(-1.01 * (1 + 2 * self.share) * self.fixed, self.fixed)
 
 
@@ -117,7 +117,7 @@ class Screen:
     def __init__(
         self, weight: Tensor, bias: Tensor, threshold: Tensor | None = None, *, dtype: torch.dtype | None = None
     ) -> None:
-        _announce_sparse()
+        _quiet_sparse()
         self.weight, self.bias, self.threshold = weight, bias, threshold
         self._low = bias if threshold is None else bias - threshold  # an entry is active about where this sum reaches 0
         self.rough, self._tries = weight.to(dtype or fastest_type(weight.shape[1])), TRIES
@@ -201,7 +201,7 @@ class Screen:
 
     def _reaching(self, x: Tensor, tile: Tile, narrow: Narrow, least: Tensor, expected: int) -> Entries | None:
         """The entries whose rough values reach the least of their row, or None if these are too many."""
-        # The bits are those of the next number towards 0, which more may reach; numbers of 0 cannot.
+        # Cutting the bits off rounds towards 0, so no entry is lost; 0 itself is below every bound.
         bits = np.maximum((least.numpy() + np.float32(narrow.shift)).view(np.int32) >> 16, 1).astype(np.int16)
         place = true_places(torch.from_numpy(narrow.bits >= bits[:, None])).numpy()
         if (len(place) - expected * len(x)) * MANY > narrow.bits.size:
@@ -224,11 +224,11 @@ class Screen:
 
 
 class Tile(NamedTuple):
-    """What margins of a tile follow from."""
+    """The sizes of a tile from which its margins follow."""
 
     norm: Tensor  # [rows], float64
     low: Tensor  # [latents], what is added to the products
-    most: float  # the largest size of one of these and its bias, added, without biases that make up for nothing
+    most: float  # the largest |low| + |bias| of a latent; |low| alone where `low` was raised
 
 
 def best_of(row: I64, column: I64, value: F32, rows: int, k: int) -> Entries:
@@ -264,7 +264,7 @@ def _joined(slices: Iterable[Entries]) -> Entries:
 
 
 def _known(least: Tensor, margin: Tensor) -> Tensor:
-    """A NaN, which no value is less than, where the margin knows no end."""
+    """The bound, or NaN where the margin is infinite: no value is less than NaN, so every entry is looked at."""
     return torch.where(torch.isfinite(margin), least, torch.nan)
 
 
@@ -298,8 +298,8 @@ def inner(x: Tensor, weight: Tensor, row: I64, column: I64) -> F32:
     return found
 
 
-def _announce_sparse() -> None:
-    """Swallow torch's one warning that sparse tensors in CSR are in beta."""
+def _quiet_sparse() -> None:
+    """Swallow the warning, which torch gives once, that sparse tensors in CSR are in beta."""
     with _ONE:
         _swallow()
 
