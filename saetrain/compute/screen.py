@@ -148,6 +148,8 @@ class Screen:
     def above(self, x: Tensor, room: Tensor) -> Entries:
         """The entries of x [rows, d] that exceed the threshold of their column."""
         assert self.threshold is not None
+        if not len(self.weight):
+            return NONE
         found, tile = None, self._tile(x)
         if (narrow := self._narrow(x, tile, room)) is not None:
             found = self._reaching(x, tile, narrow, narrow.margin.floor(), 0)

@@ -223,13 +223,14 @@ def test_a_margin_that_is_too_small_is_noticed(monkeypatch: pytest.MonkeyPatch, 
         Screen(w, bias, dtype=dtype).largest(x, 40, room())
 
 
-def test_no_latents_and_no_rows() -> None:
+@pytest.mark.parametrize("dtype", TYPES)
+def test_no_latents_and_no_rows(dtype: torch.dtype) -> None:
     x, w, bias, threshold = case("drawn")
-    assert len(Screen(w, bias, threshold).above(x[:0], room()).row) == 0
-    assert len(Screen(w[:0], bias[:0]).largest(x, 3, room()).row) == 0
-    assert len(Screen(w[:0], bias[:0], threshold[:0]).above(x, room()).row) == 0
-    assert len(Screen(w, bias).largest(x[:0], 3, room()).row) == 0
-    assert isinstance(Screen(w, bias).largest(x, 3, room()), Entries)
+    for rows, latents in ((0, LATENTS), (ROWS, 0), (0, 0)):
+        held = w[:latents], bias[:latents]
+        assert len(Screen(*held, threshold[:latents], dtype=dtype).above(x[:rows], room()).row) == 0
+        assert len(Screen(*held, dtype=dtype).largest(x[:rows], 3, room()).row) == 0
+    assert isinstance(Screen(w, bias, dtype=dtype).largest(x, 3, room()), Entries)
 
 
 def test_the_type_is_one_of_those_there_are() -> None:
