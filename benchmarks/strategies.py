@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -22,6 +22,7 @@ from benchmarks import cache, measure
 from benchmarks.results import Bench, need_space, ranged, spread, table
 from benchmarks.sources import make_source
 
+T = TypeVar("T")
 CGROUPS = Path("/sys/fs/cgroup")
 CHOSEN = "chosen"
 NEAR = 1.1  # times the fastest way
@@ -49,7 +50,7 @@ def run(
         for size in each:
             source, target = make_source(bench.work, size, row_bytes, chunk), bench.work / "out"
             for number in range(rounds):
-                for name, options in ways.items():
+                for name, options in turned(list(ways.items()), number):
                     words = ("-m", "actshuffle", "run", str(source), str(target), "--seed", "1", "--json", *options)
                     words += () if memory is None else ("--memory", str(memory))
                     cache.evict([source])
@@ -63,6 +64,7 @@ def run(
                     bench.did(f"{format_bytes(size)}, {name}: {told}")
                     for path in (target, *target.parent.glob(f"{target.name}.*")):
                         shutil.rmtree(path, ignore_errors=True)
+                    os.sync()  # some disks go on deleting for seconds
             shutil.rmtree(source)
     rows = summary(found)
     bench.publish({"rounds": found, "summary": rows}, page(rows, most, limit is not None))
@@ -76,6 +78,12 @@ def _ways(memory: int) -> dict[str, tuple[str, ...]]:
     }
     levels = {f"{count} levels": ("--levels", str(count), "--spill-memory", "0", "--no-gather") for count in (2, 3)}
     return {CHOSEN: (), "gather": ("--gather",), **spills, **levels}
+
+
+def turned(ways: list[T], number: int) -> list[T]:
+    """The ways in the order of one round: each round begins one way later, so that none is always first."""
+    at = number % len(ways)
+    return ways[at:] + ways[:at]
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from actshuffle.storage.buffers import Arena, arena, kept, lean_heap, padded, pa
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.mapping import MappedFiles
 from actshuffle.storage.objects import Objects, open_objects
-from actshuffle.storage.rows import PROBE_BYTES, READERS, read_apart, rows_per_second
+from actshuffle.storage.rows import TRIED, TRIED_BYTES, read_apart, rows_per_second
 
 READ_BYTES = 16 << 10  # bytes that the page cache copies in the time that one more read costs
 KEY_ROWS = 1 << 18  # keys hashed at a time
@@ -313,14 +313,14 @@ def read_rows(objects: Objects, field: Field, rows: U64, out: U8, *, apart: bool
             objects.read_rows(key, width, offsets, goal, goals)
 
 
-def rate_apart(objects: Objects, field: Field, rows: int) -> float:
-    """Rows of a field that the disk gives in a second, each from a random place, by trying for about a second."""
+def rate_apart(objects: Objects, field: Field, rows: int, seconds: float) -> float:
+    """Rows of a field that the disk gives in a second, each from a random place, by trying for some ``seconds``."""
 
     def read(some: U64) -> None:
         read_rows(objects, field, some, memory[: len(some)], apart=True)
 
-    memory = pages(max(READERS, PROBE_BYTES // field.row_bytes) * field.row_bytes).reshape(-1, field.row_bytes)
-    return rows_per_second(read, rows, field.row_bytes)
+    memory = pages(max(TRIED, TRIED_BYTES // field.row_bytes) * field.row_bytes).reshape(-1, field.row_bytes)
+    return rows_per_second(read, rows, field.row_bytes, seconds)
 
 
 def warm_calls(job: Job) -> list[tuple[Job, Field, int, int]]:

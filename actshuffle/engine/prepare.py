@@ -91,8 +91,7 @@ def prepare(
             )
     else:
         _check_space(job)
-        if job.kind.gathers:
-            check_room(job.plan, crew.workers)
+        check_room(job.plan, crew.workers, gather=job.kind.gathers)
     if locks is not None and settled.scratch is not None:  # others may have a destination of this name elsewhere
         locks.take(job.scratch)
     if overwrite:

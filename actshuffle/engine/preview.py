@@ -98,8 +98,7 @@ def ways(
     outlook = Outlook(place, home, arrays, crew, True, lambda: most)
     found = outlook.candidates(request)
     made = outlook.plan(request.changed(**cheapest(found).asks) if found else request)
-    if request.gather:
-        check_room(made, crew)
+    check_room(made, crew, gather=bool(request.gather))
     return found, made
 
 
@@ -213,9 +212,9 @@ def _cached(src: Place, rows: int, fields: Sequence[Field]) -> float:
     return sum(objects.is_cached(key, offset) for key, offset, _ in spans) / LOOKS
 
 
-def _rate_apart(src: Place, rows: int, fields: Sequence[Field]) -> float:
+def _rate_apart(src: Place, rows: int, fields: Sequence[Field], seconds: float) -> float:
     """Rows of the widest array that the disk gives in a second, each from a random place."""
-    return rate_apart(open_objects(src, direct=True), max(fields, key=lambda f: f.row_bytes), rows)
+    return rate_apart(open_objects(src, direct=True), max(fields, key=lambda f: f.row_bytes), rows, seconds)
 
 
 def plan_for(arrays: dict[str, ZarrArray], fields: Sequence[Field], request: Request, src: Place, dst: Place) -> Plan:
@@ -275,16 +274,25 @@ def check_gather(src: Place, request: Request, rows: int) -> None:
         )
 
 
-def check_room(plan: Plan, workers: int) -> None:
-    """Refuse to gather from a source that does not fit into memory beside the workers."""
-    size, memory = plan.rows * plan.row_bytes, machine_memory()
-    need = size + workers * plan.memory
-    if need > memory and not plan.apart:
+def check_room(plan: Plan, workers: int, *, gather: bool) -> None:
+    """Refuse to have more in the machine's memory than fits beside the workers: a source to gather from, or spill."""
+    held = (0 if plan.apart else plan.rows * plan.row_bytes) if gather else plan.kept_bytes
+    memory = machine_memory()
+    if not held or held + workers * plan.memory <= memory:
+        return
+    beside = (
+        f"beside {workers} worker{'s' * (workers != 1)} with {format_bytes(plan.memory)} each, and there are "
+        f"{format_bytes(memory)}"
+    )
+    if gather:
         raise InfeasibleError(
-            f"to gather rows, the source's {format_bytes(size)} must lie in memory beside "
-            f"{workers} worker{'s' * (workers != 1)} with {format_bytes(plan.memory)} each, and there are "
-            f"{format_bytes(memory)}: give less --memory, fewer --workers, or leave --gather out"
+            f"to gather rows, the source's {format_bytes(held)} must lie in memory {beside}: give less --memory, fewer "
+            "--workers, or leave --gather out"
         )
+    raise InfeasibleError(
+        f"{format_bytes(held)} of spill are to stay in memory {beside}: give less --spill-memory, less --memory, or "
+        "fewer --workers"
+    )
 
 
 _SOME_STORE, _SOME_DISK = Place("store://"), Place("/")  # stand for a destination without a name; nothing opens them

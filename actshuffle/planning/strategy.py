@@ -22,6 +22,7 @@ no more.  The rate of single rows differs a hundredfold between disks, so that a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ STORE_RATE = 5e8  # the same for an object store; assumed
 USABLE = 0.9  # of the free memory
 COLUMN_CPU = 0.2e-9  # seconds per byte of a narrow column, which each leaf reads whole; assumed
 APART_FROM = 4096  # least bytes of a row that is worth a read of its own: a disk reads whole pages
+TRIAL, TRIAL_SECONDS = 0.01, 1.0  # of the time of plain levels, and at most: what trying the disk may take
 IDLE = 64 << 20  # bytes of a process beside its work, what processes share counted in parts; 49 MB measured
 
 Name = Literal["gather", "memory", "disk", "spill", "levels"]
@@ -61,7 +63,7 @@ class Site:
     coded : bytes of a row that come out of a codec.
     resident : the source lies in a file system in memory, so that it needs no free memory to be there.
     wide : arrays of the source whose rows are worth a read of their own, those of `APART_FROM` bytes and more.
-    rate : tries how many single rows the disk gives in a second, which takes about that long.
+    rate : tries, for about so many seconds, how many single rows the disk gives in one.
     remote, remote_output : the source, or spill and output, are in an object store.
     """
 
@@ -77,7 +79,7 @@ class Site:
     remote_output: bool = False
     resident: bool = False
     wide: int = 0
-    rate: Callable[[], float] = lambda: 0.0
+    rate: Callable[[float], float] = lambda _: 0.0
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,20 @@ def _disk(site: Site, plan: Planner) -> Candidate:
     size = made.rows * made.row_bytes
     if site.resident or size + site.workers * made.memory <= USABLE * site.free:
         raise InfeasibleError("the source fits into memory, and is read faster in order")
-    rate = site.rate()
+    rate = site.rate(_patience(site, plan))
     reads = made.rows * site.wide / rate
     columns = made.rows * (site.fields - site.wide) * 8 * made.leaves * COLUMN_CPU / _busy(site, made.leaves)
     cpu = made.rows * KEY_ROW + made.rows * made.row_bytes * LEAF_CPU + made.leaves * OVERHEAD
     seconds = reads + columns + made.output_bytes / DISK_RATE + cpu / _busy(site, made.leaves)
     reason = f"the disk gives {rate:,.0f} single rows a second ({format_bytes(rate * size / made.rows)})"
     return Candidate("disk", reason, {"gather": True, "random_reads": True}, made, seconds, size + made.output_bytes)
+
+
+def _patience(site: Site, plan: Planner) -> float:
+    """Seconds that a trial of the disk may take: little beside the run for which it decides."""
+    with suppress(InfeasibleError):
+        return min(TRIAL_SECONDS, TRIAL * _levels(site, plan).seconds)
+    return TRIAL_SECONDS
 
 
 def _one_pass(site: Site, plan: Planner, *, decoded: bool) -> Plan:

@@ -19,8 +19,8 @@ from actshuffle.storage.objects import Objects
 
 READERS = 32  # requests on their way at the same time, for each task
 EACH = 32  # rows of one object that a reader has to itself, so that all have about as many
-PROBE_SECONDS = 1.0
-PROBE_BYTES = 16 << 20  # of rows that a probe reads before it looks at the clock
+TRIED = 4 * READERS  # rows of a trial's first lot; each further lot has twice as many
+TRIED_BYTES = 16 << 20  # of rows in a lot at most
 
 Lot = tuple[str, list[int], list[int]]  # an object, offsets of rows in it, and the goal of each
 
@@ -47,16 +47,19 @@ def _small(lots: Iterable[Lot]) -> Iterator[Lot]:
             yield key, offsets[at : at + EACH], goals[at : at + EACH]
 
 
-def rows_per_second(read: Callable[[U64], object], rows: int, row_bytes: int) -> float:
+def rows_per_second(read: Callable[[U64], object], rows: int, row_bytes: int, seconds: float) -> float:
     """The number of rows, each from a random place among ``rows``, that ``read`` brings in a second, by trying.
 
-    It takes about `PROBE_SECONDS`.  The first lot is not counted, since files are opened for it.
+    It tries for about ``seconds`` with larger and larger lots, and counts the last: files are opened for the first
+    ones, and threads start for each.
     """
-    lot = max(READERS, min(rows, PROBE_BYTES // row_bytes))
+    lot, most = TRIED, max(TRIED, TRIED_BYTES // row_bytes)
     dice = np.random.default_rng(secrets.randbits(64))
     read(dice.integers(rows, size=READERS, dtype=np.uint64))
-    start, done = time.monotonic(), 0
-    while (passed := time.monotonic() - start) < PROBE_SECONDS or not done:
+    end = time.monotonic() + seconds
+    while True:
+        start = time.monotonic()
         read(dice.integers(rows, size=lot, dtype=np.uint64))
-        done += lot
-    return done / passed
+        if (now := time.monotonic()) >= end:
+            return lot / (now - start)
+        lot = min(2 * lot, most)

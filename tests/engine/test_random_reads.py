@@ -217,13 +217,12 @@ def test_a_trial_decides(src: Path, tmp_path: Path, rate: float, chosen: bool, m
     assert_is_oracle(src, tmp_path / "d.zarr", 3)
 
 
-def test_a_trial_reads_real_rows(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "PROBE_SECONDS", 0.2)
+def test_a_trial_reads_real_rows(src: Path) -> None:
     field = source_field("odd", source_arrays(as_place(src))["odd"])
-    assert gather.rate_apart(LocalObjects(src, direct=True), field, ROWS) > 100
+    assert gather.rate_apart(LocalObjects(src, direct=True), field, ROWS, 0.2) > 100
     shutil.rmtree(src / "odd/c/3")
     with pytest.raises(StorageError, match="odd/c/3"):
-        gather.rate_apart(LocalObjects(src, direct=True), field, ROWS)
+        gather.rate_apart(LocalObjects(src, direct=True), field, ROWS, 0.2)
 
 
 @pytest.mark.parametrize("wanted", [2_000, 50_000])
@@ -234,4 +233,8 @@ def test_the_rate_is_that_of_the_reads(wanted: int, monkeypatch: pytest.MonkeyPa
     def read(some: Any) -> None:
         now[0] += len(some) / wanted
 
-    assert rows.rows_per_second(read, 10**6, 8192) == pytest.approx(wanted, rel=1e-9)
+    for seconds in (0.0, 0.05, 1.0):
+        now[0] = 0.0
+        assert rows.rows_per_second(read, 10**6, 8192, seconds) == pytest.approx(wanted, rel=1e-9)
+        first = (rows.READERS + rows.TRIED) / wanted
+        assert seconds <= now[0] <= 2 * seconds + 2 * first  # the last lot may take as long as all before it

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+import actshuffle
 from actshuffle import shuffle
 from actshuffle.engine import scratch as tier
-from actshuffle.engine import tasks
+from actshuffle.engine import preview, tasks
 from actshuffle.engine.job import Job
 from actshuffle.engine.scratch import scratch_place
 from actshuffle.errors import InfeasibleError, RequestError, StorageError
@@ -250,6 +251,24 @@ def test_refusals_come_before_anything_is_written(src: Path, tmp_path: Path) -> 
         with pytest.raises(InfeasibleError, match=r"are to stay in memory, but .* has 1 KB free"):
             shuffle(src, dst, spill_memory="1MB", **SHAPE)
     assert not dst.exists()
+
+
+def test_spill_that_does_not_fit_beside_the_workers_is_refused(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file system in memory may have more room than the container that the run is in."""
+    dst, settings, jobs = tmp_path / "d.zarr", SHAPE | {"levels": 2, "spill_memory": "1MB", "fsync": False}, list[Job]()
+    shuffle(src, dst, planned=jobs.append, **settings)
+    need = jobs[0].plan.kept_bytes + jobs[0].plan.memory
+    assert jobs[0].plan.kept_bytes
+    monkeypatch.setattr(preview, "machine_memory", lambda: need - 1)
+    with pytest.raises(InfeasibleError, match="of spill are to stay in memory beside 1 worker with .* give less spill_memory"):
+        shuffle(src, tmp_path / "e.zarr", **settings)
+    assert not (tmp_path / "e.zarr").exists()
+    with pytest.raises(InfeasibleError, match="of spill are to stay"):
+        actshuffle.plan(src, **{k: v for k, v in settings.items() if k not in ("seed", "fsync")})
+    monkeypatch.setattr(preview, "machine_memory", lambda: need)
+    shuffle(src, tmp_path / "e.zarr", **settings)
 
 
 def test_a_given_cluster_is_not_known_to_be_one_machine() -> None:

@@ -136,7 +136,7 @@ def test_control_a_way_that_costs_more_is_not_chosen() -> None:
 @pytest.mark.parametrize(("rate", "best"), [(1e6, "disk"), (20_000.0, "spill")])
 def test_a_disk_that_serves_single_rows_fast_needs_one_pass(rate: float, best: str) -> None:
     """A million rows of 8 KiB a second are more than two passes give; 20,000 are less."""
-    site = replace(SITE, free=16 * GB, shared=16 * GB, cached=0.1, wide=1, rate=lambda: rate)
+    site = replace(SITE, free=16 * GB, shared=16 * GB, cached=0.1, wide=1, rate=lambda _: rate)
     found = chosen(site, 100 * GB)
     assert found.name == best
     if best == "disk":
@@ -156,10 +156,25 @@ def test_a_disk_that_serves_single_rows_fast_needs_one_pass(rate: float, best: s
     ],
 )
 def test_a_disk_is_not_tried_where_its_rate_decides_nothing(facts: dict[str, Any], nbytes: int, reason: str) -> None:
-    def rate() -> float:
+    def rate(_: float) -> float:
         raise AssertionError("tried")
 
     site = replace(SITE, free=16 * GB, shared=16 * GB, **{"wide": 1, "rate": rate, **facts})
     assert reason in ways(site, nbytes)["disk"].reason
     with pytest.raises(AssertionError, match="tried"):
         ways(replace(SITE, wide=1, rate=rate), 100 * GB)
+
+
+@pytest.mark.parametrize(("nbytes", "most"), [(6 * GB, 0.2), (20 * GB, 0.5), (10**4 * GB, 1.0)])
+def test_a_trial_of_the_disk_is_short_beside_the_run(nbytes: int, most: float) -> None:
+    """A second of reads would be a fifth of a run of a few gigabytes."""
+    asked = list[float]()
+
+    def rate(seconds: float) -> float:
+        asked.append(seconds)
+        return 1e6
+
+    found = ways(replace(SITE, free=4 * GB, shared=4 * GB, wide=1, rate=rate), nbytes, memory=GB)
+    [seconds] = asked
+    assert seconds == pytest.approx(min(1.0, 0.01 * found["levels"].seconds))
+    assert seconds <= most
