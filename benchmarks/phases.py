@@ -46,7 +46,8 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
     ("partition", tasks, "bucket_of"),
     ("partition", tasks, "group"),
     ("partition", leaves, "key_order"),
-    ("hash", digest.RowHash, "hashes"),
+    ("hash", digest.RowHash, "_add_up"),
+    ("hash", digest.RowHash, "_mixed"),
     ("hash", tasks, "add_to_groups"),
     ("gather", spill._Gather, "append"),
     ("read", gather.Gather, "read"),
@@ -56,6 +57,7 @@ PROBES: tuple[tuple[str, Any, str], ...] = (
     ("gather", tasks, "leaf"),  # the rest of a leaf is the gathering of its rows
     ("write", spill.Spill, "write_block"),  # the rest of it is fsync and rename
     ("write", buffers.Behind, "wait"),
+    ("write", reading.FileWriter, "write"),
     ("receipt", receipts, "write_receipt"),
     ("receipt", receipts, "read_receipt"),
 )

@@ -182,9 +182,10 @@ def look(job: Job, number: int) -> tuple[int, I64, U64]:
     """
     step = _range_rows(job.plan)
     start, stop = number * step, min((number + 1) * step, job.plan.rows)
-    words, cuts = lookup.binned(job.keys, start, stop, lookup.bin_bits(job.plan.leaves))
+    hi = job.keys.hi(start, stop)
+    words, cuts = lookup.binned(hi, start, lookup.bin_bits(job.plan.leaves))
     _scratch(job).put(f"{KEYS}/{number}", words.reshape(-1).view(np.uint8).data)
-    return number, cuts, keys_total(job.keys, start, stop)
+    return number, cuts, _keys_total(job.keys, hi, start)
 
 
 def write_runs(job: Job, looks: Iterable[tuple[int, I64, U64]], staged: Iterable[tuple[int, U64, int]]) -> None:
@@ -240,7 +241,9 @@ def check_whole(job: Job, keys: U64, sums: dict[str, str]) -> None:
     if body is None or body.get("job") != job.identity or not is_hex(body.get("keys"), 32):
         if job.plan.staged:
             raise FormatError(f"{KEYS}/total in {job.scratch} is gone or damaged; --overwrite starts again")
-        body = {"keys": to_hex(keys_total(job.keys, 0, job.plan.rows))}
+        ranges = ((start, min(start + KEY_ROWS, job.plan.rows)) for start in range(0, job.plan.rows, KEY_ROWS))
+        totals = (_keys_total(job.keys, job.keys.hi(start, stop), start) for start, stop in ranges)
+        body = {"keys": to_hex(sum(totals, np.zeros(2, np.uint64)))}
     if to_hex(keys) != body["keys"]:
         raise ConservationError(
             "the leaves do not hold every row exactly once; nothing was published: --overwrite starts again"
@@ -252,13 +255,12 @@ def check_whole(job: Job, keys: U64, sums: dict[str, str]) -> None:
         )
 
 
-def keys_total(keys: Keys, start: int, stop: int) -> U64:
-    """Digest of the first key words of some rows, to which the digests of the leaves must add up."""
+def _keys_total(keys: Keys, hi: U64, start: int) -> U64:
+    """Digest of the first key words of the rows from ``start`` on, to which the digests of the leaves must add up."""
     total, row_hash = np.zeros(2, np.uint64), RowHash(keys.seed, 0, 8)
-    for first in range(start, stop, KEY_ROWS):
-        last = min(first + KEY_ROWS, stop)
-        words = keys.hi(first, last).view(np.uint8).reshape(-1, 8)
-        total += row_hash.total(words, np.arange(first, last, dtype=np.uint64))
+    for first in range(0, len(hi), KEY_ROWS):
+        words = hi[first : first + KEY_ROWS].view(np.uint8).reshape(-1, 8)
+        total += row_hash.total(words, np.arange(start + first, start + first + len(words), dtype=np.uint64))
     return total
 
 
@@ -339,8 +341,7 @@ def warm(job: Job, field: Field, first: int, stop: int) -> int:
     piece = memoryview(bytearray(PIECE))
     for key, _, size in field.spans(first * step, min(stop * step, job.plan.rows)):
         # The places are random, since a look at an absent page brings it into the cache.
-        looks = (secrets.randbelow(size) for _ in range(LOOKS))
-        if not all(objects.is_cached(key, at) for at in looks):
+        if not objects.is_cached(key, *(secrets.randbelow(size) for _ in range(LOOKS))):
             for at in range(0, size, PIECE):
                 objects.read([Extent(key, at, [piece[: min(PIECE, size - at)]])])
         total += size

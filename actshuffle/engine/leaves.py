@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 
+from actshuffle.arrays.field import Field
 from actshuffle.arrays.output import write_object
 from actshuffle.arraytypes import U8, U64
 from actshuffle.engine.columns import Columns
@@ -19,6 +20,8 @@ from actshuffle.ordering.digest import RowHash, add_up, to_hex
 from actshuffle.ordering.partition import key_order
 from actshuffle.planning.tree import Task
 from actshuffle.storage.buffers import Arena, arena, behind, padded
+
+PIECE = 4 << 20  # bytes that are picked, written and hashed in turn while they are in the processor's cache
 
 
 def leaf(job: Job, task: Task) -> tuple[Payload, int]:
@@ -82,33 +85,64 @@ def _read(job: Job, leaf: int, first: int, columns: Columns) -> U64:
 def _write(
     job: Job, leaf: int, first: int, source_row: U64, read: Callable[[int, int, int, U8], None], memory: Arena
 ) -> tuple[U64, dict[str, list[str]]]:
-    """Write the leaf's objects, each from one of two buffers while the other is filled.
+    """Write the leaf's objects: each from one of two buffers while the other is filled or, through the page cache, in
+    pieces.
 
     ``source_row`` are the rows of the leaf in key order; ``read(number, start, stop, out)`` fills ``out`` with some of
     them, of one field.  Returns the digests of each field, uint64 ``(1 + fields, 2)`` with the first line free for that
     of the keys, and those of each object of each field, in hexadecimal.
     """
-    rows, out_bytes = len(source_row), _out_bytes(job)
+    out_bytes = _out_bytes(job)
     buffers = [memory.take((out_bytes,)), memory.take((out_bytes,))]
     found = np.zeros((1 + len(job.fields), 2), np.uint64)
     write = partial(write_object, job.destination, fsync=job.fsync)
     digests: dict[str, list[str]] = {field.name: [] for field in job.fields}
+    cached = not job.fsync and job.at_destination.is_local
+
+    def fill(number: int, start: int, out: U8) -> None:
+        if number < len(job.fields):
+            read(number, start, start + len(out), out)
+        else:
+            out[:] = source_row[start : start + len(out)].view(np.uint8).reshape(-1, 8)
+
     with behind() as writing:
         for number, field in enumerate(job.outputs):
-            width = field.row_bytes
-            row_hash = RowHash(job.keys.seed, 1 + number, width)
+            width, size = field.row_bytes, field.object_rows * field.row_bytes
+            row_hash = None if field is job.source_row else RowHash(job.keys.seed, 1 + number, width)
             for at in job.output_objects(field, range(leaf, leaf + 1)):
-                a = at * field.object_rows - first
-                b = min(a + field.object_rows, rows)
-                whole = buffers[writing.turn][: field.object_rows * width].reshape(-1, width)
-                used = whole[: b - a]
-                if field is job.source_row:
-                    used[:] = source_row[a:b].view(np.uint8).reshape(-1, 8)
+                start = at * field.object_rows - first
+                rows = source_row[start : start + field.object_rows]
+                if cached and field.raw_output:
+                    parts = _written(job, field, at, partial(fill, number), range(start, start + len(rows)), buffers[0])
+                    if row_hash is None:
+                        for _ in parts:
+                            pass
+                        continue
+                    digest = row_hash.total_of_parts(parts, rows)
                 else:
-                    read(number, a, b, used)
-                writing.submit(write, field, at, whole, b - a)
-                if field is not job.source_row:  # the digest is computed while they are written
-                    digest = row_hash.total(used, source_row[a:b])
-                    found[1 + number] += digest
-                    digests[field.name].append(to_hex(digest))
+                    whole = buffers[writing.turn][:size].reshape(-1, width)
+                    used = whole[: len(rows)]
+                    fill(number, start, used)
+                    writing.submit(write, field, at, whole, len(rows))
+                    if row_hash is None:
+                        continue
+                    digest = row_hash.total(used, rows)  # while they are written
+                found[1 + number] += digest
+                digests[field.name].append(to_hex(digest))
     return found, digests
+
+
+def _written(
+    job: Job, field: Field, at: int, fill: Callable[[int, U8], None], rows: range, memory: U8
+) -> Iterator[tuple[int, U8]]:
+    """Write an object in pieces; yields each, with the number of rows before it, when nobody needs its bytes any more.
+
+    ``fill(start, out)`` fills ``out`` with the ``rows`` of the leaf from one of them on.
+    """
+    step, size = max(1, PIECE // field.row_bytes), field.object_rows * field.row_bytes
+    with job.at_destination.writer(field.object_key.format(at), size) as out:
+        for start in rows[::step]:
+            piece = memory[:size].reshape(-1, field.row_bytes)[: min(step, rows.stop - start)]
+            fill(start, piece)
+            out.write(piece.data.cast("B"))
+            yield start - rows.start, piece

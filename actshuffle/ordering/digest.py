@@ -32,8 +32,10 @@ from actshuffle.arraytypes import U8, U64
 from actshuffle.ordering.keys import Stream
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_SLICE_BYTES = 1 << 19  # rows multiplied at a time: these and a copy stay in the second-level cache
-_MIXED_ROWS = 1 << 12  # rows mixed at a time: enough to amortise the overhead of numpy calls, in little memory
+# What is multiplied and mixed at a time.  Less would stay nearer to the processor, but each call of numpy gives up the
+# interpreter's lock and takes it again: with slices of 512 KiB two threads waited for it a quarter of their time.
+_SLICE_BYTES = 1 << 20
+_MIXED_ROWS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,17 @@ class RowHash:
         ``rows`` is uint8 ``(m, row_bytes)``, C-contiguous, little-endian values; ``source_row`` is
         uint64 ``(m,)``.
         """
-        forms = np.empty((2, len(rows)), np.uint64)  # one form after the other, for contiguous sums
-        words = _words(rows)
+        words, forms = _words(rows), np.empty((2, len(rows)), np.uint64)  # one form after the other
         high = np.empty((min(self._step, len(rows)), words.shape[1]), np.uint64)
-        for start in range(0, len(rows), mixed := max(self._step, _MIXED_ROWS // self._step * self._step)):
-            part = slice(start, start + mixed)
-            self._add_up(words[part], forms[:, part], high)
-            self._mix(forms[:, part], source_row[part])
-        return forms.T
+        self._add_up(words, forms, high)
+        return self._mixed(forms, source_row)
 
     def hashes_of_parts(self, parts: Iterable[tuple[int, U8]], source_row: U64) -> U64:
         """`hashes` of rows that come in parts, each with the number of its first row; their memory is overwritten."""
         forms = np.empty((2, len(source_row)), np.uint64)
         for first, rows in parts:
-            words = _words(rows)
-            self._add_up(words, forms[:, first : first + len(rows)], None)
-        for start in range(0, len(source_row), _MIXED_ROWS):
-            self._mix(forms[:, start : start + _MIXED_ROWS], source_row[start : start + _MIXED_ROWS])
-        return forms.T
+            self._add_up(_words(rows), forms[:, first : first + len(rows)], None)
+        return self._mixed(forms, source_row)
 
     @property
     def _step(self) -> int:
@@ -84,17 +79,23 @@ class RowHash:
             _dot(part, w, sums[0])
             _dot(_high(part, part if high is None else high), v, sums[1])
 
-    def _mix(self, forms: U64, source_row: U64) -> None:
-        _, _, a, b = _weights(self.seed, self.field, self.row_bytes)
-        place = source_row * _GOLDEN
-        for form, offset in zip(forms, (a, b), strict=True):
-            form += place
-            form += offset
-            mix(form)
+    def _mixed(self, forms: U64, source_row: U64) -> U64:
+        """Hashes from the sums of each row, in their memory."""
+        offsets = np.array(_weights(self.seed, self.field, self.row_bytes)[2:], np.uint64)[:, None]
+        for start in range(0, forms.shape[1], _MIXED_ROWS):
+            some = forms[:, start : start + _MIXED_ROWS]
+            some += source_row[start : start + _MIXED_ROWS] * _GOLDEN
+            some += offsets
+            mix(some)
+        return forms.T
 
     def total(self, rows: U8, source_row: U64) -> U64:
         """Digest of a set of rows, uint64 ``(2,)``."""
         return add_up(self.hashes(rows, source_row))
+
+    def total_of_parts(self, parts: Iterable[tuple[int, U8]], source_row: U64) -> U64:
+        """`total` of rows that come in parts, as those of `hashes_of_parts`."""
+        return add_up(self.hashes_of_parts(parts, source_row))
 
 
 def add_up(hashes: U64) -> U64:

@@ -11,7 +11,7 @@ A leaf reads its bins from each range, orders their rows by key, and drops the f
 after its last.
 
 >>> keys = Keys(0)
->>> words, cuts = binned(keys, 0, 8, bits=2)
+>>> words, cuts = binned(keys.hi(0, 8), 0, bits=2)
 >>> words[1], cuts
 (array([1, 4, 5, 2, 6, 0, 3, 7], dtype=uint64), array([0, 3, 5, 6, 8]))
 >>> first_rank, begin, end = runs(cuts[None], np.array([3, 6]))[0].tolist()
@@ -36,13 +36,12 @@ def bin_bits(leaves: int) -> int:
     return min(max((_BINS * leaves - 1).bit_length(), 1), _MOST_BITS)
 
 
-def binned(keys: Keys, start: int, stop: int, bits: int) -> tuple[U64, I64]:
-    """Group rows ``[start, stop)`` by bin.
+def binned(hi: U64, start: int, bits: int) -> tuple[U64, I64]:
+    """Group rows from ``start`` on by bin, given their first key words, uint64 ``(m,)``.
 
-    Returns their first key words and their numbers, uint64 ``(2, m)``, and ``cuts`` int64 ``(2**bits + 1,)``: bin j
-    is columns ``cuts[j]:cuts[j + 1]``.
+    Returns these words and the rows' numbers, uint64 ``(2, m)``, and ``cuts`` int64 ``(2**bits + 1,)``: bin j is
+    columns ``cuts[j]:cuts[j + 1]``.
     """
-    hi = keys.hi(start, stop)
     order, cuts = group((hi >> np.uint64(64 - bits)).astype(np.uint16), 1 << bits)
     words = np.empty((2, len(hi)), np.uint64)
     np.take(hi, order, out=words[0], mode="clip")

@@ -186,10 +186,10 @@ class LocalObjects:
             finally:
                 file.close()
 
-    def is_cached(self, key: str, offset: int) -> bool:
-        """True if the page cache holds a byte of a file."""
+    def is_cached(self, key: str, *offsets: int) -> bool:
+        """True if the page cache holds some bytes of a file."""
         file = self._ahead(key)
-        return file is not None and has_cached(file.fd, offset)
+        return file is not None and all(has_cached(file.fd, offset) for offset in offsets)
 
     def size(self, key: str) -> int | None:
         with typed(self.root, key), suppress(*_ABSENT):

@@ -102,7 +102,7 @@ class RemoteObjects:
     def mapped(self, keys: Sequence[str], nbytes: int, slot: int) -> None:
         """None: no object is a file of this machine."""
 
-    def is_cached(self, key: str, offset: int) -> bool:
+    def is_cached(self, key: str, *offsets: int) -> bool:
         """False: every read is a request."""
         return False
 

@@ -235,7 +235,7 @@ class _Faulty:
             raise _refused("error", url, key)
         return result
 
-    def is_cached(self, key: str, offset: int) -> bool:
+    def is_cached(self, key: str, *offsets: int) -> bool:
         """False, since the true answer would give the same story other operations."""
         return False
 

@@ -17,8 +17,10 @@ from scipy import stats
 from zarr.storage import FsspecStore
 
 import actshuffle
+from actshuffle.arrays.names import DIGESTS
+from actshuffle.arrays.small import get_array
 from actshuffle.bfloat16 import BFloat16
-from actshuffle.engine import spill, tasks
+from actshuffle.engine import leaves, spill, tasks
 from actshuffle.errors import ConservationError, MissingChunkError, RequestError
 from actshuffle.executors import Serial
 from actshuffle.jobs.receipts import each
@@ -27,6 +29,8 @@ from actshuffle.ordering.keys import Keys, order
 from actshuffle.planning.tree import Task
 from actshuffle.storage import directio as reading
 from actshuffle.storage.files import LocalObjects
+from actshuffle.storage.objects import open_objects
+from actshuffle.storage.place import as_place
 from support.axes import halved
 from support.executors import Twice
 from support.oracle import assert_is_oracle
@@ -215,6 +219,42 @@ def test_cut_any_way_serial(source, reference, tmp_path, name):
     assert_same_bytes(tmp_path / "dst", reference)
     # Nothing else is left beside it.
     assert [p.name for p in tmp_path.iterdir()] == ["dst"]
+
+
+def digests(dst):
+    return {
+        name: get_array(open_objects(as_place(dst)), f"{DIGESTS}/{name}").tolist() for name in ("x", "token", "pos")
+    }
+
+
+@pytest.mark.parametrize("name", [*CUTS, "gather"])
+def test_pieces_through_the_page_cache_make_up_whole_objects(source, reference, tmp_path, monkeypatch, name):
+    """Output that need not be durable is written in pieces, and by default whole objects are."""
+    monkeypatch.setattr(leaves, "PIECE", 7 * 40)
+    how = {"gather": True, "chunk_rows": CHUNK} if name == "gather" else cut(name)
+    for fsync in (True, False):
+        actshuffle.shuffle(source, tmp_path / f"{fsync}.zarr", seed=5, fsync=fsync, **how)
+        assert_same_bytes(tmp_path / f"{fsync}.zarr", reference)
+    assert digests(tmp_path / "True.zarr") == digests(tmp_path / "False.zarr")
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_pieces_are_written_before_their_memory_is_used_for_their_hashes(source, tmp_path, monkeypatch, levels):
+    """If they were not, the bytes on disk would be others than those that the digests are of."""
+    written = leaves._written
+
+    def late(job, field, at, fill, rows, memory):
+        with job.at_destination.writer(field.object_key.format(at), field.object_rows * field.row_bytes) as out:
+            piece = memory[: len(rows) * field.row_bytes].reshape(-1, field.row_bytes)
+            fill(rows.start, piece)
+            yield 0, piece
+            out.write(piece.data.cast("B"))
+
+    how = {"levels": levels, "block_bytes": (2000 if levels == 1 else 300) * 50, "run_bytes": 1, "fsync": False}
+    for name, way in ((f"good{levels}", written), (f"late{levels}", late)):
+        monkeypatch.setattr(leaves, "_written", way)
+        actshuffle.shuffle(source, tmp_path / name, seed=5, **how)
+        assert actshuffle.verify(source, tmp_path / name).ok == (way is written)
 
 
 def looks(monkeypatch, forget=None):

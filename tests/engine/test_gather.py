@@ -347,7 +347,7 @@ def test_rows_of_leaves_are_the_order_cut_into_pieces(bits: tuple[int, int], ste
     every = np.arange(n, dtype=np.uint64)
     order = np.lexsort((every, keys.lo_at(every), keys.hi(0, n)))
     ranks = np.minimum(np.arange(0, n + size, size), n)
-    looks = [lookup.binned(keys, a, min(a + step, n), lookup.bin_bits(len(ranks) - 1)) for a in range(0, n, step)]
+    looks = [lookup.binned(keys.hi(a, min(a + step, n)), a, lookup.bin_bits(len(ranks) - 1)) for a in range(0, n, step)]
     table = lookup.runs(np.array([cuts for _, cuts in looks]), ranks)
     read = 0
     for leaf, (first, stop) in enumerate(pairwise(ranks.tolist())):

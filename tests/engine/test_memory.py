@@ -83,7 +83,7 @@ def probe(src: str, dst: str, hog: int = 0, **settings: object) -> dict[str, obj
     load_all(src)
     idle = status("VmRSS")
     forget_peak()
-    result = actshuffle.shuffle(src, dst, seed=1, progress=Hog(hog) if hog else None, fsync=False, **settings)
+    result = actshuffle.shuffle(src, dst, seed=1, progress=Hog(hog) if hog else None, **settings)
     plan = result.plan
     return {
         "peak": status("VmHWM") - idle,

@@ -11,8 +11,8 @@ import pytest
 
 import actshuffle
 from actshuffle import shuffle
-from actshuffle.engine import scratch as tier
 from actshuffle.engine import preview, tasks
+from actshuffle.engine import scratch as tier
 from actshuffle.engine.job import Job
 from actshuffle.engine.scratch import scratch_place
 from actshuffle.errors import InfeasibleError, RequestError, StorageError
@@ -262,7 +262,7 @@ def test_spill_that_does_not_fit_beside_the_workers_is_refused(
     need = jobs[0].plan.kept_bytes + jobs[0].plan.memory
     assert jobs[0].plan.kept_bytes
     monkeypatch.setattr(preview, "machine_memory", lambda: need - 1)
-    with pytest.raises(InfeasibleError, match="of spill are to stay in memory beside 1 worker with .* give less spill_memory"):
+    with pytest.raises(InfeasibleError, match="of spill are to stay in memory beside 1 worker with"):
         shuffle(src, tmp_path / "e.zarr", **settings)
     assert not (tmp_path / "e.zarr").exists()
     with pytest.raises(InfeasibleError, match="of spill are to stay"):

@@ -436,6 +436,7 @@ def test_all_requests_fail_from_some_time_on(what, method, endpoint, bucket, loc
     assert time.monotonic() - started < 300
     assert bucket.removeprefix("s3://") in str(raised.value)
     endpoint.unkind = lambda method, path: None
+    endpoint.settle()
     shuffle(endpoint, f"{bucket}/src.zarr", f"{bucket}/dst.zarr")
     assert_exact(endpoint, local, f"{bucket}/dst.zarr", tmp_path)
 

@@ -38,6 +38,12 @@ class Endpoint:
     wants: str = ""  # an access key that alone is let in; "" lets all in
     client: str = ""  # of actshuffle's, in the options that follow; "" leaves the choice to it
     seen: list[tuple[str, str]] = field(default_factory=list)
+    delayed: set[int] = field(default_factory=set)  # threads whose request waits
+
+    def settle(self) -> None:
+        """Wait for the delayed requests, which arrive at last, whether their client waits for them or not."""
+        while self.delayed:
+            time.sleep(0.05)
 
     @property
     def url(self) -> str:
@@ -136,10 +142,19 @@ def _handler(endpoint: Endpoint) -> type[BaseHTTPRequestHandler]:
                 self.say(400, _xml("ExpiredToken", "The provided token has expired."))
                 return
             if isinstance(decision, float):
-                time.sleep(decision)
-            elif isinstance(decision, int):
+                endpoint.delayed.add(threading.get_ident())
+                try:
+                    time.sleep(decision)
+                    self.forward(body)
+                finally:
+                    endpoint.delayed.discard(threading.get_ident())
+                return
+            if isinstance(decision, int):
                 self.say(decision, _xml("InternalError", "We encountered an internal error. Please try again."))
                 return
+            self.forward(body)
+
+        def forward(self, body: bytes) -> None:
             headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection", "expect")}
             with closing(http.client.HTTPConnection("127.0.0.1", endpoint.behind, timeout=120)) as link:
                 link.request(self.command, self.path, body, headers)
