@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from random import randrange
 from typing import Any
 
@@ -17,13 +17,14 @@ from actshuffle.arrays.field import Field
 from actshuffle.arrays.guard import View
 from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import ActshuffleError, SourceError
-from actshuffle.limits import STORE_PIECE, STORE_REQUESTS
-from actshuffle.storage.buffers import arena, padded
+from actshuffle.limits import PAGE, STORE_PIECE, STORE_REQUESTS
+from actshuffle.storage.buffers import HUGE, arena, padded
 from actshuffle.storage.directio import Extent, Read, ahead, pieces, two_readers
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
 
 TILE_BYTES = 2 << 20  # in the last-level cache; larger pieces are no quicker, smaller ones cost more calls
+AHEAD_BYTES = 8 << 20  # of one request to a disk, while what came before is looked at
 LOOKS = 4  # rows by which the page cache is judged
 
 
@@ -74,19 +75,28 @@ class Source:
         """Rows ``[start, stop)`` in order, in pieces that share one piece of memory: (rows before it, its rows).
 
         What the page cache holds comes in pieces of `TILE_BYTES`, which are still in the processor's cache when the
-        caller looks at them.  Anything else comes in one piece, as a disk, a server or a codec does best.
+        caller looks at them; what lies on a disk in pieces of `AHEAD_BYTES`, of which the next is read meanwhile.
+        Anything else comes in one piece, as a server or a codec does best.
         """
-        step = max(1, TILE_BYTES // field.row_bytes)
-        tiled = stop - start > step and self._in_page_cache(field, start, stop)
-        step = step if tiled else stop - start
-        memory = arena().reset(padded(step * field.row_bytes)).take((step, field.row_bytes))
-        for at in range(start, stop, step):
-            rows = memory[: min(step, stop - at)]
-            if tiled:
+        plain = self._elsewhere is None and field.source_key and self.objects.is_local
+        if not plain or (stop - start) * field.row_bytes <= TILE_BYTES:
+            rows = arena().reset(padded((stop - start) * field.row_bytes)).take((stop - start, field.row_bytes))
+            self.read(field, start, rows)
+            yield 0, rows
+        elif self._in_page_cache(field, start, stop):
+            for at, rows in _turns(field, start, stop, TILE_BYTES, 1):
                 self.objects.read([*field.extents(at, at + len(rows), rows.data.cast("B"))])
-            else:
-                self.read(field, at, rows)
-            yield at - start, rows
+                yield at - start, rows
+        else:
+            made = list[tuple[int, U8]]()
+
+            def batches() -> Iterator[list[Extent]]:
+                for at, rows in _turns(field, start, stop, AHEAD_BYTES, 2):
+                    made.append((at - start, rows))
+                    yield [*field.extents(at, at + len(rows), rows.data.cast("B"), once=True)]
+
+            for _ in ahead(self.objects.read, batches()):
+                yield made.pop(0)
 
     def _in_page_cache(self, field: Field, start: int, stop: int) -> bool:
         """True if the page cache seems to hold plain bytes of some rows: looks at a few of them."""
@@ -117,6 +127,17 @@ class Source:
                 f"{self.place.url}: {type(err).__name__}: {err}"
             ) from err
         return row_bytes_of(rows)
+
+
+def _turns(field: Field, start: int, stop: int, nbytes: int, count: int) -> Iterator[tuple[int, U8]]:
+    """Ranges of some ``nbytes`` of rows ``[start, stop)``: where each begins, and its memory, of which ``count`` pieces
+    take turns.  Ranges begin on whole pages of a file where rows allow that, as O_DIRECT does best."""
+    even = PAGE // math.gcd(PAGE, field.row_bytes)
+    step = min(max(1, nbytes // field.row_bytes // even * even or nbytes // field.row_bytes), stop - start)
+    memory = arena().reset(count * padded(step * field.row_bytes), huge_from=HUGE)
+    pieces = cycle([memory.take((step, field.row_bytes)) for _ in range(count)])
+    for at, piece in zip(range(start, stop, step), pieces, strict=False):
+        yield at, piece[: min(step, stop - at)]
 
 
 def _batches(extents: Iterator[Extent], size: int) -> Iterator[list[Extent]]:

@@ -40,11 +40,14 @@ class Arena:
         self._memory: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._at = 0
 
-    def reset(self, nbytes: int) -> Arena:
-        """Start over with room for ``nbytes``; arrays handed out before become invalid."""
+    def reset(self, nbytes: int, *, huge_from: int = 64 << 20) -> Arena:
+        """Start over with room for ``nbytes``; arrays handed out before become invalid.
+
+        New memory of ``huge_from`` bytes and more is in huge pages, which round up.
+        """
         if nbytes > len(self._memory):
             self._memory = np.empty(0, np.uint8)  # frees the old block first
-            self._memory = pages(max(nbytes, PAGE), huge_from=64 << 20)  # huge pages round up
+            self._memory = pages(max(nbytes, PAGE), huge_from=huge_from)
         self._at = 0
         return self
 

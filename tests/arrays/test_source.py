@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -42,7 +44,8 @@ def joined(source, field, start, stop):
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("tile", [1, 24, 7 * 24, 1 << 20])
 def test_pieces_hold_the_rows(tile, cached, store, monkeypatch):
-    monkeypatch.setattr(module, "TILE_BYTES", tile)
+    for name in ("TILE_BYTES", "AHEAD_BYTES"):
+        monkeypatch.setattr(module, name, tile)
     monkeypatch.setattr(LocalObjects, "is_cached", lambda *_: cached)
     source, field = opened(store)
     for start, stop in ((0, ROWS), (29, 31), (60, 61), (7, 150)):
@@ -50,8 +53,41 @@ def test_pieces_hold_the_rows(tile, cached, store, monkeypatch):
         source.read(field, start, whole)
         found, count = joined(source, field, start, stop)
         np.testing.assert_array_equal(found, whole)
-        tiled = cached and field.source_key
-        assert count == (-(-(stop - start) // max(1, tile // field.row_bytes)) if tiled else 1)
+        assert count == (-(-(stop - start) // max(1, tile // field.row_bytes)) if field.source_key else 1)
+
+
+@pytest.mark.parametrize("width", [6, 1024, 1536])
+def test_pieces_of_a_disk_begin_on_whole_pages(width, tmp_path, monkeypatch):
+    """Rows of 6 KiB are whole pages by twos, and rows of 24 bytes would be only in larger pieces."""
+    array(tmp_path / "a.zarr", values(40, (width,), "<f4"), chunks=(20, width))
+    source, field = opened(tmp_path / "a.zarr")
+    monkeypatch.setattr(LocalObjects, "is_cached", lambda *_: False)
+    monkeypatch.setattr(module, "TILE_BYTES", 1)
+    monkeypatch.setattr(module, "AHEAD_BYTES", 5 * field.row_bytes)
+    starts = [first for first, _ in source.tiles(field, 0, 40)]
+    assert starts == {6: [*range(0, 40, 5)], 1024: [*range(0, 40, 5)], 1536: [*range(0, 40, 4)]}[width]
+
+
+def test_the_next_piece_of_a_disk_is_read_while_one_is_looked_at(store, monkeypatch):
+    source, field = opened(store)
+    if not field.source_key:
+        pytest.skip("zarr decodes it")
+    asked, read = [], LocalObjects.read
+
+    def noted(self, extents):
+        asked.append(extents[0].offset)
+        read(self, extents)
+
+    monkeypatch.setattr(LocalObjects, "read", noted)
+    monkeypatch.setattr(LocalObjects, "is_cached", lambda *_: False)
+    monkeypatch.setattr(module, "TILE_BYTES", 24)
+    monkeypatch.setattr(module, "AHEAD_BYTES", 10 * 24)
+    for seen, _ in enumerate(source.tiles(field, 0, ROWS), 1):
+        for _ in range(200):
+            if len(asked) > seen:
+                break
+            time.sleep(0.05)
+        assert len(asked) == min(seen + 1, ROWS // 10), "nothing is read, or more than there is memory for"
 
 
 def test_a_file_that_is_too_short_is_an_error(store, monkeypatch):
