@@ -1,6 +1,7 @@
 """Numbers that the planner's arithmetic and the engine share, so that the one cannot drift from the other."""
 
 PAGE = 4096  # bytes; buffers are aligned to it, and O_DIRECT wants offsets, lengths and addresses in multiples of it
+HUGE = 2 << 20  # bytes of a huge page
 MAX_FAN_OUT = 1 << 16  # most buckets of one split: their numbers are uint16, which numpy sorts by radix
 
 STORE_REQUESTS = 16  # range reads that one process has in flight to an object store

@@ -19,8 +19,10 @@ from itertools import pairwise
 import numpy as np
 
 from actshuffle.arraytypes import I64, U64
-from actshuffle.limits import PAGE
+from actshuffle.limits import HUGE, PAGE
 from actshuffle.storage.directio import Extent
+
+WIDEST_SLOT = 1 << 30  # addresses are plenty, but a process has 2^47 bytes of them
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,13 @@ class Field:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes between the beginnings of source objects that are mapped side by side: whole pages, and whole rows."""
-        unit = math.lcm(PAGE, self.row_bytes)
-        return -(-self.source_chunk_rows * self.row_bytes // unit) * unit
+        """Bytes between the beginnings of source objects that are mapped side by side: whole rows, and whole huge pages
+        or, of small objects and odd rows, whole pages."""
+        nbytes = self.source_chunk_rows * self.row_bytes
+        unit = math.lcm(HUGE, self.row_bytes)
+        if nbytes < HUGE or unit > WIDEST_SLOT:
+            unit = math.lcm(PAGE, self.row_bytes)
+        return -(-nbytes // unit) * unit
 
     def mapped_at(self, rows: U64) -> I64:
         """The places of rows among those of the mapped source objects, gaps included."""

@@ -17,8 +17,8 @@ from actshuffle.arrays.field import Field
 from actshuffle.arrays.guard import View
 from actshuffle.arraytypes import U8, U64
 from actshuffle.errors import ActshuffleError, SourceError
-from actshuffle.limits import PAGE, STORE_PIECE, STORE_REQUESTS
-from actshuffle.storage.buffers import HUGE, arena, padded
+from actshuffle.limits import HUGE, PAGE, STORE_PIECE, STORE_REQUESTS
+from actshuffle.storage.buffers import arena, padded
 from actshuffle.storage.directio import Extent, Read, ahead, pieces, two_readers
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place

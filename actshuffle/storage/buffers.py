@@ -25,12 +25,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from actshuffle.limits import PAGE
+from actshuffle.limits import HUGE, PAGE
 from actshuffle.units import counted
 
 T = TypeVar("T")
 K = TypeVar("K")
-HUGE = 2 << 20  # bytes of a huge page
 
 
 class Arena:

@@ -14,7 +14,7 @@ import pytest
 
 from actshuffle.arrays.field import Field
 from actshuffle.errors import SourceError, StorageError
-from actshuffle.limits import PAGE
+from actshuffle.limits import HUGE, PAGE
 from actshuffle.storage import mapping
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import as_place
@@ -46,6 +46,31 @@ def test_rows_of_all_files_lie_in_one_array(tmp_path: Path, width: int, chunk_ro
     assert field.slot_bytes % PAGE == 0
     assert field.slot_bytes % width == 0
     found.check()
+
+
+@pytest.mark.parametrize(
+    ("width", "chunk_rows", "unit"),
+    [
+        (8192, 512, HUGE),
+        (8192, 255, PAGE),  # less than a huge page
+        (3072, 4096, 3 * HUGE),
+        (4684, 4096, 4684 * PAGE // 4),  # rows and huge pages begin together only every 2.5 GB
+    ],
+)
+def test_large_files_begin_on_huge_pages(width: int, chunk_rows: int, unit: int) -> None:
+    field = Field("x", "", width, (width,), chunk_rows, "f.{}")
+    assert field.slot_bytes % unit == 0
+    assert 0 <= field.slot_bytes - chunk_rows * width < unit
+
+
+def test_addresses_begin_on_a_huge_page(tmp_path: Path) -> None:
+    stored(tmp_path, 2, 4 * PAGE)
+    held = []
+    for _ in range(5):
+        found = open_objects(as_place(tmp_path)).mapped(keys(2), 4 * PAGE, 4 * PAGE)
+        assert found is not None
+        held.append(found)
+        assert found.rows(1).ctypes.data % HUGE == 0
 
 
 def test_an_array_outlives_what_made_it_and_nothing_stays_behind(tmp_path: Path) -> None:
