@@ -239,12 +239,15 @@ def floor(**options: Any) -> None:
 @click.option("--whole", type=SIZES, default="100MB,500MB,2GB,8GB", help="Data sizes of the default command.")
 @click.option("--whole-rounds", type=COUNT, default=3, help="Times that it is run at each size.")
 @click.option("--whole-only", is_flag=True, help="Measure the default command, and nothing else.")
+@click.option("--engine-only", is_flag=True, help="Measure the engine, and nothing else.")
 @click.option("--python", type=(str, click.Path(exists=True)), multiple=True, help="TOOL INTERPRETER: as in peers.")
 @_common
 def shuffle(**options: Any) -> None:
     """Measure the default command beside other tools, and the engine as a fraction of the copier."""
     from benchmarks import shuffle as module
 
+    if options["whole_only"] and options["engine_only"]:
+        raise click.UsageError("--whole-only and --engine-only leave nothing to measure: give one of them")
     _start("shuffle", module.run, options)
 
 

@@ -70,14 +70,17 @@ def run(
     whole: list[int],
     whole_rounds: int,
     whole_only: bool = False,
+    engine_only: bool = False,
     python: tuple[tuple[str, str], ...] = (),
 ) -> None:
+    whole = [] if engine_only else whole
     need_space(bench.work, space(whole))
     interpreters = settings(python)
     bench.plan(steps(whole, whole_rounds))
     runs = measure(bench, whole, whole_rounds, cores(), chunk, interpreters)
     bench.step = 0
-    first = [*whole_page(commands := whole_summary(runs)), ""] if whole else []
+    commands = whole_summary(runs)
+    first = [*whole_page(commands), ""] if whole else []
     if whole_only:
         bench.publish({"whole": runs, "commands": commands}, first)
         return

@@ -85,6 +85,17 @@ def test_shuffle(tmp_path):
         assert 0 < one["published"] < one["seconds"]
 
 
+def test_shuffle_the_engine_alone(tmp_path):
+    found = miniature(tmp_path, "shuffle", "--engine-only", "--workers", "1", "--levels", "2")
+    assert found["whole"] == found["commands"] == []
+    assert found["summary"]
+
+
+def test_each_way_is_first_in_a_round():
+    orders = [strategies.turned(["a", "b", "c"], number) for number in range(4)]
+    assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+
+
 def test_strategies(tmp_path):
     rows = {r["way"]: r for r in miniature(tmp_path, "strategies", drawn=False)["summary"]}
     assert {"chosen", "gather", "2 levels", "3 levels"} < set(rows)

@@ -20,6 +20,8 @@ from actshuffle.ordering.digest import RowHash, add_up, to_hex
 from actshuffle.ordering.partition import key_order
 from actshuffle.planning.tree import Task
 from actshuffle.storage.buffers import Arena, arena, behind, padded
+from actshuffle.storage.directio import is_in_memory
+from actshuffle.storage.place import local_path
 
 PIECE = 4 << 20  # bytes that are picked, written and hashed in turn while they are in the processor's cache
 
@@ -97,7 +99,7 @@ def _write(
     found = np.zeros((1 + len(job.fields), 2), np.uint64)
     write = partial(write_object, job.destination, fsync=job.fsync)
     digests: dict[str, list[str]] = {field.name: [] for field in job.fields}
-    cached = not job.fsync and job.at_destination.is_local
+    cached = _through_cache(job)
 
     def fill(number: int, start: int, out: U8) -> None:
         if number < len(job.fields):
@@ -130,6 +132,12 @@ def _write(
                 found[1 + number] += digest
                 digests[field.name].append(to_hex(digest))
     return found, digests
+
+
+def _through_cache(job: Job) -> bool:
+    """True if output goes through the page cache, or stays in it; a disk does best with whole objects beside it."""
+    path = local_path(job.destination)
+    return path is not None and (not job.fsync or is_in_memory(path.stat().st_dev))
 
 
 def _written(

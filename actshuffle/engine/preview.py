@@ -180,6 +180,7 @@ class Outlook:
             coded=coded,
             remote=remote,
             remote_output=is_remote(self.dst),
+            elastic=request.memory is None,
             resident=path is not None and is_in_memory(path.stat().st_dev),
             wide=sum(f.row_bytes >= APART_FROM for f in self.fields),
             rate=partial(_rate_apart, self.src, self._rows, self.fields),

@@ -42,6 +42,8 @@ USABLE = 0.9  # of the free memory
 COLUMN_CPU = 0.2e-9  # seconds per byte of a narrow column, which each leaf reads whole; assumed
 APART_FROM = 4096  # least bytes of a row that is worth a read of its own: a disk reads whole pages
 TRIAL, TRIAL_SECONDS = 0.01, 1.0  # of the time of plain levels, and at most: what trying the disk may take
+LESS = (1, 2, 4)  # parts into which the memory of a worker is cut, to leave some for spill
+WORTH = 1.03  # times as long as with less memory a run must take with all, since less makes more tasks
 IDLE = 64 << 20  # bytes of a process beside its work, what processes share counted in parts; 49 MB measured
 
 Name = Literal["gather", "memory", "disk", "spill", "levels"]
@@ -61,6 +63,7 @@ class Site:
     fields : arrays of the source.
     staged : bytes of a row that must be decoded or fetched before rows can be taken; the rest lies in plain files here.
     coded : bytes of a row that come out of a codec.
+    elastic : the memory of workers is the planner's choice.
     resident : the source lies in a file system in memory, so that it needs no free memory to be there.
     wide : arrays of the source whose rows are worth a read of their own, those of `APART_FROM` bytes and more.
     rate : tries, for about so many seconds, how many single rows the disk gives in one.
@@ -77,6 +80,7 @@ class Site:
     coded: int
     remote: bool = False
     remote_output: bool = False
+    elastic: bool = False
     resident: bool = False
     wide: int = 0
     rate: Callable[[float], float] = lambda _: 0.0
@@ -205,21 +209,38 @@ def _taking(site: Site, made: Plan) -> float:
 
 
 def _spill(site: Site, plan: Planner) -> Candidate:
+    """Levels with spill in free memory, of which there is more if workers take less for themselves."""
     _refuse_apart(site)
     made = plan(spill_memory=None, gather=None)
     if made.levels == 1:
         raise InfeasibleError("one level has no spill")
+    found, refusals = list[Candidate](), list[InfeasibleError]()
+    for share in LESS if site.elastic else LESS[:1]:
+        asks = {"memory": made.memory // share} if share > 1 else {}
+        try:
+            found.append(_spill_beside(site, plan, asks))
+        except InfeasibleError as err:
+            refusals.append(err)
+    if not found:
+        raise refusals[0]
+    return min(found, key=lambda one: one.seconds * (WORTH if "memory" in one.asks else 1))
+
+
+def _spill_beside(site: Site, plan: Planner, asks: dict[str, Any]) -> Candidate:
+    """Levels with spill in memory, beside workers that take some of it."""
+    made = plan(spill_memory=None, gather=None, **asks)
     # The processes of the workers are yet to be started, and the scheduler in this one.
     idle = (site.workers + 1) * IDLE if site.workers > 1 else 0
     room = int(min(site.shared, USABLE * site.free - site.workers * made.memory - idle))
     most = made.rows * made.model.spill_row_bytes * min(2, made.levels - 1)
-    budget = min(room, most)
-    made = plan(spill_memory=max(budget, 0), gather=None)
+    asks = {"spill_memory": max(min(room, most), 0), **asks}
+    made = plan(gather=None, **asks)
     if not made.kept_bytes:
         raise InfeasibleError(f"{format_bytes(max(room, 0))} of memory are free, not enough for a block")
     seconds, nbytes = _passes(site, made)
-    reason = f"{format_bytes(made.kept_bytes)} of spill stay in memory, {format_bytes(made.scratch_bytes)} do not"
-    return Candidate("spill", reason, {"spill_memory": budget}, made, seconds, nbytes)
+    less = f", since workers take {format_bytes(made.memory)} each" if "memory" in asks else ""
+    reason = f"{format_bytes(made.kept_bytes)} of spill stay in memory, {format_bytes(made.scratch_bytes)} do not{less}"
+    return Candidate("spill", reason, asks, made, seconds, nbytes)
 
 
 def _levels(site: Site, plan: Planner) -> Candidate:

@@ -18,7 +18,13 @@ SITE = Site(workers=2, one_machine=True, free=20 * GB, shared=10 * GB, cached=1.
 
 
 def planner(nbytes: int, row_bytes: int = 8192, memory: int = 2 * GB, tasks_wanted: int = 6) -> Any:
-    def plan(gather: bool | None = None, spill_memory: int | None = None, levels: Any = "auto", **_: Any) -> Plan:
+    def plan(
+        gather: bool | None = None,
+        spill_memory: int | None = None,
+        levels: Any = "auto",
+        memory: int = memory,
+        **_: Any,
+    ) -> Plan:
         return make_plan(
             nbytes // row_bytes,
             row_bytes,
@@ -124,6 +130,30 @@ def test_reports_of_the_ways() -> None:
     text = way_text(found)
     assert "-> gather" in text
     assert "impossible" in text
+
+
+@pytest.mark.parametrize("nbytes", [3 * GB, 6 * GB])
+def test_workers_take_less_where_that_leaves_memory_for_spill(nbytes: int) -> None:
+    """A container of 2 GB with two workers: at 600 MB each nothing is left for a block of theirs."""
+    tight = replace(SITE, free=int(1.9 * GB), shared=2 * GB, cached=0.0)
+    assert "not enough for a block" in ways(tight, nbytes, memory=600 * 10**6)["spill"].reason
+    found = ways(replace(tight, elastic=True), nbytes, memory=600 * 10**6)
+    best = cheapest([*found.values()])
+    assert best.name == "spill"
+    assert best.asks["memory"] in (300 * 10**6, 150 * 10**6)
+    assert best.plan.memory == best.asks["memory"]
+    assert best.plan.kept_bytes + 2 * best.plan.memory + 3 * IDLE <= 0.9 * tight.free
+    assert best.plan.kept_bytes > 0.2 * GB
+    assert best.seconds < found["levels"].seconds
+    assert "of spill stay in memory" in best.reason
+    assert "since workers take" in best.reason
+
+
+def test_workers_take_all_where_memory_is_plentiful() -> None:
+    """Blocks of a quarter would only be more tasks."""
+    found = ways(replace(SITE, free=64 * GB, shared=64 * GB, elastic=True, cached=0.0), 70 * GB)
+    assert found["spill"].plan.memory == 2 * GB
+    assert "memory" not in found["spill"].asks
 
 
 def test_control_a_way_that_costs_more_is_not_chosen() -> None:
