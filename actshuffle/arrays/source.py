@@ -23,7 +23,7 @@ from actshuffle.storage.directio import Extent, Read, ahead, pieces, two_readers
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
 
-TILE_BYTES = 2 << 20  # in the last-level cache; larger pieces are no quicker, smaller ones cost more calls
+TILE_BYTES = 4 << 20  # in the last-level cache; larger pieces are no quicker, smaller ones cost more calls
 AHEAD_BYTES = 8 << 20  # of one request to a disk, while what came before is looked at
 LOOKS = 4  # rows by which the page cache is judged
 

@@ -27,7 +27,10 @@ def check_ascent(keys: Keys, rows: U64, n: int, before: U64 | None) -> tuple[NDA
     Returns the positions of `descents`, and the keys of the first and the last row, uint64 ``(2, 3)``.
     """
     inside = bool((rows < np.uint64(n)).all())
-    hi = _table(keys, n)[rows.astype(np.int64)] if inside and n <= TABLE_ROWS else keys.hi_at(rows)
+    if inside and n <= TABLE_ROWS:
+        hi = np.take(_table(keys, n), rows.astype(np.int64), mode="clip")  # twice as fast as an index
+    else:
+        hi = keys.hi_at(rows)
     if inside and bool((hi[1:] > hi[:-1]).all()):
         ends = np.stack([hi[[0, -1]], keys.lo_at(rows[[0, -1]]), rows[[0, -1]]], axis=1)
         if before is None or tuple(before) < tuple(ends[0]):

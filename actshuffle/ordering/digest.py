@@ -32,10 +32,11 @@ from actshuffle.arraytypes import U8, U64
 from actshuffle.ordering.keys import Stream
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-# What is multiplied and mixed at a time.  Less would stay nearer to the processor, but each call of numpy gives up the
-# interpreter's lock and takes it again: with slices of 512 KiB two threads waited for it a quarter of their time.
-_SLICE_BYTES = 1 << 20
-_MIXED_ROWS = 1 << 15
+# What is multiplied at a time, with a copy and in place, and what is mixed.  Less would stay nearer to the processor, but
+# each call of numpy gives up the interpreter's lock and takes it again: with slices of 512 KiB two threads waited for
+# it a quarter of their time.
+_SLICE_BYTES, _PLACE_BYTES = 1 << 20, 4 << 20
+_MIXED_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class RowHash:
         uint64 ``(m,)``.
         """
         words, forms = _words(rows), np.empty((2, len(rows)), np.uint64)  # one form after the other
-        high = np.empty((min(self._step, len(rows)), words.shape[1]), np.uint64)
+        step = max(1, _SLICE_BYTES // self.row_bytes)
+        high = np.empty((min(step, len(rows)), words.shape[1]), np.uint64)
         self._add_up(words, forms, high)
         return self._mixed(forms, source_row)
 
@@ -64,16 +66,13 @@ class RowHash:
             self._add_up(_words(rows), forms[:, first : first + len(rows)], None)
         return self._mixed(forms, source_row)
 
-    @property
-    def _step(self) -> int:
-        return max(1, _SLICE_BYTES // self.row_bytes)
-
     def _add_up(self, words: NDArray[Any], forms: U64, high: U64 | None) -> None:
         """Put the two sums of each row, not mixed yet, into ``forms``, uint64 ``(2, m)``.
 
         ``high`` is memory for the upper halves of words; without it they replace the words.
         """
-        (w, v, _, _), step = _weights(self.seed, self.field, self.row_bytes), self._step
+        w, v, _, _ = _weights(self.seed, self.field, self.row_bytes)
+        step = max(1, _PLACE_BYTES // self.row_bytes if high is None else len(high))
         for start in range(0, len(words), step):
             part, sums = words[start : start + step], forms[:, start : start + step]
             _dot(part, w, sums[0])
