@@ -32,7 +32,7 @@ from actshuffle.arraytypes import U8, U64
 from actshuffle.ordering.keys import Stream
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-# What is multiplied at a time, with a copy and in place, and what is mixed.  Less would stay nearer to the processor, but
+# What is multiplied at a time, with a copy and in place, and mixed.  Less would stay nearer to the processor, but
 # each call of numpy gives up the interpreter's lock and takes it again: with slices of 512 KiB two threads waited for
 # it a quarter of their time.
 _SLICE_BYTES, _PLACE_BYTES = 1 << 20, 4 << 20
