@@ -22,8 +22,6 @@ from actshuffle.arraytypes import I64, U64
 from actshuffle.limits import HUGE, PAGE
 from actshuffle.storage.directio import Extent
 
-WIDEST_SLOT = 1 << 30  # addresses are plenty, but a process has 2^47 bytes of them
-
 
 @dataclass(frozen=True)
 class Field:
@@ -74,10 +72,10 @@ class Field:
     @property
     def slot_bytes(self) -> int:
         """Bytes between the beginnings of source objects that are mapped side by side: whole rows, and whole huge pages
-        or, of small objects and odd rows, whole pages."""
+        or, for small objects and odd rows, whole pages."""
         nbytes = self.source_chunk_rows * self.row_bytes
         unit = math.lcm(HUGE, self.row_bytes)
-        if nbytes < HUGE or unit > WIDEST_SLOT:
+        if nbytes < HUGE or unit > max(HUGE, nbytes // 4):  # few addresses are left unused
             unit = math.lcm(PAGE, self.row_bytes)
         return -(-nbytes // unit) * unit
 

@@ -24,7 +24,7 @@ from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place
 
 TILE_BYTES = 4 << 20  # in the last-level cache; larger pieces are no quicker, smaller ones cost more calls
-AHEAD_BYTES = 8 << 20  # of one request to a disk, while what came before is looked at
+AHEAD_BYTES = 8 << 20  # of one request to a disk; meanwhile the caller looks at the piece before
 LOOKS = 4  # rows by which the page cache is judged
 
 
@@ -72,7 +72,7 @@ class Source:
             yield from _filled(field.row_bytes, ahead(self.objects.read, _batches(parts, STORE_REQUESTS // 2)))
 
     def tiles(self, field: Field, start: int, stop: int) -> Iterator[tuple[int, U8]]:
-        """Rows ``[start, stop)`` in order, in pieces that share one piece of memory: (rows before it, its rows).
+        """Rows ``[start, stop)`` in order, in pieces: (rows before it, its rows), valid until the next is asked for.
 
         What the page cache holds comes in pieces of `TILE_BYTES`, which are still in the processor's cache when the
         caller looks at them; what lies on a disk in pieces of `AHEAD_BYTES`, of which the next is read meanwhile.
@@ -130,8 +130,10 @@ class Source:
 
 
 def _turns(field: Field, start: int, stop: int, nbytes: int, count: int) -> Iterator[tuple[int, U8]]:
-    """Ranges of some ``nbytes`` of rows ``[start, stop)``: where each begins, and its memory, of which ``count`` pieces
-    take turns.  Ranges begin on whole pages of a file where rows allow that, as O_DIRECT does best."""
+    """Cut rows ``[start, stop)`` into ranges of some ``nbytes``; yields where each begins, and memory for its rows.
+
+    ``count`` pieces of memory take turns.  Ranges hold whole pages where rows allow that, as O_DIRECT does best.
+    """
     even = PAGE // math.gcd(PAGE, field.row_bytes)
     step = min(max(1, nbytes // field.row_bytes // even * even or nbytes // field.row_bytes), stop - start)
     memory = arena().reset(count * padded(step * field.row_bytes), huge_from=HUGE)

@@ -50,7 +50,7 @@ from actshuffle.storage.buffers import Arena, arena, kept, lean_heap, padded, pa
 from actshuffle.storage.directio import Extent
 from actshuffle.storage.mapping import MappedFiles
 from actshuffle.storage.objects import Objects, open_objects
-from actshuffle.storage.rows import TRIED, TRIED_BYTES, read_apart, rows_per_second
+from actshuffle.storage.rows import read_apart, rows_per_second, tried_rows
 
 READ_BYTES = 16 << 10  # bytes that the page cache copies in the time that one more read costs
 KEY_ROWS = 1 << 18  # keys hashed at a time
@@ -321,7 +321,7 @@ def rate_apart(objects: Objects, field: Field, rows: int, seconds: float) -> flo
     def read(some: U64) -> None:
         read_rows(objects, field, some, memory[: len(some)], apart=True)
 
-    memory = pages(max(TRIED, TRIED_BYTES // field.row_bytes) * field.row_bytes).reshape(-1, field.row_bytes)
+    memory = pages(tried_rows(field.row_bytes) * field.row_bytes).reshape(-1, field.row_bytes)
     return rows_per_second(read, rows, field.row_bytes, seconds)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -21,6 +23,7 @@ from actshuffle.ordering.partition import key_order
 from actshuffle.planning.tree import Task
 from actshuffle.storage.buffers import Arena, arena, behind, padded
 from actshuffle.storage.directio import is_in_memory
+from actshuffle.storage.files import typed
 from actshuffle.storage.place import local_path
 
 PIECE = 4 << 20  # bytes that are picked, written and hashed in turn while they are in the processor's cache
@@ -87,8 +90,8 @@ def _read(job: Job, leaf: int, first: int, columns: Columns) -> U64:
 def _write(
     job: Job, leaf: int, first: int, source_row: U64, read: Callable[[int, int, int, U8], None], memory: Arena
 ) -> tuple[U64, dict[str, list[str]]]:
-    """Write the leaf's objects: each from one of two buffers while the other is filled or, through the page cache, in
-    pieces.
+    """Write the leaf's objects: in pieces where they go through the page cache, and else each from one of two buffers
+    while the other is filled.
 
     ``source_row`` are the rows of the leaf in key order; ``read(number, start, stop, out)`` fills ``out`` with some of
     them, of one field.  Returns the digests of each field, uint64 ``(1 + fields, 2)`` with the first line free for that
@@ -99,7 +102,7 @@ def _write(
     found = np.zeros((1 + len(job.fields), 2), np.uint64)
     write = partial(write_object, job.destination, fsync=job.fsync)
     digests: dict[str, list[str]] = {field.name: [] for field in job.fields}
-    cached = _through_cache(job)
+    cached = _through_cache(job) and not job.plan.apart  # many single rows are read at a time
 
     def fill(number: int, start: int, out: U8) -> None:
         if number < len(job.fields):
@@ -110,42 +113,45 @@ def _write(
     with behind() as writing:
         for number, field in enumerate(job.outputs):
             width, size = field.row_bytes, field.object_rows * field.row_bytes
-            row_hash = None if field is job.source_row else RowHash(job.keys.seed, 1 + number, width)
+            row_hash, hashed = RowHash(job.keys.seed, 1 + number, width), field is not job.source_row
             for at in job.output_objects(field, range(leaf, leaf + 1)):
                 start = at * field.object_rows - first
-                rows = source_row[start : start + field.object_rows]
+                rows, digest = source_row[start : start + field.object_rows], np.zeros(2, np.uint64)
                 if cached and field.raw_output:
-                    parts = _written(job, field, at, partial(fill, number), range(start, start + len(rows)), buffers[0])
-                    if row_hash is None:
-                        for _ in parts:
-                            pass
-                        continue
-                    digest = row_hash.total_of_parts(parts, rows)
+                    of_leaf = range(start, start + len(rows))
+                    with closing(_written(job, field, at, partial(fill, number), of_leaf, buffers[0])) as parts:
+                        if hashed:
+                            digest = row_hash.total_of_parts(parts, rows)
+                        else:
+                            deque(parts, 0)
                 else:
                     whole = buffers[writing.turn][:size].reshape(-1, width)
                     used = whole[: len(rows)]
                     fill(number, start, used)
                     writing.submit(write, field, at, whole, len(rows))
-                    if row_hash is None:
-                        continue
-                    digest = row_hash.total(used, rows)  # while they are written
-                found[1 + number] += digest
-                digests[field.name].append(to_hex(digest))
+                    if hashed:
+                        digest = row_hash.total(used, rows)  # while they are written
+                if hashed:
+                    found[1 + number] += digest
+                    digests[field.name].append(to_hex(digest))
     return found, digests
 
 
 def _through_cache(job: Job) -> bool:
-    """True if output goes through the page cache, or stays in it; a disk does best with whole objects beside it."""
+    """True if output goes through the page cache, or lies in memory; a disk does best with whole objects, past it."""
     path = local_path(job.destination)
-    return path is not None and (not job.fsync or is_in_memory(path.stat().st_dev))
+    if path is None or not job.fsync:
+        return path is not None
+    with typed(path, ""):
+        return is_in_memory(path.stat().st_dev)
 
 
 def _written(
     job: Job, field: Field, at: int, fill: Callable[[int, U8], None], rows: range, memory: U8
-) -> Iterator[tuple[int, U8]]:
+) -> Generator[tuple[int, U8], None, None]:
     """Write an object in pieces; yields each, with the number of rows before it, when nobody needs its bytes any more.
 
-    ``fill(start, out)`` fills ``out`` with the ``rows`` of the leaf from one of them on.
+    ``fill(start, out)`` fills ``out`` with rows of the leaf, from row ``start`` on; ``rows`` are those of the object.
     """
     step, size = max(1, PIECE // field.row_bytes), field.object_rows * field.row_bytes
     with job.at_destination.writer(field.object_key.format(at), size) as out:

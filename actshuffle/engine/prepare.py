@@ -91,7 +91,7 @@ def prepare(
             )
     else:
         _check_space(job)
-        check_room(job.plan, crew.workers, gather=job.kind.gathers)
+        check_room(job.plan, crew.workers, crew.tasks_per_worker, gather=job.kind.gathers)
     if locks is not None and settled.scratch is not None:  # others may have a destination of this name elsewhere
         locks.take(job.scratch)
     if overwrite:

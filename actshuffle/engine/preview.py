@@ -275,25 +275,19 @@ def check_gather(src: Place, request: Request, rows: int) -> None:
         )
 
 
-def check_room(plan: Plan, workers: int, *, gather: bool) -> None:
+def check_room(plan: Plan, workers: int, tasks_per_worker: int = 1, *, gather: bool) -> None:
     """Refuse to have more in the machine's memory than fits beside the workers: a source to gather from, or spill."""
-    held = (0 if plan.apart else plan.rows * plan.row_bytes) if gather else plan.kept_bytes
-    memory = machine_memory()
-    if not held or held + workers * plan.memory <= memory:
-        return
-    beside = (
-        f"beside {workers} worker{'s' * (workers != 1)} with {format_bytes(plan.memory)} each, and there are "
-        f"{format_bytes(memory)}"
-    )
     if gather:
+        held, each = 0 if plan.apart else plan.rows * plan.row_bytes, plan.memory
+        what, advice = f"to gather rows, the source's {format_bytes(held)} must lie", "or leave --gather out"
+    else:
+        held, each = plan.kept_bytes, min(plan.memory, tasks_per_worker * plan.task_bytes)
+        what, advice = f"{format_bytes(held)} of spill are to stay", "or less --spill-memory"
+    if held and held + workers * each > machine_memory():
         raise InfeasibleError(
-            f"to gather rows, the source's {format_bytes(held)} must lie in memory {beside}: give less --memory, fewer "
-            "--workers, or leave --gather out"
+            f"{what} in memory beside {workers} worker{'s' * (workers != 1)} with {format_bytes(each)} each, and there "
+            f"are {format_bytes(machine_memory())}: give less --memory, fewer --workers, {advice}"
         )
-    raise InfeasibleError(
-        f"{format_bytes(held)} of spill are to stay in memory {beside}: give less --spill-memory, less --memory, or "
-        "fewer --workers"
-    )
 
 
 _SOME_STORE, _SOME_DISK = Place("store://"), Place("/")  # stand for a destination without a name; nothing opens them

@@ -32,9 +32,9 @@ from actshuffle.arraytypes import U8, U64
 from actshuffle.ordering.keys import Stream
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-# What is multiplied at a time, with a copy and in place, and mixed.  Less would stay nearer to the processor, but
-# each call of numpy gives up the interpreter's lock and takes it again: with slices of 512 KiB two threads waited for
-# it a quarter of their time.
+# Bytes of rows that are multiplied at a time, with a copy and in place, and rows that are mixed at a time.  Less would
+# stay nearer to the processor, but each call of numpy gives up the interpreter's lock and takes it again: with slices
+# of 512 KiB two threads waited for it for a quarter of their time.
 _SLICE_BYTES, _PLACE_BYTES = 1 << 20, 4 << 20
 _MIXED_ROWS = 1 << 14
 
@@ -93,7 +93,7 @@ class RowHash:
         return add_up(self.hashes(rows, source_row))
 
     def total_of_parts(self, parts: Iterable[tuple[int, U8]], source_row: U64) -> U64:
-        """`total` of rows that come in parts, as those of `hashes_of_parts`."""
+        """`total` of rows that come in parts, as in `hashes_of_parts`; their memory is overwritten."""
         return add_up(self.hashes_of_parts(parts, source_row))
 
 

@@ -41,9 +41,9 @@ STORE_RATE = 5e8  # the same for an object store; assumed
 USABLE = 0.9  # of the free memory
 COLUMN_CPU = 0.2e-9  # seconds per byte of a narrow column, which each leaf reads whole; assumed
 APART_FROM = 4096  # least bytes of a row that is worth a read of its own: a disk reads whole pages
-TRIAL, TRIAL_SECONDS = 0.01, 1.0  # of the time of plain levels, and at most: what trying the disk may take
+TRIAL, TRIAL_SECONDS = 0.01, 1.0  # a trial of the disk takes this share of the time of plain levels, or these seconds
 LESS = (1, 2, 4)  # parts into which the memory of a worker is cut, to leave some for spill
-WORTH = 1.03  # times as long as with less memory a run must take with all, since less makes more tasks
+WORTH = 1.03  # a run may take so many times as long before workers take less memory, which makes more tasks
 IDLE = 64 << 20  # bytes of a process beside its work, what processes share counted in parts; 49 MB measured
 
 Name = Literal["gather", "memory", "disk", "spill", "levels"]
@@ -66,7 +66,7 @@ class Site:
     elastic : the memory of workers is the planner's choice.
     resident : the source lies in a file system in memory, so that it needs no free memory to be there.
     wide : arrays of the source whose rows are worth a read of their own, those of `APART_FROM` bytes and more.
-    rate : tries, for about so many seconds, how many single rows the disk gives in one.
+    rate : tries, for about so many seconds, how many single rows the disk gives in one second.
     remote, remote_output : the source, or spill and output, are in an object store.
     """
 
@@ -209,7 +209,7 @@ def _taking(site: Site, made: Plan) -> float:
 
 
 def _spill(site: Site, plan: Planner) -> Candidate:
-    """Levels with spill in free memory, of which there is more if workers take less for themselves."""
+    """Levels with spill in free memory, of which there is more if workers take less."""
     _refuse_apart(site)
     made = plan(spill_memory=None, gather=None)
     if made.levels == 1:
@@ -218,9 +218,12 @@ def _spill(site: Site, plan: Planner) -> Candidate:
     for share in LESS if site.elastic else LESS[:1]:
         asks = {"memory": made.memory // share} if share > 1 else {}
         try:
-            found.append(_spill_beside(site, plan, asks))
+            one = _spill_beside(site, plan, asks)
         except InfeasibleError as err:
             refusals.append(err)
+            continue
+        if one.plan and (one.plan.chunk_rows, one.plan.object_rows) == (made.chunk_rows, made.object_rows):
+            found.append(one)  # the output does not depend on the memory that is free
     if not found:
         raise refusals[0]
     return min(found, key=lambda one: one.seconds * (WORTH if "memory" in one.asks else 1))

@@ -42,7 +42,7 @@ class Arena:
     def reset(self, nbytes: int, *, huge_from: int = 64 << 20) -> Arena:
         """Start over with room for ``nbytes``; arrays handed out before become invalid.
 
-        New memory of ``huge_from`` bytes and more is in huge pages, which round up.
+        New memory of ``huge_from`` bytes and more is in huge pages, so that its size is rounded up.
         """
         if nbytes > len(self._memory):
             self._memory = np.empty(0, np.uint8)  # frees the old block first

@@ -6,9 +6,9 @@
                0                         slot                      2 slots
 
 Nothing is copied: the pages are those of the page cache, and numpy picks rows out of them at the speed of memory,
-where a read for each row costs some microseconds.  The gaps belong to no file, and nobody may touch them.  Addresses
-begin on a huge page, and slots should: where the page cache holds a file in huge pages, as it does after large writes,
-the first touch of each costs one fault instead of 32, which together took as long as picking the rows.
+where a read for each row costs some microseconds.  The gaps belong to no file, and nobody may touch them.  The range
+begins on a huge page, and so do slots of whole huge pages: where the page cache holds a file in huge pages, as it does
+after large writes, the first touch of each costs one fault instead of 32, which together take as long as picking rows.
 
 The system kills a process that touches a page beyond the end of a mapped file, or one that cannot be read (SIGBUS).
 So sizes are checked before files are mapped, and `MappedFiles.check` looks at them again.

@@ -19,8 +19,7 @@ from actshuffle.storage.objects import Objects
 
 READERS = 32  # requests on their way at the same time, for each task
 EACH = 32  # rows of one object that a reader has to itself, so that all have about as many
-TRIED = 4 * READERS  # rows of a trial's first lot; each further lot has twice as many
-TRIED_BYTES = 16 << 20  # of rows in a lot at most
+TRIED_BYTES = 16 << 20  # of rows in a lot of a trial at most, unless they are fewer than the readers
 
 Lot = tuple[str, list[int], list[int]]  # an object, offsets of rows in it, and the goal of each
 
@@ -47,13 +46,18 @@ def _small(lots: Iterable[Lot]) -> Iterator[Lot]:
             yield key, offsets[at : at + EACH], goals[at : at + EACH]
 
 
+def tried_rows(row_bytes: int) -> int:
+    """Rows that a trial reads at a time at most."""
+    return max(READERS, TRIED_BYTES // row_bytes)
+
+
 def rows_per_second(read: Callable[[U64], object], rows: int, row_bytes: int, seconds: float) -> float:
     """The number of rows, each from a random place among ``rows``, that ``read`` brings in a second, by trying.
 
     It tries for about ``seconds`` with larger and larger lots, and counts the last: files are opened for the first
-    ones, and threads start for each.
+    ones, and in small ones much of the time goes into starting threads.
     """
-    lot, most = TRIED, max(TRIED, TRIED_BYTES // row_bytes)
+    lot, most = READERS, tried_rows(row_bytes)
     dice = np.random.default_rng(secrets.randbits(64))
     read(dice.integers(rows, size=READERS, dtype=np.uint64))
     end = time.monotonic() + seconds

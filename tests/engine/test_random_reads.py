@@ -217,6 +217,30 @@ def test_a_trial_decides(src: Path, tmp_path: Path, rate: float, chosen: bool, m
     assert_is_oracle(src, tmp_path / "d.zarr", 3)
 
 
+def test_a_trial_of_wide_rows_reads_few_of_them() -> None:
+    asked = list[int]()
+    rows.rows_per_second(lambda some: asked.append(len(some)), 10**6, 16 << 20, 0.0)
+    assert sum(asked) == 2 * rows.READERS
+
+
+@pytest.mark.parametrize("fsync", [True, False])
+def test_as_many_rows_as_there_are_readers_are_asked_for(
+    tmp_path: Path, fsync: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where output goes through the page cache, and is otherwise written in pieces."""
+    rng, asked, read = np.random.default_rng(0), list[int](), gather.read_rows
+    array(tmp_path / "src.zarr", rng.integers(0, 255, (64, 1 << 18)).astype("<u4"), chunks=(8, 1 << 18))
+
+    def noted(objects: Any, field: Any, some: Any, out: Any, **how: Any) -> None:
+        asked.append(len(some))
+        read(objects, field, some, out, **how)
+
+    monkeypatch.setattr(gather, "read_rows", noted)
+    settings = {"seed": 3, "chunk_rows": 32, "random_reads": True, "source_row": False, "fsync": fsync}
+    shuffle(tmp_path / "src.zarr", tmp_path / "d.zarr", memory="200MB", **settings)
+    assert asked == [32, 32]
+
+
 def test_a_trial_reads_real_rows(src: Path) -> None:
     field = source_field("odd", source_arrays(as_place(src))["odd"])
     assert gather.rate_apart(LocalObjects(src, direct=True), field, ROWS, 0.2) > 100
@@ -236,5 +260,5 @@ def test_the_rate_is_that_of_the_reads(wanted: int, monkeypatch: pytest.MonkeyPa
     for seconds in (0.0, 0.05, 1.0):
         now[0] = 0.0
         assert rows.rows_per_second(read, 10**6, 8192, seconds) == pytest.approx(wanted, rel=1e-9)
-        first = (rows.READERS + rows.TRIED) / wanted
+        first = 2 * rows.READERS / wanted
         assert seconds <= now[0] <= 2 * seconds + 2 * first  # the last lot may take as long as all before it

@@ -141,12 +141,24 @@ def test_workers_take_less_where_that_leaves_memory_for_spill(nbytes: int) -> No
     best = cheapest([*found.values()])
     assert best.name == "spill"
     assert best.asks["memory"] in (300 * 10**6, 150 * 10**6)
+    plain = found["levels"].plan
+    assert (best.plan.chunk_rows, best.plan.object_rows) == (plain.chunk_rows, plain.object_rows)
     assert best.plan.memory == best.asks["memory"]
     assert best.plan.kept_bytes + 2 * best.plan.memory + 3 * IDLE <= 0.9 * tight.free
     assert best.plan.kept_bytes > 0.2 * GB
     assert best.seconds < found["levels"].seconds
     assert "of spill stay in memory" in best.reason
     assert "since workers take" in best.reason
+
+
+@pytest.mark.parametrize("free", [0.9, 1.2, 1.5, 1.7, 1.9])
+def test_chunks_do_not_depend_on_the_memory_that_is_free(free: float) -> None:
+    """Or the same request would be refused when its output is there, on a day with other memory free."""
+    site = replace(SITE, free=int(free * GB), shared=2 * GB, cached=0.0, elastic=True)
+    for row_bytes in (512, 8192, 65536):
+        found = ways(site, 6 * GB, memory=600 * 10**6, row_bytes=row_bytes)
+        plans = [found[name].plan for name in ("spill", "levels") if found[name].plan]
+        assert len({(plan.chunk_rows, plan.object_rows) for plan in plans}) == 1
 
 
 def test_workers_take_all_where_memory_is_plentiful() -> None:

@@ -53,7 +53,9 @@ def test_rows_of_all_files_lie_in_one_array(tmp_path: Path, width: int, chunk_ro
     [
         (8192, 512, HUGE),
         (8192, 255, PAGE),  # less than a huge page
-        (3072, 4096, 3 * HUGE),
+        (3072, 16384, 3 * HUGE),
+        (3072, 4096, 3 * PAGE),  # a quarter of the addresses and more would be left unused
+        (511, 8208, 511 * PAGE),
         (4684, 4096, 4684 * PAGE // 4),  # rows and huge pages begin together only every 2.5 GB
     ],
 )
