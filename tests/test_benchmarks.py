@@ -184,7 +184,10 @@ def test_unchecked_rows_hash_to_nothing_for_a_while_only():
     rows, numbers = np.ones((3, 8), np.uint8), np.arange(3, dtype=np.uint64)
     with costs.unchecked():
         assert not RowHash(1, 0, 8).hashes(rows, numbers).any()
+        assert not RowHash(1, 0, 8).total_of_parts(iter([(0, rows)]), numbers).any()
+        assert rows.all(), "parts are left alone, but asked for"
     assert RowHash(1, 0, 8).hashes(rows, numbers).all()
+    assert RowHash(1, 0, 8).total_of_parts(iter([(0, rows)]), numbers).all()
 
 
 def test_scheduler(tmp_path):
