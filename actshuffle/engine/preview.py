@@ -281,13 +281,19 @@ def check_room(plan: Plan, workers: int, tasks_per_worker: int = 1, *, gather: b
         held, each = 0 if plan.apart else plan.rows * plan.row_bytes, plan.memory
         what, advice = f"to gather rows, the source's {format_bytes(held)} must lie", "or leave --gather out"
     else:
-        held, each = plan.kept_bytes, min(plan.memory, tasks_per_worker * plan.task_bytes)
+        held, each = plan.kept_bytes, min(plan.memory, tasks_per_worker * _task_bytes(plan))
         what, advice = f"{format_bytes(held)} of spill are to stay", "or less --spill-memory"
     if held and held + workers * each > machine_memory():
         raise InfeasibleError(
             f"{what} in memory beside {workers} worker{'s' * (workers != 1)} with {format_bytes(each)} each, and there "
             f"are {format_bytes(machine_memory())}: give less --memory, fewer --workers, {advice}"
         )
+
+
+def _task_bytes(plan: Plan) -> int:
+    """Bytes of memory that the largest task of a plan takes at most, which may be less than it is allowed."""
+    leaf = plan.model.leaf_bytes(min(plan.leaf_rows, plan.rows), plan.object_rows * plan.row_bytes)
+    return max([leaf, *map(plan.model.split_bytes, plan.block_rows)])
 
 
 _SOME_STORE, _SOME_DISK = Place("store://"), Place("/")  # stand for a destination without a name; nothing opens them

@@ -89,12 +89,6 @@ class Plan:
     apart: bool = False
 
     @property
-    def task_bytes(self) -> int:
-        """Bytes of memory that its largest task takes at most, which may be less than it is allowed."""
-        leaf = self.model.leaf_bytes(min(self.leaf_rows, self.rows), self.object_rows * self.row_bytes)
-        return max([leaf, *map(self.model.split_bytes, self.block_rows)])
-
-    @property
     def leaves(self) -> int:
         return -(-self.rows // self.leaf_rows) if self.rows else 0
 
