@@ -72,7 +72,9 @@ class Source:
             yield from _filled(field.row_bytes, ahead(self.objects.read, _batches(parts, STORE_REQUESTS // 2)))
 
     def tiles(self, field: Field, start: int, stop: int) -> Iterator[tuple[int, U8]]:
-        """Rows ``[start, stop)`` in order, in pieces: (rows before it, its rows), valid until the next is asked for.
+        """Read rows ``[start, stop)`` in order; yields pieces of them, each with the number of rows before it.
+
+        A piece is valid until the caller asks for the next one.
 
         What the page cache holds comes in pieces of `TILE_BYTES`, which are still in the processor's cache when the
         caller looks at them; what lies on a disk in pieces of `AHEAD_BYTES`, of which the next is read meanwhile.

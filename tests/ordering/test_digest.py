@@ -126,7 +126,7 @@ def test_hashes_of_parts_are_those_of_the_rows(width, monkeypatch):
     row_hash = RowHash(1, 0, width)
     for slices, mixed in ((7 * width, 16), (1 << 19, 1 << 12)):
         whole = row_hash.hashes(rows, numbers)
-        monkeypatch.setattr("actshuffle.ordering.digest._SLICE_BYTES", slices)
+        monkeypatch.setattr("actshuffle.ordering.digest._PLACE_BYTES", slices)
         monkeypatch.setattr("actshuffle.ordering.digest._MIXED_ROWS", mixed)
         parts = ((at, rows[at : at + 20].copy()) for at in range(0, 50, 20))
         np.testing.assert_array_equal(row_hash.hashes_of_parts(parts, numbers), whole)

@@ -42,7 +42,9 @@ class Endpoint:
 
     def settle(self) -> None:
         """Wait for the delayed requests, which arrive at last, whether their client waits for them or not."""
+        end = time.monotonic() + 120
         while self.delayed:
+            assert time.monotonic() < end, "a delayed request does not arrive"
             time.sleep(0.05)
 
     @property
