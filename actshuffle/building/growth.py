@@ -44,9 +44,9 @@ from actshuffle.loading.views import identity_of
 from actshuffle.ordering.digest import from_hex, to_hex
 from actshuffle.progress import Progress
 from actshuffle.progress.display import shown
-from actshuffle.storage.exchange import exchange
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place, local_path
+from actshuffle.storage.syscalls import exchange
 from actshuffle.units import counted, format_bytes, format_seconds, switches
 
 Parts = list[dict[str, Any]]  # the sources of a store, as its marker records them

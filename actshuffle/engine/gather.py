@@ -17,8 +17,8 @@ copy.  One look at all keys (`look`) finds the rows of all leaves; it leaves the
 Rows that lie in no plain file of this machine, since a codec packs them or a store holds them, are decoded once into
 its memory (`stage`), and lie there as files of plain rows until the run ends.
 
-The source's files are mapped side by side, so that a field is one array, and `numpy.take` copies each row from the
-page cache into the buffer that is written.  Where the system refuses to map them, rows are read: each by itself or,
+The source's files are mapped side by side, so that a field is one array, and each row is copied from the page cache
+into the buffer that is written.  Where the system refuses to map them, rows are read: each by itself or,
 where the rows of a leaf lie closer together than some `READ_BYTES`, by a look at the whole column.
 
 A disk that serves single rows fast enough needs no page cache: rows that do not fit into memory are then read
@@ -99,7 +99,7 @@ class Gather:
         """Fill ``out`` with rows ``[start, stop)`` of the leaf, of one field."""
         (objects, field), rows, mapped = self._homes[number], self._rows[start:stop], self._mapped[number]
         if mapped is not None:
-            np.take(mapped.rows(field.row_bytes), field.mapped_at(rows), axis=0, out=out, mode="clip")
+            mapped.take(field.mapped_at(rows), out)
         elif number in self._columns:
             out[:] = self._columns[number][start:stop]
         else:

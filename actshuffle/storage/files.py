@@ -28,10 +28,12 @@ from actshuffle.storage.directio import (
     OpenFile,
     create,
     has_cached,
+    is_in_memory,
     read_full,
     row_reader,
 )
 from actshuffle.storage.mapping import MappedFiles, reserve
+from actshuffle.storage.syscalls import allocate
 from actshuffle.units import format_bytes
 
 _ABSENT = (FileNotFoundError, NotADirectoryError)
@@ -103,6 +105,8 @@ class LocalObjects:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd, direct = create(partial, direct=self.fsync and size >= DIRECT_BYTES)
             try:
+                if size >= DIRECT_BYTES and not direct and not is_in_memory(os.fstat(fd).st_dev):
+                    allocate(fd, size)
                 writer = FileWriter(fd, direct)
                 yield writer
                 if writer.written < size:
