@@ -240,6 +240,7 @@ def floor(**options: Any) -> None:
 @click.option("--whole-rounds", type=COUNT, default=3, help="Times that it is run at each size.")
 @click.option("--whole-only", is_flag=True, help="Measure the default command, and nothing else.")
 @click.option("--engine-only", is_flag=True, help="Measure the engine, and nothing else.")
+@click.option("--unchecked", is_flag=True, help="Measure the default way without its digests too.")
 @click.option("--python", type=(str, click.Path(exists=True)), multiple=True, help="TOOL INTERPRETER: as in peers.")
 @_common
 def shuffle(**options: Any) -> None:
@@ -248,6 +249,8 @@ def shuffle(**options: Any) -> None:
 
     if options["whole_only"] and options["engine_only"]:
         raise click.UsageError("--whole-only and --engine-only leave nothing to measure: give one of them")
+    if options["unchecked"] and 0 not in options["levels"]:
+        raise click.UsageError("--unchecked measures the default way: give --levels 0 too")
     _start("shuffle", module.run, options)
 
 

@@ -200,7 +200,7 @@ def loader(folder: Path, rows: list[dict[str, Any]]) -> str:
 def _case(row: dict[str, Any]) -> str:
     crew = f"{row['workers']} worker{'s' * (row['workers'] != 1)}" if row["workers"] else "serial"
     levels = f"{row['levels']} level{'s' * (row['levels'] > 1)}" if row["levels"] else "default"
-    return f"{row['row_bytes']} B rows, {crew}, {levels}"
+    return f"{row['row_bytes']} B rows, {crew}, {levels}{'' if row['checked'] else ', no digests'}"
 
 
 def _panels(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

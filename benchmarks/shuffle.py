@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from actshuffle.errors import InfeasibleError
 from actshuffle.executors import Executor, Serial, Threads, local_cluster
 from actshuffle.machine import cores
 from actshuffle.units import format_bytes
-from benchmarks import plots
+from benchmarks import costs, plots
 from benchmarks.copier import Copier
 from benchmarks.floor import Floor, durable, prepare
 from benchmarks.phases import OUTSIDE, PHASES, Timed, breakdown, published, summarise
@@ -37,7 +37,8 @@ SEED = 1
 class Case:
     """One shuffle to measure; ``workers`` 0 is the serial executor, in this process.
 
-    ``levels`` 0 is the way that the planner chooses, on threads as in `actshuffle run`.
+    ``levels`` 0 is the way that the planner chooses, on threads as in `actshuffle run`.  One that is not ``checked``
+    takes no digests, which shows their cost.
     """
 
     mode: str
@@ -45,6 +46,7 @@ class Case:
     row_bytes: int
     workers: int
     levels: int
+    checked: bool = True
 
     @property
     def processes(self) -> int:
@@ -53,7 +55,8 @@ class Case:
     def __str__(self) -> str:
         crew = f"{self.workers} workers" if self.workers else "serial"
         levels = f"{self.levels} level{'s' * (self.levels > 1)}" if self.levels else "default"
-        return f"{self.mode}, {format_bytes(self.size)}, rows of {self.row_bytes} B, {crew}, {levels}"
+        digests = "" if self.checked else ", no digests"
+        return f"{self.mode}, {format_bytes(self.size)}, rows of {self.row_bytes} B, {crew}, {levels}{digests}"
 
 
 def run(
@@ -71,6 +74,7 @@ def run(
     whole_rounds: int,
     whole_only: bool = False,
     engine_only: bool = False,
+    unchecked: bool = False,
     python: tuple[tuple[str, str], ...] = (),
 ) -> None:
     whole = [] if engine_only else whole
@@ -86,7 +90,8 @@ def run(
         return
     # Source, spill with keys and source rows, and output take about as much each.
     need_space(bench.work, int(max(sizes) * (len(row_bytes) + 3.5)))
-    bench.plan(rounds * len(sizes) * len(row_bytes) * len(workers) * len(modes) * (len(levels) + 2))
+    ways = [(level, True) for level in levels] + [(0, False)] * (unchecked and 0 in levels)
+    bench.plan(rounds * len(sizes) * len(row_bytes) * len(workers) * len(modes) * (len(ways) + 2))
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
         crews: dict[int, Executor] = {n: stack.enter_context(local_cluster(n)) if n else Serial() for n in workers}
@@ -103,7 +108,7 @@ def run(
                 for mode in modes:
                     for count, crew in crews.items():
                         for width, source in sources.items():
-                            cases = [Case(mode, size, width, count, level) for level in levels]
+                            cases = [Case(mode, size, width, count, *way) for way in ways]
                             group = _group(bench, cases, crew, source, floors[width, max(1, count)], memory)
                             found += [one | {"round": number} for one in group]
             for path in sources.values():
@@ -125,7 +130,8 @@ def _group(
     for case in cases:
         prepare(mode, [source])
         try:
-            one = _shuffle(crew, source, target, memory, case.levels, durable(mode))
+            with nullcontext() if case.checked else costs.unchecked():
+                one = _shuffle(crew, source, target, memory, case.levels, durable(mode))
         except InfeasibleError as err:
             bench.did(f"{case}: {err}")
             continue
@@ -178,7 +184,7 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per case: medians and ranges over the rounds."""
     cases: dict[Case, list[dict[str, Any]]] = {}
     for one in found:
-        case = Case(*(one[k] for k in ("mode", "size", "row_bytes", "workers", "levels")))
+        case = Case(**{f.name: one[f.name] for f in fields(Case)})
         cases.setdefault(case, []).append(one)
     rows = []
     for case, ours in cases.items():
@@ -208,6 +214,10 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _way(row: dict[str, Any]) -> str:
+    return (str(row["levels"]) if row["levels"] else "default") + ("" if row["checked"] else ", no digests")
+
+
 def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
     names = (*PHASES, *OUTSIDE)
     return [
@@ -221,7 +231,7 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
         "that reads and writes everything at each level can beat. *of widest*: the "
         "rate over that of the widest rows in the same round. *1 level* is `--gather`: no spill, rows "
         "come from the page cache, into which the source is read first if it is not there. *default*: the way that "
-        "the planner chooses, on threads of one process, with the memory that it takes by itself. Workers are "
+        "the planner chooses, on threads of one process, with the memory that it takes by itself; *no digests*: rows are not hashed. Workers are "
         "running when the clock starts. *leaves* is the number of pieces sorted in memory.",
         "",
         *table(
@@ -246,7 +256,7 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
                     format_bytes(r["size"]),
                     f"{r['row_bytes']} B",
                     r["workers"] or "serial",
-                    r["levels"] or "default",
+                    _way(r),
                     r["leaves"],
                     ranged(r["rate"]),
                     ranged(r["copy_rate"]),

@@ -91,6 +91,13 @@ def test_shuffle_the_engine_alone(tmp_path):
     assert found["summary"]
 
 
+def test_shuffle_without_digests(tmp_path):
+    found = miniature(tmp_path, "shuffle", "--engine-only", "--unchecked", "--levels", "0")
+    assert {r["levels"] for r in found["summary"] if r["checked"]} == {0, 1, 2, 3}
+    assert {r["levels"] for r in found["summary"] if not r["checked"]} == {0}
+    assert "default, no digests" in (tmp_path / "results/README.md").read_text()
+
+
 def test_each_way_is_first_in_a_round():
     orders = [strategies.turned(["a", "b", "c"], number) for number in range(4)]
     assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
