@@ -4,17 +4,20 @@ It has as many processes as the shuffle has workers and the same path between fi
 (`actshuffle.storage.files.LocalObjects`: O_DIRECT writes and fsync where the shuffle has them).  It moves chunk
 files in any order through aligned buffers, which are touched beforehand and reused, and never looks at the
 bytes.  With two buffers a process writes one chunk while it reads the next, as tasks of the shuffle do; with
-one it takes turns.  A copy is the faster of the two.
+one it takes turns.  A copy is the faster of the two.  A plain copy writes as any program would, through the page cache,
+into files for which no space was set aside.
 """
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ MEMCPY_REPEATS = 8
 
 @dataclass(frozen=True)
 class Work:
-    """The operation on every chunk file: "read", "write", "copy" or "memcpy" (no files at all)."""
+    """The operation on every chunk file: "read", "write", "copy", "plain copy" or "memcpy" (no files)."""
 
     what: str
     source: Path
@@ -104,17 +107,26 @@ def _tickets(ticket: Any, count: int) -> Iterable[int]:
 
 def _move(work: Work, buffers: Sequence[U8], numbers: Iterable[int]) -> None:
     source, target = LocalObjects(work.source), LocalObjects(work.target, work.fsync)
-    if work.buffers == 1 or work.what != "copy":
+    put = partial(_put_plainly, work) if work.what == "plain copy" else target.put
+    if work.buffers == 1:
         view = buffers[0].data
         for number in numbers:
             key = work.keys[number]
             if work.what != "write":
                 source.read([Extent(key, 0, [view], once=True)])
             if work.what != "read":
-                target.put(key, view)
+                put(key, view)
         return
     with behind() as writing:
         for number in numbers:
             key, view = work.keys[number], buffers[writing.turn].data
             source.read([Extent(key, 0, [view], once=True)])
-            writing.submit(target.put, key, view)
+            writing.submit(put, key, view)
+
+
+def _put_plainly(work: Work, key: str, view: memoryview) -> None:
+    work.target.mkdir(parents=True, exist_ok=True)
+    with (work.target / key).open("wb", buffering=0) as file:
+        file.write(view)
+        if work.fsync:
+            os.fsync(file.fileno())

@@ -12,7 +12,7 @@ from benchmarks.copier import MEMCPY_REPEATS, Copier, Work
 from benchmarks.results import Bench, need_space, ranged, rate, spread, table
 from benchmarks.sources import chunk_keys, make_source
 
-KINDS = (("memcpy", 1), ("read", 1), ("write", 1), ("copy", 1), ("copy", 2))
+KINDS = (("memcpy", 1), ("read", 1), ("write", 1), ("copy", 1), ("copy", 2), ("plain copy", 2))
 ROW_BYTES = 8192  # any width will do: a copier does not look at rows
 LEAST_FILLED = 256 << 20  # from this source size on, filling memory is worth its seconds
 

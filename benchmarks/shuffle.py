@@ -1,8 +1,8 @@
 """`shuffle`: the default command beside other tools; the engine beside the copier; where its time goes.
 
-The command is run as a whole process (whole.py).  For the engine, a round is, for every source, a copy, each shuffle
-of it, and a copy again; a shuffle is compared with the mean of the two copies around it, and the ratios of several
-rounds give a median and a range.
+The command is run as a whole process (whole.py).  For the engine, a round is, for every source, two kinds of copy,
+each shuffle of it, and the copies again; a shuffle is compared with the mean of the two copies around it, and the
+ratios of several rounds give a median and a range.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from benchmarks.whole import page as whole_page
 from benchmarks.whole import summary as whole_summary
 
 SEED = 1
+COPIES = ("copy", "plain copy")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def run(
     # Source, spill with keys and source rows, and output take about as much each.
     need_space(bench.work, int(max(sizes) * (len(row_bytes) + 3.5)))
     ways = [(level, True) for level in levels] + [(0, False)] * (unchecked and 0 in levels)
-    bench.plan(rounds * len(sizes) * len(row_bytes) * len(workers) * len(modes) * (len(ways) + 2))
+    bench.plan(rounds * len(sizes) * len(row_bytes) * len(workers) * len(modes) * (len(ways) + 2 * len(COPIES)))
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
         crews: dict[int, Executor] = {n: stack.enter_context(local_cluster(n)) if n else Serial() for n in workers}
@@ -124,8 +125,14 @@ def _group(
 ) -> list[dict[str, Any]]:
     """Measure shuffles of one source between two copies of it."""
     mode, target = cases[0].mode, bench.work / "out"
-    copies = [floor.measure("copy", 2, mode)["seconds"]]
-    bench.did(f"{mode}, {floor.copier.processes} processes, copy: {rate(floor.nbytes, copies[0])}")
+    copies: dict[str, list[float]] = {kind: [] for kind in COPIES}
+
+    def copy() -> None:
+        for kind in COPIES:
+            copies[kind].append(floor.measure(kind, 2, mode)["seconds"])
+            bench.did(f"{mode}, {floor.copier.processes} processes, {kind}: {rate(floor.nbytes, copies[kind][-1])}")
+
+    copy()
     found = []
     for case in cases:
         prepare(mode, [source])
@@ -137,11 +144,13 @@ def _group(
             continue
         found.append(one | asdict(case))
         bench.did(f"{case}: {rate(one['bytes'], one['seconds'])}")
-    copies.append(floor.measure("copy", 2, mode)["seconds"])
-    bench.did(f"{mode}, {floor.copier.processes} processes, copy: {rate(floor.nbytes, copies[1])}")
-    mean = sum(copies) / 2
+    copy()
+    mean, plain = (sum(copies[kind]) / 2 for kind in COPIES)
     return [
-        one | {"copies": copies, "of_copy": mean / one["seconds"], "of_copy_published": mean / one["published"]}
+        one
+        | {"copies": copies["copy"], "plain_copies": copies["plain copy"]}
+        | {"of_copy": mean / one["seconds"], "of_copy_published": mean / one["published"]}
+        | {"of_plain_copy": plain / one["seconds"]}
         for one in found
     ]
 
@@ -204,6 +213,7 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "copy_rate": spread([one["bytes"] / s / 1e9 for one in ours for s in one["copies"]]),
                 "of_copy": spread([one["of_copy"] for one in ours]),
                 "of_copy_published": spread([one["of_copy_published"] for one in ours]),
+                "of_plain_copy": spread([one["of_plain_copy"] for one in ours]),
                 "of_floor": spread([one["of_copy"] * max(1, case.levels) for one in ours]),
                 "cpu_per_gb": spread([one["task_cpu"] / one["bytes"] * 1e9 for one in ours]) if case.levels else None,
                 "leaves": ours[0]["leaves"],
@@ -227,12 +237,13 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
         "the rate of the shuffle over that of a copy by our own copier with as many processes: 0.50 is half "
         "as fast as copying. *published*: the same up to the moment when the result is complete and only the "
         "last spill is left to delete, which a copy does not have, and which some disks delete slowly. "
-        "*of floor*: *of copy* against one copy per level, which no shuffle "
+        "*of plain copy*: against a copier that writes as any program would, through the page cache and into files "
+        "for which no space was set aside. *of floor*: *of copy* against one copy per level, which no shuffle "
         "that reads and writes everything at each level can beat. *of widest*: the "
         "rate over that of the widest rows in the same round. *1 level* is `--gather`: no spill, rows "
         "come from the page cache, into which the source is read first if it is not there. *default*: the way that "
-        "the planner chooses, on threads of one process, with the memory that it takes by itself; *no digests*: rows are not hashed. Workers are "
-        "running when the clock starts. *leaves* is the number of pieces sorted in memory.",
+        "the planner chooses, on threads of one process, with the memory that it takes by itself; *no digests*: rows "
+        "are not hashed. Workers are running when the clock starts. *leaves* is the number of pieces sorted in memory.",
         "",
         *table(
             (
@@ -246,6 +257,7 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
                 "copy GB/s",
                 "of copy",
                 "published",
+                "of plain copy",
                 "of floor",
                 "of widest",
                 "CPU s/GB",
@@ -262,6 +274,7 @@ def page(rows: list[dict[str, Any]], memory: int) -> list[str]:
                     ranged(r["copy_rate"]),
                     ranged(r["of_copy"]),
                     ranged(r["of_copy_published"]),
+                    ranged(r["of_plain_copy"]),
                     ranged(r["of_floor"]),
                     ranged(r["of_widest"]),
                     ranged(r["cpu_per_gb"]) if r["levels"] else "",

@@ -53,7 +53,7 @@ def miniature(tmp_path, *words, drawn=True):
 
 def test_floor(tmp_path):
     rows = miniature(tmp_path, "floor")["summary"]
-    assert {r["what"] for r in rows} == {"memcpy", "read", "write", "copy", "copy, one buffer"}
+    assert {r["what"] for r in rows} == {"memcpy", "read", "write", "copy", "copy, one buffer", "plain copy"}
     assert all(r["rate"]["low"] > 0 for r in rows)
     assert all(r["cached"] in (-1, 1) for r in rows if r["mode"] == "cached")
 
