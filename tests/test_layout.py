@@ -486,11 +486,43 @@ def test_version_and_help_import_no_library(tmp_path, arguments, name):
     assert not (HEAVY | {"zarr", "numcodecs", "numpy", "fsspec", "asyncio"}) & found
 
 
+@pytest.mark.parametrize("name", ["actshuffle", "saetrain"])
+def test_a_package_that_is_run_as_a_module_is_its_command(name):
+    words = (sys.executable, "-X", "importtime", "-m", name, "--version")
+    made = subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
+    assert b"click" in made.stderr
+    assert b"zarr" not in made.stderr
+
+
+def test_another_package_that_is_run_as_a_module_is_not(tmp_path):
+    """Though it imports ours while Python looks for its module."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/__init__.py").write_text("import actshuffle")
+    (tmp_path / "other/__main__.py").write_text("import sys; print('zarr' in sys.modules)")
+    words = (sys.executable, "-m", "other", "actshuffle")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    made = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, check=True, text=True)
+    assert made.stdout == "True\n"
+
+
 def test_version_and_help_import_no_library_control(tmp_path):
     found = rooms(loaded(tmp_path, COMMAND, name="actshuffle", arguments=("run", "--help")))
     assert {"zarr", "numpy"} <= found
     assert not HEAVY & found
     assert "zarr" in rooms(loaded(tmp_path, COMMAND, name="another", arguments=("--version",)))
+
+
+@pytest.mark.parametrize("before", ["", "import numpy"])
+def test_what_a_command_loads_is_left_out_of_collections(tmp_path, before):
+    """But not where a program runs a command, whose own garbage would be left out too."""
+    script, listed = tmp_path / "actshuffle", tmp_path / "frozen"
+    told = f"open({str(listed)!r}, 'w').write(f'{{gc.get_freeze_count()}} {{gc.isenabled()}}')"
+    script.write_text(f"import atexit, gc\n{before}\natexit.register(lambda: {told})\n{COMMAND}\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, script, "run", "--help"], env=environment, capture_output=True, check=True)
+    frozen, enabled = listed.read_text().split()
+    assert enabled == "True"
+    assert (int(frozen) > 10_000) == (not before)
 
 
 def test_workers_know_the_readers_of_virtual_sources(tmp_path):

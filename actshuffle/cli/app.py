@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import click
 
 from actshuffle._version import __version__
-from actshuffle.cli.console import print_json, signals, wrapped
+from actshuffle.cli.console import loading, print_json, signals, wrapped
 from actshuffle.errors import ActshuffleError, RequestError
 
 STOPPED = "stopped"
@@ -125,7 +125,8 @@ class _Group(_Table):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         room, _ = COMMANDS.get(cmd_name, (list, ""))
-        return next((command for command in room() if command.name == cmd_name), None)
+        with loading():
+            return next((command for command in room() if command.name == cmd_name), None)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
