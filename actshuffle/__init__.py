@@ -20,11 +20,15 @@ from typing import TYPE_CHECKING
 from actshuffle._version import __version__
 from actshuffle.arrays.readers import load_with
 
+
+def _program() -> str:
+    """The program that runs: its path or, with ``python -m``, its package, which has the name "-m" until it is found."""
+    return sys.argv[0] if sys.argv[0] != "-m" else f"/{sys.orig_argv[-len(sys.argv)]}"
+
+
 # Zarr up to 3.1.6 does not load the data types of other packages, so importing this package registers ours.  Only our
-# commands go without: no other code opens stores in their processes, and --help need not wait for zarr.  While Python
-# looks for the module of ``python -m actshuffle``, the program's name is "-m".
-_program = f"/{sys.orig_argv[-len(sys.argv)]}" if sys.argv[0] == "-m" else sys.argv[0]
-if not _program.endswith(("/actshuffle", "/saetrain")):
+# commands go without: no other code opens stores in their processes, and --help need not wait for zarr.
+if not _program().endswith(("/actshuffle", "/saetrain")):
     from actshuffle import bfloat16  # noqa: F401
 
 if TYPE_CHECKING:

@@ -486,9 +486,8 @@ def test_version_and_help_import_no_library(tmp_path, arguments, name):
     assert not (HEAVY | {"zarr", "numcodecs", "numpy", "fsspec", "asyncio"}) & found
 
 
-@pytest.mark.parametrize("name", ["actshuffle", "saetrain"])
-def test_a_package_that_is_run_as_a_module_is_its_command(name):
-    words = (sys.executable, "-X", "importtime", "-m", name, "--version")
+def test_a_package_that_is_run_as_a_module_is_its_command():
+    words = (sys.executable, "-X", "importtime", "-m", "actshuffle", "--version")
     made = subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
     assert b"click" in made.stderr
     assert b"zarr" not in made.stderr
