@@ -22,7 +22,7 @@ from actshuffle.arrays.readers import load_with
 
 
 def _program() -> str:
-    """The program that runs: its path or, with ``python -m``, its package, which has the name "-m" until it is found."""
+    """The program that runs: its path or, with ``python -m``, its package, which is called "-m" until it is found."""
     return sys.argv[0] if sys.argv[0] != "-m" else f"/{sys.orig_argv[-len(sys.argv)]}"
 
 
