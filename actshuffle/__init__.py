@@ -23,7 +23,8 @@ from actshuffle.arrays.readers import load_with
 
 def _program() -> str:
     """The program that runs: its path or, with ``python -m``, its package, which is called "-m" until it is found."""
-    return sys.argv[0] if sys.argv[0] != "-m" else f"/{sys.orig_argv[-len(sys.argv)]}"
+    name = sys.argv[0]
+    return "/" + "".join(sys.orig_argv[-len(sys.argv) :][:1]) if name == "-m" else name
 
 
 # Zarr up to 3.1.6 does not load the data types of other packages, so importing this package registers ours.  Only our

@@ -249,8 +249,8 @@ def shuffle(**options: Any) -> None:
 
     if options["whole_only"] and options["engine_only"]:
         raise click.UsageError("--whole-only and --engine-only leave nothing to measure: give one of them")
-    if options["unchecked"] and 0 not in options["levels"]:
-        raise click.UsageError("--unchecked measures the default way: give --levels 0 too")
+    if options["unchecked"] and (0 not in options["levels"] or options["whole_only"]):
+        raise click.UsageError("--unchecked measures the engine's default way: give --levels 0, and no --whole-only")
     _start("shuffle", module.run, options)
 
 

@@ -127,6 +127,7 @@ def _move(work: Work, buffers: Sequence[U8], numbers: Iterable[int]) -> None:
 def _put_plainly(work: Work, key: str, view: memoryview) -> None:
     work.target.mkdir(parents=True, exist_ok=True)
     with (work.target / key).open("wb", buffering=0) as file:
-        file.write(view)
+        while len(view):
+            view = view[file.write(view) :]
         if work.fsync:
             os.fsync(file.fileno())

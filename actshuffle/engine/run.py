@@ -47,7 +47,7 @@ from actshuffle.planning.tree import Plan
 from actshuffle.progress import Progress, observer
 from actshuffle.progress.display import shown
 from actshuffle.storage import requests
-from actshuffle.storage.buffers import forget
+from actshuffle.storage.buffers import kept
 from actshuffle.storage.objects import open_objects
 from actshuffle.storage.place import Place, as_place
 from actshuffle.units import counted, format_bytes, format_seconds, switches
@@ -252,7 +252,7 @@ def execute(job: Job, executor: Executor, progress: Progress, locks: Locks | Non
     try:
         done = run(Shuffle(job, locks or Locks()), executor, progress)
     finally:
-        forget()  # this process need not hold the source's files any longer
+        kept.cache_clear()  # this process need not hold the source's files any longer
     place = str(job.destination)
     return Result(
         job.plan,

@@ -30,8 +30,6 @@ MAX_LEVELS = 16
 # The first task on a worker pays to fault its memory in (seconds per GB on some VMs); later tasks reuse it.  So
 # large tasks are cut in three, provided that each stays above LARGE_BYTES and its runs above LONG_RUN.
 FINER, LARGE_BYTES, LONG_RUN = 3, 512 << 20, 16 << 20
-# Leaves of a gather use little memory, whatever their size, and have no runs: small ones end at about the same time.
-GATHERED_FINER, GATHERED_BYTES = 4, 64 << 20
 
 Levels = int | Literal["auto"]
 
@@ -146,9 +144,7 @@ def _made(
     if rows <= leaf_rows or (out_of_reach and not gather):
         leaf_rows = max(object_rows, -(-rows // object_rows) * object_rows)
     wanted = max(1, -(-rows // tasks_wanted))
-    if gather and tasks_wanted > 1:
-        wanted = min(wanted, max(-(-wanted // GATHERED_FINER), GATHERED_BYTES // row_bytes))
-    elif levels > 1 and tasks_wanted > 1:
+    if levels > 1 and tasks_wanted > 1:
         wanted = _finer(wanted, rows, row_bytes, levels, run)
     if levels > 1 or gather:
         smaller = -(-wanted // object_rows) * object_rows

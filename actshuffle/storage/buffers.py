@@ -202,16 +202,8 @@ def arena() -> Arena:
 
 @lru_cache(maxsize=1)
 def kept(make: Callable[[K], T], key: K) -> T:
-    """``make(key)``, kept in this process until another is asked for, or until `forget` or `release`."""
+    """``make(key)``, kept in this process until another is asked for, or `release` is called."""
     return make(key)
-
-
-def forget() -> None:
-    """Give back what is kept, while the caller goes on: files in small pages take 20 ms a gigabyte to unmap."""
-    try:
-        threading.Thread(target=kept.cache_clear, name="actshuffle-forget").start()
-    except RuntimeError:  # the system has no more threads
-        kept.cache_clear()
 
 
 def release() -> None:

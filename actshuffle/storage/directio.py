@@ -194,16 +194,21 @@ def has_cached(fd: int, offset: int) -> bool:
     return False
 
 
-@lru_cache(maxsize=64)
 def is_in_memory(device: int) -> bool:
     """True if a device is a file system in memory, whose files no cache holds but which are there."""
+    return file_system(device) in ("tmpfs", "ramfs")
+
+
+@lru_cache(maxsize=64)
+def file_system(device: int) -> str:
+    """The kind of file system of a device, as "ext4"; empty where the system does not tell."""
     number = f"{os.major(device)}:{os.minor(device)}"
     with suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             mount, _, kind = line.partition(" - ")
             if mount.split()[2] == number:
-                return kind.split()[0] in ("tmpfs", "ramfs")
-    return False
+                return kind.split()[0]
+    return ""
 
 
 def _peek(fd: int, offset: int) -> bool:

@@ -27,8 +27,8 @@ from actshuffle.storage.directio import (
     FileWriter,
     OpenFile,
     create,
+    file_system,
     has_cached,
-    is_in_memory,
     read_full,
     row_reader,
 )
@@ -105,7 +105,7 @@ class LocalObjects:
             path.parent.mkdir(parents=True, exist_ok=True)
             fd, direct = create(partial, direct=self.fsync and size >= DIRECT_BYTES)
             try:
-                if size >= DIRECT_BYTES and not direct and not is_in_memory(os.fstat(fd).st_dev):
+                if size >= DIRECT_BYTES and not direct and file_system(os.fstat(fd).st_dev) == "ext4":
                     allocate(fd, size)
                 writer = FileWriter(fd, direct)
                 yield writer

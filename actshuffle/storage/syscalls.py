@@ -36,16 +36,17 @@ def exchange(grown: Place, old: Place) -> None:
 
 
 def allocate(fd: int, size: int) -> None:
-    """Give a new file its size and its space on the disk in one step, where the file system can (Linux: fallocate).
+    """Set space for a new file aside on the disk in one step, where the file system can (Linux: fallocate).
 
-    Otherwise the file system sets space aside block by block while pages of the cache are written, which takes ext4 a
-    third of the time of all writing.  ``os.posix_fallocate`` would write into every block where the file system
-    cannot.  Raises OSError if there is no space.
+    Otherwise ext4 does so block by block while pages of the cache are written, which takes a third of the time of all
+    writing.  The file stays empty: if the machine fails, one that was not written whole is too short, as ever.
+    ``os.posix_fallocate`` would write into every block where the file system cannot.  Raises OSError if there is no
+    space.
     """
-    call = getattr(_libc(), "fallocate", None)
+    call, keep_size = getattr(_libc(), "fallocate", None), 1  # FALLOC_FL_KEEP_SIZE
     if call is None:
         return
-    if call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+    if call(fd, keep_size, ctypes.c_int64(0), ctypes.c_int64(size)):
         code = ctypes.get_errno()
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise OSError(code, os.strerror(code))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -532,32 +531,7 @@ def test_control_a_mapping_is_given_back_when_the_run_ends(src: Path, tmp_path: 
     shuffle(src, tmp_path / "d.zarr", gather=True, executor=Watched(look), block_bytes=500 * 2444, **SHAPE)
     assert seen[1:] == [True] * (len(seen) - 1)
     assert len(seen) > 2
-    _forgotten()
     assert not mapped()
-
-
-def test_a_mapping_is_given_back_without_a_thread_too(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, refused = threading.Thread.start, list[str]()
-
-    def start(thread: threading.Thread) -> None:
-        if thread.name == "actshuffle-forget":
-            refused.append(thread.name)
-            raise RuntimeError("can't start new thread")
-        real(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", start)
-    shuffle(src, tmp_path / "d.zarr", gather=True, **SHAPE)
-    assert refused
-    assert str(src) not in _mappings(0)
-
-
-def _forgotten() -> None:
-    """Wait for the thread that gives back what runs have kept."""
-    for thread in threading.enumerate():
-        if thread.name == "actshuffle-forget":
-            thread.join()
 
 
 def test_rows_from_an_object_store_are_a_request_each() -> None:

@@ -263,10 +263,7 @@ def test_large_tasks_are_cut_so_that_several_share_a_workers_memory():
     blocks = made.block_rows[0] * made.row_bytes, made.leaf_rows * made.row_bytes
     assert made.levels == 2
     assert all(500e6 < size < 600e6 for size in blocks)
-    gathered = make_plan(10**6, 8192, gather=True, **big)
-    assert gathered.leaves == 23, "needs no memory for its rows, and its last tasks should end together"
-    assert make_plan(4 * 10**4, 8192, gather=True, **big).leaves == 5, "leaves of 64 MB are small enough"
-    assert make_plan(10**6, 8192, gather=True, memory=7 << 30).leaves == 2, "one worker"
+    assert make_plan(10**6, 8192, gather=True, **big).leaves == 6, "needs no memory for its rows"
     assert make_plan(10**6, 8192, memory=7 << 30).block_rows[0] * 8192 > 4e9, "one worker"
     asked = make_plan(10**6, 8192, run_bytes=64 << 20, **big)  # of 8 GB in 15 blocks they have 36 MB
     assert asked.block_rows[0] * 8192 > 1.3e9
