@@ -54,7 +54,7 @@ class Dask(Executor):
         self.retries = retries
         self.one_machine = one_machine
         if not one_machine or find_spec("bokeh") is not None:  # which the scheduler needs, on its own machine
-            with suppress(KeyError):  # it was started without a page
+            with suppress(KeyError), self._asking():  # it was started without a page
                 self.dashboard = client.dashboard_link
         self._seen = 1
 
@@ -68,8 +68,8 @@ class Dask(Executor):
     @property
     def tasks_per_worker(self) -> int:  # type: ignore[override]
         """Threads of the worker that has most."""
-        self._threads()  # waits for a worker
         with self._asking():
+            self._threads()  # waits for a worker
             return int(max(self.client.nthreads().values(), default=1))
 
     def map(self, fn: Callable[..., T], calls: Iterable[tuple[Any, ...]]) -> Iterator[T]:
@@ -77,7 +77,6 @@ class Dask(Executor):
 
         calls = iter(calls)
         running: dict[Any, tuple[tuple[Any, ...], int]] = {}  # future: its call, failures so far
-        done = as_completed()
 
         def submit(batch: list[tuple[tuple[Any, ...], int]]) -> None:
             # Many at once: alone, a call costs scheduler and driver twice as much as its share of a graph of many.
@@ -88,6 +87,7 @@ class Dask(Executor):
                 done.update(futures)
 
         try:
+            done = as_completed()
             window = max(self.window * self._threads(), LEAST_WINDOW)
             submit([(call, 0) for call in islice(calls, window)])
             while running:

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -904,6 +905,47 @@ def test_unknown_version_is_refused(name, src, dst):
 
 
 # --- Executors ----------------------------------------------------------------------------------
+
+
+class Unanswered:
+    """A client whose scheduler has just died, and which has not noticed."""
+
+    status, asynchronous = "running", False
+
+    def _ask(self, *_, **__):
+        from distributed.comm import CommClosedError
+
+        raise CommClosedError("ConnectionPool closing.")
+
+    nthreads = scheduler_info = run = _ask
+    dashboard_link = property(_ask)
+
+
+@pytest.mark.parametrize("name", ["dashboard", "tasks_per_worker", "task_memory", "workers", "close"])
+def test_a_scheduler_that_dies_is_told_wherever_it_is_asked(name):
+    calls = {
+        "dashboard": lambda: Dask(Unanswered()),
+        "tasks_per_worker": lambda: crew.tasks_per_worker,
+        "task_memory": lambda: crew.task_memory(),
+        "workers": lambda: crew.workers,
+        "close": lambda: crew.close(),
+    }
+    with mock.patch.object(Unanswered, "dashboard_link", ""):
+        crew = Dask(Unanswered())
+    if name in ("workers", "close"):  # which can do without an answer
+        calls[name]()
+        return
+    with pytest.raises(ClusterError, match=r"the Dask cluster went away \(CommClosedError: ConnectionPool closing"):
+        calls[name]()
+
+
+def test_a_client_that_has_closed_itself_is_told():
+    """As Dask's does when its scheduler is gone for good."""
+    with mock.patch.object(Unanswered, "dashboard_link", ""):
+        crew = Dask(Unanswered())
+    crew.client.status = "closed"
+    with pytest.raises(ClusterError, match="the Dask cluster went away"):
+        list(crew.map(abs, [(1,)]))
 
 
 def test_own_errors_are_not_tried_again():
