@@ -38,7 +38,7 @@ def exchange(grown: Place, old: Place) -> None:
 def allocate(fd: int, size: int) -> None:
     """Set space for a new file aside on the disk in one step, where the file system can (Linux: fallocate).
 
-    Otherwise ext4 does so block by block while pages of the cache are written, which takes a third of the time of all
+    Otherwise ext4 does so block by block while pages of the cache are written, which takes up to a third of the time of
     writing.  The file stays empty: if the machine fails, one that was not written whole is too short, as ever.
     ``os.posix_fallocate`` would write into every block where the file system cannot.  Raises OSError if there is no
     space.
