@@ -66,12 +66,17 @@ def test_dask_makes_the_same(store, tmp_path, cluster):
 
 
 def _heap(job: FolderJob, task: FolderTask) -> tuple[dict[str, Any], int]:
-    """Page faults of a second array of 1 MB, beside those of a first one that was freed before."""
+    """Page faults of the second of two arrays, after the first was freed, for several sizes.
+
+    One may lie alone in a part of the heap, which goes with it whatever the thresholds are.
+    """
     faults = []
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        np.ones(1 << 20, np.uint8)  # smaller than a huge page
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    for size in (1024, 896, 768, 640, 512):  # KiB, smaller than a huge page
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            np.ones(size << 10, np.uint8)
+            after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        faults.append(after - before)
     return {"faults": faults, "fixed": "MALLOC_TRIM_THRESHOLD_" in os.environ}, 0
 
 
@@ -91,7 +96,7 @@ def test_freed_memory_is_used_again_by_the_tasks_of_a_nanny(tmp_path, settled):
             executor=executor,
         )
     assert found[0]["fixed"]
-    assert (found[0]["faults"][1] < 64) == settled, found
+    assert (min(found[0]["faults"]) < 64) == settled, found
 
 
 def _leave_heap() -> None:
